@@ -1,0 +1,70 @@
+"""What the command lines share: --config, --dry-run, key=value, help that lists the keys, exit codes.
+
+Exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted. Every error is one message on stderr.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import config as layered
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message names the key, file or node and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that started and could not finish. The message says what is kept and how to go on."""
+
+
+def make_parser(command: str, *, description: str, keys: Any, prefix: str = "") -> argparse.ArgumentParser:
+    """A parser for `python -m <command> [--config FILE] [--dry-run] [key=value ...]`.
+
+    Args:
+        keys: a configuration object; its keys, defaults and help texts are listed by --help.
+        prefix: what the keys begin with, such as "data.".
+    """
+    lines = [f"  {name}={_plain(value)}\n      {doc}" for name, value, doc in layered.walk(keys, prefix)]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        epilog="\n".join(["keys and defaults:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with keys that differ from the defaults"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys that replace those of the file"
+    )
+    return parser
+
+
+def run(body: Callable[[], None]) -> int:
+    """Call `body`; turn the errors that users can act on into one message and an exit code."""
+    try:
+        body()
+    except (UserError, layered.ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

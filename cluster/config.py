@@ -1,0 +1,111 @@
+"""Typed configuration: dataclass defaults <- YAML file <- command-line dotlist, then frozen.
+
+The only home of omegaconf. A schema is a frozen dataclass of frozen dataclasses whose fields are made
+with `key`, so that each key carries its own help text; `load` merges the three layers, and every typo,
+wrong type or refused value is a `ConfigError` that names the key.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message names the key or file and the remedy."""
+
+
+def key(default: Any, doc: str) -> Any:
+    """A dataclass field with a default value (or default_factory, if `default` is a class) and a help text."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"doc": doc})
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def require(condition: bool, name: str, problem: str) -> None:
+    """Raise a `ConfigError` about the key `name` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: {problem}")
+
+
+def require_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise a `ConfigError` unless `value` is one of `choices`."""
+    require(value in choices, name, f"{value!r} is not one of: {', '.join(sorted(choices))}")
+
+
+def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = ()) -> T:
+    """Merge the defaults of `schema`, the YAML `file` and the `dotlist` ("a.b=c"), in that order.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, or a value that the schema refuses.
+    """
+    merged = OmegaConf.structured(schema)
+    for origin, layer in _layers(file, dotlist):
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, schema)) from error
+
+
+def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
+    if file is not None:
+        try:
+            layer = OmegaConf.load(file)
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+        except Exception as error:  # the YAML scanner's own errors share no public base class
+            raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(layer, DictConfig):
+            raise ConfigError(f"{file}: holds a list; the top level must be a mapping of sections")
+        yield str(file), layer
+    for argument in dotlist:
+        if "=" not in argument or argument.startswith("="):
+            raise ConfigError(f"{argument!r}: expected key=value, for example batch.tokens=16384")
+        try:
+            yield argument, OmegaConf.from_dotlist([argument])
+        except Exception as error:
+            raise ConfigError(f"{argument!r}: not a valid value: {' '.join(str(error).split())}") from error
+
+
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
+    first_line = str(error).splitlines()[0]
+    path = error.full_key or ""
+    if "not in" in first_line:
+        parent = path.rpartition(".")[0]
+        return f"unknown key {path!r}; keys here: {', '.join(_keys_under(schema, parent))}"
+    return f"{path}: {first_line}" if path else first_line
+
+
+def _keys_under(schema: type, path: str) -> list[str]:
+    for name in filter(None, path.split(".")):
+        schema = next(f.type for f in dataclasses.fields(schema) if f.name == name)  # type: ignore[assignment]
+    return [field.name for field in dataclasses.fields(schema)]
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, value, help text) of every leaf of a config object, in order of declaration."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{name}.")
+        else:
+            yield name, value, field.metadata.get("doc", "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML text that `load` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,108 @@
+"""Where a result comes from: code, versions, data, machine, time and command. Never a secret."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cluster.hardware import describe_host
+
+COMMIT_VARIABLE = "ASUNCION_COMMIT"
+PACKAGES = ("torch", "deepspeed", "ray", "wandb", "numpy", "tokenizers", "safetensors")
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SECRET_ENDINGS = ("key", "token", "secret", "password", "passwd")  # 'batch.tokens' is none of them
+_MASK = "***"
+
+
+def collect(
+    *, command: Sequence[str], data_fingerprint: str | None, packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+    """Everything needed to tell where a run came from, as JSON-ready values.
+
+    Args:
+        command: the command line, such as `sys.argv`; values that look like secrets are masked.
+        data_fingerprint: hash of the data manifest, or None for work without data.
+        packages: names of distributions whose versions matter.
+    """
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": mask_secrets(command),
+        **code_version(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in packages},
+        "data_fingerprint": data_fingerprint,
+        "host": describe_host(),
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """`commit` and `dirty` (uncommitted or untracked files) of the code that runs.
+
+    A copy of the code without its git folder, such as the working directory that Ray uploads, takes them
+    from the environment (see `commit_environment`). Failing that, `commit` is "unknown", `dirty` None, and
+    `commit_problem` says why.
+    """
+    try:
+        toplevel = _git("rev-parse", "--show-toplevel")
+        if Path(toplevel).resolve() != _ROOT:  # a copy that lies inside somebody else's checkout
+            raise LookupError(f"{_ROOT} is no git checkout of its own; it lies inside {toplevel}")
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+    except LookupError as problem:
+        if carried := os.environ.get(COMMIT_VARIABLE):
+            return {"commit": carried.removesuffix("+dirty"), "dirty": carried.endswith("+dirty")}
+        return {"commit": "unknown", "dirty": None, "commit_problem": str(problem)}
+
+
+def commit_environment() -> dict[str, str]:
+    """The variable that carries `code_version` to workers whose copy of the code has no git folder."""
+    code = code_version()
+    return {} if code["dirty"] is None else {COMMIT_VARIABLE: code["commit"] + "+dirty" * code["dirty"]}
+
+
+def mask_secrets(command: Sequence[str]) -> list[str]:
+    """The arguments with `***` in place of secrets.
+
+    A secret is the value in `name=value` or `--name value` whose name has a word that ends in key, token,
+    secret or password, and the user and password of a URL.
+    """
+    masked: list[str] = []
+    previous = ""
+    for argument in command:
+        name, equals, _ = argument.partition("=")
+        if equals and _is_secret(name):
+            masked.append(f"{name}={_MASK}")
+        elif previous.startswith("-") and "=" not in previous and _is_secret(previous):
+            masked.append(_MASK)
+        else:
+            masked.append(re.sub(r"://[^/@\s]+@", f"://{_MASK}@", argument))
+        previous = argument
+    return masked
+
+
+def _is_secret(name: str) -> bool:
+    return any(word.endswith(_SECRET_ENDINGS) for word in re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command on our root. Raises `LookupError` saying why there is none."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise LookupError(f"git could not run: {error}") from error
+    if done.returncode:
+        first_line = done.stderr.strip().partition("\n")[0] or f"exit status {done.returncode}"
+        raise LookupError(f"git {arguments[0]}: {first_line}")
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,405 @@
+"""The record of a run: `metrics.jsonl` and `summary.json` always, Weights & Biases as their mirror.
+
+The only home of wandb. The files are the record, and everything downstream reads them; the mirror runs in
+a thread of its own, so that nothing W&B does or fails to do can block, slow down or kill a run.
+"""
+
+import errno
+import json
+import math
+import os
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cluster import files
+
+FSYNC_SECONDS = 1.0
+_NONFINITE = "_nonfinite"
+
+
+class Record:
+    """The record of one run, written by rank 0 alone. Use it as a context manager; see `Record.open`.
+
+    Files in the run directory: `metrics.jsonl`, `provenance.json`, `summary.json` (present once the run
+    has finished), `wandb_run_id` and `wandb/`.
+    """
+
+    def __init__(self, directory: Path, mirror: "_Mirror") -> None:
+        self._directory = directory
+        self._mirror = mirror
+        self._path = directory / "metrics.jsonl"
+        self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        files.fsync_folder(directory)
+        self._fsync_at = time.monotonic() + FSYNC_SECONDS
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        config: dict[str, Any],
+        provenance: dict[str, Any],
+        wandb_mode: str,
+        project: str,
+        group: str | None,
+        name: str,
+        resume_step: int | None,
+    ) -> Self:
+        """Start the record of a run, or continue it.
+
+        Args:
+            directory: the run directory; created if missing.
+            config: the resolved configuration, for W&B only; must hold no secret.
+            provenance: from `provenance.collect`; written to `provenance.json`. A resumed run keeps those of
+                its earlier starts, oldest first, under `earlier_starts`.
+            wandb_mode: auto, offline, online or disabled. auto obeys WANDB_MODE or the mode in W&B's settings
+                file; without either it is online if a W&B API key or login exists, else offline.
+            project, group, name: how W&B files the run.
+            resume_step: the step of the checkpoint that the run continues from, or None for a fresh start.
+                Rows after this step are dropped, because the run will log them again, and the W&B run is
+                continued. A fresh start replaces the metrics, summary and W&B id that a run left here.
+
+        Raises:
+            ValueError: a line of metrics.jsonl other than a torn last one is damaged.
+            OSError: the directory cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "summary.json").unlink(missing_ok=True)
+        _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
+        files.write_json(directory / "provenance.json", provenance)
+        mirror = _Mirror(
+            directory,
+            mode=wandb_mode,
+            run_id=_wandb_run_id(directory / "wandb_run_id", resume_step=resume_step),
+            config={**config, "provenance": provenance},
+            project=project,
+            group=group,
+            name=name,
+        )
+        return cls(directory, mirror)
+
+    @property
+    def wandb_status(self) -> str:
+        """`starting`, `online: <url>`, `offline: <how to upload>` or `disabled: <reason>`; problems."""
+        return self._mirror.status
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to `metrics.jsonl` and hand it to W&B under the same keys.
+
+        `row` is flat and JSON-ready, with an int `step`; units belong in the keys. A value that is not
+        finite, which strict JSON cannot write, becomes null beside `<key>_nonfinite`: "nan", "inf" or "-inf";
+        `read_metrics` and `follow` give it back as a float. On return the row survives the death of the
+        process (SIGKILL too), and within about a second of steady logging a loss of power.
+
+        Raises:
+            ValueError: the row has no int `step`, or a key that ends in `_nonfinite`.
+            OSError: the row could not be written whole, say because the disk is full; no part of it remains.
+        """
+        assert self._descriptor is not None, "log() on a closed record"
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{self._path}: a row needs an int 'step'; got {row.get('step')!r}")
+        line = f"{json.dumps(_encode(row), allow_nan=False)}\n".encode()
+        _append(self._descriptor, line, path=self._path)
+        if time.monotonic() >= self._fsync_at:
+            self._fsync()
+        self._mirror.put(row)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json` and end the W&B run, waiting for its upload at most `_Mirror.CLOSE_SECONDS`.
+
+        `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
+        in `log`.
+        """
+        self._fsync()
+        self._write_summary(summary)  # before W&B gets to take its time
+        self._mirror.close(summary=summary, exit_code=0)
+        self._write_summary(summary)
+
+    def close(self, *, exit_code: int = 0) -> None:
+        """Make the metrics durable and end the W&B run with this exit code, unless `finish` did."""
+        if self._descriptor is not None:
+            self._fsync()
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._mirror.close(summary={}, exit_code=exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    def _fsync(self) -> None:
+        assert self._descriptor is not None, "the record is closed"
+        os.fsync(self._descriptor)
+        self._fsync_at = time.monotonic() + FSYNC_SECONDS
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
+        about = {"wandb_status": self.wandb_status, "wandb_run_id": self._mirror.run_id}
+        files.write_json(self._directory / "summary.json", _encode({**summary, **about}))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`. A torn last line, left by a crash or being written, is ignored.
+
+    Raises:
+        ValueError: any other line is damaged; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    return [row for _, row in _parse(path.read_bytes(), path=path)]
+
+
+def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a `metrics.jsonl` from the first on, as they are written, until `stop()` is true.
+
+    The file need not exist yet. Rows present when `stop()` turns true are still yielded. If a resumed run
+    replaces the file, the rows start again from the first of the new file.
+
+    Raises:
+        ValueError: a damaged line, as in `read_metrics`.
+    """
+    identity, num_lines, position, pending = None, 0, 0, b""
+    while True:
+        stopping = stop()  # asked before reading, so that nothing written until then is missed
+        if path.exists():
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != identity or status.st_size < position:
+                    identity, num_lines, position, pending = (status.st_dev, status.st_ino), 0, 0, b""
+                file.seek(position)
+                pending += file.read()
+                position = file.tell()
+            whole, newline, pending = pending.rpartition(b"\n")
+            for line, row in _parse(whole + newline, path=path, num_lines_before=num_lines):
+                num_lines = line
+                yield row
+        if stopping:
+            return
+        time.sleep(poll_seconds)
+
+
+def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row). What follows the last newline is torn: its log() never returned."""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=num_lines_before + 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; repair or remove the line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove the line")
+        yield number, _decode(row)
+
+
+def _encode(row: dict[str, Any]) -> dict[str, Any]:
+    """Write non-finite floats, here and in nested dicts, as null beside `<key>_nonfinite`."""
+    encoded: dict[str, Any] = {}
+    for key, value in row.items():
+        if key.endswith(_NONFINITE):
+            raise ValueError(f"key {key!r}: the ending {_NONFINITE!r} is reserved")
+        if isinstance(value, float) and not math.isfinite(value):
+            encoded[key], encoded[key + _NONFINITE] = None, str(float(value))
+        else:
+            encoded[key] = _encode(value) if isinstance(value, dict) else value
+    return encoded
+
+
+def _decode(row: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_encode` on a flat row."""
+    nonfinite = {k.removesuffix(_NONFINITE): float(v) for k, v in row.items() if k.endswith(_NONFINITE)}
+    return {k: nonfinite.get(k, v) for k, v in row.items() if not k.endswith(_NONFINITE)}
+
+
+def _append(descriptor: int, line: bytes, *, path: Path) -> None:
+    """Append the whole line with one write, or none of it."""
+    try:
+        written = os.write(descriptor, line)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    if written < len(line):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise OSError(errno.ENOSPC, "no space for a whole row; free some and resume the run", str(path))
+
+
+def _rewind(path: Path, *, last_step: int | None) -> None:
+    """Drop the torn end and the rows after `last_step`; every row if it is None."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    kept = b"".join(
+        lines[number - 1] + b"\n"
+        for number, row in _parse(content, path=path)
+        if last_step is not None and row["step"] <= last_step
+    )
+    if kept != content:
+        files.write_text(path, kept.decode())
+
+
+def _with_earlier_starts(
+    path: Path, provenance: dict[str, Any], *, resume_step: int | None
+) -> dict[str, Any]:
+    if resume_step is None or not path.exists():
+        return provenance
+    last = files.read_json(path)
+    return {**provenance, "earlier_starts": [*last.pop("earlier_starts", []), last]}
+
+
+def _wandb_run_id(path: Path, *, resume_step: int | None) -> str:
+    if resume_step is not None and path.exists():
+        return path.read_text().strip()
+    run_id = secrets.token_hex(4)
+    files.write_text(path, f"{run_id}\n")
+    return run_id
+
+
+class _Mirror:
+    """Copies rows to W&B from a daemon thread. Its calls neither raise nor wait, but for `close`'s bound.
+
+    The bounds are such that a run of a few seconds still ends as an offline W&B run when the server is away:
+    INIT_SECONDS, about 3 s to turn to offline, and the copy of its rows fit into CLOSE_SECONDS.
+    """
+
+    INIT_SECONDS = 10.0
+    UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
+    CLOSE_SECONDS = 20.0
+    MAX_WAITING_ROWS = 10_000
+
+    def __init__(self, directory: Path, *, mode: str, run_id: str, **about: Any) -> None:
+        self.run_id = run_id
+        self._directory = directory
+        self._about = about
+        self._state = "starting"
+        self._problems: list[str] = []
+        self._num_missed = 0
+        self._exit_code = 0
+        self._closed = False
+        self._calls: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def status(self) -> str:
+        missed = [f"{self._num_missed} rows missed, because W&B was too slow"] if self._num_missed else []
+        return "; ".join([self._state, *self._problems, *missed])
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Hand over a row; it is missed if W&B is `MAX_WAITING_ROWS` behind, ignored if W&B failed."""
+        if self._calls.qsize() < self.MAX_WAITING_ROWS:
+            self._calls.put(("log", dict(row)))
+        elif self._thread.is_alive():
+            self._num_missed += 1
+
+    def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
+        """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._exit_code = exit_code
+        self._calls.put(("finish", summary))
+        self._thread.join(self.CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._problems.append(f"W&B was not done {self.CLOSE_SECONDS:g} s after the run; left behind")
+
+    def _work(self, mode: str) -> None:
+        try:
+            run = self._start(mode)
+            while run is not None:
+                call, content = self._calls.get()
+                if call == "finish":
+                    run.summary.update(content)
+                    run.finish(exit_code=self._exit_code)
+                    return
+                run.log(content)
+        except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
+            if self._state == "starting":
+                self._state = f"disabled: {_reason(error)}"
+            else:
+                self._problems.append(
+                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
+                )
+
+    def _start(self, mode: str) -> Any:
+        """The W&B run in this mode, or offline if the server cannot be reached; None if disabled."""
+        if mode != "disabled":
+            import wandb
+            from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+            opentelemetry_proxy.disable()  # without a network it holds up the end of the process by 20 s
+        if mode == "auto":
+            mode = _auto_mode(wandb.setup(settings=wandb.Settings(silent=True)).settings)
+        if mode == "disabled":
+            self._state = "disabled: as configured"
+            return None
+        try:
+            run = self._init(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._problems.append(_reason(error))
+            wandb.teardown()  # or the id would still be "in use"
+            run = self._init("offline")
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
+        return run
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        private: dict[str, Any] = {
+            "x_transaction_log_flush_interval": FSYNC_SECONDS,  # else a SIGKILL costs the copy its last 15 s
+            "x_disable_stats": shutil.which("nvidia-smi") is None,
+            "x_disable_meta": True,  # command line and host: our provenance holds them, masked
+            "x_disable_machine_info": True,
+            "x_save_requirements": False,
+        }
+        known = wandb.Settings.model_fields
+        self._problems += [f"this wandb lacks the setting {name}" for name in private if name not in known]
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            init_timeout=self.INIT_SECONDS,
+            finish_timeout=self.UPLOAD_SECONDS,
+            finish_timeout_raises=True,
+            **{name: value for name, value in private.items() if name in known},
+        )
+        wandb.setup(settings=wandb.Settings(silent=True))  # silences what precedes init, such as the login
+        return wandb.init(
+            dir=self._directory,
+            mode=mode,
+            id=self.run_id,
+            resume="allow",
+            reinit="create_new",
+            settings=settings,
+            **self._about,
+        )
+
+    def _sync(self, kind: str) -> str:
+        return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
+
+
+def _auto_mode(settings: Any) -> str:
+    """WANDB_MODE or the mode in W&B's settings file; else online with a key or login; else offline."""
+    if "WANDB_MODE" in os.environ or settings.mode != "online":
+        return settings.mode
+    from wandb.sdk.lib.wbauth import read_netrc_auth  # `wandb login` keeps the key in the netrc file
+
+    signed_in = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
+    return "online" if signed_in else "offline"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

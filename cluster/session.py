@@ -1,0 +1,95 @@
+"""The Ray session: an embedded local one, or a running cluster; and every environment variable we set.
+
+Nothing else in the project calls `ray.init` or sets an environment variable of Ray, DeepSpeed or torch.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ConfigError, key, require
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set before Ray starts; each keeps a value that the user has set.
+DRIVER_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no report leaves the cluster
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it Ray warns at each start
+    "RAY_worker_niceness": "0",  # Ray's default of 15 lets any other process starve the workers
+    # Ray Train polls its workers this often. At its default of 2 s each ray.train.report costs about 1.5 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; said aloud, so that 2.60 does not warn
+}
+
+# Set in every training process, under Ray and under torchrun alike.
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # a worker forks after the tokenizer has threads
+    "WANDB_SILENT": "true",
+    "LOCAL_RANK": "0",  # DeepSpeed insists on it; the launchers overwrite it
+}
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",  # else DeepSpeed searches, and warns in every process
+}
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    address: str = key("local", "'local' starts an embedded Ray; 'auto' or host:port joins a running cluster")
+    cpus: int = key(2, "local: CPUs that Ray may give out")
+    object_store_megabytes: int = key(200, "local: size of the shared-memory object store")
+
+    def __post_init__(self) -> None:
+        require(self.cpus >= 1, "session.cpus", "must be at least 1")
+        require(self.object_store_megabytes >= 80, "session.object_store_megabytes", "must be at least 80")
+
+
+def set_defaults(environment: Mapping[str, str]) -> None:
+    """Set environment variables of this process that are not set yet."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
+    """The environment of a training process; on CPU, `threads` compute threads."""
+    if gpu:
+        return dict(WORKER_ENVIRONMENT)
+    return {**WORKER_ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+
+
+@contextmanager
+def ray_session(config: SessionConfig, *, worker_env: Mapping[str, str]) -> Iterator[None]:
+    """Ray for the length of a `with` block; an embedded one is shut down at its end.
+
+    Raises:
+        ConfigError: no cluster answers at `session.address`.
+    """
+    set_defaults(DRIVER_ENVIRONMENT)
+    import ray
+
+    runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
+    if config.address == "local":
+        ray.init(
+            address="local",
+            num_cpus=config.cpus,
+            object_store_memory=config.object_store_megabytes * 1_000_000,
+            include_dashboard=False,
+            log_to_driver=False,  # workers report through the run's files; Ray's logs stay in its session folder
+            logging_level="WARNING",
+            runtime_env=runtime_env,
+        )
+    else:
+        try:
+            ray.init(
+                address=config.address, log_to_driver=False, logging_level="WARNING", runtime_env=runtime_env
+            )
+        except ConnectionError as error:
+            raise ConfigError(
+                f"session.address: no Ray cluster answers at {config.address!r} ({str(error).splitlines()[0]}); "
+                "start one with `ray up` or `ray start --head`, or use session.address=local"
+            ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

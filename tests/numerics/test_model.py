@@ -1,0 +1,335 @@
+"""Our LLaMA against transformers' LlamaForCausalLM, and against itself in other precisions and paths."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from training.hf import save_hf
+from training.model import IGNORED_TARGET, Llama, generate, initialize, load_hf, rotary
+from training.shapes import LlamaShape, RopeScaling
+
+TINY = LlamaShape(
+    vocab_size=320,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=96,
+    max_positions=512,
+)
+LLAMA_3 = RopeScaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+VARIANTS = {
+    "gqa": {},
+    "mha": {"num_kv_heads": 4},
+    "tied": {"tied": True},
+    "theta": {"rope_theta": 5e5, "norm_eps": 1e-3},
+    "llama3": {"rope_scaling": LLAMA_3, "rope_theta": 5e5},
+    "head_dim": {"head_dim": 24},
+}
+
+
+def tiny(*, seed: int = 0, activation_checkpointing: bool = False, **changes: object) -> Llama:
+    model = Llama(resolve_tiny(**changes), activation_checkpointing=activation_checkpointing)
+    initialize(model, seed=seed)
+    return model
+
+
+def resolve_tiny(**changes: object) -> LlamaShape:
+    fields = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
+    return LlamaShape(**(fields | changes))
+
+
+def tokens(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, TINY.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the river at Asunción runs slowly, the river runs"] * 3, trainer)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+def export(model: Llama, directory: Path, tokenizer_file: Path, **changes: object) -> Path:
+    arguments = {
+        "shape": model.shape,
+        "tensors": model.state_dict(),
+        "dtype": torch.float32,
+        "tokenizer_file": tokenizer_file,
+        "eos_id": 0,
+    }
+    save_hf(directory, **(arguments | changes))
+    return directory
+
+
+def theirs(shape: LlamaShape) -> LlamaForCausalLM:
+    rope: dict = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if (scaling := shape.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.ffn_size,
+        rms_norm_eps=shape.norm_eps,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tied,
+        rope_parameters=rope,
+        initializer_range=0.2,  # logits and attention far from uniform, so that a wrong angle shows
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def assert_same_logits(ours: Llama, other: LlamaForCausalLM) -> None:
+    batch = tokens(2, 200)
+    expected = other(batch).logits
+    torch.testing.assert_close(ours(batch), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_loads_what_transformers_saves(tmp_path: Path, changes: dict) -> None:
+    other = theirs(resolve_tiny(**changes))
+    other.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path, dtype=torch.float32)
+    assert ours.shape == resolve_tiny(**changes)
+    assert_same_logits(ours, other)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_transformers_loads_what_we_save(tmp_path: Path, tokenizer_file: Path, changes: dict) -> None:
+    ours = tiny(**changes)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(5)
+    export(ours, tmp_path / "export", tokenizer_file)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert other.dtype == torch.float32 and other.config.eos_token_id == 0
+    assert_same_logits(ours, other)
+
+
+def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
+    other = theirs(TINY)
+    other.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert_same_logits(load_hf(tmp_path, dtype=torch.float32), other)
+
+
+def test_the_exported_tokenizer_round_trips(tmp_path: Path, tokenizer_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(export(tiny(), tmp_path / "export", tokenizer_file))
+    text = "the river  at Asunción, slowly\n"
+    assert tokenizer.encode(text) == Tokenizer.from_file(str(tokenizer_file)).encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token) == ("<|end|>", 0, None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_and_shapes_are_transformers(tied: bool) -> None:
+    ours = tiny(tied=tied)
+    named = {name: tuple(parameter.shape) for name, parameter in ours.named_parameters()}
+    assert list(named.items()) == list(ours.shape.parameters().items())
+    assert sum(parameter.numel() for parameter in ours.parameters()) == ours.shape.num_parameters
+    assert list(ours.state_dict()) == list(theirs(ours.shape).state_dict())
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path, tokenizer_file: Path) -> None:
+    directory = export(tiny(seed=1), tmp_path / "export", tokenizer_file)
+    export(tiny(seed=2), directory, tokenizer_file, dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    loaded, expected = load_hf(directory, dtype=torch.bfloat16), tiny(seed=2).bfloat16()
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    with pytest.raises(ValueError, match="home: exists and is no earlier export"):
+        export(tiny(), foreign, tokenizer_file)
+
+
+def test_a_bad_export_leaves_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
+    norm = "model.norm.weight"
+    state = tiny().state_dict()
+    small = tiny(vocab_size=10)
+    bad = {
+        "norm.weight: given missing": {"tensors": {n: t for n, t in state.items() if n != norm}},
+        r"extra: given \(1,\), in the model missing": {"tensors": state | {"extra": torch.ones(1)}},
+        r"norm.weight: given \(3,\), in the model \(64,\)": {"tensors": state | {norm: torch.ones(3)}},
+        "no token with id 999 to serve as eos_token": {"eos_id": 999},
+        "has 284 tokens, .* only 10": {"shape": small.shape, "tensors": small.state_dict()},
+    }
+    for message, changes in bad.items():
+        with pytest.raises(ValueError, match=message):
+            export(tiny(), tmp_path / "export", tokenizer_file, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_errors_name_tensor_and_file(tmp_path: Path, tokenizer_file: Path) -> None:
+    directory = export(tiny(), tmp_path / "export", tokenizer_file)
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    norm = "model.layers.1.input_layernorm.weight"
+    bad = {
+        f"tensor {norm} is missing": {name: tensor for name, tensor in weights.items() if name != norm},
+        "model.safetensors: tensor model.bias is unexpected": weights | {"model.bias": torch.ones(3)},
+        rf"model.safetensors: tensor {norm} has shape \(3,\), .* \(64,\)": weights | {norm: torch.ones(3)},
+    }
+    for message, tensors in bad.items():
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=message):
+            load_hf(directory, dtype=torch.float32)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_hf(directory, dtype=torch.float32)
+    file.unlink()
+    with pytest.raises(ValueError, match="is it safetensors"):
+        load_hf(directory, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"no such config\.json"):
+        load_hf(tmp_path, dtype=torch.float32)
+
+
+def test_old_rope_buffers_are_ignored_and_a_tied_head_must_be_tied(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    directory = export(tiny(tied=True), tmp_path / "export", tokenizer_file)
+    weights = load_file(directory / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights | {"lm_head.weight": embedding.clone()}, directory / "model.safetensors")
+    loaded = load_hf(directory, dtype=torch.float32)
+    assert torch.equal(loaded.lm_head.weight, embedding)
+    save_file(weights | {"lm_head.weight": embedding + 1}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        load_hf(directory, dtype=torch.float32)
+
+
+def test_initial_weights_are_a_function_of_seed_and_name() -> None:
+    model = tiny(seed=5)
+    again, deeper, other = tiny(seed=5).bfloat16(), tiny(seed=5, num_layers=3), tiny(seed=6)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.bfloat16())
+        if name.endswith("norm.weight"):
+            assert torch.equal(parameter, torch.ones(64))
+            continue
+        assert not torch.equal(other.get_parameter(name), parameter)
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert parameter.std().item() == pytest.approx(0.02 / (2.0 if residual else 1.0), rel=0.05)
+        ratio = math.sqrt(2 / 3) if residual else 1.0
+        torch.testing.assert_close(deeper.get_parameter(name), parameter * ratio)
+    in_bf16 = Llama(TINY).bfloat16()
+    initialize(in_bf16, seed=5)
+    assert all(map(torch.equal, in_bf16.parameters(), again.parameters()))
+
+
+def test_loss_is_the_mean_over_targets_that_count() -> None:
+    model, batch = tiny(), tokens(2, 33)
+    inputs, targets = batch[:, :-1], batch[:, 1:].clone()
+    targets[:, :20] = IGNORED_TARGET
+    chances = model(inputs).double().log_softmax(-1)
+    expected = -chances[:, 20:].gather(-1, targets[:, 20:, None]).mean()
+    loss = model(inputs, targets)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(320), rel=0.02)  # small random weights: nearly uniform
+
+
+def test_bf16_loss_is_close_to_fp32() -> None:
+    inputs, targets = tokens(2, 32), tokens(2, 32, seed=1)
+    exact, rounded = tiny()(inputs, targets), tiny().bfloat16()(inputs, targets)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
+def test_no_token_sees_the_future() -> None:
+    model, batch = tiny(), tokens(1, 32)
+    changed = batch.clone()
+    changed[:, 20] += 1 - 2 * (changed[:, 20] == 319)
+    difference = (model(batch) - model(changed)).abs().amax((0, 2))
+    assert difference[:20].max() == 0 and difference[20:].min() > 0
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    inputs, targets = tokens(2, 32), tokens(2, 32, seed=1)
+    losses, gradients = [], []
+    for activation_checkpointing in (False, True):
+        model = tiny(activation_checkpointing=activation_checkpointing)
+        loss = model(inputs, targets)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert losses[0] == losses[1]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_kv_cache_through_the_seam_gives_the_same_logits() -> None:
+    """The contract that serving builds on: `positions` and `attend` of `Decoder.forward`."""
+    model, batch = tiny(rope_scaling=LLAMA_3), tokens(2, 24)
+    cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if layer in cache:
+            k, v = torch.cat((cache[layer][0], k), 2), torch.cat((cache[layer][1], v), 2)
+        cache[layer] = (k, v)
+        past = torch.arange(k.shape[2]) <= torch.arange(k.shape[2])[-q.shape[2] :, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)
+
+    pieces = [(0, 17), *((start, start + 1) for start in range(17, 24))]
+    hidden = [
+        model.model(batch[:, a:b], positions=torch.arange(a, b).expand(2, -1), attend=attend)
+        for a, b in pieces
+    ]
+    torch.testing.assert_close(model.lm_head(torch.cat(hidden, 1)), model(batch), rtol=1e-5, atol=1e-6)
+
+
+def test_rope_is_fp32_and_turns_by_position() -> None:
+    cos, sin = rotary(TINY, torch.tensor([0, 3]))
+    assert cos.shape == (1, 1, 2, 16) and cos.dtype == sin.dtype == torch.float32
+    assert torch.equal(cos[0, 0, 0], torch.ones(16)) and torch.equal(sin[0, 0, 0], torch.zeros(16))
+    assert sin[0, 0, 1, 0].item() == pytest.approx(math.sin(3))
+    assert cos[0, 0, 1, 9].item() == pytest.approx(math.cos(3 * 10_000 ** (-2 / 16)))
+
+
+def test_flops_are_three_times_what_torch_counts_forward() -> None:
+    # Exact: torch counts 2mnk per matmul, and with the math backend the whole attention matrix.
+    for shape in (TINY, resolve_tiny(tied=True, head_dim=24)):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            Llama(shape)(tokens(2, 48))
+        assert 3 * counter.get_total_flops() == 2 * 48 * shape.flops_per_token(48)
+
+
+def test_generation_follows_the_seed_and_the_likeliest_token() -> None:
+    model, prompt = tiny(), tokens(5)
+    first, again, other = (generate(model, prompt, num_tokens=12, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (17,) and torch.equal(first[:5], prompt)
+    greedy = generate(model, prompt, num_tokens=6, temperature=0)
+    assert torch.equal(greedy, generate(model, prompt, num_tokens=6, top_k=1))
+    with torch.no_grad():
+        for length in range(5, 11):
+            assert greedy[length] == model(greedy[None, :length])[0, -1].argmax()
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(model, prompt[:0], num_tokens=1)

@@ -1,0 +1,48 @@
+import errno
+import os
+
+import pytest
+
+from cluster import files
+
+
+def test_json_survives_the_round_trip_and_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": True})
+    files.write_json(path, {"x": [1, 2.5, None]})
+    assert files.read_json(path) == {"x": [1, 2.5, None]}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'") as caught:
+        files.write_text(path, "new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_missing_folder_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent/a\.txt'"):
+        files.write_text(tmp_path / "absent" / "a.txt", "x")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_what_is_not_json_is_an_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        files.read_json(path)
+
+
+def test_nan_is_refused_by_name_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json: Out of range float"):
+        files.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []

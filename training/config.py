@@ -1,0 +1,234 @@
+"""The keys of a training run. The defaults are the embedded run: small, on CPU, a few minutes long.
+
+`training/configs/*.yaml` change what differs elsewhere. Quantities that follow from these (steps,
+accumulation, memory, FLOPs) are derived in `training.plan`, not configured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import config as layered
+from cluster.config import key, require, require_choice
+from cluster.session import SessionConfig
+
+LAUNCHERS = ("ray", "torch")
+PRECISIONS = ("bf16", "fp32")
+DECAYS = ("linear", "cosine")
+MATRIX_RULES = ("muon", "adamw")
+ORTHOGONALISATIONS = ("polar_express", "jordan", "cans")
+UPDATE_SCALES = ("spectral", "jordan", "rms")
+WANDB_MODES = ("auto", "offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = key("first-light", "the run; the same name again resumes it")
+    directory: str = key("outputs", "where runs are kept; on a cluster, storage that every node sees")
+    seed: int = key(1234, "initial weights, sample order and sampled text")
+
+    def __post_init__(self) -> None:
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] != "."
+        require(plain, "run.name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = key(
+        "botocore", "'botocore' (embedded corpus) or a file, folder or glob: .txt .jsonl .parquet"
+    )
+    text_field: str = key("text", "field of a .jsonl line or column of a .parquet file that holds the text")
+    tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
+    vocab_size: int = key(8192, "vocabulary of a trained tokenizer")
+    validation_fraction: float = key(0.01, "share of the documents that is held out, chosen by their hash")
+    directory: str = key("data", "where prepared token shards are kept")
+    shard_tokens: int = key(100_000_000, "tokens per shard file")
+
+    def __post_init__(self) -> None:
+        require(300 <= self.vocab_size <= 1_000_000, "data.vocab_size", "must lie between 300 and 1000000")
+        require(0 < self.validation_fraction < 0.5, "data.validation_fraction", "must lie between 0 and 0.5")
+        require(self.shard_tokens >= 1000, "data.shard_tokens", "must be at least 1000")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    shape: str = key(
+        "llama-5m", "a name from training/shapes.py, or a Hugging Face LLaMA directory's config.json"
+    )
+    num_layers: int | None = key(None, "replaces the shape's number of layers")
+    hidden_size: int | None = key(None, "replaces the shape's hidden size")
+    ffn_size: int | None = key(None, "replaces the shape's feed-forward size")
+    num_heads: int | None = key(None, "replaces the shape's number of query heads")
+    num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
+    vocab_size: int | None = key(None, "replaces the shape's vocabulary")
+    activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    tokens: int = key(8192, "tokens per optimizer step, over all workers")
+    sequence_length: int = key(256, "tokens per sequence")
+    micro_sequences: int = key(8, "sequences per worker and forward pass; accumulation follows")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "sequence_length", "micro_sequences"):
+            require(getattr(self, name) >= 1, f"batch.{name}", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class MatrixOptimConfig:
+    rule: str = key("muon", "rule of the hidden matrices: muon or adamw")
+    lr: float = key(0.02, "peak learning rate of the hidden matrices")
+    momentum: float = key(0.95, "muon: momentum")
+    nesterov: bool = key(True, "muon: Nesterov look-ahead of the momentum")
+    weight_decay: float = key(0.1, "decoupled: each step multiplies the weights by 1 - lr*weight_decay")
+    method: str = key("polar_express", "muon: Newton-Schulz coefficients, by name (optim/polar.py)")
+    scale: str = key("spectral", "muon: scale of the orthogonal update, by name (optim/rules.py)")
+    dtype: str = key("bf16", "muon: precision of exchange and orthogonalisation: bf16 or fp32")
+
+    def __post_init__(self) -> None:
+        require_choice("optim.matrix.rule", self.rule, MATRIX_RULES)
+        require_choice("optim.matrix.method", self.method, ORTHOGONALISATIONS)
+        require_choice("optim.matrix.scale", self.scale, UPDATE_SCALES)
+        require_choice("optim.matrix.dtype", self.dtype, PRECISIONS)
+        require(self.lr > 0, "optim.matrix.lr", "must be positive")
+        require(0 <= self.momentum < 1, "optim.matrix.momentum", "must lie in [0, 1)")
+        require(self.weight_decay >= 0, "optim.matrix.weight_decay", "must not be negative")
+
+
+@dataclass(frozen=True)
+class VectorOptimConfig:
+    lr: float = key(0.003, "peak learning rate of embeddings, head, norms and biases (AdamW)")
+    beta1: float = key(0.9, "decay of the first moment")
+    beta2: float = key(0.95, "decay of the second moment")
+    eps: float = key(1e-8, "added to the root of the second moment")
+    weight_decay: float = key(0.0, "decoupled, on embeddings and head only")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.vector.lr", "must be positive")
+        require(0 <= self.beta1 < 1, "optim.vector.beta1", "must lie in [0, 1)")
+        require(0 <= self.beta2 < 1, "optim.vector.beta2", "must lie in [0, 1)")
+        require(self.eps > 0, "optim.vector.eps", "must be positive")
+        require(self.weight_decay >= 0, "optim.vector.weight_decay", "must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    matrix: MatrixOptimConfig = key(MatrixOptimConfig, "hidden matrices")
+    vector: VectorOptimConfig = key(VectorOptimConfig, "everything else")
+    clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
+
+    def __post_init__(self) -> None:
+        require(self.clip >= 0, "optim.clip", "must not be negative")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    tokens: int = key(2_048_000, "tokens to train on; rounded down to whole steps")
+    warmup_fraction: float = key(0.03, "share of the steps in which the learning rate rises linearly")
+    decay_fraction: float = key(0.5, "share of the steps, the last, in which it falls")
+    decay: str = key("linear", "form of the fall: linear or cosine")
+    final_fraction: float = key(0.05, "learning rate at the end, as a share of the peak")
+
+    def __post_init__(self) -> None:
+        require_choice("schedule.decay", self.decay, DECAYS)
+        for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"schedule.{name}", "must lie between 0 and 1")
+        total = self.warmup_fraction + self.decay_fraction
+        require(
+            total <= 1, "schedule.warmup_fraction", f"with schedule.decay_fraction makes {total:g}, above 1"
+        )
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = key(1, "DeepSpeed ZeRO stage: 0, 1, 2 or 3")
+    init: bool = key(False, "stage 3: partition the weights while the model is built (zero.Init)")
+    bucket_elements: int = key(50_000_000, "elements per communication bucket")
+
+    def __post_init__(self) -> None:
+        require(self.stage in (0, 1, 2, 3), "zero.stage", f"{self.stage} is not one of 0, 1, 2, 3")
+        require(not self.init or self.stage == 3, "zero.init", "needs zero.stage=3")
+        require(self.bucket_elements >= 1, "zero.bucket_elements", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    count: int = key(2, "training workers (ranks)")
+    gpu: bool = key(False, "one GPU per worker (NCCL); otherwise CPU (gloo)")
+    cpus: float = key(1.0, "CPUs that Ray reserves per worker; also the worker's threads on CPU")
+    accelerator: str | None = key(None, "Ray accelerator type to ask for, such as A40")
+    max_failures: int = key(
+        0, "times that Ray restarts the workers from the newest checkpoint after a failure"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, "workers.count", "must be at least 1")
+        require(self.cpus > 0, "workers.cpus", "must be positive")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = key(100, "steps between checkpoints; one more is written at the end")
+    keep: int = key(2, "newest complete checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int = key(50, "steps between validation losses; also taken at step 0 and at the end")
+    sequences: int = key(64, "held-out sequences in each, the same every time")
+    prompts: tuple[str, ...] = key(("The name of the", "Returns a list of"), "prompts continued at the end")
+    sample_tokens: int = key(48, "tokens sampled for each prompt; 0 turns sampling off")
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "evaluation.every_steps", "must be at least 1")
+        require(self.sequences >= 1, "evaluation.sequences", "must be at least 1")
+        require(self.sample_tokens >= 0, "evaluation.sample_tokens", "must not be negative")
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    every_steps: int = key(1, "steps between lines of metrics.jsonl")
+    wandb: str = key("auto", "auto (online with a key, else offline), offline, online or disabled")
+    project: str = key("asuncion", "Weights & Biases project")
+    group: str | None = key(None, "Weights & Biases group")
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "record.every_steps", "must be at least 1")
+        require_choice("record.wandb", self.wandb, WANDB_MODES)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    launcher: str = key("ray", "ray (Ray Train) or torch (torchrun, or one process): the same loop")
+    precision: str = key("bf16", "weights and activations: bf16 (with fp32 master weights) or fp32")
+    run: RunConfig = key(RunConfig, "")
+    data: DataConfig = key(DataConfig, "")
+    model: ModelConfig = key(ModelConfig, "")
+    batch: BatchConfig = key(BatchConfig, "")
+    schedule: ScheduleConfig = key(ScheduleConfig, "")
+    optim: OptimConfig = key(OptimConfig, "")
+    zero: ZeroConfig = key(ZeroConfig, "")
+    workers: WorkersConfig = key(WorkersConfig, "")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "")
+    evaluation: EvaluationConfig = key(EvaluationConfig, "")
+    record: RecordConfig = key(RecordConfig, "")
+    session: SessionConfig = key(SessionConfig, "")
+
+    def __post_init__(self) -> None:
+        require_choice("launcher", self.launcher, LAUNCHERS)
+        require_choice("precision", self.precision, PRECISIONS)
+
+    @property
+    def run_directory(self) -> Path:
+        """`<run.directory>/<run.name>`, absolute."""
+        return (Path(self.run.directory).expanduser() / self.run.name).absolute()
+
+
+def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> TrainConfig:
+    """The training configuration: defaults <- `file` <- `dotlist`. Raises `ConfigError`."""
+    return layered.load(TrainConfig, file=file, dotlist=dotlist)

@@ -1,0 +1,112 @@
+"""Writing a model as a Hugging Face LLaMA directory. `training.model.load_hf` reads such directories."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from training.shapes import LlamaShape, to_hf_config
+
+
+def save_hf(
+    directory: Path,
+    *,
+    shape: LlamaShape,
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    tokenizer_file: Path,
+    eos_id: int,
+    bos_id: int | None = None,
+) -> None:
+    """Write config, weights and tokenizer such that transformers (4 or 5), vLLM and `load_hf` load them.
+
+    The directory appears whole or not at all, and replaces an earlier export only once it is on disk.
+
+    Args:
+        tensors: name -> tensor for every entry of `shape.parameters()`, on any device; the head of a tied
+            shape may be among them and is left out. Taken one at a time and cast to `dtype` on the CPU.
+        tokenizer_file: a `tokenizer.json` of the tokenizers library.
+        eos_id: the token that ends a text.
+        bos_id: the token that begins one, if there is any.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or mis-shaped, the tokenizer does not know an id or has
+            more tokens than the model, or the directory exists and is no export.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory}: exists and is no earlier export; choose another directory")
+    weights = _weights(shape, tensors, dtype=dtype)
+    tokenizer_config = _tokenizer_config(Path(tokenizer_file), shape=shape, eos_id=eos_id, bos_id=bos_id)
+    config = to_hf_config(shape, dtype=str(dtype).removeprefix("torch."), eos_id=eos_id, bos_id=bos_id)
+
+    partial, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("partial", "replaced"))
+    for leftover in (partial, replaced):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(tokenizer_file, partial / "tokenizer.json")
+    _write_json(partial / "config.json", config)
+    _write_json(partial / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+    _write_json(partial / "tokenizer_config.json", tokenizer_config)
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+
+    if directory.exists():
+        directory.rename(replaced)
+    partial.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _weights(
+    shape: LlamaShape,
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in pairs}
+    if shape.tied:
+        weights.pop("lm_head.weight", None)
+    expected = shape.parameters()
+    for name in [*expected, *weights]:
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != expected.get(name, "missing"):
+            raise ValueError(f"tensor {name}: given {found}, in the model {expected.get(name, 'missing')}")
+    return weights
+
+
+def _tokenizer_config(file: Path, *, shape: LlamaShape, eos_id: int, bos_id: int | None) -> dict[str, Any]:
+    tokenizer = Tokenizer.from_file(str(file))
+    if tokenizer.get_vocab_size() > shape.vocab_size:
+        size = tokenizer.get_vocab_size()
+        raise ValueError(f"{file}: has {size} tokens, the model's vocabulary only {shape.vocab_size}")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": shape.max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    for role, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
+        if token_id is not None:
+            token = tokenizer.id_to_token(token_id)
+            if token is None:
+                raise ValueError(f"{file}: has no token with id {token_id} to serve as {role}")
+            config[role] = token
+    return config
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

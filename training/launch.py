@@ -1,0 +1,226 @@
+"""`make train`: configuration -> plan -> data -> workers -> summary.
+
+    python -m training.launch [--config FILE] [--dry-run] [key=value ...]
+    torchrun --nproc-per-node=2 -m training.launch launcher=torch [key=value ...]
+
+Running the same command again resumes the run from its newest complete checkpoint.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import cli, files
+from cluster import config as layered
+from cluster.cli import RunError, UserError
+from cluster.progress import Progress
+from cluster.record import follow
+from cluster.session import ray_session, set_defaults, worker_environment
+from training import checkpoint
+from training import config as training_config
+from training.config import TrainConfig
+from training.plan import Plan, make_plan
+from training.plots import plot_losses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser("training.launch", description=__doc__.splitlines()[0], keys=TrainConfig())
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        config = training_config.load(file=options.config, dotlist=options.overrides)
+        plan = make_plan(config)
+        if options.dry_run:
+            print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+        elif config.launcher == "torch":
+            run_torch(config, plan)
+        else:
+            run_ray(config, plan)
+
+    return cli.run(body)
+
+
+def run_ray(config: TrainConfig, plan: Plan) -> None:
+    """Train on Ray Train workers; this process prepares, follows and prints."""
+    print(plan.describe(), flush=True)
+    with Progress(plan.num_steps) as progress:
+        data = prepare_run(config, plan, report=progress.note)
+        if data is None:
+            return
+        environment = worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus)))
+        with ray_session(config.session, worker_env=environment), _Follower(config, progress):
+            _fit(config, data)
+    finish_run(config)
+
+
+def _fit(config: TrainConfig, data: Path) -> None:
+    """One Ray Train run, to its end."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    workers = config.workers
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"config": config, "data": data, "command": sys.argv},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
+            accelerator_type=workers.accelerator,
+        ),
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(config.run_directory),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise RunError(_reason(error, config)) from error
+
+
+def _reason(error: Any, config: TrainConfig) -> str:
+    """The first worker's own message, and where the whole story is."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [failures[rank] for rank in sorted(failures)] or [error]
+    log = config.run_directory / "failure.log"
+    files.write_text(log, "\n".join(f"--- {cause!r}\n{cause}" for cause in causes) + "\n")
+    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
+    return (
+        f"training failed: {lines[-1] if lines else repr(causes[0])}\nthe whole traceback is in {log}; "
+        "run the same command again to resume from the newest checkpoint"
+    )
+
+
+def _ray_worker(arguments: dict[str, Any]) -> None:
+    from training.context import RayContext
+    from training.loop import train
+
+    config: TrainConfig = arguments["config"]
+    train(
+        config,
+        data=arguments["data"],
+        command=arguments["command"],
+        context=RayContext.create(gpu=config.workers.gpu),
+        observe=lambda row: None,  # the driver reads metrics.jsonl
+    )
+
+
+def run_torch(config: TrainConfig, plan: Plan) -> None:
+    """Train in this process, as one rank of torchrun or alone."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.workers.count:
+        raise UserError(
+            f"workers.count: {config.workers.count}, but torchrun started {world_size} processes; "
+            f"set workers.count={world_size} or --nproc-per-node={config.workers.count}"
+        )
+    set_defaults(worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus))))
+    import torch
+
+    from training.context import torch_context
+    from training.loop import train
+
+    if not config.workers.gpu:
+        torch.set_num_threads(max(1, int(config.workers.cpus)))
+    with torch_context(gpu=config.workers.gpu) as context, Progress(plan.num_steps) as progress:
+        if context.is_main:
+            progress.note(plan.describe())
+        prepared = _attempt_on_main(context, lambda: prepare_run(config, plan, report=progress.note))
+        if prepared is not None:
+            train(config, data=prepared, command=sys.argv, context=context, observe=progress.update)
+    if rank == 0 and prepared is not None:
+        finish_run(config)
+
+
+def _attempt_on_main(context: Any, work: Any) -> Any:
+    """The result of `work` on rank 0, on every rank; its error ends every rank, and rank 0 explains it."""
+    result, problem = None, None
+    if context.is_main:
+        try:
+            result = work()
+        except ValueError as error:
+            problem = error
+    result, failed = context.gather((result, problem is not None))[0]
+    if problem is not None:
+        raise problem
+    if failed:
+        sys.exit(cli.BAD_INPUT)
+    return result
+
+
+def prepare_run(config: TrainConfig, plan: Plan, *, report: Any) -> Path | None:
+    """Everything before the first worker: data, run directory, and whether there is anything left to do.
+
+    Returns the prepared data, or None if the run is already complete.
+    """
+    from training.data import TokenDataset
+    from training.prepare import prepare
+
+    directory = config.run_directory
+    root = directory / "checkpoints"
+    newest = checkpoint.newest_complete(root, report=report)
+    if newest is not None:
+        step = checkpoint.Checkpoint(newest).state["step"]
+        if step >= plan.num_steps and (directory / "summary.json").exists():
+            report(f"{directory} is complete at step {step}; set run.name or schedule.tokens to train on")
+            return None
+        report(f"resuming {directory} from step {step}")
+    data = prepare(config.data, report=report).absolute()  # workers have another working directory
+    length = config.batch.sequence_length
+    train_set = TokenDataset.open(data, split="train", sequence_length=length)
+    TokenDataset.open(data, split="validation", sequence_length=length)
+    if train_set.manifest.vocab_size > plan.shape.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {plan.shape.vocab_size}, but the tokenizer of {data} has "
+            f"{train_set.manifest.vocab_size} tokens; set model.vocab_size to at least that"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_text(directory / "config.yaml", layered.to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    return data
+
+
+def finish_run(config: TrainConfig) -> None:
+    """Plot the run and print what it came to."""
+    directory = config.run_directory
+    plot_losses(directory)
+    summary = files.read_json(directory / "summary.json")
+    print(f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens")
+    for prompt, text in summary["samples"].items():
+        print(f"sample {prompt!r}: {text!r}")
+    print(f"W&B: {summary['wandb_status']}")
+    print(f"run directory: {directory}")
+
+
+class _Follower:
+    """Feeds the progress line from `metrics.jsonl` while the workers write it."""
+
+    def __init__(self, config: TrainConfig, progress: Progress) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._follow, args=(config.run_directory / "metrics.jsonl", progress), daemon=True
+        )
+
+    def _follow(self, path: Path, progress: Progress) -> None:
+        for row in follow(path, stop=self._stop.is_set):
+            progress.update(row)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

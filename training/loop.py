@@ -1,0 +1,323 @@
+"""The training loop: one step after another, whatever launched it.
+
+Everything it leaves behind is in the run directory: the record, the checkpoints, the plot. A run that
+starts where checkpoints are resumes from the newest complete one.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from cluster import config as layered
+from cluster import provenance
+from cluster.cli import RunError
+from cluster.record import Record
+from optim import groups
+from optim.schedule import lr_factor
+from training import checkpoint
+from training.checkpoint import Checkpoint, CheckpointError
+from training.config import TrainConfig
+from training.context import Context
+from training.data import SampleOrder, TokenDataset, micro_batch, validation_batches
+from training.engine import make_engine, zero_init
+from training.meter import Meter
+from training.model import IGNORED_TARGET, Llama, generate, initialize
+from training.plan import Plan, make_plan
+
+MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
+
+Observe = Callable[[dict[str, Any]], None]
+
+
+class TrainingError(RunError):
+    """The run cannot go on; the message says what happened and what to change."""
+
+
+def train(config: TrainConfig, *, data: Path, command: list[str], context: Context, observe: Observe) -> None:
+    """Run, or resume, `config` to its last step on this rank.
+
+    Args:
+        data: the prepared data set (`training.prepare`).
+        command: the command line, for the record.
+        observe: called on rank 0 with every row of `metrics.jsonl`.
+    """
+    trainer = Trainer(config, data=data, context=context)
+    with trainer.open_record(command) if context.is_main else nullcontext() as record:
+        summary = trainer.run(Output(record, observe))
+        if record is not None:
+            record.finish(summary)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where rows and notes go: the record on rank 0, nowhere on the others."""
+
+    record: Record | None
+    observe: Observe
+
+    def row(self, row: dict[str, Any]) -> None:
+        if self.record is not None:
+            self.record.log(row)
+            self.observe(row)
+
+
+class Trainer:
+    """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
+
+    def __init__(self, config: TrainConfig, *, data: Path, context: Context) -> None:
+        self.config = config
+        self.context = context
+        self.plan: Plan = make_plan(config, num_workers=context.world_size)
+        length = config.batch.sequence_length
+        self.train_set = TokenDataset.open(data, split="train", sequence_length=length)
+        self.validation_set = TokenDataset.open(data, split="validation", sequence_length=length)
+        self.tokenizer = Tokenizer.from_file(str(data / self.train_set.manifest.tokenizer_file))
+        self.order = SampleOrder(self.train_set.num_samples, seed=config.run.seed)
+        self.meter = Meter(
+            tokens_per_step=self.plan.tokens_per_step,
+            flops_per_token=self.plan.flops_per_token,
+            num_devices=context.world_size,
+            device_name=context.device_name,
+        )
+        with zero_init(config):
+            model = Llama(self.plan.shape, activation_checkpointing=config.model.activation_checkpointing)
+        initialize(model, seed=config.run.seed)
+        self.engine, self.optimizer, self.members = make_engine(
+            model, config, micro_batch=config.batch.micro_sequences, accumulation=self.plan.accumulation
+        )
+        self.step = 0  # optimizer steps taken, skipped ones included
+        self.consecutive_skips = 0
+        self.resumed_from: int | None = None
+        self._resume()
+
+    # --- the run ------------------------------------------------------------------------------------------
+
+    def run(self, output: Output) -> dict[str, Any]:
+        """All remaining steps. Returns the summary of the run."""
+        started = time.time()
+        validation_loss = None
+        if self.step == 0:
+            output.row({"step": 0, "tokens": 0, "validation_loss": self.validate()})
+        self._start_meter()
+        losses: list[Tensor] = []
+        while self.step < self.plan.num_steps:
+            losses.append(self.take_step())
+            last = self.step == self.plan.num_steps
+            if self._due(self.config.record.every_steps) or last:
+                row = self.row(losses)
+                losses = []
+                if self._due(self.config.evaluation.every_steps) or last:
+                    row["validation_loss"] = validation_loss = self.validate()
+                output.row(row)
+                self._start_meter()
+            if self._due(self.config.checkpoint.every_steps) or last:
+                self.save()
+                self.context.report({"step": self.step})
+                self._start_meter()
+        return {
+            "step": self.step,
+            "tokens": self.step * self.plan.tokens_per_step,
+            "skipped_steps": self.step - self.optimizer.applied_steps,
+            "validation_loss": validation_loss if validation_loss is not None else self.validate(),
+            "wall_seconds": time.time() - started,
+            "resumed_from_step": self.resumed_from,
+            "num_parameters": self.plan.shape.num_parameters,
+            "flops_per_token": self.plan.flops_per_token,
+            **self.meter.summary(),
+            "samples": self.sample(),
+        }
+
+    def take_step(self) -> Tensor:
+        """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss."""
+        applied = self.optimizer.applied_steps
+        schedule = {name: value for name, value in asdict(self.config.schedule).items() if name != "tokens"}
+        self.optimizer.set_lr_factor(lr_factor(applied, num_steps=self.plan.num_steps, **schedule))
+        self.engine.train()
+        total = torch.zeros((), device=self.context.device)
+        for micro_step in range(self.plan.accumulation):
+            inputs, targets = self._micro_batch(micro_step)
+            loss = self.engine(inputs, targets)
+            self.engine.backward(loss)
+            self.engine.step()  # steps the optimizer on the last micro-batch
+            total += loss.detach()
+        self.step += 1
+        self._count_skips(skipped=self.optimizer.applied_steps == applied)
+        return total / self.plan.accumulation
+
+    def row(self, losses: list[Tensor]) -> dict[str, Any]:
+        """The line of metrics.jsonl for the steps since the last line."""
+        loss = self.context.sum(torch.stack(losses).mean()) / self.context.world_size
+        loss_value = loss.item()  # the device has finished here
+        return {
+            "step": self.step,
+            "tokens": self.step * self.plan.tokens_per_step,
+            "loss": loss_value,
+            "gradient_norm": self.optimizer.gradient_norm,
+            "lr": self.optimizer.lr("matrix"),
+            "lr_vector": self.optimizer.lr("vector"),
+            "skipped_steps": self.step - self.optimizer.applied_steps,
+            **self.meter.stop(num_steps=len(losses)),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss in nats per token over the held-out sequences, the same ones every time."""
+        self.engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
+        for tokens, weights in validation_batches(
+            self.validation_set,
+            sequences=self.config.evaluation.sequences,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            micro_sequences=self.config.batch.micro_sequences,
+        ):
+            batch = torch.from_numpy(tokens).to(self.context.device)
+            real = torch.from_numpy(weights).to(self.context.device)
+            # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
+            targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
+            loss = self.engine(batch[:, :-1].contiguous(), targets).item()
+            totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
+        self.context.sum(totals := totals.to(self.context.device))
+        return (totals[0] / totals[1]).item()
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, str]:
+        """Prompt -> text that the model writes after it. Every rank takes part."""
+        self.engine.eval()
+        samples = {}
+        if self.config.evaluation.sample_tokens:
+            for prompt in self.config.evaluation.prompts:
+                ids = torch.tensor(self.tokenizer.encode(prompt).ids, device=self.context.device)
+                tokens = generate(
+                    self.engine,
+                    ids,
+                    num_tokens=self.config.evaluation.sample_tokens,
+                    temperature=SAMPLE_TEMPERATURE,
+                    top_k=SAMPLE_TOP_K,
+                    seed=self.config.run.seed,
+                )
+                samples[prompt] = self.tokenizer.decode(tokens.tolist())
+        return samples
+
+    # --- checkpoints and the record -----------------------------------------------------------------------
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the start of a run and its resumption."""
+        return {
+            "data fingerprint": self.train_set.manifest.fingerprint,
+            "run.seed": self.config.run.seed,
+            "batch.sequence_length": self.config.batch.sequence_length,
+            "optim.matrix.rule": self.config.optim.matrix.rule,
+            "model": asdict(self.plan.shape),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step and drop the ones that are no longer kept."""
+        root = self.config.run_directory / "checkpoints"
+        checkpoint.save(
+            checkpoint.step_directory(root, self.step),
+            shards=self.optimizer.shards(),
+            state={
+                "step": self.step,
+                "applied_steps": self.optimizer.applied_steps,
+                "consumed_samples": self._consumed_samples,
+                "identity": self.identity,
+                "world_size": self.context.world_size,
+                "zero_stage": self.config.zero.stage,
+            },
+            context=self.context,
+        )
+        if self.context.is_main:
+            checkpoint.prune(root, keep=self.config.checkpoint.keep)
+
+    def _resume(self) -> None:
+        path = checkpoint.newest_complete(self.config.run_directory / "checkpoints", report=lambda _: None)
+        if path is None:
+            return
+        saved = Checkpoint(path)
+        check_identity(saved, self.identity)
+        self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
+        self.step = self.resumed_from = saved.state["step"]
+        if saved.state["consumed_samples"] != self._consumed_samples:
+            raise CheckpointError(
+                f"{path}: was written after {saved.state['consumed_samples']} samples in {self.step} steps; "
+                "batch.tokens has changed since: set it back, or start anew under another run.name"
+            )
+
+    def open_record(self, command: list[str]) -> Record:
+        """The record of this run, on rank 0."""
+        config, directory = self.config, self.config.run_directory
+        return Record.open(
+            directory,
+            config=layered.to_dict(config),
+            provenance=provenance.collect(
+                command=command, data_fingerprint=self.train_set.manifest.fingerprint
+            ),
+            wandb_mode=config.record.wandb,
+            project=config.record.project,
+            group=config.record.group,
+            name=config.run.name,
+            resume_step=self.resumed_from,
+        )
+
+    @property
+    def partition(self) -> str:
+        """Which rule each parameter got, as text."""
+        return groups.describe(self.members)
+
+    # --- details ------------------------------------------------------------------------------------------
+
+    @property
+    def _consumed_samples(self) -> int:
+        return self.step * self.plan.samples_per_step
+
+    def _micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.from_numpy(
+            micro_batch(
+                self.train_set,
+                self.order,
+                consumed_samples=self._consumed_samples,
+                micro_step=micro_step,
+                rank=self.context.rank,
+                world_size=self.context.world_size,
+                micro_sequences=self.config.batch.micro_sequences,
+            )
+        ).to(self.context.device, non_blocking=True)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _due(self, every_steps: int) -> bool:
+        return self.step % every_steps == 0
+
+    def _start_meter(self) -> None:
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.meter.start()
+
+    def _count_skips(self, *, skipped: bool) -> None:
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
+            raise TrainingError(
+                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} consecutive steps; "
+                "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
+                "it resumes from the newest checkpoint"
+            )
+
+
+def check_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
+    """Raise a `CheckpointError` if a run of this `identity` cannot continue `saved`."""
+    for key, value in identity.items():
+        before = saved.state["identity"].get(key)
+        if before != value:
+            raise CheckpointError(
+                f"{saved.path}: {key} was {before!r} and is now {value!r}; "
+                "set it back, or start anew under another run.name"
+            )

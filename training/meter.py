@@ -1,0 +1,59 @@
+"""Throughput and utilisation of a run, from its own clock."""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster import hardware
+
+
+@dataclass
+class Meter:
+    """Times optimizer steps; evaluation and checkpoints are left out, because the caller starts anew after them.
+
+    Attributes:
+        tokens_per_step: over all workers.
+        flops_per_token: see `LlamaShape.flops_per_token`.
+        num_devices: accelerators over all workers.
+        device_name: as the driver names it, or the CPU's model name.
+    """
+
+    tokens_per_step: int
+    flops_per_token: int
+    num_devices: int
+    device_name: str
+    step_seconds: list[float] = field(default_factory=list)
+    _started: float = 0.0
+
+    def start(self) -> None:
+        """Begin to time. Call once the device has finished what came before."""
+        self._started = time.perf_counter()
+
+    def stop(self, *, num_steps: int) -> dict[str, Any]:
+        """Seconds per step, tokens per second and MFU of the `num_steps` steps since `start`."""
+        seconds = (time.perf_counter() - self._started) / num_steps
+        self.step_seconds += [seconds] * num_steps
+        return {"step_seconds": seconds, **self.rates(seconds)}
+
+    def summary(self) -> dict[str, Any]:
+        """The median step and its rates; empty if no step was timed."""
+        if not self.step_seconds:
+            return {}
+        median = statistics.median(self.step_seconds)
+        return {"median_step_seconds": median, **self.rates(median)}
+
+    def rates(self, step_seconds: float) -> dict[str, Any]:
+        """tokens_per_second over all workers, and `mfu` as a share of the datasheet peak, or null and why."""
+        tokens_per_second = self.tokens_per_step / step_seconds
+        device = hardware.lookup(self.device_name)
+        if device is None:
+            reason = f"no datasheet peak for {self.device_name}"
+            return {"tokens_per_second": tokens_per_second, "mfu": None, "mfu_reason": reason}
+        mfu = hardware.mfu(
+            tokens_per_second=tokens_per_second,
+            flops_per_token=self.flops_per_token,
+            num_devices=self.num_devices,
+            peak_tflops=device.bf16_tflops,
+        )
+        return {"tokens_per_second": tokens_per_second, "mfu": mfu}

@@ -1,0 +1,201 @@
+"""What follows from a configuration before anything runs: steps, accumulation, memory, FLOPs. No torch."""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from cluster import hardware
+from cluster.config import ConfigError
+from training import shapes
+from training.config import TrainConfig
+from training.shapes import LlamaShape
+
+GPU_RESERVE_BYTES = (
+    2.0e9  # CUDA context, NCCL buffers and the allocator's fragmentation: an allowance, not a count
+)
+ASSUMED_MFU = 0.4  # for the time estimate only; the run measures its own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived quantities of a run.
+
+    Attributes:
+        accumulation: micro-batches per worker and optimizer step.
+        memory_bytes: part -> bytes per worker, at its peak.
+        device: the accelerator the memory must fit, if the configuration names a known one.
+    """
+
+    shape: LlamaShape
+    num_workers: int
+    accumulation: int
+    samples_per_step: int
+    tokens_per_step: int
+    num_steps: int
+    flops_per_token: int
+    memory_bytes: dict[str, int]
+    device: hardware.Device | None
+
+    @property
+    def total_memory_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    def describe(self) -> str:
+        """The plan as a table for people."""
+        rows = [
+            ("parameters", f"{self.shape.num_parameters:,} ({self.shape.num_parameters / 1e9:.4f}B)"),
+            ("workers", f"{self.num_workers}"),
+            (
+                "tokens per step",
+                f"{self.tokens_per_step:,} = {self.samples_per_step} sequences, "
+                f"{self.accumulation} micro-batches per worker",
+            ),
+            ("steps", f"{self.num_steps:,} ({self.num_steps * self.tokens_per_step:,} tokens)"),
+            ("FLOPs per token", f"{self.flops_per_token:,} = 6*N_matmul + 12*layers*heads*head_dim*sequence"),
+            ("training time", self._time()),
+            ("memory per worker", f"{self.total_memory_bytes / 1e9:.2f} GB"),
+        ]
+        rows += [(f"  {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()]
+        if self.device:
+            rows.append(("memory available", f"{self.device.memory_gb:g} GB ({self.device.name})"))
+        return "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+    def _time(self) -> str:
+        if self.device is None:
+            return "not known before it is measured (no datasheet for this device)"
+        flops = self.flops_per_token * self.num_steps * self.tokens_per_step
+        days = flops / (self.num_workers * self.device.bf16_tflops * 1e12 * ASSUMED_MFU) / 86400
+        return f"{days:.1f} days at {ASSUMED_MFU:.0%} of {self.device.bf16_tflops:g} TFLOP/s per GPU (an assumed MFU)"
+
+
+def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
+    """Derive the plan, for `workers.count` workers or the number that is really there.
+
+    Raises:
+        ConfigError: no such shape, a batch that does not divide, fewer tokens than one step, an unknown
+            accelerator, or more memory than the accelerator has. Names the keys to change.
+    """
+    workers, batch = num_workers or config.workers.count, config.batch
+    shape = resolve_shape(config)
+    tokens_per_pass = workers * batch.micro_sequences * batch.sequence_length
+    if batch.tokens % tokens_per_pass:
+        lower = batch.tokens // tokens_per_pass * tokens_per_pass
+        choices = " or ".join(str(choice) for choice in (lower, lower + tokens_per_pass) if choice)
+        raise ConfigError(
+            f"batch.tokens: {batch.tokens} is not a multiple of {tokens_per_pass} = {workers} workers x "
+            f"batch.micro_sequences={batch.micro_sequences} x batch.sequence_length={batch.sequence_length}; "
+            f"use {choices}, or change one of these"
+        )
+    num_steps = config.schedule.tokens // batch.tokens
+    if num_steps == 0:
+        raise ConfigError(
+            f"schedule.tokens: {config.schedule.tokens} is less than one step of batch.tokens={batch.tokens}"
+        )
+    plan = Plan(
+        shape=shape,
+        num_workers=workers,
+        accumulation=batch.tokens // tokens_per_pass,
+        samples_per_step=batch.tokens // batch.sequence_length,
+        tokens_per_step=batch.tokens,
+        num_steps=num_steps,
+        flops_per_token=shape.flops_per_token(batch.sequence_length),
+        memory_bytes=memory_bytes(config, shape, num_workers=workers),
+        device=_device(config),
+    )
+    if plan.device and plan.total_memory_bytes > plan.device.memory_gb * 1e9:
+        raise ConfigError(
+            f"this run needs {plan.total_memory_bytes / 1e9:.1f} GB per GPU, but workers.accelerator="
+            f"{config.workers.accelerator} has {plan.device.memory_gb:g} GB; lower batch.micro_sequences (now "
+            f"{batch.micro_sequences}), set model.activation_checkpointing=true, raise zero.stage (now "
+            f"{config.zero.stage}) or use more workers.count (now {workers})\n{plan.describe()}"
+        )
+    return plan
+
+
+def resolve_shape(config: TrainConfig) -> LlamaShape:
+    """The model's shape, with the overrides of `config.model`. Raises `ConfigError`."""
+    model = config.model
+    try:
+        return shapes.resolve(
+            model.shape,
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_size=model.ffn_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            vocab_size=model.vocab_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _device(config: TrainConfig) -> hardware.Device | None:
+    if config.workers.accelerator is None:
+        return None
+    device = hardware.lookup(config.workers.accelerator)
+    if device is None:
+        known = ", ".join(device.name.removeprefix("NVIDIA ") for device in hardware.DEVICES)
+        raise ConfigError(
+            f"workers.accelerator: {config.workers.accelerator!r} has no datasheet entry, so its memory and "
+            f"peak are unknown; known: {known}. Leave the key out to train without a memory check"
+        )
+    return device
+
+
+def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> dict[str, int]:
+    """Peak bytes per worker, by part. N is the number of parameters, W of workers.
+
+    Weights N·p (p bytes each; /W in stage 3, plus what is gathered at one time); gradients in the weights'
+    precision plus their fp32 accumulators (/W from stage 2); fp32 masters, momentum and moments (/W from
+    stage 1); activations as counted by `activation_bytes`; what the optimizer step holds for a moment.
+    """
+    stage, bucket = config.zero.stage, config.zero.bucket_elements
+    low, n = (2 if config.precision == "bf16" else 4), shape.num_parameters
+    matrix = sum(rows * cols * count for (rows, cols), count in shape.matrices().items())
+    muon = config.optim.matrix.rule == "muon"
+    shard = 1 if stage == 0 else num_workers
+    bf16 = low == 2
+    gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
+    if stage == 3:
+        weights = n * low // num_workers + gathered * low
+        gradients = n * 4 // num_workers + gathered * low
+    elif stage == 2:
+        weights, gradients = n * low, n * 4 // num_workers + min(n, 2 * bucket) * low
+    else:
+        weights, gradients = n * low, n * low + (n * 4 if stage == 1 and bf16 else 0)
+    largest = max(rows * cols for rows, cols in shape.matrices())
+    owned = max(matrix // num_workers, largest)
+    exchange = {"bf16": 2, "fp32": 4}[config.optim.matrix.dtype]
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
+        "momentum and moments": (matrix * (4 if muon else 8) + (n - matrix) * 8) // shard,
+        # fp32 gradient and update of the shard; packed, whole and iterated matrices of the owner
+        "optimizer step": 8 * n // shard + (5 * owned * exchange if muon else 0),
+        "activations": activation_bytes(config, shape),
+        "communication buckets": 0 if num_workers == 1 else 2 * min(n, bucket) * low,
+    }
+    if config.workers.gpu:
+        parts["CUDA, NCCL, fragments"] = int(GPU_RESERVE_BYTES)
+    return parts
+
+
+def activation_bytes(config: TrainConfig, shape: LlamaShape) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, logits and loss included.
+
+    Per token and layer, p bytes an element: two norms at (4 + 2p)·h; q, k, v and their mix at
+    (3·q + 2·kv)·p; the SwiGLU at 4·ffn·p. `tests/numerics/test_plan.py` holds this against what autograd keeps.
+    """
+    low = 2 if config.precision == "bf16" else 4
+    tokens = config.batch.micro_sequences * config.batch.sequence_length
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden = shape.hidden_size
+    norm = (4 + (2 * low if low == 2 else low)) * hidden
+    layer = 2 * norm + (3 * q + 2 * kv) * low + 4 * shape.ffn_size * low
+    if config.model.activation_checkpointing:
+        layers = shape.num_layers * hidden * low + layer
+    else:
+        layers = shape.num_layers * layer
+    # the head: its input's norm, logits, log-probabilities in fp32, and their gradients
+    head = norm + shape.vocab_size * (low + 8)
+    return ceil(tokens * (layers + head))

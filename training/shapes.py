@@ -1,0 +1,291 @@
+"""Shapes of LLaMA models: named ones, those of Hugging Face configs, and what follows from them. No torch.
+
+Everything that can be known of a model before it is built is counted here, once: parameters, hidden
+matrices, FLOPs per token. The architecture: LLaMA, arXiv 2302.13971; grouped-query attention,
+arXiv 2305.13245; the long-context RoPE of Llama 3.1, arXiv 2407.21783.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of RoPE to longer contexts (Hugging Face: `rope_type: llama3`).
+
+    Wavelengths above original_max_positions/low_freq_factor tokens are stretched by `factor`, those below
+    original_max_positions/high_freq_factor are kept, and those between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, "rope_scaling.factor", f"{self.factor} must be at least 1")
+        ordered = 0 < self.low_freq_factor < self.high_freq_factor
+        _require(ordered, "rope_scaling.high_freq_factor", "must exceed low_freq_factor, above 0")
+        _require(self.original_max_positions >= 1, "rope_scaling.original_max_positions", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaShape:
+    """The sizes of a LLaMA model. Raises `ValueError`, naming the field, for sizes that fit no model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    max_positions: int = 2048
+    tied: bool = False  # the output head is the input embedding
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                value = getattr(self, field.name)
+                _require(
+                    isinstance(value, int) and value >= 1, field.name, f"{value!r} is no positive integer"
+                )
+        # Attention could do without the first, but transformers refuses to load such a model.
+        for whole, part in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads")):
+            size, divisor = getattr(self, whole), getattr(self, part)
+            _require(size % divisor == 0, part, f"{divisor} does not divide {whole}={size}")
+        _require(self.head_dim % 2 == 0, "head_dim", f"{self.head_dim} is odd; RoPE rotates pairs")
+        _require(self.rope_theta > 0, "rope_theta", f"{self.rope_theta} must be positive")
+        _require(self.norm_eps > 0, "norm_eps", f"{self.norm_eps} must be positive")
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter, named and ordered as in transformers' LlamaForCausalLM.
+
+        Matrices are (rows, columns) = (output, input). A tied head is no parameter of its own.
+        """
+        hidden, ffn = self.hidden_size, self.ffn_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for index in range(self.num_layers):
+            sizes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
+        sizes["model.norm.weight"] = (hidden,)
+        if not self.tied:
+            sizes["lm_head.weight"] = (self.vocab_size, hidden)
+        return sizes
+
+    def matrices(self) -> Counter[tuple[int, int]]:
+        """(rows, columns) -> number of hidden matrices of that size; embedding and head are not hidden."""
+        sizes = [size for name, size in self.parameters().items() if ".layers." in name]
+        return Counter((size[0], size[1]) for size in sizes if len(size) == 2)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars; a tied head counts once, with the embedding."""
+        return sum(math.prod(size) for size in self.parameters().values())
+
+    @property
+    def num_matmul_parameters(self) -> int:
+        """Scalars that every token is multiplied with: hidden matrices and the head, tied or not.
+
+        Without the embedding, which is a lookup, and the norms, which are elementwise.
+        """
+        hidden_matrices = sum(rows * columns * count for (rows, columns), count in self.matrices().items())
+        return hidden_matrices + self.vocab_size * self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs per token, forward and backward: 6·N_matmul + 12·L·(heads·head_dim)·sequence_length.
+
+        The convention of PaLM's MFU (arXiv 2204.02311, appendix B): the whole attention matrix counts,
+        although a causal kernel skips half of it; recomputation does not count.
+        """
+        attention = 12 * self.num_layers * self.num_heads * self.head_dim * sequence_length
+        return 6 * self.num_matmul_parameters + attention
+
+
+def _require(condition: bool, name: str, problem: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {problem}")
+
+
+def _shape(
+    hidden_size: int, *, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 32_000, **other: Any
+) -> LlamaShape:
+    return LlamaShape(
+        vocab_size=vocab,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden_size // heads,
+        ffn_size=ffn,
+        **other,
+    )
+
+
+def _llama_3(hidden_size: int, *, factor: float, **other: Any) -> LlamaShape:
+    scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    public: dict[str, Any] = {"vocab": 128_256, "rope_theta": 500_000.0, "max_positions": 131_072}
+    return _shape(hidden_size, kv_heads=8, rope_scaling=scaling, **public, **other)
+
+
+SHAPES = {
+    # Ours: llama-5m learns on two CPU cores in minutes; llama-1b4 is for a cluster of A40s.
+    "llama-5m": _shape(256, layers=4, heads=4, kv_heads=2, ffn=688, vocab=8192, tied=True),
+    "llama-1b4": _shape(2048, layers=24, heads=16, kv_heads=16, ffn=5504, vocab=50_304),
+    # The usual sizes of optimizer papers: https://github.com/jiaweizzhao/GaLore/tree/master/configs
+    "llama-60m": _shape(512, layers=8, heads=8, kv_heads=8, ffn=1376, norm_eps=1e-6, max_positions=1024),
+    "llama-130m": _shape(768, layers=12, heads=12, kv_heads=12, ffn=2048, norm_eps=1e-6, max_positions=1024),
+    "llama-350m": _shape(1024, layers=24, heads=16, kv_heads=16, ffn=2736, norm_eps=1e-6, max_positions=1024),
+    # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json
+    "llama-2-7b": _shape(4096, layers=32, heads=32, kv_heads=32, ffn=11_008, max_positions=4096),
+    # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
+    "llama-3.1-8b": _llama_3(4096, layers=32, heads=32, ffn=14_336, factor=8.0),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "llama-3.2-1b": _llama_3(2048, layers=16, heads=32, ffn=8192, factor=32.0, tied=True),
+    # https://huggingface.co/meta-llama/Llama-3.2-3B/blob/main/config.json
+    "llama-3.2-3b": _llama_3(3072, layers=28, heads=24, ffn=8192, factor=32.0, tied=True),
+}
+
+
+def resolve(name_or_path: str | Path, **overrides: Any) -> LlamaShape:
+    """A named shape, or that of a Hugging Face `config.json` or the directory that holds one.
+
+    `overrides` replace fields of `LlamaShape`; None keeps. A shape with head_dim = hidden_size/num_heads or
+    num_kv_heads = num_heads stays one.
+
+    Raises:
+        ValueError: no such name or file, a config that our model cannot follow, or sizes that fit no model.
+    """
+    shape = SHAPES.get(str(name_or_path)) or _read(Path(name_or_path))
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    heads = changes.get("num_heads", shape.num_heads)
+    if shape.num_heads * shape.head_dim == shape.hidden_size:
+        changes.setdefault("head_dim", changes.get("hidden_size", shape.hidden_size) // max(heads, 1))
+    if shape.num_kv_heads == shape.num_heads:
+        changes.setdefault("num_kv_heads", heads)
+    return dataclasses.replace(shape, **changes)
+
+
+def _read(path: Path) -> LlamaShape:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: no such config.json, nor a shape's name; those are {', '.join(SHAPES)}")
+    try:
+        return from_hf_config(json.loads(file.read_text()))
+    except ValueError as error:  # a JSONDecodeError is one too
+        raise ValueError(f"{file}: {error}") from error
+
+
+# What the other keys of a config may say; anything else is a model that ours is not.
+_ONLY = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+def from_hf_config(config: dict[str, Any]) -> LlamaShape:
+    """The shape that a Hugging Face `config.json` of transformers 4 or 5 describes.
+
+    Optional keys take transformers' defaults. RoPE is read from `rope_parameters` (5) or from `rope_theta`
+    and `rope_scaling` (4).
+
+    Raises:
+        ValueError: a missing key, or one that asks for what our model does not do: another architecture,
+            biases, dropout, quantised weights, another activation, or a RoPE other than default and llama3.
+    """
+    config = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+    for name, only in _ONLY.items():
+        value = config.get(name)
+        _require(value is None or value == only, name, f"{value!r} is not supported, only {only!r}")
+
+    def required(name: str) -> Any:
+        _require(config.get(name) is not None, name, "missing from the config")
+        return config[name]
+
+    scaling = None
+    rope_type = config.get("rope_type", config.get("type", "default"))
+    _require(rope_type in ("default", "llama3"), "rope_type", f"{rope_type!r} is not one of: default, llama3")
+    if rope_type == "llama3":
+        scaling = RopeScaling(
+            factor=required("factor"),
+            low_freq_factor=required("low_freq_factor"),
+            high_freq_factor=required("high_freq_factor"),
+            original_max_positions=required("original_max_position_embeddings"),
+        )
+    hidden_size, num_heads = required("hidden_size"), required("num_attention_heads")
+    return LlamaShape(
+        vocab_size=required("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=required("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=config.get("head_dim") or hidden_size // max(num_heads, 1),
+        ffn_size=required("intermediate_size"),
+        rope_theta=config.get("rope_theta") or 10_000.0,
+        rope_scaling=scaling,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_positions=config.get("max_position_embeddings", 2048),
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def to_hf_config(
+    shape: LlamaShape, *, dtype: str, eos_id: int | None = None, bos_id: int | None = None
+) -> dict[str, Any]:
+    """The `config.json` of a model of this shape whose weights are kept in `dtype` ("bfloat16", "float32").
+
+    Says RoPE and dtype in the words of both transformers 4 and 5. `from_hf_config` reads it back.
+    """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if shape.rope_scaling is not None:
+        rope = {"rope_type": "llama3"} | dataclasses.asdict(shape.rope_scaling)
+        rope["original_max_position_embeddings"] = rope.pop("original_max_positions")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "rope_parameters": rope | {"rope_theta": shape.rope_theta},
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": rope if shape.rope_scaling else None,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
