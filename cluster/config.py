@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 def key(default: Any, doc: str) -> Any:
-    """A dataclass field with a default value (or default_factory, if `default` is a class) and a help text."""
+    """A dataclass field with a default (a class is its own default_factory) and a help text."""
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={"doc": doc})
     return dataclasses.field(default=default, metadata={"doc": doc})

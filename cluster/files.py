@@ -1,8 +1,11 @@
-"""Files that are either whole or absent: temporary sibling, fsync, rename, fsync of the folder."""
+"""Files and folders that are either whole or absent: temporary sibling, fsync, rename, fsync of the parent."""
 
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,33 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON or malformed UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for the block to fill with files; then, once they are on disk, it replaces `path`.
+
+    If the block fails, the new folder is removed and `path` is unchanged. What a killed process left is
+    removed by the next one; two at the same time would destroy each other's work.
+    """
+    partial, replaced = (path.with_name(f".{path.name}.{role}") for role in ("partial", "replaced"))
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        fsync_folder(partial)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def fsync_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 Nothing else in the project calls `ray.init` or sets an environment variable of Ray, DeepSpeed or torch.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,19 +76,23 @@ def ray_session(config: SessionConfig, *, worker_env: Mapping[str, str]) -> Iter
             num_cpus=config.cpus,
             object_store_memory=config.object_store_megabytes * 1_000_000,
             include_dashboard=False,
-            log_to_driver=False,  # workers report through the run's files; Ray's logs stay in its session folder
-            logging_level="WARNING",
+            log_to_driver=False,  # workers report through the run's files
+            logging_level=logging.WARNING,
             runtime_env=runtime_env,
         )
     else:
         try:
             ray.init(
-                address=config.address, log_to_driver=False, logging_level="WARNING", runtime_env=runtime_env
+                address=config.address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env=runtime_env,
             )
         except ConnectionError as error:
             raise ConfigError(
-                f"session.address: no Ray cluster answers at {config.address!r} ({str(error).splitlines()[0]}); "
-                "start one with `ray up` or `ray start --head`, or use session.address=local"
+                f"session.address: no Ray cluster answers at {config.address!r} "
+                f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
+                "or use session.address=local"
             ) from error
     try:
         yield

@@ -6,6 +6,7 @@ tokens, not directions of one linear map, so they get the vector rule, as do nor
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -64,12 +65,9 @@ def describe(members: Iterable[Member]) -> str:
         counts.setdefault((KINDS.index(member.kind), member.shape), []).append(member.name)
     lines = []
     for (kind, shape), names in sorted(counts.items()):
-        numel = len(names)
-        for size in shape:
-            numel *= size
-        lines.append(
-            f"  {KINDS[kind]:<7}{len(names):>4} x {'x'.join(map(str, shape)):<12}{numel:>14,}  {_common(names)}"
-        )
+        numel = len(names) * prod(shape)
+        size = "x".join(map(str, shape))
+        lines.append(f"  {KINDS[kind]:<7}{len(names):>4} x {size:<12}{numel:>14,}  {_common(names)}")
     return "\n".join(lines)
 
 

@@ -251,8 +251,8 @@ class _Exchange:
         self.rank, self.world_size = _rank_and_world_size()
         self.plan = make_plan(
             [
-                Matrix(fragment.member.name, *fragment.member.shape, holdings)
-                for fragment, holdings in zip(fragments, _gather_holdings(fragments), strict=True)
+                Matrix(f.member.name, f.member.shape[0], f.member.shape[1], holdings)
+                for f, holdings in zip(fragments, _gather_holdings(fragments), strict=True)
             ],
             world_size=self.world_size,
         )

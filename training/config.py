@@ -4,6 +4,7 @@
 accumulation, memory, FLOPs) are derived in `training.plan`, not configured.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class RunConfig:
     seed: int = key(1234, "initial weights, sample order and sampled text")
 
     def __post_init__(self) -> None:
-        plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] != "."
+        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None
         require(plain, "run.name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
 
 

@@ -16,6 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.cli import UserError
+
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
@@ -23,7 +25,7 @@ DTYPES = ("uint16", "uint32")
 REMEDY = "run `python -m training.prepare` again"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A corpus or prepared folder that cannot be used. The message names the file and the remedy."""
 
 
@@ -274,7 +276,7 @@ def micro_batch(
 def validation_batches(
     dataset: TokenDataset, *, sequences: int, rank: int, world_size: int, micro_sequences: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """The first min(sequences, num_samples) samples, dealt over the ranks, each exactly once.
+    """min(sequences, num_samples) samples, evenly spaced over the split and dealt over the ranks once each.
 
     Every rank yields the same number of batches, because the forward pass of ZeRO-3 is collective; rows
     without a sample of their own repeat sample 0 with weight 0.
@@ -284,6 +286,7 @@ def validation_batches(
     """
     count = min(sequences, dataset.num_samples)
     for first in range(0, count, world_size * micro_sequences):
-        ids = first + rank * micro_sequences + np.arange(micro_sequences)
-        real = ids < count
-        yield dataset.samples(np.where(real, ids, 0)), real.astype(np.float32)
+        positions = first + rank * micro_sequences + np.arange(micro_sequences)
+        real = positions < count
+        ids = np.where(real, positions, 0) * dataset.num_samples // count
+        yield dataset.samples(ids), real.astype(np.float32)

@@ -1,7 +1,6 @@
 """Model + optimizer -> DeepSpeed engine. The only call of `deepspeed.initialize`."""
 
 import contextlib
-import io
 import logging
 import warnings
 from typing import Any
@@ -19,18 +18,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's logger to warnings, and skip the C++ extension that it would compile on a CPU.
+    """Keep DeepSpeed to errors, and from work at start-up that serves nothing here.
 
-    `deepspeed_shm_comm` serves inference collectives only, costs 20 to 90 s of compilation at first use,
-    and a build that is killed leaves a lock that hangs every later run.
+    BF16_Optimizer prints a table of memory, after a garbage collection, at every turn: 2 s. On a CPU,
+    `deepspeed_shm_comm` (inference collectives only) would compile for 20 to 90 s at first use, and a build
+    that is killed leaves a lock that hangs every later run.
     """
+    import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed"
     )  # of DeepSpeed's calls
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not torch.cuda.is_available():
-        import deepspeed.ops
-
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -110,12 +112,11 @@ def make_engine(
         },
         clip=config.optim.clip,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a memory table per group
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation),
-            dist_init_required=False,
-        )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation),
+        dist_init_required=False,
+    )
     optimizer.bind(engine)
     return engine, optimizer, members

@@ -1,7 +1,5 @@
 """Writing a model as a Hugging Face LLaMA directory. `training.model.load_hf` reads such directories."""
 
-import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from cluster import files
 from training.shapes import LlamaShape, to_hf_config
 
 
@@ -46,23 +45,12 @@ def save_hf(
     tokenizer_config = _tokenizer_config(Path(tokenizer_file), shape=shape, eos_id=eos_id, bos_id=bos_id)
     config = to_hf_config(shape, dtype=str(dtype).removeprefix("torch."), eos_id=eos_id, bos_id=bos_id)
 
-    partial, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("partial", "replaced"))
-    for leftover in (partial, replaced):  # of an export that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(tokenizer_file, partial / "tokenizer.json")
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
-    _write_json(partial / "tokenizer_config.json", tokenizer_config)
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-
-    if directory.exists():
-        directory.rename(replaced)
-    partial.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with files.replace_folder(directory) as folder:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+        files.write_json(folder / "config.json", config)
+        files.write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        files.write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def _weights(
@@ -100,13 +88,3 @@ def _tokenizer_config(file: Path, *, shape: LlamaShape, eos_id: int, bos_id: int
                 raise ValueError(f"{file}: has no token with id {token_id} to serve as {role}")
             config[role] = token
     return config
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -306,7 +306,7 @@ class Trainer:
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
             raise TrainingError(
-                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} consecutive steps; "
+                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps on end; "
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
             )

@@ -10,7 +10,7 @@ from cluster import hardware
 
 @dataclass
 class Meter:
-    """Times optimizer steps; evaluation and checkpoints are left out, because the caller starts anew after them.
+    """Times optimizer steps. Evaluation and checkpoints are left out: the caller starts anew after them.
 
     Attributes:
         tokens_per_step: over all workers.

@@ -64,7 +64,8 @@ class Plan:
             return "not known before it is measured (no datasheet for this device)"
         flops = self.flops_per_token * self.num_steps * self.tokens_per_step
         days = flops / (self.num_workers * self.device.bf16_tflops * 1e12 * ASSUMED_MFU) / 86400
-        return f"{days:.1f} days at {ASSUMED_MFU:.0%} of {self.device.bf16_tflops:g} TFLOP/s per GPU (an assumed MFU)"
+        peak = f"{self.device.bf16_tflops:g} TFLOP/s per GPU"
+        return f"{days:.1f} days at an assumed MFU of {ASSUMED_MFU:.0%} of {peak}"
 
 
 def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
@@ -104,9 +105,11 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
     if plan.device and plan.total_memory_bytes > plan.device.memory_gb * 1e9:
         raise ConfigError(
             f"this run needs {plan.total_memory_bytes / 1e9:.1f} GB per GPU, but workers.accelerator="
-            f"{config.workers.accelerator} has {plan.device.memory_gb:g} GB; lower batch.micro_sequences (now "
-            f"{batch.micro_sequences}), set model.activation_checkpointing=true, raise zero.stage (now "
-            f"{config.zero.stage}) or use more workers.count (now {workers})\n{plan.describe()}"
+            f"{config.workers.accelerator} has {plan.device.memory_gb:g} GB; lower "
+            f"batch.micro_sequences (now {batch.micro_sequences}), "
+            f"set model.activation_checkpointing=true, "
+            f"raise zero.stage (now {config.zero.stage}) or use more workers.count (now {workers})\n"
+            f"{plan.describe()}"
         )
     return plan
 
@@ -184,14 +187,15 @@ def activation_bytes(config: TrainConfig, shape: LlamaShape) -> int:
     """Bytes that one micro-batch keeps for its backward pass, logits and loss included.
 
     Per token and layer, p bytes an element: two norms at (4 + 2p)·h; q, k, v and their mix at
-    (3·q + 2·kv)·p; the SwiGLU at 4·ffn·p. `tests/numerics/test_plan.py` holds this against what autograd keeps.
+    (2·q + 2·kv)·p, and 4 per head for the softmax; the SwiGLU at 4·ffn·p.
+    `tests/numerics/test_plan.py` holds this against autograd's own count.
     """
     low = 2 if config.precision == "bf16" else 4
     tokens = config.batch.micro_sequences * config.batch.sequence_length
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden = shape.hidden_size
-    norm = (4 + (2 * low if low == 2 else low)) * hidden
-    layer = 2 * norm + (3 * q + 2 * kv) * low + 4 * shape.ffn_size * low
+    norm = (4 + 2 * low) * hidden
+    layer = 2 * norm + (2 * q + 2 * kv + 4 * shape.ffn_size) * low + 4 * shape.num_heads
     if config.model.activation_checkpointing:
         layers = shape.num_layers * hidden * low + layer
     else:

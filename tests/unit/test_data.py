@@ -207,7 +207,14 @@ def test_validation_is_each_sample_once_in_batches_of_equal_number(
         assert weights.shape == (micro,) and weights.dtype == np.float32
         assert set(weights.tolist()) <= {0.0, 1.0}
         rows += tokens[weights == 1].tolist()
-    assert sorted(rows) == dataset.samples(range(count)).tolist()
+    spaced = [position * 10 // count for position in range(count)]
+    assert sorted(rows) == dataset.samples(spaced).tolist()
+
+
+def test_validation_spans_the_split(folder: Path) -> None:
+    dataset = TokenDataset.open(folder, split="validation", sequence_length=LENGTH)
+    batches = validation_batches(dataset, sequences=4, rank=0, world_size=1, micro_sequences=4)
+    assert [tokens[:, 0].tolist() for tokens, _ in batches] == [dataset.samples([0, 2, 5, 7])[:, 0].tolist()]
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -46,3 +46,37 @@ def test_nan_is_refused_by_name_of_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json: Out of range float"):
         files.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_replaced_whole_and_leftovers_of_a_killed_process_go(tmp_path):
+    target = tmp_path / "target"
+    for leftover in (".target.partial", ".target.replaced"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "junk").touch()
+    for content in ("old", "new"):
+        with files.replace_folder(target) as folder:
+            assert os.listdir(folder) == []
+            (folder / content).write_text(content)
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(target) == ["new"]
+
+
+@pytest.mark.parametrize("failing", ["the block", "fsync", "rename"])
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, monkeypatch, failing):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if failing == "rename":
+        monkeypatch.setattr(type(target), "rename", fail)
+    with pytest.raises(OSError, match="No space left"), files.replace_folder(target) as folder:
+        (folder / "new").touch()
+        if failing == "the block":
+            fail()
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(target) == ["old"]

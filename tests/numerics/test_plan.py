@@ -1,0 +1,69 @@
+"""The plan's activation count against what autograd keeps."""
+
+import pytest
+import torch
+
+from cluster.config import ConfigError
+from training import config as training_config
+from training.model import Llama, initialize
+from training.plan import activation_bytes, make_plan, resolve_shape
+
+SMALL = (
+    "model.num_layers=3",
+    "model.hidden_size=64",
+    "model.ffn_size=160",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.vocab_size=300",
+    "batch.sequence_length=64",
+    "batch.micro_sequences=2",
+)
+
+
+def saved_bytes(model: Llama, tokens: torch.Tensor) -> int:
+    """Bytes of distinct storages that autograd saves in one forward pass with loss, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens[:, :-1], tokens[:, 1:].contiguous())
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_bytes_are_what_autograd_keeps(precision: str, monkeypatch) -> None:
+    # As on a GPU: without the widened copies that a CPU without bf16 arithmetic makes.
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: True)
+    config = training_config.load(dotlist=[*SMALL, f"precision={precision}"])
+    shape = resolve_shape(config)
+    model = Llama(shape)
+    initialize(model, seed=1)
+    model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    found = saved_bytes(model, torch.randint(300, (2, 65)))
+    # The plan adds what the backward pass makes of the logits, which autograd has not saved yet.
+    logits = 2 * 64 * shape.vocab_size
+    low = {"fp32": 4, "bf16": 2}[precision]
+    planned = activation_bytes(config, shape) - logits * (low + 4)
+    assert planned == pytest.approx(found, rel=0.02)
+
+
+def test_the_1b4_run_fits_an_a40_and_says_so_exactly() -> None:
+    from pathlib import Path
+
+    file = Path("training/configs/a40_1b4.yaml")
+    plan = make_plan(training_config.load(file=file))
+    assert plan.shape.num_parameters == 1_420_396_544
+    assert 20e9 < plan.total_memory_bytes < 46e9
+    # Weights and masters by hand: 2 bytes a parameter on each GPU; 4 bytes shared by the workers.
+    assert plan.memory_bytes["weights"] == 2 * plan.shape.num_parameters
+    assert plan.memory_bytes["master weights (fp32)"] == 4 * plan.shape.num_parameters // plan.num_workers
+    with pytest.raises(ConfigError, match=r"batch.micro_sequences.*activation_checkpointing.*zero.stage"):
+        make_plan(training_config.load(file=file, dotlist=["batch.micro_sequences=32"]))
