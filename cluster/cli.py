@@ -53,6 +53,10 @@ def run(body: Callable[[], None]) -> int:
     except (UserError, layered.ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return FAILED
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

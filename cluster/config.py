@@ -49,7 +49,8 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
+            problem = _misused_section(schema, layer) or _explain(error, schema)
+            raise ConfigError(f"{origin}: {problem}") from error
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -61,6 +62,8 @@ def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, Di
         try:
             layer = OmegaConf.load(file)
         except OSError as error:
+            if error.strerror is None:  # omegaconf's own: the top level is a number or a boolean
+                raise ConfigError(f"{file}: the top level must be a mapping of sections") from error
             raise ConfigError(f"{file}: cannot be read ({error.strerror}); check the path") from error
         except Exception as error:  # the YAML scanner's own errors share no public base class
             raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -74,6 +77,19 @@ def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, Di
             yield argument, OmegaConf.from_dotlist([argument])
         except Exception as error:
             raise ConfigError(f"{argument!r}: not a valid value: {' '.join(str(error).split())}") from error
+
+
+def _misused_section(schema: type, layer: DictConfig, prefix: str = "") -> str | None:
+    """The first section to which `layer` gives a value or a list; omegaconf's own message names no key."""
+    for field in dataclasses.fields(schema):
+        if not dataclasses.is_dataclass(field.type) or field.name not in layer:
+            continue
+        section, path = layer[field.name], f"{prefix}{field.name}"
+        if not isinstance(section, DictConfig):
+            return f"{path}: is a section, not a value; keys here: {', '.join(_keys_under(field.type, ''))}"  # type: ignore[arg-type]
+        if problem := _misused_section(field.type, section, f"{path}."):  # type: ignore[arg-type]
+            return problem
+    return None
 
 
 def _explain(error: OmegaConfBaseException, schema: type) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: temporary sibling, fsync, rename, fsync of the parent."""
+"""Files and folders that are whole or absent: temporary sibling, fsync, rename, fsync of the parent."""
 
 import json
 import os

@@ -47,14 +47,18 @@ METHODS = {
         "https://github.com/Dao-AILab/gram-newton-schulz",
     ),
     "cans": Method(
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
+        _with_safety(
+            (
+                (8.4703, -25.1081, 18.6293),
+                (4.1828, -3.1087, 0.5806),
+                (3.9619, -2.9541, 0.5630),
+                (3.2866, -2.4647, 0.5074),
+                (2.2737, -1.6447, 0.4162),
+            ),
+            1.02,
         ),
-        "https://arxiv.org/abs/2506.10935 (Chebyshev-optimised Newton-Schulz)",
+        "https://arxiv.org/abs/2506.10935 (Chebyshev-optimised Newton-Schulz); safety 1.02 is ours: "
+        "as published, s = 1.005 diverges, and bf16 products send a matrix of rank one to 1e12",
     ),
 }
 
@@ -66,12 +70,13 @@ def orthogonalize(matrices: Tensor, *, method: str, dtype: torch.dtype) -> Tenso
         matrices: [B, r, c], any floating dtype; not modified. A zero matrix maps to zero.
         method: a name in `METHODS`.
         dtype: precision of the products (or better: `optim.precision.product_dtype`). The Frobenius norm is
-            taken in fp32 before the cast, so the result does not depend on the input's scale, however small.
+            taken in fp64 before the cast: squares of fp32 elements leave the range of fp32 below 1e-19 and
+            above 1e19, and the result must not depend on the input's scale.
 
     Returns:
         [B, r, c] in `dtype`, singular values near 1 (how near depends on the method: see METHODS).
     """
-    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64).float()
     x = (matrices / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(product_dtype(dtype, matrices.device))
     tall = x.size(-2) > x.size(-1)
     if tall:  # iterate on the smaller Gram matrix

@@ -52,10 +52,14 @@ def tiny(folder: Path, **changes: object) -> list[str]:
         "data.source": folder / "corpus.jsonl",
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
+    return [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()
+    ]
 
 
-def python(*arguments: object, ranks: int = 0, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+def python(
+    *arguments: object, ranks: int = 0, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
     """Run `python -m <arguments>`, or torchrun with `ranks` processes, from the project's root."""
     return subprocess.run(
         command(*arguments, ranks=ranks),

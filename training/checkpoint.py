@@ -8,6 +8,7 @@ need, whoever wrote them. The model's bf16 weights are not stored: they are the 
 
 import bisect
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -91,7 +92,11 @@ def _attempt(path: Path, write: Callable[[], int]) -> tuple[str | None, int]:
         path.mkdir(parents=True, exist_ok=True)
         return None, write()
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror
+        elif system := re.search(r"I/O error: (.*) \(os error", reason):  # safetensors' own wrapping of errno
+            reason = system[1]
         return f"{path}: cannot be written ({reason}); free space there, then run the same command again", 0
 
 
@@ -183,6 +188,16 @@ class Checkpoint:
                 "the run that wrote it had another model or optimizer"
             )
         return result
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Raise a `CheckpointError` unless a run of this `training.plan.run_identity` can continue it."""
+        saved = self.state["identity"]
+        for key, value in identity.items():
+            if saved.get(key) != value:
+                raise CheckpointError(
+                    f"{self.path}: {key} was {saved.get(key)!r} and is now {value!r}; "
+                    "set it back, or start anew under another run.name"
+                )
 
     def whole(self, name: str) -> Iterable[tuple[str, Tensor]]:
         """(parameter, 1-D fp32 tensor) of every parameter that has a tensor of this name."""

@@ -31,6 +31,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None
         require(plain, "run.name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
+        require(0 <= self.seed < 2**63, "run.seed", "must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class ScheduleConfig:
     final_fraction: float = key(0.05, "learning rate at the end, as a share of the peak")
 
     def __post_init__(self) -> None:
+        require(self.tokens >= 1, "schedule.tokens", "must be at least 1")
         require_choice("schedule.decay", self.decay, DECAYS)
         for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
             require(0 <= getattr(self, name) <= 1, f"schedule.{name}", "must lie between 0 and 1")

@@ -100,9 +100,8 @@ def botocore_texts(folder: Path) -> Iterator[str]:
         with reading(file):
             service = json.loads(gzip.decompress(file.read_bytes()))
         for page in _pages(service):
-            paragraphs = [p for fragment in page for p in html_paragraphs(fragment)]
-            fresh = [p for p in dict.fromkeys(paragraphs) if p not in seen]
-            if fresh:
+            paragraphs = (p for fragment in page for p in html_paragraphs(fragment) if p not in seen)
+            if fresh := dict.fromkeys(paragraphs):
                 seen.update(fresh)
                 text = "\n".join(fresh)
                 num_bytes += len(text.encode())
@@ -144,7 +143,6 @@ _BLOCK_TAG = re.compile(
     r"</?(?:p|li|ul|ol|dl|dt|dd|h[1-6]|div|note|important|br|pre|table|tr|td|th|fullname)\b[^<>]*>", re.I
 )
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
 
 
 def html_paragraphs(fragment: str) -> Iterator[str]:
@@ -160,99 +158,89 @@ def html_paragraphs(fragment: str) -> Iterator[str]:
 
 def _local_files(config: DataConfig) -> Corpus:
     """The corpus of a file, a folder (recursively, without hidden files) or a glob, in order of path."""
-    path = Path(config.source).expanduser()
+    path, field = Path(config.source).expanduser(), config.text_field
     pattern = f"{glob.escape(str(path))}/**/*" if path.is_dir() else str(path)
     candidates = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
     files = [file for file in candidates if file.is_file()]
-    if not files:
-        raise DataError(
-            f"data.source: {config.source!r} matches no file; give 'botocore', or a file, folder or glob of "
-            f"{' '.join(READERS)}"
-        )
-    extensions = {file.suffix: file for file in files}
-    for extension, file in extensions.items():
-        if extension not in READERS:
-            raise DataError(
-                f"{file}: cannot read {extension or 'files without extension'}; only {' '.join(READERS)}"
-            )
-    if len(extensions) > 1:
-        raise DataError(
-            f"data.source: {config.source!r} mixes {' and '.join(sorted(extensions))}; choose with a glob"
-        )
+    extensions = sorted({file.suffix for file in files})
+    for file in files:
+        if file.suffix not in READERS:
+            kind = file.suffix or "files without extension"
+            raise DataError(f"{file}: cannot read {kind}; only {' '.join(READERS)}")
+    if len(extensions) != 1:
+        problem = f"mixes {' and '.join(extensions)}; choose with a glob"
+        if not files:
+            problem = f"matches no file; give 'botocore', or a file, folder or glob of {' '.join(READERS)}"
+        raise DataError(f"data.source: {config.source!r} {problem}")
 
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    num_bytes, hashes = 0, []
+    hashes = []
     for file in files:
         with reading(file):
-            size = file.stat().st_size
-            hashes.append([str(file.absolute().relative_to(root)), size, sha256_of(file)])
-            num_bytes += size
-    read = READERS[files[0].suffix]
+            name = str(file.absolute().relative_to(root))
+            hashes.append((name, file.stat().st_size, sha256_of(file)))
+    num_bytes = sum(size for _, size, _ in hashes)
+    read = READERS[extensions[0]]
     return Corpus(
         stem=re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else root.name).strip(".-") or "corpus",
-        description=f"{config.source} ({len(files)} {files[0].suffix}, {num_bytes / 1e6:.1f} MB)",
-        identity=["files", hashes, None if read is _read_txt else config.text_field],
-        documents=lambda: itertools.chain.from_iterable(read(file, config.text_field) for file in files),
+        description=f"{config.source} ({len(files)} {extensions[0]}, {num_bytes / 1e6:.1f} MB)",
+        identity=["files", hashes, None if read is _read_txt else field],
+        texts=lambda: itertools.chain.from_iterable(read(file, field) for file in files),
     )
 
 
-def _read_txt(file: Path, _text_field: str) -> Iterator[str]:
-    """The whole file as one document; a long one in pieces of 1 to 2 Mi characters that end with a line."""
+def _read_txt(file: Path, _field: str) -> Iterator[str]:
+    """The whole file as one text; a long one in pieces of 1 to 2 Mi characters that end with a line."""
     with reading(file), file.open(encoding="utf-8", newline="") as stream:
         while text := stream.read(TEXT_PIECE_CHARACTERS) + stream.readline(TEXT_PIECE_CHARACTERS):
             yield text
 
 
-def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+def _read_jsonl(file: Path, field: str) -> Iterator[str]:
     with reading(file), file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _jsonl_text(line, text_field, where=f"{file}:{number}")
+                yield _jsonl_text(line, field, where=f"{file}:{number}")
 
 
-def _jsonl_text(line: bytes, text_field: str, *, where: str) -> str:
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
+
+
+def _jsonl_text(line: bytes, field: str, *, where: str) -> str:
+    remedy = "fix or remove the line"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not valid UTF-8 ({error.reason}); fix or remove the line") from error
+        raise DataError(f"{where}: not valid UTF-8 ({error.reason}); {remedy}") from error
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); fix or remove the line"
-        ) from error
-    text = record.get(text_field) if isinstance(record, dict) else None
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); {remedy}") from error
+    text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        keys = ", ".join(record) if isinstance(record, dict) else "none, it is not an object"
-        raise DataError(
-            f"{where}: no text in {text_field!r} (fields: {keys}); set data.text_field or fix the line"
-        )
+        fields = ", ".join(record) if isinstance(record, dict) else "none, it is not an object"
+        raise DataError(f"{where}: no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
     if _SURROGATE.search(text):
-        raise DataError(f"{where}: {text_field!r} holds half a surrogate pair; fix or remove the line")
+        raise DataError(f"{where}: {field!r} holds half a surrogate pair; {remedy}")
     return text
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(file: Path, field: str) -> Iterator[str]:
     import pyarrow  # here, because it takes half a second
     from pyarrow import parquet
 
+    remedy = "set data.text_field"
     try:
         with reading(file), parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if text_field not in schema.names:
-                raise DataError(
-                    f"{file}: no column {text_field!r} among {', '.join(schema.names)}; set data.text_field"
-                )
-            kind = schema.field(text_field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(
-                    f"{file}: column {text_field!r} holds {kind}, not strings; set data.text_field"
-                )
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is None:
-                        raise DataError(f"{file}: row {row} has no {text_field!r}; remove the row")
-                    yield text
+            columns = {column.name: str(column.type) for column in table.schema_arrow}
+            if field not in columns:
+                raise DataError(f"{file}: no column {field!r} among {', '.join(columns)}; {remedy}")
+            if columns[field] not in ("string", "large_string"):
+                raise DataError(f"{file}: column {field!r} holds {columns[field]}, not strings; {remedy}")
+            batches = table.iter_batches(batch_size=1024, columns=[field])
+            rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for number, text in enumerate(rows, start=1):
+                if text is None:
+                    raise DataError(f"{file}: row {number} has no {field!r}; remove the row")
+                yield text
     except pyarrow.ArrowException as error:
         raise DataError(f"{file}: not a readable Parquet file ({error}); write it again") from error
 
@@ -266,13 +254,12 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
+    """Turn what goes wrong while `file` is read into a `DataError` that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not valid UTF-8 ({error.reason}); convert it, for example with iconv"
-        ) from error
+        remedy = "convert it, for example with iconv"
+        raise DataError(f"{file}: not valid UTF-8 ({error.reason}); {remedy}") from error
     except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from error
+        problem, remedy = error.strerror or error, "check the path and its permissions"
+        raise DataError(f"{file}: cannot be read ({problem}); {remedy}") from error

@@ -22,7 +22,7 @@ from cluster.session import ray_session, set_defaults, worker_environment
 from training import checkpoint
 from training import config as training_config
 from training.config import TrainConfig
-from training.plan import Plan, make_plan
+from training.plan import Plan, make_plan, run_identity
 from training.plots import plot_losses
 
 
@@ -164,23 +164,23 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Any) -> Path | None:
     from training.prepare import prepare
 
     directory = config.run_directory
-    root = directory / "checkpoints"
-    newest = checkpoint.newest_complete(root, report=report)
-    if newest is not None:
-        step = checkpoint.Checkpoint(newest).state["step"]
-        if step >= plan.num_steps and (directory / "summary.json").exists():
-            report(f"{directory} is complete at step {step}; set run.name or schedule.tokens to train on")
-            return None
-        report(f"resuming {directory} from step {step}")
+    newest = checkpoint.newest_complete(directory / "checkpoints", report=report)
+    saved = checkpoint.Checkpoint(newest) if newest else None
+    if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
+        report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
+        return None
     data = prepare(config.data, report=report).absolute()  # workers have another working directory
     length = config.batch.sequence_length
-    train_set = TokenDataset.open(data, split="train", sequence_length=length)
+    manifest = TokenDataset.open(data, split="train", sequence_length=length).manifest
     TokenDataset.open(data, split="validation", sequence_length=length)
-    if train_set.manifest.vocab_size > plan.shape.vocab_size:
+    if manifest.vocab_size > plan.shape.vocab_size:
         raise UserError(
             f"model.vocab_size: {plan.shape.vocab_size}, but the tokenizer of {data} has "
-            f"{train_set.manifest.vocab_size} tokens; set model.vocab_size to at least that"
+            f"{manifest.vocab_size} tokens; set model.vocab_size to at least that"
         )
+    if saved:
+        saved.check_identity(run_identity(config, plan, fingerprint=manifest.fingerprint))
+        report(f"resuming {directory} from step {saved.state['step']}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / "config.yaml", layered.to_yaml(config))

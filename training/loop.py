@@ -22,14 +22,14 @@ from cluster.record import Record
 from optim import groups
 from optim.schedule import lr_factor
 from training import checkpoint
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.context import Context
 from training.data import SampleOrder, TokenDataset, micro_batch, validation_batches
 from training.engine import make_engine, zero_init
 from training.meter import Meter
 from training.model import IGNORED_TARGET, Llama, generate, initialize
-from training.plan import Plan, make_plan
+from training.plan import Plan, make_plan, run_identity
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
@@ -80,6 +80,7 @@ class Trainer:
         self.train_set = TokenDataset.open(data, split="train", sequence_length=length)
         self.validation_set = TokenDataset.open(data, split="validation", sequence_length=length)
         self.tokenizer = Tokenizer.from_file(str(data / self.train_set.manifest.tokenizer_file))
+        self.identity = run_identity(config, self.plan, fingerprint=self.train_set.manifest.fingerprint)
         self.order = SampleOrder(self.train_set.num_samples, seed=config.run.seed)
         self.meter = Meter(
             tokens_per_step=self.plan.tokens_per_step,
@@ -209,17 +210,6 @@ class Trainer:
 
     # --- checkpoints and the record -----------------------------------------------------------------------
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must not change between the start of a run and its resumption."""
-        return {
-            "data fingerprint": self.train_set.manifest.fingerprint,
-            "run.seed": self.config.run.seed,
-            "batch.sequence_length": self.config.batch.sequence_length,
-            "optim.matrix.rule": self.config.optim.matrix.rule,
-            "model": asdict(self.plan.shape),
-        }
-
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the ones that are no longer kept."""
         root = self.config.run_directory / "checkpoints"
@@ -229,7 +219,6 @@ class Trainer:
             state={
                 "step": self.step,
                 "applied_steps": self.optimizer.applied_steps,
-                "consumed_samples": self._consumed_samples,
                 "identity": self.identity,
                 "world_size": self.context.world_size,
                 "zero_stage": self.config.zero.stage,
@@ -244,14 +233,9 @@ class Trainer:
         if path is None:
             return
         saved = Checkpoint(path)
-        check_identity(saved, self.identity)
+        saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
-        if saved.state["consumed_samples"] != self._consumed_samples:
-            raise CheckpointError(
-                f"{path}: was written after {saved.state['consumed_samples']} samples in {self.step} steps; "
-                "batch.tokens has changed since: set it back, or start anew under another run.name"
-            )
 
     def open_record(self, command: list[str]) -> Record:
         """The record of this run, on rank 0."""
@@ -309,15 +293,4 @@ class Trainer:
                 f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps on end; "
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
-            )
-
-
-def check_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raise a `CheckpointError` if a run of this `identity` cannot continue `saved`."""
-    for key, value in identity.items():
-        before = saved.state["identity"].get(key)
-        if before != value:
-            raise CheckpointError(
-                f"{saved.path}: {key} was {before!r} and is now {value!r}; "
-                "set it back, or start anew under another run.name"
             )

@@ -1,7 +1,8 @@
 """What follows from a configuration before anything runs: steps, accumulation, memory, FLOPs. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil, prod
+from typing import Any
 
 from cluster import hardware
 from cluster.config import ConfigError
@@ -112,6 +113,21 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
             f"{plan.describe()}"
         )
     return plan
+
+
+def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[str, Any]:
+    """What must stay the same for a run to be resumed: key or name -> value, JSON-ready.
+
+    The rest may change between the start of a run and its resumption: workers, ZeRO stage, learning rates.
+    """
+    return {
+        "data fingerprint": fingerprint,
+        "run.seed": config.run.seed,
+        "batch.tokens": config.batch.tokens,
+        "batch.sequence_length": config.batch.sequence_length,
+        "optim.matrix.rule": config.optim.matrix.rule,
+        "model": asdict(plan.shape),
+    }
 
 
 def resolve_shape(config: TrainConfig) -> LlamaShape:

@@ -61,6 +61,12 @@ def test_a_folder_is_replaced_whole_and_leftovers_of_a_killed_process_go(tmp_pat
     assert os.listdir(target) == ["new"]
 
 
+def fill(target, *, before_leaving):
+    with files.replace_folder(target) as folder:
+        (folder / "new").touch()
+        before_leaving()
+
+
 @pytest.mark.parametrize("failing", ["the block", "fsync", "rename"])
 def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, monkeypatch, failing):
     target = tmp_path / "target"
@@ -74,9 +80,7 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, monkeypatch
         monkeypatch.setattr(os, "fsync", fail)
     if failing == "rename":
         monkeypatch.setattr(type(target), "rename", fail)
-    with pytest.raises(OSError, match="No space left"), files.replace_folder(target) as folder:
-        (folder / "new").touch()
-        if failing == "the block":
-            fail()
+    with pytest.raises(OSError, match="No space left"):
+        fill(target, before_leaving=fail if failing == "the block" else lambda: None)
     assert os.listdir(tmp_path) == ["target"]
     assert os.listdir(target) == ["old"]

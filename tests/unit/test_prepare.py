@@ -1,7 +1,6 @@
 """Round trips, splits and shards of small corpora; reuse, rebuild, kill, a full disk; every refusal."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +19,9 @@ from tokenizers import Tokenizer
 
 from training import prepare as preparation
 from training.config import DataConfig
+from training.corpora import Corpus
 from training.data import DataError, Manifest, TokenDataset
-from training.prepare import Document, main, prepare, train_tokenizer
+from training.prepare import main, prepare, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -146,38 +145,15 @@ def test_txt_jsonl_and_parquet_of_the_same_documents_give_the_same_tokens(
     assert len(set(prints)) == 1
 
 
-def test_a_long_text_file_becomes_pieces_that_end_with_a_line(
-    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preparation, "TEXT_PIECE_CHARACTERS", 500)
-    text = "".join(f"line {i} of the — long — file\r\n" for i in range(1000))
-    source = tmp_path / "book.txt"
-    source.write_bytes(text.encode())
-    pieces = list(preparation.Corpus.of(change(config, source=str(source))).documents())
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 1000
-    assert all(piece.endswith("\n") for piece in pieces)
-    source.write_text("ñ" * 3000)  # one line longer than a piece
-    pieces = list(preparation.Corpus.of(change(config, source=str(source))).documents())
-    assert [len(piece) for piece in pieces] == [1000, 1000, 1000]
-
-
 def test_empty_documents_are_left_out(config: DataConfig) -> None:
     write_jsonl(Path(config.source), ["", " \n", *texts(50)])
     manifest = Manifest.read(prepare(config, report=silent))
     assert manifest.train.documents + manifest.validation.documents == 50
 
 
-def test_equal_documents_share_a_split_and_the_share_is_close_to_the_fraction() -> None:
-    corpus = preparation.Corpus("x", "x", "x", lambda: [f"document {i % 20_000}" for i in range(40_000)])
-    splits = [document.split(0.05) for document in Document.stream(corpus)]
-    assert splits[:20_000] == splits[20_000:]
-    assert 0.045 < splits.count("validation") / 40_000 < 0.055
-
-
 def test_the_tokenizer_sample_is_bounded_and_spread_over_the_corpus() -> None:
-    corpus = preparation.Corpus("x", "x", "x", lambda: [f"{i:010}" for i in range(10_000)])
-    sample = preparation._sample(Document.stream(corpus), max_bytes=20_000)
+    corpus = Corpus("x", "x", "x", lambda: [f"{i:010}" for i in range(10_000)])
+    sample = preparation._sample(corpus.documents(), max_bytes=20_000)
     numbers = [int(document.text) for document in sample]
     assert len(set(numbers)) == 2000
     assert 4700 < np.mean(numbers) < 5300
@@ -423,76 +399,3 @@ def test_the_command_refuses_on_stderr_with_code_2(capsys: pytest.CaptureFixture
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
         assert captured.out == ""
-
-
-# --- botocore -----------------------------------------------------------------------------------------
-
-
-def test_botocore_is_pinned_once() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"botocore=={preparation.BOTOCORE_VERSION}" in project["dependencies"]
-
-
-def test_another_botocore_is_refused(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "BOTOCORE_VERSION", "0.0.1")
-    with pytest.raises(DataError, match=r"pip install --no-deps botocore==0\.0\.1"):
-        prepare(change(config, source="botocore"), report=silent)
-
-
-def test_html_becomes_folded_paragraphs_of_at_least_40_characters() -> None:
-    fragment = (
-        "<p>Returns the  <code>Name</code>\n of the &lt;bucket&gt; &amp; nothing else.</p>"
-        "<ul><li><p>Too short.</p></li><li>If x < 3 and y > 2, the <a href='x'>call</a> is refused.</ul>"
-    )
-    assert list(preparation.html_paragraphs(fragment)) == [
-        "Returns the Name of the <bucket> & nothing else.",
-        "If x < 3 and y > 2, the call is refused.",
-    ]
-
-
-def test_a_page_is_an_operation_with_the_shapes_it_reaches_first() -> None:
-    service = {
-        "documentation": "intro",
-        "operations": {
-            "Get": {
-                "name": "Get",
-                "input": {"shape": "In"},
-                "output": {"shape": "Out"},
-                "documentation": "get",
-            },
-            "Put": {"name": "Put", "input": {"shape": "In"}, "documentation": "put"},
-        },
-        "shapes": {
-            "In": {"members": {"Key": {"shape": "Key", "documentation": "the key"}}},
-            "Out": {"members": {"More": {"shape": "Out"}}, "documentation": "out"},
-            "Key": {"type": "string", "documentation": "key shape"},
-            "Orphan": {"documentation": "orphan"},
-        },
-    }
-    assert list(preparation._pages(service)) == [
-        ["intro"],
-        ["get", "the key", "key shape", "out"],
-        ["put"],
-        ["orphan"],
-    ]
-
-
-def test_the_embedded_corpus_is_the_one_that_was_reviewed() -> None:
-    package = importlib.metadata.distribution("botocore")
-    folder = Path(str(package.locate_file("botocore/data")))
-    corpus = preparation.Corpus("x", "x", "x", lambda: preparation.botocore_documents(folder))
-    documents = list(Document.stream(corpus))
-    num_bytes = sum(document.num_bytes for document in documents)
-    assert num_bytes == 26_988_044
-    assert len(documents) == 20_206
-    held_out = sum(document.num_bytes for document in documents if document.split(0.01) == "validation")
-    assert 0.005 < held_out / num_bytes < 0.02
-    assert max(document.num_bytes for document in documents) < 0.02 * num_bytes
-    paragraphs = [line for document in documents for line in document.text.split("\n")]
-    assert len(paragraphs) == len(set(paragraphs))
-    assert min(map(len, paragraphs)) >= 40
-
-
-def test_too_little_embedded_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="0 bytes of text, expected 20000000 or more"):
-        list(preparation.botocore_documents(tmp_path))

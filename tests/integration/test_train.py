@@ -1,0 +1,127 @@
+"""Whole training runs as a user starts them: what they leave behind, resumption, and two launchers."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.record import read_metrics
+from tests.commands import ROOT, command, python, tiny, write_corpus
+from training import config as training_config
+
+pytestmark = pytest.mark.stack
+
+NUM_STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_corpus(folder)
+    return folder
+
+
+def run_keys(folder: Path, name: str, **changes: object) -> list[str]:
+    keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, "checkpoint__every_steps": 5, **changes}
+    return tiny(folder, run__name=name, **keys)
+
+
+def losses(run: Path) -> dict[int, tuple]:
+    """Step -> what must not depend on how often the run was interrupted, or on its launcher."""
+    keys = ("tokens", "loss", "validation_loss", "gradient_norm", "lr", "lr_vector")
+    return {row["step"]: tuple(row.get(key) for key in keys) for row in read_metrics(run / "metrics.jsonl")}
+
+
+def kill_at(step: int, metrics: Path, process: subprocess.Popen) -> int:
+    """SIGKILL the process once `step` is in the metrics; the last step that had been written by then."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        last = read_metrics(metrics)[-1:] if metrics.exists() else []
+        if last and last[0]["step"] >= step:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return last[0]["step"]
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {step}: {process.communicate()}")
+
+
+def start(*arguments: object, ranks: int = 0, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    """The run directory of an uninterrupted run under torchrun, two ranks, with an offline W&B mirror."""
+    keys = run_keys(folder, "reference", record__wandb="offline")
+    done = python("training.launch", *keys, ranks=2, WANDB_API_KEY="")
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout and "sample 'The name of the'" in done.stdout
+    return folder / "outputs" / "reference"
+
+
+def test_a_run_leaves_its_record(reference: Path, folder: Path) -> None:
+    rows = read_metrics(reference / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    row = rows[-1]
+    assert row["tokens"] == 512 * NUM_STEPS
+    assert 0 < row["gradient_norm"] < 100 and row["skipped_steps"] == 0
+    assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
+    assert row["mfu"] is None and "no datasheet peak" in row["mfu_reason"]
+    assert rows[0]["validation_loss"] > 5.5 > 4.5 > row["validation_loss"]  # ln(320) = 5.77 at the start
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["validation_loss"] == row["validation_loss"] and summary["tokens"] == row["tokens"]
+    assert summary["wandb_status"].startswith("offline")
+    assert list((reference / "wandb").glob("offline-run-*/run-*.wandb"))
+    provenance = json.loads((reference / "provenance.json").read_text())
+    assert len(provenance["data_fingerprint"]) == 64 and provenance["packages"]["deepspeed"] == "0.19.8"
+    resolved = training_config.load(file=reference / "config.yaml")
+    assert resolved == training_config.load(dotlist=run_keys(folder, "reference", record__wandb="offline"))
+    assert (reference / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kept = sorted(path.name for path in (reference / "checkpoints").iterdir())
+    assert kept == ["step-0000055", "step-0000060"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(reference: Path, folder: Path) -> None:
+    keys = run_keys(folder, "killed")
+    run = folder / "outputs" / "killed"
+    seen = kill_at(13, run / "metrics.jsonl", start("training.launch", *keys, ranks=2))
+    before = losses(run)
+    assert max(before) >= seen  # nothing that had been written is lost
+    again = python("training.launch", *keys, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    assert losses(run) == losses(reference)
+    assert all(before[step] == losses(reference)[step] for step in before)
+
+
+def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:
+    before = (reference / "metrics.jsonl").read_bytes()
+    again = python("training.launch", *run_keys(folder, "reference", record__wandb="offline"), ranks=2)
+    assert again.returncode == 0 and "is complete at step 60" in again.stderr
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
+    reference: Path, folder: Path, tmp_path: Path
+) -> None:
+    keys = run_keys(folder, "ray", launcher="ray")
+    run = folder / "outputs" / "ray"
+    with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
+    seen = kill_at(13, run / "metrics.jsonl", start("training.launch", *keys, **with_own_session))
+    assert max(losses(run)) >= seen
+    again = python("training.launch", *keys, **with_own_session)
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr and "step 60/60" in again.stderr
+    assert losses(run) == losses(reference)

@@ -1,0 +1,230 @@
+"""The import rules of the design, read from the source: which room may know which, and which library."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("cluster", "optim", "training", "serving")
+
+MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
+    "cluster": (),
+    "optim": (),
+    "training": ("cluster", "optim"),
+    "serving": ("cluster", "training.shapes", "training.model"),
+}
+NOT_IMPORTED = ("launch", "bench", "app", "study")  # entry points: only `python -m` runs them
+
+HOMES = {  # library or call -> the only modules that may use it
+    "omegaconf": ("cluster.config",),
+    "wandb": ("cluster.record",),
+    "ray.init": ("cluster.session",),
+    "deepspeed": ("optim.zero", "training.engine", "training.context", "training.model"),
+    "deepspeed.initialize": ("training.engine",),
+    "torch.distributed": ("optim.zero", "training.engine", "training.context", "training.model"),
+}
+
+TORCH_FREE = (
+    "cluster.hardware",
+    "cluster.progress",
+    "cluster.record",
+    "optim.ownership",
+    "optim.schedule",
+    "training.data",
+    "training.plan",
+    "training.prepare",
+    "training.shapes",
+    "serving.latency",
+    "serving.parity",
+)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Dotted name -> file, of every module in the rooms."""
+    files = (file for room in ROOMS for file in sorted((root / room).rglob("*.py")))
+    return {module_name(file, root): file for file in files}
+
+
+MODULES = modules_of(ROOT)
+
+
+def used(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Dotted names that the source imports or reaches through an import, at any depth of nesting.
+
+    `from a import b` gives "a" and "a.b"; `import a.b as c; c.d()` gives "a.b" and "a.b.d".
+    """
+    names: set[str] = set()
+    bound: dict[str, str] = {}  # local name -> dotted name
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names.add(alias.name)
+                root = alias.name.partition(".")[0]
+                bound[alias.asname or root] = alias.name if alias.asname else root
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                package = module.split(".")[: None if is_package else -1]
+                package = package[: len(package) - (node.level - 1)]
+                origin = ".".join([*package, *filter(None, [origin])])
+            names.add(origin)
+            for alias in node.names:
+                names.add(f"{origin}.{alias.name}")
+                bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
+    for node in ast.walk(tree):
+        chain = []
+        while isinstance(node, ast.Attribute):
+            chain.append(node.attr)
+            node = node.value
+        if chain and isinstance(node, ast.Name) and node.id in bound:
+            names.add(".".join([bound[node.id], *reversed(chain)]))
+    return names
+
+
+def within(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(f"{parent}.")
+
+
+def imports_of_ours(names: set[str], modules: set[str]) -> set[str]:
+    """The modules of ours among dotted names: the longest that is a module, for each."""
+    found = set()
+    for name in names:
+        if name.partition(".")[0] in ROOMS:
+            while name not in modules and "." in name:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    # `from training import shapes` names the package on the way; that is the room itself only if alone.
+    return {name for name in found if name not in ROOMS or not any(within(o, name) for o in found - {name})}
+
+
+def violations(modules: dict[str, Path]) -> Iterator[str]:
+    """Every breach of MAY_IMPORT, NOT_IMPORTED and HOMES, as text."""
+    for module, file in modules.items():
+        room = module.partition(".")[0]
+        names = used(file.read_text(), module, is_package=file.name == "__init__.py")
+        for other in sorted(imports_of_ours(names, set(modules))):
+            if not any(within(other, allowed) for allowed in (room, *MAY_IMPORT[room])):
+                yield f"{module} imports {other}"
+            if other.rpartition(".")[2] in NOT_IMPORTED and other != module:
+                yield f"{module} imports the entry point {other}"
+        for library, homes in HOMES.items():
+            if module not in homes and any(within(name, library) for name in names):
+                yield f"{module} uses {library}, which is at home in {', '.join(homes)}"
+
+
+def test_every_room_is_there():
+    assert {name.partition(".")[0] for name in MODULES} == set(ROOMS)
+    assert len(MODULES) > 30
+
+
+def test_the_rules_hold():
+    assert list(violations(MODULES)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "breach"),
+    [
+        ("cluster.a", "import optim.zero", "cluster.a imports optim.zero"),
+        ("cluster.a", "def f():\n    from training import shapes", "cluster.a imports training.shapes"),
+        ("optim.a", "from cluster.config import key", "optim.a imports cluster.config"),
+        ("optim.a", "from ..cluster import config", "optim.a imports cluster.config"),
+        ("training.a", "import serving", "training.a imports serving"),
+        ("serving.a", "from training.loop import train", "serving.a imports training.loop"),
+        ("serving.a", "import training", "serving.a imports training"),
+        ("serving.a", "from optim import polar", "serving.a imports optim.polar"),
+        ("training.a", "from training import launch", "training.a imports the entry point training.launch"),
+        ("training.a", "from . import launch", "training.a imports the entry point training.launch"),
+        ("training.a", "if True:\n    from omegaconf import OmegaConf", "training.a uses omegaconf"),
+        ("cluster.a", "from wandb.sdk import x", "cluster.a uses wandb"),
+        ("training.a", "import ray as r\nr.init()", "training.a uses ray.init"),
+        ("training.a", "from ray import init", "training.a uses ray.init"),
+        ("training.model", "import deepspeed\ndeepspeed.initialize()", "training.model uses deepspeed.init"),
+        ("training.a", "import torch\ntorch.distributed.barrier()", "training.a uses torch.distributed"),
+        ("optim.a", "from torch import distributed", "optim.a uses torch.distributed"),
+        ("optim.a", "class A:\n  def f(self):\n    import torch.distributed as d", "optim.a uses torch.dist"),
+    ],
+)
+def test_a_breach_of_any_rule_is_seen(module, source, breach, tmp_path):
+    for name in (*ROOMS, "cluster.config", "optim.zero", "optim.polar", "training.shapes", "training.loop",
+                 "training.launch", module):  # fmt: skip
+        folder = tmp_path.joinpath(*name.split("."))
+        file = folder / "__init__.py" if name in ROOMS else folder.with_suffix(".py")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source if name == module else "")
+    found = list(violations(modules_of(tmp_path)))
+    assert len(found) == 1 and found[0].startswith(breach)
+
+
+def test_what_is_allowed_is_not_reported():
+    names = used("from training import shapes\nfrom training.model import Llama", "serving.a")
+    assert imports_of_ours(names, set(MODULES)) == {"training.shapes", "training.model"}
+    assert not any(within(name, "ray.init") for name in used("import ray\nray.init_hook", "training.a"))
+
+
+def dependencies() -> set[str]:
+    """Import names of the declared dependencies, the optional ones too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = sum(project.get("optional-dependencies", {}).values(), project["dependencies"])
+    return {re.match(r"[A-Za-z0-9_-]+", line).group().lower().replace("-", "_") for line in declared}
+
+
+def test_no_module_is_named_like_a_standard_module_or_a_dependency():
+    assert {"torch", "deepspeed", "ray", "wandb", "omegaconf", "pytest"} <= dependencies()
+    taken = sys.stdlib_module_names | dependencies() | {"triton", "vllm"}
+    assert [name for name in MODULES if name.rpartition(".")[2] in taken] == []
+
+
+def test_every_module_says_what_it_is_for():
+    silent = [
+        name
+        for name, file in MODULES.items()
+        if file.name != "__init__.py" and not ast.get_docstring(ast.parse(file.read_text()))
+    ]
+    assert silent == []
+
+
+def test_init_files_are_empty_and_every_folder_of_code_has_one():
+    folders = {file.parent for file in MODULES.values()}
+    folders |= {file.parent for file in (ROOT / "tests").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert [folder for folder in folders if (folder / "__init__.py").read_bytes()] == []
+
+
+IMPORT_WITHOUT_TORCH = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "deepspeed", "triton"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Refuse())
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_some_modules_run_without_torch():
+    """In one process in which torch, DeepSpeed and Triton cannot be imported."""
+    named = [name for name in MODULES if name in TORCH_FREE or name.endswith(".config")]
+    assert {"cluster.config", "training.config", "training.plan", "optim.ownership"} <= set(named)
+    missing = [name for name in TORCH_FREE if name not in MODULES and not name.startswith("serving.")]
+    assert missing == []  # a renamed module must be renamed here
+    command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *named, "optim.polar"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["optim.polar: torch is blocked"]  # the last one shows that the block works

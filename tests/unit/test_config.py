@@ -1,0 +1,301 @@
+"""Defaults <- YAML <- dotlist: precedence, and errors that name the key, the file and the choices."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cluster import config as layered
+from cluster.config import ConfigError, key, require, require_choice, to_dict, to_yaml, walk
+from optim.polar import METHODS
+from optim.rules import SCALES
+from training import config as training_config
+from training.config import TrainConfig, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = key(1, "a size")
+    rate: float = key(0.5, "a rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str = key("x", "a name")
+    flag: bool = key(False, "a flag")
+    limit: int | None = key(None, "a limit")
+    words: tuple[str, ...] = key(("a",), "some words")
+    inner: Inner = key(Inner, "")
+
+    def __post_init__(self) -> None:
+        require(self.name != "bad", "name", "must not be bad")
+
+
+def load_text(folder: Path, text: str, *dotlist: str) -> Outer:
+    file = folder / "c.yaml"
+    file.write_text(text)
+    return layered.load(Outer, file=file, dotlist=dotlist)
+
+
+def refusal(*dotlist: str, file: Path | None = None, schema: type = TrainConfig) -> str:
+    """The message with which a configuration is refused."""
+    with pytest.raises(ConfigError) as raised:
+        layered.load(schema, file=file, dotlist=dotlist)
+    return str(raised.value)
+
+
+def test_defaults_alone_are_the_schemas():
+    assert layered.load(Outer) == Outer()
+    assert load() == TrainConfig()
+
+
+def test_yaml_overrides_defaults_and_the_dotlist_overrides_yaml(tmp_path):
+    text = "name: file\ninner:\n  size: 2\n"
+    assert load_text(tmp_path, text) == Outer(name="file", inner=Inner(size=2))
+    found = load_text(tmp_path, text, "inner.size=3", "flag=true")
+    assert found == Outer(name="file", flag=True, inner=Inner(size=3))
+
+
+def test_the_last_of_two_arguments_for_one_key_wins():
+    assert layered.load(Outer, dotlist=["inner.size=3", "inner.size=4"]).inner.size == 4
+
+
+def test_a_value_may_hold_an_equals_sign_or_be_null_or_a_list():
+    assert layered.load(Outer, dotlist=["name=a=b"]).name == "a=b"
+    assert layered.load(Outer, dotlist=["limit=7", "limit=null"]).limit is None
+    assert layered.load(Outer, dotlist=["words=[b, c d]"]).words == ("b", "c d")
+    assert layered.load(Outer, dotlist=["inner.rate=2"]).inner.rate == 2.0
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_text(tmp_path, "") == load_text(tmp_path, "# only a comment\n") == Outer()
+
+
+@pytest.mark.parametrize(
+    ("argument", "names"),
+    [
+        ("nope=1", "unknown key 'nope'; keys here: name, flag, limit, words, inner"),
+        ("inner.sise=1", "unknown key 'inner.sise'; keys here: size, rate"),
+        ("inner.deep.er=1", "unknown key 'inner.deep'; keys here: size, rate"),
+        ("inner.size=two", "inner.size: "),
+        ("inner.size=1.5", "inner.size: "),
+        ("inner.size=true", "inner.size: "),
+        ("inner.size=null", "inner.size: "),
+        ("inner.size.x=1", "inner.size: "),
+        ("flag=maybe", "flag: "),
+        ("words=a", "words: "),
+        ("inner=3", "inner: is a section, not a value; keys here: size, rate"),
+        ("inner=[1]", "inner: is a section, not a value; keys here: size, rate"),
+        ("name=${nope}", "name: "),
+        ("name=bad", "name: must not be bad"),
+    ],
+)
+def test_typos_and_wrong_types_name_the_key_on_the_command_line_and_in_a_file(argument, names, tmp_path):
+    assert names in refusal(argument, schema=Outer)
+    path, _, value = argument.partition("=")
+    parts = path.split(".")
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(parts)]
+    lines[-1] += f" {value}"
+    file = tmp_path / "c.yaml"
+    file.write_text("\n".join(lines))
+    assert names in refusal(file=file, schema=Outer)
+
+
+def test_the_message_says_which_layer_is_wrong(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("inner:\n  sise: 1\n")
+    assert refusal(file=file, schema=Outer).startswith(f"{file}: unknown key 'inner.sise'")
+    file.write_text("inner:\n  size: 1\n")
+    assert refusal("inner.sise=1", file=file, schema=Outer).startswith("inner.sise=1: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("inner: [1\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "not valid YAML"),
+        ("\tname: x\n", "not valid YAML"),
+        ("- name\n- flag\n", "holds a list; the top level must be a mapping"),
+        ("42\n", "the top level must be a mapping"),
+        ("nonsense\n", "unknown key 'nonsense'"),
+        ("inner:\n", "inner: is a section"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_named(text, problem, tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        load_text(tmp_path, text)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'c.yaml'}: {problem}") and "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    assert refusal(file=missing) == f"{missing}: cannot be read (No such file or directory); check the path"
+    assert refusal(file=tmp_path).startswith(f"{tmp_path}: cannot be read (Is a directory)")
+
+
+@pytest.mark.parametrize("argument", ["batch.tokens", "--help", "=3", ""])
+def test_an_argument_without_a_key_or_value_says_what_was_expected(argument):
+    assert refusal(argument) == f"{argument!r}: expected key=value, for example batch.tokens=16384"
+
+
+def test_a_value_that_is_no_yaml_is_quoted():
+    assert refusal("batch.tokens=[1").startswith("'batch.tokens=[1': not a valid value")
+
+
+@pytest.mark.parametrize(
+    "dotlist",
+    [
+        (),
+        ("optim.matrix.lr=1e-7", "optim.vector.eps=1e-30", "schedule.tokens=28400000000"),
+        ("zero.stage=3", "zero.init=true", "workers.accelerator=A40", "model.num_layers=3"),
+        (
+            'evaluation.prompts=["a: b", "é\\n", "1"]',
+            "record.group=null",
+            "run.name='1e3'",
+            "run.directory=~/x",
+        ),
+    ],
+)
+def test_yaml_round_trip(dotlist, tmp_path):
+    config = load(dotlist=dotlist)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load(file=file) == config
+    assert to_dict(config)["batch"] == dataclasses.asdict(config.batch)
+
+
+def test_every_leaf_survives_the_dotlist():
+    leaves = [(name, value) for name, value, _ in walk(load()) if isinstance(value, str | int | float)]
+    assert load(dotlist=[f"{name}={value}" for name, value in leaves]) == load()
+
+
+def test_it_is_frozen_at_every_level():
+    config = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.precision = "fp32"
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if dataclasses.is_dataclass(section):
+            first = dataclasses.fields(section)[0].name
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(section, first, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.matrix.lr = 1.0
+    assert isinstance(config.evaluation.prompts, tuple)
+
+
+def test_walk_yields_the_leaves_in_order():
+    assert list(walk(Outer())) == [
+        ("name", "x", "a name"),
+        ("flag", False, "a flag"),
+        ("limit", None, "a limit"),
+        ("words", ("a",), "some words"),
+        ("inner.size", 1, "a size"),
+        ("inner.rate", 0.5, "a rate"),
+    ]
+
+
+def test_every_key_of_a_training_run_is_explained_once():
+    leaves = list(walk(load()))
+    assert len(leaves) > 50
+    names = [name for name, _, _ in leaves]
+    assert len(set(names)) == len(names)
+    unexplained = [name for name, _, doc in leaves if len(doc.split()) < 2]
+    assert not unexplained
+
+
+def test_require_choice_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"^a\.b: 'z' is not one of: x, y$"):
+        require_choice("a.b", "z", ("y", "x"))
+    require_choice("a.b", "x", ("y", "x"))
+
+
+REFUSED = {
+    "launcher": ["slurm"],
+    "precision": ["fp16", "BF16"],
+    "run.name": ["a/b", "..", ".hidden", "''", "a b", "-x", "é"],
+    "run.seed": ["-1", str(2**63)],
+    "data.vocab_size": ["299", "1000001"],
+    "data.validation_fraction": ["0", "0.5", "-0.1", "nan"],
+    "data.shard_tokens": ["999", "-1"],
+    "batch.tokens": ["0", "-8"],
+    "batch.sequence_length": ["0"],
+    "batch.micro_sequences": ["0"],
+    "schedule.tokens": ["0", "-1"],
+    "schedule.decay": ["exponential"],
+    "schedule.warmup_fraction": ["-0.1", "1.1", "0.6", "nan"],  # 0.6 with decay_fraction 0.5 makes 1.1
+    "schedule.decay_fraction": ["-0.1", "1.1"],
+    "schedule.final_fraction": ["-0.1", "1.1"],
+    "optim.clip": ["-1", "nan"],
+    "optim.matrix.rule": ["sgd"],
+    "optim.matrix.method": ["svd"],
+    "optim.matrix.scale": ["frobenius"],
+    "optim.matrix.dtype": ["fp16"],
+    "optim.matrix.lr": ["0", "-1", "nan"],
+    "optim.matrix.momentum": ["1", "-0.1"],
+    "optim.matrix.weight_decay": ["-0.1"],
+    "optim.vector.lr": ["0", "nan"],
+    "optim.vector.beta1": ["1", "-0.1"],
+    "optim.vector.beta2": ["1", "-0.1"],
+    "optim.vector.eps": ["0", "-1e-8"],
+    "optim.vector.weight_decay": ["-0.1"],
+    "zero.stage": ["4", "-1"],
+    "zero.init": ["true"],  # the default stage is 1
+    "zero.bucket_elements": ["0"],
+    "workers.count": ["0"],
+    "workers.cpus": ["0", "-1"],
+    "checkpoint.every_steps": ["0"],
+    "checkpoint.keep": ["0"],
+    "evaluation.every_steps": ["0"],
+    "evaluation.sequences": ["0"],
+    "evaluation.sample_tokens": ["-1"],
+    "record.every_steps": ["0"],
+    "record.wandb": ["on"],
+    "session.cpus": ["0"],
+    "session.object_store_megabytes": ["79"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_value_names_its_key(name):
+    for value in REFUSED[name]:
+        assert refusal(f"{name}={value}").startswith(f"{name}: "), value
+
+
+def test_every_check_of_the_schema_is_exercised_above():
+    """The keys that `require` and `require_choice` name in the source are keys, and are refused here."""
+    source = ast.parse(Path(training_config.__file__).read_text())
+    named = set()
+    for call in ast.walk(source):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+            position = {"require": 1, "require_choice": 0}.get(call.func.id)
+            argument = call.args[position] if position is not None else None
+            if isinstance(argument, ast.Constant):  # else an f-string in a loop
+                named.add(argument.value)
+    assert len(named) > 25
+    assert named <= set(REFUSED) <= {name for name, _, _ in walk(load())}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["zero.stage=0", "optim.clip=0", "evaluation.sample_tokens=0", "optim.matrix.momentum=0",
+     "optim.vector.beta1=0", "schedule.warmup_fraction=0.5", "data.vocab_size=300", "run.seed=0"],
+)  # fmt: skip
+def test_values_on_the_allowed_side_of_a_border_are_taken(argument):
+    name, _, value = argument.partition("=")
+    found = {key_name: leaf for key_name, leaf, _ in walk(load(dotlist=[argument]))}
+    assert found[name] == float(value)
+
+
+def test_the_choices_are_those_that_the_optimizer_has():
+    assert set(training_config.ORTHOGONALISATIONS) == set(METHODS)
+    assert set(training_config.UPDATE_SCALES) == set(SCALES)
+
+
+def test_the_run_directory_is_absolute_and_knows_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(dotlist=["run.directory=~/out", "run.name=r"]).run_directory == tmp_path / "out" / "r"
+    monkeypatch.chdir(tmp_path)
+    assert load(dotlist=["run.name=r"]).run_directory == tmp_path / "outputs" / "r"
