@@ -94,7 +94,7 @@ def _attempt(path: Path, write: Callable[[], int]) -> tuple[str | None, int]:
     except (OSError, SafetensorError) as error:
         reason = str(error)
         if isinstance(error, OSError):
-            reason = error.strerror
+            reason = error.strerror or reason
         elif system := re.search(r"I/O error: (.*) \(os error", reason):  # safetensors' own wrapping of errno
             reason = system[1]
         return f"{path}: cannot be written ({reason}); free space there, then run the same command again", 0
