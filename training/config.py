@@ -68,9 +68,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    tokens: int = key(8192, "tokens per optimizer step, over all workers")
+    tokens: int = key(4096, "tokens per optimizer step, over all workers")
     sequence_length: int = key(256, "tokens per sequence")
-    micro_sequences: int = key(8, "sequences per worker and forward pass; accumulation follows")
+    micro_sequences: int = key(4, "sequences per worker and forward pass; accumulation follows")
 
     def __post_init__(self) -> None:
         for name in ("tokens", "sequence_length", "micro_sequences"):
@@ -126,7 +126,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    tokens: int = key(2_048_000, "tokens to train on; rounded down to whole steps")
+    tokens: int = key(450_560, "tokens to train on; rounded down to whole steps")
     warmup_fraction: float = key(0.03, "share of the steps in which the learning rate rises linearly")
     decay_fraction: float = key(0.5, "share of the steps, the last, in which it falls")
     decay: str = key("linear", "form of the fall: linear or cosine")
@@ -172,7 +172,7 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = key(100, "steps between checkpoints; one more is written at the end")
+    every_steps: int = key(25, "steps between checkpoints; one more is written at the end")
     keep: int = key(2, "newest complete checkpoints to keep")
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every_steps: int = key(50, "steps between validation losses; also taken at step 0 and at the end")
+    every_steps: int = key(25, "steps between validation losses; also taken at step 0 and at the end")
     sequences: int = key(64, "held-out sequences in each, the same every time")
     prompts: tuple[str, ...] = key(("The name of the", "Returns a list of"), "prompts continued at the end")
     sample_tokens: int = key(48, "tokens sampled for each prompt; 0 turns sampling off")

@@ -9,7 +9,8 @@ Running the same command again resumes the run from its newest complete checkpoi
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
+from cluster.provenance import commit_environment
 from cluster.record import follow
 from cluster.session import ray_session, set_defaults, worker_environment
 from training import checkpoint
@@ -48,12 +50,13 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     print(plan.describe(), flush=True)
     with Progress(plan.num_steps) as progress:
-        data = prepare_run(config, plan, report=progress.note)
-        if data is None:
+        start = prepare_run(config, plan, report=progress.note)
+        if start is None:
             return
         environment = worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus)))
-        with ray_session(config.session, worker_env=environment), _Follower(config, progress):
-            _fit(config, data)
+        environment |= commit_environment()
+        with ray_session(config.session, worker_env=environment), _Follower(config, progress, start=start):
+            _fit(config, start.data)
     finish_run(config)
 
 
@@ -132,10 +135,11 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     with torch_context(gpu=config.workers.gpu) as context, Progress(plan.num_steps) as progress:
         if context.is_main:
             progress.note(plan.describe())
-        prepared = _attempt_on_main(context, lambda: prepare_run(config, plan, report=progress.note))
-        if prepared is not None:
-            train(config, data=prepared, command=sys.argv, context=context, observe=progress.update)
-    if rank == 0 and prepared is not None:
+        start = _attempt_on_main(context, lambda: prepare_run(config, plan, report=progress.note))
+        if start is not None:
+            show = _Show(config, progress)
+            train(config, data=start.data, command=sys.argv, context=context, observe=show)
+    if rank == 0 and start is not None:
         finish_run(config)
 
 
@@ -155,10 +159,18 @@ def _attempt_on_main(context: Any, work: Any) -> Any:
     return result
 
 
-def prepare_run(config: TrainConfig, plan: Plan, *, report: Any) -> Path | None:
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its prepared data, and the step of the checkpoint that it continues (or 0)."""
+
+    data: Path
+    step: int
+
+
+def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None]) -> Start | None:
     """Everything before the first worker: data, run directory, and whether there is anything left to do.
 
-    Returns the prepared data, or None if the run is already complete.
+    Returns None if the run is already complete.
     """
     from training.data import TokenDataset
     from training.prepare import prepare
@@ -181,12 +193,15 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Any) -> Path | None:
     if saved:
         saved.check_identity(run_identity(config, plan, fingerprint=manifest.fingerprint))
         report(f"resuming {directory} from step {saved.state['step']}")
+    elif (metrics := directory / "metrics.jsonl").exists():
+        report(f"{directory} broke off before its first checkpoint: starting again from step 0")
+        metrics.unlink()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / "config.yaml", layered.to_yaml(config))
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
-    return data
+    return Start(data, step=saved.state["step"] if saved else 0)
 
 
 def finish_run(config: TrainConfig) -> None:
@@ -201,18 +216,35 @@ def finish_run(config: TrainConfig) -> None:
     print(f"run directory: {directory}")
 
 
-class _Follower:
-    """Feeds the progress line from `metrics.jsonl` while the workers write it."""
+class _Show:
+    """Shows rows in the progress line; before the first, how the parameters were divided."""
 
     def __init__(self, config: TrainConfig, progress: Progress) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._follow, args=(config.run_directory / "metrics.jsonl", progress), daemon=True
-        )
+        self._partition = config.run_directory / "partition.txt"
+        self._progress = progress
+        self._any = False
 
-    def _follow(self, path: Path, progress: Progress) -> None:
-        for row in follow(path, stop=self._stop.is_set):
-            progress.update(row)
+    def __call__(self, row: dict[str, Any]) -> None:
+        if not self._any:
+            self._progress.note(self._partition.read_text().rstrip())
+            self._any = True
+        self._progress.update(row)
+
+
+class _Follower:
+    """Shows the rows of `metrics.jsonl` while the workers write it, from where a resumed run is."""
+
+    def __init__(self, config: TrainConfig, progress: Progress, *, start: "Start") -> None:
+        self._stop = threading.Event()
+        self._path = config.run_directory / "metrics.jsonl"
+        self._show = _Show(config, progress)
+        self._first_step = start.step
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        for row in follow(self._path, stop=self._stop.is_set):
+            if row["step"] >= self._first_step:
+                self._show(row)
 
     def __enter__(self) -> None:
         self._thread.start()

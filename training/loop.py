@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster import config as layered
-from cluster import provenance
+from cluster import files, provenance
 from cluster.cli import RunError
 from cluster.record import Record
 from optim import groups
@@ -32,6 +32,7 @@ from training.model import IGNORED_TARGET, Llama, generate, initialize
 from training.plan import Plan, make_plan, run_identity
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
+PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
 
 Observe = Callable[[dict[str, Any]], None]
@@ -50,6 +51,8 @@ def train(config: TrainConfig, *, data: Path, command: list[str], context: Conte
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
     trainer = Trainer(config, data=data, context=context)
+    if context.is_main:
+        files.write_text(config.run_directory / PARTITION, trainer.describe_optimizer())
     with trainer.open_record(command) if context.is_main else nullcontext() as record:
         summary = trainer.run(Output(record, observe))
         if record is not None:
@@ -253,10 +256,15 @@ class Trainer:
             resume_step=self.resumed_from,
         )
 
-    @property
-    def partition(self) -> str:
-        """Which rule each parameter got, as text."""
-        return groups.describe(self.members)
+    def describe_optimizer(self) -> str:
+        """Which kind of rule each parameter got, and what the matrices' owners exchange, as text."""
+        plans = self.optimizer.plans
+        moved = sum(plan.elements_sent for plan in plans)
+        imbalance = max((plan.imbalance for plan in plans), default=0.0)
+        return (
+            f"{groups.describe(self.members)}\n"
+            f"  {moved:,} elements exchanged per step, owners balanced within {imbalance:.1%}\n"
+        )
 
     # --- details ------------------------------------------------------------------------------------------
 

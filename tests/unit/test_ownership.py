@@ -145,6 +145,12 @@ def test_flops_and_imbalance_by_hand():
     assert plan.imbalance == pytest.approx(2 / 1.5 - 1)
 
 
+def test_the_largest_is_placed_first_wherever_it_stands_in_the_list():
+    sizes = [4, 4, 8]  # an 8x8 has 8 times the FLOPs of a 4x4: alone on one rank, whatever it holds
+    matrices = [Matrix(f"m{i}", n, n, ((0, n * n), (n * n, n * n))) for i, n in enumerate(sizes)]
+    assert make_plan(matrices, world_size=2).owners == (1, 1, 0)
+
+
 def test_among_equal_loads_the_rank_that_holds_most_owns():
     matrices = [
         Matrix("a", 4, 4, ((0, 0), (0, 2), (2, 16))),

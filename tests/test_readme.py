@@ -1,0 +1,68 @@
+"""README's commands and file tree are true."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith(("make ", ".venv/bin/python "))
+]
+COMMANDS += re.findall(r"`(torchrun [^`]*)`", README)
+
+
+def dry(command: str) -> list[str]:
+    """The command with this interpreter, and stopped before it does anything that takes long."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        venv = Path(sys.prefix)
+        # This environment stands in for .venv, so that nothing is installed by the test.
+        make = ["make", f"VENV={venv}", f"--old-file={venv}/ready"]
+        if words[1] == "train":
+            arguments = next((word for word in words if word.startswith("ARGS=")), "ARGS=")
+            others = [word for word in words[1:] if not word.startswith("ARGS=")]
+            return [*make, *others, f"{arguments} --dry-run"]
+        return [*make, "--dry-run", *words[1:]]
+    if words[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", *words[1:], "--dry-run"]
+    words[0] = sys.executable
+    return words if "--dry-run" in words else [*words, "--help"]
+
+
+def test_readme_has_the_front_doors() -> None:
+    assert {"make train", "make test"} <= set(COMMANDS) and len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_readme_command_runs(command: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        dry(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout or "usage:" in done.stdout or "parameters" in done.stdout
+
+
+def test_the_1b4_dry_run_says_what_readme_promises() -> None:
+    [command] = [command for command in COMMANDS if "--dry-run" in command]
+    done = subprocess.run(dry(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    for part in ("1.4204B", "weights", "gradients", "momentum", "activations", "tokens per step", "steps"):
+        assert part in done.stdout
+
+
+def test_the_file_tree_is_complete() -> None:
+    tree = README[README.index("## The files") :]
+    for room in ("cluster", "optim", "training"):
+        for file in (ROOT / room).glob("*.py"):
+            if file.name != "__init__.py":
+                assert f"  {file.name} " in tree, f"{room}/{file.name} is not in README's file tree"

@@ -1,0 +1,281 @@
+"""The launcher's cost: the same loop under Ray Train and under torchrun, in turns, on CPU workers.
+
+    python -m training.bench [--output FILE] [--rounds N] [--config FILE] [--dry-run] [key=value ...]
+
+Measured: the steady optimizer step by the loop's own clock, which leaves out evaluation, checkpoints and the
+report to Ray that follows each checkpoint; and the wall time from the start of the command to the row of
+step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import cli, files, hardware, provenance
+from cluster import config as layered
+from cluster.cli import RunError, UserError
+from cluster.progress import Progress
+from cluster.record import follow
+from cluster.session import ROOT
+from training import config as training_config
+from training.config import TrainConfig
+from training.data import Manifest
+from training.plan import Plan, make_plan
+from training.prepare import prepare
+
+LAUNCHERS = {"ray": "ray", "torchrun": "torch"}  # name here -> value of the key `launcher`
+DEFAULTS = (  # replace those of training.config and those of a --config file
+    "schedule.tokens=114688",  # 14 steps
+    "evaluation.every_steps=1000000",  # so only before the first step and after the last
+    "evaluation.sequences=16",  # one batch per worker
+    "evaluation.sample_tokens=0",
+    "checkpoint.every_steps=1000000",
+    "record.every_steps=1",
+    "record.wandb=disabled",
+    "workers.gpu=false",
+)
+OWN_KEYS = ("launcher", "run.name", "run.directory", "record.every_steps", "workers.gpu")
+SETTLING_STEPS = 4  # left out of the steady state: first allocations, rising clocks
+POLL_SECONDS = 0.1  # resolution of the time to the first step
+STOP_SECONDS = 40.0  # torchrun gives its ranks 30 s to end before it kills them
+GEMM_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one run: from the start of the command to the row of step 1; of the median steady step."""
+
+    first_step_seconds: float
+    step_seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    defaults = training_config.load(dotlist=DEFAULTS)
+    parser = cli.make_parser("training.bench", description=__doc__.splitlines()[0], keys=defaults)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs per launcher (default: 3)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: tests/baselines/<hardware>_train_launcher.json"
+    )
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        if options.rounds < 1:
+            raise UserError(f"--rounds: {options.rounds} must be at least 1")
+        for argument in options.overrides:
+            if argument.partition("=")[0] in OWN_KEYS:
+                raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
+        keys = [*DEFAULTS, *options.overrides]
+        config = training_config.load(file=options.config, dotlist=keys)
+        plan = make_plan(config)
+        if plan.num_steps <= SETTLING_STEPS:
+            raise UserError(f"schedule.tokens: makes {plan.num_steps} steps; use over {SETTLING_STEPS}")
+        given = ["--config", str(options.config), *keys] if options.config else keys
+        if options.dry_run:
+            print(layered.to_yaml(config), plan.describe(), sep="\n")
+            for name in LAUNCHERS:
+                print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
+            return
+        output = options.output or baseline_path(hardware.describe_host())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        bench(config, plan, given, num_rounds=options.rounds, output=output)
+
+    return cli.run(body)
+
+
+def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
+    """Prepare the data, print the ceiling, measure, print the table, write `output`, print one JSON line."""
+    result: dict[str, Any] = {
+        "bench": "train_launcher",
+        "arguments": given,
+        "rounds": num_rounds,
+        "num_workers": plan.num_workers,
+        "num_parameters": plan.shape.num_parameters,
+        "tokens_per_step": plan.tokens_per_step,
+        "steps_per_run": plan.num_steps,
+        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+    }
+    data = prepare(config.data, report=lambda line: print(line, file=sys.stderr))
+    gflops, dtype = gemm_gflops(config, plan)
+    floor = plan.flops_per_token * plan.tokens_per_step / (plan.num_workers * gflops * 1e9)
+    result |= {"gemm_dtype": dtype, "gemm_gflops_per_worker": gflops, "floor_step_seconds": floor}
+    print(f"ceiling: {gflops:.1f} GFLOP/s per worker in this model's {dtype} products, all workers at once")
+    print(
+        f"floor:   {floor:.3f} s per step = {plan.flops_per_token:,} FLOPs per token x "
+        f"{plan.tokens_per_step:,} tokens / ({plan.num_workers} x {gflops:.1f} GFLOP/s), optimizer excluded",
+        flush=True,
+    )
+    result |= compare(measure(plan, given, num_rounds=num_rounds))
+    print(table(result))
+    about = provenance.collect(command=sys.argv, data_fingerprint=Manifest.read(data).fingerprint)
+    files.write_json(output, {**result, "provenance": about})
+    print(f"written to {output}")
+    print(json.dumps(result))
+
+
+def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, Run]]:
+    """One run under each launcher per round; who goes first changes from round to round."""
+    rounds: list[dict[str, Run]] = [{} for _ in range(num_rounds)]
+    order = [(i, name) for i in range(num_rounds) for name in list(LAUNCHERS)[:: -1 if i % 2 else 1]]
+    with Progress(len(order) * plan.num_steps) as progress:
+        for num_done, (i, name) in enumerate(order):
+            steps_before = num_done * plan.num_steps
+            run = one_run(name, given, plan=plan, progress=progress, steps_before=steps_before)
+            times = f"first step after {run.first_step_seconds:.1f} s, then {run.step_seconds:.3f} s per step"
+            progress.note(f"round {i + 1}/{num_rounds} {name}: {times}")
+            rounds[i][name] = run
+    return rounds
+
+
+def one_run(name: str, given: list[str], *, plan: Plan, progress: Progress, steps_before: int) -> Run:
+    """Run the launch command to its end in a folder of its own. Raises `RunError` if it fails."""
+    # In /tmp, because a path of Ray's sockets must stay below 108 characters.
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp", ignore_cleanup_errors=True) as place:
+        folder, rows, first_step_seconds = Path(place), [], 0.0
+        command = command_line(name, given, num_workers=plan.num_workers, folder=folder)
+        metrics, log = folder / "outputs" / name / "metrics.jsonl", folder / "log"
+        started = time.monotonic()
+        with child(command, log=log, ray_folder=folder) as process:
+            for row in follow(metrics, stop=lambda: process.poll() is not None, poll_seconds=POLL_SECONDS):
+                if row["step"] == 1:
+                    first_step_seconds = time.monotonic() - started
+                rows.append(row)
+                progress.update({**row, "step": steps_before + row["step"]})
+        if process.returncode:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise RunError(f"the run under {name} ended with exit code {process.returncode}:\n{tail}")
+        return Run(first_step_seconds, steady_step_seconds(rows))
+
+
+def command_line(name: str, given: Sequence[str], *, num_workers: int, folder: Path) -> list[str]:
+    """The command of a run under the launcher `name`, which keeps its run directory in `folder`."""
+    launcher = [sys.executable, "-m"]
+    if name == "torchrun":
+        num_processes, port = f"--nproc-per-node={num_workers}", f"--master-port={free_port()}"
+        launcher += ["torch.distributed.run", num_processes, port, "-m"]
+    own = [f"launcher={LAUNCHERS[name]}", f"run.name={name}", f"run.directory={folder / 'outputs'}"]
+    return [*launcher, "training.launch", *given, *own]
+
+
+@contextmanager
+def child(command: Sequence[str], *, log: Path, ray_folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process group of its own, which is ended if the block is left before it is done."""
+    with log.open("wb") as stream:
+        environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # on which both launchers end their workers
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def steady_step_seconds(rows: Iterable[dict[str, Any]]) -> float:
+    """The median step of a run, from its rows, without the first SETTLING_STEPS."""
+    return statistics.median(row["step_seconds"] for row in rows if row["step"] > SETTLING_STEPS)
+
+
+def compare(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
+    """Medians with spreads [min, max] over the rounds: seconds under each launcher, and their ratio.
+
+    A speed-up is torchrun's seconds / Ray's of the same round. `overhead_ray_percent` is what a steady step
+    takes longer under Ray, by the median ratio.
+    """
+    found: dict[str, Any] = {}
+    for case in ("step", "first_step"):
+        seconds = {name: [getattr(runs[name], f"{case}_seconds") for runs in rounds] for name in LAUNCHERS}
+        ratios = [theirs / ours for theirs, ours in zip(seconds["torchrun"], seconds["ray"], strict=True)]
+        for key, values in (
+            (f"speedup_torchrun_{case}", ratios),
+            *((f"{case}_seconds_{name}", values) for name, values in seconds.items()),
+        ):
+            found[key] = statistics.median(values)
+            found[spread_key(key)] = [min(values), max(values)]
+    return {**found, "overhead_ray_percent": 100 * (1 / found["speedup_torchrun_step"] - 1)}
+
+
+def spread_key(key: str) -> str:
+    """The key of the spread that belongs to the median `key`."""
+    return f"spread_{key.removeprefix('speedup_')}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `compare` found, for people."""
+    lines = [f"{'':<30}{'median':>9}{'min':>9}{'max':>9}"]
+    for key in (key for key in result if spread_key(key) in result):
+        lines.append(
+            f"{key:<30}" + "".join(f"{value:9.3f}" for value in (result[key], *result[spread_key(key)]))
+        )
+    return "\n".join([*lines, f"{'overhead_ray_percent':<30}{result['overhead_ray_percent']:+9.2f}"])
+
+
+def baseline_path(host: dict[str, Any]) -> Path:
+    """tests/baselines/<CPU model>-<number of cores>-cores_train_launcher.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{host['cpu']} {host['cpu_cores']} cores".lower()).strip("-")
+    return ROOT / "tests" / "baselines" / f"{slug}_train_launcher.json"
+
+
+def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
+    """GFLOP/s per worker, and the dtype, of the model's matrix products: one micro-batch, there and back.
+
+    All workers at once, for they share caches and clocks, on `workers.cpus` threads each; best of
+    GEMM_REPEATS.
+    """
+    import torch
+
+    from optim.precision import product_dtype
+
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    dtype = product_dtype(wanted, torch.device("cpu"))
+    tokens = config.batch.micro_sequences * config.batch.sequence_length
+    sizes = [*plan.shape.matrices().elements(), (plan.shape.vocab_size, plan.shape.hidden_size)]
+
+    def pass_seconds(num_threads: int) -> float:
+        torch.set_num_threads(num_threads)
+        weights = [torch.randn(size, dtype=dtype) for size in sizes]
+        inputs = {columns: torch.randn(tokens, columns, dtype=dtype) for _, columns in sizes}
+        times = []
+        for _ in range(GEMM_REPEATS):
+            started = time.perf_counter()
+            for weight in weights:
+                x = inputs[weight.shape[1]]
+                y = x @ weight.T
+                _ = y @ weight, y.T @ x
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    with ThreadPoolExecutor(plan.num_workers) as pool:
+        threads = [max(1, int(config.workers.cpus))] * plan.num_workers
+        seconds = statistics.mean(pool.map(pass_seconds, threads))
+    return 6 * plan.shape.num_matmul_parameters * tokens / seconds / 1e9, str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
