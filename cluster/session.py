@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from cluster.config import ConfigError, key, require
@@ -39,11 +40,9 @@ CPU_ENVIRONMENT = {
 @dataclass(frozen=True)
 class SessionConfig:
     address: str = key("local", "'local' starts an embedded Ray; 'auto' or host:port joins a running cluster")
-    cpus: int = key(2, "local: CPUs that Ray may give out")
     object_store_megabytes: int = key(200, "local: size of the shared-memory object store")
 
     def __post_init__(self) -> None:
-        require(self.cpus >= 1, "session.cpus", "must be at least 1")
         require(self.object_store_megabytes >= 80, "session.object_store_megabytes", "must be at least 80")
 
 
@@ -61,11 +60,19 @@ def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(config: SessionConfig, *, worker_env: Mapping[str, str]) -> Iterator[None]:
+def ray_session(
+    config: SessionConfig, *, resources: Mapping[str, float], worker_env: Mapping[str, str]
+) -> Iterator[None]:
     """Ray for the length of a `with` block; an embedded one is shut down at its end.
 
+    Args:
+        resources: what the work needs in all, by Ray's names, such as {"CPU": 2, "GPU": 2}. An embedded Ray
+            is given these CPUs.
+        worker_env: environment variables of every worker.
+
     Raises:
-        ConfigError: no cluster answers at `session.address`.
+        ConfigError: no cluster answers at `session.address`, or it lacks the resources. Ray itself would
+            wait for them for ever.
     """
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
@@ -74,7 +81,7 @@ def ray_session(config: SessionConfig, *, worker_env: Mapping[str, str]) -> Iter
     if config.address == "local":
         ray.init(
             address="local",
-            num_cpus=config.cpus,
+            num_cpus=ceil(resources["CPU"]),
             object_store_memory=config.object_store_megabytes * 1_000_000,
             include_dashboard=False,
             log_to_driver=False,  # workers report through the run's files
@@ -96,6 +103,17 @@ def ray_session(config: SessionConfig, *, worker_env: Mapping[str, str]) -> Iter
                 "or use session.address=local"
             ) from error
     try:
+        _check_resources(ray.cluster_resources(), resources)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_resources(available: Mapping[str, float], needed: Mapping[str, float]) -> None:
+    for name, amount in needed.items():
+        has = available.get(name, 0)
+        if has < amount:
+            raise ConfigError(
+                f"workers.count: the workers need {amount:g} {name} in all, but Ray has {has:g}; lower "
+                "workers.count or workers.cpus, or set session.address to a larger cluster"
+            )

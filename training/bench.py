@@ -38,9 +38,8 @@ from training.prepare import prepare
 
 LAUNCHERS = {"ray": "ray", "torchrun": "torch"}  # name here -> value of the key `launcher`
 DEFAULTS = (  # replace those of training.config and those of a --config file
-    "schedule.tokens=114688",  # 14 steps
     "evaluation.every_steps=1000000",  # so only before the first step and after the last
-    "evaluation.sequences=16",  # one batch per worker
+    "evaluation.sequences=16",
     "evaluation.sample_tokens=0",
     "checkpoint.every_steps=1000000",
     "record.every_steps=1",
@@ -48,6 +47,7 @@ DEFAULTS = (  # replace those of training.config and those of a --config file
     "workers.gpu=false",
 )
 OWN_KEYS = ("launcher", "run.name", "run.directory", "record.every_steps", "workers.gpu")
+NUM_STEPS = 14  # of a run, unless schedule.tokens is given
 SETTLING_STEPS = 4  # left out of the steady state: first allocations, rising clocks
 POLL_SECONDS = 0.1  # resolution of the time to the first step
 STOP_SECONDS = 40.0  # torchrun gives its ranks 30 s to end before it kills them
@@ -64,7 +64,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
-    defaults = training_config.load(dotlist=DEFAULTS)
+    defaults = training_config.load(dotlist=run_keys())
     parser = cli.make_parser("training.bench", description=__doc__.splitlines()[0], keys=defaults)
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs per launcher (default: 3)")
     parser.add_argument(
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for argument in options.overrides:
             if argument.partition("=")[0] in OWN_KEYS:
                 raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
-        keys = [*DEFAULTS, *options.overrides]
+        keys = run_keys(options.overrides, file=options.config)
         config = training_config.load(file=options.config, dotlist=keys)
         plan = make_plan(config)
         if plan.num_steps <= SETTLING_STEPS:
@@ -94,6 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench(config, plan, given, num_rounds=options.rounds, output=output)
 
     return cli.run(body)
+
+
+def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list[str]:
+    """The key=value pairs of every run: NUM_STEPS of the batch that is asked for, DEFAULTS, `overrides`."""
+    batch = training_config.load(file=file, dotlist=overrides).batch
+    return [f"schedule.tokens={NUM_STEPS * batch.tokens}", *DEFAULTS, *overrides]
 
 
 def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
@@ -210,29 +216,28 @@ def compare(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for case in ("step", "first_step"):
-        seconds = {name: [getattr(runs[name], f"{case}_seconds") for runs in rounds] for name in LAUNCHERS}
-        ratios = [theirs / ours for theirs, ours in zip(seconds["torchrun"], seconds["ray"], strict=True)]
-        for key, values in (
-            (f"speedup_torchrun_{case}", ratios),
-            *((f"{case}_seconds_{name}", values) for name, values in seconds.items()),
-        ):
+        ray, torchrun = ([getattr(runs[name], f"{case}_seconds") for runs in rounds] for name in LAUNCHERS)
+        samples = {
+            f"speedup_torchrun_{case}": [theirs / ours for theirs, ours in zip(torchrun, ray, strict=True)],
+            f"{case}_seconds_ray": ray,
+            f"{case}_seconds_torchrun": torchrun,
+        }
+        for key, values in samples.items():
             found[key] = statistics.median(values)
-            found[spread_key(key)] = [min(values), max(values)]
+            found[_spread_of(key)] = [min(values), max(values)]
     return {**found, "overhead_ray_percent": 100 * (1 / found["speedup_torchrun_step"] - 1)}
 
 
-def spread_key(key: str) -> str:
-    """The key of the spread that belongs to the median `key`."""
+def _spread_of(key: str) -> str:
     return f"spread_{key.removeprefix('speedup_')}"
 
 
 def table(result: dict[str, Any]) -> str:
     """What `compare` found, for people."""
     lines = [f"{'':<30}{'median':>9}{'min':>9}{'max':>9}"]
-    for key in (key for key in result if spread_key(key) in result):
-        lines.append(
-            f"{key:<30}" + "".join(f"{value:9.3f}" for value in (result[key], *result[spread_key(key)]))
-        )
+    for key in (key for key in result if _spread_of(key) in result):
+        values = (result[key], *result[_spread_of(key)])
+        lines.append(f"{key:<30}" + "".join(f"{value:9.3f}" for value in values))
     return "\n".join([*lines, f"{'overhead_ray_percent':<30}{result['overhead_ray_percent']:+9.2f}"])
 
 

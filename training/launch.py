@@ -55,9 +55,16 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             return
         environment = worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus)))
         environment |= commit_environment()
-        with ray_session(config.session, worker_env=environment), _Follower(config, progress, start=start):
+        resources = {name: amount * config.workers.count for name, amount in _per_worker(config).items()}
+        session = ray_session(config.session, resources=resources, worker_env=environment)
+        with session, _Follower(config, progress, start=start):
             _fit(config, start.data)
     finish_run(config)
+
+
+def _per_worker(config: TrainConfig) -> dict[str, float]:
+    """Ray resources of one worker."""
+    return {"CPU": config.workers.cpus} | ({"GPU": 1} if config.workers.gpu else {})
 
 
 def _fit(config: TrainConfig, data: Path) -> None:
@@ -73,7 +80,7 @@ def _fit(config: TrainConfig, data: Path) -> None:
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpu,
-            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
+            resources_per_worker=_per_worker(config),
             accelerator_type=workers.accelerator,
         ),
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),

@@ -253,7 +253,6 @@ REFUSED = {
     "evaluation.sample_tokens": ["-1"],
     "record.every_steps": ["0"],
     "record.wandb": ["on"],
-    "session.cpus": ["0"],
     "session.object_store_megabytes": ["79"],
 }
 
