@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
+    # Workers have another working directory, where a relative path would be another place.
+    config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     print(plan.describe(), flush=True)
     with Progress(plan.num_steps) as progress:
         start = prepare_run(config, plan, report=progress.note)
@@ -188,7 +190,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
         return None
-    data = prepare(config.data, report=report).absolute()  # workers have another working directory
+    data = prepare(config.data, report=report).absolute()
     length = config.batch.sequence_length
     manifest = TokenDataset.open(data, split="train", sequence_length=length).manifest
     TokenDataset.open(data, split="validation", sequence_length=length)

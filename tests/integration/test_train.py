@@ -116,7 +116,8 @@ def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:
 def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
     reference: Path, folder: Path, tmp_path: Path
 ) -> None:
-    keys = run_keys(folder, "ray", launcher="ray")
+    # Relative, as by default: the driver's working directory counts, not the workers'.
+    keys = run_keys(folder, "ray", launcher="ray", run__directory=os.path.relpath(folder / "outputs", ROOT))
     run = folder / "outputs" / "ray"
     with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
     seen = kill_at(13, run / "metrics.jsonl", start("training.launch", *keys, **with_own_session))
