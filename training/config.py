@@ -126,7 +126,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    tokens: int = key(393_216, "tokens to train on; rounded down to whole steps")
+    tokens: int = key(409_600, "tokens to train on; rounded down to whole steps")
     warmup_fraction: float = key(0.03, "share of the steps in which the learning rate rises linearly")
     decay_fraction: float = key(0.5, "share of the steps, the last, in which it falls")
     decay: str = key("linear", "form of the fall: linear or cosine")
