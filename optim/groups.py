@@ -4,7 +4,7 @@ Hidden matrices get the matrix rule. Embeddings and the output head are matrices
 tokens, not directions of one linear map, so they get the vector rule, as do norms and biases.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -16,11 +16,19 @@ KINDS = ("matrix", "table", "vector")
 
 @dataclass(frozen=True)
 class Member:
-    """One trainable parameter: its name, full shape (also under zero.Init) and kind (one of KINDS)."""
+    """One trainable parameter.
+
+    Attributes:
+        shape: the full shape, also under zero.Init.
+        kind: one of KINDS.
+        blocks: of kind "matrix": the rows of each matrix that it consists of, one above the other; one
+            block, unless `splits` says otherwise. Empty for the other kinds.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: str
+    blocks: tuple[int, ...]
     parameter: nn.Parameter
 
 
@@ -29,13 +37,35 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def partition(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Member]:
+def attention_splits(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, per_head: bool
+) -> dict[str, tuple[int, ...]]:
+    """Splits of attention projections, by Hugging Face's names.
+
+    A fused `qkv_proj` is three linear maps and is always split into them; with `per_head`, every head of
+    queries, keys and values is a matrix of its own.
+    """
+    if per_head:
+        q, kv = (head_dim,) * num_heads, (head_dim,) * num_kv_heads
+        return {"q_proj": q, "k_proj": kv, "v_proj": kv, "qkv_proj": q + kv + kv}
+    return {"qkv_proj": (head_dim * num_heads, head_dim * num_kv_heads, head_dim * num_kv_heads)}
+
+
+def partition(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    splits: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Member]:
     """Assign every trainable parameter to exactly one kind.
 
     "matrix": 2-D and not a table; "table": a weight of a module in TABLE_NAMES; "vector": 0-D and 1-D.
 
+    Args:
+        splits: part of a dotted name -> rows of the matrices that such a parameter consists of.
+
     Raises:
-        ValueError: a parameter with more than two dimensions, or one object under two names.
+        ValueError: a parameter with more than two dimensions, one object under two names, or a split whose
+            rows do not add up to the parameter's.
     """
     members: list[Member] = []
     seen: dict[int, str] = {}
@@ -54,8 +84,16 @@ def partition(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Memb
             kind = "table"
         else:
             kind = "matrix"
-        members.append(Member(name, shape, kind, parameter))
+        blocks = _blocks(name, shape[0], splits or {}) if kind == "matrix" else ()
+        members.append(Member(name, shape, kind, blocks, parameter))
     return members
+
+
+def _blocks(name: str, rows: int, splits: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    blocks = next((splits[part] for part in name.split(".") if part in splits), (rows,))
+    if sum(blocks) != rows:
+        raise ValueError(f"{name}: a split into {'+'.join(map(str, blocks))} rows, but it has {rows}")
+    return blocks
 
 
 def describe(members: Iterable[Member]) -> str:

@@ -8,6 +8,10 @@ pieces to the owners; after it, each owner sends the pieces of the update back t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optim.cost import orthogonalize_flops
+
+SLACK = 0.02  # of the mean load, that a rank may carry on top of it to save traffic
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -29,9 +33,13 @@ class Matrix:
 
     @property
     def flops(self) -> int:
-        """Of one quintic Newton-Schulz iteration: XXᵀ, A² and BX at 2 FLOPs per multiply-add."""
-        short, long = sorted((self.rows, self.cols))
-        return 4 * short * short * long + 2 * short**3
+        """What its owner computes (optim/cost.py)."""
+        return orthogonalize_flops(self.rows, self.cols)
+
+    def held_by(self, rank: int) -> int:
+        """Elements that `rank` holds."""
+        start, stop = self.holdings[rank]
+        return stop - start
 
     @property
     def replicated(self) -> bool:
@@ -77,6 +85,23 @@ class Plan:
             if matrix.holdings[target][0] < matrix.holdings[target][1]
         ]
 
+    def by_shape(self) -> list[tuple[list[int], "Plan"]]:
+        """One plan for each shape, and the indices of its matrices here; the same order on every rank."""
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for index, matrix in enumerate(self.matrices):
+            shapes.setdefault((matrix.rows, matrix.cols), []).append(index)
+        return [
+            (
+                indices,
+                Plan(
+                    tuple(self.matrices[i] for i in indices),
+                    tuple(self.owners[i] for i in indices),
+                    self.world_size,
+                ),
+            )
+            for indices in shapes.values()
+        ]
+
     def owned_by(self, rank: int) -> list[int]:
         """Indices of the matrices that `rank` owns."""
         return [index for index, owner in enumerate(self.owners) if owner == rank]
@@ -94,6 +119,20 @@ class Plan:
         )
 
     @property
+    def minimum_elements_sent(self) -> int:
+        """What any plan must send at the least: all but the largest holding of each matrix, there and back.
+
+        A bound, reached if every matrix could be owned where most of it lies. A replicated matrix comes
+        from nobody and goes to everybody else.
+        """
+        return sum(
+            matrix.numel * (self.world_size - 1)
+            if matrix.replicated
+            else 2 * (matrix.numel - max(map(matrix.held_by, range(self.world_size))))
+            for matrix in self.matrices
+        )
+
+    @property
     def imbalance(self) -> float:
         """Largest rank's FLOPs over the mean, minus 1; 0 is perfect."""
         loads = [sum(self.matrices[i].flops for i in self.owned_by(rank)) for rank in range(self.world_size)]
@@ -101,28 +140,79 @@ class Plan:
 
 
 def make_plan(matrices: Sequence[Matrix], *, world_size: int) -> Plan:
-    """Own each matrix once, balanced by FLOPs: largest first, to the least loaded rank.
+    """Own each matrix once: balanced by FLOPs, and among balanced plans with little traffic.
 
-    Among equally loaded ranks the one that holds most of the matrix wins, which saves traffic. The same
-    input gives the same plan on every rank.
+    Largest first to the least loaded rank gives the balance. Then matrices move to ranks that hold more of
+    them, alone or two ranks exchanging theirs, as long as no rank's load exceeds that plan's largest, or the
+    mean by SLACK. The same input gives the same plan on every rank.
 
     Raises:
         ValueError: the holdings of a matrix neither tile it nor replicate it, naming the matrix.
     """
     for matrix in matrices:
         _check_cover(matrix, world_size)
-    owners = [0] * len(matrices)
-    loads = [0] * world_size
+    owners, loads = _balance(matrices, world_size)
+    limit = max(max(loads), int(sum(loads) / world_size * (1 + SLACK))) if matrices else 0
+    _localize(matrices, owners, loads, limit=limit)
+    return Plan(tuple(matrices), tuple(owners), world_size)
+
+
+def _balance(matrices: Sequence[Matrix], world_size: int) -> tuple[list[int], list[int]]:
+    """Owners and loads by longest-processing-time scheduling; among equals the rank that holds most wins."""
+    owners, loads = [0] * len(matrices), [0] * world_size
     for index in sorted(range(len(matrices)), key=lambda i: (-matrices[i].flops, i)):
         matrix = matrices[index]
-
-        def cost(rank: int, matrix: Matrix = matrix) -> tuple[int, int, int]:
-            start, stop = matrix.holdings[rank]
-            return loads[rank], start - stop, rank
-
-        owners[index] = min(range(world_size), key=cost)
+        costs = [(loads[rank], -matrix.held_by(rank), rank) for rank in range(world_size)]
+        *_, owners[index] = min(costs)
         loads[owners[index]] += matrix.flops
-    return Plan(tuple(matrices), tuple(owners), world_size)
+    return owners, loads
+
+
+def _localize(matrices: Sequence[Matrix], owners: list[int], loads: list[int], *, limit: int) -> None:
+    """Change `owners` and `loads` in place until no move or exchange of two keeps more elements at home."""
+    ranks = range(len(loads))
+    improved = True
+    while improved:
+        improved = False
+        for index, matrix in enumerate(matrices):
+            here = owners[index]
+            wishes = [(-matrix.held_by(rank), rank) for rank in ranks]
+            for _, rank in sorted(wish for wish in wishes if wish < (-matrix.held_by(here), -1)):
+                if loads[rank] + matrix.flops <= limit:
+                    _move(matrices, owners, loads, index, rank)
+                    improved = True
+                    break
+                other = _best_exchange(matrices, owners, loads, index, rank, limit=limit)
+                if other is not None:
+                    _move(matrices, owners, loads, index, rank)
+                    _move(matrices, owners, loads, other, here)
+                    improved = True
+                    break
+
+
+def _best_exchange(
+    matrices: Sequence[Matrix], owners: list[int], loads: list[int], index: int, rank: int, *, limit: int
+) -> int | None:
+    """The matrix of `rank` to give for matrix `index`: it must save traffic and overload nobody."""
+    matrix, here = matrices[index], owners[index]
+    gain = matrix.held_by(rank) - matrix.held_by(here)
+    best, best_gain = None, 0
+    for other, candidate in enumerate(matrices):
+        if owners[other] != rank:
+            continue
+        change = matrix.flops - candidate.flops
+        if loads[rank] + change > limit or loads[here] - change > limit:
+            continue
+        total = gain + candidate.held_by(here) - candidate.held_by(rank)
+        if total > best_gain:
+            best, best_gain = other, total
+    return best
+
+
+def _move(matrices: Sequence[Matrix], owners: list[int], loads: list[int], index: int, rank: int) -> None:
+    loads[owners[index]] -= matrices[index].flops
+    loads[rank] += matrices[index].flops
+    owners[index] = rank
 
 
 def _check_cover(matrix: Matrix, world_size: int) -> None:

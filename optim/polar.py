@@ -2,6 +2,12 @@
 
 Each iteration maps X to aX + (bA + cA²)X with A = XXᵀ, which moves every singular value s to
 as + bs³ + cs⁵ and leaves the singular vectors alone. A method is its list of (a, b, c).
+
+A matrix with one side much shorter gets the Gram form: every iteration multiplies X by a polynomial of A, so
+these polynomials are multiplied with each other first, n x n, and with X only once. In half precision that
+alone explodes (to singular values of 75 on a 1/i spectrum): after GRAM_RESTART
+iterations X is multiplied out and A taken anew. There is no key to turn the restart off.
+https://github.com/Dao-AILab/gram-newton-schulz
 """
 
 from dataclasses import dataclass
@@ -9,20 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.precision import product_dtype
+from optim import kernels
+from optim.cost import GRAM_RESTART, uses_gram
+from optim.precision import gram_dtype, product_dtype
+
+Coefficients = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True)
 class Method:
     """Coefficients of one Newton-Schulz family member, and where they come from."""
 
-    coefficients: tuple[tuple[float, float, float], ...]
+    coefficients: Coefficients
     source: str
 
 
-def _with_safety(
-    coefficients: tuple[tuple[float, float, float], ...], factor: float
-) -> tuple[tuple[float, float, float], ...]:
+def _with_safety(coefficients: Coefficients, factor: float) -> Coefficients:
     """Evaluate each polynomial at s/factor, so that rounding cannot push s out of its basin."""
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in coefficients)
 
@@ -63,29 +71,76 @@ METHODS = {
 }
 
 
-def orthogonalize(matrices: Tensor, *, method: str, dtype: torch.dtype) -> Tensor:
+def orthogonalize(
+    matrices: Tensor, *, method: str, dtype: torch.dtype, norms: Tensor | None = None
+) -> Tensor:
     """Approximate polar factors of a batch of matrices.
 
     Args:
         matrices: [B, r, c], any floating dtype; not modified. A zero matrix maps to zero.
         method: a name in `METHODS`.
-        dtype: precision of the products (or better: `optim.precision.product_dtype`). The Frobenius norm is
-            taken in fp64 before the cast: squares of fp32 elements leave the range of fp32 below 1e-19 and
-            above 1e19, and the result must not depend on the input's scale.
+        dtype: precision of the products (or better: `optim.precision.product_dtype`); bf16 or fp32.
+        norms: [B] fp32, the Frobenius norms, if they are known. Otherwise taken here, in fp64: squares of
+            fp32 elements leave the range of fp32 below 1e-19 and above 1e19, and the result must not depend
+            on the input's scale.
 
     Returns:
         [B, r, c] in `dtype`, singular values near 1 (how near depends on the method: see METHODS).
     """
-    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64).float()
-    x = (matrices / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(product_dtype(dtype, matrices.device))
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # iterate on the smaller Gram matrix
-        x = x.mT
-    for a, b, c in METHODS[method].coefficients:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).to(dtype)
+    if norms is None:
+        norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64).float()
+    scale = norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    gram = uses_gram(*matrices.shape[-2:])
+    x = torch.empty_like(matrices, dtype=(gram_dtype if gram else product_dtype)(dtype, matrices.device))
+    torch.mul(matrices, 1 / scale, out=x)  # in fp32, rounded once
+    return (_gram_form if gram else _standard_form)(x, METHODS[method].coefficients).to(dtype)
+
+
+def _standard_form(x: Tensor, coefficients: Coefficients) -> Tensor:
+    for a, b, c in coefficients:
+        x = _multiply(_polynomial(_gram_matrix(x), a, b, c), x)
+    return x
+
+
+def _gram_form(x: Tensor, coefficients: Coefficients) -> Tensor:
+    for steps in (coefficients[:GRAM_RESTART], coefficients[GRAM_RESTART:]):
+        gram, product = _gram_matrix(x), None
+        for a, b, c in steps[:-1]:
+            factor = _polynomial(gram, a, b, c)
+            product = factor if product is None else _symmetric(factor, product)
+            gram = _symmetric(_symmetric(factor, gram), factor)
+        factor = _polynomial(gram, *steps[-1])
+        x = _multiply(factor if product is None else _symmetric(factor, product), x)
+    return x
+
+
+def _gram_matrix(x: Tensor) -> Tensor:
+    """XXᵀ or, of a tall matrix, XᵀX: the smaller, [B, n, n]."""
+    wide = x.mT if x.size(-2) > x.size(-1) else x
+    return _symmetric(wide, wide)
+
+
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """aI + bA + cA²."""
+    polynomial = _symmetric(gram, gram, alpha=c, addend=gram, beta=b)
+    polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+    return polynomial
+
+
+def _symmetric(
+    left: Tensor, right: Tensor, *, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0
+) -> Tensor:
+    """alpha·L·Rᵀ + beta·addend, known to be symmetric: XXᵀ, or polynomials of one Gram matrix."""
+    if kernels.unsupported(left.device, left.dtype) is None:
+        return kernels.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
+    if addend is None:
+        return left @ right.mT
+    return torch.baddbmm(addend, left, right.mT, beta=beta, alpha=alpha)
+
+
+def _multiply(polynomial: Tensor, x: Tensor) -> Tensor:
+    """P·X or, of a tall matrix, X·P: on the shorter side."""
+    return x @ polynomial if x.size(-2) > x.size(-1) else polynomial @ x
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A rule is three functions. `direction` is elementwise, so it runs on any shard of the parameter;
 `transform` needs whole matrices, and only a rule with `whole = True` has it; `apply` is elementwise again.
-`step` composes them on one whole parameter: the single-process oracle. `optim.zero` runs the same three
+`step` composes them on one whole parameter: the single-process oracle. `optim.fused` runs the same three
 functions on shards, with an exchange on either side of `transform`.
 """
 
@@ -28,26 +28,42 @@ SCALES = {
 
 
 class Rule(Protocol):
-    """What `optim.zero` needs of a rule. All tensors are fp32 and live where the master weights live."""
+    """What `optim.fused` needs of a rule. State, gradients and weights are fp32."""
 
     whole: ClassVar[bool]
     state_names: ClassVar[tuple[str, ...]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which raw updates travel and `transform` computes. Used only where `whole`."""
+        ...
 
     def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
         """Update `state` in place with `gradient`; return the raw update, a new tensor. `step` is from 1."""
         ...
 
-    def transform(self, matrices: Tensor) -> Tensor:
-        """Map raw updates [B, r, c] to updates [B, r, c]. Called only where `whole`."""
+    def transform(self, matrices: Tensor, *, norms: Tensor) -> Tensor:
+        """Map raw updates [B, r, c] to updates [B, r, c]. Called only where `whole`.
+
+        norms: [B] fp32, the Frobenius norm of each raw update, taken before it was rounded to `dtype`.
+        """
         ...
 
-    def apply(self, weight: Tensor, update: Tensor, *, lr: float) -> None:
-        """Write the new `weight` in place."""
+    def scale(self, rows: int, cols: int) -> float:
+        """Factor on the updates of r x c matrices. Called only where `whole`."""
+        ...
+
+    def apply(self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0) -> None:
+        """Write the new `weight` in place. `update` may be of lower precision."""
         ...
 
 
-def _decay_and_subtract(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> None:
-    weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
+def _decay_and_subtract(
+    weight: Tensor, update: Tensor, *, lr: float, scale: float, weight_decay: float
+) -> None:
+    if weight_decay:
+        weight.mul_(1 - lr * weight_decay)
+    weight.sub_(update, alpha=lr * scale)
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Muon:
     nesterov: bool = True
     weight_decay: float = 0.0
     method: str = "polar_express"
-    scale: str = "spectral"
+    update_scale: str = "spectral"
     dtype: torch.dtype = torch.bfloat16
 
     whole: ClassVar[bool] = True
@@ -71,12 +87,14 @@ class Muon:
         momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
         return gradient.lerp(momentum, self.momentum) if self.nesterov else momentum.clone()
 
-    def transform(self, matrices: Tensor) -> Tensor:
-        rows, cols = matrices.shape[-2:]
-        return orthogonalize(matrices, method=self.method, dtype=self.dtype) * SCALES[self.scale](rows, cols)
+    def transform(self, matrices: Tensor, *, norms: Tensor) -> Tensor:
+        return orthogonalize(matrices, method=self.method, dtype=self.dtype, norms=norms)
 
-    def apply(self, weight: Tensor, update: Tensor, *, lr: float) -> None:
-        _decay_and_subtract(weight, update, lr=lr, weight_decay=self.weight_decay)
+    def scale(self, rows: int, cols: int) -> float:
+        return SCALES[self.update_scale](rows, cols)
+
+    def apply(self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0) -> None:
+        _decay_and_subtract(weight, update, lr=lr, scale=scale, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -97,11 +115,18 @@ class AdamW:
         denominator = (second / (1 - self.beta2**step)).sqrt_().add_(self.eps)
         return first / (1 - self.beta1**step) / denominator
 
-    def transform(self, matrices: Tensor) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def transform(self, matrices: Tensor, *, norms: Tensor) -> Tensor:
         raise NotImplementedError("AdamW is elementwise")
 
-    def apply(self, weight: Tensor, update: Tensor, *, lr: float) -> None:
-        _decay_and_subtract(weight, update, lr=lr, weight_decay=self.weight_decay)
+    def scale(self, rows: int, cols: int) -> float:
+        return 1.0
+
+    def apply(self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0) -> None:
+        _decay_and_subtract(weight, update, lr=lr, scale=scale, weight_decay=self.weight_decay)
 
 
 def new_state(rule: Rule, weight: Tensor) -> State:
@@ -119,6 +144,9 @@ def step(rule: Rule, weight: Tensor, gradient: Tensor, state: State, *, lr: floa
         step: number of this step, from 1.
     """
     update = rule.direction(gradient, state, step=step)
-    if rule.whole:
-        update = rule.transform(update.unsqueeze(0)).squeeze(0)
-    rule.apply(weight, update, lr=lr)
+    if not rule.whole:
+        rule.apply(weight, update, lr=lr)
+        return
+    norm = torch.linalg.vector_norm(update, dtype=torch.float64).float()
+    update = rule.transform(update.to(rule.dtype).unsqueeze(0), norms=norm.unsqueeze(0)).squeeze(0)
+    rule.apply(weight, update, lr=lr, scale=rule.scale(*weight.shape))

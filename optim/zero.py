@@ -1,10 +1,8 @@
-"""Whole-matrix update rules under DeepSpeed ZeRO. The only file with process groups or DeepSpeed internals.
+"""Update rules under DeepSpeed ZeRO: where the shards lie. The only file with DeepSpeed internals.
 
 `ZeroOptimizer` is a client optimizer: DeepSpeed reduces, checks and clips the gradient, and calls `step`
-with flat fp32 shards whose borders may cut a matrix anywhere. For a rule that needs whole matrices, the
-raw update (after momentum) travels to each matrix's owner by one packed all-to-all, the owner applies the
-rule once, and the result travels back. Clipping therefore acts on the gradient, never on the
-orthogonalised update, and no rank repeats another's work.
+with flat fp32 shards whose borders may cut a matrix anywhere. It reads which elements these hold, and leaves
+the rest to `optim.fused`. Clipping therefore acts on the gradient, never on the orthogonalised update.
 
 What is read of DeepSpeed 0.19.8 (a missing attribute is an error that names it and the version):
     stage 0     nothing: the groups hold whole fp32 parameters
@@ -14,7 +12,6 @@ What is read of DeepSpeed 0.19.8 (a missing attribute is an error that names it 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import Any
 
@@ -23,26 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.fused import Fragment, FusedStep
 from optim.groups import Member
-from optim.ownership import Matrix, Plan, Segment, make_plan
-from optim.rules import Rule, State, new_state
+from optim.ownership import Plan
+from optim.rules import Rule
 
 MASTER = "master"  # name of the fp32 weights beside a rule's state names
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's piece of one parameter: elements [start, stop) of it, at `offset` of a flat fp32 tensor."""
-
-    member: Member
-    start: int
-    stop: int
-    flat: Tensor
-    offset: int
-
-    def view(self, like_flat: Tensor) -> Tensor:
-        """The piece's elements in a tensor laid out as `flat`: a 1-D view."""
-        return like_flat.view(-1)[self.offset : self.offset + self.stop - self.start]
+PHASES = ("start", "exchange", "orthogonalize", "finish")  # of optim.fused
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -85,7 +69,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # Stage 0 in fp32: DeepSpeed wraps nothing, and reads these two from the client optimizer.
         self._global_grad_norm: Tensor | None = None
         self.overflow = False
-        self._units: dict[int, _Unit] = {}
+        self.inspect = False  # whether the next steps measure their updates, for `health`
+        self._members = {member.name: member for member in members}
+        self._units: dict[int, FusedStep] = {}
         self._replicated = False
         self._engine: deepspeed.DeepSpeedEngine | None = None
         super().__init__(groups, defaults={})
@@ -98,12 +84,61 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def plans(self) -> list[Plan]:
         """The ownership plans, one for each call of `step` that has whole-matrix work."""
-        return [unit.exchange.plan for unit in self._units.values() if unit.exchange is not None]
+        return [unit.plan for unit in self._units.values() if unit.plan is not None]
 
     @property
     def num_transforms(self) -> int:
         """Matrices that this rank has put through a whole-matrix rule since `bind`."""
-        return sum(unit.exchange.num_transforms for unit in self._units.values() if unit.exchange is not None)
+        return sum(unit.num_transforms for unit in self._units.values())
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of matrices that cross between ranks in one step, both ways, over all ranks."""
+        return sum(unit.bytes_sent for unit in self._units.values())
+
+    def describe(self) -> str:
+        """Who owns the matrices and what travels, as text."""
+        plans = self.plans
+        sent, least = sum(p.elements_sent for p in plans), sum(p.minimum_elements_sent for p in plans)
+        size = self.bytes_sent // sent if sent else 0
+        return (
+            f"  {sum(len(plan.matrices) for plan in plans)} matrices, each orthogonalised by one rank; loads "
+            f"within {max((plan.imbalance for plan in plans), default=0.0):.1%} of their mean\n"
+            f"  {self.bytes_sent:,} bytes of matrices sent per step over all ranks "
+            f"(no plan sends less than {least * size:,})"
+        )
+
+    def health(self) -> dict[str, float]:
+        """What the last step measured, over all ranks; collective.
+
+        Keys: "imbalance" of the owners' FLOPs; "orthogonalisations", in that step over all ranks;
+        "<phase>_seconds" for each of PHASES, of the slowest rank, on CPU; after a step with
+        `inspect`, "orthogonality_error" (‖OOᵀ - I‖_F / √n, mean over the matrices), its "_max", and
+        "update_rms" (root mean square of the scaled updates).
+        """
+        steps = [unit.health for unit in self._units.values()]
+        seconds = [sum(health.seconds.get(phase, 0.0) for health in steps) for phase in PHASES]
+        errors = [error for health in steps for error in health.errors]
+        squares = [square for health in steps for square in health.mean_squares]
+        transforms = sum(health.transforms for health in steps)
+        assert self._engine is not None, "bind the optimizer first"
+        largest = torch.tensor([*seconds, max(errors, default=0.0)], dtype=torch.float64)
+        sums = torch.tensor([len(errors), sum(errors), sum(squares), transforms], dtype=torch.float64)
+        largest, sums = largest.to(self._engine.device), sums.to(self._engine.device)
+        if dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            dist.all_reduce(sums)
+        found: dict[str, float] = {
+            "imbalance": max((plan.imbalance for plan in self.plans), default=0.0),
+            "orthogonalisations": sums[3].item(),
+        }
+        found |= {f"{phase}_seconds": value for phase, value in zip(PHASES, largest.tolist(), strict=False)}
+        count, total_error, total_square, _ = sums.tolist()
+        if count:
+            found["orthogonality_error"] = total_error / count
+            found["orthogonality_error_max"] = largest[-1].item()
+            found["update_rms"] = (total_square / count) ** 0.5
+        return found
 
     @property
     def gradient_norm(self) -> float:
@@ -133,8 +168,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._engine = engine
         for rule, fragments in _read_layout(self.param_groups, engine):
             for fragment in fragments:
-                _check_against_weights(fragment, stage)
-            unit = _Unit(rule, fragments, device=engine.device)
+                _check_against_weights(fragment, self._members[fragment.name].parameter, stage)
+            unit = FusedStep(rule, fragments, device=engine.device)
             self._units[id(unit.flats[0])] = unit
             for flat, state in zip(unit.flats, unit.states, strict=True):
                 self.state[flat] = state
@@ -149,7 +184,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._replicated and not self._clip_replicated([p for group in groups for p in group["params"]]):
             return
         for group in groups:
-            self._units[id(group["params"][0])].step(lr=group["lr"])
+            self._units[id(group["params"][0])].step(lr=group["lr"], inspect=self.inspect)
 
     def _clip_replicated(self, masters: list[Tensor]) -> bool:
         """Stage 0: clip the whole gradient by its global norm. False if it is not finite."""
@@ -177,8 +212,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     share = slice(numel * rank // world_size, numel * (rank + 1) // world_size)
                     start, numel = share.start, share.stop - share.start
                 if numel:
-                    tensors = unit.tensors(fragment)
-                    yield fragment.member.name, start, {name: t[share] for name, t in tensors.items()}
+                    tensors = _tensors(unit, fragment)
+                    yield fragment.name, start, {name: t[share] for name, t in tensors.items()}
 
     def load_shards(self, read: Callable[[str, str, int, int], Tensor], *, applied_steps: int) -> None:
         """Restore master weights and state, and refresh the model's weights from them.
@@ -189,8 +224,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for unit in self._units.values():
             unit.steps = applied_steps
             for fragment in unit.fragments:
-                for name, tensor in unit.tensors(fragment).items():
-                    tensor.copy_(read(fragment.member.name, name, fragment.start, fragment.stop))
+                for name, tensor in _tensors(unit, fragment).items():
+                    tensor.copy_(read(fragment.name, name, fragment.start, fragment.stop))
         self.refresh_weights()
 
     @torch.no_grad()
@@ -212,115 +247,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             _read(wrapper, "update_lp_params")()
 
 
-class _Unit:
-    """The flat tensors that one group hands to one call of `step`, and the fragments inside them."""
-
-    def __init__(self, rule: Rule, fragments: list[Fragment], *, device: torch.device) -> None:
-        self.rule = rule
-        self.fragments = fragments
-        self.flats = list({id(fragment.flat): fragment.flat for fragment in fragments}.values())
-        self.states: list[State] = [new_state(rule, flat.detach()) for flat in self.flats]
-        self.steps = 0
-        self.exchange = _Exchange(rule, fragments, device=device) if rule.whole else None
-
-    def step(self, *, lr: float) -> None:
-        self.steps += 1
-        updates: dict[int, Tensor] = {}
-        for flat, state in zip(self.flats, self.states, strict=True):
-            gradient = torch.zeros_like(flat) if flat.grad is None else flat.grad
-            updates[id(flat)] = self.rule.direction(gradient, state, step=self.steps)
-        if self.exchange is not None:
-            self.exchange.run([fragment.view(updates[id(fragment.flat)]) for fragment in self.fragments])
-        for flat in self.flats:
-            self.rule.apply(flat.data, updates[id(flat)], lr=lr)
-
-    def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
-        """Views of the fragment's master weights and state, by name."""
-        state = self.states[next(i for i, flat in enumerate(self.flats) if flat is fragment.flat)]
-        views = {name: fragment.view(tensor) for name, tensor in state.items()}
-        return {MASTER: fragment.view(fragment.flat.data), **views}
-
-
-class _Exchange:
-    """Pieces to owners, rule on whole matrices batched by shape, pieces back. Buffers on `device`."""
-
-    def __init__(self, rule: Rule, fragments: list[Fragment], *, device: torch.device) -> None:
-        self.rule = rule
-        self.device = device
-        self.dtype = getattr(rule, "dtype", torch.float32)
-        self.rank, self.world_size = _rank_and_world_size()
-        self.plan = make_plan(
-            [
-                Matrix(f.member.name, f.member.shape[0], f.member.shape[1], holdings)
-                for f, holdings in zip(fragments, _gather_holdings(fragments), strict=True)
-            ],
-            world_size=self.world_size,
-        )
-        ranks = range(self.world_size)
-        self._out = [self.plan.to_owner(self.rank, owner) for owner in ranks]
-        self._in = [self.plan.to_owner(source, self.rank) for source in ranks]
-        self._back_out = [self.plan.from_owner(self.rank, target) for target in ranks]
-        self._back_in = [self.plan.from_owner(owner, self.rank) for owner in ranks]
-        self._by_shape: dict[tuple[int, int], list[int]] = {}
-        for index in self.plan.owned_by(self.rank):
-            matrix = self.plan.matrices[index]
-            self._by_shape.setdefault((matrix.rows, matrix.cols), []).append(index)
-        self.num_transforms = 0
-
-    def run(self, pieces: list[Tensor]) -> None:
-        """Replace raw updates by transformed ones, in place. `pieces`: this rank's 1-D piece per matrix."""
-        received = self._all_to_all([pieces[s.matrix] for s in _flat(self._out)], self._out, self._in)
-        whole = {
-            index: torch.empty(self.plan.matrices[index].numel, dtype=self.dtype, device=self.device)
-            for index in self.plan.owned_by(self.rank)
-        }
-        for segment, chunk in zip(_flat(self._in), received, strict=True):
-            whole[segment.matrix][segment.start : segment.stop] = chunk
-        for shape, indices in self._by_shape.items():
-            batch = torch.stack([whole[index].view(shape) for index in indices])
-            for index, result in zip(indices, self.rule.transform(batch), strict=True):
-                whole[index] = result.reshape(-1)
-            self.num_transforms += len(indices)
-        received = self._all_to_all(
-            [whole[s.matrix][s.start : s.stop] for s in _flat(self._back_out)], self._back_out, self._back_in
-        )
-        for segment, chunk in zip(_flat(self._back_in), received, strict=True):
-            pieces[segment.matrix].copy_(chunk)
-
-    def _all_to_all(
-        self, chunks: list[Tensor], outgoing: list[list[Segment]], incoming: list[list[Segment]]
-    ) -> tuple[Tensor, ...]:
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        send = torch.cat([empty, *(chunk.to(self.device, self.dtype) for chunk in chunks)])
-        if self.world_size == 1:
-            received = send
-        else:
-            sizes_in, sizes_out = _sizes(incoming), _sizes(outgoing)
-            received = empty.new_empty(sum(sizes_in))
-            dist.all_to_all_single(received, send, sizes_in, sizes_out)
-        return received.split([segment.numel for segment in _flat(incoming)])
-
-
-def _flat(segments: list[list[Segment]]) -> list[Segment]:
-    return [segment for per_rank in segments for segment in per_rank]
-
-
-def _sizes(segments: list[list[Segment]]) -> list[int]:
-    return [sum(segment.numel for segment in per_rank) for per_rank in segments]
-
-
 def _rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather_holdings(fragments: list[Fragment]) -> list[tuple[tuple[int, int], ...]]:
-    """For each fragment's parameter, the range that every rank holds, in rank order."""
-    _, world_size = _rank_and_world_size()
-    mine = [(fragment.start, fragment.stop) for fragment in fragments]
-    everyone: list[list[tuple[int, int]]] = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(everyone, mine)
-    return list(zip(*everyone, strict=True))
 
 
 # --- the layout of each ZeRO stage ------------------------------------------------------------------------
@@ -344,10 +272,20 @@ def _read_layout(
         yield group["rule"], read(group["members"], group["params"])
 
 
+def _fragment(member: Member, start: int, stop: int, flat: Tensor, offset: int) -> Fragment:
+    cols = member.shape[1] if member.blocks else 1
+    return Fragment(member.name, member.blocks, cols, start, stop, flat, offset)
+
+
+def _tensors(unit: FusedStep, fragment: Fragment) -> dict[str, Tensor]:
+    """Views of the fragment's master weights and state, by name."""
+    return {MASTER: fragment.view(fragment.flat.data), **unit.state_of(fragment)}
+
+
 def _whole_parameters(members: list[Member], masters: list[Tensor]) -> list[Fragment]:
     """Stage 0: every rank holds every parameter."""
     return [
-        Fragment(member, 0, prod(member.shape), master, 0)
+        _fragment(member, 0, prod(member.shape), master, 0)
         for member, master in zip(members, masters, strict=True)
     ]
 
@@ -359,12 +297,12 @@ def _flat_partition(members: list[Member], masters: list[Tensor]) -> list[Fragme
     for member in members:
         mapping = _read(member.parameter, "_hp_mapping")
         if mapping is None:  # no piece of this parameter here
-            fragments.append(Fragment(member, 0, 0, flat, 0))
+            fragments.append(_fragment(member, 0, 0, flat, 0))
             continue
         in_parameter = _read(mapping, "lp_fragment_address")
         in_shard = _read(mapping, "hp_fragment_address")
         stop = in_parameter.start + in_parameter.numel
-        fragments.append(Fragment(member, in_parameter.start, stop, flat, in_shard.start))
+        fragments.append(_fragment(member, in_parameter.start, stop, flat, in_shard.start))
     return fragments
 
 
@@ -378,7 +316,7 @@ def _read_stage_3(groups: list[dict[str, Any]], wrapper: Any) -> Iterator[tuple[
             size, numel = _read(parameter, "partition_numel")(), _read(parameter, "ds_numel")
             start = min(rank * size, numel)
             member = by_parameter[id(parameter)]
-            fragments.append(Fragment(member, start, min(start + size, numel), flat, offset))
+            fragments.append(_fragment(member, start, min(start + size, numel), flat, offset))
             offset += size
         yield groups[_read(wrapper, "sub_group_to_group_id")[index]]["rule"], fragments
 
@@ -393,9 +331,8 @@ def _read(owner: Any, attribute: str) -> Any:
         ) from error
 
 
-def _check_against_weights(fragment: Fragment, stage: int) -> None:
+def _check_against_weights(fragment: Fragment, parameter: Tensor, stage: int) -> None:
     """The shard must hold the model's own weights, or the layout was misread."""
-    parameter = fragment.member.parameter
     if stage == 3:
         weights = _read(parameter, "ds_tensor").view(-1)[: fragment.stop - fragment.start]
     else:
@@ -403,6 +340,6 @@ def _check_against_weights(fragment: Fragment, stage: int) -> None:
     master = fragment.view(fragment.flat.detach())
     if not torch.equal(master.to(weights.device, weights.dtype), weights):
         raise ValueError(
-            f"{fragment.member.name}: elements {fragment.start} to {fragment.stop} of the fp32 master differ "
+            f"{fragment.name}: elements {fragment.start} to {fragment.stop} of the fp32 master differ "
             f"from the model's weights; DeepSpeed {deepspeed.__version__} lays shards out in another way"
         )

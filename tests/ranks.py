@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ def spawn(function: Callable[..., Any], *arguments: Any, world_size: int) -> lis
     `function` must be importable. A rank that raises fails the test with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, arguments, world_size, Path(folder)), nprocs=world_size)
+        # Forked from a process that has imported this module: 8 ranks start in 0.3 s instead of 7.
+        mp.get_context("forkserver").set_forkserver_preload([__name__])
+        given = (function, arguments, world_size, Path(folder))
+        mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
@@ -29,7 +33,8 @@ def _rank(rank: int, function: Callable[..., Any], arguments: tuple, world_size:
     set_defaults(worker_environment(gpu=False, threads=1))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    store, limit = f"file://{folder}/store", timedelta(minutes=2)  # a rank that waits in vain is an error
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
     context = Context(rank, world_size, torch.device("cpu"), "torch")
     torch.save(function(context, *arguments), folder / str(rank))
     dist.barrier()

@@ -27,13 +27,20 @@ HOMES = {  # library or call -> the only modules that may use it
     "ray.init": ("cluster.session",),
     "deepspeed": ("optim.zero", "training.engine", "training.context", "training.model"),
     "deepspeed.initialize": ("training.engine",),
-    "torch.distributed": ("optim.zero", "training.engine", "training.context", "training.model"),
+    "torch.distributed": (
+        "optim.fused",
+        "optim.zero",
+        "training.engine",
+        "training.context",
+        "training.model",
+    ),
 }
 
 TORCH_FREE = (
     "cluster.hardware",
     "cluster.progress",
     "cluster.record",
+    "optim.cost",
     "optim.ownership",
     "optim.schedule",
     "training.data",

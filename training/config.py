@@ -86,6 +86,7 @@ class MatrixOptimConfig:
     weight_decay: float = key(0.1, "decoupled: each step multiplies the weights by 1 - lr*weight_decay")
     method: str = key("polar_express", "muon: Newton-Schulz coefficients, by name (optim/polar.py)")
     scale: str = key("spectral", "muon: scale of the orthogonal update, by name (optim/rules.py)")
+    per_head: bool = key(False, "muon: every attention head's rows of q, k and v are a matrix of their own")
     dtype: str = key("bf16", "muon: precision of exchange and orthogonalisation: bf16 or fp32")
 
     def __post_init__(self) -> None:
@@ -119,8 +120,12 @@ class OptimConfig:
     matrix: MatrixOptimConfig = key(MatrixOptimConfig, "hidden matrices")
     vector: VectorOptimConfig = key(VectorOptimConfig, "everything else")
     clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
+    inspect_every_steps: int = key(
+        10, "steps between measurements of the optimizer itself, in lines that are logged: updates and phases"
+    )
 
     def __post_init__(self) -> None:
+        require(self.inspect_every_steps >= 1, "optim.inspect_every_steps", "must be at least 1")
         require(self.clip >= 0, "optim.clip", "must not be negative")
 
 
@@ -147,11 +152,13 @@ class ScheduleConfig:
 class ZeroConfig:
     stage: int = key(1, "DeepSpeed ZeRO stage: 0, 1, 2 or 3")
     init: bool = key(False, "stage 3: partition the weights while the model is built (zero.Init)")
+    offload_optimizer: bool = key(False, "keep master weights and optimizer state in CPU memory")
     bucket_elements: int = key(50_000_000, "elements per communication bucket")
 
     def __post_init__(self) -> None:
         require(self.stage in (0, 1, 2, 3), "zero.stage", f"{self.stage} is not one of 0, 1, 2, 3")
         require(not self.init or self.stage == 3, "zero.init", "needs zero.stage=3")
+        require(not self.offload_optimizer or self.stage > 0, "zero.offload_optimizer", "needs zero.stage>=1")
         require(self.bucket_elements >= 1, "zero.bucket_elements", "must be at least 1")
 
 

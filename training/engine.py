@@ -9,10 +9,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from optim.groups import Member, partition
+from optim.groups import Member, attention_splits, partition
 from optim.rules import AdamW, Muon, Rule
 from optim.zero import ZeroOptimizer
 from training.config import OptimConfig, TrainConfig
+from training.plan import resolve_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,6 +51,8 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
         "contiguous_gradients": True,
         "round_robin_gradients": False,  # breaks the shard addresses that optim/zero.py reads
     }
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.workers.gpu}
     if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 20 * bucket}
     return {
@@ -61,6 +64,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
         "data_types": {"grad_accum_dtype": "fp32"} if stage or not bf16 else {},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # with offload: ours, not DeepSpeed's Adam
         "steps_per_print": None,
     }
 
@@ -88,7 +92,7 @@ def make_rules(optim: OptimConfig) -> dict[str, Rule]:
             nesterov=matrix.nesterov,
             weight_decay=matrix.weight_decay,
             method=matrix.method,
-            scale=matrix.scale,
+            update_scale=matrix.scale,
             dtype=DTYPES[matrix.dtype],
         )
     else:
@@ -101,7 +105,14 @@ def make_engine(
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
     """Wrap the model. Returns the engine, the bound optimizer, and the partition of the parameters."""
     quiet_deepspeed()
-    members = partition(model.named_parameters())
+    shape = resolve_shape(config)
+    splits = attention_splits(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        per_head=config.optim.matrix.per_head,
+    )
+    members = partition(model.named_parameters(), splits=splits)
     optimizer = ZeroOptimizer(
         members,
         rules=make_rules(config.optim),

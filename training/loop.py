@@ -145,6 +145,7 @@ class Trainer:
         schedule = {name: value for name, value in asdict(self.config.schedule).items() if name != "tokens"}
         self.optimizer.set_lr_factor(lr_factor(applied, num_steps=self.plan.num_steps, **schedule))
         self.engine.train()
+        self.optimizer.inspect = (self.step + 1) % self.config.optim.inspect_every_steps == 0
         total = torch.zeros((), device=self.context.device)
         for micro_step in range(self.plan.accumulation):
             inputs, targets = self._micro_batch(micro_step)
@@ -169,7 +170,13 @@ class Trainer:
             "lr_vector": self.optimizer.lr("vector"),
             "skipped_steps": self.step - self.optimizer.applied_steps,
             **self.meter.stop(num_steps=len(losses)),
+            **(self.optimizer_health() if self.optimizer.inspect else {}),
         }
+
+    def optimizer_health(self) -> dict[str, float | None]:
+        """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
+        health = self.optimizer.health()
+        return {f"optimizer_{name}": value for name, value in health.items()}
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -258,13 +265,7 @@ class Trainer:
 
     def describe_optimizer(self) -> str:
         """Which kind of rule each parameter got, and what the matrices' owners exchange, as text."""
-        plans = self.optimizer.plans
-        moved = sum(plan.elements_sent for plan in plans)
-        imbalance = max((plan.imbalance for plan in plans), default=0.0)
-        return (
-            f"{groups.describe(self.members)}\n"
-            f"  {moved:,} elements exchanged per step, owners balanced within {imbalance:.1%}\n"
-        )
+        return f"{groups.describe(self.members)}\n{self.optimizer.describe()}\n"
 
     # --- details ------------------------------------------------------------------------------------------
 

@@ -189,8 +189,8 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
         "gradients": gradients,
         "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
         "momentum and moments": (matrix * (4 if muon else 8) + (n - matrix) * 8) // shard,
-        # fp32 gradient and update of the shard; packed, whole and iterated matrices of the owner
-        "optimizer step": 8 * n // shard + (5 * owned * exchange if muon else 0),
+        # fp32 gradient of the shard; its packed pieces; arrived, whole and iterated matrices of the owner
+        "optimizer step": 4 * n // shard + ((matrix // shard + 5 * owned) * exchange if muon else 0),
         "activations": activation_bytes(config, shape),
         "communication buckets": 0 if num_workers == 1 else 2 * min(n, bucket) * low,
     }

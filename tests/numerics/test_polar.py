@@ -1,11 +1,19 @@
-"""Orthogonalisation against the SVD oracle: known spectra, stated bands, invariances, precisions."""
+"""Orthogonalisation against the SVD oracle: known spectra, stated bands, invariances, precisions, forms."""
+
+import dataclasses
+import inspect
+import itertools
 
 import pytest
 import torch
 
+from cluster.config import walk
+from optim import cost, polar
 from optim.polar import METHODS, orthogonalize, polar_factor
+from training.config import TrainConfig
 
-SHAPES = {"tall": (200, 72), "wide": (72, 200), "square": (96, 96)}
+# "tall" and "wide" get the Gram form: one side is 2.8 times the other. "oblong", at 1.25 times, does not.
+SHAPES = {"tall": (200, 72), "wide": (72, 200), "oblong": (72, 90), "square": (96, 96)}
 SPECTRA = {"gaussian": None, "half": 0.5, "one": 1.0}  # else the exponent p of singular values i^-p
 
 # Where each method's polynomials send singular values of at least 0.002 of the Frobenius norm, found on a
@@ -112,9 +120,9 @@ def test_low_ranks_in_bf16_stay_in_the_band(method, bf16_products):
     """Of rank one, all of the norm is one singular value: the worst case of the test above."""
     generator = torch.Generator().manual_seed(0)
     low, high = BANDS[method]
-    for rank in (1, 2):
+    for rank, cols in ((1, 48), (2, 48), (1, 80), (2, 80)):  # 32 x 80 gets the Gram form
         left = torch.linalg.qr(torch.randn(50, 32, rank, generator=generator)).Q
-        right = torch.linalg.qr(torch.randn(50, 48, rank, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(50, cols, rank, generator=generator)).Q
         results = apply(method, left @ right.mT, torch.bfloat16).double()
         assert results.isfinite().all()
         values = torch.linalg.svdvals(results)[:, :rank]
@@ -142,18 +150,20 @@ def test_a_batch_is_its_matrices_one_by_one(method):
 @each_method
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1e-3, 1e10, 1e20, 1e35])
 def test_the_scale_of_the_input_does_not_matter(method, scale):
-    x = matrix((24, 40), "gaussian")[None]
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
-        assert distance(apply(method, x * scale, dtype), apply(method, x, dtype)) < tolerance
-    small = (x * scale).bfloat16()  # bf16 has the exponents of fp32
-    assert distance(apply(method, small), apply(method, x.bfloat16().float())) < 1e-2
+    """Rounding of the scale alone: measured up to 1.7e-6 in the standard form, 1.5e-5 in the Gram form."""
+    for shape, tolerance in (((24, 30), 4e-6), ((24, 40), 3e-5)):
+        x = matrix(shape, "gaussian")[None]
+        assert distance(apply(method, x * scale), apply(method, x)) < tolerance
+        assert distance(apply(method, x * scale, torch.bfloat16), apply(method, x, torch.bfloat16)) < 2e-3
+        small = (x * scale).bfloat16()  # bf16 has the exponents of fp32
+        assert distance(apply(method, small), apply(method, x.bfloat16().float())) < 1e-2
 
 
 @each_method
 def test_matrices_of_one_batch_are_scaled_one_by_one(method):
     x = matrix((24, 40), "gaussian")
     large, small, zero = apply(method, torch.stack([x * 1e15, x * 1e-15, x * 0]))
-    assert distance(large, small) < 1e-5
+    assert distance(large, small) < 3e-5
     assert not zero.any()
 
 
@@ -168,24 +178,134 @@ def test_a_zero_matrix_maps_to_zero_and_nan_stays_nan(method, dtype):
 
 
 @each_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transposing_the_input_transposes_the_result(method, dtype):
-    x = matrix("wide", "half")[None]
-    result = apply(method, x, dtype)
-    assert torch.equal(apply(method, x.mT, dtype), result.mT)
-    assert distance(apply(method, x.mT.contiguous(), dtype), result.mT) < 1e-5
+def test_transposing_the_input_transposes_the_result(method, monkeypatch):
+    """Up to rounding, as a product that is symmetric in theory is not in floating point.
+
+    Measured in fp32: up to 2.4e-6 in the standard form, 2.0e-5 (cans) in the Gram form; in bf16 with
+    widened products up to 3.1e-4, which is the last bit of one value in a hundred.
+    """
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: False)
+    for shape, tolerance in (("square", 5e-6), ("oblong", 5e-6), ("wide", 4e-5), ("tall", 4e-5)):
+        x = matrix(shape, "half")[None]
+        for dtype, bound in ((torch.float32, tolerance), (torch.bfloat16, 6e-4)):
+            result = apply(method, x, dtype)
+            for transposed in (x.mT, x.mT.contiguous()):
+                assert distance(apply(method, transposed, dtype), result.mT) < bound
 
 
 @each_method
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_bf16_stays_close_to_fp32(method, spectrum, bf16_products):
-    x = matrix((48, 120), spectrum)[None]
-    exact, rounded = apply(method, x), apply(method, x, torch.bfloat16)
-    assert rounded.dtype == torch.bfloat16
-    # Measured: 0.0017 where products are widened and rounded once, 0.011 to 0.020 where each one is rounded.
-    assert distance(rounded, exact) < {"widened": 0.0025, "native": 0.025}[bf16_products]
-    values = torch.linalg.svdvals(rounded[0].double())
-    assert BANDS[method][0] - 0.03 < values.min() and values.max() < BANDS[method][1] + 0.03
+    """Measured: 0.0017 where products are widened and rounded once, up to 0.038 where each is rounded."""
+    for shape in ("square", "oblong"):
+        x = matrix(shape, spectrum)[None]
+        exact, rounded = apply(method, x), apply(method, x, torch.bfloat16)
+        assert rounded.dtype == torch.bfloat16
+        assert distance(rounded, exact) < {"widened": 0.0025, "native": 0.06}[bf16_products]
+        values = torch.linalg.svdvals(rounded[0].double())
+        assert values.max() < BANDS[method][1] + 0.03
+
+
+@pytest.mark.parametrize(
+    "bf16_products",
+    [
+        "widened",
+        pytest.param(
+            "native",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="on a CPU with bf16 arithmetic optim.precision.gram_dtype keeps bf16: measured 0.04 "
+                "(jordan, polar_express) and 0.17 (cans), singular values up to 1.42",
+            ),
+        ),
+    ],
+    indirect=True,
+)
+def test_the_gram_form_in_bf16_is_as_close_to_fp32_as_the_standard_form(bf16_products):
+    """Measured: 0.0017 with products in fp32 and one rounding at the end, for every method and spectrum."""
+    for method, shape, spectrum in itertools.product(METHODS, [(48, 120), (200, 72)], SPECTRA):
+        x = matrix(shape, spectrum)[None]
+        exact, rounded = apply(method, x), apply(method, x, torch.bfloat16)
+        assert rounded.dtype == torch.bfloat16
+        assert distance(rounded, exact) < 0.0025
+        values = torch.linalg.svdvals(rounded[0].double())
+        assert BANDS[method][0] - 0.03 < values.min() and values.max() < BANDS[method][1] + 0.03
+
+
+# --- the Gram form -------------------------------------------------------------------------------------
+
+
+def without_restart(x: torch.Tensor, method: str) -> torch.Tensor:
+    """The Gram form as it must not be: polynomials of one Gram matrix, multiplied with X once, at the end."""
+    gram, product = x @ x.mT, torch.eye(x.size(-2), dtype=x.dtype)
+    for a, b, c in METHODS[method].coefficients:
+        factor = a * torch.eye(x.size(-2), dtype=x.dtype) + b * gram + c * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    return product @ x
+
+
+@each_method
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_gram_form_is_the_same_polynomial(method, spectrum):
+    """In fp64 the forms differ by rounding alone: measured up to 4e-14."""
+    coefficients = METHODS[method].coefficients
+    for shape in SHAPES:
+        x = matrix(shape, spectrum).double()[None]
+        x /= x.norm()
+        assert distance(polar._gram_form(x, coefficients), polar._standard_form(x, coefficients)) < 2e-13
+
+
+@each_method
+def test_in_bf16_the_gram_form_without_its_restart_explodes_on_a_heavy_tail_and_ours_does_not(method):
+    """Measured without restart: largest singular values of 25 (jordan), 81 and 1400; with it, 1.15."""
+    x = matrix("wide", "one")
+    x = (x / x.norm()).bfloat16()
+    assert torch.linalg.svdvals(without_restart(x, method).double()).max() > 10
+    ours = polar._gram_form(x[None], METHODS[method].coefficients)[0]
+    assert torch.linalg.svdvals(ours.double()).max() < BANDS[method][1] + 0.05
+
+
+def test_the_restart_after_step_2_cannot_be_configured_away(monkeypatch):
+    assert cost.GRAM_RESTART == polar.GRAM_RESTART == 2
+    assert set(inspect.signature(orthogonalize).parameters) == {"matrices", "method", "dtype", "norms"}
+    assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source"}
+    assert not [name for name, *_ in walk(TrainConfig()) if "gram" in name or "restart" in name]
+    for method in METHODS:  # and a value that leaves it out is no way round
+        for never in (0, len(METHODS[method].coefficients)):
+            monkeypatch.setattr(polar, "GRAM_RESTART", never)
+            with pytest.raises(IndexError):
+                apply(method, matrix("wide", "one")[None])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_form_multiplies_the_matrix_as_often_as_its_cost_says(shape, monkeypatch):
+    """2n²m for each product with X, 2n³ for each n x n product, counted as they happen."""
+    spent = []
+    symmetric, multiply = polar._symmetric, polar._multiply
+
+    def counted_symmetric(left, right, **options):
+        spent.append(2 * left.size(-2) * left.size(-1) * right.size(-2))
+        return symmetric(left, right, **options)
+
+    def counted_multiply(polynomial, x):
+        spent.append(2 * polynomial.size(-1) * x.size(-2) * x.size(-1))
+        return multiply(polynomial, x)
+
+    monkeypatch.setattr(polar, "_symmetric", counted_symmetric)
+    monkeypatch.setattr(polar, "_multiply", counted_multiply)
+    apply("polar_express", matrix(shape, "gaussian")[None])
+    assert sum(spent) == cost.orthogonalize_flops(*SHAPES[shape])
+
+
+@each_method
+def test_norms_that_are_given_are_used(method):
+    """Of a matrix that was rounded after its norm was taken: half of its values is all the same there."""
+    for shape in ("wide", "square"):
+        x = matrix(shape, "half")
+        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        result = orthogonalize(x[None], method=method, dtype=torch.float32, norms=2 * x.norm()[None])
+        expected = u * polynomial(method, s / s.norm() / 2) @ vh
+        assert distance(result[0], expected) < 2e-5
 
 
 @each_method

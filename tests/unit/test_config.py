@@ -229,6 +229,7 @@ REFUSED = {
     "schedule.decay_fraction": ["-0.1", "1.1"],
     "schedule.final_fraction": ["-0.1", "1.1"],
     "optim.clip": ["-1", "nan"],
+    "optim.inspect_every_steps": ["0", "-1"],
     "optim.matrix.rule": ["sgd"],
     "optim.matrix.method": ["svd"],
     "optim.matrix.scale": ["frobenius"],
@@ -263,6 +264,16 @@ def test_a_refused_value_names_its_key(name):
         assert refusal(f"{name}={value}").startswith(f"{name}: "), value
 
 
+REFUSED_TOGETHER = {"zero.offload_optimizer": ("zero.stage=0", "zero.offload_optimizer=true")}
+
+
+def test_offload_is_refused_in_stage_0_which_has_no_shards():
+    message = refusal(*REFUSED_TOGETHER["zero.offload_optimizer"])
+    assert message == "zero.offload_optimizer: needs zero.stage>=1"
+    for stage in (1, 2, 3):
+        assert load(dotlist=[f"zero.stage={stage}", "zero.offload_optimizer=true"]).zero.offload_optimizer
+
+
 def test_every_check_of_the_schema_is_exercised_above():
     """The keys that `require` and `require_choice` name in the source are keys, and are refused here."""
     source = ast.parse(Path(training_config.__file__).read_text())
@@ -274,7 +285,8 @@ def test_every_check_of_the_schema_is_exercised_above():
             if isinstance(argument, ast.Constant):  # else an f-string in a loop
                 named.add(argument.value)
     assert len(named) > 25
-    assert named <= set(REFUSED) <= {name for name, _, _ in walk(load())}
+    refused = set(REFUSED) | set(REFUSED_TOGETHER)
+    assert named <= refused <= {name for name, _, _ in walk(load())}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.groups import KINDS, describe, full_shape, partition
+from optim.groups import KINDS, attention_splits, describe, full_shape, partition
 from training.model import Llama
 from training.shapes import SHAPES, LlamaShape
 
@@ -44,6 +44,76 @@ def test_a_table_is_known_by_a_whole_part_of_its_name():
         "not_lm_head.weight": "matrix",
         "lm_head_extra.weight": "matrix",
     }
+
+
+# --- matrices that are several linear maps, one above the other -------------------------------------------
+
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+
+
+def blocks(splits, **shapes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Blocks of parameters named with '__' for '.'."""
+    named = [(name.replace("__", "."), parameter(*shape)) for name, shape in shapes.items()]
+    return {member.name: member.blocks for member in partition(named, splits=splits)}
+
+
+def test_a_matrix_is_one_block_and_nothing_else_has_any():
+    assert blocks(None, up_proj__weight=(8, 4), lm_head__weight=(8, 4), up_proj__bias=(8,)) == {
+        "up_proj.weight": (8,),
+        "lm_head.weight": (),
+        "up_proj.bias": (),
+    }
+
+
+def test_a_fused_projection_is_always_three_maps_and_heads_are_split_on_demand():
+    assert attention_splits(**HEADS, per_head=False) == {"qkv_proj": (24, 12, 12)}
+    assert attention_splits(**HEADS, per_head=True) == {
+        "q_proj": (6, 6, 6, 6),
+        "k_proj": (6, 6),
+        "v_proj": (6, 6),
+        "qkv_proj": (6,) * 8,
+    }
+
+
+def test_splits_go_by_a_whole_part_of_the_name_and_to_matrices_only():
+    splits = attention_splits(**HEADS, per_head=True)
+    shapes = {
+        "layers__0__q_proj__weight": (24, 9),
+        "layers__0__v_proj__weight": (12, 9),
+        "layers__0__qkv_proj__weight": (48, 9),
+        "layers__0__qkv_proj__bias": (48,),
+        "layers__0__o_proj__weight": (9, 24),
+        "layers__0__my_q_proj__weight": (5, 9),
+    }
+    assert list(blocks(splits, **shapes).values()) == [(6,) * 4, (6,) * 2, (6,) * 8, (), (9,), (5,)]
+
+
+@pytest.mark.parametrize("rows", [47, 49, 24])
+def test_a_split_that_does_not_add_up_names_the_parameter_and_both_numbers(rows):
+    splits = attention_splits(**HEADS, per_head=False)
+    message = rf"^layers\.0\.qkv_proj\.weight: a split into 24\+12\+12 rows, but it has {rows}$"
+    with pytest.raises(ValueError, match=message):
+        blocks(splits, layers__0__qkv_proj__weight=(rows, 9))
+
+
+@pytest.mark.parametrize("name", ["llama-5m", "llama-1b4"])
+def test_every_projection_of_our_model_splits_into_its_heads(name):
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        model = Llama(shape)
+    sizes = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+    members = partition(model.named_parameters(), splits=attention_splits(**sizes, per_head=True))
+    for member in members:
+        if member.kind != "matrix":
+            assert member.blocks == ()
+            continue
+        assert sum(member.blocks) == member.shape[0]
+        projection = member.name.split(".")[-2]
+        heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads, "v_proj": shape.num_kv_heads}
+        assert len(member.blocks) == heads.get(projection, 1)
+    assert sum(len(member.blocks) for member in members) == shape.num_layers * (
+        shape.num_heads + 2 * shape.num_kv_heads + 4
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-5m", "llama-1b4"])

@@ -1,0 +1,29 @@
+"""What orthogonalising a matrix costs, by form, and which form it gets. Pure: no torch.
+
+Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
+
+    standard    X <- aX + (bA + cA²)X, A = XXᵀ            20n²m + 10n³
+    gram        the same polynomials on A, n x n, and X    8n²m + 28n³
+                multiplied twice: after step 2 and at the end
+
+With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 14n³.
+"""
+
+NUM_ITERATIONS = 5
+GRAM_RESTART = 2  # iterations after which the Gram form multiplies X out and starts again (optim/polar.py)
+GRAM_ASPECT = 1.5  # m/n from which the Gram form is cheaper, whole products assumed
+
+
+def uses_gram(rows: int, cols: int) -> bool:
+    """Whether a rows x cols matrix gets the Gram form: only where that saves work."""
+    short, long = sorted((rows, cols))
+    return long > GRAM_ASPECT * short
+
+
+def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False) -> int:
+    """FLOPs to orthogonalise one matrix; `symmetric`: symmetric products cost half (optim/kernels.py)."""
+    short, long = sorted((rows, cols))
+    square, cube = short * short * long, short**3
+    if uses_gram(rows, cols):
+        return 6 * square + 14 * cube if symmetric else 8 * square + 28 * cube
+    return 15 * square + 5 * cube if symmetric else 20 * square + 10 * cube

@@ -1,0 +1,356 @@
+"""The fused step: a rule over shards whose borders may cut a matrix anywhere, in one pass each way.
+
+    start      one pass over the shard: momentum, Nesterov, norm, cast, written straight into the buffer that
+               is sent; then one packed all-to-all to the matrices' owners, per shape
+    transform  the owner applies the rule to its matrices, batched by shape, while the next shape travels;
+               then one packed all-to-all back
+    finish     one pass over the shard: decay and update of the fp32 weights
+
+Nothing travels where every matrix already lies whole on its owner. Nothing here knows DeepSpeed: fragments
+say where the weights lie, and gradients are found in the `.grad` of the flat tensors.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.ownership import Matrix, Plan, Segment, make_plan
+from optim.rules import Rule, State, new_state
+
+CHUNK_ELEMENTS = 1 << 16  # of a pass on the CPU: weights, gradient and state of one chunk fit its cache
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's piece of one parameter: elements [start, stop) of it, at `offset` of a flat fp32 tensor.
+
+    Attributes:
+        blocks: rows of each matrix that the parameter consists of: one block, unless it is a fused or
+            per-head projection (`optim.groups`). Empty where the rule is elementwise.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    cols: int
+    start: int
+    stop: int
+    flat: Tensor
+    offset: int
+
+    def view(self, like_flat: Tensor) -> Tensor:
+        """The piece's elements in a tensor laid out as `flat`: a 1-D view."""
+        return like_flat.view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+@dataclass
+class Health:
+    """What one step measured on this rank.
+
+    Attributes:
+        seconds: phase -> seconds. "start" and "finish" are the passes over the shard, "exchange" is waiting
+            for what travels, "orthogonalize" is the rule on whole matrices. On CPU; None on a GPU, whose
+            clock would have to be waited for.
+        transforms: matrices that went through the rule here.
+        errors: of each owned matrix, ‖OOᵀ - I‖_F / √n of its update O before scaling.
+        mean_squares: of each owned matrix, the mean square of its update after scaling.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    transforms: int = 0
+    errors: list[float] = field(default_factory=list)
+    mean_squares: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+class FusedStep:
+    """One rule's state and step over this rank's fragments. Collective: every rank builds and steps its own.
+
+    Args:
+        fragments: one for each parameter, in the same order on every rank, empty ones included. They tile
+            each parameter over the ranks, or every rank holds all of it.
+        device: where whole matrices are computed; the flats may lie on the CPU (offload).
+
+    Raises:
+        ValueError: the fragments of a parameter neither tile nor replicate it.
+    """
+
+    def __init__(self, rule: Rule, fragments: Sequence[Fragment], *, device: torch.device) -> None:
+        self.rule = rule
+        self.fragments = list(fragments)
+        self.flats = list({id(fragment.flat): fragment.flat for fragment in fragments}.values())
+        self.states: list[State] = [new_state(rule, flat.detach()) for flat in self.flats]
+        self.steps = 0
+        self.num_transforms = 0
+        self.health = Health()
+        self.plan: Plan | None = None
+        self._groups: list[_Group] = []
+        if rule.whole:
+            pieces, matrices = _cut(self.fragments)
+            self.plan = make_plan(matrices, world_size=_world_size())
+            self._groups = [
+                _Group(rule, plan, [pieces[i] for i in indices], device=device)
+                for indices, plan in self.plan.by_shape()
+            ]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of matrices that cross between ranks in one step, both ways, over all ranks."""
+        return sum(group.plan.elements_sent * self.rule.dtype.itemsize for group in self._groups)
+
+    def state_of(self, fragment: Fragment) -> State:
+        """Views of the fragment's elements of each state tensor, by name."""
+        return {name: fragment.view(tensor) for name, tensor in self._state(fragment.flat).items()}
+
+    @torch.no_grad()
+    def step(self, *, lr: float, inspect: bool = False) -> None:
+        """Update the weights and the state from the `.grad` of the flats; None counts as zero.
+
+        inspect: also measure the updates, for `health`: it costs one more product per matrix.
+        """
+        self.steps += 1
+        self.health = health = Health()
+        if not self.rule.whole:
+            with health.timed("finish"):
+                for flat, state in zip(self.flats, self.states, strict=True):
+                    self._elementwise(flat, state, lr=lr)
+            return
+        for group in self._groups:
+            with health.timed("start"):
+                for piece in group.pieces:
+                    self._direction(piece)
+                group.send()
+        for group in self._groups:
+            with health.timed("exchange"):
+                group.receive()
+            with health.timed("orthogonalize"):
+                group.transform(health if inspect else None)
+            with health.timed("exchange"):
+                group.send_back()
+            health.transforms += len(group.owned)
+        self.num_transforms += health.transforms
+        for group in self._groups:
+            with health.timed("exchange"):
+                group.receive_back()
+            with health.timed("finish"):
+                for piece in group.pieces:
+                    self._apply(piece, lr=lr, scale=group.scale)
+
+    def _state(self, flat: Tensor) -> State:
+        return self.states[next(i for i, own in enumerate(self.flats) if own is flat)]
+
+    def _direction(self, piece: "_Piece") -> None:
+        """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
+        gradient, state = piece.fragment.flat.grad, self._state(piece.fragment.flat)
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+            now = {name: tensor.view(-1)[place] for name, tensor in state.items()}
+            if gradient is None:
+                part = torch.zeros(chunk.stop - chunk.start, device=piece.fragment.flat.device)
+            else:
+                part = gradient.view(-1)[place]
+            update = self.rule.direction(part, now, step=self.steps)
+            piece.buffer[chunk].copy_(update, non_blocking=True)
+            wide = update.double()
+            piece.square.add_(torch.dot(wide, wide))
+
+    def _apply(self, piece: "_Piece", *, lr: float, scale: float) -> None:
+        weight = piece.fragment.flat.data.view(-1)
+        for chunk in _chunks(piece.numel, weight.device):
+            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+            update = piece.buffer[chunk].to(weight.device)
+            self.rule.apply(weight[place], update, lr=lr, scale=scale)
+
+    def _elementwise(self, flat: Tensor, state: State, *, lr: float) -> None:
+        weight = flat.data.view(-1)
+        gradient = torch.zeros_like(weight) if flat.grad is None else flat.grad.view(-1)
+        for chunk in _chunks(weight.numel(), weight.device):
+            now = {name: tensor.view(-1)[chunk] for name, tensor in state.items()}
+            update = self.rule.direction(gradient[chunk], now, step=self.steps)
+            self.rule.apply(weight[chunk], update, lr=lr)
+
+
+@dataclass
+class _Piece:
+    """This rank's part of one matrix: its place in the flat tensor and in the packed buffer."""
+
+    fragment: Fragment
+    start: int  # first element, counted in the matrix
+    numel: int
+    offset: int  # of the first element, in the flat tensor
+    buffer: Tensor = field(init=False)
+    square: Tensor = field(init=False)
+
+
+class _Group:
+    """All matrices of one shape: the buffers through which they travel, and their transformation.
+
+    `local` holds this rank's pieces, ordered by owner; `arrived` the pieces that this rank owns, ordered by
+    source; `whole` the owned matrices. Each serves both ways.
+    """
+
+    def __init__(self, rule: Rule, plan: Plan, pieces: list[_Piece], *, device: torch.device) -> None:
+        rank, ranks = _rank(), range(plan.world_size)
+        self.rule, self.plan, self.owned = rule, plan, plan.owned_by(rank)
+        self.shape = (plan.matrices[0].rows, plan.matrices[0].cols)
+        self.scale = rule.scale(*self.shape)
+        self._work: dist.Work | None = None
+        self._norm_work: dist.Work | None = None
+
+        held = [plan.from_owner(owner, rank) for owner in ranks]
+        self._held_sizes = _sizes(held)
+        self._in = [plan.to_owner(source, rank) for source in ranks]
+        self._back = [plan.from_owner(rank, target) for target in ranks]
+        self._travels_in = any(plan.to_owner(a, b) for a in ranks for b in ranks if a != b)
+        self._travels_back = any(plan.from_owner(a, b) for a in ranks for b in ranks if a != b)
+
+        numel = self.shape[0] * self.shape[1]
+        self.local = torch.empty(sum(self._held_sizes), dtype=rule.dtype, device=device)
+        self.squares = torch.zeros(len(plan.matrices), dtype=torch.float64, device=device)
+        self.whole = torch.empty(len(self.owned), numel, dtype=rule.dtype, device=device)
+        own = slice(sum(self._held_sizes[:rank]), sum(self._held_sizes[: rank + 1]))
+        arriving = sum(_sizes(self._in)) if self._travels_in else 0
+        leaving = sum(_sizes(self._back)) if self._travels_back else 0
+        self._arrived = torch.empty(max(arriving, leaving), dtype=rule.dtype, device=device)
+        if not self._travels_in:  # this rank's own pieces are whole matrices, in order
+            self.whole = self.local[own].view(len(self.owned), numel)
+
+        self.pieces: list[_Piece] = []
+        position = 0
+        for segment in _flat(held):
+            piece = pieces[segment.matrix]
+            piece.buffer = self.local[position : position + segment.numel]
+            piece.square = self.squares[segment.matrix]
+            position += segment.numel
+            self.pieces.append(piece)
+
+    def send(self) -> None:
+        """Start the pieces on their way to the owners, with the squares of their norms."""
+        if not self._travels_in:
+            return
+        self._norm_work = dist.all_reduce(self.squares, async_op=True)
+        arrived = self._arrived[: sum(_sizes(self._in))]
+        self._work = dist.all_to_all_single(
+            arrived, self.local, _sizes(self._in), self._held_sizes, async_op=True
+        )
+
+    def receive(self) -> None:
+        """Wait for the pieces of the owned matrices and put these together."""
+        if not self._travels_in:
+            return
+        self._wait()
+        slots = {index: slot for slot, index in enumerate(self.owned)}
+        segments = _flat(self._in)
+        if segments:
+            torch._foreach_copy_(
+                [self.whole[slots[s.matrix], s.start : s.stop] for s in segments],
+                list(self._arrived[: sum(_sizes(self._in))].split([s.numel for s in segments])),
+            )
+
+    def transform(self, health: Health | None) -> None:
+        """The rule on the owned matrices; `whole` then holds their updates."""
+        if self.owned:
+            norms = self.squares[self.owned].sqrt().float()
+            update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms)
+            if health is not None:
+                _inspect(update, self.scale, health)
+            self.whole.view(-1, *self.shape).copy_(update)
+        self.squares.zero_()
+
+    def send_back(self) -> None:
+        """Start the updates on their way to where the weights lie."""
+        if not self._travels_back:
+            return
+        slots = {index: slot for slot, index in enumerate(self.owned)}
+        segments, sizes = _flat(self._back), _sizes(self._back)
+        outgoing = self._arrived[: sum(sizes)]
+        if segments:
+            torch._foreach_copy_(
+                list(outgoing.split([s.numel for s in segments])),
+                [self.whole[slots[s.matrix], s.start : s.stop] for s in segments],
+            )
+        self._work = dist.all_to_all_single(self.local, outgoing, self._held_sizes, sizes, async_op=True)
+
+    def receive_back(self) -> None:
+        """Wait for the updates of this rank's pieces."""
+        self._wait()
+
+    def _wait(self) -> None:
+        for work in (self._norm_work, self._work):
+            if work is not None:
+                work.wait()
+        self._norm_work = self._work = None
+
+
+def _inspect(update: Tensor, scale: float, health: Health) -> None:
+    """Add the orthogonality error and the mean square of each update [B, r, c] to `health`."""
+    short = update.float()
+    short = short.mT if short.size(-2) > short.size(-1) else short
+    gram = short @ short.mT
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    errors = torch.linalg.matrix_norm(gram) / gram.size(-1) ** 0.5
+    health.errors += errors.tolist()
+    health.mean_squares += (squares * scale**2 / update[0].numel()).tolist()
+
+
+def _cut(fragments: list[Fragment]) -> tuple[list[_Piece], list[Matrix]]:
+    """This rank's piece of every matrix, and where every matrix lies: the same list on every rank."""
+    pieces, matrices = [], []
+    for fragment, ranges in zip(fragments, _gather_ranges(fragments), strict=True):
+        first = 0
+        for index, rows in enumerate(fragment.blocks):
+            numel = rows * fragment.cols
+
+            def inside(start: int, stop: int, first: int = first, numel: int = numel) -> tuple[int, int]:
+                low, high = max(start - first, 0), min(stop - first, numel)
+                return (low, high) if low < high else (0, 0)
+
+            start, stop = inside(fragment.start, fragment.stop)
+            offset = fragment.offset + first + start - fragment.start
+            pieces.append(_Piece(fragment, start, stop - start, offset))
+            name = fragment.name if len(fragment.blocks) == 1 else f"{fragment.name}[{index}]"
+            matrices.append(Matrix(name, rows, fragment.cols, tuple(inside(*held) for held in ranges)))
+            first += numel
+    return pieces, matrices
+
+
+def _gather_ranges(fragments: list[Fragment]) -> list[tuple[tuple[int, int], ...]]:
+    """For each fragment's parameter, the range that every rank holds, in rank order."""
+    mine = [(fragment.start, fragment.stop) for fragment in fragments]
+    everyone: list[list[tuple[int, int]]] = [mine] * _world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return list(zip(*everyone, strict=True))
+
+
+def _chunks(numel: int, device: torch.device) -> Iterator[slice]:
+    """Slices of a pass: small on the CPU, for its cache; the whole on a GPU, which has nothing to gain."""
+    size = CHUNK_ELEMENTS if device.type == "cpu" else max(numel, 1)
+    for start in range(0, numel, size):
+        yield slice(start, min(start + size, numel))
+
+
+def _flat(segments: list[list[Segment]]) -> list[Segment]:
+    return [segment for per_rank in segments for segment in per_rank]
+
+
+def _sizes(segments: list[list[Segment]]) -> list[int]:
+    return [sum(segment.numel for segment in per_rank) for per_rank in segments]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,452 @@
+"""Triton kernels of the optimizer step: products known to be symmetric, and the two passes over a shard.
+
+Written with plain pointers: a kernel with TMA descriptors compiled for an A40 (sm_86) loses its asynchronous
+copies and spills. Tiles are fixed per GPU, never tuned at run time: tests/numerics/test_kernels.py compiles
+all of `variants` for every GPU in `TILES`, without one. The module imports anywhere, and `unsupported` says
+where its kernels run.
+
+Legend: B matrices of a batch, n x m a product, k its inner dimension.
+"""
+
+# Kernel arguments are pointers and scalars, which have no Python type.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations  # the kernels' annotations name triton, which may be missing
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    TRITON_MISSING: str | None = f"triton cannot be imported: {error}"
+    INTERPRETED = False
+    _jit: Callable[[Callable], Any] = lambda function: function  # noqa: E731
+else:
+    TRITON_MISSING = None
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy on any device, for tests
+    _jit = triton.jit
+
+BLOCK = 2048  # elements of a pass that one program handles
+PASS_WARPS = 8
+GROUP = 8  # rows of tiles that are computed together, so that they find their columns in the L2 cache
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes, n x m in steps of k, with how many warps and pipeline stages."""
+
+    n: int
+    m: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A GPU's tiles, each as (small, large); `symmetric` ones are square.
+
+    Attributes:
+        num_sms: large tiles are used from one per multiprocessor on. Fewer take as long as one, whatever
+            their number, and small ones spread the work over the idle multiprocessors.
+    """
+
+    num_sms: int
+    symmetric: tuple[Tile, Tile]
+    dense: tuple[Tile, Tile]
+
+
+_SMALL = Tile(64, 64, 64, warps=4, stages=3)
+TILES = {
+    (8, 6): Tiles(  # A40: 101,376 bytes of shared memory per block
+        num_sms=84,
+        symmetric=(_SMALL, Tile(128, 128, 64, warps=8, stages=3)),
+        dense=(_SMALL, Tile(128, 128, 64, warps=8, stages=3)),
+    ),
+    (9, 0): Tiles(  # H100: 232,448 bytes; 4 warps are the least that wgmma takes
+        num_sms=132,
+        symmetric=(_SMALL, Tile(128, 128, 64, warps=8, stages=4)),
+        dense=(_SMALL, Tile(128, 256, 64, warps=8, stages=3)),
+    ),
+}
+PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@cache
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on `device` with products of `dtype`, in one sentence; None if they can."""
+    if TRITON_MISSING is not None:
+        return TRITON_MISSING
+    if INTERPRETED:
+        known = (*PRODUCT_DTYPES, torch.float32)
+        return None if dtype in known else f"products of {dtype} stay with torch"
+    if device.type != "cuda":
+        return f"{device.type} is no CUDA device"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in TILES:
+        return f"there are tiles for compute capability {', '.join(map(str, TILES))}, not {capability}"
+    return None if dtype in PRODUCT_DTYPES else f"products of {dtype} stay with torch"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch. What Triton compiles follows from the kernel, the arguments' types and the options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options. Fused multiply-add is asked for: its default changes between versions."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def launch(self) -> None:
+        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, not on the tensors'
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+def symmetric_product(
+    a: Tensor, b: Tensor, *, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """alpha·A·Bᵀ + beta·C, known to be symmetric: half of it is computed, and written twice.
+
+    That is the Gram matrix AAᵀ, and the product of commuting symmetric matrices such as polynomials of one
+    Gram matrix. The result is exactly symmetric; sums are fp32 and rounded once.
+
+    Args:
+        a, b: [B, n, k], bf16 or fp16, on a device that `unsupported` lets through. Any strides.
+        c: [B, n, n], symmetric: its upper half is not read.
+        out: [B, n, n], none of the operands; a new tensor if None.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the kernels do not run there.
+    """
+    _check(a.shape == b.shape, f"{tuple(a.shape)} times the transpose of {tuple(b.shape)} is not symmetric")
+    size, n, _ = a.shape
+    out = a.new_empty(size, n, n) if out is None else out
+    _product(a, b.mT, c, out, alpha, beta, symmetric=True, capability=_capability(a)).launch()
+    return out
+
+
+def add_product(
+    p: Tensor, x: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """beta·X + alpha·P·X. Sums are fp32 and rounded once; with beta = 0, X is read only as an operand.
+
+    Args:
+        p: [B, n, n], bf16 or fp16, on a device that `unsupported` lets through.
+        x: [B, n, m]. Any strides: of a tall X, pass X.mT for X·P with a symmetric P.
+        out: [B, n, m], none of the operands; a new tensor laid out as x if None.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the kernels do not run there.
+    """
+    out = torch.empty_like(x) if out is None else out
+    addend = x if beta else None
+    _product(p, x, addend, out, alpha, beta, symmetric=False, capability=_capability(p)).launch()
+    return out
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    reason = unsupported(tensor.device, tensor.dtype)
+    _check(reason is None, str(reason))
+    return (8, 6) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
+
+
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, *, symmetric: bool,
+    capability: tuple[int, int],
+) -> Call:  # fmt: skip
+    """out [B, n, m] = alpha·A [B, n, k] · B [B, k, m] + beta·C [B, n, m]."""
+    (size, n, k), m = a.shape, b.size(-1)
+    operands = [tensor for tensor in (a, b, c, out) if tensor is not None]
+    _check(b.shape == (size, k, m), f"{tuple(a.shape)} and {tuple(b.shape)} have no product")
+    for tensor in operands[2:]:
+        _check(tensor.shape == (size, n, m), f"the product is {(size, n, m)}, not {tuple(tensor.shape)}")
+    _check(len({(t.dtype, t.device) for t in operands}) == 1, "operands differ in dtype or device")
+
+    tiles = TILES[capability]
+    for tile in reversed(tiles.symmetric if symmetric else tiles.dense):
+        rows, cols = ceil(n / tile.n), ceil(m / tile.m)
+        programs = rows * (rows + 1) // 2 if symmetric else rows * cols
+        if size * programs >= tiles.num_sms:
+            break
+    arguments: dict[str, Any] = {"a": a, "b": b, "c": c, "out": out, "n": n, "m": m, "k": k}
+    arguments |= {"alpha": float(alpha), "beta": float(beta)}  # an integer 1 would be compiled in
+    for name, tensor in (("a", a), ("b", b), ("c", out if c is None else c), ("out", out)):
+        strides = (f"{name}_batch", f"{name}_row", f"{name}_col")
+        arguments |= dict(zip(strides, tensor.stride(), strict=True))
+    arguments |= {"SYMMETRIC": symmetric, "WIDEN": INTERPRETED, "GROUP_ROWS": GROUP}
+    arguments |= {"TILE_N": tile.n, "TILE_M": tile.m, "TILE_K": tile.k}
+    return Call(_product_kernel, (programs, size), arguments, tile.warps, tile.stages)
+
+
+@_jit
+def _product_kernel(
+    a, b, c, out, alpha, beta, n, m, k,
+    a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, out_batch, out_row, out_col,
+    SYMMETRIC: tl.constexpr, WIDEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    num_rows = tl.cdiv(n, TILE_N)
+    num_cols = tl.cdiv(m, TILE_M)
+    if SYMMETRIC:  # rows i and R - 1 - i of the lower half, laid end to end, have R + 1 tiles for every i
+        row = tl.program_id(0) // (num_rows + 1)
+        col = tl.program_id(0) % (num_rows + 1)
+        beyond = col > row
+        col = tl.where(beyond, col - row - 1, col)
+        row = tl.where(beyond, num_rows - 1 - row, row)
+    else:
+        row, col = tl.swizzle2d(
+            tl.program_id(0) // num_cols, tl.program_id(0) % num_cols, num_rows, num_cols, GROUP_ROWS
+        )
+    top = (row * TILE_N).to(tl.int64)  # 64 bits up to the tile, 32 inside
+    left = (col * TILE_M).to(tl.int64)
+    i = tl.arange(0, TILE_N)[:, None]
+    j = tl.arange(0, TILE_M)[None, :]
+    a += batch * a_batch + top * a_row + i * a_row + tl.arange(0, TILE_K)[None, :] * a_col
+    b += batch * b_batch + left * b_col + j * b_col + tl.arange(0, TILE_K)[:, None] * b_row
+    inside_rows = row * TILE_N + i < n
+    inside_cols = col * TILE_M + j < m
+
+    total = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for done in range(0, k, TILE_K):
+        a_tile = tl.load(a, inside_rows & (tl.arange(0, TILE_K)[None, :] < k - done), other=0.0)
+        b_tile = tl.load(b, inside_cols & (tl.arange(0, TILE_K)[:, None] < k - done), other=0.0)
+        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
+            a_tile = a_tile.to(tl.float32)
+            b_tile = b_tile.to(tl.float32)
+        total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
+        a += TILE_K * a_col
+        b += TILE_K * b_row
+
+    total *= alpha
+    inside = inside_rows & inside_cols
+    if c is not None:
+        c += batch * c_batch + top * c_row + left * c_col
+        total += beta * tl.load(c + i * c_row + j * c_col, inside).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    out += batch * out_batch
+    straight = out + top * out_row + left * out_col + i * out_row + j * out_col
+    if SYMMETRIC:
+        mirrored = out + left * out_row + top * out_col + j * out_row + i * out_col
+        if row == col:  # apart, because a triangular mask makes stores element by element
+            tl.store(straight, result, inside & (i >= j))
+            tl.store(mirrored, result, inside & (i > j))
+        else:
+            tl.store(straight, result, inside)
+            tl.store(mirrored, result, inside)
+    else:
+        tl.store(straight, result, inside)
+
+
+# --- passes over a shard ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """Segments of a flat tensor and their places in a packed buffer, cut into blocks. Int64 tensors.
+
+    Attributes:
+        sources, targets, numels: [blocks], of each block its first element in the flat tensor and in the
+            buffer, and how many elements it has: at most BLOCK.
+        num_blocks: [segments], how many blocks each segment was cut into.
+        source_stop, target_stop: how long the flat tensor and the buffer are at least.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    numels: Tensor
+    num_blocks: Tensor
+    source_stop: int
+    target_stop: int
+
+    @classmethod
+    def build(
+        cls, sources: Sequence[int], targets: Sequence[int], numels: Sequence[int], *, device: torch.device
+    ) -> SegmentTable:
+        """Segment s is elements [sources[s], + numels[s]) of the flat and [targets[s], + numels[s]) packed.
+
+        Segments may be empty, and start anywhere; two must not overlap.
+
+        Raises:
+            ValueError: the lists differ in length, or hold a negative number.
+        """
+        _check(len(sources) == len(targets) == len(numels), "one source, target and numel for each segment")
+        _check(min([0, *sources, *targets, *numels]) == 0, "negative offset or size of a segment")
+        table = torch.tensor([sources, targets, numels], dtype=torch.int64).view(3, -1)
+        num_blocks = (table[2] + BLOCK - 1) // BLOCK
+        first = num_blocks.cumsum(0) - num_blocks
+        segments = torch.repeat_interleave(torch.arange(len(numels)), num_blocks)
+        inside = (torch.arange(len(segments)) - first[segments]) * BLOCK
+        per_block = table[:, segments]
+        return cls(
+            sources=(per_block[0] + inside).to(device),
+            targets=(per_block[1] + inside).to(device),
+            numels=(per_block[2] - inside).clamp_max(BLOCK).to(device),
+            num_blocks=num_blocks.to(device),
+            source_stop=max(map(sum, zip(sources, numels, strict=True)), default=0),
+            target_stop=max(map(sum, zip(targets, numels, strict=True)), default=0),
+        )
+
+
+def momentum_pass(
+    gradient: Tensor, momentum: Tensor, out: Tensor, squares: Tensor, table: SegmentTable, *, beta: float,
+    nesterov: bool,
+) -> None:  # fmt: skip
+    """Momentum, Nesterov, cast and norm in one pass: m ← βm + (1-β)g, out ← u = βm + (1-β)g or m.
+
+    Args:
+        gradient: flat, fp32 or bf16.
+        momentum: flat, fp32, laid out as `gradient`; updated in place.
+        out: packed, fp32 or bf16; written where the table says.
+        squares: [segments] fp64, overwritten with the sum of u² over each segment, taken before the cast and
+            in fp64: no gradient's scale overflows it. The same bits every time.
+
+    Raises:
+        ValueError: a tensor is not flat and contiguous, is too short for the table, or of another dtype.
+    """
+    _check_flat(table.source_stop, gradient=gradient, momentum=momentum)
+    _check_flat(table.target_stop, out=out)
+    _check_flat(len(table.num_blocks), squares=squares)
+    _check(momentum.dtype == torch.float32, "momentum must be fp32")
+    _check(squares.dtype == torch.float64, "squares must be fp64")
+    partials = torch.empty(len(table.sources), dtype=torch.float64, device=squares.device)
+    tensors = {"gradient": gradient, "momentum": momentum, "out": out, "partials": partials}
+    _pass(_momentum_kernel, table, **tensors, weight=1 - beta, NESTEROV=nesterov).launch()
+    sums = torch.segment_reduce(partials, "sum", lengths=table.num_blocks, unsafe=True, initial=0.0)
+    squares[: len(sums)].copy_(sums)
+
+
+def apply_pass(
+    weight: Tensor, update: Tensor, table: SegmentTable, *, decay: float, factor: float,
+    low_precision: Tensor | None = None,
+) -> None:  # fmt: skip
+    """weight ← decay·weight - factor·update, and its cast, in one pass.
+
+    Args:
+        weight: flat, fp32; updated in place in the table's segments.
+        update: packed, fp32 or bf16.
+        low_precision: flat, bf16, laid out as `weight`; gets the cast of the new weight.
+
+    Raises:
+        ValueError: a tensor is not flat and contiguous, is too short for the table, or of another dtype.
+    """
+    _check_flat(table.source_stop, weight=weight)
+    _check_flat(table.target_stop, update=update)
+    if low_precision is not None:
+        _check_flat(table.source_stop, low_precision=low_precision)
+        _check(low_precision.dtype == torch.bfloat16, "low_precision must be bf16")
+    _check(weight.dtype == torch.float32, "weight must be fp32")
+    tensors = {"weight": weight, "update": update}
+    _pass(_apply_kernel, table, **tensors, low_precision=low_precision, decay=decay, factor=factor).launch()
+
+
+def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
+    arguments |= {"sources": table.sources, "targets": table.targets, "numels": table.numels}
+    return Call(kernel, (len(table.sources),), arguments | {"SIZE": BLOCK}, PASS_WARPS, stages=1)
+
+
+@_jit
+def _momentum_kernel(
+    gradient, momentum, out, partials, sources, targets, numels, weight,
+    NESTEROV: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    i = tl.arange(0, SIZE)
+    inside = i < tl.load(numels + block)
+    source = tl.load(sources + block) + i
+    g = tl.load(gradient + source, inside, other=0.0).to(tl.float32)
+    m = _lerp(tl.load(momentum + source, inside, other=0.0), g, weight)
+    tl.store(momentum + source, m, inside)
+    update = _lerp(m, g, weight) if NESTEROV else m
+    tl.store(out + tl.load(targets + block) + i, update.to(out.dtype.element_ty), inside)
+    wide = update.to(tl.float64)
+    tl.store(partials + block, tl.sum(wide * wide))
+
+
+@_jit
+def _lerp(start, end, weight):
+    """As torch.lerp: from the nearer end, so that weight 1 gives `end` exactly."""
+    near = weight < 0.5
+    return tl.where(near, start, end) + tl.where(near, weight, weight - 1.0) * (end - start)
+
+
+@_jit
+def _apply_kernel(
+    weight, update, low_precision, sources, targets, numels, decay, factor, SIZE: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0)
+    i = tl.arange(0, SIZE)
+    inside = i < tl.load(numels + block)
+    source = tl.load(sources + block) + i
+    u = tl.load(update + tl.load(targets + block) + i, inside).to(tl.float32)
+    w = tl.load(weight + source, inside) * decay - factor * u
+    tl.store(weight + source, w, inside)
+    if low_precision is not None:
+        tl.store(low_precision + source, w.to(low_precision.dtype.element_ty), inside)
+
+
+def _check_flat(least: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check(tensor.dim() == 1 and tensor.is_contiguous(), f"{name} must be flat and contiguous")
+        _check(len(tensor) >= least, f"{name} has {len(tensor)} elements, the table needs {least}")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# --- for the tests ------------------------------------------------------------------------------------------
+
+
+def variants(capability: tuple[int, int]) -> dict[str, Call]:
+    """Every kernel with every tile, dtype and layout that the optimizer launches, by name, on meta tensors.
+
+    Sizes and strides are multiples of 16. With others, copies are element by element and large tiles spill.
+    """
+    calls = {}
+    multiply = partial(_product, alpha=1.0, beta=1.0, capability=capability)
+    for size, dtype in product((64, 4096), PRODUCT_DTYPES):  # small tiles, large tiles
+        square = torch.empty(1, size, size, dtype=dtype, device="meta")
+        wide = torch.empty(1, size, 2 * size, dtype=dtype, device="meta")
+        tall = torch.empty(1, 2 * size, size, dtype=dtype, device="meta").mT
+        kind = f"{dtype} {size}"
+        calls[f"A², {kind}"] = multiply(square, square.mT, square, square, symmetric=True)
+        for layout, x in (("wide", wide), ("tall", tall)):
+            calls[f"XXᵀ, {layout} {kind}"] = multiply(x, x.mT, None, square, symmetric=True)
+            calls[f"PX, {layout} {kind}"] = multiply(square, x, None, x, symmetric=False)
+            calls[f"PX + X, {layout} {kind}"] = multiply(square, x, x, x, symmetric=False)
+    offsets = torch.empty(1, dtype=torch.int64, device="meta")
+    table = SegmentTable(offsets, offsets, offsets, offsets, source_stop=1, target_stop=1)
+    single, half = (torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+    for source, packed, nesterov in product((single, half), (single, half), (True, False)):
+        tensors = {"gradient": source, "momentum": single, "out": packed, "partials": single.double()}
+        call = _pass(_momentum_kernel, table, **tensors, weight=0.1, NESTEROV=nesterov)
+        calls[f"momentum, {source.dtype} to {packed.dtype}, {nesterov=}"] = call
+    for update, low in product((single, half), (half, None)):
+        tensors = {"weight": single, "update": update}
+        call = _pass(_apply_kernel, table, **tensors, low_precision=low, decay=1.0, factor=1.0)
+        calls[f"apply, {update.dtype}, cast={low is not None}"] = call
+    return calls
