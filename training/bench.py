@@ -7,7 +7,9 @@ report to Ray that follows each checkpoint; and the wall time from the start of 
 step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
 """
 
+import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -22,18 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import benchmark, cli
+from cluster import cli, files, hardware, provenance
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
 from cluster.record import follow
+from cluster.session import ROOT
 from training import config as training_config
 from training.config import TrainConfig
 from training.data import Manifest
 from training.plan import Plan, make_plan
 from training.prepare import prepare
 
-WHAT = "train_launcher"  # in the baseline's name
 LAUNCHERS = {"ray": "ray", "torchrun": "torch"}  # name here -> value of the key `launcher`
 DEFAULTS = (  # replace those of training.config and those of a --config file
     "evaluation.every_steps=1000000",  # so only before the first step and after the last
@@ -64,11 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     defaults = training_config.load(dotlist=run_keys())
     parser = cli.make_parser("training.bench", description=__doc__.splitlines()[0], keys=defaults)
-    benchmark.add_options(parser, what=WHAT, rounds=3, rounds_help="runs per launcher")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs per launcher (default: 3)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: tests/baselines/<hardware>_train_launcher.json"
+    )
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        benchmark.require_rounds(options.rounds)
+        if options.rounds < 1:
+            raise UserError(f"--rounds: {options.rounds} must be at least 1")
         for argument in options.overrides:
             if argument.partition("=")[0] in OWN_KEYS:
                 raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
@@ -83,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in LAUNCHERS:
                 print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
             return
-        output = benchmark.prepare_output(options.output, WHAT)
+        output = options.output or baseline_path(hardware.describe_host())
+        output.parent.mkdir(parents=True, exist_ok=True)
         bench(config, plan, given, num_rounds=options.rounds, output=output)
 
     return cli.run(body)
@@ -98,7 +105,7 @@ def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list
 def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
     """Prepare the data, print the ceiling, measure, print the table, write `output`, print one JSON line."""
     result: dict[str, Any] = {
-        "bench": WHAT,
+        "bench": "train_launcher",
         "arguments": given,
         "rounds": num_rounds,
         "num_workers": plan.num_workers,
@@ -119,7 +126,10 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
     )
     result |= compare(measure(plan, given, num_rounds=num_rounds))
     print(table(result))
-    benchmark.publish(result, output, data_fingerprint=Manifest.read(data).fingerprint)
+    about = provenance.collect(command=sys.argv, data_fingerprint=Manifest.read(data).fingerprint)
+    files.write_json(output, {**result, "provenance": about})
+    print(f"written to {output}")
+    print(json.dumps(result))
 
 
 def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, Run]]:
@@ -204,21 +214,37 @@ def compare(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     A speed-up is torchrun's seconds / Ray's of the same round. `overhead_ray_percent` is what a steady step
     takes longer under Ray, by the median ratio.
     """
-    samples: dict[str, list[float]] = {}
+    found: dict[str, Any] = {}
     for case in ("step", "first_step"):
         ray, torchrun = ([getattr(runs[name], f"{case}_seconds") for runs in rounds] for name in LAUNCHERS)
-        samples |= {
-            f"speedup_torchrun_{case}": benchmark.ratios(torchrun, ray),
+        samples = {
+            f"speedup_torchrun_{case}": [theirs / ours for theirs, ours in zip(torchrun, ray, strict=True)],
             f"{case}_seconds_ray": ray,
             f"{case}_seconds_torchrun": torchrun,
         }
-    found = benchmark.medians(samples)
+        for key, values in samples.items():
+            found[key] = statistics.median(values)
+            found[_spread_of(key)] = [min(values), max(values)]
     return {**found, "overhead_ray_percent": 100 * (1 / found["speedup_torchrun_step"] - 1)}
+
+
+def _spread_of(key: str) -> str:
+    return f"spread_{key.removeprefix('speedup_')}"
 
 
 def table(result: dict[str, Any]) -> str:
     """What `compare` found, for people."""
-    return f"{benchmark.table(result)}\noverhead_ray_percent {result['overhead_ray_percent']:+.2f}"
+    lines = [f"{'':<30}{'median':>9}{'min':>9}{'max':>9}"]
+    for key in (key for key in result if _spread_of(key) in result):
+        values = (result[key], *result[_spread_of(key)])
+        lines.append(f"{key:<30}" + "".join(f"{value:9.3f}" for value in values))
+    return "\n".join([*lines, f"{'overhead_ray_percent':<30}{result['overhead_ray_percent']:+9.2f}"])
+
+
+def baseline_path(host: dict[str, Any]) -> Path:
+    """tests/baselines/<CPU model>-<number of cores>-cores_train_launcher.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{host['cpu']} {host['cpu_cores']} cores".lower()).strip("-")
+    return ROOT / "tests" / "baselines" / f"{slug}_train_launcher.json"
 
 
 def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
