@@ -4,10 +4,12 @@
                is sent; then one packed all-to-all to the matrices' owners, per shape
     transform  the owner applies the rule to its matrices, batched by shape, while the next shape travels;
                then one packed all-to-all back
-    finish     one pass over the shard: decay and update of the fp32 weights
+    finish     one pass over the shard: decay and update of the fp32 weights, and the write of what the model
+               computes with, in its precision: the weights, or the point that the rule looks ahead to
 
-Nothing travels where every matrix already lies whole on its owner. Nothing here knows DeepSpeed: fragments
-say where the weights lie, and gradients are found in the `.grad` of the flat tensors.
+On a GPU with Triton the two passes are kernels (optim/kernels.py); elsewhere they go chunk by chunk, which
+stays in a CPU's cache. Nothing travels where every matrix already lies whole on its owner. Nothing here knows
+DeepSpeed: fragments say where the weights lie, and gradients are found in the `.grad` of the flat tensors.
 """
 
 import time
@@ -19,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim import kernels
+from optim.kernels import SegmentTable
 from optim.ownership import Matrix, Plan, Segment, make_plan
-from optim.rules import Rule, State, new_state
+from optim.rules import DecayingRule, EmaNesterov, MomentumRule, Rule, State, new_state
 
 CHUNK_ELEMENTS = 1 << 16  # of a pass on the CPU: weights, gradient and state of one chunk fit its cache
 
@@ -31,7 +35,9 @@ class Fragment:
 
     Attributes:
         blocks: rows of each matrix that the parameter consists of: one block, unless it is a fused or
-            per-head projection (`optim.groups`). Empty where the rule is elementwise.
+            per-head projection (`optim.groups`). May be empty where the rule is elementwise.
+        model: what the model computes with, laid out as `flat`, in any precision; the step writes it.
+            None: somebody else copies the weights to the model.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Fragment:
     stop: int
     flat: Tensor
     offset: int
+    model: Tensor | None = None
 
     def view(self, like_flat: Tensor) -> Tensor:
         """The piece's elements in a tensor laid out as `flat`: a 1-D view."""
@@ -56,7 +63,8 @@ class Health:
             for what travels, "orthogonalize" is the rule on whole matrices. On CPU; None on a GPU, whose
             clock would have to be waited for.
         transforms: matrices that went through the rule here.
-        errors: of each owned matrix, ‖OOᵀ - I‖_F / √n of its update O before scaling.
+        errors: of each owned matrix, ‖OOᵀ - I‖_F / √n of its update O before scaling; only under a rule that
+            means to orthogonalise.
         mean_squares: of each owned matrix, the mean square of its update after scaling.
     """
 
@@ -86,6 +94,7 @@ class FusedStep:
 
     def __init__(self, rule: Rule, fragments: Sequence[Fragment], *, device: torch.device) -> None:
         self.rule = rule
+        self._device = device
         self.fragments = list(fragments)
         self.flats = list({id(fragment.flat): fragment.flat for fragment in fragments}.values())
         self.states: list[State] = [new_state(rule, flat.detach()) for flat in self.flats]
@@ -94,6 +103,7 @@ class FusedStep:
         self.health = Health()
         self.plan: Plan | None = None
         self._groups: list[_Group] = []
+        self._runs = [] if rule.whole else _runs(rule, self.fragments)
         if rule.whole:
             pieces, matrices = _cut(self.fragments)
             self.plan = make_plan(matrices, world_size=_world_size())
@@ -111,6 +121,21 @@ class FusedStep:
         """Views of the fragment's elements of each state tensor, by name."""
         return {name: fragment.view(tensor) for name, tensor in self._state(fragment.flat).items()}
 
+    def row_states(self) -> Iterator[tuple[str, int, State]]:
+        """(parameter, first row, views of [r] state tensors by name) of every matrix that this rank owns."""
+        if self.rule.row_state_names:
+            for group in self._groups:
+                for slot, index in enumerate(group.owned):
+                    piece = group.matrices[index]
+                    rows = {name: tensor[slot] for name, tensor in group.rows.items()}
+                    yield piece.fragment.name, piece.first_row, rows
+
+    def kernels_unused(self) -> str | None:
+        """Why the rule's matrices do without the Triton kernels; None if it has none or uses them."""
+        if not self.rule.whole or not self.flats:
+            return None
+        return kernels.unsupported(self._device, self.rule.dtype)
+
     @torch.no_grad()
     def step(self, *, lr: float, inspect: bool = False) -> None:
         """Update the weights and the state from the `.grad` of the flats; None counts as zero.
@@ -121,13 +146,12 @@ class FusedStep:
         self.health = health = Health()
         if not self.rule.whole:
             with health.timed("finish"):
-                for flat, state in zip(self.flats, self.states, strict=True):
-                    self._elementwise(flat, state, lr=lr)
+                for run in self._runs:
+                    self._elementwise(run, lr=lr)
             return
         for group in self._groups:
             with health.timed("start"):
-                for piece in group.pieces:
-                    self._direction(piece)
+                self._start(group)
                 group.send()
         for group in self._groups:
             with health.timed("exchange"):
@@ -142,11 +166,25 @@ class FusedStep:
             with health.timed("exchange"):
                 group.receive_back()
             with health.timed("finish"):
-                for piece in group.pieces:
-                    self._apply(piece, lr=lr, scale=group.scale)
+                self._finish(group, lr=lr)
 
     def _state(self, flat: Tensor) -> State:
         return self.states[next(i for i, own in enumerate(self.flats) if own is flat)]
+
+    def _start(self, group: "_Group") -> None:
+        """The raw updates of this rank's pieces, packed, and the squares of their norms."""
+        for flat, pieces in group.by_flat:
+            if flat.grad is not None and (table := group.table(flat)) is not None:
+                assert isinstance(self.rule, MomentumRule)
+                squares = torch.empty(len(pieces), dtype=torch.float64, device=flat.device)
+                kernels.momentum_pass(
+                    flat.grad.view(-1), self._state(flat)["momentum"].view(-1), group.local, squares, table,
+                    beta=self.rule.momentum, nesterov=self.rule.nesterov,
+                )  # fmt: skip
+                group.squares.index_add_(0, group.numbers(pieces), squares)
+            else:
+                for piece in pieces:
+                    self._direction(piece)
 
     def _direction(self, piece: "_Piece") -> None:
         """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
@@ -163,20 +201,64 @@ class FusedStep:
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
 
-    def _apply(self, piece: "_Piece", *, lr: float, scale: float) -> None:
-        weight = piece.fragment.flat.data.view(-1)
-        for chunk in _chunks(piece.numel, weight.device):
-            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-            update = piece.buffer[chunk].to(weight.device)
-            self.rule.apply(weight[place], update, lr=lr, scale=scale)
+    def _finish(self, group: "_Group", *, lr: float) -> None:
+        """Decay, update, and the model's own copy, of this rank's pieces."""
+        for flat, pieces in group.by_flat:
+            if (table := group.table(flat)) is not None:
+                assert isinstance(self.rule, DecayingRule)
+                end = self.rule.finish(lr=lr, scale=group.scale, step=self.steps)
+                model = pieces[0].fragment.model
+                kernels.apply_pass(
+                    flat.data.view(-1), group.local, table, decay=end.decay, factor=end.factor,
+                    ahead=end.ahead, model=None if model is None else model.view(-1),
+                )  # fmt: skip
+            else:
+                for piece in pieces:
+                    for chunk in _chunks(piece.numel, flat.device):
+                        place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+                        update = piece.buffer[chunk].to(flat.device)
+                        self._apply(piece.fragment, place, update, lr=lr, scale=group.scale)
 
-    def _elementwise(self, flat: Tensor, state: State, *, lr: float) -> None:
-        weight = flat.data.view(-1)
-        gradient = torch.zeros_like(weight) if flat.grad is None else flat.grad.view(-1)
-        for chunk in _chunks(weight.numel(), weight.device):
-            now = {name: tensor.view(-1)[chunk] for name, tensor in state.items()}
-            update = self.rule.direction(gradient[chunk], now, step=self.steps)
-            self.rule.apply(weight[chunk], update, lr=lr)
+    def _elementwise(self, run: "_Run", *, lr: float) -> None:
+        flat, state = run.fragment.flat, self._state(run.fragment.flat)
+        gradient = torch.zeros_like(flat).view(-1) if flat.grad is None else flat.grad.view(-1)
+        for chunk in _chunks(run.stop - run.start, flat.device):
+            place = slice(run.start + chunk.start, run.start + chunk.stop)
+            now = {name: tensor.view(-1)[place] for name, tensor in state.items()}
+            update = self.rule.direction(gradient[place], now, step=self.steps)
+            self._apply(run.fragment, place, update, lr=lr, scale=run.scale)
+
+    def _apply(self, fragment: Fragment, place: slice, update: Tensor, *, lr: float, scale: float) -> None:
+        """One chunk of the weights and of the model's copy, while both are in the cache."""
+        weight = fragment.flat.data.view(-1)[place]
+        now = {name: tensor.view(-1)[place] for name, tensor in self._state(fragment.flat).items()}
+        point = self.rule.apply(weight, update, lr=lr, scale=scale, step=self.steps, state=now)
+        if fragment.model is not None:
+            fragment.model.view(-1)[place].copy_(weight if point is None else point)
+
+
+@dataclass
+class _Run:
+    """Elements [start, stop) of a flat tensor whose updates have one scale, under an elementwise rule."""
+
+    fragment: Fragment
+    start: int
+    stop: int
+    scale: float
+
+
+def _runs(rule: Rule, fragments: Sequence[Fragment]) -> list[_Run]:
+    """The fragments, end to end where neighbours have the same scale."""
+    found: list[_Run] = []
+    for fragment in fragments:
+        start, stop = fragment.offset, fragment.offset + fragment.stop - fragment.start
+        scale = rule.scale(sum(fragment.blocks) or 1, fragment.cols)
+        last = found[-1] if found else None
+        if last and last.fragment.flat is fragment.flat and (last.stop, last.scale) == (start, scale):
+            last.stop = stop
+        elif start < stop:
+            found.append(_Run(fragment, start, stop, scale))
+    return found
 
 
 @dataclass
@@ -184,9 +266,12 @@ class _Piece:
     """This rank's part of one matrix: its place in the flat tensor and in the packed buffer."""
 
     fragment: Fragment
+    first_row: int  # of the matrix, counted in the parameter
     start: int  # first element, counted in the matrix
     numel: int
     offset: int  # of the first element, in the flat tensor
+    number: int = field(init=False)  # of the matrix, in its group's plan
+    position: int = field(init=False)  # of the first element, in the packed buffer
     buffer: Tensor = field(init=False)
     square: Tensor = field(init=False)
 
@@ -201,6 +286,7 @@ class _Group:
     def __init__(self, rule: Rule, plan: Plan, pieces: list[_Piece], *, device: torch.device) -> None:
         rank, ranks = _rank(), range(plan.world_size)
         self.rule, self.plan, self.owned = rule, plan, plan.owned_by(rank)
+        self.matrices = pieces
         self.shape = (plan.matrices[0].rows, plan.matrices[0].cols)
         self.scale = rule.scale(*self.shape)
         self._work: dist.Work | None = None
@@ -217,6 +303,9 @@ class _Group:
         self.local = torch.empty(sum(self._held_sizes), dtype=rule.dtype, device=device)
         self.squares = torch.zeros(len(plan.matrices), dtype=torch.float64, device=device)
         self.whole = torch.empty(len(self.owned), numel, dtype=rule.dtype, device=device)
+        self.rows: State = {
+            name: torch.zeros(len(self.owned), self.shape[0], device=device) for name in rule.row_state_names
+        }
         own = slice(sum(self._held_sizes[:rank]), sum(self._held_sizes[: rank + 1]))
         arriving = sum(_sizes(self._in)) if self._travels_in else 0
         leaving = sum(_sizes(self._back)) if self._travels_back else 0
@@ -224,14 +313,38 @@ class _Group:
         if not self._travels_in:  # this rank's own pieces are whole matrices, in order
             self.whole = self.local[own].view(len(self.owned), numel)
 
-        self.pieces: list[_Piece] = []
+        by_flat: dict[int, tuple[Tensor, list[_Piece]]] = {}
         position = 0
         for segment in _flat(held):
             piece = pieces[segment.matrix]
+            piece.number, piece.position = segment.matrix, position
             piece.buffer = self.local[position : position + segment.numel]
             piece.square = self.squares[segment.matrix]
             position += segment.numel
-            self.pieces.append(piece)
+            by_flat.setdefault(id(piece.fragment.flat), (piece.fragment.flat, []))[1].append(piece)
+        self.by_flat = list(by_flat.values())
+        self._tables = {id(flat): self._table(flat, own) for flat, own in self.by_flat}
+
+    def table(self, flat: Tensor) -> SegmentTable | None:
+        """Where the pieces in `flat` lie, for the kernels; None if the passes go chunk by chunk."""
+        return self._tables[id(flat)]
+
+    def numbers(self, pieces: list["_Piece"]) -> Tensor:
+        """The matrices' numbers in the plan, as an index."""
+        return torch.tensor([piece.number for piece in pieces], device=self.squares.device)
+
+    def _table(self, flat: Tensor, pieces: list["_Piece"]) -> SegmentTable | None:
+        linear = isinstance(self.rule, MomentumRule) and not isinstance(self.rule, EmaNesterov)
+        if not linear or flat.device != self.local.device:
+            return None
+        if kernels.unsupported(flat.device, self.rule.dtype) is not None:
+            return None
+        return SegmentTable.build(
+            [piece.offset for piece in pieces],
+            [piece.position for piece in pieces],
+            [piece.numel for piece in pieces],
+            device=flat.device,
+        )
 
     def send(self) -> None:
         """Start the pieces on their way to the owners, with the squares of their norms."""
@@ -260,9 +373,9 @@ class _Group:
         """The rule on the owned matrices; `whole` then holds their updates."""
         if self.owned:
             norms = self.squares[self.owned].sqrt().float()
-            update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms)
+            update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms, rows=self.rows)
             if health is not None:
-                _inspect(update, self.scale, health)
+                _inspect(update, self.scale, health, orthogonal=self.rule.orthogonal)
             self.whole.view(-1, *self.shape).copy_(update)
         self.squares.zero_()
 
@@ -291,16 +404,16 @@ class _Group:
         self._norm_work = self._work = None
 
 
-def _inspect(update: Tensor, scale: float, health: Health) -> None:
-    """Add the orthogonality error and the mean square of each update [B, r, c] to `health`."""
-    short = update.float()
-    short = short.mT if short.size(-2) > short.size(-1) else short
-    gram = short @ short.mT
-    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    errors = torch.linalg.matrix_norm(gram) / gram.size(-1) ** 0.5
-    health.errors += errors.tolist()
+def _inspect(update: Tensor, scale: float, health: Health, *, orthogonal: bool) -> None:
+    """Add the mean square, and the orthogonality error if asked, of each update [B, r, c] to `health`."""
+    squares = torch.linalg.vector_norm(update, dim=(-2, -1), dtype=torch.float32).square()
     health.mean_squares += (squares * scale**2 / update[0].numel()).tolist()
+    if orthogonal:
+        short = update.float()
+        short = short.mT if short.size(-2) > short.size(-1) else short
+        gram = short @ short.mT
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        health.errors += (torch.linalg.matrix_norm(gram) / gram.size(-1) ** 0.5).tolist()
 
 
 def _cut(fragments: list[Fragment]) -> tuple[list[_Piece], list[Matrix]]:
@@ -317,7 +430,7 @@ def _cut(fragments: list[Fragment]) -> tuple[list[_Piece], list[Matrix]]:
 
             start, stop = inside(fragment.start, fragment.stop)
             offset = fragment.offset + first + start - fragment.start
-            pieces.append(_Piece(fragment, start, stop - start, offset))
+            pieces.append(_Piece(fragment, first // fragment.cols, start, stop - start, offset))
             name = fragment.name if len(fragment.blocks) == 1 else f"{fragment.name}[{index}]"
             matrices.append(Matrix(name, rows, fragment.cols, tuple(inside(*held) for held in ranges)))
             first += numel

@@ -4,14 +4,17 @@ Hidden matrices get the matrix rule. Embeddings and the output head are matrices
 tokens, not directions of one linear map, so they get the vector rule, as do norms and biases.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
 
+from optim.geometry import Lines, norm_for, parse_norm
+
 TABLE_NAMES = ("embed_tokens", "lm_head")  # Hugging Face's names for the embedding and the output head
 KINDS = ("matrix", "table", "vector")
+TABLE_BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Member:
         shape: the full shape, also under zero.Init.
         kind: one of KINDS.
         blocks: of kind "matrix": the rows of each matrix that it consists of, one above the other; one
-            block, unless `splits` says otherwise. Empty for the other kinds.
+            block, unless `splits` says otherwise. Of the others: empty, until `by_norm` gives them a rule
+            that may need whole matrices.
+        rule: which of the optimizer's rules updates it; empty: the one named as its kind.
     """
 
     name: str
@@ -30,6 +35,12 @@ class Member:
     kind: str
     blocks: tuple[int, ...]
     parameter: nn.Parameter
+    rule: str = ""
+
+    @property
+    def label(self) -> str:
+        """Under which name the optimizer finds its rule."""
+        return self.rule or self.kind
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -89,6 +100,28 @@ def partition(
     return members
 
 
+def by_norm(members: Iterable[Member], patterns: Sequence[tuple[str, str]]) -> list[Member]:
+    """Give every parameter the rule of its norm, by (pattern of names, label) (`optim.geometry.norm_for`).
+
+    A label is a norm's name, or norm@radius; the radius is the rule's business.
+
+    A vector of n is one n x 1 matrix. A table whose rows are normalised one by one is cut into blocks of
+    TABLE_BLOCK_ROWS, so that its work spreads over the ranks and little of it travels.
+
+    Raises:
+        ValueError: no pattern matches a parameter, or a name is no norm.
+    """
+    found = []
+    for member in members:
+        label = norm_for(member.name, patterns)
+        blocks = member.blocks or (prod(member.shape[:1]),)
+        if member.kind == "table" and parse_norm(label.partition("@")[0]).ball == Lines(dim=-1):
+            whole, rest = divmod(member.shape[0], TABLE_BLOCK_ROWS)
+            blocks = (TABLE_BLOCK_ROWS,) * whole + ((rest,) if rest else ())
+        found.append(replace(member, blocks=blocks, rule=label))
+    return found
+
+
 def _blocks(name: str, rows: int, splits: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     blocks = next((splits[part] for part in name.split(".") if part in splits), (rows,))
     if sum(blocks) != rows:
@@ -97,15 +130,15 @@ def _blocks(name: str, rows: int, splits: Mapping[str, tuple[int, ...]]) -> tupl
 
 
 def describe(members: Iterable[Member]) -> str:
-    """The partition as text, one line per kind and shape, with counts and elements."""
-    counts: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    """The partition as text, one line per kind, shape and rule, with counts and elements."""
+    counts: dict[tuple[int, tuple[int, ...], str], list[str]] = {}
     for member in members:
-        counts.setdefault((KINDS.index(member.kind), member.shape), []).append(member.name)
+        counts.setdefault((KINDS.index(member.kind), member.shape, member.rule), []).append(member.name)
     lines = []
-    for (kind, shape), names in sorted(counts.items()):
+    for (kind, shape, rule), names in sorted(counts.items()):
         numel = len(names) * prod(shape)
-        size = "x".join(map(str, shape))
-        lines.append(f"  {KINDS[kind]:<7}{len(names):>4} x {size:<12}{numel:>14,}  {_common(names)}")
+        size, by = "x".join(map(str, shape)), f" by {rule}" if rule else ""
+        lines.append(f"  {KINDS[kind]:<7}{len(names):>4} x {size:<12}{numel:>14,}  {_common(names)}{by}")
     return "\n".join(lines)
 
 

@@ -340,26 +340,26 @@ def momentum_pass(
 
 def apply_pass(
     weight: Tensor, update: Tensor, table: SegmentTable, *, decay: float, factor: float,
-    low_precision: Tensor | None = None,
+    ahead: float = 0.0, model: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """weight ← decay·weight - factor·update, and its cast, in one pass.
+    """w' ← decay·w - factor·update, and the model's copy ← w' + ahead·(w' - w), in one pass.
 
     Args:
         weight: flat, fp32; updated in place in the table's segments.
         update: packed, fp32 or bf16.
-        low_precision: flat, bf16, laid out as `weight`; gets the cast of the new weight.
+        model: flat, bf16 or fp32, laid out as `weight`; gets the point, rounded once.
 
     Raises:
         ValueError: a tensor is not flat and contiguous, is too short for the table, or of another dtype.
     """
     _check_flat(table.source_stop, weight=weight)
     _check_flat(table.target_stop, update=update)
-    if low_precision is not None:
-        _check_flat(table.source_stop, low_precision=low_precision)
-        _check(low_precision.dtype == torch.bfloat16, "low_precision must be bf16")
+    if model is not None:
+        _check_flat(table.source_stop, model=model)
+        _check(model.dtype in (torch.bfloat16, torch.float32), "model must be bf16 or fp32")
     _check(weight.dtype == torch.float32, "weight must be fp32")
     tensors = {"weight": weight, "update": update}
-    _pass(_apply_kernel, table, **tensors, low_precision=low_precision, decay=decay, factor=factor).launch()
+    _pass(_apply_kernel, table, **tensors, model=model, decay=decay, factor=factor, ahead=ahead).launch()
 
 
 def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
@@ -394,17 +394,18 @@ def _lerp(start, end, weight):
 
 @_jit
 def _apply_kernel(
-    weight, update, low_precision, sources, targets, numels, decay, factor, SIZE: tl.constexpr
+    weight, update, model, sources, targets, numels, decay, factor, ahead, SIZE: tl.constexpr
 ):  # fmt: skip
     block = tl.program_id(0)
     i = tl.arange(0, SIZE)
     inside = i < tl.load(numels + block)
     source = tl.load(sources + block) + i
     u = tl.load(update + tl.load(targets + block) + i, inside).to(tl.float32)
-    w = tl.load(weight + source, inside) * decay - factor * u
+    before = tl.load(weight + source, inside)
+    w = before * decay - factor * u
     tl.store(weight + source, w, inside)
-    if low_precision is not None:
-        tl.store(low_precision + source, w.to(low_precision.dtype.element_ty), inside)
+    if model is not None:
+        tl.store(model + source, (w + ahead * (w - before)).to(model.dtype.element_ty), inside)
 
 
 def _check_flat(least: int, **tensors: Tensor) -> None:
@@ -445,8 +446,8 @@ def variants(capability: tuple[int, int]) -> dict[str, Call]:
         tensors = {"gradient": source, "momentum": single, "out": packed, "partials": single.double()}
         call = _pass(_momentum_kernel, table, **tensors, weight=0.1, NESTEROV=nesterov)
         calls[f"momentum, {source.dtype} to {packed.dtype}, {nesterov=}"] = call
-    for update, low in product((single, half), (half, None)):
+    for update, model in product((single, half), (half, single, None)):
         tensors = {"weight": single, "update": update}
-        call = _pass(_apply_kernel, table, **tensors, low_precision=low, decay=1.0, factor=1.0)
-        calls[f"apply, {update.dtype}, cast={low is not None}"] = call
+        call = _pass(_apply_kernel, table, **tensors, model=model, decay=1.0, factor=1.0, ahead=0.1)
+        calls[f"apply, {update.dtype}, model={None if model is None else model.dtype}"] = call
     return calls

@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import config as layered
-from cluster.config import key, require, require_choice
+from cluster.config import ConfigError, key, require, require_choice
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")
 PRECISIONS = ("bf16", "fp32")
 DECAYS = ("linear", "cosine")
-MATRIX_RULES = ("muon", "adamw")
+MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
+SCION_RULES = ("scion", "transported_scion")  # of all parameters, by norm; the others: of hidden matrices
+MATRIX_RULES = (*MUON_RULES, *SCION_RULES, "adamw", "sgd", "signum")
+LINES = ("row", "column", "row_column", "column_row")
 ORTHOGONALISATIONS = ("polar_express", "jordan", "cans")
 UPDATE_SCALES = ("spectral", "jordan", "rms")
+NORMS = (  # of optim/geometry.py
+    *("spectral", "spectral:input", "spectral:plain", "frobenius", "frobenius:rms", "sign", "sign:plain"),
+    *("column", "column:normalized", "column:embedding", "row", "row:plain", "row:embedding"),
+)
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
@@ -79,24 +86,72 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class MatrixOptimConfig:
-    rule: str = key("muon", "rule of the hidden matrices: muon or adamw")
-    lr: float = key(0.02, "peak learning rate of the hidden matrices")
-    momentum: float = key(0.95, "muon: momentum")
-    nesterov: bool = key(True, "muon: Nesterov look-ahead of the momentum")
+    rule: str = key("muon", f"rule of the hidden matrices: {', '.join(MATRIX_RULES)}")
+    lr: float = key(0.02, "peak learning rate of the hidden matrices; of everything under scion's rules")
+    momentum: float = key(0.95, "momentum, of every rule but adamw")
+    nesterov: bool = key(True, "Nesterov look-ahead of the momentum: muon and its variants")
     weight_decay: float = key(0.1, "decoupled: each step multiplies the weights by 1 - lr*weight_decay")
-    method: str = key("polar_express", "muon: Newton-Schulz coefficients, by name (optim/polar.py)")
-    scale: str = key("spectral", "muon: scale of the orthogonal update, by name (optim/rules.py)")
-    per_head: bool = key(False, "muon: every attention head's rows of q, k and v are a matrix of their own")
-    dtype: str = key("bf16", "muon: precision of exchange and orthogonalisation: bf16 or fp32")
+    method: str = key("polar_express", "Newton-Schulz coefficients, by name (optim/polar.py)")
+    scale: str = key("spectral", "muon's rules: scale of the orthogonal update, by name (optim/rules.py)")
+    per_head: bool = key(False, "every attention head's rows of q, k and v are a matrix of their own")
+    dtype: str = key("bf16", "precision of exchange and orthogonalisation: bf16 or fp32")
+    row_beta2: float = key(0.95, "normuon: decay of the rows' second moments")
+    lines: str = key("row", f"muon_plus: what is normalised after orthogonalisation: {', '.join(LINES)}")
+    lookahead: float = key(0.6, "ema_nesterov: how far ahead the gradient is taken, in average steps")
+    velocity_decay: float = key(0.99, "ema_nesterov: decay of the average step")
+    ramp_steps: int = key(0, "ema_nesterov, transported_scion: steps over which the look ahead grows from 0")
 
     def __post_init__(self) -> None:
         require_choice("optim.matrix.rule", self.rule, MATRIX_RULES)
         require_choice("optim.matrix.method", self.method, ORTHOGONALISATIONS)
         require_choice("optim.matrix.scale", self.scale, UPDATE_SCALES)
         require_choice("optim.matrix.dtype", self.dtype, PRECISIONS)
+        require_choice("optim.matrix.lines", self.lines, LINES)
         require(self.lr > 0, "optim.matrix.lr", "must be positive")
-        require(0 <= self.momentum < 1, "optim.matrix.momentum", "must lie in [0, 1)")
-        require(self.weight_decay >= 0, "optim.matrix.weight_decay", "must not be negative")
+        for name in ("momentum", "row_beta2", "velocity_decay"):
+            require(0 <= getattr(self, name) < 1, f"optim.matrix.{name}", "must lie in [0, 1)")
+        for name in ("weight_decay", "lookahead", "ramp_steps"):
+            require(getattr(self, name) >= 0, f"optim.matrix.{name}", "must not be negative")
+
+
+@dataclass(frozen=True)
+class ScionConfig:
+    norms: tuple[str, ...] = key(
+        (
+            "*embed_tokens.weight=column:embedding",
+            "*lm_head.weight=sign@60",
+            "*norm.weight=frobenius:rms",
+            "*bias=frobenius:rms",
+            "*=spectral",
+        ),
+        "'pattern=norm' or 'pattern=norm@radius', quoted; the first that matches a parameter's name counts. "
+        f"Norms: {', '.join(NORMS)}, schatten:P",
+    )
+    constrained: bool = key(False, "keep the weights in the norm's ball of this radius: decay by lr")
+    transport: float = key(
+        1.0, "transported_scion: c; gradients are taken c*momentum/(1-momentum) steps ahead"
+    )
+    transport_cap: float = key(1e9, "transported_scion: the most steps ahead")
+
+    def __post_init__(self) -> None:
+        for entry in self.norms:
+            pattern, norm, radius = parse_norm_entry(entry)
+            require(bool(pattern), "optim.scion.norms", f"{entry!r} has no pattern before '='")
+            known = norm in NORMS or re.fullmatch(r"schatten:(inf|\d+(\.\d+)?)", norm) is not None
+            require(known, "optim.scion.norms", f"{norm!r} is none of {', '.join(NORMS)}, schatten:P")
+            require(0 < radius < 1e9, "optim.scion.norms", f"the radius of {entry!r} must be positive")
+        for name in ("transport", "transport_cap"):
+            require(getattr(self, name) >= 0, f"optim.scion.{name}", "must not be negative")
+
+
+def parse_norm_entry(entry: str) -> tuple[str, str, float]:
+    """(pattern, norm, radius) of "pattern=norm@radius". Raises `ConfigError`."""
+    pattern, _, rest = entry.partition("=")
+    norm, _, radius = rest.partition("@")
+    try:
+        return pattern, norm, float(radius or 1)
+    except ValueError:
+        raise ConfigError(f"optim.scion.norms: {radius!r} of {entry!r} is not a number") from None
 
 
 @dataclass(frozen=True)
@@ -119,6 +174,7 @@ class VectorOptimConfig:
 class OptimConfig:
     matrix: MatrixOptimConfig = key(MatrixOptimConfig, "hidden matrices")
     vector: VectorOptimConfig = key(VectorOptimConfig, "everything else")
+    scion: ScionConfig = key(ScionConfig, "norms of scion and transported_scion")
     clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
     inspect_every_steps: int = key(
         10, "steps between measurements of the optimizer itself, in lines that are logged: updates and phases"

@@ -1,40 +1,33 @@
 """Model + optimizer -> DeepSpeed engine. The only call of `deepspeed.initialize`."""
 
 import contextlib
-import logging
-import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
-from optim.groups import Member, attention_splits, partition
-from optim.rules import AdamW, Muon, Rule
+from optim.groups import Member, attention_splits, by_norm, partition
+from optim.quiet import quiet_deepspeed
+from optim.rules import (
+    AdamW,
+    EmaNesterov,
+    Muon,
+    MuonPlus,
+    NorMuon,
+    Rule,
+    Scion,
+    Sgd,
+    Signum,
+    TransportedScion,
+)
 from optim.zero import ZeroOptimizer
-from training.config import OptimConfig, TrainConfig
+from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
 from training.plan import resolve_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed to errors, and from work at start-up that serves nothing here.
-
-    BF16_Optimizer prints a table of memory, after a garbage collection, at every turn: 2 s. On a CPU,
-    `deepspeed_shm_comm` (inference collectives only) would compile for 20 to 90 s at first use, and a build
-    that is killed leaves a lock that hangs every later run.
-    """
-    import deepspeed.ops
-    from deepspeed.runtime import bf16_optimizer
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # of DeepSpeed's calls
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -79,25 +72,86 @@ def zero_init(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
 
 
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
-    """The rule of each kind of parameter (`optim.groups.KINDS`)."""
+    """The rule of each label (`optim.groups.Member.label`): of each kind, or under Scion of each norm."""
     matrix, vector = optim.matrix, optim.vector
-    betas = {"beta1": vector.beta1, "beta2": vector.beta2, "eps": vector.eps}
-    rules: dict[str, Rule] = {
-        "table": AdamW(**betas, weight_decay=vector.weight_decay),
-        "vector": AdamW(**betas),
+    adamw = partial(AdamW, beta1=vector.beta1, beta2=vector.beta2, eps=vector.eps)
+    if matrix.rule in SCION_RULES:
+        return {label: _scion(optim, label) for _, label in norm_patterns(optim)}
+    common: dict[str, Any] = {
+        "momentum": matrix.momentum,
+        "weight_decay": matrix.weight_decay,
+        "dtype": DTYPES[matrix.dtype],
     }
-    if matrix.rule == "muon":
-        rules["matrix"] = Muon(
-            momentum=matrix.momentum,
-            nesterov=matrix.nesterov,
-            weight_decay=matrix.weight_decay,
-            method=matrix.method,
-            update_scale=matrix.scale,
-            dtype=DTYPES[matrix.dtype],
-        )
-    else:
-        rules["matrix"] = AdamW(**betas, weight_decay=matrix.weight_decay)
-    return rules
+    muon: dict[str, Any] = common | {
+        "nesterov": matrix.nesterov,
+        "method": matrix.method,
+        "update_scale": matrix.scale,
+    }
+    makers: dict[str, Callable[[], Rule]] = {
+        "muon": lambda: Muon(**muon),
+        "normuon": lambda: NorMuon(**muon, beta2=matrix.row_beta2),
+        "muon_plus": lambda: MuonPlus(**muon, lines=matrix.lines),
+        "ema_nesterov": lambda: EmaNesterov(
+            **muon,
+            lookahead=matrix.lookahead,
+            velocity_decay=matrix.velocity_decay,
+            ramp_steps=matrix.ramp_steps,
+        ),
+        "adamw": lambda: adamw(weight_decay=matrix.weight_decay),
+        "sgd": lambda: Sgd(**common),
+        "signum": lambda: Signum(**common),
+    }
+    return {
+        "table": adamw(weight_decay=vector.weight_decay),
+        "vector": adamw(),
+        "matrix": makers[matrix.rule](),
+    }
+
+
+def norm_patterns(optim: OptimConfig) -> list[tuple[str, str]]:
+    """(pattern of names, label), in the order in which they are tried. A label is norm or norm@radius."""
+    return [(pattern, label) for pattern, _, label in (entry.partition("=") for entry in optim.scion.norms)]
+
+
+def _scion(optim: OptimConfig, label: str) -> Rule:
+    matrix, scion = optim.matrix, optim.scion
+    _, norm, radius = parse_norm_entry(f"={label}")
+    common: dict[str, Any] = {
+        "momentum": matrix.momentum,
+        "weight_decay": matrix.weight_decay,
+        "dtype": DTYPES[matrix.dtype],
+        "method": matrix.method,
+        "norm": norm,
+        "radius": radius,
+        "constrained": scion.constrained,
+    }
+    if matrix.rule == "scion":
+        return Scion(**common)
+    ahead: dict[str, Any] = {
+        "transport": scion.transport,
+        "cap": scion.transport_cap,
+        "ramp_steps": matrix.ramp_steps,
+    }
+    return TransportedScion(**common, **ahead)
+
+
+def assign(
+    optim: OptimConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    splits: Mapping[str, tuple[int, ...]],
+) -> list[Member]:
+    """Every trainable parameter, with the label of its rule in `make_rules`."""
+    members = partition(named_parameters, splits=splits)
+    if optim.matrix.rule not in SCION_RULES:
+        return members
+    return by_norm(members, norm_patterns(optim))
+
+
+def peak_lrs(optim: OptimConfig) -> dict[str, float]:
+    """The peak learning rate of each label."""
+    others = dict.fromkeys(("table", "vector"), optim.vector.lr)
+    return {label: others.get(label, optim.matrix.lr) for label in make_rules(optim)}
 
 
 def make_engine(
@@ -112,15 +166,11 @@ def make_engine(
         head_dim=shape.head_dim,
         per_head=config.optim.matrix.per_head,
     )
-    members = partition(model.named_parameters(), splits=splits)
+    members = assign(config.optim, model.named_parameters(), splits=splits)
     optimizer = ZeroOptimizer(
         members,
         rules=make_rules(config.optim),
-        peak_lr={
-            "matrix": config.optim.matrix.lr,
-            "table": config.optim.vector.lr,
-            "vector": config.optim.vector.lr,
-        },
+        peak_lr=peak_lrs(config.optim),
         clip=config.optim.clip,
     )
     engine, *_ = deepspeed.initialize(

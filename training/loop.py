@@ -181,6 +181,10 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss in nats per token over the held-out sequences, the same ones every time."""
+        with self.optimizer.at_weights():
+            return self._mean_validation_loss()
+
+    def _mean_validation_loss(self) -> float:
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
         for tokens, weights in validation_batches(
@@ -202,21 +206,22 @@ class Trainer:
     @torch.no_grad()
     def sample(self) -> dict[str, str]:
         """Prompt -> text that the model writes after it. Every rank takes part."""
+        if not self.config.evaluation.sample_tokens:
+            return {}
         self.engine.eval()
-        samples = {}
-        if self.config.evaluation.sample_tokens:
-            for prompt in self.config.evaluation.prompts:
-                ids = torch.tensor(self.tokenizer.encode(prompt).ids, device=self.context.device)
-                tokens = generate(
-                    self.engine,
-                    ids,
-                    num_tokens=self.config.evaluation.sample_tokens,
-                    temperature=SAMPLE_TEMPERATURE,
-                    top_k=SAMPLE_TOP_K,
-                    seed=self.config.run.seed,
-                )
-                samples[prompt] = self.tokenizer.decode(tokens.tolist())
-        return samples
+        with self.optimizer.at_weights():
+            return {prompt: self._continued(prompt) for prompt in self.config.evaluation.prompts}
+
+    def _continued(self, prompt: str) -> str:
+        tokens = generate(
+            self.engine,
+            torch.tensor(self.tokenizer.encode(prompt).ids, device=self.context.device),
+            num_tokens=self.config.evaluation.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            top_k=SAMPLE_TOP_K,
+            seed=self.config.run.seed,
+        )
+        return self.tokenizer.decode(tokens.tolist())
 
     # --- checkpoints and the record -----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 from cluster import hardware
 from cluster.config import ConfigError
 from training import shapes
-from training.config import TrainConfig
+from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.shapes import LlamaShape
 
 GPU_RESERVE_BYTES = (
@@ -170,7 +170,9 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
     stage, bucket = config.zero.stage, config.zero.bucket_elements
     low, n = (2 if config.precision == "bf16" else 4), shape.num_parameters
     matrix = sum(rows * cols * count for (rows, cols), count in shape.matrices().items())
-    muon = config.optim.matrix.rule == "muon"
+    rule = config.optim.matrix.rule
+    whole, scion = rule in MUON_RULES + SCION_RULES, rule in SCION_RULES
+    state = 4 if scion or rule in ("muon", "normuon", "muon_plus", "sgd", "signum") else 8
     shard = 1 if stage == 0 else num_workers
     bf16 = low == 2
     gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
@@ -188,9 +190,10 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
         "weights": weights,
         "gradients": gradients,
         "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
-        "momentum and moments": (matrix * (4 if muon else 8) + (n - matrix) * 8) // shard,
+        "momentum and moments": (matrix * state + (n - matrix) * (4 if scion else 8)) // shard,
         # fp32 gradient of the shard; its packed pieces; arrived, whole and iterated matrices of the owner
-        "optimizer step": 4 * n // shard + ((matrix // shard + 5 * owned) * exchange if muon else 0),
+        "optimizer step": 4 * n // shard
+        + (((n if scion else matrix) // shard + 5 * owned) * exchange if whole else 0),
         "activations": activation_bytes(config, shape),
         "communication buckets": 0 if num_workers == 1 else 2 * min(n, bucket) * low,
     }

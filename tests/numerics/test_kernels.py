@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from optim import kernels, polar
+from optim import fused, kernels, polar, rules
 from optim.kernels import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_every_variant_fits_the_gpu_and_uses_its_tensor_cores(capability, tmp_pa
         if "TILE_K" in call.arguments:
             wanted = INSTRUCTIONS[capability]
             found[name] += [f"no {each}" for each in wanted if each not in kernel.asm["ptx"]]
-    assert len(found) == 40
+    assert len(found) == 42
     assert {name: text for name, text in found.items() if text} == {}
 
 
@@ -148,7 +148,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 import torch
-from optim import kernels, polar
+from optim import fused, kernels, polar, rules
 
 print(kernels.unsupported(torch.device("cuda"), torch.bfloat16))
 print(polar.orthogonalize(torch.eye(2)[None], method="cans", dtype=torch.float32).shape)
@@ -217,8 +217,8 @@ def test_flat_tensors_that_do_not_fit_are_an_error():
     def momentum(gradient=flat, momentum=flat, out=packed, squares=squares):
         momentum_pass(gradient, momentum, out, squares, table, beta=0.9, nesterov=True)
 
-    def apply(weight=flat, update=packed, low_precision=None):
-        apply_pass(weight, update, table, decay=1.0, factor=1.0, low_precision=low_precision)
+    def apply(weight=flat, update=packed, model=None):
+        apply_pass(weight, update, table, decay=1.0, factor=1.0, model=model)
 
     for function, name, wrong, message in (
         (momentum, "gradient", flat[:3], "gradient has 3 elements, the table needs 4"),
@@ -229,8 +229,8 @@ def test_flat_tensors_that_do_not_fit_are_an_error():
         (apply, "weight", flat.bfloat16(), "weight must be fp32"),
         (apply, "weight", torch.zeros(8)[::2], "weight must be flat and contiguous"),
         (apply, "update", packed.view(1, 5), "update must be flat and contiguous"),
-        (apply, "low_precision", flat[1:], "low_precision has 3 elements"),
-        (apply, "low_precision", flat, "low_precision must be bf16"),
+        (apply, "model", flat[1:], "model has 3 elements"),
+        (apply, "model", flat.half(), "model must be bf16 or fp32"),
     ):
         with pytest.raises(ValueError, match=message):
             function(**{name: wrong})
@@ -385,22 +385,68 @@ def interpreted_momentum_pass_of_nothing():
 
 
 @pytest.mark.parametrize("update_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("low", [True, False])
-def interpreted_apply_pass(update_dtype, low):
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("ahead", [0.0, 19.0])
+def interpreted_apply_pass(update_dtype, model_dtype, ahead):
     before, update = random(FLAT, dtype=torch.float32, seed=0), random(PACKED, dtype=update_dtype, seed=1)
     weight = before.clone()
-    low_precision = torch.full((FLAT,), torch.nan, dtype=torch.bfloat16) if low else None
-    apply_pass(weight, update, build(*SEGMENTS), decay=0.9, factor=0.3, low_precision=low_precision)
+    model = None if model_dtype is None else torch.full((FLAT,), torch.nan, dtype=model_dtype)
+    apply_pass(weight, update, build(*SEGMENTS), decay=0.9, factor=0.3, ahead=ahead, model=model)
 
     mask = covered(FLAT, 0)
     assert torch.equal(weight[~mask], before[~mask])
     for source, target, numel in SEGMENTS:
         old, change = before[source : source + numel].double(), update[target : target + numel].double()
         assert ((weight[source : source + numel] - (0.9 * old - 0.3 * change)).abs() <= 1e-6).all()
-    if low_precision is not None:
+    if model is not None:
         new = weight[mask].double()
-        assert_rounded_once(low_precision[mask], new, torch.zeros_like(new))
-        assert low_precision[~mask].isnan().all()
+        point = new + ahead * (new - before[mask].double())
+        assert_rounded_once(model[mask], point, torch.full_like(new, ahead))
+        assert model[~mask].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "model_dtype"),
+    [
+        (rules.Muon, None),
+        (rules.NorMuon, torch.bfloat16),
+        (rules.TransportedScion, torch.float32),
+        (rules.TransportedScion, torch.bfloat16),
+        (rules.EmaNesterov, torch.float32),
+    ],
+)
+def interpreted_fused_step(rule, model_dtype, monkeypatch):
+    """The step by kernels is the step chunk by chunk, which a rule with another end than theirs keeps."""
+
+    def stepped() -> dict[str, torch.Tensor]:
+        flat = random(700, dtype=torch.float32, seed=0).requires_grad_()
+        model = None if model_dtype is None else torch.zeros(700, dtype=model_dtype)
+        shapes, offsets = {"a": ((20,), 12), "b": ((6, 6), 30)}, {"a": 3, "b": 280}
+        unit = fused.FusedStep(
+            rule(weight_decay=0.1, dtype=torch.float32),
+            [
+                fused.Fragment(name, blocks, cols, 0, sum(blocks) * cols, flat, offsets[name], model)
+                for name, (blocks, cols) in shapes.items()
+            ],
+            device=torch.device("cpu"),
+        )
+        for step in range(3):
+            flat.grad = random(700, dtype=torch.float32, seed=1 + step)
+            unit.step(lr=0.1)
+        return {"flat": flat.detach(), **unit.states[0]} | ({} if model is None else {"model": model.float()})
+
+    passes = []
+    for name in ("momentum_pass", "apply_pass"):
+        launch = getattr(kernels, name)
+        counted = lambda *a, launch=launch, **k: passes.append(1) or launch(*a, **k)  # noqa: E731
+        monkeypatch.setattr(kernels, name, counted)
+    found = stepped()
+    assert len(passes) == (0 if rule is rules.EmaNesterov else 2 * 2 * 3)  # two shapes, three steps
+    monkeypatch.setattr(kernels, "unsupported", lambda device, dtype: "for comparison")
+    expected = stepped()
+    for name, tensor in expected.items():
+        bound = 2**-7 if name == "model" and model_dtype == torch.bfloat16 else 1e-5  # truncated
+        assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
 
 
 # Truncation doubles what test_polar measured between bf16 products that are rounded at different places.

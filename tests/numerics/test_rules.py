@@ -31,7 +31,7 @@ def frobenius(matrices: torch.Tensor) -> torch.Tensor:
 def ours(rule, weight, gradients, *, lr: float) -> torch.Tensor:
     """The weight after one `step` per gradient."""
     weight = weight.clone()
-    state = new_state(rule, weight)
+    state = new_state(rule, weight, num_rows=len(weight) if weight.dim() else 0)
     for number, gradient in enumerate(gradients, 1):
         step(rule, weight, gradient, state, lr=lr, step=number)
     return weight
@@ -179,7 +179,7 @@ def test_the_norm_is_of_the_raw_update_before_it_was_rounded():
     seen = {}
 
     class Spy(Muon):
-        def transform(self, matrices, *, norms):
+        def transform(self, matrices, *, norms, rows=None):
             seen.update(dtype=matrices.dtype, norm=norms.item(), rounded=matrices.double().norm().item())
             return super().transform(matrices, norms=norms)
 

@@ -8,8 +8,9 @@ import pytest
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require, require_choice, to_dict, to_yaml, walk
+from optim.geometry import NORMS
 from optim.polar import METHODS
-from optim.rules import SCALES
+from optim.rules import LINES, SCALES
 from training import config as training_config
 from training.config import TrainConfig, load
 
@@ -230,7 +231,17 @@ REFUSED = {
     "schedule.final_fraction": ["-0.1", "1.1"],
     "optim.clip": ["-1", "nan"],
     "optim.inspect_every_steps": ["0", "-1"],
-    "optim.matrix.rule": ["sgd"],
+    "optim.matrix.rule": ["lion"],
+    "optim.matrix.lines": ["both"],
+    "optim.matrix.row_beta2": ["1", "-0.1"],
+    "optim.matrix.velocity_decay": ["1", "-0.1"],
+    "optim.matrix.lookahead": ["-1"],
+    "optim.matrix.ramp_steps": ["-1"],
+    "optim.scion.norms": [
+        f"['{entry}']" for entry in ("=spectral", "*=spectrum", "*=schatten:x", "*=spectral@x", "*=sign@0")
+    ],
+    "optim.scion.transport": ["-1", "nan"],
+    "optim.scion.transport_cap": ["-1"],
     "optim.matrix.method": ["svd"],
     "optim.matrix.scale": ["frobenius"],
     "optim.matrix.dtype": ["fp16"],
@@ -302,6 +313,8 @@ def test_values_on_the_allowed_side_of_a_border_are_taken(argument):
 
 def test_the_choices_are_those_that_the_optimizer_has():
     assert set(training_config.ORTHOGONALISATIONS) == set(METHODS)
+    assert set(training_config.NORMS) == set(NORMS)
+    assert set(training_config.LINES) == set(LINES)
     assert set(training_config.UPDATE_SCALES) == set(SCALES)
 
 
