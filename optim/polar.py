@@ -21,6 +21,10 @@ from optim.precision import gram_dtype, product_dtype
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
+# Side from which a CPU computes three of a symmetric product's four blocks: 1.2 to 1.3 times as fast at 768
+# and above, and slower at 256 (AVX-512, bf16, one thread).
+MIRRORED_FROM = 512
+
 
 @dataclass(frozen=True)
 class Method:
@@ -133,9 +137,29 @@ def _symmetric(
     """alpha·L·Rᵀ + beta·addend, known to be symmetric: XXᵀ, or polynomials of one Gram matrix."""
     if kernels.unsupported(left.device, left.dtype) is None:
         return kernels.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
+    if left.device.type == "cpu" and left.size(-2) >= MIRRORED_FROM:
+        return _mirrored(left, right, alpha=alpha, addend=addend, beta=beta)
     if addend is None:
         return left @ right.mT
     return torch.baddbmm(addend, left, right.mT, beta=beta, alpha=alpha)
+
+
+def _mirrored(left: Tensor, right: Tensor, *, alpha: float, addend: Tensor | None, beta: float) -> Tensor:
+    """The same in three of its four blocks, the last one copied: 3/4 of the work."""
+    num_matrices, n, _ = left.shape
+    half = n // 2
+    out = left.new_empty(num_matrices, n, n)
+    corner = left.new_empty(half, half)
+    for x, y, z, c in zip(left, right, out, addend if addend is not None else out, strict=True):
+        for block, rows in ((z[half:], slice(half, n)), (corner, slice(0, half))):
+            columns = y[: block.size(1)].mT
+            if addend is None:
+                torch.mm(x[rows], columns, out=block)
+            else:
+                torch.addmm(c[rows, : block.size(1)], x[rows], columns, beta=beta, alpha=alpha, out=block)
+        z[:half, :half] = corner
+        z[:half, half:] = z[half:, :half].mT
+    return out
 
 
 def _multiply(polynomial: Tensor, x: Tensor) -> Tensor:
