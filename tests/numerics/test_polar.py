@@ -336,19 +336,25 @@ def test_an_unknown_method_is_an_error():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(31, 31), (31, 80), (80, 31), (1, 5), (40, 44)])
 def test_a_product_computed_in_three_blocks_is_the_whole_one(shape, dtype, monkeypatch):
-    """Large symmetric products on a CPU leave one of their blocks to be copied: the same numbers, symmetric."""
+    """Large symmetric products on a CPU leave one of their blocks to be copied: the same numbers, symmetric.
+
+    In bf16 the Gram form's own distance from fp32 is the measure; that of "cans" is too large to be one.
+    """
     x = torch.stack([matrix(shape, spectrum) for spectrum in SPECTRA]).to(dtype)
-    whole = {method: polar.orthogonalize(x, method=method, dtype=dtype) for method in METHODS}
-    exact = {method: polar.orthogonalize(x, method=method, dtype=torch.float32) for method in METHODS}
+    methods = [method for method in METHODS if dtype == torch.float32 or method != "cans"]
+    whole = {method: polar.orthogonalize(x, method=method, dtype=dtype) for method in methods}
+    exact = {method: polar.orthogonalize(x, method=method, dtype=torch.float32) for method in methods}
     monkeypatch.setattr(polar, "MIRRORED_FROM", 1)
     called = []
     mirrored = polar._mirrored
     monkeypatch.setattr(polar, "_mirrored", lambda *a, **k: called.append(mirrored(*a, **k)) or called[-1])
     for method, expected in whole.items():
         found = polar.orthogonalize(x, method=method, dtype=dtype)
-        error, usual = ((result - exact[method]).norm() / x.size(0) ** 0.5 for result in (found, expected))
+        error, usual = (
+            (result - exact[method]).norm() / exact[method].norm() for result in (found, expected)
+        )
         assert error <= 1.5 * usual + (1e-4 if dtype == torch.float32 else 0.02), method
-    assert len(called) >= 10 * len(METHODS)
+    assert len(called) >= 10 * len(methods)
     for product in called:
         half = product.size(-1) // 2
         assert torch.equal(product[:, :half, half:], product[:, half:, :half].mT)
