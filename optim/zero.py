@@ -31,6 +31,7 @@ from torch import Tensor
 
 from optim.fused import Fragment, FusedStep
 from optim.groups import Member
+from optim.noise import Noise
 from optim.ownership import Plan
 from optim.rules import Rule
 
@@ -51,6 +52,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         peak_lr: label -> peak learning rate; `set_lr_factor` scales it.
         clip: global norm at which the gradient is clipped; 0 is off. Used in stage 0 only, where DeepSpeed
             would clip before the true norm can be seen; in the other stages DeepSpeed clips.
+        noise: added to the averaged gradient of every step, and its seed; the same in every stage and world.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rules: Mapping[str, Rule],
         peak_lr: Mapping[str, float],
         clip: float,
+        noise: tuple[Noise, int] | None = None,
     ) -> None:
         groups: list[dict[str, Any]] = []
         for label, rule in rules.items():
@@ -75,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     }
                 )
         self.clip = clip
+        self.noise = noise
         # Stage 0 in fp32: DeepSpeed wraps nothing, and reads these two from the client optimizer.
         self._global_grad_norm: Tensor | None = None
         self.overflow = False
@@ -209,8 +213,30 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return
         for group in groups:
             unit = self._units[id(group["params"][0])]
-            unit.step(lr=group["lr"], inspect=self.inspect)
+            with self._noisy(unit):
+                unit.step(lr=group["lr"], inspect=self.inspect)
             self._lend(unit)
+
+    @contextmanager
+    def _noisy(self, unit: FusedStep) -> Iterator[None]:
+        """A block in which the injected noise is on copies of the unit's gradients."""
+        if self.noise is None:
+            yield
+            return
+        noise, seed = self.noise
+        own = [(flat, flat.grad) for flat in unit.flats]
+        for flat, gradient in own:
+            flat.grad = torch.zeros_like(flat) if gradient is None else gradient.clone()
+        for fragment in unit.fragments:
+            assert fragment.flat.grad is not None
+            gradient = fragment.view(fragment.flat.grad)
+            gradient += noise.sample(
+                fragment.name, start=fragment.start, stop=fragment.stop, seed=seed, step=unit.steps,
+                device=gradient.device,
+            )  # fmt: skip
+        yield
+        for flat, gradient in own:
+            flat.grad = gradient
 
     def _lend(self, unit: FusedStep) -> None:
         """Let the unit's masters show the model's copy, until `_take_back`."""

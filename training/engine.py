@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import inf
 from typing import Any
 
 import deepspeed
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from optim.groups import Member, attention_splits, by_norm, partition
+from optim.noise import Noise
 from optim.quiet import quiet_deepspeed
 from optim.rules import (
     AdamW,
@@ -154,6 +156,15 @@ def peak_lrs(optim: OptimConfig) -> dict[str, float]:
     return {label: others.get(label, optim.matrix.lr) for label in make_rules(optim)}
 
 
+def make_noise(config: TrainConfig) -> tuple[Noise, int] | None:
+    """The noise to inject and its seed, which is the run's."""
+    noise = config.optim.noise
+    if noise.inject == "none":
+        return None
+    tail = inf if noise.inject == "gaussian" else noise.tail
+    return Noise(noise.inject, tail=tail, moment=noise.moment, scale=noise.scale), config.run.seed
+
+
 def make_engine(
     model: nn.Module, config: TrainConfig, *, micro_batch: int, accumulation: int
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
@@ -172,6 +183,7 @@ def make_engine(
         rules=make_rules(config.optim),
         peak_lr=peak_lrs(config.optim),
         clip=config.optim.clip,
+        noise=make_noise(config),
     )
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cluster.record import read_metrics
 from tests.commands import ROOT, command, python, tiny, write_corpus
 from training import config as training_config
+from training.checkpoint import Checkpoint
+from training.export import export
 
 pytestmark = pytest.mark.stack
 
@@ -104,6 +108,35 @@ def test_a_killed_run_resumes_bit_for_bit(reference: Path, folder: Path) -> None
     assert "resuming" in again.stderr
     assert losses(run) == losses(reference)
     assert all(before[step] == losses(reference)[step] for step in before)
+
+
+def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_exports_its_weights(
+    folder: Path,
+) -> None:
+    changes = {
+        "workers__count": 1,
+        "schedule__tokens": 512 * 20,
+        "optim__matrix__rule": "transported_scion",
+        "optim__clip": 0,
+        "optim__noise__inject": "student",
+        "optim__noise__scale": 0.001,
+    }
+    whole, killed = (run_keys(folder, name, **changes) for name in ("ahead", "ahead-killed"))
+    done = python("training.launch", *whole)
+    assert done.returncode == 0, done.stderr
+    kill_at(13, folder / "outputs/ahead-killed/metrics.jsonl", start("training.launch", *killed))
+    again = python("training.launch", *killed)
+    assert again.returncode == 0 and "resuming" in again.stderr, again.stderr
+    assert losses(folder / "outputs/ahead-killed") == losses(folder / "outputs/ahead")
+
+    run = folder / "outputs/ahead"
+    export(run, dtype="float32")
+    saved = Checkpoint(run / "checkpoints/step-0000020")
+    exported = load_file(run / "export/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    master, point = (saved.read(name, key, 0, exported[name].numel()) for key in ("master", "point"))
+    assert torch.equal(exported[name].flatten(), master)
+    assert (point - master).norm() > 1e-3 * master.norm()  # what the model last computed gradients with
 
 
 def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:

@@ -23,7 +23,15 @@ from training import checkpoint, engine
 from training.checkpoint import Checkpoint
 from training.config import MUON_RULES, TrainConfig
 from training.context import Context
-from training.engine import DTYPES, assign, make_engine, make_rules, peak_lrs, zero_init
+from training.engine import (
+    DTYPES,
+    assign,
+    make_engine,
+    make_noise,
+    make_rules,
+    peak_lrs,
+    zero_init,
+)
 
 pytestmark = pytest.mark.stack
 
@@ -75,6 +83,7 @@ class Case:
     per_head: bool = False
     sub_group: int = 0
     rule: str = "muon"
+    noise: str = "none"
 
     def __str__(self) -> str:
         fields = [f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
@@ -106,6 +115,8 @@ def configuration(case: Case) -> TrainConfig:
         "optim.matrix.nesterov": str(case.nesterov).lower(),
         "optim.matrix.per_head": str(case.per_head).lower(),
         "optim.vector.weight_decay": 0.05,
+        "optim.noise.inject": case.noise,
+        "optim.noise.scale": 0.1,
         "model.hidden_size": 12,
         **{f"model.{name}": number for name, number in HEADS.items()},
     }
@@ -134,6 +145,8 @@ CASES = [
     *(Case(stage, offload=True, rule="transported_scion") for stage in (2, 3)),
     Case(3, sub_group=150, rule="transported_scion"),
     Case(1, rule="ema_nesterov"),
+    *(Case(*stage, noise="student") for stage in STAGES),
+    Case(2, offload=True, noise="stable"),
     Case(3, precision="bf16", rule="ema_nesterov"),
 ]
 
@@ -271,6 +284,10 @@ def oracle(case: Case, world_size: int, num_steps: int = NUM_STEPS) -> Expected:
             member = members[name]
             rule, lr, rows = by_label[member.label], lrs[member.label], list(member.blocks)
             gradient, before = gradients[name] * scale, masters[name].clone()
+            if injected := make_noise(config):
+                noise, seed = injected
+                drawn = noise.sample(name, start=0, stop=gradient.numel(), seed=seed, step=step)
+                gradient = gradient + drawn.view_as(gradient)
             whole = {"master": masters[name], "gradient": gradient, **states[name]}
             points = []
             for block in zip(*(t.split(rows) if rows else [t] for t in whole.values()), strict=True):
@@ -317,7 +334,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 # Three ranks cut every shape unevenly and leave some shards empty; one case for each stage suffices there.
 EVERY_STAGE = [Case(*stage, accumulation=4, clip=0.05) for stage in STAGES]
-WORLDS = {1: EVERY_STAGE, 2: CASES, 3: [*EVERY_STAGE, Case(2, offload=True), Case(3, sub_group=150)]}
+WORLDS = {
+    1: EVERY_STAGE,
+    2: CASES,
+    3: [*EVERY_STAGE, Case(1, noise="student"), Case(2, offload=True), Case(3, sub_group=150)],
+}
 CASES_OF_WORLDS = [(world_size, case) for world_size, cases in WORLDS.items() for case in cases]
 
 
@@ -394,7 +415,7 @@ def test_the_health_of_a_step_is_that_of_all_ranks(world_size: int) -> None:
         health = results[0]["health"]
         assert all(result["health"] == health for result in results)
         assert health["orthogonalisations"] == case.num_matrices
-        if case.rule != "muon":
+        if case.rule != "muon" or case.noise != "none":  # noise moves `idle` too
             continue
         assert set(health) == {
             *(f"{phase}_seconds" for phase in PHASES),
