@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,25 +60,46 @@ class Health:
     """What one step measured on this rank.
 
     Attributes:
+        device: whose time is taken.
         seconds: phase -> seconds. "start" and "finish" are the passes over the shard, "exchange" is waiting
-            for what travels, "orthogonalize" is the rule on whole matrices. On CPU; None on a GPU, whose
-            clock would have to be waited for.
+            for what travels, "orthogonalize" is the rule on whole matrices. On a GPU filled by `read`.
         transforms: matrices that went through the rule here.
         errors: of each owned matrix, ‖OOᵀ - I‖_F / √n of its update O before scaling; only under a rule that
             means to orthogonalise.
         mean_squares: of each owned matrix, the mean square of its update after scaling.
     """
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     transforms: int = 0
     errors: list[float] = field(default_factory=list)
     mean_squares: list[float] = field(default_factory=list)
+    _marks: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        """Time a block: by the clock, or on a GPU by events on its stream, which nobody waits for yet."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._marks.append((phase, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._add(phase, time.perf_counter() - started)
+
+    def read(self) -> dict[str, float]:
+        """`seconds`, after waiting for what is still on the GPU's stream."""
+        for phase, begin, end in self._marks:
+            end.synchronize()
+            self._add(phase, begin.elapsed_time(end) / 1e3)
+        self._marks = []
+        return self.seconds
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 class FusedStep:
@@ -100,7 +122,7 @@ class FusedStep:
         self.states: list[State] = [new_state(rule, flat.detach()) for flat in self.flats]
         self.steps = 0
         self.num_transforms = 0
-        self.health = Health()
+        self.health = Health(device)
         self.plan: Plan | None = None
         self._groups: list[_Group] = []
         self._runs = [] if rule.whole else _runs(rule, self.fragments)
@@ -143,7 +165,7 @@ class FusedStep:
         inspect: also measure the updates, for `health`: it costs one more product per matrix.
         """
         self.steps += 1
-        self.health = health = Health()
+        self.health = health = Health(self._device)
         if not self.rule.whole:
             with health.timed("finish"):
                 for run in self._runs:

@@ -128,12 +128,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """What the last step measured, over all ranks; collective.
 
         Keys: "imbalance" of the owners' FLOPs; "orthogonalisations", in that step over all ranks;
-        "<phase>_seconds" for each of PHASES, of the slowest rank, on CPU; after a step with
+        "<phase>_seconds" for each of PHASES, of the slowest rank; after a step with
         `inspect`, "orthogonality_error" (‖OOᵀ - I‖_F / √n, mean over the matrices), its "_max", and
         "update_rms" (root mean square of the scaled updates).
         """
         steps = [unit.health for unit in self._units.values()]
-        seconds = [sum(health.seconds.get(phase, 0.0) for health in steps) for phase in PHASES]
+        timed = [health.read() for health in steps]
+        seconds = [sum(phases.get(phase, 0.0) for phases in timed) for phase in PHASES]
         errors = [error for health in steps for error in health.errors]
         squares = [square for health in steps for square in health.mean_squares]
         transforms = sum(health.transforms for health in steps)
