@@ -7,9 +7,7 @@ report to Ray that follows each checkpoint; and the wall time from the start of 
 step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
 """
 
-import json
 import os
-import re
 import signal
 import socket
 import statistics
@@ -24,18 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, hardware, provenance
+from cluster import benchmark, cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
 from cluster.record import follow
-from cluster.session import ROOT
 from training import config as training_config
 from training.config import TrainConfig
 from training.data import Manifest
 from training.plan import Plan, make_plan
 from training.prepare import prepare
 
+WHAT = "train_launcher"  # in the baseline's name
 LAUNCHERS = {"ray": "ray", "torchrun": "torch"}  # name here -> value of the key `launcher`
 DEFAULTS = (  # replace those of training.config and those of a --config file
     "evaluation.every_steps=1000000",  # so only before the first step and after the last
@@ -66,15 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     defaults = training_config.load(dotlist=run_keys())
     parser = cli.make_parser("training.bench", description=__doc__.splitlines()[0], keys=defaults)
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs per launcher (default: 3)")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: tests/baselines/<hardware>_train_launcher.json"
-    )
+    benchmark.add_options(parser, what=WHAT, rounds=3, rounds_help="runs per launcher")
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        if options.rounds < 1:
-            raise UserError(f"--rounds: {options.rounds} must be at least 1")
+        benchmark.require_rounds(options.rounds)
         for argument in options.overrides:
             if argument.partition("=")[0] in OWN_KEYS:
                 raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
@@ -89,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in LAUNCHERS:
                 print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
             return
-        output = options.output or baseline_path(hardware.describe_host())
-        output.parent.mkdir(parents=True, exist_ok=True)
+        output = benchmark.prepare_output(options.output, WHAT)
         bench(config, plan, given, num_rounds=options.rounds, output=output)
 
     return cli.run(body)
@@ -105,7 +98,7 @@ def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list
 def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
     """Prepare the data, print the ceiling, measure, print the table, write `output`, print one JSON line."""
     result: dict[str, Any] = {
-        "bench": "train_launcher",
+        "bench": WHAT,
         "arguments": given,
         "rounds": num_rounds,
         "num_workers": plan.num_workers,
@@ -126,10 +119,7 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
     )
     result |= compare(measure(plan, given, num_rounds=num_rounds))
     print(table(result))
-    about = provenance.collect(command=sys.argv, data_fingerprint=Manifest.read(data).fingerprint)
-    files.write_json(output, {**result, "provenance": about})
-    print(f"written to {output}")
-    print(json.dumps(result))
+    benchmark.publish(result, output, data_fingerprint=Manifest.read(data).fingerprint)
 
 
 def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, Run]]:
@@ -214,37 +204,21 @@ def compare(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     A speed-up is torchrun's seconds / Ray's of the same round. `overhead_ray_percent` is what a steady step
     takes longer under Ray, by the median ratio.
     """
-    found: dict[str, Any] = {}
+    samples: dict[str, list[float]] = {}
     for case in ("step", "first_step"):
         ray, torchrun = ([getattr(runs[name], f"{case}_seconds") for runs in rounds] for name in LAUNCHERS)
-        samples = {
-            f"speedup_torchrun_{case}": [theirs / ours for theirs, ours in zip(torchrun, ray, strict=True)],
+        samples |= {
+            f"speedup_torchrun_{case}": benchmark.ratios(torchrun, ray),
             f"{case}_seconds_ray": ray,
             f"{case}_seconds_torchrun": torchrun,
         }
-        for key, values in samples.items():
-            found[key] = statistics.median(values)
-            found[_spread_of(key)] = [min(values), max(values)]
+    found = benchmark.medians(samples)
     return {**found, "overhead_ray_percent": 100 * (1 / found["speedup_torchrun_step"] - 1)}
-
-
-def _spread_of(key: str) -> str:
-    return f"spread_{key.removeprefix('speedup_')}"
 
 
 def table(result: dict[str, Any]) -> str:
     """What `compare` found, for people."""
-    lines = [f"{'':<30}{'median':>9}{'min':>9}{'max':>9}"]
-    for key in (key for key in result if _spread_of(key) in result):
-        values = (result[key], *result[_spread_of(key)])
-        lines.append(f"{key:<30}" + "".join(f"{value:9.3f}" for value in values))
-    return "\n".join([*lines, f"{'overhead_ray_percent':<30}{result['overhead_ray_percent']:+9.2f}"])
-
-
-def baseline_path(host: dict[str, Any]) -> Path:
-    """tests/baselines/<CPU model>-<number of cores>-cores_train_launcher.json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{host['cpu']} {host['cpu_cores']} cores".lower()).strip("-")
-    return ROOT / "tests" / "baselines" / f"{slug}_train_launcher.json"
+    return f"{benchmark.table(result)}\noverhead_ray_percent {result['overhead_ray_percent']:+.2f}"
 
 
 def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import files
+from cluster import benchmark, files
 from training import bench
 from training import config as training_config
 from training.bench import LAUNCHERS, SETTLING_STEPS, Run
@@ -100,7 +100,7 @@ def test_launchers_take_turns_in_going_first(monkeypatch):
 
 
 def test_the_baseline_is_named_after_the_hardware():
-    path = bench.baseline_path({"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cpu_cores": 2})
+    path = benchmark.baseline_path({"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cpu_cores": 2}, bench.WHAT)
     assert path.parts[-3:-1] == ("tests", "baselines")
     assert path.name == "intel-r-xeon-r-cpu-2-20ghz-2-cores_train_launcher.json"
 

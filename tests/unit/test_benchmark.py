@@ -1,0 +1,68 @@
+"""The shared half of the benches: ratios within a round, medians with spreads, the table, the file's name."""
+
+import json
+
+import pytest
+
+from cluster import benchmark, files
+from cluster.cli import RunError, UserError
+
+
+def test_a_ratio_is_taken_within_its_round():
+    assert benchmark.ratios([3.0, 1.0], [1.5, 4.0]) == [2.0, 0.25]
+    with pytest.raises(ValueError, match="zip"):
+        benchmark.ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("ours", [[1.0, 0.0], [-0.001, 1.0]])
+def test_a_time_of_ours_that_is_not_above_zero_stops_the_bench_with_a_remedy(ours):
+    with pytest.raises(RunError, match=r"too busy to measure it.*--rounds"):
+        benchmark.ratios([1.0, 1.0], ours)
+
+
+def test_a_spread_stands_beside_its_median_and_loses_speedup_from_its_key():
+    found = benchmark.medians({"speedup_peer_case": [3.0, 1.0, 2.5], "ms_case": [4.0, 2.0], "gone": None})
+    assert found == {
+        "speedup_peer_case": 2.5,
+        "spread_peer_case": [1.0, 3.0],
+        "ms_case": 3.0,
+        "spread_ms_case": [2.0, 4.0],
+        "gone": None,
+        "spread_gone": None,
+    }
+
+
+def test_the_table_has_a_dash_where_nothing_was_measured():
+    lines = benchmark.table(
+        {"rounds": 3, **benchmark.medians({"a": [1.0, 2.0, 4.0], "b": None})}
+    ).splitlines()
+    assert [line.split() for line in lines] == [
+        ["median", "min", "max"],
+        ["a", "2.000", "1.000", "4.000"],
+        ["b", "-", "-", "-"],
+    ]
+    assert len(set(map(len, lines))) == 1
+
+
+def test_the_baseline_names_the_gpus_where_there_are_some():
+    host = {"cpu": "AMD EPYC 7713", "cpu_cores": 64}
+    assert benchmark.baseline_path(host, "optim").name == "amd-epyc-7713-64-cores_optim.json"
+    host["gpus"] = ["NVIDIA A40"] * 8
+    path = benchmark.baseline_path(host, "optim")
+    assert path.name == "amd-epyc-7713-64-cores-nvidia-a40-8-gpus_optim.json"
+
+
+def test_a_number_of_rounds_without_a_median_is_refused():
+    benchmark.require_rounds(1)
+    with pytest.raises(UserError, match="--rounds: 0"):
+        benchmark.require_rounds(0)
+
+
+def test_what_is_published_is_the_last_line_and_the_file_adds_its_origin(tmp_path, capsys):
+    output = benchmark.prepare_output(tmp_path / "new" / "x.json", "optim")
+    benchmark.publish({"speedup_a_b": 2.0}, output, data_fingerprint="f00d")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"speedup_a_b": 2.0}
+    written = files.read_json(output)
+    about = written.pop("provenance")
+    assert written == {"speedup_a_b": 2.0}
+    assert about["data_fingerprint"] == "f00d" and about["packages"]["torch"].startswith("2.13")
