@@ -6,7 +6,7 @@ Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
     gram        the same polynomials on A, n x n, and X    8n²m + 28n³
                 multiplied twice: after step 2 and at the end
 
-With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 14n³.
+With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 20n³.
 """
 
 NUM_ITERATIONS = 5
@@ -25,5 +25,5 @@ def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False) -> int
     short, long = sorted((rows, cols))
     square, cube = short * short * long, short**3
     if uses_gram(rows, cols):
-        return 6 * square + 14 * cube if symmetric else 8 * square + 28 * cube
+        return 6 * square + 20 * cube if symmetric else 8 * square + 28 * cube
     return 15 * square + 5 * cube if symmetric else 20 * square + 10 * cube

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim import kernels
+from optim import kernels, native
 from optim.kernels import SegmentTable
 from optim.ownership import Matrix, Plan, Segment, make_plan
 from optim.rules import DecayingRule, EmaNesterov, MomentumRule, Rule, State, new_state
@@ -152,11 +152,10 @@ class FusedStep:
                     rows = {name: tensor[slot] for name, tensor in group.rows.items()}
                     yield piece.fragment.name, piece.first_row, rows
 
-    def kernels_unused(self) -> str | None:
-        """Why the rule's matrices do without the Triton kernels; None if it has none or uses them."""
-        if not self.rule.whole or not self.flats:
-            return None
-        return kernels.unsupported(self._device, self.rule.dtype)
+    def without(self, means: str) -> str | None:
+        """Why the matrices do without optim/kernels.py ("kernels") or native.cpp ("native"); or None."""
+        module = {"kernels": kernels, "native": native}[means]
+        return module.unsupported(self._device, self.rule.dtype)
 
     @torch.no_grad()
     def step(self, *, lr: float, inspect: bool = False) -> None:
@@ -220,8 +219,7 @@ class FusedStep:
                 part = gradient.view(-1)[place]
             update = self.rule.direction(part, now, step=self.steps)
             piece.buffer[chunk].copy_(update, non_blocking=True)
-            wide = update.double()
-            piece.square.add_(torch.dot(wide, wide))
+            piece.square.add_(_sum_of_squares(update))
 
     def _finish(self, group: "_Group", *, lr: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""
@@ -473,6 +471,16 @@ def _chunks(numel: int, device: torch.device) -> Iterator[slice]:
     size = CHUNK_ELEMENTS if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, size):
         yield slice(start, min(start + size, numel))
+
+
+def _sum_of_squares(update: Tensor) -> Tensor | float:
+    """Of a 1-D fp32 tensor, whatever its scale: on the CPU in fp32 where that cannot over- or underflow."""
+    if update.device.type == "cpu":
+        square = torch.dot(update, update).item()
+        if 1e-20 < square < 1e30:
+            return square
+    wide = update.double()
+    return torch.dot(wide, wide)
 
 
 def _flat(segments: list[list[Segment]]) -> list[Segment]:

@@ -115,13 +115,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plans = self.plans
         sent, least = sum(p.elements_sent for p in plans), sum(p.minimum_elements_sent for p in plans)
         size = self.bytes_sent // sent if sent else 0
-        unused = {reason for unit in self._units.values() if (reason := unit.kernels_unused())}
+        units = [unit for unit in self._units.values() if unit.rule.whole]
+        unused = {reason for unit in units if (reason := unit.without("kernels"))}
+        reasons = {f"not used, {reason}" for unit in units if (reason := unit.without("native"))}
         return (
             f"  {sum(len(plan.matrices) for plan in plans)} matrices, each orthogonalised by one rank; loads "
             f"within {max((plan.imbalance for plan in plans), default=0.0):.1%} of their mean\n"
             f"  {self.bytes_sent:,} bytes of matrices sent per step over all ranks "
             f"(no plan sends less than {least * size:,})\n"
-            f"  Triton kernels: {'not used, ' + '; '.join(sorted(unused)) if unused else 'used'}"
+            f"  Triton kernels: {'not used, ' + '; '.join(sorted(unused)) if unused else 'used'}\n"
+            f"  compiled products (optim/native.cpp): {'; '.join(sorted(reasons)) or 'used'}"
         )
 
     def health(self) -> dict[str, float]:

@@ -329,7 +329,8 @@ def test_it_equals_the_rules_on_whole_matrices(world_size):
             assert relative(found[name]["master"], tensors["master"]) < bound, (case, name)
             rule = RULES[case.rule]
             for key in (*rule.state_names, *rule.row_state_names):
-                assert relative(found[name][key], tensors[key]) < 1e-6, (case, name, key)
+                of_updates = key in ("velocity", "row_second_moment")  # which amplify rounding, as said above
+                assert relative(found[name][key], tensors[key]) < (1e-5 if of_updates else 1e-6), (case, key)
             # What looks ahead shows the last update many times over; bf16 may round another way.
             bound = 1e-3 if case.model == torch.bfloat16 else max(bound, 1e-5 * rule.looks_ahead)
             assert relative(found[name]["model"], tensors["model"]) < bound, (case, name)

@@ -280,21 +280,29 @@ def test_the_restart_after_step_2_cannot_be_configured_away(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_form_multiplies_the_matrix_as_often_as_its_cost_says(shape, monkeypatch):
     """2n²m for each product with X, 2n³ for each n x n product, counted as they happen."""
-    spent = []
-    symmetric, multiply = polar._symmetric, polar._multiply
+    spent, half = [], []
+    symmetric, multiply, between = polar._symmetric, polar._multiply, polar._multiply_polynomials
 
     def counted_symmetric(left, right, **options):
         spent.append(2 * left.size(-2) * left.size(-1) * right.size(-2))
+        half.append(spent[-1])
         return symmetric(left, right, **options)
 
     def counted_multiply(polynomial, x):
         spent.append(2 * polynomial.size(-1) * x.size(-2) * x.size(-1))
         return multiply(polynomial, x)
 
+    def counted_polynomials(left, right):
+        spent.append(2 * left.size(-1) ** 3)
+        return between(left, right)
+
     monkeypatch.setattr(polar, "_symmetric", counted_symmetric)
+    monkeypatch.setattr(polar, "_multiply_polynomials", counted_polynomials)
     monkeypatch.setattr(polar, "_multiply", counted_multiply)
     apply("polar_express", matrix(shape, "gaussian")[None])
     assert sum(spent) == cost.orthogonalize_flops(*SHAPES[shape])
+    halved = sum(spent) - sum(half) / 2
+    assert halved == cost.orthogonalize_flops(*SHAPES[shape], symmetric=True)
 
 
 @each_method
@@ -345,6 +353,7 @@ def test_a_product_computed_in_three_blocks_is_the_whole_one(shape, dtype, monke
     whole = {method: polar.orthogonalize(x, method=method, dtype=dtype) for method in methods}
     exact = {method: polar.orthogonalize(x, method=method, dtype=torch.float32) for method in methods}
     monkeypatch.setattr(polar, "MIRRORED_FROM", 1)
+    monkeypatch.setattr(polar.native, "unsupported", lambda device, dtype: "for comparison")
     called = []
     mirrored = polar._mirrored
     monkeypatch.setattr(polar, "_mirrored", lambda *a, **k: called.append(mirrored(*a, **k)) or called[-1])

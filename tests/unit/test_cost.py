@@ -33,8 +33,8 @@ def test_the_gram_form_by_hand():
     small = (1 + 2 + 1 + 1) + (1 + 2 + 1 + 1 + 2 + 1 + 1)
     assert small == 14
     assert orthogonalize_flops(2, 5) == orthogonalize_flops(5, 2) == 4 * 40 + small * 16
-    # Half of every product but P*X is symmetric.
-    assert orthogonalize_flops(2, 5, symmetric=True) == 2 * 20 + 2 * 40 + small * 8
+    # XX', A*A and the second product of A <- PAP are halved: 2 of 40, and 5 + 3 of the small ones.
+    assert orthogonalize_flops(2, 5, symmetric=True) == 2 * 20 + 2 * 40 + 8 * 8 + (small - 8) * 16
 
 
 def test_the_gram_form_starts_where_it_is_cheaper():
