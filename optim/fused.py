@@ -219,7 +219,8 @@ class FusedStep:
                 part = gradient.view(-1)[place]
             update = self.rule.direction(part, now, step=self.steps)
             piece.buffer[chunk].copy_(update, non_blocking=True)
-            piece.square.add_(_sum_of_squares(update))
+            wide = update.double()
+            piece.square.add_(torch.dot(wide, wide))
 
     def _finish(self, group: "_Group", *, lr: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""
@@ -471,16 +472,6 @@ def _chunks(numel: int, device: torch.device) -> Iterator[slice]:
     size = CHUNK_ELEMENTS if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, size):
         yield slice(start, min(start + size, numel))
-
-
-def _sum_of_squares(update: Tensor) -> Tensor | float:
-    """Of a 1-D fp32 tensor, whatever its scale: on the CPU in fp32 where that cannot over- or underflow."""
-    if update.device.type == "cpu":
-        square = torch.dot(update, update).item()
-        if 1e-20 < square < 1e30:
-            return square
-    wide = update.double()
-    return torch.dot(wide, wide)
 
 
 def _flat(segments: list[list[Segment]]) -> list[Segment]:
