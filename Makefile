@@ -5,13 +5,16 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: train prepare test check format clean
+.PHONY: train prepare study test check format clean
 
 train: $(VENV)/ready
 	$(RUN) training.launch $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 prepare: $(VENV)/ready
 	$(RUN) training.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+study: $(VENV)/ready
+	$(RUN) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 test: $(VENV)/ready
 	$(RUN) pytest $(ARGS)

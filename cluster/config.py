@@ -6,9 +6,10 @@ wrong type or refused value is a `ConfigError` that names the key.
 """
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,7 +49,7 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
     for origin, layer in _layers(file, dotlist):
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:  # a TypeError: a list where a mapping belongs
             problem = _misused_section(schema, layer) or _explain(error, schema)
             raise ConfigError(f"{origin}: {problem}") from error
     try:
@@ -82,9 +83,14 @@ def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, Di
 def _misused_section(schema: type, layer: DictConfig, prefix: str = "") -> str | None:
     """The first section to which `layer` gives a value or a list; omegaconf's own message names no key."""
     for field in dataclasses.fields(schema):
-        if not dataclasses.is_dataclass(field.type) or field.name not in layer:
+        is_mapping = get_origin(field.type) is dict
+        if not (dataclasses.is_dataclass(field.type) or is_mapping) or field.name not in layer:
             continue
         section, path = layer[field.name], f"{prefix}{field.name}"
+        if is_mapping:
+            if not isinstance(section, DictConfig):
+                return f"{path}: is a mapping of names to {_item_type(field.type).__name__}, not a value"
+            continue
         if not isinstance(section, DictConfig):
             return f"{path}: is a section, not a value; keys here: {', '.join(_keys_under(field.type, ''))}"  # type: ignore[arg-type]
         if problem := _misused_section(field.type, section, f"{path}."):  # type: ignore[arg-type]
@@ -92,9 +98,10 @@ def _misused_section(schema: type, layer: DictConfig, prefix: str = "") -> str |
     return None
 
 
-def _explain(error: OmegaConfBaseException, schema: type) -> str:
-    first_line = str(error).splitlines()[0]
-    path = error.full_key or ""
+def _explain(error: Exception, schema: type) -> str:
+    # omegaconf leaves its own placeholders in what it says of a list's items
+    first_line = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an item")
+    path = getattr(error, "full_key", None) or ""
     if "not in" in first_line:
         parent = path.rpartition(".")[0]
         return f"unknown key {path!r}; keys here: {', '.join(_keys_under(schema, parent))}"
@@ -102,9 +109,17 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
 
 
 def _keys_under(schema: type, path: str) -> list[str]:
-    for name in filter(None, path.split(".")):
-        schema = next(f.type for f in dataclasses.fields(schema) if f.name == name)  # type: ignore[assignment]
+    for name in filter(None, re.split(r"[.\[\]]", path)):
+        if dataclasses.is_dataclass(schema):
+            schema = next(f.type for f in dataclasses.fields(schema) if f.name == name)  # type: ignore[assignment]
+        else:
+            schema = _item_type(schema)
     return [field.name for field in dataclasses.fields(schema)]
+
+
+def _item_type(schema: Any) -> Any:
+    """X of dict[str, X] and of list[X]."""
+    return get_args(schema)[-1]
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

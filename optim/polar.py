@@ -146,7 +146,8 @@ def _is_tall(x: Tensor) -> bool:
 
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """aI + bA + cA²."""
-    polynomial = _symmetric(gram, gram, alpha=c, addend=gram, beta=b)
+    symmetric = gram.mT  # the same numbers, in the layout that optim/native.cpp packs faster
+    polynomial = _symmetric(symmetric, symmetric, alpha=c, addend=gram, beta=b)
     polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
     return polynomial
 

@@ -8,6 +8,8 @@ import pytest
 from cluster.config import to_yaml, walk
 from training.config import TrainConfig
 from training.plan import make_plan
+from training.study_config import StudyConfig
+from training.study_plan import StudyPlan
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*/configs/**/*.y*ml"))
@@ -16,9 +18,10 @@ each_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROO
 
 
 def load(file: Path, dotlist: tuple[str, ...] = ()):
-    """The file, with the schema of its room."""
+    """The file, with the schema of its room; a study's has its own."""
     room = file.relative_to(ROOT).parts[0]
-    return importlib.import_module(f"{room}.config").load(file=file, dotlist=dotlist)
+    schema = "study_config" if file.name.startswith("study") else "config"
+    return importlib.import_module(f"{room}.{schema}").load(file=file, dotlist=dotlist)
 
 
 def test_there_are_files_and_all_of_them_end_in_yaml():
@@ -60,6 +63,27 @@ def test_a_training_file_makes_a_plan(file):
     if plan.device:
         assert plan.total_memory_bytes < plan.device.memory_gb * 1e9
     assert f"{plan.shape.num_parameters:,}" in plan.describe()
+
+
+@pytest.mark.parametrize("dotlist", [(), ("smoke=true",)])
+@each_file
+def test_a_study_file_makes_runs_that_can_be_planned(file, dotlist):
+    if not isinstance(load(file), StudyConfig):
+        pytest.skip("not a study")
+    config = load(file, dotlist)
+    plan = StudyPlan(config)
+    plan.check()
+    runs = plan.typical_runs()
+    assert len({plan.config_of(run).run.name for run in runs}) == len(runs)
+    assert config.claims.reference and config.claims.rule
+
+
+def test_the_default_study_is_the_one_of_the_design():
+    config = load(ROOT / "training/configs/study.yaml")
+    assert list(config.rules) == ["adamw", "muon", "scion", "transported_scion"]
+    assert {len(rule.grid) for rule in config.rules.values()} == {4}
+    assert config.equal_effort and len(config.seeds) >= 3 and len(config.widths) >= 2
+    assert config.claims.token_ratio == 0.75
 
 
 def test_the_defaults_make_a_plan_too():

@@ -19,6 +19,7 @@ DECAYS = ("linear", "cosine")
 MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
 SCION_RULES = ("scion", "transported_scion")  # of all parameters, by norm; the others: of hidden matrices
 MATRIX_RULES = (*MUON_RULES, *SCION_RULES, "adamw", "sgd", "signum")
+NOISES = ("none", "gaussian", "student", "stable")
 LINES = ("row", "column", "row_column", "column_row")
 ORTHOGONALISATIONS = ("polar_express", "jordan", "cans")
 UPDATE_SCALES = ("spectral", "jordan", "rms")
@@ -137,11 +138,15 @@ class ScionConfig:
         for entry in self.norms:
             pattern, norm, radius = parse_norm_entry(entry)
             require(bool(pattern), "optim.scion.norms", f"{entry!r} has no pattern before '='")
-            known = norm in NORMS or re.fullmatch(r"schatten:(inf|\d+(\.\d+)?)", norm) is not None
-            require(known, "optim.scion.norms", f"{norm!r} is none of {', '.join(NORMS)}, schatten:P")
+            require(is_norm(norm), "optim.scion.norms", f"{norm!r} is none of {', '.join(NORMS)}, schatten:P")
             require(0 < radius < 1e9, "optim.scion.norms", f"the radius of {entry!r} must be positive")
         for name in ("transport", "transport_cap"):
             require(getattr(self, name) >= 0, f"optim.scion.{name}", "must not be negative")
+
+
+def is_norm(name: str) -> bool:
+    """Whether `optim.geometry.parse_norm` knows the name."""
+    return name in NORMS or re.fullmatch(r"schatten:(inf|[1-9]\d*(\.\d+)?)", name) is not None
 
 
 def parse_norm_entry(entry: str) -> tuple[str, str, float]:
@@ -171,10 +176,34 @@ class VectorOptimConfig:
 
 
 @dataclass(frozen=True)
+class NoiseConfig:
+    inject: str = key("none", f"noise added to the averaged gradient before any rule: {', '.join(NOISES)}")
+    tail: float = key(1.8, "injected: degrees of freedom of student, index of stable in (0, 2]")
+    moment: float = key(1.5, "injected: p in (1, 2], below the tail; the moment that is set")
+    scale: float = key(0.0, "injected: sigma, with E|noise|^p = sigma^p of every entry of the gradient")
+    measure_every_steps: int = key(0, "steps between measurements of the gradients' own noise; 0: never")
+    samples: int = key(2, "measured: micro-batches per worker")
+    norm: str = key("spectral", "measured: the norm, whose dual is measured too, by name (optim/geometry.py)")
+
+    def __post_init__(self) -> None:
+        require_choice("optim.noise.inject", self.inject, NOISES)
+        require(1 < self.moment <= 2, "optim.noise.moment", f"{self.moment:g} must lie in (1, 2]")
+        if self.inject in ("student", "stable"):
+            least = f"{self.tail:g} must be above optim.noise.moment={self.moment:g}, or that is infinite"
+            require(self.tail > self.moment, "optim.noise.tail", least)
+            require(self.inject == "student" or self.tail <= 2, "optim.noise.tail", "is at most 2 for stable")
+        for name in ("scale", "measure_every_steps"):
+            require(0 <= getattr(self, name) < 1e12, f"optim.noise.{name}", "must not be negative")
+        require(self.samples >= 2, "optim.noise.samples", "must be at least 2")
+        require(is_norm(self.norm), "optim.noise.norm", f"{self.norm!r} is none of {', '.join(NORMS)}")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     matrix: MatrixOptimConfig = key(MatrixOptimConfig, "hidden matrices")
     vector: VectorOptimConfig = key(VectorOptimConfig, "everything else")
     scion: ScionConfig = key(ScionConfig, "norms of scion and transported_scion")
+    noise: NoiseConfig = key(NoiseConfig, "heavy-tailed noise, injected and measured")
     clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
     inspect_every_steps: int = key(
         10, "steps between measurements of the optimizer itself, in lines that are logged: updates and phases"
@@ -183,6 +212,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.inspect_every_steps >= 1, "optim.inspect_every_steps", "must be at least 1")
         require(self.clip >= 0, "optim.clip", "must not be negative")
+        clean = self.noise.inject == "none" or self.clip == 0
+        require(clean, "optim.noise.inject", "needs optim.clip=0: the noise comes after clipping")
 
 
 @dataclass(frozen=True)
@@ -247,12 +278,16 @@ class CheckpointConfig:
 class EvaluationConfig:
     every_steps: int = key(25, "steps between validation losses; also taken at step 0 and at the end")
     sequences: int = key(64, "held-out sequences in each, the same every time")
+    tuning_sequences: int = key(
+        0, "held-out sequences besides these, for choosing settings; logged as tuning_loss where above 0"
+    )
     prompts: tuple[str, ...] = key(("The name of the", "Returns a list of"), "prompts continued at the end")
     sample_tokens: int = key(48, "tokens sampled for each prompt; 0 turns sampling off")
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "evaluation.every_steps", "must be at least 1")
         require(self.sequences >= 1, "evaluation.sequences", "must be at least 1")
+        require(self.tuning_sequences >= 0, "evaluation.tuning_sequences", "must not be negative")
         require(self.sample_tokens >= 0, "evaluation.sample_tokens", "must not be negative")
 
 
@@ -288,6 +323,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("launcher", self.launcher, LAUNCHERS)
         require_choice("precision", self.precision, PRECISIONS)
+        whole = self.zero.stage < 3 or not self.optim.noise.measure_every_steps
+        require(
+            whole, "optim.noise.measure_every_steps", "needs whole weights on every worker: zero.stage<=2"
+        )
 
     @property
     def run_directory(self) -> Path:

@@ -274,19 +274,46 @@ def micro_batch(
 
 
 def validation_batches(
-    dataset: TokenDataset, *, sequences: int, rank: int, world_size: int, micro_sequences: int
+    dataset: TokenDataset,
+    *,
+    sequences: int,
+    rank: int,
+    world_size: int,
+    micro_sequences: int,
+    apart_from: int = 0,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """min(sequences, num_samples) samples, evenly spaced over the split and dealt over the ranks once each.
 
     Every rank yields the same number of batches, because the forward pass of ZeRO-3 is collective; rows
-    without a sample of their own repeat sample 0 with weight 0.
+    without a sample of their own repeat the first with weight 0.
+
+    Args:
+        apart_from: leave out the samples of `sequences=apart_from`, and space over the others.
 
     Yields:
         tokens int64 [micro_sequences, sequence_length + 1], weights float32 [micro_sequences], 1 or 0.
     """
-    count = min(sequences, dataset.num_samples)
-    for first in range(0, count, world_size * micro_sequences):
+    ids = np.arange(dataset.num_samples)
+    if apart_from:
+        ids = np.delete(ids, _evenly_spaced(ids, apart_from))
+    ids = _evenly_spaced(ids, sequences)
+    for first in range(0, len(ids), world_size * micro_sequences):
         positions = first + rank * micro_sequences + np.arange(micro_sequences)
-        real = positions < count
-        ids = np.where(real, positions, 0) * dataset.num_samples // count
-        yield dataset.samples(ids), real.astype(np.float32)
+        real = positions < len(ids)
+        yield dataset.samples(ids[np.where(real, positions, 0)]), real.astype(np.float32)
+
+
+def _evenly_spaced(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """min(count, len(ids)) of `ids`, in order, the first among them."""
+    count = min(count, len(ids))
+    return ids[np.arange(count) * len(ids) // count] if count else ids[:0]
+
+
+def require_tuning_sequences(dataset: TokenDataset, *, sequences: int, tuning_sequences: int) -> None:
+    """Raise a `DataError` unless the split holds both, disjoint; without tuning sequences anything goes."""
+    if tuning_sequences and sequences + tuning_sequences > dataset.num_samples:
+        raise DataError(
+            f"evaluation.tuning_sequences: {tuning_sequences} besides evaluation.sequences={sequences}, but "
+            f"the validation split has {dataset.num_samples} sequences of {dataset.sequence_length} tokens; "
+            "lower either, or raise data.validation_fraction"
+        )

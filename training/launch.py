@@ -181,7 +181,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
 
     Returns None if the run is already complete.
     """
-    from training.data import TokenDataset
+    from training.data import TokenDataset, require_tuning_sequences
     from training.prepare import prepare
 
     directory = config.run_directory
@@ -193,7 +193,11 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     data = prepare(config.data, report=report).absolute()
     length = config.batch.sequence_length
     manifest = TokenDataset.open(data, split="train", sequence_length=length).manifest
-    TokenDataset.open(data, split="validation", sequence_length=length)
+    validation = TokenDataset.open(data, split="validation", sequence_length=length)
+    evaluation = config.evaluation
+    require_tuning_sequences(
+        validation, sequences=evaluation.sequences, tuning_sequences=evaluation.tuning_sequences
+    )
     if manifest.vocab_size > plan.shape.vocab_size:
         raise UserError(
             f"model.vocab_size: {plan.shape.vocab_size}, but the tokenizer of {data} has "

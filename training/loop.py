@@ -20,6 +20,7 @@ from cluster import files, provenance
 from cluster.cli import RunError
 from cluster.record import Record
 from optim import groups
+from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from training.data import SampleOrder, TokenDataset, micro_batch, validation_bat
 from training.engine import make_engine, zero_init
 from training.meter import Meter
 from training.model import IGNORED_TARGET, Llama, generate, initialize
+from training.noise_probe import measure_noise
 from training.plan import Plan, make_plan, run_identity
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
@@ -107,9 +109,9 @@ class Trainer:
     def run(self, output: Output) -> dict[str, Any]:
         """All remaining steps. Returns the summary of the run."""
         started = time.time()
-        validation_loss = None
+        held_out: dict[str, float] = {}
         if self.step == 0:
-            output.row({"step": 0, "tokens": 0, "validation_loss": self.validate()})
+            output.row({"step": 0, "tokens": 0, **self.validate()})
         self._start_meter()
         losses: list[Tensor] = []
         while self.step < self.plan.num_steps:
@@ -119,7 +121,9 @@ class Trainer:
                 row = self.row(losses)
                 losses = []
                 if self._due(self.config.evaluation.every_steps) or last:
-                    row["validation_loss"] = validation_loss = self.validate()
+                    row |= (held_out := self.validate())
+                if (every := self.config.optim.noise.measure_every_steps) and self._due(every):
+                    row |= self.measure_noise()
                 output.row(row)
                 self._start_meter()
             if self._due(self.config.checkpoint.every_steps) or last:
@@ -130,7 +134,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.plan.tokens_per_step,
             "skipped_steps": self.step - self.optimizer.applied_steps,
-            "validation_loss": validation_loss if validation_loss is not None else self.validate(),
+            **(held_out or self.validate()),
             "wall_seconds": time.time() - started,
             "resumed_from_step": self.resumed_from,
             "num_parameters": self.plan.shape.num_parameters,
@@ -178,18 +182,42 @@ class Trainer:
         health = self.optimizer.health()
         return {f"optimizer_{name}": value for name, value in health.items()}
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss in nats per token over the held-out sequences, the same ones every time."""
-        with self.optimizer.at_weights():
-            return self._mean_validation_loss()
+    def measure_noise(self) -> dict[str, Any]:
+        """The noise of the gradients at this point, on the micro-batches that come next."""
+        config = self.config.optim.noise
+        accumulation = self.plan.accumulation
+        batches = [
+            self._micro_batch(i % accumulation, steps_ahead=i // accumulation) for i in range(config.samples)
+        ]
+        return measure_noise(
+            self.engine.module,
+            self.members,
+            batches,
+            norm=parse_norm(config.norm),
+            context=self.context,
+        )
 
-    def _mean_validation_loss(self) -> float:
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean losses in nats per token over held-out sequences, the same ones every time.
+
+        `validation_loss`, and where the configuration asks for tuning sequences, which are others,
+        `tuning_loss`.
+        """
+        evaluation = self.config.evaluation
+        with self.optimizer.at_weights():
+            losses = {"validation_loss": self._held_out_loss(evaluation.sequences)}
+            if tuning := evaluation.tuning_sequences:
+                losses["tuning_loss"] = self._held_out_loss(tuning, apart_from=evaluation.sequences)
+        return losses
+
+    def _held_out_loss(self, sequences: int, *, apart_from: int = 0) -> float:
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
         for tokens, weights in validation_batches(
             self.validation_set,
-            sequences=self.config.evaluation.sequences,
+            sequences=sequences,
+            apart_from=apart_from,
             rank=self.context.rank,
             world_size=self.context.world_size,
             micro_sequences=self.config.batch.micro_sequences,
@@ -274,16 +302,12 @@ class Trainer:
 
     # --- details ------------------------------------------------------------------------------------------
 
-    @property
-    def _consumed_samples(self) -> int:
-        return self.step * self.plan.samples_per_step
-
-    def _micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+    def _micro_batch(self, micro_step: int, *, steps_ahead: int = 0) -> tuple[Tensor, Tensor]:
         tokens = torch.from_numpy(
             micro_batch(
                 self.train_set,
                 self.order,
-                consumed_samples=self._consumed_samples,
+                consumed_samples=(self.step + steps_ahead) * self.plan.samples_per_step,
                 micro_step=micro_step,
                 rank=self.context.rank,
                 world_size=self.context.world_size,

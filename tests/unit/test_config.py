@@ -103,6 +103,23 @@ def test_typos_and_wrong_types_name_the_key_on_the_command_line_and_in_a_file(ar
     assert names in refusal(file=file, schema=Outer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    items: dict[str, Inner] = key(dict, "sections by a name of the user's")
+    numbers: tuple[int, ...] = key((), "some numbers")
+
+
+def test_sections_by_name_merge_and_name_their_keys(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("items:\n  a: {size: 2}\n")
+    found = layered.load(Named, file=file, dotlist=["items.a.rate=3", "items.b.size=4"])
+    assert found.items == {"a": Inner(2, 3.0), "b": Inner(size=4)}
+    assert "unknown key 'items.a.sise'; keys here: size, rate" in refusal("items.a.sise=1", schema=Named)
+    for wrong in ("items=[1]", "items=1"):
+        assert "items: is a mapping of names to Inner" in refusal(wrong, schema=Named)
+    assert "an item could not be converted to Integer" in refusal("numbers=[x]", schema=Named)
+
+
 def test_the_message_says_which_layer_is_wrong(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("inner:\n  sise: 1\n")
@@ -237,6 +254,12 @@ REFUSED = {
     "optim.matrix.velocity_decay": ["1", "-0.1"],
     "optim.matrix.lookahead": ["-1"],
     "optim.matrix.ramp_steps": ["-1"],
+    "optim.noise.inject": ["cauchy", "student"],  # the default clips
+    "optim.noise.moment": ["1", "2.1"],
+    "optim.noise.scale": ["-1", "nan"],
+    "optim.noise.measure_every_steps": ["-1"],
+    "optim.noise.samples": ["1"],
+    "optim.noise.norm": ["nuclear"],
     "optim.scion.norms": [
         f"['{entry}']" for entry in ("=spectral", "*=spectrum", "*=schatten:x", "*=spectral@x", "*=sign@0")
     ],
@@ -262,6 +285,7 @@ REFUSED = {
     "checkpoint.keep": ["0"],
     "evaluation.every_steps": ["0"],
     "evaluation.sequences": ["0"],
+    "evaluation.tuning_sequences": ["-1"],
     "evaluation.sample_tokens": ["-1"],
     "record.every_steps": ["0"],
     "record.wandb": ["on"],
@@ -275,7 +299,22 @@ def test_a_refused_value_names_its_key(name):
         assert refusal(f"{name}={value}").startswith(f"{name}: "), value
 
 
-REFUSED_TOGETHER = {"zero.offload_optimizer": ("zero.stage=0", "zero.offload_optimizer=true")}
+REFUSED_TOGETHER = {
+    "zero.offload_optimizer": ("zero.stage=0", "zero.offload_optimizer=true"),
+    "optim.noise.tail": ("optim.clip=0", "optim.noise.inject=student", "optim.noise.tail=1.5"),
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (REFUSED_TOGETHER["optim.noise.tail"], "optim.noise.tail"),
+        (("optim.clip=0", "optim.noise.inject=stable", "optim.noise.tail=2.1"), "optim.noise.tail"),
+        (("zero.stage=3", "optim.noise.measure_every_steps=1"), "optim.noise.measure_every_steps"),
+    ],
+)
+def test_noise_that_cannot_be_is_refused(keys, name):
+    assert refusal(*keys).startswith(f"{name}: ")
 
 
 def test_offload_is_refused_in_stage_0_which_has_no_shards():

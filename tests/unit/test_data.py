@@ -17,6 +17,7 @@ from training.data import (
     Split,
     TokenDataset,
     micro_batch,
+    require_tuning_sequences,
     validation_batches,
 )
 
@@ -215,6 +216,32 @@ def test_validation_spans_the_split(folder: Path) -> None:
     dataset = TokenDataset.open(folder, split="validation", sequence_length=LENGTH)
     batches = validation_batches(dataset, sequences=4, rank=0, world_size=1, micro_sequences=4)
     assert [tokens[:, 0].tolist() for tokens, _ in batches] == [dataset.samples([0, 2, 5, 7])[:, 0].tolist()]
+
+
+@pytest.mark.parametrize(("sequences", "tuning"), [(1, 1), (4, 3), (5, 5), (9, 1)])
+def test_tuning_sequences_are_none_of_the_validation_sequences(
+    folder: Path, sequences: int, tuning: int
+) -> None:
+    dataset = TokenDataset.open(folder, split="validation", sequence_length=LENGTH)
+    assert dataset.num_samples == 10
+
+    def rows(count: int, apart_from: int) -> list[list[int]]:
+        batches = validation_batches(
+            dataset, sequences=count, apart_from=apart_from, rank=0, world_size=1, micro_sequences=2
+        )
+        return [row for tokens, weights in batches for row in tokens[weights == 1].tolist()]
+
+    validation, others = rows(sequences, 0), rows(tuning, sequences)
+    assert len(validation) == sequences and len(others) == tuning
+    assert not [row for row in others if row in validation]
+    require_tuning_sequences(dataset, sequences=sequences, tuning_sequences=tuning)
+
+
+def test_too_small_a_split_for_tuning_sequences_says_what_to_change(folder: Path) -> None:
+    dataset = TokenDataset.open(folder, split="validation", sequence_length=LENGTH)
+    require_tuning_sequences(dataset, sequences=99, tuning_sequences=0)
+    with pytest.raises(DataError, match=r"tuning_sequences: 4 .*sequences=7.* 10 sequences .*fraction"):
+        require_tuning_sequences(dataset, sequences=7, tuning_sequences=4)
 
 
 # --- refusals -----------------------------------------------------------------------------------------
