@@ -98,7 +98,7 @@ def test_the_same_command_finishes_it(folder: Path) -> None:
     assert [row["phase"] for row in found] == ["tuning"] * 4 + ["report"] * 2
     assert {(row["phase"], row["seed"]) for row in found} == {("tuning", "0"), ("report", "1")}
     losses = {row["run"]: float(row["validation_loss"]) for row in found}
-    assert all(2 < loss < 5.8 for loss in losses.values())  # ln(320) = 5.77 at the start
+    assert all(0.5 < loss < 5.5 for loss in losses.values())  # ln(320) = 5.77 at the start; few sentences
     assert all(row["tuning_loss"] != row["validation_loss"] for row in found)
     for rule in ("adamw", "muon"):
         tuning = [row for row in found if row["rule"] == rule and row["phase"] == "tuning"]
