@@ -319,7 +319,9 @@ class TransportedScion(Scion):
     Attributes:
         transport: c. At β = 0.95 the paper's c = 1 looks 19 steps ahead.
         cap: the largest c·β/(1-β), in steps.
-        ramp_steps: over how many steps the factor rises from 0.
+        ramp_steps: over how many steps the factor rises from 0. Momentum that starts at zero makes
+            β/(1-β)·(1-β^t) the exact factor after step t; 1/(1-β) comes close, and 0 overshoots at first
+            (training/synthetic.py measures it).
     """
 
     transport: float = 1.0

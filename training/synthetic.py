@@ -776,7 +776,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         axes.set(yscale="log", title=f"p = {moment['p']:g}")
         axes.set(xlabel="T (gradients)", ylabel="mean dual norm of the gradient")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7, loc="lower left")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # off the points
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
