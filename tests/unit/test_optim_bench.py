@@ -151,13 +151,13 @@ def test_the_models_elements_and_flops_are_those_that_training_counts():
 
 
 def test_a_forecast_on_one_gpu_by_hand():
-    # Four 2 x 2, two 4 x 2 and a 2 x 4: 40 elements. Orthogonalised by 20 n³ = 160 and 6 n²m + 14 n³ = 208.
+    # Four 2 x 2, two 4 x 2 and a 2 x 4: 40 elements. Orthogonalised by 20 n³ = 160 and 6 n²m + 20 n³ = 256.
     model = Model(hidden=2, ffn=4, num_layers=1, vocabulary=3)
     found = forecast.estimate(SIMPLE, model, num_gpus=1, **PLAIN)
     flops_per_token = 6 * (40 + 3 * 2) + 12 * 1 * 2 * 5
     assert found["train_ms"] == pytest.approx(1e3 * 3 * flops_per_token / (0.5 * 1000))
-    assert found["owned_flops"] == 4 * 160 + 3 * 208
-    assert found["orthogonalize_ms"] == pytest.approx(1e3 * (4 * 160 + 3 * 208) / (0.25 * 1000))
+    assert found["owned_flops"] == 4 * 160 + 3 * 256
+    assert found["orthogonalize_ms"] == pytest.approx(1e3 * (4 * 160 + 3 * 256) / (0.25 * 1000))
     assert found["passes_ms"] == pytest.approx(1e3 * 24 * 40 / 100)
     assert found["adamw_ms"] == pytest.approx(1e3 * 28 * 40 / 100)
     assert found["exchange_zero1_ms"] == found["exchange_zero3_ms"] == 0
@@ -184,8 +184,8 @@ def test_the_1b4_on_eight_a40_by_hand():
     assumed = bench.Assumptions()
     found = bench.plan_case(assumed)["NVIDIA A40"]
     n, m, peak = 2048, 5504, sheet.bf16_tflops * 1e12
-    assert found["owned_flops"] == 12 * 20 * n**3 + 9 * (6 * n * n * m + 14 * n**3)
-    assert found["orthogonalize_ms"] == pytest.approx(48.9, abs=0.05)
+    assert found["owned_flops"] == 12 * 20 * n**3 + 9 * (6 * n * n * m + 20 * n**3)
+    assert found["orthogonalize_ms"] == pytest.approx(54.0, abs=0.05)
     shard = 3 * (4 * n * n + 3 * n * m)
     assert found["shard_elements"] == shard
     assert found["passes_ms"] == pytest.approx(1e3 * 24 * shard / 696e9)
@@ -195,7 +195,7 @@ def test_the_1b4_on_eight_a40_by_hand():
     assert found["train_ms"] == pytest.approx(
         1e3 * LLAMA_1B4.flops_per_token(2048) * 524288 / 8 / (0.4 * peak)
     )
-    assert found["share_zero1"] == pytest.approx(0.0054, abs=1e-4)
+    assert found["share_zero1"] == pytest.approx(0.0059, abs=1e-4)
 
 
 def test_the_plan_prints_every_term_on_a_line_of_its_own_and_the_verdict(capsys):
@@ -203,12 +203,12 @@ def test_the_plan_prints_every_term_on_a_line_of_its_own_and_the_verdict(capsys)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     terms = ["train", "orthogonalize", "passes", "adamw", "exchange_zero1", "exchange_zero3"]
     assert [line[0] for line in lines] == ["NVIDIA", *terms, "share,", "share,"] * 2
-    assert lines[7][:3] == ["share,", "ZeRO-1", "0.17%"] and lines[7][-1] == "met"
+    assert lines[7][:3] == ["share,", "ZeRO-1", "0.19%"] and lines[7][-1] == "met"
 
 
 def test_the_least_time_of_a_step_by_hand():
     assert forecast.floor_seconds(SIMPLE, [(2, 2), (2, 4)]) == pytest.approx(
-        (160 + 208) / 1000 + 24 * 12 / 100
+        (160 + 256) / 1000 + 24 * 12 / 100
     )
 
 
