@@ -25,7 +25,7 @@ from torch import Tensor
 from optim import kernels, native
 from optim.kernels import SegmentTable
 from optim.ownership import Matrix, Plan, Segment, make_plan
-from optim.rules import DecayingRule, EmaNesterov, MomentumRule, Rule, State, new_state
+from optim.rules import DecayingRule, MomentumRule, Rule, State, new_state
 
 CHUNK_ELEMENTS = 1 << 16  # of a pass on the CPU: weights, gradient and state of one chunk fit its cache
 
@@ -202,7 +202,7 @@ class FusedStep:
                     flat.grad.view(-1), self._state(flat)["momentum"].view(-1), group.local, squares, table,
                     beta=self.rule.momentum, nesterov=self.rule.nesterov,
                 )  # fmt: skip
-                group.squares.index_add_(0, group.numbers(pieces), squares)
+                group.squares.index_add_(0, group.numbers(flat), squares)
             else:
                 for piece in pieces:
                     self._direction(piece)
@@ -345,18 +345,23 @@ class _Group:
             by_flat.setdefault(id(piece.fragment.flat), (piece.fragment.flat, []))[1].append(piece)
         self.by_flat = list(by_flat.values())
         self._tables = {id(flat): self._table(flat, own) for flat, own in self.by_flat}
+        self._numbers = {
+            id(flat): torch.tensor([piece.number for piece in own], device=device)
+            for flat, own in self.by_flat
+        }
 
     def table(self, flat: Tensor) -> SegmentTable | None:
         """Where the pieces in `flat` lie, for the kernels; None if the passes go chunk by chunk."""
         return self._tables[id(flat)]
 
-    def numbers(self, pieces: list["_Piece"]) -> Tensor:
-        """The matrices' numbers in the plan, as an index."""
-        return torch.tensor([piece.number for piece in pieces], device=self.squares.device)
+    def numbers(self, flat: Tensor) -> Tensor:
+        """The numbers in the plan of the matrices with pieces in `flat`, as an index."""
+        return self._numbers[id(flat)]
 
     def _table(self, flat: Tensor, pieces: list["_Piece"]) -> SegmentTable | None:
-        linear = isinstance(self.rule, MomentumRule) and not isinstance(self.rule, EmaNesterov)
-        if not linear or flat.device != self.local.device:
+        if not (isinstance(self.rule, MomentumRule) and self.rule.in_kernels):
+            return None
+        if flat.device != self.local.device:
             return None
         if kernels.unsupported(flat.device, self.rule.dtype) is not None:
             return None

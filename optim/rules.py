@@ -154,6 +154,7 @@ class MomentumRule(DecayingRule):
     nesterov: bool = True
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum",)
+    in_kernels: ClassVar[bool] = True  # `direction` is this one and `finish` says all of `apply`
 
     def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
         momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
@@ -238,6 +239,7 @@ class EmaNesterov(Muon):
     ramp_steps: int = 0
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum", "velocity")
+    in_kernels: ClassVar[bool] = False
 
     @property
     def looks_ahead(self) -> bool:  # type: ignore[override]

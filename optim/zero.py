@@ -132,8 +132,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Keys: "imbalance" of the owners' FLOPs; "orthogonalisations", in that step over all ranks;
         "<phase>_seconds" for each of PHASES, of the slowest rank; after a step with
-        `inspect`, "orthogonality_error" (‖OOᵀ - I‖_F / √n, mean over the matrices), its "_max", and
-        "update_rms" (root mean square of the scaled updates).
+        `inspect`, "orthogonality_error" (‖OOᵀ - I‖_F / √n, mean over the matrices under rules that mean to
+        orthogonalise), its "_max", and "update_rms" (of the scaled updates, over all matrices).
         """
         steps = [unit.health for unit in self._units.values()]
         timed = [health.read() for health in steps]
@@ -143,21 +143,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         transforms = sum(health.transforms for health in steps)
         assert self._engine is not None, "bind the optimizer first"
         largest = torch.tensor([*seconds, max(errors, default=0.0)], dtype=torch.float64)
-        sums = torch.tensor([len(errors), sum(errors), sum(squares), transforms], dtype=torch.float64)
+        counted = [len(errors), sum(errors), len(squares), sum(squares), transforms]
+        sums = torch.tensor(counted, dtype=torch.float64)
         largest, sums = largest.to(self._engine.device), sums.to(self._engine.device)
         if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             dist.all_reduce(sums)
         found: dict[str, float] = {
             "imbalance": max((plan.imbalance for plan in self.plans), default=0.0),
-            "orthogonalisations": sums[3].item(),
+            "orthogonalisations": sums[-1].item(),
         }
         found |= {f"{phase}_seconds": value for phase, value in zip(PHASES, largest.tolist(), strict=False)}
-        count, total_error, total_square, _ = sums.tolist()
-        if count:
-            found["orthogonality_error"] = total_error / count
+        num_errors, total_error, num_squares, total_square, _ = sums.tolist()
+        if num_errors:
+            found["orthogonality_error"] = total_error / num_errors
             found["orthogonality_error_max"] = largest[-1].item()
-            found["update_rms"] = (total_square / count) ** 0.5
+        if num_squares:
+            found["update_rms"] = (total_square / num_squares) ** 0.5
         return found
 
     @property
@@ -326,11 +328,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Collective. It keeps this rank's share of the points aside for as long as the block lasts.
         """
-        ahead = [unit for unit in self._units.values() if unit.rule.looks_ahead]
-        models = {id(f.model): f.model for unit in ahead for f in unit.fragments if f.model is not None}
         if not self.looks_ahead:
             yield
             return
+        ahead = [unit for unit in self._units.values() if unit.rule.looks_ahead]
+        models = {id(f.model): f.model for unit in ahead for f in unit.fragments if f.model is not None}
         points = [(model, model.clone()) for model in models.values()]
         self.refresh_weights()
         yield

@@ -214,6 +214,18 @@ class OptimConfig:
         require(self.clip >= 0, "optim.clip", "must not be negative")
         clean = self.noise.inject == "none" or self.clip == 0
         require(clean, "optim.noise.inject", "needs optim.clip=0: the noise comes after clipping")
+        sized = self.noise.inject == "none" or self.noise.scale > 0
+        require(sized, "optim.noise.scale", f"must be positive for optim.noise.inject={self.noise.inject}")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether gradients are taken at another point than the weights (`optim.rules.Rule.looks_ahead`)."""
+        ahead = {
+            "ema_nesterov": self.matrix.lookahead > 0,
+            "transported_scion": min(self.scion.transport, self.scion.transport_cap, self.matrix.momentum)
+            > 0,
+        }
+        return ahead.get(self.matrix.rule, False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from cluster.config import ConfigError
 from optim.groups import Member, attention_splits, by_norm, partition
 from optim.noise import Noise
 from optim.quiet import quiet_deepspeed
@@ -143,11 +144,18 @@ def assign(
     *,
     splits: Mapping[str, tuple[int, ...]],
 ) -> list[Member]:
-    """Every trainable parameter, with the label of its rule in `make_rules`."""
+    """Every trainable parameter, with the label of its rule in `make_rules`.
+
+    Raises:
+        ConfigError: no pattern of `optim.scion.norms` matches a parameter.
+    """
     members = partition(named_parameters, splits=splits)
     if optim.matrix.rule not in SCION_RULES:
         return members
-    return by_norm(members, norm_patterns(optim))
+    try:
+        return by_norm(members, norm_patterns(optim))
+    except ValueError as error:
+        raise ConfigError(f"optim.scion.norms: {error}; add '*=spectral' or another norm for it") from error
 
 
 def peak_lrs(optim: OptimConfig) -> dict[str, float]:

@@ -73,9 +73,11 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
     """Derive the plan, for `workers.count` workers or the number that is really there.
 
     Raises:
-        ConfigError: no such shape, a batch that does not divide, fewer tokens than one step, an unknown
-            accelerator, or more memory than the accelerator has. Names the keys to change.
+        ConfigError: no such shape, a batch that does not divide, fewer tokens than one step, a rule that has
+            nowhere to keep its point ahead, an unknown accelerator, or more memory than the accelerator has.
+            Names the keys to change.
     """
+    _require_room_ahead(config)
     workers, batch = num_workers or config.workers.count, config.batch
     shape = resolve_shape(config)
     tokens_per_pass = workers * batch.micro_sequences * batch.sequence_length
@@ -113,6 +115,23 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
             f"{plan.describe()}"
         )
     return plan
+
+
+def _require_room_ahead(config: TrainConfig) -> None:
+    """Refuse what `optim.zero.ZeroOptimizer.bind` would: no copy of the weights beside the masters."""
+    if not config.optim.looks_ahead:
+        return
+    rule, zero = config.optim.matrix.rule, config.zero
+    if zero.stage == 0 and config.precision == "fp32":
+        raise ConfigError(
+            f"optim.matrix.rule: {rule} takes gradients ahead of the weights, and with zero.stage=0 in fp32 "
+            "there is no second copy of them to hold that point; use zero.stage=1 or precision=bf16"
+        )
+    if zero.stage == 3 and zero.offload_optimizer and config.workers.gpu:
+        raise ConfigError(
+            f"optim.matrix.rule: {rule} takes gradients ahead of the weights, and the step on the CPU cannot "
+            "write that point to the GPU in zero.stage=3; use zero.offload_optimizer=false or zero.stage=2"
+        )
 
 
 def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from optim.polar import METHODS
 from optim.rules import LINES, SCALES
 from training import config as training_config
 from training.config import TrainConfig, load
+from training.plan import make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +312,7 @@ REFUSED_TOGETHER = {
         (REFUSED_TOGETHER["optim.noise.tail"], "optim.noise.tail"),
         (("optim.clip=0", "optim.noise.inject=stable", "optim.noise.tail=2.1"), "optim.noise.tail"),
         (("zero.stage=3", "optim.noise.measure_every_steps=1"), "optim.noise.measure_every_steps"),
+        (("optim.clip=0", "optim.noise.inject=gaussian"), "optim.noise.scale"),
     ],
 )
 def test_noise_that_cannot_be_is_refused(keys, name):
@@ -322,6 +324,19 @@ def test_offload_is_refused_in_stage_0_which_has_no_shards():
     assert message == "zero.offload_optimizer: needs zero.stage>=1"
     for stage in (1, 2, 3):
         assert load(dotlist=[f"zero.stage={stage}", "zero.offload_optimizer=true"]).zero.offload_optimizer
+
+
+@pytest.mark.parametrize("rule", ["transported_scion", "ema_nesterov"])
+def test_a_rule_that_looks_ahead_needs_a_copy_of_the_weights(rule):
+    keys = [f"optim.matrix.rule={rule}", "zero.stage=0", "precision=fp32"]
+    with pytest.raises(ConfigError, match=r"^optim\.matrix\.rule: .* use zero\.stage=1 or precision=bf16$"):
+        make_plan(load(dotlist=keys))
+    offload = ["zero.stage=3", "zero.offload_optimizer=true", "workers.gpu=true"]
+    with pytest.raises(ConfigError, match=r"use zero\.offload_optimizer=false or zero\.stage=2$"):
+        make_plan(load(dotlist=[keys[0], *offload]))
+    nowhere = {"transported_scion": "optim.scion.transport=0", "ema_nesterov": "optim.matrix.lookahead=0"}
+    for allowed in (["zero.stage=1"], ["precision=bf16"], [nowhere[rule]]):
+        assert make_plan(load(dotlist=[*keys, *allowed])).num_steps > 0
 
 
 def test_every_check_of_the_schema_is_exercised_above():
