@@ -25,13 +25,6 @@ DRIVER_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; said aloud, so that 2.60 does not warn
 }
 
-# Besides, for an embedded Ray, which serves this process alone: no actor that waits for a node to be taken
-# away, and no metrics that nobody scrapes. It starts sooner; the steps take as long (`training.bench`).
-LOCAL_ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
-
 # Set in every training process, under Ray and under torchrun alike.
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # a worker forks after the tokenizer has threads
@@ -82,8 +75,6 @@ def ray_session(
             wait for them for ever.
     """
     set_defaults(DRIVER_ENVIRONMENT)
-    if config.address == "local":
-        set_defaults(LOCAL_ENVIRONMENT)
     import ray
 
     runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
