@@ -19,7 +19,8 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
     "training": ("cluster", "optim"),
     "serving": ("cluster", "training.shapes", "training.model"),
 }
-BESIDES = {  # entry point -> what it alone of its room may import too: a bench is no mathematics
+BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
+    "optim.native": ("cluster.compiled",),
     "optim.bench": (
         "cluster.benchmark",
         "cluster.cli",

@@ -253,6 +253,16 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
     )
 
 
+def eos_ids(directory: Path) -> list[int]:
+    """The tokens that end a text, of a Hugging Face directory; generation_config.json goes before config.json."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
 def to_hf_config(
     shape: LlamaShape, *, dtype: str, eos_id: int | None = None, bos_id: int | None = None
 ) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""A decoder step in torch, on any device: tokens of many requests in, logits out, keys and values kept.
+
+`serving.native.NativeDecoder` does the same on a CPU with AVX-512 BF16. On a GPU, steps that only decode
+replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serving.scheduler import BLOCK_TOKENS, Span, num_blocks
+from training.model import Llama
+
+
+class StepDecoder(Protocol):
+    """Runs the model over the tokens of a step."""
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Logits [S, V], fp32, after the last token of each of the S spans that sample, in order."""
+
+
+class TorchDecoder:
+    """The decoder in torch operations.
+
+    Args:
+        model: on its device.
+        num_blocks: of the cache, of `BLOCK_TOKENS` tokens each. One more is kept for what padding writes.
+        slots: most requests of a step.
+        graphs: use CUDA graphs for steps that only decode.
+    """
+
+    def __init__(self, model: Llama, *, num_blocks: int, slots: int, graphs: bool) -> None:
+        shape, weight = model.shape, model.model.norm.weight
+        self.device = weight.device
+        self._model = model
+        self._spare = num_blocks
+        size = (shape.num_layers, 2, num_blocks + 1, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+        self._cache = torch.zeros(size, dtype=weight.dtype, device=self.device)
+        self._graphs = _Graphs(self, slots=slots) if graphs else None
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """See `StepDecoder`."""
+        num_decoding = sum(1 for span in spans if span.stop - span.start == 1)
+        if self._graphs is not None and num_decoding == len(spans):
+            return self._graphs.replay(spans)
+        # Each span of several tokens attends by itself; those of one token attend together.
+        ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
+        decoding, prefilling = ordered[:num_decoding], ordered[num_decoding:]
+        last, rows = {}, 0
+        for span in ordered:
+            rows += span.stop - span.start
+            last[id(span)] = rows - 1
+        tokens = [t for span in ordered for t in span.sequence.tokens[span.start : span.stop]]
+        positions = [p for span in ordered for p in range(span.start, span.stop)]
+        places = [
+            span.sequence.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
+            for span in ordered
+            for p in range(span.start, span.stop)
+        ]
+        attention = _Attention(self._cache, self._tensor(places))
+        if decoding:
+            attention.add(*self._decoding(decoding))
+        for span in prefilling:
+            attention.add(*self._prefilling(span))
+        hidden = self._model.model(
+            self._tensor(tokens)[None], positions=self._tensor(positions)[None], attend=attention
+        )[0]
+        wanted = [last[id(span)] for span in spans if span.samples]
+        return self._model.lm_head(hidden[wanted]).float()
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
+        """Logits [B, V] of a step that only decodes: tokens, positions [B] and blocks [B, N], all int64."""
+        block = blocks.gather(1, positions[:, None] // BLOCK_TOKENS)[:, 0]
+        attention = _Attention(self._cache, block * BLOCK_TOKENS + positions % BLOCK_TOKENS)
+        attention.add(blocks, _visible(blocks, positions[:, None]), 1)
+        hidden = self._model.model(tokens[None], positions=positions[None], attend=attention)[0]
+        return self._model.lm_head(hidden).float()
+
+    def inputs(
+        self, spans: Sequence[Span], *, width: int, size: int
+    ) -> tuple[list[int], list[int], list[list[int]]]:
+        """Tokens, positions [size] and blocks [size, width] of spans of one token, padded with the spare."""
+        empty = size - len(spans)
+        tokens = [span.sequence.tokens[span.start] for span in spans] + [0] * empty
+        positions = [span.start for span in spans] + [0] * empty
+        rows = [span.sequence.blocks[: num_blocks(span.stop)] for span in spans] + [[]] * empty
+        return tokens, positions, [row + [self._spare] * (width - len(row)) for row in rows]
+
+    def _decoding(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, int]:
+        width = max(num_blocks(span.stop) for span in spans)
+        _, positions, blocks = self.inputs(spans, width=width, size=len(spans))
+        found = self._tensor(blocks)
+        return found, _visible(found, self._tensor(positions)[:, None]), 1
+
+    def _prefilling(self, span: Span) -> tuple[Tensor, Tensor, int]:
+        blocks = self._tensor(span.sequence.blocks[: num_blocks(span.stop)])[None]
+        positions = torch.arange(span.start, span.stop, device=self.device)[None]
+        return blocks, _visible(blocks, positions), span.stop - span.start
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _visible(blocks: Tensor, positions: Tensor) -> Tensor:
+    """[B, 1, T, N·BLOCK_TOKENS]: whether a token at positions [B, T] sees each token of its blocks [B, N]."""
+    places = torch.arange(blocks.shape[1] * BLOCK_TOKENS, device=blocks.device)
+    return (places <= positions[..., None])[:, None]
+
+
+class _Attention:
+    """`attend` of `training.model` over a cache in blocks.
+
+    Args:
+        cache: [layers, 2, blocks, BLOCK_TOKENS, K, C].
+        places: [M], where the step's tokens go in each layer's cache, counted in tokens.
+    """
+
+    def __init__(self, cache: Tensor, places: Tensor) -> None:
+        self._cache, self._places = cache, places
+        self._parts: list[tuple[Tensor, Tensor, int]] = []
+
+    def add(self, blocks: Tensor, visible: Tensor, num_tokens: int) -> None:
+        """The next B·num_tokens rows are B requests with these blocks [B, N], seeing what `visible` says."""
+        self._parts.append((blocks, visible, num_tokens))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, H, M, C]; k, v [1, K, M, C]."""
+        cached = self._cache[layer]
+        for store, new in zip(cached.flatten(1, 2), (k, v), strict=True):
+            store[self._places] = new[0].transpose(0, 1)
+        mixed, row = [], 0
+        for blocks, visible, num_tokens in self._parts:
+            num_rows = len(blocks) * num_tokens
+            queries = q[0, :, row : row + num_rows].unflatten(1, (len(blocks), num_tokens)).transpose(0, 1)
+            keys, values = (kept[blocks].flatten(1, 2).transpose(1, 2) for kept in cached)
+            part = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            mixed.append(part.transpose(0, 1).flatten(1, 2))  # [H, rows, C]
+            row += num_rows
+        return torch.cat(mixed, dim=1)[None]
+
+
+class _Graphs:
+    """CUDA graphs of steps that only decode, one for each size of batch and of context, made when first met.
+
+    Sizes are powers of two and what is left of a step is padding, so that few graphs serve all. Never run
+    here: there was no GPU (see README).
+    """
+
+    def __init__(self, decoder: TorchDecoder, *, slots: int) -> None:
+        self._decoder, self._slots = decoder, slots
+        self._made: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._pool: Any = None
+
+    def replay(self, spans: Sequence[Span]) -> Tensor:
+        """Logits [S, V]; S is the number of spans."""
+        size = min(_power_of_two(len(spans)), self._slots)
+        width = _power_of_two(max(num_blocks(span.stop) for span in spans))
+        values = self._decoder.inputs(spans, width=width, size=size)
+        if (size, width) not in self._made:
+            self._made[size, width] = self._capture(size, width)
+        graph, inputs, logits = self._made[size, width]
+        for tensor, value in zip(inputs, values, strict=True):
+            tensor.copy_(torch.tensor(value, dtype=torch.int64), non_blocking=True)
+        graph.replay()
+        return logits[: len(spans)]
+
+    def _capture(self, size: int, width: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        device = self._decoder.device
+        spare = self._decoder.inputs([], width=width, size=size)
+        inputs = tuple(torch.tensor(value, dtype=torch.int64, device=device) for value in spare)
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):  # the first runs choose kernels and allocate workspaces
+            for _ in range(2):
+                self._decoder.step(*inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._decoder.step(*inputs)
+        self._pool = self._pool or graph.pool()
+        return graph, inputs, logits
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

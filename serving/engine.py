@@ -1,0 +1,177 @@
+"""What a serving engine is: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
+
+Two implementations: `serving.torch_engine` (ours) and `serving.vllm_engine`. Text is not their matter:
+`serving.text` turns it into token ids and back.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue a prompt.
+
+    Attributes:
+        max_tokens: most tokens to sample, at least 1.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
+        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew.
+        ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
+        logprobs: report each sampled token's log-probability.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+class Token(NamedTuple):
+    """A sampled token.
+
+    Attributes:
+        id: in the vocabulary.
+        logprob: ln of its probability under the model at temperature 1; None unless asked for.
+        finish: None but for the last token: "stop" (it ends the text) or "length".
+    """
+
+    id: int
+    logprob: float | None
+    finish: Finish | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine serves, and with what: for /v1/models, for ceilings and for the record.
+
+    Attributes:
+        context_tokens: most tokens of prompt and continuation together.
+        num_slots: most requests that run at once; others wait.
+        weight_bytes: read in each decoding step: all weights but the input embedding.
+        kv_bytes_per_token: keys and values of one token in all layers, bytes.
+        flops_per_token: 2 FLOPs for each weight that a token is multiplied with; attention is not in it.
+        details: anything else that a reader of a report wants to know, such as why a kernel is not used.
+    """
+
+    engine: str
+    model: str
+    device: str
+    dtype: str
+    context_tokens: int
+    vocab_size: int
+    num_parameters: int
+    num_slots: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    details: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing, and has done since it started."""
+
+    running: int
+    waiting: int
+    free_cache_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: int
+    cancelled: int
+    steps: int
+
+
+class RequestError(ValueError):
+    """A request that this engine can never serve. The message names the parameter and the remedy."""
+
+
+class Overloaded(Exception):
+    """The queue is full. Try again after `retry_after_seconds`."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineFailed(RuntimeError):
+    """The engine broke while the request was with it; the request may be sent again elsewhere."""
+
+
+# Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
+# must return at once.
+Deliver = Callable[[Sequence[Token] | EngineFailed], None]
+
+
+class Ticket(Protocol):
+    """A request that an engine has taken."""
+
+    def cancel(self) -> None:
+        """Forget the request: its slot is free within one step, and no more is delivered. Thread-safe."""
+
+
+class Engine(Protocol):
+    """See the module. Every method may be called from any thread."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Ticket:
+        """Take a request. Raises `RequestError`, `Overloaded`, or `EngineFailed` if the engine is broken."""
+
+    def stats(self) -> EngineStats: ...
+
+    def failure(self) -> str | None:
+        """Why the engine can serve no more, or None while it can."""
+
+    def close(self) -> None:
+        """Stop, and end every request with `EngineFailed`."""
+
+
+class Stream:
+    """A request's tokens as an asynchronous iterator over lists: what has come since the last look.
+
+    Make it in the event loop that reads it. Leaving it early means `cancel`.
+    """
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[Sequence[Token] | EngineFailed] = deque()
+        self._wake = asyncio.Event()
+        self._ticket = engine.submit(prompt, sampling, self._deliver)
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+
+    def _deliver(self, tokens: Sequence[Token] | EngineFailed) -> None:
+        self._arrived.append(tokens)
+        # A RuntimeError: the loop is closed, so that nobody reads any more.
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:
+            self._ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[list[Token]]:
+        """Raises `EngineFailed`."""
+        finished = False
+        while not finished:
+            await self._wake.wait()
+            self._wake.clear()
+            tokens: list[Token] = []
+            while self._arrived:
+                item = self._arrived.popleft()
+                if isinstance(item, EngineFailed):
+                    if tokens:
+                        yield tokens
+                    raise item
+                tokens += item
+            finished = bool(tokens) and tokens[-1].finish is not None
+            if tokens:
+                yield tokens

@@ -1,0 +1,57 @@
+"""The next tokens of many requests from their logits, each drawn from its own source of chance."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from serving.engine import Sampling
+
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
+
+
+def choose(
+    logits: Tensor, samplings: Sequence[Sampling], chances: Sequence[random.Random]
+) -> tuple[list[int], list[float | None]]:
+    """One token for each row: its id, and its log-probability at temperature 1 where that is asked for.
+
+    A row's token depends on its own logits, sampling and source of chance alone, not on the other rows.
+
+    Args:
+        logits: [S, V], fp32, any device.
+        samplings, chances: of each row.
+    """
+    ids = logits.argmax(dim=-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
+    if drawn:
+        ids[drawn] = _draw(
+            logits[drawn],
+            temperatures=[samplings[row].temperature for row in drawn],
+            top_ps=[samplings[row].top_p for row in drawn],
+            uniforms=[chances[row].random() for row in drawn],
+        )
+    logprobs: list[float | None] = [None] * len(samplings)
+    asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs]
+    if asked:
+        normed = logits[asked].log_softmax(dim=-1)
+        found = normed.gather(1, ids[asked, None])[:, 0].tolist()
+        for row, logprob in zip(asked, found, strict=True):
+            logprobs[row] = logprob
+    return ids.tolist(), logprobs
+
+
+def _draw(logits: Tensor, *, temperatures: list[float], top_ps: list[float], uniforms: list[float]) -> Tensor:
+    """Ids [S], by inverting the cumulative probabilities of the likeliest tokens at u in [0, 1)."""
+    device = logits.device
+    probabilities = (logits / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
+    nucleus = min(top_ps) < 1
+    order = None
+    if nucleus:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= torch.tensor(top_ps, device=device)[:, None], 0)
+    cumulative = probabilities.double().cumsum(dim=-1)
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, targets, right=True).clamp_max(logits.shape[-1] - 1)
+    return (places if order is None else order.gather(1, places))[:, 0]

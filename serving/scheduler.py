@@ -1,0 +1,119 @@
+"""Which tokens go into the next step, and where their keys and values lie. Pure: no torch, no threads.
+
+Continuous batching with chunked prefill: each step carries one token of every running request, and fills up
+with the next tokens of prompts, first come first served. The cache is blocks of `BLOCK_TOKENS` tokens; a
+request is admitted when a slot is free and blocks for its prompt and all of `max_tokens`, so that a running
+request never has to give way to another.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+BLOCK_TOKENS = 32
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request and how far it is.
+
+    Attributes:
+        tokens: prompt, then what was sampled.
+        most_tokens: its length at the most.
+        done: how many of `tokens` have gone through the model, and are in the cache.
+        blocks: of the cache; empty unless it runs.
+    """
+
+    tokens: list[int]
+    most_tokens: int
+    done: int = 0
+    blocks: list[int] = field(default_factory=list)
+    prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, stop) of a sequence, in one step; `samples` if the last of them is its newest token."""
+
+    sequence: Request
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Slots, blocks and the queue of one engine. One thread calls it.
+
+    Args:
+        cache_tokens: size of the cache; whole blocks of it are used.
+        step_tokens: most tokens of a step, above `slots`.
+    """
+
+    def __init__(self, *, slots: int, cache_tokens: int, step_tokens: int) -> None:
+        self.num_blocks = cache_tokens // BLOCK_TOKENS
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._slots = slots
+        self._step_tokens = step_tokens
+        self._free = list(range(self.num_blocks))
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free)
+
+    def add(self, sequence: Request) -> None:
+        """Queue it. It must fit an empty cache."""
+        assert num_blocks(sequence.most_tokens) <= self.num_blocks
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Request) -> None:
+        """Take a sequence out, wherever it is: its slot and blocks are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free += sequence.blocks
+            sequence.blocks = []
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def next_step(self) -> list[Span]:
+        """Spans of the next step, those that decode first; empty if there is nothing to do."""
+        while self.waiting and len(self.running) < self._slots and self._admit(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+        ready = [s for s in self.running if len(s.tokens) - s.done == 1]
+        spans = [Span(s, s.done, s.done + 1) for s in ready]
+        room = self._step_tokens - len(spans)
+        for sequence in self.running:
+            left = len(sequence.tokens) - sequence.done
+            if left > 1 and room > 0:
+                taken = min(left, room)
+                spans.append(Span(sequence, sequence.done, sequence.done + taken))
+                room -= taken
+        return spans
+
+    def _admit(self, sequence: Request) -> bool:
+        needed = num_blocks(sequence.most_tokens)
+        if needed > len(self._free):
+            return False
+        sequence.blocks = [self._free.pop() for _ in range(needed)]
+        return True
+
+
+def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """(blocks of every span, one after the other; where those of each span begin)."""
+    blocks: list[int] = []
+    first = []
+    for span in spans:
+        first.append(len(blocks))
+        blocks += span.sequence.blocks[: num_blocks(span.stop)]
+    return blocks, first

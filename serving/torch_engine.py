@@ -1,0 +1,308 @@
+"""Our engine: continuous batching over `serving.decoder` or, on a CPU that can, the compiled decoder.
+
+One thread runs the steps. Requests come in and go out under one lock; tokens are delivered from that thread.
+"""
+
+import random
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cluster.cli import UserError
+from serving import native
+from serving.config import ServeConfig
+from serving.decoder import StepDecoder, TorchDecoder
+from serving.engine import (
+    Deliver,
+    EngineFailed,
+    EngineInfo,
+    EngineStats,
+    Finish,
+    Overloaded,
+    RequestError,
+    Sampling,
+    Token,
+)
+from serving.sampling import choose
+from serving.scheduler import BLOCK_TOKENS, Request, Scheduler
+from training import shapes
+from training.model import Llama, initialize, load_hf
+from training.shapes import LlamaShape
+
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclass(eq=False)
+class _Running(Request):
+    """A request, how to sample it, and whom to tell."""
+
+    sampling: Sampling = field(kw_only=True)
+    deliver: Deliver = field(kw_only=True)
+    chance: random.Random = field(kw_only=True)
+
+
+class _Ticket:
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        self._cancel()
+
+
+class TorchEngine:
+    """See `serving.engine.Engine`.
+
+    Args:
+        decoder: runs the model; called from the engine's thread alone.
+        scheduler: its cache is the decoder's.
+        eos_ids: tokens that end a text.
+        most_waiting: requests that may wait for a slot.
+    """
+
+    def __init__(
+        self,
+        decoder: StepDecoder,
+        scheduler: Scheduler,
+        *,
+        info: EngineInfo,
+        eos_ids: Sequence[int],
+        most_waiting: int,
+        num_threads: int | None = None,
+    ) -> None:
+        self._decoder, self._scheduler, self._info = decoder, scheduler, info
+        self._eos_ids, self._most_waiting = frozenset(eos_ids), most_waiting
+        self._num_threads = num_threads
+        self._lock = threading.Condition()
+        self._closed = False
+        self._failure: str | None = None
+        counted = ("prompt_tokens", "generated_tokens", "finished", "cancelled", "steps")
+        self._counts = dict.fromkeys(counted, 0)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> _Ticket:
+        """See `Engine`. A request must fit the context and the cache with all of its `max_tokens`."""
+        self._check(prompt, sampling)
+        request = _Running(
+            list(prompt),
+            most_tokens=len(prompt) + sampling.max_tokens,
+            sampling=sampling,
+            deliver=deliver,
+            chance=random.Random(sampling.seed),
+        )
+        with self._lock:
+            if self._closed or self._failure:
+                raise EngineFailed(self._failure or "the engine is closed")
+            scheduler = self._scheduler
+            # Those that the next step will admit do not wait.
+            if len(scheduler.waiting) >= self._most_waiting + self._info.num_slots - len(scheduler.running):
+                raise Overloaded(
+                    f"{len(scheduler.waiting)} requests are waiting already, as many as may",
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                )
+            scheduler.add(request)
+            self._lock.notify()
+        return _Ticket(lambda: self._cancel(request))
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            return EngineStats(
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                free_cache_tokens=self._scheduler.num_free_blocks * BLOCK_TOKENS,
+                **self._counts,
+            )
+
+    def failure(self) -> str | None:
+        return self._failure
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        self._thread.join()
+
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        info, total = self._info, len(prompt) + sampling.max_tokens
+        if not prompt:
+            raise RequestError("prompt: is empty; give at least one token")
+        if not all(0 <= token < info.vocab_size for token in prompt):
+            raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
+        if sampling.max_tokens < 1:
+            raise RequestError("max_tokens: must be at least 1")
+        if total > info.context_tokens:
+            raise RequestError(
+                f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
+                f"model's context of {info.context_tokens}; shorten the prompt or lower max_tokens"
+            )
+
+    def _cancel(self, request: _Running) -> None:
+        with self._lock:
+            if request in self._scheduler.running or request in self._scheduler.waiting:
+                self._scheduler.remove(request)
+                self._counts["cancelled"] += 1
+
+    def _work(self) -> None:
+        if self._num_threads:
+            torch.set_num_threads(self._num_threads)  # OpenMP keeps this by thread
+        try:
+            while self._step():
+                pass
+            reason = "the engine was closed"
+        except Exception as error:
+            reason = f"the engine failed: {type(error).__name__}: {error}"
+            traceback.print_exc()
+        with self._lock:
+            self._failure = reason
+            left = [*self._scheduler.running, *self._scheduler.waiting]
+            for request in left:
+                self._scheduler.remove(request)
+        for request in left:
+            request.deliver(EngineFailed(reason))  # type: ignore[attr-defined]
+
+    def _step(self) -> bool:
+        """One step, or a wait until there is something to do. False once the engine is closed."""
+        with self._lock:
+            while not self._closed and not (spans := self._scheduler.next_step()):
+                self._lock.wait()
+            if self._closed:
+                return False
+        logits = self._decoder.forward(spans)
+        sampled: list[_Running] = [span.sequence for span in spans if span.samples]  # type: ignore[misc]
+        ids, logprobs = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
+        told: list[tuple[_Running, Token]] = []
+        with self._lock:
+            self._counts["steps"] += 1
+            for span in spans:
+                span.sequence.done = span.stop
+                if span.samples and span.stop == span.sequence.prompt_tokens:
+                    self._counts["prompt_tokens"] += span.stop
+            for request, token, logprob in zip(sampled, ids, logprobs, strict=True):
+                if not request.blocks:  # cancelled while the step ran
+                    continue
+                request.tokens.append(token)
+                self._counts["generated_tokens"] += 1
+                finish = self._finish(request)
+                if finish is not None:
+                    self._scheduler.remove(request)
+                    self._counts["finished"] += 1
+                told.append((request, Token(token, logprob, finish)))
+        for request, last in told:
+            request.deliver([last])
+        return True
+
+    def _finish(self, request: _Running) -> Finish | None:
+        if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:
+            return "stop"
+        return "length" if len(request.tokens) == request.most_tokens else None
+
+
+def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
+    """The engine that the configuration asks for.
+
+    Args:
+        directory: a Hugging Face LLaMA directory; None with `model.weights=random`.
+        name: what the model is called.
+
+    Raises:
+        UserError: the checkpoint cannot be read, the device is missing, or the cache does not fit.
+    """
+    options = config.engine
+    device = _device(options.device)
+    num_threads = options.threads or torch.get_num_threads()
+    dtype = getattr(torch, options.dtype)
+    try:
+        model, eos_ids = _load(config, directory, dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    shape = model.shape
+    scheduler = Scheduler(
+        slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=options.step_tokens
+    )
+    context = min(
+        options.context_tokens or shape.max_positions,
+        shape.max_positions,
+        scheduler.num_blocks * BLOCK_TOKENS,
+    )
+    details = {"threads": str(num_threads)} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    reason = "engine.compiled=false" if not options.compiled else native.unsupported(device, dtype)
+    decoder: StepDecoder
+    if reason is None:
+        try:
+            decoder = native.NativeDecoder(
+                model,
+                num_blocks=scheduler.num_blocks,
+                slots=options.slots,
+                step_tokens=options.step_tokens,
+                context_tokens=context,
+                num_threads=num_threads,
+            )
+        except ValueError as error:
+            reason = str(error)
+    if reason is not None:
+        decoder = TorchDecoder(
+            model.to(device),
+            num_blocks=scheduler.num_blocks,
+            slots=options.slots,
+            graphs=device.type == "cuda" and options.compiled,
+        )
+    details["compiled decoder"] = "used" if reason is None else f"not used: {reason}"
+    info = describe(
+        shape, dtype=options.dtype, device=device.type, name=name, context=context, slots=options.slots
+    )
+    info.details.update(details)
+    return TorchEngine(
+        decoder,
+        scheduler,
+        info=info,
+        eos_ids=eos_ids,
+        most_waiting=options.waiting,
+        num_threads=num_threads if device.type == "cpu" else None,
+    )
+
+
+def describe(
+    shape: LlamaShape, *, dtype: str, device: str, name: str, context: int, slots: int
+) -> EngineInfo:
+    """What an engine of this shape reads and computes. `dtype` is bfloat16 or float32."""
+    width = 2 if dtype == "bfloat16" else 4
+    return EngineInfo(
+        engine="torch",
+        model=name,
+        device=device,
+        dtype=dtype,
+        context_tokens=context,
+        vocab_size=shape.vocab_size,
+        num_parameters=shape.num_parameters,
+        num_slots=slots,
+        weight_bytes=width * shape.num_matmul_parameters,
+        kv_bytes_per_token=width * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim,
+        flops_per_token=2 * shape.num_matmul_parameters,
+        details={},
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: 'cuda', but torch finds no GPU here; use engine.device=cpu")
+    return torch.device(name)
+
+
+def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) -> tuple[Llama, list[int]]:
+    """The model, on the CPU, and the ids of the tokens that end a text."""
+    if directory is not None:
+        return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
+    assert config.model.shape is not None
+    model = Llama(shapes.resolve(config.model.shape)).to(dtype)
+    initialize(model, seed=config.model.seed)
+    return model, []

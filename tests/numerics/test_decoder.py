@@ -1,0 +1,191 @@
+"""The decoders step by step against whole sequences; draws; padding for CUDA graphs, without a GPU."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from serving import native
+from serving.decoder import TorchDecoder
+from serving.engine import Sampling
+from serving.sampling import choose
+from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
+from training.model import Llama, initialize
+from training.shapes import LlamaShape
+
+REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
+compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+CONTEXT, SLOTS = 256, 6
+
+# Sizes that no panel divides, one query head and groups of several, values narrower and as wide as a panel.
+SHAPES = {
+    "odd": {"hidden_size": 90, "ffn_size": 70, "num_heads": 6, "num_kv_heads": 3, "head_dim": 16},
+    "wide heads": {"hidden_size": 64, "ffn_size": 130, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64},
+    "a group of 8": {"hidden_size": 64, "ffn_size": 96, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32},
+    "tied": {
+        "hidden_size": 64,
+        "ffn_size": 64,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_dim": 128,
+        "tied": True,
+    },
+}
+
+
+def make_model(sizes: dict, dtype: torch.dtype) -> Llama:
+    shape = LlamaShape(vocab_size=333, num_layers=2, max_positions=CONTEXT, **sizes)
+    model = Llama(shape)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() == 2 else torch.rand_like(parameter) + 0.5)
+    return model.to(dtype)
+
+
+def worst_error(decoder: TorchDecoder | native.NativeDecoder, model: Llama, *, num_steps: int = 25) -> float:
+    """Largest relative error of logits, in chunks and token by token, against whole texts."""
+    scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=50)
+    draw = random.Random(0)
+    worst = 0.0
+    for _ in range(num_steps):
+        if draw.random() < 0.6:
+            prompt = [draw.randrange(333) for _ in range(draw.choice((1, 2, 31, 32, 33, 64, 90)))]
+            scheduler.add(Request(prompt, len(prompt) + 40))
+        spans = scheduler.next_step()
+        logits = decoder.forward(spans) if spans else torch.empty(0)
+        sampled = [span for span in spans if span.samples]
+        assert len(logits) == len(sampled)
+        for row, span in zip(logits, sampled, strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([span.sequence.tokens]))[0, -1].float()
+            worst = max(worst, ((row - expected).norm() / expected.norm()).item())
+        for span in spans:
+            span.sequence.done = span.stop
+            if span.samples:
+                span.sequence.tokens.append(draw.randrange(333))
+                if draw.random() < 0.1:
+                    scheduler.remove(span.sequence)  # so that blocks are used again
+    return worst
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_the_torch_decoder_continues_any_mix_of_texts(sizes):
+    model = make_model(sizes, torch.float32)
+    decoder = TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=SLOTS, graphs=False)
+    assert worst_error(decoder, model) < 1e-5
+
+
+@compiled
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
+    """Against the same weights in fp32. Both round activations to bf16, a few times differently."""
+    model = make_model(sizes, torch.bfloat16)
+    wide = copy.deepcopy(model).float()
+    torch_error = worst_error(
+        TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=SLOTS, graphs=False), wide
+    )
+    decoder = native.NativeDecoder(
+        model, num_blocks=40, slots=SLOTS, step_tokens=50, context_tokens=CONTEXT, num_threads=2
+    )
+    assert worst_error(decoder, wide) < 1.5 * torch_error < 0.06
+
+
+@compiled
+def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
+    """NaN, say, which no chance of zero would hide."""
+    model = make_model(SHAPES["odd"], torch.bfloat16)
+    wide = copy.deepcopy(model).float()
+    decoder = native.NativeDecoder(
+        model, num_blocks=40, slots=SLOTS, step_tokens=50, context_tokens=CONTEXT, num_threads=2
+    )
+    for cache in (decoder._keys, decoder._values):
+        cache.fill_(-1)  # pairs of bf16 NaNs
+    assert worst_error(decoder, wide) < 0.06
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        (
+            {"hidden_size": 60, "ffn_size": 64, "num_heads": 2, "num_kv_heads": 2, "head_dim": 20},
+            "multiple of 16",
+        ),
+        ({"hidden_size": 64, "ffn_size": 65, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16}, "even"),
+    ],
+)
+def test_a_shape_that_it_cannot_take_is_refused(sizes, reason):
+    with pytest.raises(ValueError, match=reason):
+        native.NativeDecoder(
+            make_model(sizes, torch.bfloat16),
+            num_blocks=4, slots=1, step_tokens=9, context_tokens=9, num_threads=1,
+        )  # fmt: skip
+
+
+def test_a_step_padded_for_a_graph_gives_the_same_logits():
+    """What a CUDA graph would replay, called directly."""
+    model = make_model(SHAPES["odd"], torch.float32)
+    decoder = TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=8, graphs=False)
+    scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=200)
+    for size in (1, 40, 70):
+        scheduler.add(Request([size % 7] * size, size + 5))
+    for _ in range(2):
+        spans = scheduler.next_step()
+        expected = decoder.forward(spans)
+        padded = decoder.inputs(spans, width=4, size=8)
+        if all(span.stop - span.start == 1 for span in spans):
+            found = decoder.step(*(torch.tensor(values) for values in padded))
+            assert torch.allclose(found[:3], expected, atol=1e-5)
+            assert found.isfinite().all()
+        for span in spans:
+            span.sequence.done = span.stop
+            span.sequence.tokens.append(5)
+    assert max(num_blocks(span.stop) for span in spans) == 3
+
+
+LOGITS = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, -50.0, 2.0]])
+
+
+def draws(row: int, number: int = 4000, **sampling: object) -> torch.Tensor:
+    """How often each token is drawn, as a fraction."""
+    options = Sampling(max_tokens=1, **sampling)
+    chance = random.Random(0)
+    ids = choose(LOGITS[row].expand(number, -1), [options] * number, [chance] * number)[0]
+    return torch.bincount(torch.tensor(ids), minlength=4) / number
+
+
+def test_draws_follow_temperature_and_nucleus():
+    assert torch.allclose(draws(0), LOGITS[0].softmax(0), atol=0.03)
+    assert torch.allclose(draws(0, temperature=2.0), (LOGITS[0] / 2).softmax(0), atol=0.03)
+    kept = LOGITS[0].softmax(0)  # 0.032, 0.087, 0.237, 0.644
+    assert torch.allclose(
+        draws(0, top_p=0.7), torch.tensor([0, 0, kept[2], kept[3]]) / kept[2:].sum(), atol=0.03
+    )
+    assert draws(0, top_p=0.6).tolist() == draws(0, top_p=1e-9).tolist() == [0, 0, 0, 1]
+    assert draws(0, temperature=0.0, number=5).tolist() == draws(0, temperature=1e-9, number=5).tolist()
+
+
+def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one():
+    options = [
+        Sampling(max_tokens=1, temperature=5.0, top_p=0.99, logprobs=True),
+        Sampling(max_tokens=1, temperature=0.0),
+        Sampling(max_tokens=1, temperature=0.7),
+    ]
+    rows = torch.stack([LOGITS[0], LOGITS[1], LOGITS[0]])
+    ids, logprobs = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
+    assert ids[1] == 0 and logprobs[1:] == [None, None]
+    assert logprobs[0] == pytest.approx(LOGITS[0].log_softmax(0)[ids[0]].item())
+    alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
+    assert alone == ids[:1]
+
+
+def test_a_token_without_a_chance_is_never_drawn():
+    class AlmostOne(random.Random):
+        def random(self) -> float:
+            return 1 - 2**-53
+
+    logits = torch.tensor([[0.0, -float("inf"), 1.0, -float("inf")]])
+    assert choose(logits, [Sampling(max_tokens=1)], [AlmostOne()])[0] == [2]
+    assert choose(logits, [Sampling(max_tokens=1, top_p=0.9999)], [AlmostOne()])[0] == [0]

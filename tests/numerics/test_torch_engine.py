@@ -1,0 +1,269 @@
+"""The engine on a checkpoint against transformers; requests that join, leave, overflow; draws."""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from serving import native
+from serving.config import EngineConfig, ModelConfig, ServeConfig
+from serving.engine import EngineFailed, Overloaded, RequestError, Sampling, Token
+from serving.torch_engine import TorchEngine, make_engine
+
+CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
+compiled = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
+VOCABULARY, CONTEXT = 512, 160
+
+
+@pytest.fixture(scope="module", params=[(4, 4), (6, 2), (8, 1)], ids=["4 of 4 heads", "6 of 2", "8 of 1"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with random weights, large enough for decided opinions."""
+    heads, kv_heads = request.param
+    torch.manual_seed(heads)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=96 if heads == 6 else 64, intermediate_size=150,
+        num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=heads == 8, initializer_range=0.2, eos_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def engine(checkpoint: Path, **options: object) -> TorchEngine:
+    defaults = {"dtype": "float32", "slots": 8, "waiting": 100, "cache_tokens": 2048, "step_tokens": 40}
+    config = ServeConfig(
+        model=ModelConfig(path=str(checkpoint)), engine=EngineConfig(device="cpu", **{**defaults, **options})
+    )
+    return make_engine(config, directory=checkpoint, name="tiny")
+
+
+@pytest.fixture
+def exact(checkpoint: Path) -> Iterator[TorchEngine]:
+    made = engine(checkpoint)
+    yield made
+    made.close()
+
+
+class Reader:
+    """A request's tokens as they come."""
+
+    def __init__(self, engine: TorchEngine, prompt: Sequence[int], sampling: Sampling) -> None:
+        self.tokens: list[Token] = []
+        self.error: EngineFailed | None = None
+        self._done = threading.Event()
+        self.prompt = prompt
+        self.ticket = engine.submit(prompt, sampling, self._take)
+
+    def _take(self, tokens: Sequence[Token] | EngineFailed) -> None:
+        if isinstance(tokens, EngineFailed):
+            self.error = tokens
+        else:
+            self.tokens += tokens
+        if self.error or self.tokens[-1].finish:
+            self._done.set()
+
+    def wait(self) -> list[int]:
+        assert self._done.wait(60), "the request did not end"
+        return [token.id for token in self.tokens]
+
+
+def prompts(number: int, *, longest: int = 100) -> list[list[int]]:
+    draw = random.Random(7)
+    return [[draw.randrange(2, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(number)]
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], num_tokens: int) -> list[int]:
+    with torch.no_grad():
+        found = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=num_tokens,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    return found[0, len(prompt) :].tolist()
+
+
+GREEDY = Sampling(max_tokens=24, temperature=0.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_greedy_output_is_transformers_token_for_token(checkpoint, exact, batch_size):
+    """24 prompts, `batch_size` at a time, of which a new one joins whenever one ends."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    waiting = prompts(24)
+    expected = {tuple(prompt): greedy(model, prompt, 24) for prompt in waiting}
+    slots = threading.Semaphore(batch_size)
+    readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
+
+    def read(prompt: list[int]) -> None:
+        with slots:
+            reader = Reader(exact, prompt, GREEDY)
+            reader.wait()
+            readers.put(reader)
+
+    threads = [threading.Thread(target=read, args=(prompt,)) for prompt in waiting]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in waiting:
+        reader = readers.get_nowait()
+        assert [token.id for token in reader.tokens] == expected[tuple(reader.prompt)]
+    assert exact.stats().running == exact.stats().waiting == 0
+
+
+def test_requests_that_join_in_the_middle_change_nothing(checkpoint, exact):
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    readers = []
+    for prompt in prompts(12, longest=120):
+        readers.append(Reader(exact, prompt, replace(GREEDY, max_tokens=40)))
+        time.sleep(0.003)
+    for reader in readers:
+        assert reader.wait() == greedy(model, reader.prompt, 40)
+    assert exact.stats().free_cache_tokens == 2048
+
+
+@compiled
+def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint):
+    """Both against the same weights in fp32: logits along whole texts, and the tokens that follow."""
+    made = engine(checkpoint, dtype="bfloat16")
+    assert made.info.details["compiled decoder"] == "used"
+    low = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    exact = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
+    readers = [Reader(made, prompt, replace(GREEDY, logprobs=True)) for prompt in prompts(20)]
+    squares = {"ours": 0.0, "transformers": 0.0}
+    same = {"ours": 0, "transformers": 0}
+    for reader in readers:
+        ids = torch.tensor(reader.wait())
+        text = torch.tensor([[*reader.prompt, *ids]])
+        with torch.no_grad():
+            right, theirs = (model(text).logits[0, -len(ids) - 1 : -1].float() for model in (exact, low))
+        logprobs = right.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        found = {
+            "ours": torch.tensor([token.logprob for token in reader.tokens]),
+            "transformers": theirs.log_softmax(-1).gather(1, ids[:, None])[:, 0],
+        }
+        for name, values in found.items():
+            squares[name] += (values - logprobs).square().sum().item()
+        same["ours"] += int((right.argmax(-1) == ids).sum())
+        same["transformers"] += int((right.argmax(-1) == theirs.argmax(-1)).sum())
+    made.close()
+    assert squares["ours"] < 1.5 * squares["transformers"]
+    assert same["ours"] > same["transformers"] - 10  # of 480
+
+
+@compiled
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_compiled_decoder_does_not_depend_on_threads_or_chunks(checkpoint, num_threads):
+    def run(**options: object) -> list[list[int]]:
+        made = engine(checkpoint, dtype="bfloat16", **options)
+        readers = [Reader(made, prompt, replace(GREEDY, ignore_eos=True)) for prompt in prompts(8)]
+        found = [reader.wait() for reader in readers]
+        made.close()
+        return found
+
+    assert run(threads=num_threads, step_tokens=9) == run(threads=2, step_tokens=400)
+
+
+def test_a_text_ends_at_its_end_unless_told_to_go_on(exact):
+    for seed in range(200):  # one of these draws token 1 before the tenth
+        sampling = Sampling(max_tokens=60, temperature=3.0, seed=seed)
+        ids = Reader(exact, [5, 6], sampling).wait()
+        if ids[-1] == 1 and len(ids) < 60:
+            break
+    reader = Reader(exact, [5, 6], sampling)
+    assert reader.wait() == ids and reader.tokens[-1].finish == "stop"
+    on = Reader(exact, [5, 6], replace(sampling, ignore_eos=True))
+    assert on.wait()[: len(ids)] == ids and len(on.tokens) == 60 and on.tokens[-1].finish == "length"
+    assert all(token.finish is None for token in on.tokens[:-1])
+
+
+def test_a_seed_draws_the_same_whatever_else_runs(exact):
+    sampling = Sampling(max_tokens=30, temperature=1.3, top_p=0.9, seed=11)
+    alone = Reader(exact, [9, 8, 7], sampling).wait()
+    others = [Reader(exact, prompt, replace(sampling, seed=None)) for prompt in prompts(5)]
+    assert Reader(exact, [9, 8, 7], sampling).wait() == alone
+    assert Reader(exact, [9, 8, 7], replace(sampling, seed=12)).wait() != alone
+    assert len({tuple(Reader(exact, [9, 8, 7], replace(sampling, seed=None)).wait()) for _ in range(3)}) == 3
+    for other in others:
+        other.wait()
+
+
+def test_a_cancelled_request_frees_its_slot_within_a_step_and_hears_nothing_more(checkpoint):
+    made = engine(checkpoint, slots=1)
+    first = Reader(made, [3, 4], Sampling(max_tokens=150, ignore_eos=True))
+    second = Reader(made, [5, 6], Sampling(max_tokens=3, ignore_eos=True))
+    while not first.tokens:
+        time.sleep(0.001)
+    steps = made.stats().steps
+    first.ticket.cancel()
+    first.ticket.cancel()
+    second.wait()
+    assert made.stats().steps <= steps + 1 + 3 + 1  # the one under way, three of the second, one between
+    heard = len(first.tokens)
+    assert heard < 150 and first.tokens[-1].finish is None
+    stats = made.stats()
+    assert (stats.cancelled, stats.running, stats.free_cache_tokens) == (1, 0, 2048)
+    time.sleep(0.02)
+    assert len(first.tokens) == heard
+    made.close()
+
+
+def test_a_full_queue_refuses_and_recovers(checkpoint):
+    made = engine(checkpoint, slots=2, waiting=3)
+    readers = [Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True)) for _ in range(5)]
+    with pytest.raises(Overloaded, match="requests are waiting") as refused:
+        readers += [Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True)) for _ in range(3)]
+    assert refused.value.retry_after_seconds >= 1
+    for reader in readers:
+        assert len(reader.wait()) == 100
+    Reader(made, [3, 4], GREEDY).wait()
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 5, "prompt: is empty"),
+        ([1, VOCABULARY], 5, r"prompt: token ids must lie in \[0, 512\)"),
+        ([-1], 5, "prompt: token ids"),
+        ([1], 0, "max_tokens: must be at least 1"),
+        ([1] * 100, CONTEXT - 99, "max_tokens: 100 tokens of prompt and 61 more exceed .* context of 160"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(exact, prompt, max_tokens, message):
+    with pytest.raises(RequestError, match=message):
+        Reader(exact, prompt, Sampling(max_tokens=max_tokens))
+
+
+def test_the_longest_request_that_fits_is_served(exact):
+    assert len(Reader(exact, [2] * 100, Sampling(max_tokens=CONTEXT - 100, ignore_eos=True)).wait()) == 60
+
+
+def test_a_broken_engine_says_so_to_everyone(exact, monkeypatch, capfd):
+    def fail(spans: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(exact._decoder, "forward", fail)
+    reader = Reader(exact, [3], GREEDY)
+    reader.wait()
+    assert "RuntimeError: out of memory, say" in str(reader.error)
+    assert "out of memory" in str(exact.failure())
+    with pytest.raises(EngineFailed, match="out of memory"):
+        Reader(exact, [3], GREEDY)
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_closing_ends_what_runs(checkpoint):
+    made = engine(checkpoint)
+    reader = Reader(made, [3], Sampling(max_tokens=150, ignore_eos=True))
+    made.close()
+    reader.wait()
+    assert reader.error is not None and "closed" in str(reader.error)
