@@ -40,7 +40,9 @@ class EngineConfig:
     slots: int = key(32, "requests that run at once, one token each in a step")
     waiting: int = key(64, "requests that may wait for a slot; beyond them a client is told 429")
     context_tokens: int | None = key(None, "most tokens of prompt and continuation; default: the model's own")
-    cache_tokens: int = key(32_768, "tokens whose keys and values fit the cache, all requests together")
+    cache_tokens: int = key(
+        32_768, "torch: tokens whose keys and values fit the cache, all requests together; vllm sizes its own"
+    )
     step_tokens: int = key(256, "most tokens of a step: one of each running request, then prompts")
     compiled: bool = key(True, "CPU: use serving/native.cpp where it can run; GPU: CUDA graphs")
 

@@ -303,6 +303,12 @@ def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) ->
     if directory is not None:
         return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
     assert config.model.shape is not None
-    model = Llama(shapes.resolve(config.model.shape)).to(dtype)
+    shape = shapes.resolve(config.model.shape)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
+    try:
+        model = Llama(shape)
+    finally:
+        torch.set_default_dtype(default)
     initialize(model, seed=config.model.seed)
     return model, []
