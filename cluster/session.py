@@ -5,8 +5,9 @@ Nothing else in the project calls `ray.init` or sets an environment variable of 
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -46,6 +47,62 @@ class SessionConfig:
         require(self.object_store_megabytes >= 80, "session.object_store_megabytes", "must be at least 80")
 
 
+def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
+    """Of Ray Serve in an embedded session: in force while it starts, and then gone (`environment`).
+
+    Args:
+        folder: for HAProxy's files, its admin socket among them: at Ray's default place anyone may use that.
+        haproxy: Serve's ingress is HAProxy and not Serve's own proxy.
+    """
+    metrics, statistics, http, grpc, fallback_http, fallback_grpc = free_ports(6)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy)),
+        # Replicas' HTTP servers without Serve's event-loop monitoring and metrics of each request.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Replicas share ports: at Serve's default of 30000 those of two sessions would answer for each other.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http + 100),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc + 100),
+        # HAProxy's last resort, a proxy of Serve. At its default of 8500 it too answers for other sessions.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        # Serve's default of 30 s gives load balancers time to forget a replica; here there are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),  # its defaults collide with any other HAProxy
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def free_ports(number: int) -> list[int]:
+    """TCP ports of this machine that nothing listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables for the length of a `with` block; before and after, what there was."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def set_defaults(environment: Mapping[str, str]) -> None:
     """Set environment variables of this process that are not set yet."""
     for name, value in environment.items():
@@ -61,7 +118,11 @@ def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
 
 @contextmanager
 def ray_session(
-    config: SessionConfig, *, resources: Mapping[str, float], worker_env: Mapping[str, str]
+    config: SessionConfig,
+    *,
+    resources: Mapping[str, float],
+    worker_env: Mapping[str, str],
+    smaller: str = "workers.count or workers.cpus",
 ) -> Iterator[None]:
     """Ray for the length of a `with` block; an embedded one is shut down at its end.
 
@@ -69,6 +130,7 @@ def ray_session(
         resources: what the work needs in all, by Ray's names, such as {"CPU": 2, "GPU": 2}. An embedded Ray
             is given these CPUs.
         worker_env: environment variables of every worker.
+        smaller: the keys that ask for these resources, for the message that there are too few.
 
     Raises:
         ConfigError: no cluster answers at `session.address`, or it lacks the resources. Ray itself would
@@ -103,17 +165,17 @@ def ray_session(
                 "or use session.address=local"
             ) from error
     try:
-        _check_resources(ray.cluster_resources(), resources)
+        _check_resources(ray.cluster_resources(), resources, smaller=smaller)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_resources(available: Mapping[str, float], needed: Mapping[str, float]) -> None:
+def _check_resources(available: Mapping[str, float], needed: Mapping[str, float], *, smaller: str) -> None:
     for name, amount in needed.items():
         has = available.get(name, 0)
         if has < amount:
             raise ConfigError(
-                f"workers.count: the workers need {amount:g} {name} in all, but Ray has {has:g}; lower "
-                "workers.count or workers.cpus, or set session.address to a larger cluster"
+                f"{smaller.split()[0]}: the workers need {amount:g} {name} in all, but Ray has {has:g}; "
+                f"lower {smaller}, or set session.address to a larger cluster"
             )

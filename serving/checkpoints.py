@@ -1,0 +1,114 @@
+"""Which model to serve: a Hugging Face directory, or a run, exported first where needed. No torch."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.cli import UserError
+from cluster.session import ROOT
+from serving.config import ModelConfig
+from training import shapes
+from training.shapes import LlamaShape
+
+RUNS = Path("outputs")
+NEWEST = "newest"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What to serve.
+
+    Attributes:
+        directory: of Hugging Face's layout; None for random weights.
+        name: what clients call the model.
+        stale_run: the run that `export` has to write to `directory` first, if any.
+    """
+
+    directory: Path | None
+    name: str
+    stale_run: Path | None = None
+
+
+def find(config: ModelConfig) -> Served:
+    """The model that `model.*` names. Changes nothing. Raises `UserError`: there is no such model."""
+    if config.weights == "random":
+        return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
+    if config.path == NEWEST:
+        return _of_run(_newest_run(), config)
+    for directory in (Path(config.path).expanduser().absolute(), (RUNS / config.path).absolute()):
+        if (directory / "config.json").is_file():
+            return Served(directory, config.name or directory.name)
+        if _last_trained(directory) or _export_of(directory):
+            return _of_run(directory, config)
+    runs = ", ".join(sorted(run.name for run in _runs())) or "none"
+    raise UserError(
+        f"model.path: {config.path!r} is neither a Hugging Face directory with a config.json nor a run with "
+        f"a complete checkpoint; runs in {RUNS.absolute()}: {runs}; train one with `make train`"
+    )
+
+
+def export(served: Served, *, report: Callable[[str], None]) -> None:
+    """Bring `served.directory` up to date, where it is a run's export. Tells `report` so, in one line.
+
+    Raises:
+        UserError: the run cannot be exported; the message is the exporter's.
+    """
+    run = served.stale_run
+    if run is None:
+        return
+    report(f"exporting {run}")
+    # A command, because serving imports nothing of training but shapes and model.
+    done = subprocess.run(
+        [sys.executable, "-m", "training.export", str(run)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise UserError(f"{run}: cannot be exported: {done.stderr.strip().removeprefix('error: ')}")
+
+
+def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
+    """The shape of a model that is found and exported. Raises `UserError`: none that we can serve."""
+    try:
+        return shapes.resolve(served.directory or str(config.shape))
+    except ValueError as error:
+        key = "model.path" if served.directory else "model.shape"
+        raise UserError(f"{key}: {error}") from error
+
+
+def _of_run(run: Path, config: ModelConfig) -> Served:
+    stale = _time(_export_of(run)) < _last_trained(run)
+    return Served(run / "export", config.name or run.name, stale_run=run if stale else None)
+
+
+def _runs() -> list[Path]:
+    candidates = (path.absolute() for path in RUNS.glob("*") if path.is_dir())
+    return [run for run in candidates if _last_trained(run) or _export_of(run)]
+
+
+def _newest_run() -> Path:
+    runs = _runs()
+    if not runs:
+        raise UserError(
+            f"model.path: no run with a complete checkpoint in {RUNS.absolute()}; train one with `make train`"
+            ", name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
+        )
+    return max(runs, key=lambda run: max(_last_trained(run), _time(_export_of(run))))
+
+
+def _last_trained(run: Path) -> float:
+    """When its newest complete checkpoint was marked so, in seconds since the epoch; 0 without one."""
+    return max((mark.stat().st_mtime for mark in run.glob("checkpoints/step-*/COMPLETE")), default=0.0)
+
+
+def _export_of(run: Path) -> Path | None:
+    file = run / "export" / "config.json"
+    return file if file.is_file() else None
+
+
+def _time(file: Path | None) -> float:
+    return file.stat().st_mtime if file else 0.0

@@ -1,0 +1,238 @@
+"""The endpoint as a Ray Serve deployment: one engine in each replica."""
+
+import socket
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from cluster.cli import RunError, UserError
+from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
+from serving import checkpoints
+from serving.checkpoints import Served
+from serving.config import ServeConfig
+from serving.endpoint import make_endpoint
+from serving.engine import Engine
+from serving.text import load_tokenizer, numbered_tokenizer
+from training import shapes
+
+NAME = "completions"
+MARGIN = 256  # requests at a replica beyond those that its engine takes: it answers them 429 itself
+READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
+POLL_SECONDS = 0.2
+STOP_SECONDS = 5.0
+
+Factory = Callable[[ServeConfig, Served], Engine]
+
+
+def make_engine(config: ServeConfig, served: Served) -> Engine:
+    """The engine of a replica, in its own process."""
+    from serving import torch_engine
+
+    return torch_engine.make_engine(config, directory=served.directory, name=served.name)
+
+
+class Replica:
+    """What Ray Serve runs."""
+
+    def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
+        from serving.ray_metrics import RayMetrics
+
+        self._engine, self._metrics = factory(config, served), RayMetrics()
+        if served.directory is None:
+            self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)
+        else:
+            self._tokenizer = load_tokenizer(served.directory)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_endpoint(self._engine, self._tokenizer, observe=self._metrics.observe)
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; it replaces a replica that raises."""
+        self._metrics.record(self._engine.stats())
+        if problem := self._engine.failure():
+            raise RuntimeError(problem)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine) -> Any:
+    """The Serve application of `config`."""
+    if config.engine.kind == "vllm":
+        from serving.vllm_app import vllm_app
+
+        return vllm_app(config, directory=served.directory, name=served.name)
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+    options, engine = config.deployment, config.engine
+    number: dict[str, Any] = {"num_replicas": options.replicas}
+    if options.max_replicas is not None:
+        number = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=options.replicas,
+                max_replicas=options.max_replicas,
+                target_ongoing_requests=engine.slots + options.target_waiting,
+            )
+        }
+    resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus}
+    if options.accelerator is not None:
+        resources["accelerator_type"] = options.accelerator
+    deployment: Any = serve.deployment(serve.ingress()(Replica))
+    return deployment.options(
+        name=NAME,
+        ray_actor_options=resources,
+        max_ongoing_requests=engine.slots + engine.waiting + MARGIN,
+        max_queued_requests=engine.waiting + MARGIN,  # the second fence, before the replicas
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_constructor_retry_count=1,  # a checkpoint that cannot be read will not be readable soon
+        graceful_shutdown_timeout_s=STOP_SECONDS,
+        health_check_period_s=2.0,
+        **number,
+    ).bind(config, served, factory)
+
+
+def describe(config: ServeConfig) -> str:
+    """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
+    from serving.torch_engine import describe as sizes
+
+    served, engine = checkpoints.find(config.model), config.engine
+    lines = [("model", f"{served.name}, from {served.directory or 'random weights'}")]
+    if served.stale_run is not None:
+        lines.append(("to be exported first", str(served.stale_run)))
+    if served.directory is None or (served.directory / "config.json").is_file():
+        shape = checkpoints.shape_of(config.model, served)
+        context = engine.context_tokens or shape.max_positions
+        info = sizes(shape, dtype=engine.dtype, device="", name="", context=context, slots=engine.slots)
+        width = info.weight_bytes // shape.num_matmul_parameters
+        cache = info.kv_bytes_per_token * engine.cache_tokens
+        lines += [
+            ("parameters", f"{shape.num_parameters:,} ({shape.num_parameters / 1e9:.4f}B)"),
+            ("weights", f"{shape.num_parameters * width / 1e6:,.1f} MB in {engine.dtype}"),
+            ("read in each step", f"{info.weight_bytes / 1e6:,.1f} MB: all weights but the input embedding"),
+        ]
+        if engine.kind == "torch":
+            tokens = f"{engine.cache_tokens:,} tokens, {info.kv_bytes_per_token:,} bytes each"
+            lines.append(("cache", f"{cache / 1e6:,.1f} MB: keys and values of {tokens}"))
+    return "\n".join(f"{name:<24}{value}" for name, value in lines)
+
+
+@contextmanager
+def serving(
+    config: ServeConfig, *, report: Callable[[str], None], factory: Factory = make_engine
+) -> Iterator[str]:
+    """Serve for the length of a `with` block; the value is the endpoint's URL, which answers by then.
+
+    Args:
+        report: told, in one line, what takes long.
+        factory: makes a replica's engine; tests give another.
+
+    Raises:
+        UserError, ConfigError: no such model, or the cluster lacks the resources.
+        RunError: the replicas did not come up; the message is the replica's own.
+    """
+    served = checkpoints.find(config.model)
+    checkpoints.export(served, report=report)
+    checkpoints.shape_of(config.model, served)  # what can be seen here needs no replica to find out
+    config = _absolute(config)
+    if served.directory is not None:
+        load_tokenizer(served.directory)
+    options = config.deployment
+    port = options.port or free_ports(1)[0]
+    _check_free(options.host, port)
+    worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
+    needed = {"CPU": options.cpus * options.replicas}
+    if options.gpus:
+        needed["GPU"] = options.gpus * options.replicas
+    session = ray_session(
+        config.session,
+        resources=needed,
+        worker_env=worker_env,
+        smaller="deployment.cpus or deployment.replicas",
+    )
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="serve-", dir="/tmp"
+        ) as folder,  # a socket's path is 97 bytes at most
+        environment(serve_environment(Path(folder), haproxy=options.haproxy)),
+        session,
+    ):
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        try:
+            serve.start(
+                http_options={"host": options.host, "port": port},
+                logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+            )
+            target = serve.RunTarget(build(config, served, factory=factory), route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            url = f"http://{options.host}:{port}"
+            _wait(url)
+            yield url
+        finally:
+            serve.shutdown()
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """With a `model.shape` that is a file's path whole: a replica has another working directory."""
+    model = config.model
+    if model.shape is None or model.shape in shapes.SHAPES:
+        return config
+    return replace(config, model=replace(model, shape=str(Path(model.shape).absolute())))
+
+
+def _check_free(host: str, port: int) -> None:
+    """Serve itself would try again and again. Raises `UserError`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"deployment.port: {host}:{port} cannot be bound ({error.strerror}); stop what listens "
+                "there, or choose another deployment.host or port (0: any that is free)"
+            ) from error
+
+
+def _wait(url: str) -> None:
+    """Until the endpoint answers. Raises `RunError` with the replica's error."""
+    from ray import serve
+
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        for application in serve.status().applications.values():
+            for deployment in application.deployments.values():
+                if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    raise RunError(f"the model cannot be served: {_reason(deployment.message)}")
+            if application.status == "DEPLOY_FAILED":
+                raise RunError(f"the model cannot be served: {_reason(application.message)}")
+        if _answers(f"{url}/health"):
+            return
+        if time.monotonic() > deadline:
+            raise RunError(f"{url}: no answer within {READY_SECONDS:g} s; see Ray's logs of the replicas")
+        time.sleep(POLL_SECONDS)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):  # not yet: HAProxy says 404 or 503 until a replica is there
+        return False
+
+
+def _reason(message: str) -> str:
+    """The last line of a traceback that says what happened."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error:" in line or "Exception:" in line]
+    return (errors or lines or ["no reason given"])[-1]

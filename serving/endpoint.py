@@ -1,0 +1,321 @@
+"""The HTTP endpoint over one engine: an ASGI application, whatever serves it."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+from tokenizers import Tokenizer
+
+from serving.engine import Engine, EngineFailed, Finish, Overloaded, RequestError, Stream, Token
+from serving.openai_api import (
+    Answer,
+    CompletionRequest,
+    Refusal,
+    StreamOptions,
+    logprobs,
+    models,
+    parse,
+    usage,
+)
+from serving.text import Detokenizer
+
+MOST_BODY_BYTES = 8 << 20
+LONG_PROMPT_CHARACTERS = 4_000  # about 2 ms; from here on a prompt is encoded beside the event loop
+
+
+LATENCIES = {
+    "time_to_first_token_seconds": "From the request's arrival here",
+    "request_seconds": "From the request's arrival here to its last token",
+}
+FIGURES = {  # of EngineStats
+    "running": "Requests in a slot",
+    "waiting": "Requests that wait for a slot",
+    "free_cache_tokens": "Tokens that the cache has room for",
+    "prompt_tokens": "Tokens of prompts prefilled since the start",
+    "generated_tokens": "Tokens sampled since the start",
+    "finished": "Requests finished since the start",
+    "cancelled": "Requests cancelled since the start",
+    "steps": "Steps since the start",
+}
+
+Observe = Callable[[str, float], None]
+
+
+def make_endpoint(
+    engine: Engine, tokenizer: Tokenizer, *, observe: Observe = lambda name, seconds: None
+) -> FastAPI:
+    """POST /v1/completions; GET /v1/models, /health, /metrics.
+
+    Args:
+        observe: told each of LATENCIES, besides /metrics.
+    """
+    app = FastAPI(openapi_url=None)
+    service = Service(engine, tokenizer, observe)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await service.complete(request)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return models(engine.info, since=service.since)
+
+    @app.get("/health")
+    async def health() -> Response:
+        problem = engine.failure()
+        return JSONResponse({"status": problem or "ok"}, status_code=503 if problem else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(engine), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        service.metrics.refused.labels(str(refusal.status)).inc()
+        seconds = refusal.retry_after_seconds
+        headers = None if seconds is None else {"Retry-After": str(seconds)}
+        return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        body = Refusal(error.status_code, str(error.detail)).body()
+        return JSONResponse(body, status_code=error.status_code)
+
+    return app
+
+
+class Metrics:
+    """Prometheus figures of one engine."""
+
+    def __init__(self, observe: Observe) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.refused = Counter(
+            "asuncion_refused", "Requests answered with an error", ["status"], registry=registry
+        )
+        self._latencies = {
+            name: Histogram(f"asuncion_{name}", text, registry=registry) for name, text in LATENCIES.items()
+        }
+        self._figures = {
+            name: Gauge(f"asuncion_{name}", text, registry=registry) for name, text in FIGURES.items()
+        }
+        self._observe = observe
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Note one of LATENCIES."""
+        self._latencies[name].observe(seconds)
+        self._observe(name, seconds)
+
+    def text(self, engine: Engine) -> bytes:
+        """All of them in Prometheus' text format."""
+        stats = engine.stats()
+        for name, gauge in self._figures.items():
+            gauge.set(getattr(stats, name))
+        return generate_latest(self._registry)
+
+
+class Service:
+    """Completions from one engine."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, observe: Observe) -> None:
+        self.since = int(time.time())
+        self.metrics = Metrics(observe)
+        self._engine, self._tokenizer = engine, tokenizer
+
+    async def complete(self, http: Request) -> Response:
+        """The answer to POST /v1/completions. Raises `Refusal`."""
+        arrived = time.perf_counter()
+        request = parse(await _body(http))
+        if request.model != self._engine.info.model:
+            raise Refusal(
+                404,
+                f"model: {request.model!r} is not served here; {self._engine.info.model!r} is",
+                param="model",
+                code="model_not_found",
+            )
+        prompt = await self._encode(request.text_or_ids)
+        run = _Run(self, request, prompt, arrived=arrived)
+        if request.stream:
+            return _EventStream(run)
+        return JSONResponse(await _unless_client_leaves(http, run))
+
+    def submit(self, request: CompletionRequest, prompt: list[int]) -> Stream:
+        """Hand a request to the engine. Raises `Refusal`."""
+        try:
+            return Stream(self._engine, prompt, request.sampling())
+        except RequestError as error:
+            raise Refusal(400, str(error), param=str(error).partition(":")[0]) from error
+        except Overloaded as error:
+            seconds = error.retry_after_seconds
+            raise Refusal(429, str(error), code="overloaded", retry_after_seconds=seconds) from error
+        except EngineFailed as error:
+            raise Refusal(503, str(error), code="engine_failed") from error
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def detokenizer(self, request: CompletionRequest, prompt: list[int]) -> Detokenizer:
+        return Detokenizer(self._tokenizer, prompt=prompt, stops=request.stops)
+
+    async def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) < LONG_PROMPT_CHARACTERS:
+            return self._tokenizer.encode(prompt).ids
+        # Of `encode` and `encode_batch` only the second lets other threads run.
+        [encoded] = await asyncio.to_thread(self._tokenizer.encode_batch, [prompt])
+        return encoded.ids
+
+
+class _Piece(NamedTuple):
+    """What one token adds: the text that it settles, and where its own begins, in characters.
+
+    `finish` is the completion's: a stop string ends it where the engine would go on.
+    """
+
+    token: Token
+    text: str
+    start: int
+    finish: Finish | None
+
+
+class _Run:
+    """One completion. It is with the engine from its making until it has ended or `cancel` is called."""
+
+    def __init__(
+        self, service: Service, request: CompletionRequest, prompt: list[int], *, arrived: float
+    ) -> None:
+        self._service, self._request, self._arrived = service, request, arrived
+        self._num_prompt, self._num_told = len(prompt), 0
+        self._text = service.detokenizer(request, prompt)
+        self._stream = service.submit(request, prompt)
+        self._answer = Answer(model=request.model)
+        self._options = request.stream_options or StreamOptions()
+
+    async def pieces(self) -> AsyncIterator[list[_Piece]]:
+        """Those that have come since the last look. Raises `EngineFailed`."""
+        async for tokens in self._stream:
+            if self._num_told == 0:
+                self._observe("time_to_first_token_seconds")
+            found: list[_Piece] = []
+            for token in tokens:
+                start = self._text.num_characters
+                text, finish = self._text.add(token.id), token.finish
+                if self._text.stopped:
+                    finish = "stop"
+                elif finish is not None:
+                    text += self._text.finish()
+                found.append(_Piece(token, text, start, finish))
+                if finish is not None:
+                    break
+            yield found
+            if found[-1].finish is not None:
+                break
+        self._observe("request_seconds")
+
+    def cancel(self) -> None:
+        """Take it back from the engine, if it is still there."""
+        self._stream.cancel()
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer of a request that does not stream. Raises `Refusal`."""
+        try:
+            pieces = [piece async for found in self.pieces() for piece in found]
+        except EngineFailed as error:
+            raise Refusal(503, str(error), code="engine_failed") from error
+        return {**self._chunk(pieces), **self._usage()}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: one for each token, then the usage if asked for, then [DONE]; or an error."""
+        try:
+            async for found in self.pieces():
+                yield b"".join(self._event(piece) for piece in found)
+            if self._options.include_usage:
+                yield _event({**self._answer.nothing(), **self._usage()})
+            yield b"data: [DONE]\n\n"
+        except EngineFailed as error:  # the status has been sent: this is the only place left to say so
+            yield _event(Refusal(503, str(error), code="engine_failed").body())
+
+    def _event(self, piece: _Piece) -> bytes:
+        chunk = self._chunk([piece])
+        return _event({**chunk, **self._usage()} if self._options.continuous_usage_stats else chunk)
+
+    def _chunk(self, pieces: list[_Piece]) -> dict[str, Any]:
+        """Pieces that follow those told before."""
+        self._num_told += len(pieces)
+        asked = None
+        if self._request.logprobs is not None:
+            token_text = self._service.token_text
+            asked = logprobs([(token_text(p.token.id), p.token.logprob, p.start) for p in pieces])
+        text = "".join(piece.text for piece in pieces)
+        return self._answer.chunk(text, finish=pieces[-1].finish, logprobs=asked)
+
+    def _observe(self, name: str) -> None:
+        self._service.metrics.observe(name, time.perf_counter() - self._arrived)
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._num_prompt, self._num_told)
+
+
+class _EventStream(StreamingResponse):
+    """The events of a run, which is over when the response is, however that came about."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__(run.events(), media_type="text/event-stream")
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.cancel()
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _body(http: Request) -> bytes:
+    """The body. Raises `Refusal` (415, 413)."""
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f"content-type: {kind!r} is not application/json")
+    parts, size = [], 0
+    try:
+        async for part in http.stream():
+            size += len(part)
+            if size > MOST_BODY_BYTES:
+                raise Refusal(413, f"the body exceeds {MOST_BODY_BYTES} bytes; shorten the prompt")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Refusal(400, "the client left before its request was complete") from error
+    return b"".join(parts)
+
+
+async def _unless_client_leaves(http: Request, run: _Run) -> dict[str, Any]:
+    """The whole answer of `run`, which is given up when the client closes the connection."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.ensure_future(run.whole()), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Refusal(499, "the client left")  # nginx's code; nobody reads it
+        return answer.result()
+    finally:
+        run.cancel()
+        for task in (answer, left):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Refusal):
+                await task

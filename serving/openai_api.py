@@ -1,0 +1,188 @@
+"""OpenAI's completions protocol: what a request may say, and how answers and refusals are written.
+
+No HTTP and no engine: bytes in, a checked `Completion` or a `Refusal` out; tokens in, JSON objects out.
+https://platform.openai.com/docs/api-reference/completions. Only what this server does is accepted: a
+parameter that it would have to ignore is refused by name, unless it has the value that changes nothing.
+"""
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serving.engine import EngineInfo, Finish, Sampling
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
+LARGEST_SEED = 2**63 - 1
+LARGEST_TOKEN = 2**31 - 1
+
+_Id = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
+_Ids = Annotated[
+    list[_Id], Field(fail_fast=True)
+]  # else a body of wrong ids takes seconds: it makes an error for each
+_Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_Neutral = Literal[0, 0.0] | None  # type: ignore[valid-type]  # clients write either
+
+
+class Refusal(Exception):
+    """A request that is not served, and the HTTP answer that says why.
+
+    Args:
+        param: the request's field that is at fault, if any.
+        retry_after_seconds: when to try again, if that can help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_seconds = retry_after_seconds
+
+    def body(self) -> dict[str, Any]:
+        """The error object that OpenAI's clients expect."""
+        kinds = {404: "not_found_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False  # as in vLLM: the counts in every event; GuideLLM asks for it
+
+
+class CompletionRequest(BaseModel):
+    """The body of POST /v1/completions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str
+    prompt: str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = DEFAULT_MAX_TOKENS
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False  # as in vLLM: go on past the end of text, for benchmarks
+    user: str | None = None
+    n: Literal[1] | None = 1
+    best_of: Literal[1] | None = 1
+    echo: Literal[False] | None = False
+    suffix: None = None
+    frequency_penalty: _Neutral = 0
+    presence_penalty: _Neutral = 0
+    # vLLM's; its bench sends 1.0
+    repetition_penalty: Literal[1, 1.0] | None = 1  # type: ignore[valid-type]
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @property
+    def text_or_ids(self) -> str | list[int]:
+        """The one prompt."""
+        prompt: Any = self.prompt
+        nested = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+        return prompt[0] if nested else prompt
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self) -> Sampling:
+        """For the engine."""
+        return Sampling(
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs is not None,
+        )
+
+
+def parse(body: bytes) -> CompletionRequest:
+    """The request in a body. Raises `Refusal` (400), which names the first field at fault."""
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise Refusal(400, f"the body is no valid JSON: {first['msg']}") from error
+        field = str(first["loc"][0]) if first["loc"] else None
+        problem = first["msg"].removeprefix("Input ")
+        if field == "prompt":
+            ids = f"one list of token ids from 0 to {LARGEST_TOKEN}"
+            problem = f"must be one text or {ids}; send a request for each prompt"
+        elif field == "stop":
+            size = f"of 1 to {MOST_STOP_CHARACTERS} characters each"
+            problem = f"must be a text, or at most {MOST_STOPS}, {size}"
+        elif first["type"] == "extra_forbidden":
+            problem = "this server does not know this parameter; leave it out"
+        elif first["type"].startswith(("literal_error", "none_required", "too_long")):
+            problem = f"this server does not do this ({problem}); leave it out"
+        raise Refusal(400, f"{field}: {problem}" if field else problem, param=field) from error
+
+
+class Answer:
+    """The JSON objects of one completion."""
+
+    def __init__(self, *, model: str) -> None:
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def chunk(
+        self, text: str, *, finish: Finish | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One event of a stream, or with all text and the usage beside it the whole answer."""
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head, "choices": [choice]}
+
+    def nothing(self) -> dict[str, Any]:
+        """An event without text, for the usage at the end of a stream that asked for it."""
+        return {**self._head, "choices": []}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """Token counts as OpenAI writes them."""
+    total = prompt_tokens + completion_tokens
+    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return {"usage": counts}
+
+
+def logprobs(tokens: Sequence[tuple[str, float | None, int]]) -> dict[str, Any]:
+    """Of (token's text, ln probability, where its text begins). The alternatives are not reported."""
+    texts, values, offsets = (list(column) for column in zip(*tokens, strict=True))
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+
+
+def models(info: EngineInfo, *, since: int) -> dict[str, Any]:
+    """The body of GET /v1/models. `engine_info` is our extension."""
+    model = {
+        "id": info.model,
+        "object": "model",
+        "created": since,
+        "owned_by": "asuncion",
+        "max_model_len": info.context_tokens,
+        "engine_info": dataclasses.asdict(info),
+    }
+    return {"object": "list", "data": [model]}

@@ -1,0 +1,64 @@
+"""An engine without a model: it counts. Slots, queue, cancellation and failure are real."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from serving.checkpoints import Served
+from serving.config import ServeConfig
+from serving.engine import EngineInfo
+from serving.scheduler import Scheduler, Span
+from serving.torch_engine import TorchEngine
+
+VOCABULARY, CONTEXT = 400, 512
+FAILING = 13  # a prompt that begins with this token breaks the engine
+STEP_SECONDS = 0.005
+
+
+class Counting:
+    """A decoder whose next token is the last one plus 1, below 256."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds
+
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        time.sleep(self.step_seconds)
+        sampled = [span.sequence.tokens for span in spans if span.samples]
+        if any(tokens[0] == FAILING and len(tokens) > 3 for tokens in sampled):
+            raise RuntimeError("an unlucky number")
+        logits = torch.zeros(len(sampled), VOCABULARY)
+        for row, tokens in zip(logits, sampled, strict=True):
+            row[(tokens[-1] + 1) % 256] = 100.0
+        return logits
+
+
+def counting_engine(
+    *, slots: int = 4, waiting: int = 4, step_seconds: float = STEP_SECONDS, name: str = "counting"
+) -> TorchEngine:
+    """The engine of the project over a decoder that counts."""
+    info = EngineInfo(
+        engine="fake", model=name, device="cpu", dtype="none", context_tokens=CONTEXT, vocab_size=VOCABULARY,
+        num_parameters=0, num_slots=slots, weight_bytes=1, kv_bytes_per_token=1, flops_per_token=1, details={},
+    )  # fmt: skip
+    scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
+    return TorchEngine(Counting(step_seconds), scheduler, info=info, eos_ids=[], most_waiting=waiting)
+
+
+def make(config: ServeConfig, served: Served) -> TorchEngine:
+    """A factory for `serving.deployment`."""
+    return counting_engine(
+        slots=config.engine.slots, waiting=config.engine.waiting, step_seconds=0.02, name=served.name
+    )
+
+
+def idle(engine: TorchEngine, *, within_seconds: float = 5.0) -> bool:
+    """Whether nothing is left with the engine, soon."""
+    deadline = time.monotonic() + within_seconds
+    while time.monotonic() < deadline:
+        stats = engine.stats()
+        if stats.running == stats.waiting == 0:
+            return True
+        time.sleep(0.002)
+    return False
+

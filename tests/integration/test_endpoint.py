@@ -1,0 +1,345 @@
+"""The endpoint over real HTTP, with an engine that counts: protocol, refusals, clients that leave."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
+
+from cluster.session import free_ports
+from serving.endpoint import MOST_BODY_BYTES, make_endpoint
+from serving.text import numbered_tokenizer
+from serving.torch_engine import TorchEngine
+from tests.fake_engine import CONTEXT, FAILING, VOCABULARY, counting_engine, idle
+
+pytestmark = pytest.mark.stack
+
+
+class Server:
+    """A uvicorn in a thread."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.engine = engine
+        [self.port] = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        app = make_endpoint(engine, numbered_tokenizer(VOCABULARY))
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self.engine.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    def post(self, **fields: Any) -> httpx.Response:
+        body = {"model": "counting", "prompt": [97], "max_tokens": 3} | fields
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+
+    def events(self, **fields: Any) -> list[Any]:
+        """The events of a stream; [DONE] as it is."""
+        text = self.post(stream=True, **fields).text
+        assert text.endswith("\n\n")
+        lines = [event.removeprefix("data: ") for event in text[:-2].split("\n\n")]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server(counting_engine())
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+# The numbered tokenizer has the bytes in the order of their symbols, so that "ab" is two ids apart by one.
+
+
+def test_the_openai_client_completes(client):
+    answer = client.completions.create(model="counting", prompt="ab", max_tokens=4, temperature=0)
+    assert answer.choices[0].text == "cdef" and answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (2, 4, 6)
+    assert answer.object == "text_completion" and answer.model == "counting"
+    assert [model.id for model in client.models.list()] == ["counting"]
+
+
+def test_the_openai_client_streams(client):
+    chunks = list(
+        client.completions.create(
+            model="counting", prompt="ab", max_tokens=5, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert [chunk.choices[0].text for chunk in chunks[:-1]] == list("cdefg")
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * 4 + ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 5
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_openai_client_is_refused_with_its_own_exceptions(client):
+    with pytest.raises(BadRequestError, match="max_tokens") as refused:
+        client.completions.create(model="counting", prompt="a", max_tokens=-1)
+    assert refused.value.param == "max_tokens" and refused.value.type == "invalid_request_error"
+    with pytest.raises(NotFoundError, match="'gpt-9' is not served here; 'counting' is"):
+        client.completions.create(model="gpt-9", prompt="a")
+
+
+def test_a_stream_has_an_event_for_each_token_and_then_done(server):
+    events = server.events(prompt="ab", max_tokens=4, temperature=0)
+    assert [event["choices"][0]["text"] for event in events[:-1]] == list("cdef")
+    assert events[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("stop", ["e", ["x", "de"], "cdefghi"])
+def test_stop_strings_end_both_kinds_of_answer_and_free_the_slot(server, stop):
+    whole = server.post(prompt="ab", max_tokens=60, temperature=0, stop=stop).json()
+    events = server.events(prompt="ab", max_tokens=60, temperature=0, stop=stop)
+    expected = {"e": "cd", "cdefghi": ""}.get(str(stop), "c")
+    assert whole["choices"][0]["text"] == expected and whole["choices"][0]["finish_reason"] == "stop"
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == expected
+    assert events[-2]["choices"][0]["finish_reason"] == "stop" and events[-1] == "[DONE]"
+    assert whole["usage"]["completion_tokens"] == len(events) - 1
+    assert idle(server.engine)
+
+
+def test_logprobs_are_those_of_the_sampled_tokens(server):
+    whole = server.post(prompt="ab", max_tokens=3, logprobs=1, temperature=0).json()["choices"][0]["logprobs"]
+    assert whole["tokens"] == list("cde") and whole["text_offset"] == [0, 1, 2]
+    assert whole["token_logprobs"] == pytest.approx([0, 0, 0], abs=1e-6) and whole["top_logprobs"] is None
+    events = server.events(prompt="ab", max_tokens=3, logprobs=0, temperature=0)
+    streamed = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    assert [one["tokens"] for one in streamed] == [["c"], ["d"], ["e"]]
+    assert [one["text_offset"] for one in streamed] == [[0], [1], [2]]
+    assert server.post().json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("prompt", ["ab", ["ab"], [97 - 33, 98 - 33], [[97 - 33, 98 - 33]]])
+def test_one_prompt_in_every_form_that_openai_takes(server, prompt):
+    answer = server.post(prompt=prompt, max_tokens=2, temperature=0).json()
+    assert answer["choices"][0]["text"] == "cd" and answer["usage"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt", "one text or one list of token ids"),
+        ({"prompt": []}, "prompt", "is empty"),
+        ({"prompt": ""}, "prompt", "is empty"),
+        ({"prompt": None}, "prompt", "one text"),
+        ({"prompt": [VOCABULARY]}, "prompt", f"[0, {VOCABULARY})"),
+        ({"prompt": [-1]}, "prompt", "one text"),
+        ({"prompt": [2**70]}, "prompt", "one text"),
+        ({"prompt": [1.5]}, "prompt", "one text"),
+        ({"prompt": [True]}, "prompt", "one text"),
+        ({"prompt": [1] * CONTEXT}, "max_tokens", f"context of {CONTEXT}"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 10**30}, "max_tokens", "less than"),
+        ({"max_tokens": "5"}, "max_tokens", "integer"),
+        ({"temperature": -0.1}, "temperature", "greater"),
+        ({"temperature": 1e300}, "temperature", "less"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"seed": 2**64}, "seed", "less"),
+        ({"seed": 1.5}, "seed", "integer"),
+        ({"n": 2}, "n", "does not do this"),
+        ({"best_of": 3}, "best_of", "does not do this"),
+        ({"echo": True}, "echo", "does not do this"),
+        ({"suffix": "."}, "suffix", "does not do this"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "does not do this"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "does not do this"),
+        ({"logprobs": 5}, "logprobs", "less than or equal to 1"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": ""}, "stop", "of 1 to 1000 characters"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream_options": {"x": 1}}, "stream_options", "does not know"),
+        ({"tools": []}, "tools", "does not know this parameter"),
+        ({"model": 7}, "model", "string"),
+    ],
+)
+def test_a_bad_field_is_named(server, fields, param, message):
+    for stream in (False, True):
+        answer = server.post(**{"stream": stream} | fields)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == param and error["type"] == "invalid_request_error"
+        assert message in error["message"] and error["message"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "message"),
+    [
+        (b"{", {}, 400, "no valid JSON"),
+        (b"", {}, 400, "no valid JSON"),
+        (b"[]", {}, 400, "object"),
+        (b'{"model": "counting"}', {}, 400, "prompt: "),
+        (b'{"model": "counting", "prompt": "\xff"}', {}, 400, "no valid JSON"),
+        (b'{"model": "counting", "prompt": "\\ud800"}', {}, 400, "no valid JSON"),
+        (b'{"model": "counting", "prompt": "a", "temperature": NaN}', {}, 400, "temperature"),
+        (b'{"model": "counting", "prompt": "a", "temperature": Infinity}', {}, 400, "temperature"),
+        (b'{"model": "counting", "prompt": ' + b"[" * 5000, {}, 400, ""),
+        (b'{"model": "counting", "prompt": "a"}', {"content-type": "text/plain"}, 415, "text/plain"),
+        (b" " * (MOST_BODY_BYTES + 1), {}, 413, "shorten the prompt"),
+    ],
+)
+def test_a_bad_body_is_refused(server, body, headers, status, message):
+    headers = {"content-type": "application/json"} | headers
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=30)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_other_paths_and_methods_have_openai_s_errors_too(server):
+    for answer, status in (
+        (httpx.get(f"{server.url}/v1/chat"), 404),
+        (httpx.get(f"{server.url}/v1/completions"), 405),
+    ):
+        assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_health_and_metrics(server):
+    server.post()
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{server.url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    stats = server.engine.stats()
+    assert float(values["asuncion_generated_tokens"]) == stats.generated_tokens > 0
+    assert float(values["asuncion_request_seconds_count"]) >= 1
+    assert float(values["asuncion_running"]) == 0
+
+
+def test_what_the_model_is_stands_in_the_list_of_models(server):
+    [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert model["max_model_len"] == CONTEXT and model["engine_info"]["num_slots"] == 4
+
+
+# Anything that JSON can say, near and far from what a request may say.
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=20),
+    st.sampled_from([0, 1, -1, 0.5, 2, "counting", "a", "", 2**31, 2**63]),
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+NAMES = (
+    *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "n"),
+    *("stream_options", "ignore_eos", "echo", "suffix", "best_of", "logit_bias", "frequency_penalty", "user"),
+)
+BODIES = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5).map(
+    lambda odd: {"model": "counting", "prompt": [1], "max_tokens": 2} | odd
+)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[Server]:
+    made = Server(counting_engine(step_seconds=0.0))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def connection(quick: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=quick.url, timeout=20) as opened:
+        yield opened
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES)
+def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, body):
+    if isinstance(body["max_tokens"], int):
+        body["max_tokens"] = min(body["max_tokens"], 9)
+    headers = {"content-type": "application/json"}
+    answer = connection.post("/v1/completions", content=json.dumps(body), headers=headers)
+    assert answer.status_code in (200, 400, 404)
+    if answer.status_code != 200:
+        error = answer.json()["error"]
+        assert error["message"] and set(error) == {"message", "type", "param", "code"}
+    assert quick.engine.failure() is None
+    assert idle(quick.engine)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200))
+def test_nor_are_any_bytes(connection, body):
+    headers = {"content-type": "application/json"}
+    answer = connection.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot_within_a_step(stream):
+    server = Server(counting_engine(step_seconds=0.05))
+    body = json.dumps({"model": "counting", "prompt": [1], "max_tokens": 400, "stream": stream}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(head.encode() + body)
+        while server.engine.stats().generated_tokens < 3:
+            time.sleep(0.01)
+    left = server.engine.stats().steps
+    assert idle(server.engine)
+    stats = server.engine.stats()
+    assert stats.steps <= left + 2 and stats.cancelled == 1
+    assert server.post(max_tokens=1).status_code == 200
+    server.close()
+
+
+def test_overload_is_429_with_when_to_retry_and_then_all_is_well():
+    server = Server(counting_engine(slots=2, waiting=3, step_seconds=0.01))
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(server.post(max_tokens=30))
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(answers) == 20 and 5 <= 20 - len(refused) <= 8
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert refused[0].json()["error"]["type"] == "rate_limit_error"
+    assert idle(server.engine) and server.post().status_code == 200
+    slow = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in slow:
+        thread.start()
+    while server.engine.stats().waiting < 3:
+        time.sleep(0.002)
+    with pytest.raises(RateLimitError):
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0).completions.create(
+            model="counting", prompt="a"
+        )
+    for thread in slow:
+        thread.join()
+    server.close()
+
+
+def test_an_engine_that_breaks_ends_the_stream_with_an_error_event(capfd):
+    server = Server(counting_engine())
+    events = server.events(prompt=[FAILING], max_tokens=10)
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None] * 3
+    assert "an unlucky number" in events[-1]["error"]["message"]
+    assert events[-1]["error"]["type"] == "server_error"
+    whole = server.post()
+    assert whole.status_code == 503 and "unlucky" in whole.json()["error"]["message"]
+    health = httpx.get(f"{server.url}/health")
+    assert health.status_code == 503 and "unlucky" in health.json()["status"]
+    server.close()
+    capfd.readouterr()

@@ -1,0 +1,208 @@
+"""The endpoint on a real Ray Serve: the protocol through its ingress, overload, clients that leave, death."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from openai import OpenAI
+from safetensors.torch import save_file
+
+from cluster.session import free_ports
+from serving.config import load
+from serving.deployment import serving
+from serving.text import numbered_tokenizer
+from tests import fake_engine
+from tests.commands import ROOT
+from tests.integration.test_endpoint import BODIES
+from training.model import Llama, initialize
+from training.shapes import LlamaShape, to_hf_config
+
+pytestmark = pytest.mark.stack
+NAME = "llama-5m-random"
+SLOTS, WAITING = 3, 3
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """An endpoint whose engine counts, 20 ms a token."""
+    config = load(
+        dotlist=[
+            *("model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1"),
+            *(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}"),
+        ]
+    )
+    with serving(config, report=print, factory=fake_engine.make) as url:
+        yield url
+    assert [p for p in psutil.Process().children(recursive=True) if "haproxy" in p.name()] == []
+
+
+def post(url: str, **fields: object) -> httpx.Response:
+    body = {"model": NAME, "prompt": [1], "max_tokens": 3} | fields
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+
+
+def figure(url: str, name: str) -> float:
+    """A figure of the engine, from /metrics."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"asuncion_{name} "))
+
+
+def replicas() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if any("ServeReplica" in word for word in child.cmdline()[:1])]
+
+
+def test_the_openai_client_streams_token_by_token(url):
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    list(client.completions.create(model=NAME, prompt="ab", max_tokens=2, stream=True))  # its first is slow
+    start, times, texts = time.monotonic(), [], []
+    for chunk in client.completions.create(
+        model=NAME, prompt="ab", max_tokens=12, temperature=0, stream=True
+    ):
+        times.append(time.monotonic() - start)
+        texts.append(chunk.choices[0].text)
+    assert "".join(texts) == "cdefghijklmn"
+    assert times[-1] - times[0] > 0.15  # 11 x 20 ms: they did not come all at once
+    assert sum(later - earlier > 0.005 for earlier, later in zip(times, times[1:], strict=False)) >= 6
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES)
+def test_no_body_is_a_server_error(url, body):
+    body = {**body, "model": NAME if body["model"] == "counting" else body["model"]}
+    if isinstance(body["max_tokens"], int):
+        body["max_tokens"] = min(body["max_tokens"], 2)
+    answer = httpx.post(
+        f"{url}/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code in (200, 400, 404)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(url, stream):
+    body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 500, "stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    cancelled = figure(url, "cancelled")
+    with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
+        sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        while figure(url, "running") == 0:
+            time.sleep(0.02)
+    deadline = time.monotonic() + 5
+    while figure(url, "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert figure(url, "running") == 0 and figure(url, "cancelled") == cancelled + 1
+
+
+def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url):
+    answers: list[tuple[httpx.Response, float]] = []
+
+    def ask() -> None:
+        start = time.monotonic()
+        answer = post(url, max_tokens=20)
+        answers.append((answer, time.monotonic() - start))
+
+    threads = [threading.Thread(target=ask) for _ in range(10 * (SLOTS + WAITING))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == len(threads)
+    assert {answer.status_code for answer, _ in answers} == {200, 429}
+    refused = [answer for answer, _ in answers if answer.status_code == 429]
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
+    admitted = [seconds for answer, seconds in answers if answer.status_code == 200]
+    assert len(admitted) >= SLOTS + WAITING
+    # Two turns of 20 tokens of 20 ms, and the ingress; unbounded queueing would take ten turns.
+    assert max(admitted) < 4.0
+    assert post(url).status_code == 200 and figure(url, "running") == 0
+
+
+def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
+    [replica] = replicas()
+    text = b""
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        httpx.stream(
+            "POST",
+            f"{url}/v1/completions",
+            json={"model": NAME, "prompt": [1], "max_tokens": 400, "stream": True},
+            timeout=30,
+        ) as answer,
+    ):
+        for part in answer.iter_raw():
+            text += part
+            if replica.is_running() and text.count(b"data: ") == 3:
+                replica.kill()
+    # The process that could write an error event is gone; what is left is a body without its end.
+    assert text.count(b"data: ") >= 3 and b"[DONE]" not in text
+    deadline = time.monotonic() + 60
+    while (status := post(url).status_code) != 200 and time.monotonic() < deadline:
+        assert status in (429, 502, 503)
+        time.sleep(0.2)
+    assert status == 200 and replicas() != [replica]
+
+
+def start(checkpoint: Path, *, port: int) -> subprocess.Popen[str]:
+    """`python -m serving.app`, beside the endpoint above."""
+    keys = [f"model.path={checkpoint}", f"deployment.port={port}", "deployment.cpus=1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving.app", *keys],
+        cwd=checkpoint.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """A Hugging Face directory of a model that fits a postage stamp."""
+    shape = LlamaShape(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=64
+    )
+    model = Llama(shape)
+    initialize(model, seed=0)
+    folder.mkdir()
+    tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf_config(shape, dtype="bfloat16")))
+    numbered_tokenizer(300).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_message(tmp_path):
+    file = tiny_checkpoint(tmp_path / "tiny") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    process = start(file.parent, port=free_ports(1)[0])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "model.safetensors" in line and "copy it again" in line
+    assert "Traceback" not in errors
+
+
+def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
+    [port] = free_ports(1)
+    process = start(tiny_checkpoint(tmp_path / "tiny"), port=port)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert next(line for line in lines if "serving at" in line).strip().endswith("until Ctrl-C")
+    answer = post(f"http://127.0.0.1:{port}", model="tiny", prompt="a ship", max_tokens=5, ignore_eos=True)
+    assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
+    ours = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(ours, timeout=10)
+    assert alive == []
