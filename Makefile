@@ -5,7 +5,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: train prepare study test check format clean
+.PHONY: train prepare study serve serve-bench test check format clean
 
 train: $(VENV)/ready
 	$(RUN) training.launch $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -15,6 +15,12 @@ prepare: $(VENV)/ready
 
 study: $(VENV)/ready
 	$(RUN) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+serve: $(VENV)/ready
+	$(RUN) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+serve-bench: $(VENV)/ready
+	$(RUN) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 test: $(VENV)/ready
 	$(RUN) pytest $(ARGS)

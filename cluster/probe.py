@@ -1,9 +1,14 @@
 """Measured ceilings of this machine: matrix products and memory. Shares of a datasheet's peak need no probe.
 
+    python -m cluster.probe [--device cpu|cuda] [--threads N]      one JSON object
+
 Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it.
 The spread beside it, (slowest, fastest), says how disturbed it was.
 """
 
+import argparse
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,3 +83,19 @@ def measure(*, device: str = "cpu", num_threads: int | None = None, repeats: int
         copy_gb_per_s=timed(lambda: target.copy_(source), 2 * num_bytes / 1e9),
         device=name,
     )
+
+
+def main() -> int:
+    """Measure, and print the best rates as one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.probe", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="compute threads; default: torch's own")
+    options = parser.parse_args()
+    found = measure(device=options.device, num_threads=options.threads)
+    rates = ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")
+    print(json.dumps({"device": found.device, **{name: getattr(found, name).best for name in rates}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

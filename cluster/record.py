@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from cluster import files
 
 FSYNC_SECONDS = 1.0
 _NONFINITE = "_nonfinite"
+_TABLE = "table"
 
 
 class Record:
@@ -111,6 +112,10 @@ class Record:
         if time.monotonic() >= self._fsync_at:
             self._fsync()
         self._mirror.put(row)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show rows as a table in W&B; the run's files hold them already."""
+        self._mirror.table(name, columns, rows)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `_Mirror.CLOSE_SECONDS`.
@@ -300,6 +305,11 @@ class _Mirror:
         elif self._thread.is_alive():
             self._num_missed += 1
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Hand over a table."""
+        content = {"columns": list(columns), "data": [list(row) for row in rows]}
+        self._calls.put((_TABLE, {name: content}))
+
     def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
         """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
         if self._closed:
@@ -320,6 +330,8 @@ class _Mirror:
                     run.summary.update(content)
                     run.finish(exit_code=self._exit_code)
                     return
+                if call == _TABLE:
+                    content = {name: _wandb_table(about) for name, about in content.items()}
                 run.log(content)
         except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
             if self._state == "starting":
@@ -389,6 +401,12 @@ class _Mirror:
 
     def _sync(self, kind: str) -> str:
         return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
+
+
+def _wandb_table(about: dict[str, Any]) -> Any:
+    import wandb
+
+    return wandb.Table(**about, allow_mixed_types=True)
 
 
 def _auto_mode(settings: Any) -> str:

@@ -12,6 +12,7 @@ ENGINES = ("torch", "vllm")
 DTYPES = ("bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("checkpoint", "random")
+COMPARISONS = ("transformers", "vllm", "serve")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class EngineConfig:
 @dataclass(frozen=True)
 class DeploymentConfig:
     host: str = key("127.0.0.1", "address that the HTTP port is bound to")
-    port: int = key(8000, "HTTP port")
+    port: int = key(8000, "HTTP port; 0: any that is free")
     replicas: int = key(1, "engines; with max_replicas above it, the least number")
     max_replicas: int | None = key(None, "autoscaling: most engines")
     target_waiting: float = key(
@@ -83,11 +84,86 @@ class DeploymentConfig:
 
 
 @dataclass(frozen=True)
+class LoadConfig:
+    concurrency: tuple[int, ...] = key((1, 8), "closed loop: requests in flight, one measurement for each")
+    requests: int = key(40, "measured requests of each closed-loop measurement, after the warm-up")
+    warm_up: int = key(4, "requests that are sent first and not measured, of every measurement")
+    prompt_tokens: str = key("64", "64, uniform(16,128) or lognormal(64,0.5)")
+    output_tokens: str = key("48", "the same for the length of the continuation")
+    rates: tuple[float, ...] = key((), "open loop: requests per second, one measurement for each")
+    arrivals: str = key("poisson", "open loop: poisson or constant")
+    seconds: float = key(10.0, "open loop: length of each measurement")
+    trace: str | None = key(None, "open loop: a JSONL of at_seconds, prompt_tokens, output_tokens")
+    conversations: str | None = key(None, "a ShareGPT-style JSONL: prompts and lengths come from it")
+    timeout_seconds: float = key(120.0, "a request that takes longer is counted as an error")
+    most_lag_ms: float = key(25.0, "a measurement in which this client was later than this (p99) is refused")
+    greedy: bool = key(True, "temperature 0; false: temperature 1, with a seed for each request")
+    seed: int = key(0, "of arrivals, lengths and prompts")
+
+    def __post_init__(self) -> None:
+        require_choice("load.arrivals", self.arrivals, ("poisson", "constant"))
+        require(all(c >= 1 for c in self.concurrency), "load.concurrency", "must be at least 1")
+        require(all(r > 0 for r in self.rates), "load.rates", "must be above 0")
+        require(self.requests >= 1, "load.requests", "must be at least 1")
+        require(self.warm_up >= 0, "load.warm_up", "must be 0 or more")
+        for name in ("seconds", "timeout_seconds", "most_lag_ms"):
+            require(getattr(self, name) > 0, f"load.{name}", "must be above 0")
+
+
+@dataclass(frozen=True)
+class SloConfig:
+    ttft_ms: float | None = key(200.0, "most milliseconds to the first token")
+    tpot_ms: float | None = key(50.0, "most milliseconds per further token, on average over a request")
+    e2e_ms: float | None = key(None, "most milliseconds of a whole request")
+    attainment: float = key(0.95, "share of requests that has to meet all of them")
+
+    def __post_init__(self) -> None:
+        require(0 < self.attainment <= 1, "slo.attainment", "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    points: int = key(4, "measurements in search of the highest rate that meets the SLO; 0: no search")
+
+    def __post_init__(self) -> None:
+        require(self.points >= 0, "sweep.points", "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    name: str = key(
+        "serve-bench", "the run directory under outputs/; an earlier one of this name is replaced"
+    )
+    directory: str = key("outputs", "where runs are kept")
+    target: str | None = key(None, "an endpoint that runs already, such as http://host:8000, instead of ours")
+    target_model: str | None = key(None, "with target: the model's name there; default: the first it lists")
+    wandb: str = key("auto", "auto, offline, online or disabled")
+    project: str = key("asuncion", "W&B project")
+    compare: str | None = key(
+        None, "race our engine instead: against transformers, vllm or serve (see README)"
+    )
+    rounds: int = key(5, "compare: rounds")
+    python: str | None = key(None, "compare: interpreter of the peer's environment")
+    output: str | None = key(
+        None, "compare: file of the result; default: tests/baselines/<hardware>_<what>.json"
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("bench.wandb", self.wandb, ("auto", "offline", "online", "disabled"))
+        require(self.compare in (None, *COMPARISONS), "bench.compare", f"is one of: {', '.join(COMPARISONS)}")
+        require(self.rounds >= 1, "bench.rounds", "must be at least 1")
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     model: ModelConfig = key(ModelConfig, "")
     engine: EngineConfig = key(EngineConfig, "")
     deployment: DeploymentConfig = key(DeploymentConfig, "")
     session: SessionConfig = key(SessionConfig, "")
+    load: LoadConfig = key(LoadConfig, "")
+    slo: SloConfig = key(SloConfig, "")
+    sweep: SweepConfig = key(SweepConfig, "")
+    bench: BenchConfig = key(BenchConfig, "")
 
 
 def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> ServeConfig:

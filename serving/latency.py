@@ -1,0 +1,128 @@
+"""What a request's times mean, and what many of them come to. Pure: no clock, no I/O.
+
+Times are seconds on one monotonic clock. TTFT: first token - scheduled arrival (so that a request that had
+to wait to be sent, because the client or the server stalled, counts its wait). ITL: gap between consecutive
+tokens, over all requests. TPOT: (last token - first token) / (output tokens - 1), of each request. E2E: last
+token - scheduled arrival. These are vLLM's and MLPerf's definitions; GuideLLM calls our TPOT "ITL".
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One request, from its schedule to its end.
+
+    Attributes:
+        scheduled: when it should have been sent; in a closed loop when its turn came.
+        sent: when it was handed to the connection.
+        tokens: when each of its tokens arrived; tokens that came in one event share a time.
+        ended: when the answer was complete, or had failed.
+        prompt_tokens, output_tokens: as the server counted them; output_tokens may exceed `tokens` where a
+            server puts several into one event.
+        error: None, or what went wrong in a few words: "timeout", "HTTP 429", "connection", "broken off" ...
+    """
+
+    index: int
+    scheduled: float
+    sent: float
+    tokens: tuple[float, ...]
+    ended: float
+    prompt_tokens: int
+    output_tokens: int
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        return self.tokens[0] - self.scheduled if self.tokens else None
+
+    @property
+    def e2e(self) -> float | None:
+        return self.tokens[-1] - self.scheduled if self.tokens else None
+
+    @property
+    def tpot(self) -> float | None:
+        """None with fewer than two tokens."""
+        if self.output_tokens < 2 or not self.tokens:
+            return None
+        return (self.tokens[-1] - self.tokens[0]) / (self.output_tokens - 1)
+
+    @property
+    def itls(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Service-level objectives, in seconds; None sets none. A request meets them if it meets each."""
+
+    ttft: float | None
+    tpot: float | None
+    e2e: float | None
+
+    def met_by(self, outcome: Outcome) -> bool:
+        """A request that failed meets nothing; one of a single token has no TPOT to exceed."""
+        if outcome.error is not None or not outcome.tokens:
+            return False
+        pairs = ((self.ttft, outcome.ttft), (self.tpot, outcome.tpot), (self.e2e, outcome.e2e))
+        return all(limit is None or value is None or value <= limit for limit, value in pairs)
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """With linear interpolation between the closest ranks, as numpy's default; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
+    """Counts, rates and percentiles of the measured requests; keys carry units.
+
+    Rates are over the time from the first scheduled arrival to the last end. Percentiles are over requests
+    that succeeded; how many did not, and why, stands beside them in `errors`. `goodput_per_second` counts
+    those that meet `slo`, and `attainment` is their share of all.
+
+    Raises:
+        ValueError: there are no outcomes.
+    """
+    if not outcomes:
+        raise ValueError("no request was measured")
+    good = [outcome for outcome in outcomes if outcome.error is None]
+    seconds = max(o.ended for o in outcomes) - min(o.scheduled for o in outcomes)
+    meeting = sum(slo.met_by(outcome) for outcome in outcomes)
+    output = sum(outcome.output_tokens for outcome in good)
+    prompt = sum(outcome.prompt_tokens for outcome in good)
+    found: dict[str, Any] = {
+        "requests": len(outcomes),
+        "succeeded": len(good),
+        "errors": dict(Counter(o.error for o in outcomes if o.error is not None)),
+        "seconds": seconds,
+        "requests_per_second": len(good) / seconds,
+        "output_tokens_per_second": output / seconds,
+        "total_tokens_per_second": (prompt + output) / seconds,
+        "mean_prompt_tokens": prompt / len(good) if good else None,
+        "mean_output_tokens": output / len(good) if good else None,
+        "goodput_per_second": meeting / seconds,
+        "attainment": meeting / len(outcomes),
+    }
+    samples = {
+        "ttft": [o.ttft for o in good if o.ttft is not None],
+        "tpot": [o.tpot for o in good if o.tpot is not None],
+        "itl": [gap for o in good for gap in o.itls],
+        "e2e": [o.e2e for o in good if o.e2e is not None],
+        "send_lag": [o.sent - o.scheduled for o in outcomes],
+    }
+    for name, values in samples.items():
+        for percent in PERCENTILES:
+            value = percentile(values, percent)
+            found[f"{name}_p{percent}_ms"] = None if value is None else 1e3 * value
+    return found

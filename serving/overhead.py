@@ -1,0 +1,110 @@
+"""What Ray Serve adds: the same requests to an engine through the endpoint, and to its like in this process.
+
+The two engines are alike and take turns; the one that waits is asleep. Both clients are asyncio loops in this
+process, so what they themselves cost stands on both sides, but for the parsing of HTTP.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import benchmark
+from cluster.cli import RunError
+from serving import checkpoints
+from serving.config import ServeConfig
+from serving.deployment import make_engine, serving
+from serving.latency import Outcome, Slo, summarise
+from serving.loadgen import Endpoint, Send, over_http, run_closed, to_engine
+from serving.workload import Planned, synthetic
+
+NO_SLO = Slo(None, None, None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A closed loop of equal requests: `num_requests` of them, `concurrency` at once."""
+
+    concurrency: int
+    num_requests: int
+    prompt_tokens: int = 64
+    output_tokens: int = 48
+
+
+CASES = (Case(1, 12), Case(8, 48), Case(32, 96))
+
+
+def measure(
+    config: ServeConfig, *, report: Callable[[str], None], cases: tuple[Case, ...] = CASES
+) -> dict[str, Any]:
+    """Medians and spreads over `bench.rounds`, by concurrency c.
+
+    Keys: `added_ttft_ms_c<c>`, the difference of the median TTFTs of a round in milliseconds;
+    `speedup_direct_c<c>`, throughput through Serve / direct, of a round; `ttft_ms_<way>_c<c>` and
+    `tokens_per_second_<way>_c<c>` of both ways.
+
+    Raises:
+        RunError: a request failed.
+    """
+    served = checkpoints.find(config.model)
+    checkpoints.export(served, report=report)
+    samples: dict[str, list[float]] = {}
+    engine = make_engine(config, served)
+    try:
+        with serving(config, report=report) as url:
+            for number in range(-1, config.bench.rounds):  # the first warms up
+                for case in cases:
+                    plan = _plan(case, engine.info.vocab_size, seed=number)
+                    ways = {"serve": url, "direct": None}
+                    for way in sorted(ways, reverse=number % 2 == 0):
+                        found = asyncio.run(_round(plan, case, engine, ways[way], served.name))
+                        if found["errors"]:
+                            raise RunError(
+                                f"requests failed, {way}, {case.concurrency} at once: {found['errors']}"
+                            )
+                        report(
+                            f"round {number + 1}/{config.bench.rounds}, {case.concurrency} at once, {way}: "
+                            f"TTFT {found['ttft_p50_ms']:.1f} ms, "
+                            f"{found['output_tokens_per_second']:.0f} tokens/s"
+                        )
+                        if number >= 0:
+                            end = f"{way}_c{case.concurrency}"
+                            samples.setdefault(f"ttft_ms_{end}", []).append(found["ttft_p50_ms"])
+                            rate = found["output_tokens_per_second"]
+                            samples.setdefault(f"tokens_per_second_{end}", []).append(rate)
+    finally:
+        engine.close()
+    for case in cases:
+        end = f"c{case.concurrency}"
+        pairs = zip(samples[f"ttft_ms_serve_{end}"], samples[f"ttft_ms_direct_{end}"], strict=True)
+        samples[f"added_ttft_ms_{end}"] = [serve - direct for serve, direct in pairs]
+        rates = (samples[f"tokens_per_second_{way}_{end}"] for way in ("serve", "direct"))
+        samples[f"speedup_direct_{end}"] = [serve / direct for serve, direct in zip(*rates, strict=True)]
+    info = {"engine": engine.info.engine, "model": served.name, **engine.info.details}
+    return {**benchmark.medians(samples), "about": info}
+
+
+async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, model: str) -> dict[str, Any]:
+    outcomes: list[Outcome] = []
+
+    async def run(send: Send) -> None:
+        await run_closed(plan, send, concurrency=case.concurrency, observe=outcomes.append)
+
+    if url is None:
+        await run(to_engine(engine))
+    else:
+        async with over_http(Endpoint(url, model, timeout_seconds=300.0)) as send:
+            await run(send)
+    return summarise(outcomes, slo=NO_SLO)
+
+
+def _plan(case: Case, vocab_size: int, *, seed: int) -> list[Planned]:
+    size, more = float(case.prompt_tokens), float(case.output_tokens)
+    return synthetic(
+        case.num_requests,
+        prompt_tokens=lambda draw: size,
+        output_tokens=lambda draw: more,
+        vocab_size=vocab_size,
+        context_tokens=case.prompt_tokens + case.output_tokens,
+        seed=seed,
+    )

@@ -1,0 +1,171 @@
+"""What a serving benchmark came to: ceilings, shares of them, a table, pictures. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import hardware
+
+COLUMNS = (  # header, key of a point, format
+    ("load", "load", "{}"),
+    ("ok/all", "counts", "{}"),
+    ("out tok/s", "output_tokens_per_second", "{:.0f}"),
+    ("total tok/s", "total_tokens_per_second", "{:.0f}"),
+    ("TTFT p50", "ttft_p50_ms", "{:.1f}"),
+    ("p90", "ttft_p90_ms", "{:.1f}"),
+    ("p99", "ttft_p99_ms", "{:.1f}"),
+    ("TPOT p50", "tpot_p50_ms", "{:.2f}"),
+    ("p90", "tpot_p90_ms", "{:.2f}"),
+    ("p99", "tpot_p99_ms", "{:.2f}"),
+    ("ITL p50", "itl_p50_ms", "{:.2f}"),
+    ("p99", "itl_p99_ms", "{:.2f}"),
+    ("E2E p50", "e2e_p50_ms", "{:.0f}"),
+    ("p99", "e2e_p99_ms", "{:.0f}"),
+    ("goodput/s", "goodput_per_second", "{:.2f}"),
+    ("SLO met", "attainment", "{:.0%}"),
+    ("MBU", "mbu", "{:.1%}"),
+    ("MFU", "prefill_mfu", "{:.1%}"),
+)
+
+
+def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hardware allows a model, by its datasheet where there is one, else by measurement.
+
+    Args:
+        info: `serving.engine.EngineInfo` as a mapping.
+        measured: "device", "bf16_tflops" and "read_gb_per_s" of `cluster.probe`.
+
+    Returns:
+        `bf16_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a decoding step with an
+        empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence at that; and
+        `prefill_tokens_per_second`: peak / flops_per_token, attention left out.
+    """
+    device = hardware.lookup(str(measured["device"]))
+    if device is not None:
+        tflops, gb_per_s, source = device.bf16_tflops, device.memory_gb_per_s, f"datasheet, {device.source}"
+    else:
+        tflops, gb_per_s = measured["bf16_tflops"], measured["read_gb_per_s"]
+        source = "measured here (cluster.probe); no datasheet entry"
+    step_seconds = info["weight_bytes"] / (gb_per_s * 1e9)
+    return {
+        "device": measured["device"],
+        "bf16_tflops": tflops,
+        "gb_per_s": gb_per_s,
+        "source": source,
+        "step_ms": 1e3 * step_seconds,
+        "decode_tokens_per_second": 1 / step_seconds,
+        "prefill_tokens_per_second": tflops * 1e12 / info["flops_per_token"],
+    }
+
+
+def shares(point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    """MBU of decoding and MFU of prefilling at a closed-loop point; empty for an open loop.
+
+    mbu = (weight_bytes + concurrency · mean context · kv_bytes_per_token) / TPOT p50 / bandwidth, where the
+    mean context is prompt + output/2. It is that of steps with `concurrency` sequences, and so too high where
+    fewer are decoding.
+    prefill_mfu = mean prompt · flops_per_token / TTFT p50 / peak, at concurrency 1 alone, where the time to
+    the first token is that of one prompt and what the endpoint adds to it.
+    """
+    concurrency = point.get("concurrency")
+    if concurrency is None or not point["tpot_p50_ms"]:
+        return {}
+    context = point["mean_prompt_tokens"] + point["mean_output_tokens"] / 2
+    num_bytes = info["weight_bytes"] + concurrency * context * info["kv_bytes_per_token"]
+    found = {
+        "mbu": hardware.mbu(
+            bytes_per_step=num_bytes,
+            step_seconds=point["tpot_p50_ms"] / 1e3,
+            gb_per_s=ceiling["gb_per_s"],
+        )
+    }
+    if concurrency == 1:
+        found["prefill_mfu"] = hardware.mfu(
+            tokens_per_second=point["mean_prompt_tokens"] / (point["ttft_p50_ms"] / 1e3),
+            flops_per_token=info["flops_per_token"],
+            num_devices=1,
+            peak_tflops=ceiling["bf16_tflops"],
+        )
+    return found
+
+
+def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
+    """The ceilings, for people."""
+    details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
+    peak, bandwidth = ceiling["bf16_tflops"], ceiling["gb_per_s"]
+    return "\n".join(
+        [
+            f"model        {info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}",
+            f"engine       {info['engine']} on {info['device']}: {details}",
+            f"ceilings     {peak:.3g} TFLOP/s, {bandwidth:.3g} GB/s ({ceiling['source']})",
+            f"decoding     {info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
+            f"{ceiling['step_ms']:.3g} ms, at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
+            f"prefilling   {info['flops_per_token'] / 1e6:,.1f} MFLOP a token: at most "
+            f"{ceiling['prefill_tokens_per_second']:,.0f} tok/s",
+        ]
+    )
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> str:
+    """The measurements, one a line; latencies in milliseconds."""
+    shown = [
+        (header, key, form) for header, key, form in COLUMNS if any(p.get(key) is not None for p in points)
+    ]
+    rows = [[header for header, _, _ in shown]]
+    for point in points:
+        cells = ((point.get(key), form) for _, key, form in shown)
+        rows.append(["-" if value is None else form.format(value) for value, form in cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+def plot(
+    points: Sequence[Mapping[str, Any]], itls: Mapping[str, Sequence[float]], folder: Path
+) -> list[Path]:
+    """latency.png (against the rate of the open-loop points), itl.png (a histogram for each load).
+
+    Args:
+        itls: load -> gaps between tokens, seconds.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    measured = [point for point in points if point.get("ttft_p50_ms") is not None]
+    rated = sorted((p for p in measured if p.get("rate") is not None), key=lambda p: p["rate"])
+    if rated:
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
+        for panel, name in zip(panels, ("ttft", "tpot"), strict=True):
+            for percent in (50, 90, 99):
+                values = [p[f"{name}_p{percent}_ms"] for p in rated]
+                panel.plot([p["rate"] for p in rated], values, marker="o", label=f"p{percent}")
+            panel.set(xlabel="requests per second", ylabel=f"{name.upper()} (ms)")
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.legend()
+        made.append(_save(figure, folder / "latency.png"))
+    filled = {load: gaps for load, gaps in itls.items() if gaps}
+    if filled:
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+        for load, gaps in filled.items():
+            milliseconds = [1e3 * gap for gap in gaps]
+            axes.hist(milliseconds, bins=60, histtype="step", density=True, label=load)
+        axes.set(xlabel="ITL (ms)", ylabel="density", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        made.append(_save(figure, folder / "itl.png"))
+    return made
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path

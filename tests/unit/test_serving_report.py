@@ -1,0 +1,71 @@
+"""Ceilings, shares and the table from numbers chosen by hand."""
+
+import pytest
+
+from serving.report import ceilings, plot, shares, table
+
+INFO = {"weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000}
+
+
+def test_a_known_gpu_has_its_datasheet_s_ceilings():
+    found = ceilings(INFO, {"device": "NVIDIA A40"})
+    assert (found["bf16_tflops"], found["gb_per_s"]) == (149.7, 696)
+    assert found["step_ms"] == pytest.approx(2000 / 696)
+    assert found["decode_tokens_per_second"] == pytest.approx(348)
+    assert found["prefill_tokens_per_second"] == pytest.approx(74_850)
+    assert "a40-nvidia" in found["source"] or "a40" in found["source"]
+
+
+def test_any_other_device_has_measured_ones_and_says_so():
+    found = ceilings(INFO, {"device": "cpu, 2 threads", "bf16_tflops": 0.4, "read_gb_per_s": 40})
+    assert (found["bf16_tflops"], found["gb_per_s"]) == (0.4, 40)
+    assert found["step_ms"] == 50 and found["source"].startswith("measured here")
+
+
+def test_shares_of_a_closed_loop():
+    ceiling = {"gb_per_s": 100, "bf16_tflops": 1.0}
+    point = {
+        "concurrency": 1, "tpot_p50_ms": 40.0, "ttft_p50_ms": 400.0,
+        "mean_prompt_tokens": 100, "mean_output_tokens": 40,
+    }  # fmt: skip
+    found = shares(point, INFO, ceiling)
+    assert found["mbu"] == pytest.approx((2e9 + 120 * 1e5) / 0.04 / 100e9)
+    assert found["prefill_mfu"] == pytest.approx(100 / 0.4 * 2e9 / 1e12)
+    eight = shares(point | {"concurrency": 8}, INFO, ceiling)
+    assert eight == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
+    assert shares(point | {"concurrency": None}, INFO, ceiling) == {}
+    assert shares(point | {"tpot_p50_ms": None}, INFO, ceiling) == {}
+
+
+POINTS = [
+    {
+        "load": "1 in flight",
+        "counts": "9/10",
+        "rate": None,
+        "ttft_p50_ms": 12.34,
+        "attainment": 0.9,
+        "mbu": 0.5,
+    },
+    {"load": "2.00/s poisson", "counts": "refused", "rate": 2.0, "ttft_p50_ms": None},
+]
+
+
+def test_the_table_shows_a_dash_for_what_was_not_measured_and_no_empty_columns():
+    lines = table(POINTS).splitlines()
+    assert lines[0].split() == ["load", "ok/all", "TTFT", "p50", "SLO", "met", "MBU"]
+    assert lines[1].split() == ["1", "in", "flight", "9/10", "12.3", "90%", "50.0%"]
+    assert lines[2].split() == ["2.00/s", "poisson", "refused", "-", "-", "-"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_pictures_are_of_what_there_is(tmp_path):
+    rated = [
+        {"rate": rate, **{f"{name}_p{p}_ms": rate * p for name in ("ttft", "tpot") for p in (50, 90, 99)}}
+        for rate in (1.0, 2.0)
+    ]
+    assert [path.name for path in plot(rated, {"a": [0.01, 0.02], "b": []}, tmp_path)] == [
+        "latency.png",
+        "itl.png",
+    ]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("latency.png", "itl.png"))
+    assert plot([], {}, tmp_path / "none") == []
