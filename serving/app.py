@@ -25,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(f"{layered.to_yaml(config)}\n{describe(config)}")
             return
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that Serve is shut down by it too
         with serving(config, report=print) as url:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own handler
             print(f"serving at {url}/v1 until Ctrl-C", flush=True)
-            threading.Event().wait()
+            try:
+                threading.Event().wait()
+            finally:  # a second Ctrl-C would break off Serve's end, and leave its HAProxy behind
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
 
     return cli.run(body)
 

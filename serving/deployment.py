@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Histogram as Buckets
 
 from cluster.cli import RunError, UserError
 from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
 from serving import checkpoints
 from serving.checkpoints import Served
 from serving.config import ServeConfig
-from serving.endpoint import make_endpoint
-from serving.engine import Engine
+from serving.endpoint import FIGURES, LATENCIES, make_endpoint
+from serving.engine import Engine, EngineStats
 from serving.text import load_tokenizer, numbered_tokenizer
 from training import shapes
 
@@ -39,12 +40,37 @@ def make_engine(config: ServeConfig, served: Served) -> Engine:
     return torch_engine.make_engine(config, directory=served.directory, name=served.name)
 
 
+class RayMetrics:
+    """A replica's figures among those that Ray exports for Prometheus, on each node's metrics port.
+
+    The endpoint's /metrics answers for whichever replica got the request, these for each. Ray writes "ray_"
+    before their names, and tags them with deployment and replica.
+    """
+
+    def __init__(self) -> None:
+        from ray.serve.metrics import Gauge, Histogram
+
+        bounds = list(Buckets.DEFAULT_BUCKETS[:-1])  # seconds; Ray adds infinity itself
+        self._latencies = {
+            name: Histogram(f"asuncion_{name}", description=text, boundaries=bounds)
+            for name, text in LATENCIES.items()
+        }
+        self._figures = {name: Gauge(f"asuncion_{name}", description=text) for name, text in FIGURES.items()}
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Note one of LATENCIES."""
+        self._latencies[name].observe(seconds)
+
+    def record(self, stats: EngineStats) -> None:
+        """Say what the engine is doing now."""
+        for name, gauge in self._figures.items():
+            gauge.set(getattr(stats, name))
+
+
 class Replica:
     """What Ray Serve runs."""
 
     def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
-        from serving.ray_metrics import RayMetrics
-
         self._engine, self._metrics = factory(config, served), RayMetrics()
         if served.directory is None:
             self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)

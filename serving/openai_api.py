@@ -25,7 +25,9 @@ _Ids = Annotated[
     list[_Id], Field(fail_fast=True)
 ]  # else a body of wrong ids takes seconds: it makes an error for each
 _Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
-_Neutral = Literal[0, 0.0] | None  # type: ignore[valid-type]  # clients write either
+_Zero = Annotated[float, Field(ge=0, le=0)] | None
+_One = Annotated[float, Field(ge=1, le=1)] | None
+_OneWhole = Annotated[int, Field(ge=1, le=1)] | None
 
 
 class Refusal(Exception):
@@ -57,6 +59,12 @@ class Refusal(Exception):
         return {"error": error}
 
 
+NEUTRAL = (
+    *("n", "best_of", "echo", "suffix", "logit_bias"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,14 +89,14 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # as in vLLM: go on past the end of text, for benchmarks
     user: str | None = None
-    n: Literal[1] | None = 1
-    best_of: Literal[1] | None = 1
+    # NEUTRAL: what this server does not do, with the values that ask for nothing.
+    n: _OneWhole = 1
+    best_of: _OneWhole = 1
     echo: Literal[False] | None = False
     suffix: None = None
-    frequency_penalty: _Neutral = 0
-    presence_penalty: _Neutral = 0
-    # vLLM's; its bench sends 1.0
-    repetition_penalty: Literal[1, 1.0] | None = 1  # type: ignore[valid-type]
+    frequency_penalty: _Zero = 0.0
+    presence_penalty: _Zero = 0.0
+    repetition_penalty: _One = 1.0  # vLLM's; its bench sends it
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @property
@@ -118,6 +126,13 @@ class CompletionRequest(BaseModel):
 
 def parse(body: bytes) -> CompletionRequest:
     """The request in a body. Raises `Refusal` (400), which names the first field at fault."""
+    request = _validate(body)
+    if request.stream_options is not None and not request.stream:
+        raise Refusal(400, "stream_options: goes with stream=true, and only", param="stream_options")
+    return request
+
+
+def _validate(body: bytes) -> CompletionRequest:
     try:
         return CompletionRequest.model_validate_json(body)
     except ValidationError as error:
@@ -134,7 +149,7 @@ def parse(body: bytes) -> CompletionRequest:
             problem = f"must be a text, or at most {MOST_STOPS}, {size}"
         elif first["type"] == "extra_forbidden":
             problem = "this server does not know this parameter; leave it out"
-        elif first["type"].startswith(("literal_error", "none_required", "too_long")):
+        elif field in NEUTRAL:
             problem = f"this server does not do this ({problem}); leave it out"
         raise Refusal(400, f"{field}: {problem}" if field else problem, param=field) from error
 

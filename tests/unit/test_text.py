@@ -4,12 +4,28 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cluster.cli import UserError
 from serving.text import Detokenizer, load_tokenizer, numbered_tokenizer
 
 TOKENIZER = numbered_tokenizer(1000)
+
+
+def sentencepiece_tokenizer() -> Tokenizer:
+    """As LLaMA 1 and 2 have it: words begin with "▁", and what has no token of its own is bytes."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁list", "a", "é", "🚢"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>"])
+    return tokenizer
+
+
+SENTENCEPIECE = sentencepiece_tokenizer()
 TEXT = "Asunción 🚢 a list, a list of ships"
 
 
@@ -68,6 +84,57 @@ def test_pieces_never_show_what_a_stop_string_takes_back():
             assert fed.startswith(shown) and len(fed) - len(shown) < max(map(len, stops))
         else:
             assert shown + detokenizer.finish() == text
+
+
+def test_any_ids_have_a_text_in_any_order():
+    """Random ids hold bytes that are no characters."""
+    draw, broken = random.Random(1), 0
+    for _ in range(300):
+        sequence = [draw.randrange(1000) if draw.random() < 0.5 else draw.randrange(256) for _ in range(40)]
+        detokenizer = Detokenizer(TOKENIZER)
+        shown = "".join(detokenizer.add(token) for token in sequence) + detokenizer.finish()
+        whole = TOKENIZER.decode(sequence)
+        assert whole.startswith(shown) and set(whole[len(shown) :]) <= {"�"}
+        broken += "�" in whole
+    assert broken > 200
+
+
+def test_with_byte_fallback_invalid_bytes_cost_no_word():
+    """`tokenizers.DecodeStream` raises "Invalid prefix" at most of these."""
+    draw, broken = random.Random(1), 0
+    words, high = range(257, SENTENCEPIECE.get_vocab_size()), range(1 + 0x80, 257)
+    for _ in range(300):
+        sequence = [draw.choice(words if draw.random() < 0.6 else high) for _ in range(40)]
+        sequence[0] = sequence[-1] = SENTENCEPIECE.token_to_id("a")
+        detokenizer = Detokenizer(SENTENCEPIECE)
+        shown = "".join(detokenizer.add(token) for token in sequence) + detokenizer.finish()
+        whole = SENTENCEPIECE.decode(sequence)
+        letters = set("the list")
+        assert [c for c in shown if c in letters] == [c for c in whole if c in letters]
+        broken += "�" in whole
+    assert broken > 200
+
+
+def test_a_character_of_several_tokens_comes_whole_with_byte_fallback():
+    sequence = SENTENCEPIECE.encode("the ship 世界 é").ids
+    detokenizer = Detokenizer(SENTENCEPIECE, prompt=sequence[:1])
+    found = [detokenizer.add(token) for token in sequence[1:]]
+    assert "".join(found) == SENTENCEPIECE.decode(sequence)[len(SENTENCEPIECE.decode(sequence[:1])) :]
+    assert "世" in found and "界" in found and "�" not in "".join(found)
+
+
+def test_the_space_before_a_first_word_is_kept():
+    the, list_ = (SENTENCEPIECE.token_to_id(word) for word in ("▁the", "▁list"))
+    assert Detokenizer(SENTENCEPIECE, prompt=[the]).add(list_) == " list"
+    assert Detokenizer(SENTENCEPIECE).add(list_) == "list"  # the beginning of a text
+
+
+def test_bytes_that_never_become_a_character_are_not_held_for_ever():
+    detokenizer = Detokenizer(TOKENIZER)
+    [byte] = {ids("🚢")[1]}  # a byte that continues a character, without its beginning
+    found = "".join(detokenizer.add(byte) for _ in range(100))
+    assert set(found) == {"�"} and 80 <= len(found) <= 100
+    assert detokenizer.num_characters == len(found)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 257, 1000, 8192])
