@@ -72,7 +72,8 @@ def client(server: Server) -> OpenAI:
 def test_the_openai_client_completes(client):
     answer = client.completions.create(model="counting", prompt="ab", max_tokens=4, temperature=0)
     assert answer.choices[0].text == "cdef" and answer.choices[0].finish_reason == "length"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (2, 4, 6)
+    used = answer.usage
+    assert (used.prompt_tokens, used.completion_tokens, used.total_tokens) == (2, 4, 6)
     assert answer.object == "text_completion" and answer.model == "counting"
     assert [model.id for model in client.models.list()] == ["counting"]
 
@@ -202,6 +203,38 @@ def test_a_bad_body_is_refused(server, body, headers, status, message):
     assert message in answer.json()["error"]["message"]
 
 
+def test_the_counts_stand_in_every_event_where_they_are_asked_for(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last, done = server.events(prompt="ab", max_tokens=3, temperature=0, stream_options=options)
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3]
+    assert last["choices"] == [] and last["usage"] == events[-1]["usage"] and done == "[DONE]"
+
+
+def test_offsets_of_logprobs_count_text_that_a_stop_string_holds_back(server):
+    fields = {"prompt": "ab", "max_tokens": 4, "temperature": 0, "logprobs": 0, "stop": "cdx"}
+    choice = server.post(**fields).json()["choices"][0]
+    assert choice["text"] == "cdef" and choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    events = server.events(**fields)[:-1]
+    assert [event["choices"][0]["text"] for event in events] == ["", "", "cde", "f"]
+    assert [event["choices"][0]["logprobs"]["text_offset"][0] for event in events] == [0, 1, 2, 3]
+
+
+def test_a_long_prompt_is_encoded_beside_the_others_requests(server):
+    """`Tokenizer.encode` keeps Python's lock: even in a thread it would hold up all that is served."""
+    answers: list[httpx.Response] = []
+    long = threading.Thread(target=lambda: answers.append(server.post(prompt="a ship " * 300_000)))
+    long.start()
+    time.sleep(0.1)  # it has arrived, and its text takes seconds
+    meanwhile = 0
+    with httpx.Client(base_url=server.url) as quick:
+        while not answers:
+            assert quick.get("/health").status_code == 200
+            meanwhile += 1
+    long.join()
+    assert meanwhile >= 20
+    assert answers[0].status_code == 400 and "context of" in answers[0].json()["error"]["message"]
+
+
 def test_other_paths_and_methods_have_openai_s_errors_too(server):
     for answer, status in (
         (httpx.get(f"{server.url}/v1/chat"), 404),
@@ -232,7 +265,8 @@ SCALARS = st.one_of(
     st.sampled_from([0, 1, -1, 0.5, 2, "counting", "a", "", 2**31, 2**63]),
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
 NAMES = (
     *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "n"),
