@@ -3,7 +3,6 @@
 python -m serving.app [--config FILE] [--dry-run] [key=value ...]
 """
 
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,13 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{layered.to_yaml(config)}\n{describe(config)}")
             return
         with serving(config, report=print) as url:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own handler
             print(f"serving at {url}/v1 until Ctrl-C", flush=True)
-            try:
-                threading.Event().wait()
-            finally:  # a second Ctrl-C would break off Serve's end, and leave its HAProxy behind
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_IGN)
+            threading.Event().wait()
 
     return cli.run(body)
 

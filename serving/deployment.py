@@ -1,7 +1,14 @@
-"""The endpoint as a Ray Serve deployment: one engine in each replica."""
+"""The endpoint as a Ray Serve deployment: one engine in each replica.
 
+An engine that fails ends its streams with an error event. A replica whose process dies cannot write one: its
+streams break off without [DONE] (a chunked body without its end, which clients raise at), its other requests
+get Serve's 500 in plain text or break off too, and later ones wait until Serve has started another.
+"""
+
+import signal
 import socket
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -177,6 +184,8 @@ def serving(
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
     needed = {"CPU": options.cpus * options.replicas}
+    if config.engine.kind == "vllm":
+        needed["CPU"] += 1  # for its ingress, a deployment of its own
     if options.gpus:
         needed["GPU"] = options.gpus * options.replicas
     session = ray_session(
@@ -195,7 +204,7 @@ def serving(
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
-        try:
+        with _orderly(serve.shutdown):
             serve.start(
                 http_options={"host": options.host, "port": port},
                 logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
@@ -205,8 +214,30 @@ def serving(
             url = f"http://{options.host}:{port}"
             _wait(url)
             yield url
+
+
+@contextmanager
+def _orderly(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` after the block. SIGTERM ends the block as Ctrl-C does, and neither breaks off `end`.
+
+    Ray's own handler of SIGTERM, or a second Ctrl-C, would leave Serve's HAProxy behind.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        try:
+            yield
         finally:
-            serve.shutdown()
+            end()
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
@@ -242,7 +273,7 @@ def _wait(url: str) -> None:
                     raise RunError(f"the model cannot be served: {_reason(deployment.message)}")
             if application.status == "DEPLOY_FAILED":
                 raise RunError(f"the model cannot be served: {_reason(application.message)}")
-        if _answers(f"{url}/health"):
+        if _answers(f"{url}/v1/models"):  # vLLM has no /health
             return
         if time.monotonic() > deadline:
             raise RunError(f"{url}: no answer within {READY_SECONDS:g} s; see Ray's logs of the replicas")

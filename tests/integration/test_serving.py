@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,7 +63,8 @@ def figure(url: str, name: str) -> float:
 
 def replicas() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if any("ServeReplica" in word for word in child.cmdline()[:1])]
+    commands = [(child, child.as_dict(["cmdline"])["cmdline"]) for child in children]  # None: a zombie
+    return [child for child, words in commands if words and "ServeReplica" in words[0]]
 
 
 def test_the_openai_client_streams_token_by_token(url):
@@ -76,7 +78,7 @@ def test_the_openai_client_streams_token_by_token(url):
         texts.append(chunk.choices[0].text)
     assert "".join(texts) == "cdefghijklmn"
     assert times[-1] - times[0] > 0.15  # 11 x 20 ms: they did not come all at once
-    assert sum(later - earlier > 0.005 for earlier, later in zip(times, times[1:], strict=False)) >= 6
+    assert sum(later - earlier > 0.005 for earlier, later in pairwise(times)) >= 6
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -131,24 +133,57 @@ def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_lo
     assert post(url).status_code == 200 and figure(url, "running") == 0
 
 
+def test_ray_exports_the_figures_of_each_replica(url):
+    import ray
+
+    def exported(name: str) -> list[float]:
+        text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith(f"ray_asuncion_{name}{{")]
+        assert all('deployment="completions"' in line and "replica=" in line for line in lines)
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
+    post(url)
+    tokens = figure(url, "generated_tokens")
+    deadline = time.monotonic() + 40
+    while exported("generated_tokens") != [tokens] and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert exported("generated_tokens") == [tokens] and exported("running") == [0]
+    assert exported("time_to_first_token_seconds_count")[0] > 0
+
+
 def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
     [replica] = replicas()
+    body = {"model": NAME, "prompt": [1], "max_tokens": 400}
+    outcomes: list[object] = []
+
+    def ask() -> None:
+        try:
+            outcomes.append(post(url, **body).status_code)
+        except httpx.TransportError as error:
+            outcomes.append(error)
+
+    whole = threading.Thread(target=ask)
+    whole.start()
+    while figure(url, "running") == 0:
+        time.sleep(0.02)
     text = b""
-    with (
-        pytest.raises(httpx.RemoteProtocolError),
-        httpx.stream(
-            "POST",
-            f"{url}/v1/completions",
-            json={"model": NAME, "prompt": [1], "max_tokens": 400, "stream": True},
-            timeout=30,
-        ) as answer,
-    ):
+
+    def read(answer: httpx.Response) -> None:
+        nonlocal text
         for part in answer.iter_raw():
             text += part
             if replica.is_running() and text.count(b"data: ") == 3:
                 replica.kill()
+
     # The process that could write an error event is gone; what is left is a body without its end.
+    with (
+        httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=30) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        read(answer)
     assert text.count(b"data: ") >= 3 and b"[DONE]" not in text
+    whole.join()
+    assert outcomes[0] == 500 or isinstance(outcomes[0], httpx.TransportError)
     deadline = time.monotonic() + 60
     while (status := post(url).status_code) != 200 and time.monotonic() < deadline:
         assert status in (429, 502, 503)
@@ -202,6 +237,8 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
     ours = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
     process.communicate(timeout=30)
     assert process.returncode == 130
     _, alive = psutil.wait_procs(ours, timeout=10)

@@ -1,0 +1,134 @@
+"""Which directory is served: runs, exports and Hugging Face directories, old and new."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import UserError
+from serving import checkpoints
+from serving.checkpoints import Served, export, find, shape_of
+from serving.config import ModelConfig
+from training.shapes import SHAPES, to_hf_config
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of runs, under the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+def touch(file: Path, *, at: float) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(to_hf_config(SHAPES["llama-5m"], dtype="bfloat16")))
+    os.utime(file, (at, at))
+
+
+def make_run(run: Path, *, trained: float | None = None, exported: float | None = None) -> Path:
+    """A run with a checkpoint that was complete, and an export that was made, at these times."""
+    (run / "checkpoints" / "step-0000009").mkdir(parents=True)  # broken off: without COMPLETE
+    if trained is not None:
+        touch(run / "checkpoints" / "step-0000003" / "COMPLETE", at=trained)
+    if exported is not None:
+        touch(run / "export" / "config.json", at=exported)
+    return run
+
+
+def test_the_newest_run_is_the_one_trained_or_exported_last(outputs):
+    make_run(outputs / "a", trained=100.0)
+    make_run(outputs / "b", trained=300.0)
+    make_run(outputs / "c", trained=200.0)
+    make_run(outputs / "broken")
+    found = find(ModelConfig())
+    assert found == Served(outputs / "b" / "export", "b", stale_run=outputs / "b")
+    make_run(outputs / "d", exported=400.0)
+    assert find(ModelConfig()) == Served(outputs / "d" / "export", "d")
+    assert find(ModelConfig(name="mine")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("trained", "exported", "stale"),
+    [(100.0, None, True), (100.0, 200.0, False), (200.0, 100.0, True), (None, 100.0, False)],
+)
+def test_an_export_is_stale_if_missing_or_older_than_the_newest_complete_checkpoint(
+    outputs, trained, exported, stale
+):
+    run = make_run(outputs / "run", trained=trained, exported=exported)
+    assert find(ModelConfig(path="run")).stale_run == (run if stale else None)
+
+
+def test_a_run_goes_by_its_name_and_by_its_directory(outputs, tmp_path):
+    make_run(outputs / "here", trained=1.0)
+    elsewhere = make_run(tmp_path / "elsewhere" / "run", trained=1.0)
+    assert find(ModelConfig(path="here")).directory == outputs / "here" / "export"
+    for path in (str(elsewhere), "elsewhere/run"):
+        assert find(ModelConfig(path=path)) == Served(elsewhere / "export", "run", stale_run=elsewhere)
+
+
+def test_a_hugging_face_directory_is_served_as_it_is(tmp_path):
+    touch(tmp_path / "llama" / "config.json", at=1.0)
+    assert find(ModelConfig(path="llama")) == Served(tmp_path / "llama", "llama")
+
+
+def test_random_weights_have_no_directory():
+    found = find(ModelConfig(weights="random", shape="llama-5m"))
+    assert found == Served(None, "llama-5m-random")
+    assert shape_of(ModelConfig(weights="random", shape="llama-5m"), found) == SHAPES["llama-5m"]
+
+
+def test_without_a_run_the_message_says_how_to_make_one(outputs):
+    make_run(outputs / "broken")
+    with pytest.raises(UserError) as refused:
+        find(ModelConfig())
+    for part in ("model.path", str(outputs), "make train", "model.weights=random"):
+        assert part in str(refused.value)
+
+
+def test_an_unknown_path_is_named_with_the_runs_there_are(outputs):
+    make_run(outputs / "first", trained=1.0)
+    make_run(outputs / "broken")
+    with pytest.raises(UserError) as refused:
+        find(ModelConfig(path="frist"))
+    for part in ("model.path: 'frist'", f"runs in {outputs}: first;", "make train"):
+        assert part in str(refused.value)
+    with pytest.raises(UserError, match="complete checkpoint"):
+        find(ModelConfig(path="broken"))
+
+
+def test_a_stale_export_is_made_again_by_the_exporter_s_command(outputs, monkeypatch):
+    run = make_run(outputs / "run", trained=200.0, exported=100.0)
+    commands, notes = [], []
+
+    def done(command, **options):
+        commands.append(command)
+        touch(run / "export" / "config.json", at=300.0)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(checkpoints.subprocess, "run", done)
+    export(find(ModelConfig()), report=notes.append)
+    export(find(ModelConfig()), report=notes.append)  # it is fresh now
+    assert commands == [[sys.executable, "-m", "training.export", str(run)]]
+    assert notes == [f"exporting {run}"]
+
+
+def test_an_export_that_fails_says_why(outputs):
+    run = make_run(outputs / "run", trained=1.0)
+    with pytest.raises(UserError, match=f"{run}: cannot be exported: ") as refused:
+        export(find(ModelConfig()), report=lambda note: None)
+    assert "config.yaml" in str(refused.value) and "Traceback" not in str(refused.value)
+
+
+def test_a_model_that_ours_is_not_is_refused_before_anything_starts(tmp_path):
+    touch(tmp_path / "other" / "config.json", at=1.0)
+    file = tmp_path / "other" / "config.json"
+    file.write_text(file.read_text().replace('"llama"', '"gpt2"'))
+    config = ModelConfig(path="other")
+    with pytest.raises(UserError, match=r"model\.path: .*config\.json.*gpt2"):
+        shape_of(config, find(config))
+    config = ModelConfig(weights="random", shape="llama-9t")
+    with pytest.raises(UserError, match=r"model\.shape: llama-9t"):
+        shape_of(config, find(config))
