@@ -39,7 +39,8 @@ def counting_engine(
     """The engine of the project over a decoder that counts."""
     info = EngineInfo(
         engine="fake", model=name, device="cpu", dtype="none", context_tokens=CONTEXT, vocab_size=VOCABULARY,
-        num_parameters=0, num_slots=slots, weight_bytes=1, kv_bytes_per_token=1, flops_per_token=1, details={},
+        num_parameters=0, num_slots=slots, weight_bytes=1, kv_bytes_per_token=1, flops_per_token=1,
+        details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
     return TorchEngine(Counting(step_seconds), scheduler, info=info, eos_ids=[], most_waiting=waiting)
@@ -61,4 +62,3 @@ def idle(engine: TorchEngine, *, within_seconds: float = 5.0) -> bool:
             return True
         time.sleep(0.002)
     return False
-

@@ -254,7 +254,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
 
 
 def eos_ids(directory: Path) -> list[int]:
-    """The tokens that end a text, of a Hugging Face directory; generation_config.json goes before config.json."""
+    """The tokens that end a text: generation_config.json of a Hugging Face directory, else config.json."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None

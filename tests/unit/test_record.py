@@ -249,6 +249,16 @@ with open_record(Path(sys.argv[1]), wandb_mode="auto") as run:
     assert status == f"offline: wandb sync {tmp_path}/wandb/offline-run-*-{run_id}"
 
 
+def test_a_table_is_shown_in_wandb_and_is_no_row_of_the_metrics(tmp_path):
+    with open_record(tmp_path, wandb_mode="offline") as record:
+        record.table("requests", ["load", "ttft"], [["1 in flight", 0.25], ["1 in flight", None]])
+        record.log({"step": 1})
+        record.finish({})
+    [table] = (tmp_path / "wandb").glob("offline-run-*/files/media/table/requests*.json")
+    assert json.loads(table.read_text())["data"] == [["1 in flight", 0.25], ["1 in flight", None]]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
 def test_an_unreachable_wandb_server_neither_blocks_nor_kills_the_run(tmp_path):
     code = """
 record._Mirror.INIT_SECONDS = 3.0

@@ -152,3 +152,13 @@ def test_shapes_run_without_torch() -> None:
     code = "import sys; from training import shapes; assert 'torch' not in sys.modules"
     root = Path(shapes.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_the_tokens_that_end_a_text_stand_in_one_of_two_files(tmp_path: Path) -> None:
+    assert shapes.eos_ids(tmp_path) == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert shapes.eos_ids(tmp_path) == [2]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert shapes.eos_ids(tmp_path) == [5, 7]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert shapes.eos_ids(tmp_path) == [2]
