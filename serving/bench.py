@@ -53,10 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif config.bench.compare is not None:
             publish(config, _race(config, config.bench.compare))
         elif config.bench.target is not None:
-            run(config, config.bench.target)
+            finish(run(config, config.bench.target))
         else:
             with serving(config, report=note) as url:
-                run(config, url)
+                summary = run(config, url)
+            finish(summary)  # Ray's own last words are on stdout by now
 
     return cli.run(body)
 
@@ -87,6 +88,29 @@ def describe(config: ServeConfig) -> str:
 
 
 @dataclass
+class Search:
+    """Rates, requests per second: the highest that met the SLO; the lowest that missed it, or was refused."""
+
+    met: float | None = None
+    missed: float | None = None
+    lagged: float | None = None
+
+    def following(self, rate: float) -> float:
+        """The rate to try after `rate`."""
+        above = [bound for bound in (self.missed, self.lagged) if bound is not None]
+        return ((self.met or 0.0) + min(above)) / 2 if above else 2 * rate
+
+    def describe(self) -> str:
+        if self.met is None and self.missed is None:
+            return "no rate could be measured: the load generator lagged"
+        best = "none" if self.met is None else f"{self.met:.2f} requests/s"
+        beyond = "none missed it" if self.missed is None else f"{self.missed:.2f} missed it"
+        if self.lagged is not None:
+            beyond += f"; at {self.lagged:.2f} the load generator lagged"
+        return f"highest rate that met the SLO: {best}; {beyond}"
+
+
+@dataclass
 class Bench:
     """What has been measured so far, and where it is written."""
 
@@ -95,6 +119,8 @@ class Bench:
     model: dict[str, Any]
     requests: TextIO
     record: Record
+    search: Search = field(default_factory=Search)
+    num_asked: int = 0  # points before the search
     points: list[dict[str, Any]] = field(default_factory=list)
     itls: dict[str, list[float]] = field(default_factory=dict)
     rows: list[list[Any]] = field(default_factory=list)
@@ -160,8 +186,15 @@ async def _send(plan: Sequence[Planned], endpoint: Endpoint, concurrency: int | 
         return await run_closed(plan, send, concurrency=concurrency, observe=observe)
 
 
-def run(config: ServeConfig, url: str) -> None:
-    """Measure an endpoint, and report."""
+def finish(summary: dict[str, Any]) -> None:
+    """The last line on stdout. Raises `RunError` if what was asked for was refused."""
+    print(json.dumps(summary))
+    if refused := summary["refused"]:
+        raise RunError(f"not reported, because the load generator lagged: {', '.join(refused)}")
+
+
+def run(config: ServeConfig, url: str) -> dict[str, Any]:
+    """Measure an endpoint, report, and return the summary."""
     model = _model(url, config.bench.target_model)
     ceiling = _ceilings(config, model)
     if ceiling is not None:
@@ -170,21 +203,26 @@ def run(config: ServeConfig, url: str) -> None:
     with _bench(config, url, model, directory) as bench:
         try:
             _measure_all(bench)
-        finally:  # Ctrl-C too: what was measured is not lost
-            summary = _summary(bench, ceiling)
-            bench.record.table("requests", ["load", *REQUEST_COLUMNS], bench.rows)
-            bench.record.finish(summary)
-            plots = report.plot(bench.points, bench.itls, directory / "plots")
-    text = report.table(bench.points)
-    limits = ", ".join(f"{name} {value:g}" for name, value in asdict(config.slo).items() if value is not None)
-    print(f"\n{text}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
-    best = summary["highest_rate_meeting_slo"]
-    if config.sweep.points:
-        print(f"highest rate that met the SLO: {'none' if best is None else f'{best:.2f} requests/s'}")
+        except KeyboardInterrupt:  # what was measured is shown, but no summary.json: that is of whole runs
+            _show(bench, _summary(bench, ceiling), directory)
+            raise
+        summary = _summary(bench, ceiling)
+        bench.record.table("requests", ["load", *REQUEST_COLUMNS], bench.rows)
+        bench.record.finish(summary)
+    _show(bench, summary, directory)
+    return summary
+
+
+def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
+    """The table, what it means, and the pictures."""
+    plots = report.plot(bench.points, bench.itls, directory / "plots")
+    slo = asdict(bench.config.slo)
+    limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
+    print(f"\n{report.table(bench.points)}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
+    print(summary["no_shares"] or report.FORMULAS)
+    if bench.search != Search():
+        print(bench.search.describe())
     print(f"run directory: {directory} ({', '.join(plot.name for plot in plots)})")
-    print(json.dumps(summary))
-    if refused := [point["load"] for point in bench.points if "refused" in point]:
-        raise RunError(f"not reported, because the load generator lagged: {', '.join(refused)}")
 
 
 @contextmanager
@@ -215,22 +253,31 @@ def _measure_all(bench: Bench) -> None:
     if load.trace is not None:
         size = {"vocab_size": bench.model["vocab_size"], "context_tokens": bench.model["max_model_len"]}
         bench.measure(from_trace(Path(load.trace), **size, seed=load.seed), f"trace {Path(load.trace).name}")
+    bench.num_asked = len(bench.points)
     if bench.config.sweep.points:
         _search(bench)
 
 
 def _search(bench: Bench) -> None:
-    """Bisect for the highest rate that meets the SLO, below what a closed loop reached."""
+    """Double the rate until it misses the SLO, then bisect; it begins at what a closed loop reached.
+
+    A rate at which the load generator lags bounds the search like one that misses, but says nothing of the
+    server: then the answer is the highest rate that could be measured.
+    """
     reached = [p["requests_per_second"] for p in bench.points if p.get("concurrency") and "refused" not in p]
     if not reached:
         note("no search: it begins at the request rate of a closed loop, and none was measured")
         return
-    low, high = 0.0, 1.2 * max(reached)
-    rate = 0.7 * max(reached)
+    rate, search = max(reached), bench.search
     for _ in range(bench.config.sweep.points):
-        met = _at_rate(bench, rate).get("attainment", 0.0) >= bench.config.slo.attainment
-        low, high = (rate, high) if met else (low, rate)
-        rate = (low + high) / 2
+        point = _at_rate(bench, rate)
+        if "refused" in point:
+            search.lagged = rate
+        elif point["attainment"] >= bench.config.slo.attainment:
+            search.met = rate
+        else:
+            search.missed = rate
+        rate = search.following(rate)
 
 
 def _at_rate(bench: Bench, rate: float) -> dict[str, Any]:
@@ -322,18 +369,31 @@ def _row(label: str, outcome: Outcome) -> list[Any]:
 
 
 def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
-    info = bench.model["engine_info"]
-    if ceiling is not None and info is not None:
+    info, replicas = bench.model["engine_info"], bench.config.deployment
+    no_shares = None
+    if info is None:
+        no_shares = "no MBU or MFU: the endpoint does not say what its model weighs"
+    elif ceiling is None:
+        no_shares = "no MBU or MFU: no datasheet and no measurement of the device that serves"
+    elif replicas.max_replicas is not None:
+        no_shares = "no MBU or MFU: autoscaling changed the number of engines meanwhile"
+    else:
         for point in bench.points:
             if "refused" not in point:
-                point |= report.shares(point, info, ceiling)
-    attainment = bench.config.slo.attainment
-    rates = [p["rate"] for p in bench.points if p["rate"] and p.get("attainment", 0) >= attainment]
+                point |= report.shares(point, info, ceiling, replicas=replicas.replicas)
+    # What was asked for has to be there; of the search's rates, one that could be measured.
+    refused = [point["load"] for point in bench.points[: bench.num_asked] if "refused" in point]
+    if bench.search.lagged and bench.search.met is bench.search.missed is None:
+        refused.append("the search")
     return {
         "model": bench.model,
+        "refused": refused,
         "ceilings": ceiling,
+        "no_shares": no_shares,
         "slo": asdict(bench.config.slo),
-        "highest_rate_meeting_slo": max(rates, default=None),
+        "highest_rate_meeting_slo": bench.search.met,
+        "lowest_rate_missing_slo": bench.search.missed,
+        "lowest_rate_lagged": bench.search.lagged,
         "points": bench.points,
     }
 

@@ -123,7 +123,7 @@ class SloConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    points: int = key(4, "measurements in search of the highest rate that meets the SLO; 0: no search")
+    points: int = key(6, "measurements in search of the highest rate that meets the SLO; 0: no search")
 
     def __post_init__(self) -> None:
         require(self.points >= 0, "sweep.points", "must be 0 or more")

@@ -6,6 +6,7 @@ would report its own delays as the server's, so it watches itself: see `Lag`.
 """
 
 import asyncio
+import errno
 import gc
 import json
 import time
@@ -22,12 +23,16 @@ from serving.latency import Outcome, percentile
 from serving.workload import Planned
 
 HEARTBEAT_SECONDS = 0.005
+OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # what this machine has run out of
 Observe = Callable[[Outcome], None]
 
 
 @dataclass(frozen=True)
 class Lag:
-    """How late this process was, in seconds: its event loop, and where there is a schedule its sending."""
+    """How late this process was, in seconds: its event loop, and where there is a schedule its sending.
+
+    `loop_p99` is a share of time: whatever arrived in 99% of it was noticed sooner than this.
+    """
 
     loop_p99: float
     send_p99: float
@@ -60,7 +65,7 @@ class Endpoint:
 
 
 # Send a request that was due at `scheduled` and wait for its end; a clock's reading `start` is time 0 of the
-# outcome. Raises nothing but cancellation: errors are outcomes.
+# outcome. Errors are outcomes, but for those of this machine: a `RunError`.
 Send = Callable[[Planned, int, float, float], Awaitable[Outcome]]
 
 
@@ -75,14 +80,13 @@ async def run_open(plan: Sequence[Planned], send: Send, *, observe: Observe) -> 
             lags.append(outcome.sent - outcome.scheduled)
             observe(outcome)
 
-        tasks = []
-        for index, planned in enumerate(plan):
-            assert planned.at is not None
-            scheduled = start + planned.at
-            if (wait := scheduled - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(work(index, planned, scheduled)))
-        await asyncio.gather(*tasks)
+        async with _Together() as group:
+            for index, planned in enumerate(plan):
+                assert planned.at is not None
+                scheduled = start + planned.at
+                if (wait := scheduled - time.perf_counter()) > 0:
+                    await asyncio.sleep(wait)
+                group.create_task(work(index, planned, scheduled))
     return heart.lag(lags)
 
 
@@ -96,7 +100,9 @@ async def run_closed(plan: Sequence[Planned], send: Send, *, concurrency: int, o
             for index, planned in queue:
                 observe(await send(planned, index, time.perf_counter(), start))
 
-        await asyncio.gather(*(work() for _ in range(concurrency)))
+        async with _Together() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
     return heart.lag([])
 
 
@@ -179,7 +185,15 @@ async def _post(
     except (ValueError, KeyError):
         error = "malformed event"
     except aiohttp.ClientError as problem:
+        if isinstance(problem, OSError) and problem.errno in OURS:
+            raise RunError(
+                f"the load generator cannot open another connection ({problem.strerror}), which is no fault "
+                "of the server; raise the limit (ulimit -n), or lower the load"
+            ) from problem
         error = f"connection: {type(problem).__name__}"
+    asked, got = planned.max_tokens, usage.get("completion_tokens", planned.max_tokens)
+    if error is None and got != asked:  # ignore_eos was asked for, so that lengths are exact
+        error = f"{got} of {asked} tokens"
     size = len(planned.prompt) if not isinstance(planned.prompt, str) else 0
     return Outcome(
         index=index,
@@ -223,6 +237,16 @@ async def server_sent_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tupl
                 yield moment, line[5:].strip()
 
 
+class _Together(asyncio.TaskGroup):
+    """Tasks of which the first that fails ends the others, and says why."""
+
+    async def __aexit__(self, *about: Any) -> None:
+        try:
+            await super().__aexit__(*about)
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+
 class _Heart:
     """Wakes every few milliseconds to see how late the event loop is. Holds the collector still meanwhile."""
 
@@ -240,10 +264,13 @@ class _Heart:
         gc.unfreeze()
 
     async def _beat(self) -> None:
+        due = time.perf_counter() + HEARTBEAT_SECONDS
         while True:
-            due = time.perf_counter() + HEARTBEAT_SECONDS
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            self._late.append(time.perf_counter() - due)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            # Beats that a blocked loop has missed are late too: one long block would else count as one beat.
+            while (late := time.perf_counter() - due) >= 0:
+                self._late.append(late)
+                due += HEARTBEAT_SECONDS
 
     def lag(self, sending: Sequence[float]) -> Lag:
         return Lag(loop_p99=percentile(self._late, 99) or 0.0, send_p99=percentile(sending, 99) or 0.0)

@@ -42,8 +42,8 @@ TINY = LlamaShape(  # 100M parameters: as large as two CPU cores serve with some
 PEERS = {  # peer -> environment variables that it needs
     "transformers": {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
     "vllm": {
-        # Its engine in a process of its own, as by default, polls: on two cores that costs a third of the
-        # speed (batch 1, 8, 32: 55, 400 and 790 tokens/s instead of 96, 608 and 1073).
+        # Its engine in a process of its own, as by default, polls: on two cores that costs a quarter to two
+        # fifths of the speed (batch 1, 8, 32: 55, 400 and 790 tokens/s; so 96, 608 and 1073. Not in turns).
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it keeps a core for itself
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB

@@ -28,6 +28,11 @@ COLUMNS = (  # header, key of a point, format
 )
 
 
+FORMULAS = """\
+MBU: (weight bytes + sequences per engine * mean context * KV bytes per token) / TPOT p50 / bandwidth
+MFU: mean prompt * FLOPs per token / TTFT p50 / peak, of prefilling at concurrency 1"""
+
+
 def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
     """What the hardware allows a model, by its datasheet where there is one, else by measurement.
 
@@ -58,12 +63,14 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def shares(point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str, Any]:
+def shares(
+    point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[str, Any], *, replicas: int = 1
+) -> dict[str, Any]:
     """MBU of decoding and MFU of prefilling at a closed-loop point; empty for an open loop.
 
-    mbu = (weight_bytes + concurrency · mean context · kv_bytes_per_token) / TPOT p50 / bandwidth, where the
-    mean context is prompt + output/2. It is that of steps with `concurrency` sequences, and so too high where
-    fewer are decoding.
+    mbu = (weight_bytes + concurrency/replicas · mean context · kv_bytes_per_token) / TPOT p50 / bandwidth,
+    where the mean context is prompt + output/2. It is that of steps with so many sequences, and so too high
+    where fewer are decoding.
     prefill_mfu = mean prompt · flops_per_token / TTFT p50 / peak, at concurrency 1 alone, where the time to
     the first token is that of one prompt and what the endpoint adds to it.
     """
@@ -71,7 +78,7 @@ def shares(point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[s
     if concurrency is None or not point["tpot_p50_ms"]:
         return {}
     context = point["mean_prompt_tokens"] + point["mean_output_tokens"] / 2
-    num_bytes = info["weight_bytes"] + concurrency * context * info["kv_bytes_per_token"]
+    num_bytes = info["weight_bytes"] + concurrency / replicas * context * info["kv_bytes_per_token"]
     found = {
         "mbu": hardware.mbu(
             bytes_per_step=num_bytes,
@@ -135,6 +142,8 @@ def plot(
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("latency.png", "itl.png"):  # an earlier run's would stand for this one's
+        (folder / name).unlink(missing_ok=True)
     made = []
     measured = [point for point in points if point.get("ttft_p50_ms") is not None]
     rated = sorted((p for p in measured if p.get("rate") is not None), key=lambda p: p["rate"])

@@ -2,6 +2,12 @@
 
 import asyncio
 import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +20,7 @@ from serving import bench
 from serving.latency import Outcome, percentile
 from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open, server_sent_events, to_engine
 from serving.workload import Planned
+from tests.commands import ROOT
 from tests.fake_engine import counting_engine
 
 pytestmark = pytest.mark.stack
@@ -68,7 +75,7 @@ async def server(behaviour: Behaviour, *, status: int = 200) -> AsyncIterator[st
                 writer.write(f"HTTP/1.1 {status} x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
                 await behaviour(body, write)
                 writer.write(b"0\r\n\r\n")
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # the test is over
             pass
         finally:
             writer.close()
@@ -231,6 +238,61 @@ def test_a_client_that_lags_is_refused():
     Lag(0.001, 0.002).require(0.025)
 
 
+def test_a_client_that_stands_still_for_a_tenth_of_the_time_is_refused_however_seldom():
+    """One long block in many heartbeats, and no schedule that would show it."""
+
+    async def body() -> Lag:
+        async def hog() -> None:
+            await asyncio.sleep(0.9)
+            time.sleep(0.3)
+
+        async with server(honest) as url, over_http(Endpoint(url, "m", 5.0)) as send:
+            blocking = asyncio.create_task(hog())
+            lag = await run_closed(plan(20, tokens=15), send, concurrency=2, observe=lambda outcome: None)
+            await blocking
+            return lag
+
+    assert asyncio.run(body()).loop_p99 > 0.1
+
+
+def test_a_machine_out_of_connections_is_no_fault_of_the_server():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def body() -> None:
+        with socket.socket() as mute:  # it takes connections without a descriptor of this process
+            mute.bind(("127.0.0.1", 0))
+            mute.listen(100)
+            async with over_http(Endpoint(f"http://127.0.0.1:{mute.getsockname()[1]}", "m", 5.0)) as send:
+                limit = len(os.listdir("/proc/self/fd")) + 20
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                try:
+                    await run_open(plan(60, every=0.0005), send, observe=lambda outcome: None)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with pytest.raises(RunError, match=r"connection \(Too many open files\), .*ulimit -n"):
+        asyncio.run(body())
+
+
+def test_an_answer_that_ends_early_is_an_error_although_it_ends_well():
+    async def short(body: dict, write: Write) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": 2}
+        await write(event() * 2 + event(choices=[], usage=usage) + b"data: [DONE]\n\n")
+
+    [outcome], _ = run(short, plan(1, tokens=5), concurrency=1)
+    assert outcome.error == "2 of 5 tokens"
+
+
+def test_an_error_while_noting_a_request_ends_the_load_at_once():
+    def full(outcome: Outcome) -> None:
+        raise OSError(28, "No space left on device")
+
+    started = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        run(honest, plan(100, every=0.1), observe=full)
+    assert time.monotonic() - started < 5  # of 10 s
+
+
 def test_an_engine_can_be_asked_directly():
     engine = counting_engine(slots=2, waiting=0, step_seconds=0.01)
     outcomes: list[Outcome] = []
@@ -243,7 +305,7 @@ def test_an_engine_can_be_asked_directly():
 
 KEYS = (
     "bench.wandb=disabled", "load.concurrency=[1,3]", "load.requests=6", "load.warm_up=2", "load.rates=[20]",
-    "load.seconds=0.5", "load.output_tokens=4", "load.most_lag_ms=1000", "sweep.points=2",
+    "load.seconds=0.5", "load.output_tokens=4", "load.most_lag_ms=1e6", "sweep.points=2",
 )  # fmt: skip
 
 
@@ -265,6 +327,7 @@ def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypa
     ]
     assert len(summary["points"]) == 5 and summary["ceilings"] is None  # a stranger: no shares
     assert summary["highest_rate_meeting_slo"] > 0
+    assert summary["no_shares"] in out and "does not say what its model weighs" in summary["no_shares"]
     assert summary["points"][0]["requests"] == 6 and summary["points"][0]["ttft_p50_ms"] >= 1e3 * FIRST
     rows = [json.loads(line) for line in (run / "requests.jsonl").read_text().splitlines()]
     assert sum(row["load"] == "1 in flight" for row in rows) == 8
@@ -274,6 +337,71 @@ def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypa
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
     assert (run / "plots/latency.png").is_file() and (run / "config.yaml").is_file()
     assert "serve-bench" in out and "TTFT p50" in out
+
+
+def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():
+    search = bench.Search(met=10.0)
+    assert search.following(10.0) == 20.0 and "10.00 requests/s; none missed it" in search.describe()
+    search.lagged = 40.0
+    assert search.following(40.0) == 25.0 and "none missed it; at 40.00 the load gen" in search.describe()
+    search.missed = 20.0
+    assert search.following(20.0) == 15.0 and "10.00 requests/s; 20.00 missed it" in search.describe()
+    assert "no rate could be measured" in bench.Search(lagged=5.0).describe()
+
+
+def test_the_search_goes_beyond_the_closed_loop_and_says_what_missed(tmp_path, monkeypatch, capsys):
+    """A server that is quick with up to 6 requests at once and slow beyond; the closed loop has one."""
+    monkeypatch.chdir(tmp_path)
+    running = 0
+
+    async def small(body: dict, write: Write) -> None:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.05 if running <= 6 else 0.6)
+        running -= 1
+        await write(event() + b"data: [DONE]\n\n")
+
+    keys = (
+        "load.concurrency=[1]", "load.requests=8", "load.arrivals=constant", "load.seconds=1",
+        "sweep.points=6", "load.output_tokens=1", "load.most_lag_ms=1e6", "bench.wandb=disabled",
+    )  # fmt: skip
+
+    async def body() -> int:
+        async with server(small) as url:
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
+
+    assert asyncio.run(body()) == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    closed = summary["points"][0]["requests_per_second"]
+    met, missed = summary["highest_rate_meeting_slo"], summary["lowest_rate_missing_slo"]
+    assert max(point["rate"] or 0 for point in summary["points"]) >= 2 * closed
+    assert closed <= met < missed  # 6 at once of 50 ms are 120 a second, six times what one in flight reaches
+    assert f"highest rate that met the SLO: {met:.2f} requests/s; {missed:.2f} missed it" in out
+
+
+def test_ctrl_c_keeps_what_was_measured_and_calls_it_no_whole_run(tmp_path: Path):
+    async def body() -> tuple[int, str]:
+        async with server(honest) as url:
+            keys = [key for key in KEYS if not key.startswith("load.rates")]
+            child = subprocess.Popen(
+                [sys.executable, "-m", "serving.bench", f"bench.target={url}", *keys, "load.rates=[5]",
+                 "load.seconds=60"],
+                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            rows = tmp_path / "outputs/serve-bench/requests.jsonl"
+            while not (rows.exists() and "poisson" in rows.read_text()):
+                assert child.poll() is None
+                await asyncio.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            out, _ = await asyncio.to_thread(child.communicate)
+            return child.returncode, out
+
+    code, out = asyncio.run(body())
+    folder = tmp_path / "outputs/serve-bench"
+    assert code == 130 and "3 in flight" in out
+    assert not (folder / "summary.json").exists() and (folder / "plots/itl.png").is_file()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypatch, capsys):

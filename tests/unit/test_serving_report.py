@@ -33,6 +33,8 @@ def test_shares_of_a_closed_loop():
     assert found["prefill_mfu"] == pytest.approx(100 / 0.4 * 2e9 / 1e12)
     eight = shares(point | {"concurrency": 8}, INFO, ceiling)
     assert eight == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
+    over_two = shares(point | {"concurrency": 8}, INFO, ceiling, replicas=2)
+    assert over_two == {"mbu": pytest.approx((2e9 + 4 * 120 * 1e5) / 0.04 / 100e9)}
     assert shares(point | {"concurrency": None}, INFO, ceiling) == {}
     assert shares(point | {"tpot_p50_ms": None}, INFO, ceiling) == {}
 
@@ -68,4 +70,4 @@ def test_pictures_are_of_what_there_is(tmp_path):
         "itl.png",
     ]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("latency.png", "itl.png"))
-    assert plot([], {}, tmp_path / "none") == []
+    assert plot([], {}, tmp_path) == [] and list(tmp_path.iterdir()) == []  # nor of an earlier run
