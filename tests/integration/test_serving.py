@@ -62,9 +62,10 @@ def figure(url: str, name: str) -> float:
 
 
 def replicas() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    commands = [(child, child.as_dict(["cmdline"])["cmdline"]) for child in children]  # None: a zombie
-    return [child for child, words in commands if words and "ServeReplica" in words[0]]
+    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+    # process_iter leaves out those that end meanwhile; a zombie's command line is None.
+    processes = [process for process in psutil.process_iter(["cmdline"]) if process.pid in ours]
+    return [one for one in processes if one.info["cmdline"] and "ServeReplica" in one.info["cmdline"][0]]
 
 
 def test_the_openai_client_streams_token_by_token(url):
