@@ -245,7 +245,7 @@ def test_busy_seconds_grow_with_work_and_not_beyond_the_cores():
 @pytest.mark.stack
 def test_a_small_race_against_transformers():
     cases = {
-        "decode_b3": decode_case(3, prompt_tokens=5, new_tokens=20),
+        "decode_b3": decode_case(3, prompt_tokens=5, new_tokens=300),
         "requests_c2": Case("", 5, 2, (3, 9), (2, 6), decode=False),
     }
     lines = []
