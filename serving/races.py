@@ -253,6 +253,7 @@ def race(
             raise UserError(f"bench.python: {python} is no program; give the interpreter that has {name}")
     slots = max(case.concurrency for case in cases.values())
     with ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="race-")))
         if model is None:
             model = folder / "model"
@@ -336,6 +337,16 @@ def environment_of(name: str, *, threads: int) -> dict[str, str]:
     own = {"CUDA_VISIBLE_DEVICES": "", **own}
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, **worker_environment(gpu=False, threads=threads), **own}
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that the contenders and their folder do not outlive the race."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

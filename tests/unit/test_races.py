@@ -5,6 +5,7 @@ vLLM is not raced here: it does not go into this environment (`python -m serving
 
 import json
 import os
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -217,6 +218,13 @@ def test_a_contender_that_fails_is_named_with_its_log_and_ended(
     with pytest.raises(RunError, match=problem):
         fail()
     assert [state(pid, until="Z") in ("Z", "gone") for pid in pids] == [True, True]
+
+
+def test_sigterm_leaves_a_race_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), races.sigterm_as_interrupt():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is here")
