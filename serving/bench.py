@@ -37,6 +37,9 @@ from serving.text import TOKENIZER_FILE, load_tokenizer
 from serving.workload import Planned, arrivals, from_conversations, from_trace, lengths, synthetic
 
 PROBE_SECONDS = 120.0
+ATTEMPTS = (
+    3  # at a measurement, while the load generator lags: a fresh cluster is still settling at the first
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,14 +142,38 @@ class Bench:
         concurrency: int | None = None,
         rate: float | None = None,
     ) -> dict[str, Any]:
-        """Send a load, write its requests down, and add what it came to."""
+        """Send a load, write its requests down, and add what it came to.
+
+        One in which the load generator lagged is sent again, `ATTEMPTS` times in all, before it is refused.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            point, counted = self._attempt(plan, label, attempt, concurrency=concurrency, rate=rate)
+            if "refused" not in point:
+                break
+            note(f"{label}, attempt {attempt} of {ATTEMPTS}: {point['refused']}")
+        self.rows += [_row(label, outcome) for outcome in counted]
+        self.points.append(point)
+        flat = {key: value for key, value in point.items() if isinstance(value, int | float | str)}
+        self.record.log({"step": len(self.points), **flat})
+        return point
+
+    def _attempt(
+        self,
+        plan: Sequence[Planned],
+        label: str,
+        attempt: int,
+        *,
+        concurrency: int | None,
+        rate: float | None,
+    ) -> tuple[dict[str, Any], list[Outcome]]:
+        """What sending the load once came to, and the requests that count."""
         load = self.config.load
         outcomes: list[Outcome] = []
 
         def observe(outcome: Outcome) -> None:
             outcomes.append(outcome)
-            measured = outcome.index >= load.warm_up
-            self.requests.write(json.dumps({"load": label, "measured": measured, **asdict(outcome)}) + "\n")
+            about = {"load": label, "attempt": attempt, "measured": outcome.index >= load.warm_up}
+            self.requests.write(json.dumps({**about, **asdict(outcome)}) + "\n")
             self.requests.flush()
 
         endpoint = Endpoint(self.url, self.model["id"], load.timeout_seconds, greedy=load.greedy)
@@ -154,7 +181,9 @@ class Bench:
         lag = asyncio.run(_send(plan, endpoint, concurrency, observe))
         cores = (time.process_time() - began[0]) / (time.perf_counter() - began[1])
         counted = [outcome for outcome in outcomes if outcome.index >= load.warm_up]
-        point: dict[str, Any] = {"load": label, "concurrency": concurrency, "rate": rate}
+        point: dict[str, Any] = {
+            "load": label, "concurrency": concurrency, "rate": rate, "attempts": attempt,
+        }  # fmt: skip
         point |= {
             "client_cores": cores,
             "client_loop_lag_p99_ms": 1e3 * lag.loop_p99,
@@ -164,7 +193,6 @@ class Bench:
             lag.require(load.most_lag_ms / 1e3)
         except RunError as error:
             point |= {"counts": "refused", "refused": str(error)}
-            note(f"{label}: {error}")
         else:
             point |= summarise(counted, slo=self.slo)
             point["counts"] = f"{point['succeeded']}/{point['requests']}"
@@ -172,11 +200,7 @@ class Bench:
             note(report.table([point]))
             if point["errors"]:
                 note(f"{label}: {point['errors']}")
-        self.rows += [_row(label, outcome) for outcome in counted]
-        self.points.append(point)
-        flat = {key: value for key, value in point.items() if isinstance(value, int | float | str)}
-        self.record.log({"step": len(self.points), **flat})
-        return point
+        return point, counted
 
 
 async def _send(plan: Sequence[Planned], endpoint: Endpoint, concurrency: int | None, observe: Any) -> Lag:
