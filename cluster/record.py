@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from cluster import files
 
+WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
 FSYNC_SECONDS = 1.0
 _NONFINITE = "_nonfinite"
 _TABLE = "table"

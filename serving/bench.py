@@ -37,9 +37,7 @@ from serving.text import TOKENIZER_FILE, load_tokenizer
 from serving.workload import Planned, arrivals, from_conversations, from_trace, lengths, synthetic
 
 PROBE_SECONDS = 120.0
-ATTEMPTS = (
-    3  # at a measurement, while the load generator lags: a fresh cluster is still settling at the first
-)
+ATTEMPTS = 3  # at a measurement, while the load generator lags; a new cluster is still settling at first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,9 +377,13 @@ def _ceilings(config: ServeConfig, model: dict[str, Any]) -> dict[str, Any] | No
     note("measuring this machine's ceilings")
     threads = ["--threads", str(config.engine.threads)] if config.engine.threads else []
     command = [sys.executable, "-m", "cluster.probe", "--device", info["device"], *threads]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
+        )
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise RunError(f"the ceilings of this machine cannot be measured: {said}") from error
     return report.ceilings(info, json.loads(done.stdout))
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import config as layered
 from cluster.config import key, require, require_choice
+from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 ENGINES = ("torch", "vllm")
@@ -149,7 +151,7 @@ class BenchConfig:
     )
 
     def __post_init__(self) -> None:
-        require_choice("bench.wandb", self.wandb, ("auto", "offline", "online", "disabled"))
+        require_choice("bench.wandb", self.wandb, WANDB_MODES)
         require(self.compare in (None, *COMPARISONS), "bench.compare", f"is one of: {', '.join(COMPARISONS)}")
         require(self.rounds >= 1, "bench.rounds", "must be at least 1")
 
@@ -164,6 +166,18 @@ class ServeConfig:
     slo: SloConfig = key(SloConfig, "")
     sweep: SweepConfig = key(SweepConfig, "")
     bench: BenchConfig = key(BenchConfig, "")
+
+    def replica_options(self) -> dict[str, Any]:
+        """How many replicas, in the words of Ray Serve's deployment options."""
+        options = self.deployment
+        if options.max_replicas is None:
+            return {"num_replicas": options.replicas}
+        scaling = {
+            "min_replicas": options.replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": self.engine.slots + options.target_waiting,
+        }
+        return {"autoscaling_config": scaling}
 
 
 def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> ServeConfig:

@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import Histogram as Buckets
 
-from cluster.cli import RunError, UserError
+from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
 from serving import checkpoints
 from serving.checkpoints import Served
@@ -105,18 +105,9 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
 
         return vllm_app(config, directory=served.directory, name=served.name)
     from ray import serve
-    from ray.serve.config import AutoscalingConfig, BackpressureConfig
+    from ray.serve.config import BackpressureConfig
 
     options, engine = config.deployment, config.engine
-    number: dict[str, Any] = {"num_replicas": options.replicas}
-    if options.max_replicas is not None:
-        number = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=options.replicas,
-                max_replicas=options.max_replicas,
-                target_ongoing_requests=engine.slots + options.target_waiting,
-            )
-        }
     resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus}
     if options.accelerator is not None:
         resources["accelerator_type"] = options.accelerator
@@ -130,7 +121,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
         max_constructor_retry_count=1,  # a checkpoint that cannot be read will not be readable soon
         graceful_shutdown_timeout_s=STOP_SECONDS,
         health_check_period_s=2.0,
-        **number,
+        **config.replica_options(),
     ).bind(config, served, factory)
 
 
@@ -195,9 +186,8 @@ def serving(
         smaller="deployment.cpus or deployment.replicas",
     )
     with (
-        tempfile.TemporaryDirectory(
-            prefix="serve-", dir="/tmp"
-        ) as folder,  # a socket's path is 97 bytes at most
+        # In /tmp, because a socket's path has 97 bytes at most.
+        tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
         environment(serve_environment(Path(folder), haproxy=options.haproxy)),
         session,
     ):
@@ -222,20 +212,23 @@ def _orderly(end: Callable[[], None]) -> Iterator[None]:
 
     Ray's own handler of SIGTERM, or a second Ctrl-C, would leave Serve's HAProxy behind.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    with sigterm_as_interrupt():
         try:
             yield
         finally:
-            end()
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with _unbroken():
+                end()
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Neither SIGINT nor SIGTERM is heeded inside, where this is the main thread."""
+    mine = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        end()
         for number, handler in before.items():
             signal.signal(number, handler)
 

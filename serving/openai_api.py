@@ -21,9 +21,8 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1
 
 _Id = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
-_Ids = Annotated[
-    list[_Id], Field(fail_fast=True)
-]  # else a body of wrong ids takes seconds: it makes an error for each
+# Else a body of wrong ids takes seconds: it makes an error for each.
+_Ids = Annotated[list[_Id], Field(fail_fast=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 _One = Annotated[float, Field(ge=1, le=1)] | None

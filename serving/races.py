@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import benchmark, files
-from cluster.cli import RunError, UserError
+from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.session import ROOT, worker_environment
 from training.shapes import LlamaShape, resolve, to_hf_config
 
@@ -337,16 +337,6 @@ def environment_of(name: str, *, threads: int) -> dict[str, str]:
     own = {"CUDA_VISIBLE_DEVICES": "", **own}
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, **worker_environment(gpu=False, threads=threads), **own}
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that the contenders and their folder do not outlive the race."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

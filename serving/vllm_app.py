@@ -45,15 +45,6 @@ def llm_arguments(config: ServeConfig, directory: Path, *, name: str) -> dict[st
     device: dict[str, Any] = {"accelerator_type": deployment.accelerator}
     if deployment.gpus == 0:
         device = {"accelerator_config": {"kind": "cpu"}}
-    replicas: dict[str, Any] = {"num_replicas": deployment.replicas}
-    if deployment.max_replicas is not None:
-        replicas = {
-            "autoscaling_config": {
-                "min_replicas": deployment.replicas,
-                "max_replicas": deployment.max_replicas,
-                "target_ongoing_requests": engine.slots + deployment.target_waiting,
-            }
-        }
     return {
         "model_loading_config": {"model_id": name, "model_source": str(directory)},
         "engine_kwargs": {
@@ -66,7 +57,7 @@ def llm_arguments(config: ServeConfig, directory: Path, *, name: str) -> dict[st
             "enable_prefix_caching": False,
         },
         "deployment_config": {
-            **replicas,
+            **config.replica_options(),
             "max_ongoing_requests": engine.slots + engine.waiting,
             "max_queued_requests": engine.waiting,
         },

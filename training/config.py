@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require, require_choice
+from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")
@@ -27,7 +28,6 @@ NORMS = (  # of optim/geometry.py
     *("spectral", "spectral:input", "spectral:plain", "frobenius", "frobenius:rms", "sign", "sign:plain"),
     *("column", "column:normalized", "column:embedding", "row", "row:plain", "row:embedding"),
 )
-WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
 @dataclass(frozen=True)

@@ -254,10 +254,19 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
 
 
 def eos_ids(directory: Path) -> list[int]:
-    """The tokens that end a text: generation_config.json of a Hugging Face directory, else config.json."""
+    """The tokens that end a text: generation_config.json of a Hugging Face directory, else config.json.
+
+    Raises:
+        ValueError: one of them is no JSON.
+    """
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text()).get("eos_token_id")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         if found is not None:
             return found if isinstance(found, list) else [found]
     return []

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require, require_choice
+from cluster.record import WANDB_MODES
 from cluster.session import ROOT, SessionConfig
 from training import synthetic
-from training.config import WANDB_MODES
 from training.synthetic import SyntheticConfig
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "study.yaml"

@@ -14,9 +14,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.cli import RunError
 from serving import bench
+from serving.config import load
 from serving.latency import Outcome, percentile
 from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open, server_sent_events, to_engine
 from serving.workload import Planned
@@ -449,3 +451,10 @@ def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, keys, message):
     assert asyncio.run(body()) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ceilings_that_cannot_be_measured_are_one_message():
+    model = {"engine_info": {"device": "cuda", "details": {}}}
+    with pytest.raises(RunError, match="the ceilings of this machine cannot be measured: .*"):
+        bench._ceilings(load(), model)

@@ -162,3 +162,9 @@ def test_the_tokens_that_end_a_text_stand_in_one_of_two_files(tmp_path: Path) ->
     assert shapes.eos_ids(tmp_path) == [5, 7]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
     assert shapes.eos_ids(tmp_path) == [2]
+
+
+def test_a_damaged_file_of_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        shapes.eos_ids(tmp_path)

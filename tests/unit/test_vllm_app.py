@@ -25,6 +25,13 @@ def test_a_gpu_replica_autoscales_and_streams_every_token_by_itself():
     assert found["deployment_config"]["max_queued_requests"] == 256  # bounded: Serve's own default is not
 
 
+def test_our_engine_and_vllm_scale_alike():
+    for dotlist in ([], ["deployment.replicas=2"], ["deployment.max_replicas=3"]):
+        config = load(dotlist=dotlist)
+        ours, theirs = config.replica_options(), llm_arguments(config, CHECKPOINT, name="tiny")
+        assert ours.items() <= theirs["deployment_config"].items()
+
+
 def test_without_gpus_it_asks_for_the_cpu_and_a_fixed_number_of_replicas():
     found = llm_arguments(load(dotlist=["engine.kind=vllm"]), CHECKPOINT, name="tiny")
     assert found["accelerator_config"] == {"kind": "cpu"} and "accelerator_type" not in found
