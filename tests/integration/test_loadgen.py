@@ -456,5 +456,5 @@ def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, keys, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_ceilings_that_cannot_be_measured_are_one_message():
     model = {"engine_info": {"device": "cuda", "details": {}}}
-    with pytest.raises(RunError, match="the ceilings of this machine cannot be measured: .*"):
+    with pytest.raises(RunError, match=r"the ceilings of this machine cannot be measured: .+"):
         bench._ceilings(load(), model)
