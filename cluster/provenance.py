@@ -26,13 +26,14 @@ def collect(
     """Everything needed to tell where a run came from, as JSON-ready values.
 
     Args:
-        command: the command line, such as `sys.argv`; values that look like secrets are masked.
+        command: the command line, such as `sys.argv`; values that look like secrets are masked, and a
+            program of ours is named from our root.
         data_fingerprint: hash of the data manifest, or None for work without data.
         packages: names of distributions whose versions matter.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": mask_secrets(command),
+        "command": mask_secrets([_from_root(argument) for argument in command]),
         **code_version(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in packages},
@@ -83,6 +84,10 @@ def mask_secrets(command: Sequence[str]) -> list[str]:
             masked.append(re.sub(r"://[^/@\s]+@", f"://{_MASK}@", argument))
         previous = argument
     return masked
+
+
+def _from_root(argument: str) -> str:
+    return argument.removeprefix(f"{_ROOT}/")
 
 
 def _is_secret(name: str) -> bool:
