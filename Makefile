@@ -1,35 +1,53 @@
-# Every target is one line over `python -m ...`. ARGS are key=value pairs, CONFIG a YAML file.
+# Every target is one line over `python -m ...`. ARGS are key=value pairs, CONFIG a YAML file, CLUSTER a
+# cluster's YAML (cluster/asuncion.yaml) and RUN one of its runs, by default the newest.
 PYTHON ?= python3
 CONFIG ?=
 ARGS ?=
+CLUSTER ?=
+RUN ?=
+SKIP_PREFLIGHT ?=
 VENV := .venv
-RUN := $(VENV)/bin/python -m
+PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study serve serve-bench test check format clean
+.PHONY: train prepare study serve serve-bench up status preflight attach stop pull down test test-cluster check format clean
 
 train: $(VENV)/ready
-	$(RUN) training.launch $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) training.launch $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) \
+	  $(if $(SKIP_PREFLIGHT),--skip-preflight) $(ARGS)
 
 prepare: $(VENV)/ready
-	$(RUN) training.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) training.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 study: $(VENV)/ready
-	$(RUN) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 serve: $(VENV)/ready
-	$(RUN) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 serve-bench: $(VENV)/ready
-	$(RUN) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+up status down: $(VENV)/ready
+	$(PY) cluster.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+
+attach stop pull: $(VENV)/ready
+	$(PY) cluster.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
+	  $(if $(RUN),--run $(RUN))
+
+preflight: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
 
 test: $(VENV)/ready
-	$(RUN) pytest $(ARGS)
+	$(PY) pytest $(ARGS)
+
+test-cluster: $(VENV)/ready
+	$(PY) pytest tests/cluster $(ARGS)
 
 check: $(VENV)/ready
-	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+	$(PY) ruff check . && $(PY) ruff format --check . && $(PY) mypy
 
 format: $(VENV)/ready
-	$(RUN) ruff check --fix . && $(RUN) ruff format .
+	$(PY) ruff check --fix . && $(PY) ruff format .
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

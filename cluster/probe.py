@@ -1,4 +1,4 @@
-"""Measured ceilings of this machine: matrix products and memory. Shares of a datasheet's peak need no probe.
+"""Measured ceilings: matrix products, memory, disks, and the links between GPUs and between nodes.
 
     python -m cluster.probe [--device cpu|cuda] [--threads N]      one JSON object
 
@@ -8,10 +8,15 @@ The spread beside it, (slowest, fastest), says how disturbed it was.
 
 import argparse
 import json
+import os
+import statistics
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 GEMM_SIZE = 2048  # rows, columns and depth on a CPU; a GPU takes four times as much of each
@@ -43,19 +48,22 @@ class Ceilings:
     device: str
 
 
-def measure(*, device: str = "cpu", num_threads: int | None = None, repeats: int = 7) -> Ceilings:
+def measure(
+    *, device: str = "cpu", num_threads: int | None = None, repeats: int = 7, size: int | None = None
+) -> Ceilings:
     """Ceilings of "cpu" or "cuda", in about a second each.
 
     Args:
         num_threads: of torch on a CPU; None leaves them as they are. They stay set.
         repeats: of each measurement, after one that is not counted.
+        size: rows, columns and depth of the products; None takes GEMM_SIZE, or four times that on a GPU.
     """
     import torch
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     gpu = device == "cuda"
-    size = GEMM_SIZE * (4 if gpu else 1)
+    size = size or GEMM_SIZE * (4 if gpu else 1)
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     product = torch.empty_like(left)
     source = torch.zeros(COPY_BYTES * (4 if gpu else 1) // 4, dtype=torch.float32, device=device)
@@ -83,6 +91,113 @@ def measure(*, device: str = "cpu", num_threads: int | None = None, repeats: int
         copy_gb_per_s=timed(lambda: target.copy_(source), 2 * num_bytes / 1e9),
         device=name,
     )
+
+
+@dataclass(frozen=True)
+class Links:
+    """What collectives between ranks reached.
+
+    Attributes:
+        all_reduce_gb_per_s: bus bandwidth of a large all-reduce, GB/s: 2·(n-1)/n · bytes / seconds, which is
+            what each rank's link carries whatever n is.
+            Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+        all_to_all_gb_per_s: of a large all-to-all, (n-1)/n · bytes / seconds. The source is the same.
+        all_reduce_latency_us: median time of an all-reduce of 4 bytes, microseconds.
+        num_ranks: n.
+        num_bytes: of the large buffers, per rank.
+    """
+
+    all_reduce_gb_per_s: Ceiling
+    all_to_all_gb_per_s: Ceiling
+    all_reduce_latency_us: float
+    num_ranks: int
+    num_bytes: int
+
+
+def measure_links(
+    *, rank: int, num_ranks: int, address: str, port: int, device: str, num_bytes: int, repeats: int = 5
+) -> Links:
+    """Measure the links between `num_ranks` processes that all call this at once.
+
+    Args:
+        address, port: of rank 0, free there.
+        device: "cpu" (gloo) or "cuda" (NCCL); the current GPU.
+
+    Raises:
+        RuntimeError: the others did not come, or the backend failed; within two minutes.
+    """
+    import torch
+    import torch.distributed as dist
+
+    gpu = device == "cuda"
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(minutes=2),
+    )
+    try:
+        count = max(num_ranks, num_bytes // 4 // num_ranks * num_ranks)
+        source = torch.ones(count, device=device)
+        target = torch.empty_like(source)
+        word = torch.ones(1, device=device)
+
+        def seconds(body: Callable[[], Any], times: int) -> list[float]:
+            taken = []
+            for _ in range(times + 1):
+                dist.barrier()
+                if gpu:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                body()
+                if gpu:
+                    torch.cuda.synchronize()
+                taken.append(time.perf_counter() - start)
+            return taken[1:]
+
+        def rate(body: Callable[[], Any], share: float) -> Ceiling:
+            rates = [share * count * 4 / 1e9 / taken for taken in seconds(body, repeats)]
+            return Ceiling(max(rates), (min(rates), max(rates)))
+
+        others = (num_ranks - 1) / num_ranks
+        return Links(
+            all_reduce_gb_per_s=rate(lambda: dist.all_reduce(source), 2 * others),
+            all_to_all_gb_per_s=rate(lambda: dist.all_to_all_single(target, source), others),
+            all_reduce_latency_us=statistics.median(seconds(lambda: dist.all_reduce(word), 4 * repeats))
+            * 1e6,
+            num_ranks=num_ranks,
+            num_bytes=count * 4,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_disk(folder: Path, *, num_bytes: int) -> tuple[float, float]:
+    """(write, read) in GB/s of one file in `folder`, synced to the disk, and read past the page cache.
+
+    Raises:
+        OSError: the folder cannot be written, or is full.
+    """
+    file = folder / f".probe-{uuid.uuid4().hex}"
+    block = os.urandom(1 << 22)
+    try:
+        start = time.perf_counter()
+        with file.open("wb", buffering=0) as stream:
+            for _ in range(num_bytes // len(block)):
+                stream.write(block)
+            os.fsync(stream.fileno())
+            written = time.perf_counter() - start
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(len(block)):
+                pass
+        read = time.perf_counter() - start
+    finally:
+        file.unlink(missing_ok=True)
+    size = num_bytes // len(block) * len(block) / 1e9
+    return size / written, size / read
 
 
 def main() -> int:

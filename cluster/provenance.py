@@ -36,7 +36,7 @@ def collect(
         "command": mask_secrets([_from_root(argument) for argument in command]),
         **code_version(),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in packages},
+        "packages": versions(packages),
         "data_fingerprint": data_fingerprint,
         "host": describe_host(),
     }
@@ -104,6 +104,11 @@ def _git(*arguments: str) -> str:
         first_line = done.stderr.strip().partition("\n")[0] or f"exit status {done.returncode}"
         raise LookupError(f"git {arguments[0]}: {first_line}")
     return done.stdout.strip()
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Distribution -> its version, or "not installed"."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:

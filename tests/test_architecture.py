@@ -45,6 +45,7 @@ HOMES = {  # library or call -> the only modules that may use it
     ),
     "deepspeed.initialize": ("optim.contenders", "training.engine"),
     "torch.distributed": (
+        "cluster.probe",
         "optim.contenders",
         "optim.fused",
         "optim.zero",
@@ -90,6 +91,10 @@ TORCH_FREE = (
     "serving.text",
     "serving.workload",
 )
+
+
+# What runs on a node before there is an environment.
+STANDARD_ONLY = ("cluster.files", "cluster.headside", "cluster.keeper", "cluster.reap", "cluster.rest")
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -267,6 +272,14 @@ for name in sys.argv[1:]:
     except ImportError as error:
         print(f"{name}: {error}")
 """
+
+
+def test_what_runs_on_a_node_before_its_environment_needs_the_standard_library_alone():
+    for module in STANDARD_ONLY:
+        roots = {name.partition(".")[0] for name in used(MODULES[module].read_text(), module)}
+        assert roots - {"cluster"} <= sys.stdlib_module_names, module
+        ours = {name for name in used(MODULES[module].read_text(), module) if name in MODULES}
+        assert ours - {"cluster"} <= set(STANDARD_ONLY), module
 
 
 def test_some_modules_run_without_torch():

@@ -270,10 +270,15 @@ class WorkersConfig:
     max_failures: int = key(
         0, "times that Ray restarts the workers from the newest checkpoint after a failure"
     )
+    min_count: int | None = key(
+        None, "workers with which a run goes on if a node is lost; null: it waits until all can run again"
+    )
 
     def __post_init__(self) -> None:
         require(self.count >= 1, "workers.count", "must be at least 1")
         require(self.cpus > 0, "workers.cpus", "must be positive")
+        within = self.min_count is None or 1 <= self.min_count <= self.count
+        require(within, "workers.min_count", f"must lie between 1 and workers.count={self.count}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`make train`: configuration -> plan -> data -> workers -> summary.
 
-    python -m training.launch [--config FILE] [--dry-run] [key=value ...]
+    python -m training.launch [--config FILE] [--dry-run] [--cluster CLUSTER.yaml] [key=value ...]
     torchrun --nproc-per-node=2 -m training.launch launcher=torch [key=value ...]
 
 Running the same command again resumes the run from its newest complete checkpoint.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files
+from cluster import cli, files, inventory, remote
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
@@ -31,19 +31,42 @@ from training.plots import plot_losses
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     parser = cli.make_parser("training.launch", description=__doc__.splitlines()[0], keys=TrainConfig())
+    parser.add_argument(
+        "--cluster", type=Path, metavar="CLUSTER.yaml", help="train there: submit, and follow (README)"
+    )
+    parser.add_argument(
+        "--skip-preflight",
+        action="store_true",
+        help="with --cluster: train on nodes that failed it, or untested",
+    )
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        config = training_config.load(file=options.config, dotlist=options.overrides)
+        there = _on_cluster(options.cluster) if options.cluster else ()
+        config = training_config.load(file=options.config, dotlist=[*there, *options.overrides])
         plan = make_plan(config)
         if options.dry_run:
             print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+        elif options.cluster:
+            remote.start(
+                options.cluster,
+                run=config.run.name,
+                module="training.launch",
+                config=layered.to_yaml(config),
+                skip_preflight=options.skip_preflight,
+            )
         elif config.launcher == "torch":
             run_torch(config, plan)
         else:
             run_ray(config, plan)
 
     return cli.run(body)
+
+
+def _on_cluster(cluster: Path) -> tuple[str, ...]:
+    """Keys of every run on this cluster, unless the command line says otherwise."""
+    storage = inventory.load(cluster).storage
+    return ("session.address=auto", f"run.directory={storage}/outputs", f"data.directory={storage}/data")
 
 
 def run_ray(config: TrainConfig, plan: Plan) -> None:
@@ -59,7 +82,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
         environment |= commit_environment()
         resources = {name: amount * config.workers.count for name, amount in _per_worker(config).items()}
         session = ray_session(config.session, resources=resources, worker_env=environment)
-        with session, _Follower(config, progress, start=start):
+        with session, _Follower(config, progress, start=start), _NodeWatch(config, report=progress.note):
             _fit(config, start.data)
     finish_run(config)
 
@@ -80,7 +103,7 @@ def _fit(config: TrainConfig, data: Path) -> None:
         _ray_worker,
         train_loop_config={"config": config, "data": data, "command": sys.argv},
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
             use_gpu=workers.gpu,
             resources_per_worker=_per_worker(config),
             accelerator_type=workers.accelerator,
@@ -244,18 +267,71 @@ class _Show:
         self._progress.update(row)
 
 
+class _NodeWatch:
+    """Says which nodes of the cluster are lost or back while a run is going, and what the run does about it."""
+
+    POLL_SECONDS = 2.0
+
+    def __init__(self, config: TrainConfig, *, report: Callable[[str], None]) -> None:
+        self._workers = config.workers
+        self._report = report
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        before = self._alive()
+        while not self._stop.wait(self.POLL_SECONDS):
+            now = self._alive()
+            for node in sorted(before - now):
+                self._report(f"node {node} is lost, {len(now)} left; {self._consequence()}")
+            for node in sorted(now - before):
+                self._report(f"node {node} has joined, {len(now)} now")
+            before = now
+
+    def _consequence(self) -> str:
+        if self._workers.max_failures == 0:
+            return "if it had workers, the run ends (workers.max_failures=0); the same command resumes it"
+        if self._workers.min_count is None:
+            return "if it had workers, the run waits until all can run again (workers.min_count is null)"
+        return f"the run goes on with the workers that fit, at least {self._workers.min_count}"
+
+    def _alive(self) -> set[str]:
+        import ray
+
+        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
 class _Follower:
-    """Shows the rows of `metrics.jsonl` while the workers write it, from where a resumed run is."""
+    """Shows the rows of `metrics.jsonl` while the workers write it, from where a resumed run is.
+
+    If Ray restarts the workers, the file is rewound to their checkpoint; it says so, and goes on from there.
+    """
 
     def __init__(self, config: TrainConfig, progress: Progress, *, start: "Start") -> None:
         self._stop = threading.Event()
         self._path = config.run_directory / "metrics.jsonl"
+        self._checkpoints = config.run_directory / "checkpoints"
+        self._note = progress.note
         self._show = _Show(config, progress)
         self._first_step = start.step
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def _follow(self) -> None:
+        last = -1
         for row in follow(self._path, stop=self._stop.is_set):
+            if row["step"] <= last:
+                newest = checkpoint.newest_complete(self._checkpoints, report=self._note)
+                step = checkpoint.Checkpoint(newest).state["step"] if newest else 0
+                self._note(f"the workers were restarted, and go on from step {step}")
+                self._first_step = step + 1 if newest else 0
+            last = row["step"]
             if row["step"] >= self._first_step:
                 self._show(row)
 

@@ -1,0 +1,130 @@
+"""What the preflight reads and measures on a node; it runs there, in Ray actors (`cluster.preflight`)."""
+
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster import probe, provenance
+
+GPU_QUERY = (
+    "index,name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,persistence_mode,"
+    "pcie.link.gen.max,pcie.link.width.max"
+)
+THROTTLE_QUERY = "index,clocks_throttle_reasons.hw_slowdown,clocks_throttle_reasons.sw_thermal_slowdown"
+CPU_GEMM_SIZE = 1024  # the nodes' CPUs are measured briefly; their GPUs are what counts
+
+
+class Inspector:
+    """One node. A Ray actor that holds all GPUs of its node."""
+
+    def facts(self, scratch: str, storage: str, mark: str, disk_bytes: int) -> dict[str, Any]:
+        """Versions, GPUs and disks, JSON-ready. What cannot be read is a `problem` in it, not an error.
+
+        Args:
+            mark: name of the file by which the other nodes see that the storage is one place.
+        """
+        import torch
+
+        return {
+            "hostname": platform.node(),
+            "versions": {
+                "python": platform.python_version(),
+                **provenance.versions(),
+                "cuda": torch.version.cuda or "none",
+                "code": provenance.code_version()["commit"],
+            },
+            **gpus(),
+            "scratch": _folder(Path(scratch), disk_bytes),
+            "storage": _folder(Path(storage), disk_bytes, mark=mark),
+        }
+
+    def clock(self) -> float:
+        """Seconds since the epoch, here."""
+        return time.time()
+
+    def sees(self, storage: str, mark: str) -> list[str]:
+        """Hosts whose mark is on the storage, as seen from here."""
+        return sorted(file.name.removeprefix(f".{mark}-") for file in Path(storage).glob(f".{mark}-*"))
+
+    def ceilings(self, num_gpus: int, repeats: int) -> list[dict[str, Any]]:
+        """`probe.Ceilings` of every GPU, or of this node's CPU."""
+        if num_gpus == 0:
+            return [asdict(probe.measure(device="cpu", repeats=repeats, size=CPU_GEMM_SIZE))]
+        import torch
+
+        found = []
+        for index in range(num_gpus):
+            with torch.cuda.device(index):
+                found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
+        return found
+
+
+class Rank:
+    """One end of a collective. A Ray actor with one GPU, or none."""
+
+    def place(self) -> tuple[str, int]:
+        """An address and a free port of this node."""
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def links(self, **arguments: Any) -> dict[str, Any]:
+        """See `probe.measure_links`."""
+        return asdict(probe.measure_links(**arguments))
+
+
+def gpus() -> dict[str, Any]:
+    """`gpus` of this machine as its driver tells, and `gpus_problem` if the driver does not answer.
+
+    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return {"gpus": [], "gpus_problem": None}
+    try:
+        rows = _smi(GPU_QUERY)
+    except (subprocess.SubprocessError, OSError) as error:
+        said = getattr(error, "stdout", None) or str(error)
+        return {"gpus": [], "gpus_problem": f"nvidia-smi: {said.strip().splitlines()[-1]}"}
+    try:
+        throttled = {row[0]: "Active" in row[1:] for row in _smi(THROTTLE_QUERY)}
+    except (subprocess.SubprocessError, OSError):  # a driver that does not know these fields
+        throttled = {}
+    found = [
+        {
+            "index": int(index),
+            "name": name,
+            "memory_gib": round(float(memory.split()[0]) / 1024, 1),
+            "driver": driver,
+            "ecc_errors": int(ecc) if ecc.isdigit() else None,
+            "persistence": persistence == "Enabled",
+            "pcie": f"{generation}x{width}",
+            "throttled": throttled.get(index, False),
+        }
+        for index, name, memory, driver, ecc, persistence, generation, width in rows
+    ]
+    return {"gpus": found, "gpus_problem": None}
+
+
+def _smi(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return [[part.strip() for part in line.split(",")] for line in said.splitlines() if line.strip()]
+
+
+def _folder(folder: Path, disk_bytes: int, *, mark: str | None = None) -> dict[str, Any]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mark is not None:
+            (folder / f".{mark}-{platform.node()}").write_text("seen")
+        write, read = probe.measure_disk(folder, num_bytes=disk_bytes)
+        free = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        return {"problem": f"{error.filename or folder}: {error.strerror}"}
+    return {"problem": None, "free_gb": free, "write_gb_per_s": write, "read_gb_per_s": read}

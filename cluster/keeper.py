@@ -1,0 +1,403 @@
+"""Keeps a cluster up, from its head: environment and Ray on the head and on every worker, for ever.
+
+    python3 -m cluster.keeper start SITE.json      end the keeper that runs, start one, print the head's key
+    python3 -m cluster.keeper stop SITE.json       end it
+    python3 -m cluster.keeper run SITE.json        be it
+
+`make up` starts it and reads SCRATCH/keeper.json, where the state of every node stands; a lost link between
+the two disturbs neither. A worker that was rebooted, or whose Ray died, is brought back; one that was
+installed anew has lost the head's key, and `make up` gives it to it again. Standard library only: it runs
+before there is an environment.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluster import files
+from cluster.rest import FINAL, Ray, RayDown
+
+JOINED, FAILED = "joined", "failed"
+BUSY = ("installing", "copying", "starting")  # states that may last
+ALIVE_POLL_SECONDS = 2.0
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
+JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
+PROBE = """
+cd / || exit 9
+echo "python $({python} -c 'import sys; print(sys.version.split()[0], sys.base_prefix)' 2>&1 | tail -1)"
+mkdir -p {scratch}/env {code} || exit 8
+echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
+test -e {env}/ready && echo "env ready"
+command -v rsync > /dev/null && echo "rsync yes"
+true
+"""
+
+
+class Failure(Exception):
+    """A node cannot join, now; the message says why and what to do."""
+
+
+class Keeper:
+    """Brings up and watches the nodes of a site (`cluster.inventory.Inventory.site`)."""
+
+    def __init__(self, site: dict[str, Any]) -> None:
+        self.site = site
+        self.scratch = Path(site["scratch"])
+        self.ray = Ray(site["dashboard_port"])
+        self._lock = threading.Lock()
+        self._states: dict[str, dict[str, Any]] = {}
+        self._alive: set[str] = set()  # addresses of the nodes that Ray lists
+        self._ready = threading.Event()  # the head's Ray is up
+        self._env = ""  # hash of the environment
+        for address in (site["head"], *site["workers"]):
+            self._set(address, "waiting", "for the head" if address != site["head"] else "")
+
+    def run(self) -> NoReturn:
+        """Bring the head up, then the workers, and keep them up until SIGTERM."""
+        for worker in self.site["workers"]:
+            threading.Thread(target=self._keep_worker, args=(worker,), daemon=True).start()
+        self._keep_head()
+
+    # --- the head
+
+    def _keep_head(self) -> NoReturn:
+        head, retry = self.site["head"], FIRST_RETRY_SECONDS
+        while True:
+            try:
+                self._bring_up_head()
+                self._set(head, JOINED, "")
+                self._ready.set()
+                retry = FIRST_RETRY_SECONDS
+                self._watch()
+                self._set(head, "waiting", "its Ray ended; starting it again")
+            except Failure as failure:
+                self._set(head, FAILED, str(failure))
+                time.sleep(retry)
+                retry = min(2 * retry, LAST_RETRY_SECONDS)
+            self._ready.clear()
+            self._alive = set()
+
+    def _watch(self) -> None:
+        """Follow which nodes are alive, until Ray has not answered three times."""
+        misses = 0
+        while misses < 3:
+            try:
+                self._alive = {node["node_ip"] for node in self.ray.nodes()}
+                misses = 0
+            except (RayDown, ValueError):
+                misses += 1
+            time.sleep(ALIVE_POLL_SECONDS)
+
+    def _bring_up_head(self) -> None:
+        site, head = self.site, self.site["head"]
+        self._set(head, "installing", "environment")
+        _bash(site["setup"], on_line=lambda line: self._set(head, "installing", line[:100]))
+        self._env = (self.scratch / "env/current").read_text().strip()
+        _bash(site["token"])
+        try:
+            Path(site["storage"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Failure(
+                f"storage {site['storage']}: {error.strerror}; set storage in the inventory"
+            ) from error
+        marker = self.scratch / "started"
+        settings = hashlib.sha256(
+            f"{site['start_head']}{site['start_worker']}{self._env}".encode()
+        ).hexdigest()
+        if self._answers():
+            if marker.exists() and marker.read_text() == settings:
+                return
+            going = [job["submission_id"] for job in self.ray.jobs() if job["status"] not in FINAL]
+            if going:
+                raise Failure(
+                    f"{', '.join(going)} is going on a Ray with other settings than the inventory's: `make "
+                    "stop` first, or wait for its end; nothing was changed"
+                )
+        self._set(head, "starting", "Ray")
+        _bash(site["reap"])
+        for name in ("gcs_port", "dashboard_port"):
+            if _is_taken(site[name]):
+                raise Failure(
+                    f"port {site[name]} is in use{_by_whom(site[name])}; end that, or set "
+                    f"ports.{name.removesuffix('_port')} in the inventory"
+                )
+        marker.unlink(missing_ok=True)
+        _bash(site["start_head"])
+        marker.write_text(settings)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while not self._answers():
+            if time.monotonic() > deadline:
+                raise Failure(
+                    "Ray was started and its dashboard does not answer; see /tmp/ray/session_latest/logs"
+                )
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            return self.ray.is_up()
+        except ValueError as error:
+            raise Failure(str(error)) from error
+
+    # --- a worker
+
+    def _keep_worker(self, worker: str) -> NoReturn:
+        retry = FIRST_RETRY_SECONDS
+        while True:
+            self._ready.wait()
+            if worker in self._alive:
+                self._set(worker, JOINED, "")
+                retry = FIRST_RETRY_SECONDS
+                time.sleep(ALIVE_POLL_SECONDS)
+                continue
+            try:
+                self._bring_up_worker(worker)
+            except Failure as failure:
+                self._set(worker, FAILED, str(failure))
+                self._sleep_until_told(worker, retry)
+                retry = min(2 * retry, LAST_RETRY_SECONDS)
+
+    def _sleep_until_told(self, worker: str, seconds: float) -> None:
+        """Sleep; `make up` wakes it by pinning a key, because then what failed may not any more."""
+        known = self.scratch / "known_hosts"
+        before = known.stat().st_mtime_ns if known.exists() else 0
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and worker not in self._alive:
+            if known.exists() and known.stat().st_mtime_ns != before:
+                return
+            time.sleep(0.5)
+
+    def _bring_up_worker(self, worker: str) -> None:
+        site = self.site
+        env = self.scratch / "env" / self._env
+        known = self.scratch / "known_hosts"
+        if not known.exists() or worker not in known.read_text().split():
+            self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
+            time.sleep(0.5)
+            return
+        self._set(worker, "connecting", "")
+        answer = self._ssh(worker, PROBE.format(**site, env=env), patience=20)
+        found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
+        mine = f"{sys.version.split()[0]} {sys.base_prefix}"
+        if found.get("python") != mine:
+            raise Failure(
+                f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
+                "not run; install the same, or set python in the inventory"
+            )
+        if "rsync" not in found:
+            raise Failure("has no rsync; install it")
+        if "env" not in found:
+            self._copy_environment(worker, env, free=int(found.get("free") or 0))
+        self._rsync(worker, self.scratch / "code")
+        token = Path("~/.ray/auth_token").expanduser().read_bytes()
+        self._ssh(worker, "umask 077; mkdir -p ~/.ray; cat > ~/.ray/auth_token", given=token)
+        self._set(worker, "starting", "Ray")
+        start = f"{site['setup']} && {site['reap']} > /dev/null; export ASUNCION_NODE={worker}\n"
+        self._ssh(worker, start + site["start_worker"], patience=90)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while worker not in self._alive:
+            if time.monotonic() > deadline:
+                raise Failure(
+                    f"its Ray started and does not join {site['head']}:{site['gcs_port']}: is a firewall "
+                    f"between the nodes? See {site['scratch']}/ray-start.log there"
+                )
+            time.sleep(0.3)
+
+    def _copy_environment(self, worker: str, env: Path, *, free: int) -> None:
+        size = int(_bash(f"du -sb {env}").split()[0])
+        self._set(worker, "copying", f"environment, {size / 1e9:.2f} GB, from the head")
+        if free < 1.1 * size + 1e9:
+            raise Failure(
+                f"{self.site['scratch']} has {free / 1e9:.1f} GB free, and the environment needs "
+                f"{size / 1e9:.1f} and 1 to spare; make room, or set scratch in the inventory"
+            )
+        self._rsync(worker, env, "--exclude=/ready")
+        self._ssh(worker, f"sync -f {env}; touch {env}/ready")
+
+    # --- tools
+
+    def _ssh_command(self) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "IdentityFile": str(key_file(self.site)),
+            "IdentitiesOnly": "yes",
+            "StrictHostKeyChecking": "yes",
+            "UserKnownHostsFile": str(self.scratch / "known_hosts"),
+            "GlobalKnownHostsFile": "/dev/null",
+            "UpdateHostKeys": "no",
+            "ConnectTimeout": "5",
+            "ServerAliveInterval": "5",
+            "ServerAliveCountMax": "3",
+            "LogLevel": "ERROR",
+        }
+        return ["ssh", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
+
+    def _ssh(self, worker: str, script: str, *, given: bytes = b"", patience: float = 60) -> str:
+        command = [*self._ssh_command(), f"{self.site['user']}@{worker}", "bash", "-lc", _quoted(script)]
+        return _run(command, given=given, patience=patience)
+
+    def _rsync(self, worker: str, folder: Path, *more: str) -> None:
+        target = f"{self.site['user']}@{worker}:{folder}/"
+        _run(
+            [
+                "rsync",
+                "--archive",
+                "--delete",
+                *more,
+                "-e",
+                " ".join(self._ssh_command()),
+                f"{folder}/",
+                target,
+            ],
+            patience=3600,
+        )
+
+    def _set(self, address: str, state: str, detail: str) -> None:
+        with self._lock:
+            old = self._states.get(address, {})
+            if (old.get("state"), old.get("detail")) == (state, detail):
+                return
+            self._states[address] = {"state": state, "detail": detail, "since": time.time()}
+            report = {"generation": self.site["generation"], "pid": os.getpid(), "nodes": self._states}
+            files.write_json(self.scratch / "keeper.json", report)
+            print(time.strftime("%F %T"), address, state, detail, flush=True)
+
+
+def key_file(site: dict[str, Any]) -> Path:
+    """The head's own private key, made there and never anywhere else."""
+    return Path("~/.ssh").expanduser() / f"asuncion_{site['name']}"
+
+
+def _run(command: list[str], *, given: bytes = b"", patience: float) -> str:
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=patience)
+    except subprocess.TimeoutExpired as error:
+        raise Failure(f"did not answer within {patience:g} s") from error
+    except FileNotFoundError as error:
+        raise Failure(f"{command[0]}: no such command on the head; install it") from error
+    said = done.stderr.decode(errors="replace").strip()
+    if "Permission denied (" in said:
+        raise Failure("does not accept the head's key (installed anew?): run `make up` again")
+    if "Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said:
+        raise Failure("has another host key than the pinned one: `make up` from the laptop says what to do")
+    if done.returncode:
+        text = said or done.stdout.decode(errors="replace").strip()
+        raise Failure(_last_line(text) or f"exit code {done.returncode}")
+    return done.stdout.decode(errors="replace")
+
+
+def _bash(script: str, *, on_line: Any = None) -> str:
+    """Output of a script on this machine; `on_line` is told each line as it comes."""
+    process = subprocess.Popen(
+        ["bash", "-lc", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.decode(errors="replace").rstrip())
+        if on_line:
+            on_line(lines[-1])
+        if "Ray runtime started" in lines[-1]:  # what it leaves running keeps this pipe open
+            break
+    if process.wait():
+        raise Failure(_last_line("\n".join(lines)) or f"exit code {process.returncode}")
+    return "\n".join(lines)
+
+
+def _last_line(text: str) -> str:
+    """The last line that says something: not a frame of pip's or a pointer of Python's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
+    errors = [line for line in lines if "rror" in line or "No space left" in line]
+    return (errors or lines or [""])[-1][:300]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return True
+    return False
+
+
+def _by_whom(port: int) -> str:
+    if shutil.which("ss") is None:
+        return ""
+    said = subprocess.run(["ss", "-Hltnp", f"sport = :{port}"], capture_output=True, text=True).stdout
+    _, found, user = said.partition('users:(("')
+    return f" by {user.partition(chr(34))[0]}" if found else ""
+
+
+# --- the command
+
+
+def _pid(scratch: Path) -> int | None:
+    """The keeper that runs, or None."""
+    try:
+        with (scratch / "keeper.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or 0) or None
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _stop(scratch: Path) -> None:
+    deadline = time.monotonic() + 10
+    while pid := _pid(scratch):
+        os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
+        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the keeper, pid {pid}, does not end")
+
+
+def _start(file: Path, site: dict[str, Any]) -> None:
+    scratch = Path(site["scratch"])
+    _stop(scratch)
+    key = key_file(site)
+    if not key.exists():
+        key.parent.mkdir(mode=0o700, exist_ok=True)
+        comment = f"asuncion {site['name']} head"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", key], check=True)
+    with (scratch / "keeper.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "cluster.keeper", "run", file],
+            cwd=site["code"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    print(key.with_name(f"{key.name}.pub").read_text().strip())
+
+
+def _be(site: dict[str, Any]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # what it has started goes on
+    with (Path(site["scratch"]) / "keeper.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit("a keeper runs already") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        Keeper(site).run()
+
+
+if __name__ == "__main__":
+    verb, path = sys.argv[1], Path(sys.argv[2])
+    described = json.loads(path.read_text())
+    {"start": lambda: _start(path, described), "stop": lambda: _stop(Path(described["scratch"])),
+     "run": lambda: _be(described)}[verb]()  # fmt: skip

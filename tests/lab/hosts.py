@@ -1,0 +1,274 @@
+"""Four hosts on one machine: a laptop, and a head with two workers behind a router and a slow link.
+
+Each host has its own network, process table, /tmp, /dev/shm, home and sshd. Between the laptop and the
+cluster lies a relay in user space (`wan.py`) with delay, jitter, loss and outages. Needs root, iproute2,
+openssh-server, tini, rsync and /dev/net/tun.
+
+    with Lab(folder) as lab: lab.run("nyc", "...")
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.commands import ROOT
+
+ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
+CLUSTER = ("head", "worker1", "worker2")
+SCRATCH, STORAGE = "/scratch/lab", "/storage/lab"
+CLUSTER_FILE = "/root/lab.yaml"  # on the laptop
+SSHD = """\
+Port 22
+HostKey /etc/ssh/host_key
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+PrintMotd no
+Subsystem sftp /usr/lib/openssh/sftp-server
+MaxStartups 30:30:100
+"""
+PYTHON = f"{sys.base_prefix}/bin/python3"
+
+
+def missing() -> str | None:
+    """Why there can be no lab on this machine, or None."""
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    packages = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client"}
+    for program in ("ip", "sshd", "ssh", "tini", "rsync"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+            return f"needs {program} (Debian's {packages.get(program, program)})"
+    if not Path("/dev/net/tun").exists():
+        return "needs /dev/net/tun"
+    probe = subprocess.run(["unshare", "-m", "-p", "-u", "-i", "-n", "-f", "true"], capture_output=True)
+    return None if probe.returncode == 0 else "needs namespaces, which this machine forbids"
+
+
+class Lab:
+    """The four hosts, for the length of a `with` block.
+
+    Args:
+        folder: an empty folder for their disks, keys and logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._hosts: dict[str, subprocess.Popen[bytes]] = {}
+        self._relay: subprocess.Popen[bytes] | None = None
+        self._prefix = f"lab{os.getpid()}"
+        self.storage = folder / "storage"
+
+    def __enter__(self) -> Self:
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _build(self) -> None:
+        self.storage.mkdir(parents=True)
+        disks = self.folder / "hosts"
+        disks.mkdir()
+        _do(
+            "mount", "-t", "tmpfs", "-o", "size=8g,mode=755", "lab", disks
+        )  # overlay's upper must lie elsewhere than /
+        for name in ("user", *ADDRESSES):
+            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", self.folder / f"key_{name}")
+        public = (self.folder / "key_user.pub").read_text()
+        (disks / "authorized_keys").write_text(public)
+        (disks / "sshd_config").write_text(SSHD)
+        lines = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+        (disks / "hosts").write_text(f"127.0.0.1 localhost\n{lines}")
+        for name in (*ADDRESSES, "gw"):
+            _do("ip", "netns", "add", self._netns(name))
+            self._ip(name, "link set lo up")
+        self._ip("gw", "link add br0 type bridge")
+        self._ip("gw", "addr add 10.77.2.1/24 dev br0")
+        self._ip("gw", "link set br0 up")
+        _do("ip", "netns", "exec", self._netns("gw"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for name in CLUSTER:
+            self._ip("gw", f"link add v-{name} type veth peer name eth0 netns {self._netns(name)}")
+            self._ip("gw", f"link set v-{name} master br0 up")
+            self._ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
+            self._ip(name, "link set eth0 up")
+            self._ip(name, "route add default via 10.77.2.1")
+        self.link()
+        relay = [
+            sys.executable,
+            Path(__file__).with_name("wan.py"),
+            self._netns("nyc"),
+            self._netns("gw"),
+            self._control,
+        ]
+        self._relay = subprocess.Popen(relay)
+        for name, address in (("nyc", "10.77.1.2/30"), ("gw", "10.77.1.1/30")):
+            _until(lambda name=name: _try("ip", "-n", self._netns(name), "link", "show", "wan0"), "wan0")
+            self._ip(name, f"addr add {address} dev wan0")
+            self._ip(name, "link set wan0 up txqueuelen 5000")
+        self._ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
+        self._ip("nyc", f"route add 10.77.2.0/24 via 10.77.1.1 dev wan0 src {ADDRESSES['nyc']}")
+        self._ip("gw", f"route add {ADDRESSES['nyc']}/32 via 10.77.1.2 dev wan0")
+        for name in ADDRESSES:
+            (disks / name).mkdir()
+            shutil.copy(self.folder / f"key_{name}", disks / name / "host_key")
+            self.power_on(name)
+        shutil.copy(self.folder / "key_user", disks / "nyc/disk/home/.ssh/id_ed25519")
+        self.write_inventory()
+
+    def close(self) -> None:
+        """End all hosts with all that runs on them, and remove what was made."""
+        for name in list(self._hosts):
+            self.power_off(name)
+        if self._relay:
+            self._relay.kill()
+            self._relay.wait()
+        for name in (*ADDRESSES, "gw"):
+            _try("ip", "netns", "del", self._netns(name))
+        _try("umount", "-l", self.folder / "hosts")
+
+    # --- hosts
+
+    def power_on(self, name: str) -> None:
+        """Start a host and wait for its sshd."""
+        command = [
+            *("ip", "netns", "exec", self._netns(name)),
+            *("unshare", "-m", "-p", "-u", "-i", "-f", "--kill-child=KILL"),
+            *(Path(__file__).with_name("host.sh"), name, self.folder / "hosts" / name),
+            *(f"{sys.base_prefix} {ROOT}", "" if name == "nyc" else self.storage),
+        ]  # fmt: skip
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._hosts[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, "LAB_PATH": f"{sys.base_prefix}/bin"},
+            )  # fmt: skip
+        probe = f"exec 3<>/dev/tcp/{ADDRESSES[name]}/22"
+        near = name if name == "nyc" else "gw"
+        _until(
+            lambda: _try("ip", "netns", "exec", self._netns(near), "timeout", "1", "bash", "-c", probe),
+            f"{name}'s sshd",
+        )
+
+    def power_off(self, name: str, *, wipe: bool = False) -> None:
+        """End a host at once, as a loss of power would; `wipe` installs it anew, with the same host key."""
+        host = self._hosts.pop(name)
+        for child in _children(host.pid):
+            os.kill(child, signal.SIGKILL)
+        host.kill()
+        host.wait()
+        if wipe:
+            shutil.rmtree(self.folder / "hosts" / name / "disk")
+
+    def command(self, name: str, *command: Any) -> list[str]:
+        """A command line that runs `command` on a host, as root."""
+        init = _children(self._hosts[name].pid)[0]
+        environment = [
+            *("HOME=/root", "TERM=dumb", "LANG=C.UTF-8", "PYTHONUNBUFFERED=1"),
+            f"PATH={ROOT}/.venv/bin:{sys.base_prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        ]
+        return [
+            *("nsenter", "-t", str(init), "-m", "-p", "-u", "-i", "-n", "-r", "env", "-C", "/root", "-i"),
+            *(*environment, *map(str, command)),
+        ]  # fmt: skip
+
+    def run(self, name: str, script: str, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """A bash script on a host, to its end."""
+        return subprocess.run(
+            self.command(name, "bash", "-c", script),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def ours(self, *arguments: Any) -> list[str]:
+        """A command line of `python -m ...` on the laptop, from the repository's root."""
+        quoted = " ".join(f"'{argument}'" for argument in arguments)
+        return self.command("nyc", "bash", "-c", f"cd {ROOT} && exec .venv/bin/python -m {quoted}")
+
+    def write_inventory(self, **changes: Any) -> None:
+        """The cluster's inventory, on the laptop. Keyword a__b sets the key a.b."""
+        keys: dict[str, Any] = {
+            "name": "lab", "head": ADDRESSES["head"], "workers": [ADDRESSES["worker1"], ADDRESSES["worker2"]],
+            "ssh": {"user": "root", "key": "/root/.ssh/id_ed25519"},
+            "node": {"gpus": 0, "cpus": 2, "memory_gb": 2.0, "object_store_gb": 0.2, "interface": "eth0"},
+            "scratch": SCRATCH, "storage": STORAGE, "python": PYTHON,
+            "preflight": ["limits.scratch_free_gb=1", "limits.storage_free_gb=1", "size.disk_megabytes=16"],
+        }  # fmt: skip
+        for name, value in changes.items():
+            section, _, key = name.rpartition("__")
+            (keys.setdefault(section, {}) if section else keys)[key] = value
+        file = self.folder / "hosts/nyc/disk/home/lab.inventory.yaml"
+        file.write_text(json.dumps(keys, indent=1))
+
+    def seed_environment(self, name: str = "head") -> None:
+        """The environment on a host, as `setup.sh` would have installed it from a package index.
+
+        There is no index in the lab: the environment's packages are those of this repository's .venv.
+        """
+        packages = Path(ROOT, ".venv/lib").glob("python3.*/site-packages")
+        script = f"""set -e
+        hash=$( (cat {ROOT}/constraints.txt {ROOT}/pyproject.toml; {PYTHON} -VV) | sha256sum | cut -c1-12)
+        env={SCRATCH}/env/$hash
+        {PYTHON} -m venv --without-pip $env
+        echo {next(packages)} > $(echo $env/lib/python3.*/site-packages)/lab.pth
+        printf '#!%s\\nfrom ray.scripts.scripts import main\\nmain()\\n' $env/bin/python > $env/bin/ray
+        chmod +x $env/bin/ray
+        touch $env/ready"""
+        done = self.run(name, script)
+        assert done.returncode == 0, done.stderr
+
+    # --- the link
+
+    def link(
+        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
+    ) -> None:
+        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
+        part = self._control.with_suffix(".part")
+        part.write_text(
+            json.dumps({"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down})
+        )
+        part.rename(self._control)
+
+    @property
+    def _control(self) -> Path:
+        return self.folder / "wan.json"
+
+    def _netns(self, name: str) -> str:
+        return f"{self._prefix}-{name}"
+
+    def _ip(self, name: str, arguments: str) -> None:
+        _do("ip", "-n", self._netns(name), *arguments.split())
+
+
+def _do(*command: Any) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stderr}"
+
+
+def _try(*command: Any) -> bool:
+    return subprocess.run([str(part) for part in command], capture_output=True).returncode == 0
+
+
+def _until(condition: Any, what: str, *, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.05)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
