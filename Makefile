@@ -41,7 +41,7 @@ test: $(VENV)/ready
 	$(PY) pytest $(ARGS)
 
 test-cluster: $(VENV)/ready
-	$(PY) pytest tests/cluster $(ARGS)
+	$(PY) pytest -m cluster $(ARGS)
 
 check: $(VENV)/ready
 	$(PY) ruff check . && $(PY) ruff format --check . && $(PY) mypy

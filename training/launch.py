@@ -268,7 +268,7 @@ class _Show:
 
 
 class _NodeWatch:
-    """Says which nodes of the cluster are lost or back while a run is going, and what the run does about it."""
+    """Says which nodes are lost or back while a run is going, and what the run does about it."""
 
     POLL_SECONDS = 2.0
 

@@ -7,18 +7,21 @@ openssh-server, tini, rsync and /dev/net/tun.
     with Lab(folder) as lab: lab.run("nyc", "...")
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.commands import ROOT
+from tests.commands import ROOT, tiny, write_corpus
 
 ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
 CLUSTER = ("head", "worker1", "worker2")
@@ -35,6 +38,7 @@ PrintMotd no
 Subsystem sftp /usr/lib/openssh/sftp-server
 MaxStartups 30:30:100
 """
+_NUMBERS = itertools.count()  # of the labs of this process
 PYTHON = f"{sys.base_prefix}/bin/python3"
 
 
@@ -63,7 +67,7 @@ class Lab:
         self.folder = folder
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
         self._relay: subprocess.Popen[bytes] | None = None
-        self._prefix = f"lab{os.getpid()}"
+        self._prefix = f"lab{os.getpid()}-{next(_NUMBERS)}"
         self.storage = folder / "storage"
 
     def __enter__(self) -> Self:
@@ -108,6 +112,7 @@ class Lab:
             self._ip(name, "route add default via 10.77.2.1")
         self.link()
         relay = [
+            *("setpriv", "--pdeathsig", "KILL"),
             sys.executable,
             Path(__file__).with_name("wan.py"),
             self._netns("nyc"),
@@ -145,6 +150,7 @@ class Lab:
     def power_on(self, name: str) -> None:
         """Start a host and wait for its sshd."""
         command = [
+            *("setpriv", "--pdeathsig", "KILL"),  # a killed test leaves nothing behind
             *("ip", "netns", "exec", self._netns(name)),
             *("unshare", "-m", "-p", "-u", "-i", "-f", "--kill-child=KILL"),
             *(Path(__file__).with_name("host.sh"), name, self.folder / "hosts" / name),
@@ -199,6 +205,46 @@ class Lab:
         quoted = " ".join(f"'{argument}'" for argument in arguments)
         return self.command("nyc", "bash", "-c", f"cd {ROOT} && exec .venv/bin/python -m {quoted}")
 
+    def call(self, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """`python -m ...` on the laptop, to its end."""
+        return subprocess.run(
+            self.ours(*arguments), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+
+    def start(self, *arguments: Any) -> "Running":
+        """`python -m ...` on the laptop, in the background."""
+        return Running(self.ours(*arguments))
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        """`make up`."""
+        return self.call("cluster.fleet", "up", CLUSTER_FILE)
+
+    def train(self, **changes: Any) -> list[str]:
+        """Arguments of a tiny run of two workers on the cluster. Keyword a__b sets the key a.b."""
+        if not (self.storage / "lab/corpus.jsonl").exists():
+            (self.storage / "lab").mkdir(exist_ok=True)
+            write_corpus(self.storage / "lab")
+        ours = ("run.directory=", "data.directory=", "launcher=")  # the cluster's own, and the default
+        keys = {"workers__count": 2, **changes}
+        arguments = [each for each in tiny(Path(STORAGE), **keys) if not each.startswith(ours)]
+        return ["training.launch", "--cluster", CLUSTER_FILE, "--skip-preflight", *arguments]
+
+    def log_on_laptop(self, run: str) -> bytes:
+        """What the laptop has kept of the log of a run."""
+        return (self.folder / f"hosts/nyc/disk/home/.asuncion/lab/logs/{run}.log").read_bytes()
+
+    def log_on_head(self, run: str) -> bytes:
+        """The log of a run, as Ray wrote it."""
+        done = self.run("head", f"cat /tmp/ray/session_latest/logs/job-driver-{run}.log")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.encode()
+
+    def rays(self, name: str) -> list[str]:
+        """The processes of Ray, and those it started, on a host."""
+        said = self.run(name, "ps axww -o args").stdout.splitlines()
+        marks = ("ray/", "ray::", "training.launch", "cluster.keeper")
+        return [line for line in said if any(mark in line for mark in marks)]
+
     def write_inventory(self, **changes: Any) -> None:
         """The cluster's inventory, on the laptop. Keyword a__b sets the key a.b."""
         keys: dict[str, Any] = {
@@ -233,6 +279,11 @@ class Lab:
 
     # --- the link
 
+    @property
+    def slow(self) -> dict[str, float]:
+        """New York to Asunción: 140 ms round trip, 0.5% loss."""
+        return {"delay_ms": 70, "jitter_ms": 3, "loss": 0.005}
+
     def link(
         self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
     ) -> None:
@@ -252,6 +303,58 @@ class Lab:
 
     def _ip(self, name: str, arguments: str) -> None:
         _do("ip", "-n", self._netns(name), *arguments.split())
+
+
+class Running:
+    """A command in the background; its output is collected."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self._out, self._err = bytearray(), bytearray()
+        pairs = ((self._process.stdout, self._out), (self._process.stderr, self._err))
+        self._readers = [threading.Thread(target=_collect, args=pair, daemon=True) for pair in pairs]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        return bytes(self._out).decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """Standard error so far."""
+        return bytes(self._err).decode(errors="replace")
+
+    def until(self, pattern: str, *, seconds: float) -> float:
+        """Wait for a regular expression in the output; returns the seconds that it took."""
+        begin = time.monotonic()
+        while not re.search(pattern, self.out + self.err, re.MULTILINE):
+            code = self._process.poll()
+            waited = time.monotonic() - begin
+            told = f"no {pattern!r} (exit code {code}):\n{self.out}\n{self.err}"
+            assert code is None and waited < seconds, told
+            time.sleep(0.02)
+        return time.monotonic() - begin
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal to the command itself, which is the child of nsenter."""
+        for child in _children(self._process.pid):
+            os.kill(child, number)
+
+    def wait(self, *, seconds: float) -> int:
+        """Its exit code."""
+        code = self._process.wait(timeout=seconds)
+        for reader in self._readers:
+            reader.join(timeout=5)
+        return code
+
+
+def _collect(stream: Any, into: bytearray) -> None:
+    while chunk := stream.read1(1 << 16):
+        into += chunk
 
 
 def _do(*command: Any) -> None:

@@ -1,0 +1,73 @@
+"""A laptop, a slow link and a cluster of three real hosts: from `make up` to `make down`."""
+
+import json
+import time
+
+import pytest
+
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, Lab, missing
+
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.skipif(missing() is not None, reason=f"no lab here: {missing()}"),
+]
+OUTAGE_SECONDS = 12  # the full minute is in test_cluster_at_length.py
+
+
+def test_a_run_survives_the_link_and_the_laptop(tmp_path):
+    with Lab(tmp_path) as lab:
+        lab.link(**lab.slow)
+        lab.seed_environment()
+        up = lab.up()
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert "3 of 3 nodes joined" in up.stdout
+        _require_no_key_of_the_laptop(lab)
+        status = lab.call("cluster.fleet", "status", CLUSTER_FILE)
+        assert status.returncode == 0 and "3 of 3 nodes in Ray" in status.stdout
+
+        # far longer than the test: `stop` ends it
+        command = lab.train(run__name="night", schedule__tokens=512 * 20_000, checkpoint__every_steps=200)
+        first = lab.start(*command)
+        first.until(r"^step [1-9]", seconds=120)
+        lab.link(down=True)
+        first.until("link lost", seconds=30)
+        time.sleep(OUTAGE_SECONDS)
+        lab.link(**lab.slow)
+        assert first.until("link is back", seconds=30) < 10  # 5 s is the aim, on a machine that is not busy
+        first.kill()
+        first.wait(seconds=10)
+
+        again = lab.start(*command)  # the same command finds the run that is going
+        again.until("night-1 is going: attached", seconds=30)
+        again.until(r"^step [1-9]", seconds=60)
+        stopped = lab.call("cluster.remote", "stop", CLUSTER_FILE)
+        assert stopped.returncode == 0 and "night-1: stopped" in stopped.stderr
+        assert again.wait(seconds=30) == 1 and "night-1 was stopped" in again.err
+        there = lab.log_on_head("night-1")
+        assert lab.log_on_laptop("night-1") == there
+        assert (first.out + again.out).encode() == there  # no line lost, none repeated
+
+        pulled = lab.call("cluster.remote", "pull", CLUSTER_FILE, "--to", "/root/outputs")
+        assert pulled.returncode == 0, pulled.stderr
+        ours = tmp_path / "hosts/nyc/disk/home/outputs/night"
+        theirs = lab.storage / "lab/outputs/night"
+        assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+        assert not (ours / "checkpoints").exists() and any((theirs / "checkpoints").iterdir())
+
+        down = lab.call("cluster.fleet", "down", CLUSTER_FILE)
+        assert down.returncode == 0, down.stdout + down.stderr
+        assert down.stdout.count("none left") == len(CLUSTER)
+        assert {name: lab.rays(name) for name in CLUSTER} == {name: [] for name in CLUSTER}
+
+
+def _require_no_key_of_the_laptop(lab):
+    """The laptop's private key is on no node, and the token is readable by nobody else."""
+    secret = (lab.folder / "key_user").read_text().splitlines()[2]
+    for name in CLUSTER:
+        found = lab.run(name, f"grep -rlF -- '{secret}' /root/.ssh /root/*.pem /scratch 2> /dev/null").stdout
+        assert found == ""
+        assert lab.run(name, "stat -c %a /root/.ray/auth_token").stdout.strip() == "600"
+    pinned = lab.run("nyc", "cat /root/.asuncion/lab/known_hosts").stdout
+    assert all(ADDRESSES[name] in pinned for name in CLUSTER)
+    state = json.loads(lab.run("head", "cat /scratch/lab/keeper.json").stdout)
+    assert set(state["nodes"]) == {ADDRESSES[name] for name in CLUSTER}

@@ -1,0 +1,253 @@
+"""What takes minutes on four hosts: `make test-cluster`. Each test brings up what it needs."""
+
+import json
+import re
+import time
+
+import pytest
+
+from tests.commands import ROOT
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, Lab, missing
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(missing() is not None, reason=f"no lab here: {missing()}"),
+]
+LONG = {"schedule__tokens": 512 * 100_000, "checkpoint__every_steps": 20}
+THREE = {"workers__count": 3, "batch__tokens": 384, "workers__max_failures": 3}  # one on every host
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+        lab.seed_environment()
+        yield lab
+
+
+@pytest.fixture
+def cluster(lab):
+    """The lab with a cluster that is up, and no run going."""
+    lab.link()
+    lab.write_inventory()
+    up = lab.up()
+    assert up.returncode == 0, up.stdout + up.stderr
+    yield lab
+    lab.link()
+    lab.call("cluster.remote", "stop", CLUSTER_FILE)
+
+
+def follow(lab, name, **changes):
+    """A run that is past its first step."""
+    run = lab.start(*lab.train(run__name=name, **{**LONG, **changes}))
+    run.until(r"^step [1-9]", seconds=180)
+    return run
+
+
+def test_an_outage_of_a_minute_costs_no_line(cluster):
+    cluster.link(**cluster.slow)
+    run = follow(cluster, "minute")
+    cluster.link(down=True)
+    run.until("link lost", seconds=30)
+    time.sleep(60)
+    cluster.link(**cluster.slow)
+    assert run.until("link is back", seconds=30) < 7  # 5 s is the aim
+    seen = len(run.out)
+    time.sleep(5)
+    assert len(run.out) > seen
+    cluster.call("cluster.remote", "stop", CLUSTER_FILE)
+    assert run.wait(seconds=60) == 1
+    assert run.out.encode() == cluster.log_on_head("minute-1") == cluster.log_on_laptop("minute-1")
+
+
+def test_ctrl_c_detaches_and_the_run_goes_on(cluster):
+    run = follow(cluster, "detached")
+    run.kill(2)
+    assert run.wait(seconds=20) == 130
+    assert "detached-1 goes on" in run.err and "make attach" in run.err and "make stop" in run.err
+    status = cluster.call("cluster.fleet", "status", CLUSTER_FILE).stdout
+    assert re.search(r"detached-1 +running", status)
+    other = cluster.call(*cluster.train(run__name="detached", **{**LONG, "optim__clip": 0.5}))
+    assert other.returncode == 1 and "another configuration" in other.stderr
+
+
+def test_an_outage_while_up_works_is_waited_out(lab):
+    lab.link(**lab.slow)
+    lab.write_inventory(name="lab")
+    assert lab.call("cluster.fleet", "down", CLUSTER_FILE).returncode == 0
+    up = lab.start("cluster.fleet", "up", CLUSTER_FILE)
+    up.until("starting Ray", seconds=60)
+    lab.link(down=True)
+    up.until("link lost", seconds=60)
+    time.sleep(45)
+    lab.link(**lab.slow)
+    assert up.wait(seconds=90) == 0, up.out + up.err
+    assert "3 of 3 nodes joined" in up.out
+
+
+def test_a_lost_worker_is_waited_for(cluster):
+    run = follow(cluster, "waits", **THREE)
+    run.until(r"^step [3-9]\d", seconds=180)  # past the first checkpoint
+    cluster.power_off("worker2")
+    run.until(f"node {ADDRESSES['worker2']} is lost, 2 left; .* waits", seconds=90)
+    cluster.power_on("worker2")  # the keeper on the head brings its Ray back
+    run.until(f"node {ADDRESSES['worker2']} has joined", seconds=90)
+    run.until(r"the workers were restarted, and go on from step [1-9]\d*", seconds=180)
+
+
+def test_a_run_goes_on_without_a_lost_worker(cluster):
+    run = follow(cluster, "shrinks", **THREE, workers__min_count=1)
+    run.until(r"^step [3-9]\d", seconds=180)
+    cluster.power_off("worker1")
+    try:
+        run.until("is lost, 2 left; the run goes on", seconds=90)
+        run.until(r"the workers were restarted, and go on from step [1-9]\d*", seconds=240)
+    finally:
+        cluster.power_on("worker1")
+
+
+def test_a_worker_installed_anew_comes_back_by_up(cluster):
+    cluster.power_off("worker1", wipe=True)
+    cluster.power_on("worker1")
+    gone = cluster.up()
+    assert gone.returncode == 0, gone.stdout + gone.stderr
+    assert f"{ADDRESSES['worker1']}: copying environment" in gone.stdout
+
+
+def test_a_head_whose_ray_was_restarted_says_so_and_the_same_command_resumes(cluster):
+    run = follow(cluster, "resumes")
+    run.until(r"^step [3-9]\d", seconds=120)
+    cluster.run("head", "kill -9 $(pgrep gcs_server)")  # its own process table holds one alone
+    assert run.wait(seconds=120) == 1
+    assert "Ray on the head" in run.err and "run the same command again" in run.err
+    assert cluster.up().returncode == 0
+    again = cluster.start(*cluster.train(run__name="resumes", **LONG))
+    again.until(r"resuming /storage/lab/outputs/resumes from step [1-9]", seconds=120)
+    again.until("resumes-2 submitted", seconds=1)
+
+
+def test_up_does_not_restart_ray_under_a_run(cluster):
+    run = follow(cluster, "undisturbed")
+    cluster.write_inventory(node__cpus=1)
+    up = cluster.up()
+    assert up.returncode == 1
+    assert "undisturbed-1 is going on a Ray with other settings" in up.stderr and "make stop" in up.stderr
+    seen = len(run.out)
+    time.sleep(8)
+    assert len(run.out) > seen
+
+
+def test_preflight_opens_and_closes_the_gate(cluster):
+    passed = cluster.call("cluster.remote", "preflight", CLUSTER_FILE)
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    assert "preflight passed on 3 nodes" in passed.stdout
+    report = json.loads((cluster.storage / "lab/preflight.json").read_text())
+    assert report["passed"] and sorted(report["nodes"]) == sorted(ADDRESSES[name] for name in CLUSTER)
+    command = [each for each in cluster.train(run__name="gated") if each != "--skip-preflight"]
+    trained = cluster.call(*command)
+    assert trained.returncode == 0 and "preflight passed" not in trained.stdout  # once is enough
+
+    failed = cluster.call("cluster.remote", "preflight", CLUSTER_FILE, "expect.gpus=8")
+    assert failed.returncode == 1
+    assert failed.stdout.count("0 GPUs (index none) and not 8") == 3
+    refused = cluster.call(*command[:1], *command[1:], "run.name=refused")
+    assert refused.returncode == 1 and "preflight" in refused.stderr and "SKIP_PREFLIGHT=1" in refused.stderr
+    assert cluster.call(*cluster.train(run__name="told")).returncode == 0
+
+
+def test_a_worker_with_another_ray_version_or_python_is_named(cluster):
+    """The head's environment is copied, so a version can differ only where a node was changed by hand."""
+    script = f"rm {SCRATCH}/env/*/bin/ray; kill -9 $(pgrep raylet)"
+    assert cluster.run("worker2", script).returncode == 0
+    time.sleep(30)
+    up = cluster.up()
+    assert up.returncode == 1 and ADDRESSES["worker2"] in up.stderr, up.stdout + up.stderr
+    assert cluster.run("worker2", f"rm -r {SCRATCH}/env").returncode == 0
+    assert cluster.up().returncode == 0
+
+
+def test_rays_own_launcher_brings_up_every_worker(lab):
+    lab.link()
+    lab.write_inventory()
+    assert lab.call("cluster.fleet", "down", CLUSTER_FILE).returncode == 0
+    for name in ("worker1", "worker2"):
+        if not lab.run(name, f"ls {SCRATCH}/env/*/ready").stdout:
+            lab.seed_environment(name)
+    lab.call("cluster.inventory", CLUSTER_FILE)
+    up = lab.run("nyc", f"cd {ROOT} && ray up -y {CLUSTER_FILE}")
+    assert up.returncode == 0, up.stdout + up.stderr
+    deadline = time.monotonic() + 90
+    while True:
+        said = lab.run("nyc", f"cd {ROOT} && ray exec {CLUSTER_FILE} 'ray status'").stdout
+        if "3 local.cluster.node" in said:
+            break
+        assert time.monotonic() < deadline, said
+        time.sleep(3)
+    attached = lab.run("nyc", f"cd {ROOT} && echo 'hostname; exit' | timeout 60 ray attach {CLUSTER_FILE}")
+    assert "head" in attached.stdout
+    down = lab.run("nyc", f"cd {ROOT} && ray down -y {CLUSTER_FILE}")
+    assert down.returncode == 0
+    deadline = time.monotonic() + 120  # Ray ends the head; the workers see it and end by themselves
+    while left := {name: lab.rays(name) for name in CLUSTER if lab.rays(name)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(3)
+
+
+# --- errors: a lab of their own each, without a cluster
+
+
+@pytest.fixture
+def bare(tmp_path):
+    with Lab(tmp_path) as lab:
+        lab.seed_environment()
+        yield lab
+
+
+def test_a_wrong_key_fails_at_once(bare):
+    bare.run("nyc", "ssh-keygen -q -t ed25519 -N '' -f /root/other")
+    bare.write_inventory(ssh={"user": "root", "key": "/root/other"})
+    begin = time.monotonic()
+    up = bare.up()
+    assert time.monotonic() - begin < 10
+    assert up.returncode == 1
+    assert f"{ADDRESSES['head']}: refuses the key /root/other for user root" in up.stderr
+
+
+def test_a_worker_that_is_off_or_refuses_the_key_is_named_and_the_others_join(bare):
+    bare.power_off("worker1")
+    bare.run("worker2", "rm /root/.ssh/authorized_keys")
+    begin = time.monotonic()
+    up = bare.up()
+    assert time.monotonic() - begin < 90
+    assert up.returncode == 1 and "1 of 3 nodes joined" in up.stderr
+    assert re.search(rf"{ADDRESSES['worker1']}: .*is it on", up.stderr)
+    assert f"{ADDRESSES['worker2']}: refuses the key" in up.stderr
+    bare.power_on("worker1")  # and later it joins by itself, once `up` has let the head's key in
+    again = bare.up()
+    assert "2 of 3 nodes joined" in again.stderr
+
+
+def test_a_port_in_use_is_named(bare):
+    listen = "import socket, time; s = socket.socket(); s.bind(('', 6379)); s.listen(); time.sleep(600)"
+    bare.run("head", f'setsid nohup python3 -c "{listen}" > /dev/null 2>&1 < /dev/null & sleep 1')
+    up = bare.up()
+    assert up.returncode == 1
+    assert "port 6379 is in use" in up.stderr and "ports.gcs" in up.stderr
+
+
+def test_a_full_disk_is_named(bare):
+    full = f"mkdir -p {SCRATCH} && mount -t tmpfs -o size=64k tmpfs {SCRATCH}"
+    assert bare.run("head", full).returncode == 0
+    up = bare.up()
+    assert up.returncode == 1
+    assert "No space left" in up.stderr and "set scratch in the inventory" in up.stderr
+
+
+def test_a_changed_host_key_is_refused(bare):
+    assert bare.up().returncode == 0
+    bare.run("nyc", "pkill -x ssh; rm -f /root/.asuncion/lab/[0-9a-f]*")  # the open connection
+    new = "rm /etc/ssh/host_key*; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/host_key"
+    assert bare.run("head", f"{new}; kill -HUP $(pgrep -o sshd)").returncode == 0
+    time.sleep(1)
+    status = bare.call("cluster.fleet", "status", CLUSTER_FILE)
+    assert status.returncode == 1
+    assert "its host key is not the pinned one" in status.stderr and "ssh-keygen -R" in status.stderr

@@ -1,0 +1,80 @@
+"""What ssh says when it fails, in words that name the node and the remedy; and patience with a lost link."""
+
+import pytest
+
+from cluster.inventory import Inventory
+from cluster.ssh import LinkError, NodeError, Ssh, patiently
+
+SITE = Inventory(name="here", head="10.0.0.1", workers=("10.0.0.2",))
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return Ssh(SITE, "10.0.0.2")
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        ("research@10.0.0.2: Permission denied (publickey).", NodeError, "refuses the key .*ssh-copy-id"),
+        ("@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\nVerification failed.", NodeError, "ssh-keygen -R"),
+        ("Host key verification failed.", NodeError, "not pinned .*make up"),
+        ("ssh: Could not resolve hostname 10.0.0.2: unknown", NodeError, "check the address"),
+        ("ssh: connect to host 10.0.0.2 port 22: Connection refused", LinkError, "Connection refused"),
+        ("ssh: connect to host 10.0.0.2 port 22: Connection timed out", LinkError, "timed out"),
+        ("", LinkError, "the connection broke"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_explained(node, said, kind, told):
+    error = node.explain(said)
+    assert type(error) is kind
+    with pytest.raises(kind, match=rf"10\.0\.0\.2: .*{told}"):
+        raise error
+
+
+def test_a_worker_is_reached_through_the_head_by_the_same_pinned_keys(node, tmp_path):
+    arguments = node.arguments()
+    proxy = next(part for part in arguments if part.startswith("ProxyCommand="))
+    assert "-W %h:%p research@10.0.0.1" in proxy
+    for text in (proxy, " ".join(arguments)):
+        assert f"UserKnownHostsFile={tmp_path}/.asuncion/here/known_hosts" in text
+        assert "StrictHostKeyChecking=yes" in text and "ForwardAgent=no" in text
+    assert "ControlPath=" in proxy and "%%C" in proxy  # ssh expands % of a ProxyCommand itself
+    assert "accept-new" in " ".join(Ssh(SITE, "10.0.0.2", pin=True).arguments())
+
+
+def test_a_lost_link_is_waited_for_and_told_once(monkeypatch):
+    monkeypatch.setattr("cluster.ssh.RETRY_SECONDS", (0.0,))
+    answers = iter([LinkError("gone"), LinkError("gone"), "here"])
+    said = []
+
+    def attempt():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(attempt, patience=10, report=said.append) == "here"
+    assert len(said) == 2 and "link lost: gone" in said[0] and "link is back" in said[1]
+
+
+def test_patience_ends(monkeypatch):
+    monkeypatch.setattr("cluster.ssh.RETRY_SECONDS", (0.01,))
+
+    def attempt():
+        raise LinkError("gone")
+
+    with pytest.raises(LinkError, match="gave up after"):
+        patiently(attempt, patience=0.05, report=lambda text: None)
+
+
+def test_a_refusal_is_not_tried_again():
+    def attempt():
+        calls.append(1)
+        raise NodeError("no")
+
+    calls = []
+    with pytest.raises(NodeError):
+        patiently(attempt, patience=10, report=lambda text: None)
+    assert len(calls) == 1
