@@ -243,7 +243,7 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
         RunError: nodes that could not be reached, or on which something is left.
     """
     site = inventory.load(cluster)
-    head = Ssh(site, site.head)
+    head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
         f"[ ! -e {site.code}/site.json ] || "
         f"{{ cd {site.code} && {site.python} -m cluster.keeper stop site.json; }}"

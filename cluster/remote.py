@@ -25,10 +25,10 @@ from typing import BinaryIO
 
 from cluster import cli, inventory
 from cluster import headside as there
-from cluster.cli import RunError
+from cluster.cli import RunError, UserError
 from cluster.fleet import ask, headside
 from cluster.inventory import Inventory, shell
-from cluster.package import pack
+from cluster.package import Package, pack
 from cluster.provenance import commit_environment
 from cluster.ssh import RETRY_SECONDS, TRANSPORT, LinkError, NodeError, Ssh, rsync
 
@@ -37,33 +37,60 @@ RUN_FILE = "run.yaml"  # the resolved configuration, in the package
 PULL_PATIENCE_SECONDS = 600.0
 
 
-def start(
-    cluster: Path, *, run: str, module: str, config: str, skip_preflight: bool = False, gated: bool = True
-) -> None:
-    """Start `python -m MODULE --config` with this configuration on the cluster, and follow it to its end.
+def start(cluster: Path, *, run: str, module: str, config: str, skip_preflight: bool = False) -> None:
+    """Start `python -m MODULE --config FILE` on the cluster, and follow it to its end.
 
-    If a run of this name and configuration is going, it is followed instead.
+    If a run of this name and configuration is going, it is followed instead. Unless told, the preflight comes
+    first where it has not passed yet, and a failed one is in the way.
+
+    Args:
+        config: content of the file.
 
     Raises:
-        RunError: the cluster refuses it, or the run failed.
+        UserError: the name is taken by the preflight.
+        RunError: the cluster refuses the run, or the run failed.
         KeyboardInterrupt: Ctrl-C; the run goes on.
     """
+    if run == PREFLIGHT:
+        raise UserError(f"run.name: {run!r} is what the preflight's own runs are called; take another")
     site = inventory.load(cluster)
+    gate = None if skip_preflight else f"python -m cluster.preflight {_preflight_arguments(site)}"
     package = pack(more={RUN_FILE: config})
-    environment = " ".join(f"{name}={value}" for name, value in commit_environment().items())
+    note(f"{site.name}: {package}")
+    run_id = _submit(site, run, f"python -m {module} --config {RUN_FILE}", package, asked=config, gate=gate)
+    follow(site, run_id, cluster=cluster)
+
+
+def preflight(cluster: Path, more: Sequence[str]) -> None:
+    """Run the preflight on the cluster and follow it. Raises `RunError` if it fails."""
+    site = inventory.load(cluster)
+    arguments = _preflight_arguments(site, more)
+    run_id = _submit(site, PREFLIGHT, f"python -m cluster.preflight {arguments}", pack(), asked=arguments)
+    follow(site, run_id, cluster=cluster)
+
+
+def _submit(
+    site: Inventory, run: str, command: str, package: Package, *, asked: str, gate: str | None = None
+) -> str:
+    """The id of a run that was started, or that is going already. One round trip.
+
+    Args:
+        asked: what makes it this run; one that is going with something else asked is an error.
+        gate: a command that has to succeed first, unless the preflight has passed.
+    """
+    environment = "".join(f"{name}={value} " for name, value in commit_environment().items())
     request = {
         "run": run,
-        "config": hashlib.sha256(config.encode()).hexdigest(),
-        "entrypoint": f"{environment} exec python -m {module} --config {RUN_FILE}",
+        "config": hashlib.sha256(asked.encode()).hexdigest(),
+        "entrypoint": f"{environment}exec {command}",
+        "preflight": f"{environment}{gate}",
+        "gated": gate is not None,
         "package": f"_ray_pkg_{package.digest}.zip",
-        "preflight": f"{environment} python -m cluster.preflight {_preflight_arguments(site)}",
-        "gated": gated and not skip_preflight,
     }
-    note(f"{site.name}: {package}")
     given = json.dumps(request).encode() + b"\n" + package.data
     answer = json.loads(ask(site, headside(site, "submit"), given=given))
     note(f"run {answer['id']} {'is going: attached to it' if answer['going'] else 'submitted'}")
-    follow(site, answer["id"], cluster=cluster)
+    return answer["id"]
 
 
 def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
@@ -76,28 +103,8 @@ def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
         "expect.accelerator": site.node.accelerator if site.node.gpus else "null",
         "output": f"{site.storage}/preflight.json",
     }
-    return " ".join(
-        shlex.quote(part)
-        for part in (*(f"{key}={value}" for key, value in keys.items()), *site.preflight, *more)
-    )
-
-
-def preflight(cluster: Path, more: Sequence[str]) -> None:
-    """Run the preflight on the cluster and follow it. Raises `RunError` if it fails."""
-    site = inventory.load(cluster)
-    package = pack()
-    arguments = _preflight_arguments(site, more)
-    request = {
-        "run": PREFLIGHT,
-        "config": hashlib.sha256(f"{arguments}{package.digest}".encode()).hexdigest(),
-        "entrypoint": f"exec python -m cluster.preflight {arguments}",
-        "package": f"_ray_pkg_{package.digest}.zip",
-        "preflight": "",
-        "gated": False,
-    }
-    given = json.dumps(request).encode() + b"\n" + package.data
-    answer = json.loads(ask(site, headside(site, "submit"), given=given))
-    follow(site, answer["id"], cluster=cluster)
+    words = [*(f"{name}={value}" for name, value in keys.items()), *site.preflight, *more]
+    return " ".join(map(shlex.quote, words))
 
 
 def follow(site: Inventory, run_id: str, *, cluster: Path) -> None:

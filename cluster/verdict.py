@@ -47,6 +47,20 @@ class Finding:
         return f"{self.node}: {self.message}"
 
 
+def measured_tflops(report: dict[str, Any]) -> float | None:
+    """TFLOP/s of a bf16 product on the median GPU of a preflight's report, or None if it saw no GPUs.
+
+    With it as the peak, `hardware.mfu` says what share of the reachable a run got, beside the datasheet's.
+    """
+    rates = [
+        row["bf16_tflops"]["best"]
+        for facts in report["found"]["nodes"].values()
+        if facts["gpus"]
+        for row in facts["ceilings"]
+    ]
+    return statistics.median(rates) if rates else None
+
+
 def judge(found: dict[str, Any], expect: ExpectConfig, limits: LimitsConfig) -> list[Finding]:
     """All findings on what `preflight.examine` found, failures first."""
     nodes = found["nodes"]

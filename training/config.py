@@ -311,6 +311,10 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class RecordConfig:
     every_steps: int = key(1, "steps between lines of metrics.jsonl")
+    ceilings: str | None = key(
+        None,
+        "report of cluster.preflight; mfu_of_measured is a share of what its GPUs reached in a product",
+    )
     wandb: str = key("auto", "auto (online with a key, else offline), offline, online or disabled")
     project: str = key("asuncion", "Weights & Biases project")
     group: str | None = key(None, "Weights & Biases group")

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _on_cluster(cluster: Path) -> tuple[str, ...]:
     """Keys of every run on this cluster, unless the command line says otherwise."""
     storage = inventory.load(cluster).storage
-    return ("session.address=auto", f"run.directory={storage}/outputs", f"data.directory={storage}/data")
+    places = (f"run.directory={storage}/outputs", f"data.directory={storage}/data")
+    return ("session.address=auto", *places, f"record.ceilings={storage}/preflight.json")
 
 
 def run_ray(config: TrainConfig, plan: Plan) -> None:
@@ -99,11 +100,12 @@ def _fit(config: TrainConfig, data: Path) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     workers = config.workers
+    elastic = (workers.min_count, workers.count)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"config": config, "data": data, "command": sys.argv},
         scaling_config=ScalingConfig(
-            num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
+            num_workers=workers.count if workers.min_count is None else elastic,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
             resources_per_worker=_per_worker(config),
             accelerator_type=workers.accelerator,

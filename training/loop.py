@@ -19,6 +19,7 @@ from cluster import config as layered
 from cluster import files, provenance
 from cluster.cli import RunError
 from cluster.record import Record
+from cluster.verdict import measured_tflops
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
@@ -92,6 +93,7 @@ class Trainer:
             flops_per_token=self.plan.flops_per_token,
             num_devices=context.world_size,
             device_name=context.device_name,
+            measured_tflops=_measured_tflops(config),
         )
         with zero_init(config):
             model = Llama(self.plan.shape, activation_checkpointing=config.model.activation_checkpointing)
@@ -332,3 +334,9 @@ class Trainer:
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
             )
+
+
+def _measured_tflops(config: TrainConfig) -> float | None:
+    """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
+    report = Path(config.record.ceilings or "")
+    return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None

@@ -17,12 +17,14 @@ class Meter:
         flops_per_token: see `LlamaShape.flops_per_token`.
         num_devices: accelerators over all workers.
         device_name: as the driver names it, or the CPU's model name.
+        measured_tflops: what a device reached in a bf16 product (`cluster.preflight`), or None.
     """
 
     tokens_per_step: int
     flops_per_token: int
     num_devices: int
     device_name: str
+    measured_tflops: float | None = None
     step_seconds: list[float] = field(default_factory=list)
     _started: float = 0.0
 
@@ -44,16 +46,25 @@ class Meter:
         return {"median_step_seconds": median, **self.rates(median)}
 
     def rates(self, step_seconds: float) -> dict[str, Any]:
-        """tokens_per_second over all workers, and `mfu` as a share of the datasheet peak, or null and why."""
-        tokens_per_second = self.tokens_per_step / step_seconds
+        """tokens_per_second over all workers, and `mfu` as a share of the datasheet peak, or null and why.
+
+        `mfu_of_measured` is the same share of what a product reached on these devices, where that is known.
+        """
+        rate = self.tokens_per_step / step_seconds
+        rates: dict[str, Any] = {"tokens_per_second": rate}
         device = hardware.lookup(self.device_name)
         if device is None:
-            reason = f"no datasheet peak for {self.device_name}"
-            return {"tokens_per_second": tokens_per_second, "mfu": None, "mfu_reason": reason}
-        mfu = hardware.mfu(
+            rates |= {"mfu": None, "mfu_reason": f"no datasheet peak for {self.device_name}"}
+        else:
+            rates["mfu"] = self._mfu(rate, device.bf16_tflops)
+        if self.measured_tflops is not None:
+            rates["mfu_of_measured"] = self._mfu(rate, self.measured_tflops)
+        return rates
+
+    def _mfu(self, tokens_per_second: float, peak_tflops: float) -> float:
+        return hardware.mfu(
             tokens_per_second=tokens_per_second,
             flops_per_token=self.flops_per_token,
             num_devices=self.num_devices,
-            peak_tflops=device.bf16_tflops,
+            peak_tflops=peak_tflops,
         )
-        return {"tokens_per_second": tokens_per_second, "mfu": mfu}

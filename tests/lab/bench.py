@@ -59,7 +59,7 @@ def measure(lab: Lab, name: str, *, number: int) -> dict[str, float]:
     run = lab.start(*lab.train(run__name=f"{name}-{number}"))
     run.until("Running entrypoint", seconds=60)
     found["first_log_line_seconds"] = time.monotonic() - begin
-    run.until("^step", seconds=120)
+    run.until(r"^step \d", seconds=120)
     found["first_training_line_seconds"] = time.monotonic() - begin
     if code := run.wait(seconds=120):
         raise RunError(f"the run failed, exit code {code}: {run.err}")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from cluster.verdict import ExpectConfig, LimitsConfig, judge, table
+from cluster.verdict import ExpectConfig, LimitsConfig, judge, measured_tflops, table
 
 NODES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
 EXPECT = ExpectConfig(nodes=3, gpus=2, accelerator="A40")
@@ -142,3 +142,12 @@ def test_the_limits_decide():
     found["nodes"]["10.0.0.2"]["ceilings"][1]["bf16_tflops"] = ceiling(100.0)
     assert verdict(found, of_median=0.9) != []
     assert verdict(found, of_median=0.8) == []
+
+
+def test_the_measured_ceiling_is_that_of_the_median_gpu():
+    found = sound()
+    found["nodes"]["10.0.0.2"]["ceilings"][1]["bf16_tflops"] = ceiling(10.0)
+    assert measured_tflops({"found": found}) == 120.0
+    for node in found["nodes"].values():
+        node["gpus"] = []
+    assert measured_tflops({"found": found}) is None
