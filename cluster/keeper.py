@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files
+from cluster.reap import of_cluster
 from cluster.rest import FINAL, Ray, RayDown
 
 JOINED, FAILED = "joined", "failed"
 BUSY = ("installing", "copying", "starting")  # states that may last
 ALIVE_POLL_SECONDS = 2.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
+NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before anything is done
 JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
 PROBE = """
 cd / || exit 9
@@ -56,8 +58,7 @@ class Keeper:
         self.ray = Ray(site["dashboard_port"])
         self._lock = threading.Lock()
         self._states: dict[str, dict[str, Any]] = {}
-        self._alive: set[str] = set()  # addresses of the nodes that Ray lists
-        self._ready = threading.Event()  # the head's Ray is up
+        self._alive: set[str] | None = None  # addresses of the nodes that Ray lists; None: it is not up
         self._env = ""  # hash of the environment
         for address in (site["head"], *site["workers"]):
             self._set(address, "waiting", "for the head" if address != site["head"] else "")
@@ -75,24 +76,22 @@ class Keeper:
         while True:
             try:
                 self._bring_up_head()
-                self._set(head, JOINED, "")
-                self._ready.set()
                 retry = FIRST_RETRY_SECONDS
                 self._watch()
-                self._set(head, "waiting", "its Ray ended; starting it again")
-            except Failure as failure:
+                self._set(head, "waiting", "its Ray does not answer")
+            except (Failure, RayDown, ValueError, OSError) as failure:
                 self._set(head, FAILED, str(failure))
                 time.sleep(retry)
                 retry = min(2 * retry, LAST_RETRY_SECONDS)
-            self._ready.clear()
-            self._alive = set()
+            self._alive = None
 
     def _watch(self) -> None:
-        """Follow which nodes are alive, until Ray has not answered three times."""
+        """Follow which nodes are alive, until Ray has not answered for some time."""
         misses = 0
-        while misses < 3:
+        while misses < NUM_MISSES:
             try:
                 self._alive = {node["node_ip"] for node in self.ray.nodes()}
+                self._set(self.site["head"], JOINED, "")
                 misses = 0
             except (RayDown, ValueError):
                 misses += 1
@@ -123,6 +122,11 @@ class Keeper:
                     f"{', '.join(going)} is going on a Ray with other settings than the inventory's: `make "
                     "stop` first, or wait for its end; nothing was changed"
                 )
+        elif any("gcs_server" in command for command in of_cluster(site["name"]).values()):
+            raise Failure(
+                "Ray runs and its dashboard does not answer; it is not restarted, because of what runs on "
+                "it. If this stays so, `make down` and `make up`"
+            )
         self._set(head, "starting", "Ray")
         _bash(site["reap"])
         for name in ("gcs_port", "dashboard_port"):
@@ -151,27 +155,30 @@ class Keeper:
     # --- a worker
 
     def _keep_worker(self, worker: str) -> NoReturn:
-        retry = FIRST_RETRY_SECONDS
+        retry, misses = FIRST_RETRY_SECONDS, NUM_MISSES
         while True:
-            self._ready.wait()
-            if worker in self._alive:
+            alive = self._alive
+            if alive is not None and worker in alive:
                 self._set(worker, JOINED, "")
-                retry = FIRST_RETRY_SECONDS
-                time.sleep(ALIVE_POLL_SECONDS)
+                retry, misses = FIRST_RETRY_SECONDS, 0
+            elif alive is not None and misses < NUM_MISSES:  # it was there a moment ago
+                misses += 1
+            elif alive is not None:
+                try:
+                    self._bring_up_worker(worker)
+                except (Failure, OSError) as failure:
+                    self._set(worker, FAILED, str(failure))
+                    self._sleep_until_told(worker, retry)
+                    retry = min(2 * retry, LAST_RETRY_SECONDS)
                 continue
-            try:
-                self._bring_up_worker(worker)
-            except Failure as failure:
-                self._set(worker, FAILED, str(failure))
-                self._sleep_until_told(worker, retry)
-                retry = min(2 * retry, LAST_RETRY_SECONDS)
+            time.sleep(ALIVE_POLL_SECONDS)
 
     def _sleep_until_told(self, worker: str, seconds: float) -> None:
         """Sleep; `make up` wakes it by pinning a key, because then what failed may not any more."""
         known = self.scratch / "known_hosts"
         before = known.stat().st_mtime_ns if known.exists() else 0
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and worker not in self._alive:
+        while time.monotonic() < deadline and worker not in (self._alive or ()):
             if known.exists() and known.stat().st_mtime_ns != before:
                 return
             time.sleep(0.5)
@@ -204,7 +211,7 @@ class Keeper:
         start = f"{site['setup']} && {site['reap']} > /dev/null; export ASUNCION_NODE={worker}\n"
         self._ssh(worker, start + site["start_worker"], patience=90)
         deadline = time.monotonic() + JOIN_SECONDS
-        while worker not in self._alive:
+        while worker not in (self._alive or ()):
             if time.monotonic() > deadline:
                 raise Failure(
                     f"its Ray started and does not join {site['head']}:{site['gcs_port']}: is a firewall "
@@ -267,9 +274,12 @@ class Keeper:
             if (old.get("state"), old.get("detail")) == (state, detail):
                 return
             self._states[address] = {"state": state, "detail": detail, "since": time.time()}
-            report = {"generation": self.site["generation"], "pid": os.getpid(), "nodes": self._states}
-            files.write_json(self.scratch / "keeper.json", report)
             print(time.strftime("%F %T"), address, state, detail, flush=True)
+            report = {"generation": self.site["generation"], "pid": os.getpid(), "nodes": self._states}
+            try:
+                files.write_json(self.scratch / "keeper.json", report)
+            except OSError as error:  # a full disk must not end the keeper
+                print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
 
 
 def key_file(site: dict[str, Any]) -> Path:

@@ -126,7 +126,10 @@ def test_a_head_whose_ray_was_restarted_says_so_and_the_same_command_resumes(clu
 
 
 def test_up_does_not_restart_ray_under_a_run(cluster):
-    run = follow(cluster, "undisturbed")
+    run = follow(cluster, "undisturbed", workers__count=3, batch__tokens=384, workers__cpus=2)
+    before = {name: cluster.run(name, "pgrep -x raylet").stdout for name in CLUSTER}
+    assert cluster.up().returncode == 0
+    assert {name: cluster.run(name, "pgrep -x raylet").stdout for name in CLUSTER} == before
     cluster.write_inventory(node__cpus=1)
     up = cluster.up()
     assert up.returncode == 1
