@@ -98,8 +98,10 @@ class Head:
             entrypoint = request["entrypoint"]
             if request["gated"] and not self._has_passed():
                 entrypoint = f"{request['preflight']} && {entrypoint}"
-            run_id = f"{name}-{1 + len(list(self.runs.glob(f'{name}-*.json')))}"
+            run_id = f"{name}-{1 + max(self._numbers(name), default=0)}"
+            log = Path("/tmp/ray/session_latest").resolve() / "logs" / f"job-driver-{run_id}.log"
             self.ray.upload(request["package"], package)
+            files.write_json(self.runs / f"{run_id}.json", {"id": run_id, "run": name, "log": str(log)})
             self.ray.submit(
                 {
                     "submission_id": run_id,
@@ -111,9 +113,12 @@ class Head:
                     "metadata": {"run": name, "config": request["config"]},
                 }
             )
-            log = Path("/tmp/ray/session_latest").resolve() / "logs" / f"job-driver-{run_id}.log"
-            files.write_json(self.runs / f"{run_id}.json", {"id": run_id, "run": name, "log": str(log)})
         return {"id": run_id, "going": False}
+
+    def _numbers(self, name: str) -> list[int]:
+        """Of the submissions of a run: night-2 is the second of 'night', and night-long-1 none of it."""
+        ends = (file.stem.removeprefix(f"{name}-") for file in self.runs.glob(f"{name}-*.json"))
+        return [int(end) for end in ends if end.isdigit()]
 
     def _has_passed(self) -> bool:
         """Whether the preflight passed, of these nodes in this session of Ray.
@@ -138,12 +143,16 @@ class Head:
 
     def resolve(self, run: str) -> dict[str, Any]:
         """The record of a run by id, of the newest by name, or of the newest of all if `run` is empty."""
-        pattern = {"": "*.json"}.get(run, f"{run}-*.json")
-        exact = self.runs / f"{run}.json"
-        found = [exact] if run and exact.exists() else list(self.runs.glob(pattern))
+        every = {file.stem: file for file in self.runs.glob("*.json")}
+        if run == "":
+            found = list(every.values())
+        elif run in every:
+            found = [every[run]]
+        else:
+            found = [every[f"{run}-{number}"] for number in self._numbers(run)]
         if not found:
-            every = ", ".join(sorted(file.stem for file in self.runs.glob("*.json"))) or "none yet"
-            raise Refused(f"no run {run!r} on this cluster; runs: {every}")
+            names = ", ".join(sorted(every)) or "none yet"
+            raise Refused(f"no run {run!r} on this cluster; runs: {names}")
         return json.loads(max(found, key=lambda file: file.stat().st_mtime_ns).read_text())
 
     def follow(self, run: str, offset: int) -> int:
