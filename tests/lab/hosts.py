@@ -50,6 +50,8 @@ def missing() -> str | None:
     for program in ("ip", "sshd", "ssh", "tini", "rsync"):
         if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
             return f"needs {program} (Debian's {packages.get(program, program)})"
+    if not (Path(ROOT) / ".venv/bin/python").exists():
+        return "needs .venv in the repository, which `make test` makes"
     if not Path("/dev/net/tun").exists():
         return "needs /dev/net/tun"
     probe = subprocess.run(["unshare", "-m", "-p", "-u", "-i", "-n", "-f", "true"], capture_output=True)
