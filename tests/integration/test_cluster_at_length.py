@@ -108,6 +108,12 @@ def test_a_run_goes_on_without_a_lost_worker(cluster):
 def test_a_worker_installed_anew_comes_back_by_up(cluster):
     cluster.power_off("worker1", wipe=True)
     cluster.power_on("worker1")
+    deadline = time.monotonic() + 120  # Ray takes a while to miss it, and then the head is not let in
+    while (
+        "does not accept the head's key" not in cluster.call("cluster.fleet", "status", CLUSTER_FILE).stdout
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(2)
     gone = cluster.up()
     assert gone.returncode == 0, gone.stdout + gone.stderr
     assert f"{ADDRESSES['worker1']}: copying environment" in gone.stdout
