@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cluster import cli, inventory
 from cluster.cli import RunError
@@ -151,16 +152,19 @@ def _gate(
     """Wait until all nodes have joined. Returns address -> reason of those that have not."""
     shown: dict[str, tuple[str, str]] = {}
     progress = {node: time.monotonic() for node in site.nodes}  # when it last did something
-    script = f"date +%s.%N; cat {site.scratch}/keeper.json"
+    script = f"cd {site.code} && {site.python} -m cluster.keeper state site.json"
     while True:
-        answer = patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report).decode()
-        now_there, _, text = answer.partition("\n")
-        keeper = json.loads(text)
-        states = keeper["nodes"] if keeper["generation"] == generation else {}
+        answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
+        keeper = answer["keeper"] or {}
+        states = keeper["nodes"] if keeper.get("generation") == generation else {}
+        if not answer["runs"]:
+            raise RunError(
+                f"the keeper on {site.head} ended: {answer['said']}; see {site.scratch}/keeper.log"
+            )
         problems: dict[str, str] = {}
         waiting = False
         for node in site.nodes:
-            state = states.get(node, {"state": "waiting", "detail": "", "since": float(now_there)})
+            state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
             told = (state["state"], state["detail"])
             if told != shown.get(node):
                 shown[node] = told
@@ -169,7 +173,7 @@ def _gate(
                     report(f"{node}: {' '.join(filter(None, told))}")
             if state["state"] == JOINED:
                 continue
-            lasted = float(now_there) - state["since"]
+            lasted = answer["now"] - state["since"]
             if node in refusals and state["state"] not in BUSY:
                 problems[node] = refusals[node]
             elif state["state"] == FAILED and (node == site.head or lasted > FAILED_SECONDS):
@@ -190,7 +194,7 @@ def _gate(
 def status(cluster: Path) -> str:
     """The nodes and runs of the cluster, as a table."""
     site = inventory.load(cluster)
-    answer = json.loads(ask(site, headside(site, "status")))
+    answer = ask(site, headside(site, "status"))
     keeper = answer["keeper"] or {"nodes": {}, "runs": False}
     alive = {node["address"]: node for node in answer["alive"]}
     lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
@@ -219,8 +223,8 @@ def status(cluster: Path) -> str:
     return "\n".join(lines)
 
 
-def ask(site: Inventory, script: str, *, given: bytes = b"") -> bytes:
-    """The head's answer to a script, in one round trip; a short loss of the link is waited out.
+def ask(site: Inventory, script: str, *, given: bytes = b"") -> dict[str, Any]:
+    """The head's answer to `headside`, in one round trip; a short loss of the link is waited out.
 
     Raises:
         RunError: the head refuses the request, in its own words.
@@ -231,9 +235,22 @@ def ask(site: Inventory, script: str, *, given: bytes = b"") -> bytes:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        return patiently(lambda: head.run(script, given=given), patience=60, report=note)
+        answer = patiently(lambda: head.run(script, given=given), patience=60, report=note)
     except CommandError as error:
         raise RunError(error.output.splitlines()[-1] if error.output else str(error)) from error
+    return _parsed(answer, head)
+
+
+def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
+    """The JSON object in the last line of an answer; what a login prints may stand before it."""
+    lines = answer.decode(errors="replace").strip().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (ValueError, IndexError) as error:
+        said = lines[-1][:200] if lines else "nothing"
+        raise RunError(
+            f"{node.address}: answered {said!r}; does the user's ~/.bashrc print there?"
+        ) from error
 
 
 def down(cluster: Path, *, report: Callable[[str], None]) -> None:
@@ -254,7 +271,8 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
     def one(node: str) -> tuple[bool, str]:
         try:
             script = f"{site.python} - {site.name}"
-            found = json.loads(Ssh(site, node, pin=True).run(script, given=reap, timeout=60))
+            there = Ssh(site, node, pin=True)
+            found = _parsed(there.run(script, given=reap, timeout=60), there)
         except CommandError as error:
             try:
                 return False, f"still there: {'; '.join(json.loads(error.output)['left'])}"

@@ -10,11 +10,14 @@ whenever it is restarted.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import select
 import sys
 import time
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +79,16 @@ class Head:
         """Start a run, or find the one that is going.
 
         `request`: run (its name), config (digest of what is asked), entrypoint, package (name of the zip),
-        preflight (command that has to pass first) and gated (whether its verdict counts).
+        digest (of the zip), preflight (command that has to pass first), gated (whether its verdict counts).
 
         Returns:
-            id, and whether it was `going` already.
+            the run's record (`resolve`), and whether it was `going` already.
+
+        Raises:
+            Refused: a run of this name asks something else, the gate is closed, or the zip is torn.
         """
+        if hashlib.sha256(package).hexdigest() != request["digest"]:
+            raise Refused("the code arrived incomplete; nothing was started; run the same command again")
         self.runs.mkdir(parents=True, exist_ok=True)
         with (self.runs / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two laptops at once
@@ -94,14 +102,13 @@ class Head:
                         f"run {name} is going with another configuration: `make attach` follows it, `make "
                         "stop` ends it, and another run.name starts a second one"
                     )
-                return {"id": job["submission_id"], "going": True}
+                return {**self._record(job["submission_id"], name), "going": True}
             entrypoint = request["entrypoint"]
             if request["gated"] and not self._has_passed():
                 entrypoint = f"{request['preflight']} && {entrypoint}"
-            run_id = f"{name}-{1 + max(self._numbers(name), default=0)}"
-            log = Path("/tmp/ray/session_latest").resolve() / "logs" / f"job-driver-{run_id}.log"
+            known = [job["submission_id"] for job in jobs]
+            run_id = f"{name}-{1 + max(self._numbers(name, known), default=0)}"
             self.ray.upload(request["package"], package)
-            files.write_json(self.runs / f"{run_id}.json", {"id": run_id, "run": name, "log": str(log)})
             self.ray.submit(
                 {
                     "submission_id": run_id,
@@ -113,11 +120,12 @@ class Head:
                     "metadata": {"run": name, "config": request["config"]},
                 }
             )
-        return {"id": run_id, "going": False}
+            return {**self._record(run_id, name), "going": False}
 
-    def _numbers(self, name: str) -> list[int]:
+    def _numbers(self, name: str, more: Iterable[str] = ()) -> list[int]:
         """Of the submissions of a run: night-2 is the second of 'night', and night-long-1 none of it."""
-        ends = (file.stem.removeprefix(f"{name}-") for file in self.runs.glob(f"{name}-*.json"))
+        stems = (*(file.stem for file in self.runs.glob("*.json")), *more)
+        ends = (stem.removeprefix(f"{name}-") for stem in stems if stem.startswith(f"{name}-"))
         return [int(end) for end in ends if end.isdigit()]
 
     def _has_passed(self) -> bool:
@@ -129,10 +137,7 @@ class Head:
         report = Path(self.site["storage"]) / "preflight.json"
         found = json.loads(report.read_text()) if report.exists() else {}
         here = sorted(node["node_ip"] for node in self.ray.nodes())
-        if (
-            found.get("session") != Path("/tmp/ray/session_latest").resolve().name
-            or found.get("nodes") != here
-        ):
+        if found.get("session") != self.ray.session() or found.get("nodes") != here:
             return False
         if not found["passed"]:
             raise Refused(
@@ -141,19 +146,41 @@ class Head:
             )
         return True
 
+    def _record(self, run_id: str, name: str) -> dict[str, Any]:
+        """What is remembered of a run; a run that Ray knows and we do not is remembered from now on."""
+        place = self.runs / f"{run_id}.json"
+        if not place.exists():
+            log = Path("/tmp/ray", self.ray.session(), "logs", f"job-driver-{run_id}.log")
+            token = uuid.uuid4().hex[
+                :8
+            ]  # tells it from a run of this id on another cluster, or before a wipe
+            files.write_json(place, {"id": run_id, "run": name, "log": str(log), "token": token})
+        return json.loads(place.read_text())
+
     def resolve(self, run: str) -> dict[str, Any]:
-        """The record of a run by id, of the newest by name, or of the newest of all if `run` is empty."""
+        """The record of a run: id, run (its name), log (its path on the head) and token.
+
+        `run` is an id, a name (its newest) or empty: the newest that is going, or else the newest training.
+        """
         every = {file.stem: file for file in self.runs.glob("*.json")}
-        if run == "":
-            found = list(every.values())
-        elif run in every:
+        if run in every:
             found = [every[run]]
-        else:
+        elif run:
             found = [every[f"{run}-{number}"] for number in self._numbers(run)]
+        else:
+            found = [every[name] for name in self._going() if name in every]
+            found = found or [file for name, file in every.items() if not name.startswith("preflight-")]
+            found = found or list(every.values())
         if not found:
             names = ", ".join(sorted(every)) or "none yet"
             raise Refused(f"no run {run!r} on this cluster; runs: {names}")
         return json.loads(max(found, key=lambda file: file.stat().st_mtime_ns).read_text())
+
+    def _going(self) -> list[str]:
+        try:
+            return [job["submission_id"] for job in self.ray.jobs() if job["status"] not in FINAL]
+        except RayDown:
+            return []
 
     def follow(self, run: str, offset: int) -> int:
         """Write the run's log to standard output, from byte `offset` to its end. Returns the outcome."""
@@ -220,6 +247,10 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(head.status()))
         elif verb == "submit":
             header, _, package = sys.stdin.buffer.read().partition(b"\n")
+            if not package:
+                raise Refused(
+                    "the request arrived incomplete; nothing was started; run the same command again"
+                )
             print(json.dumps(head.submit(json.loads(header), package)))
         elif verb == "follow":
             return head.follow(rest[0], int(rest[1]))
@@ -235,6 +266,9 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     except BrokenPipeError:
         os._exit(RAY_DOWN)  # the laptop is gone; it comes back with its own offset
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return REFUSED
     return 0
 
 

@@ -51,17 +51,25 @@ class Inspector:
         """Hosts whose mark is on the storage, as seen from here."""
         return sorted(file.name.removeprefix(f".{mark}-") for file in Path(storage).glob(f".{mark}-*"))
 
-    def ceilings(self, num_gpus: int, repeats: int) -> list[dict[str, Any]]:
-        """`probe.Ceilings` of every GPU, or of this node's CPU."""
+    def ceilings(self, num_gpus: int, repeats: int) -> dict[str, Any]:
+        """`ceilings`, a `probe.Ceilings` of every GPU that works or of the CPU; `problem`; `throttled`.
+
+        `throttled` holds the indices of GPUs whose clocks were held down right after their products.
+        """
         if num_gpus == 0:
-            return [asdict(probe.measure(device="cpu", repeats=repeats, size=CPU_GEMM_SIZE))]
+            measured = asdict(probe.measure(device="cpu", repeats=repeats, size=CPU_GEMM_SIZE))
+            return {"ceilings": [measured], "problem": None, "throttled": []}
         import torch
 
-        found = []
-        for index in range(num_gpus):
-            with torch.cuda.device(index):
-                found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
-        return found
+        found, problem, throttled = [], None, set()
+        for index in range(min(num_gpus, torch.cuda.device_count())):
+            try:
+                with torch.cuda.device(index):
+                    found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
+            except RuntimeError as error:
+                problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
+            throttled |= _throttled()
+        return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
 
 
 class Rank:
@@ -92,24 +100,33 @@ def gpus() -> dict[str, Any]:
     except (subprocess.SubprocessError, OSError) as error:
         said = getattr(error, "stdout", None) or str(error)
         return {"gpus": [], "gpus_problem": f"nvidia-smi: {said.strip().splitlines()[-1]}"}
+    found, problem = [], None
+    for row in rows:
+        try:
+            index, name, memory, driver, ecc, persistence, generation, width = row
+            found.append(
+                {
+                    "index": int(index),
+                    "name": name,
+                    "memory_gib": round(float(memory.split()[0]) / 1024, 1),
+                    "driver": driver,
+                    "ecc_errors": int(ecc) if ecc.isdigit() else None,
+                    "persistence": persistence == "Enabled",
+                    "pcie": f"{generation}x{width}",
+                    "throttled": False,
+                }
+            )
+        except ValueError:  # '[GPU is lost]' in a field, or a sentence in place of a row
+            problem = f"nvidia-smi: {', '.join(row)}"
+    return {"gpus": found, "gpus_problem": problem}
+
+
+def _throttled() -> set[int]:
+    """Indices of the GPUs whose clocks heat or power hold down at this moment."""
     try:
-        throttled = {row[0]: "Active" in row[1:] for row in _smi(THROTTLE_QUERY)}
-    except (subprocess.SubprocessError, OSError):  # a driver that does not know these fields
-        throttled = {}
-    found = [
-        {
-            "index": int(index),
-            "name": name,
-            "memory_gib": round(float(memory.split()[0]) / 1024, 1),
-            "driver": driver,
-            "ecc_errors": int(ecc) if ecc.isdigit() else None,
-            "persistence": persistence == "Enabled",
-            "pcie": f"{generation}x{width}",
-            "throttled": throttled.get(index, False),
-        }
-        for index, name, memory, driver, ecc, persistence, generation, width in rows
-    ]
-    return {"gpus": found, "gpus_problem": None}
+        return {int(row[0]) for row in _smi(THROTTLE_QUERY) if "Active" in row[1:]}
+    except (subprocess.SubprocessError, OSError, ValueError):  # a driver that does not know these fields
+        return set()
 
 
 def _smi(query: str) -> list[list[str]]:

@@ -339,8 +339,8 @@ def _indented(text: str) -> str:
 
 
 def shell(script: str) -> str:
-    """The script as one command for bash with the user's PATH."""
-    return f"bash -lc {shlex.quote(script)}"
+    """The script as one command for bash. No login shell: what a profile prints would stand in the answer."""
+    return f"bash -c {shlex.quote(script)}"
 
 
 def main() -> int:

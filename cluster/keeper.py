@@ -2,6 +2,7 @@
 
     python3 -m cluster.keeper start SITE.json      end the keeper that runs, start one, print the head's key
     python3 -m cluster.keeper stop SITE.json       end it
+    python3 -m cluster.keeper state SITE.json      one JSON object: the nodes, and whether it runs
     python3 -m cluster.keeper run SITE.json        be it
 
 `make up` starts it and reads SCRATCH/keeper.json, where the state of every node stands; a lost link between
@@ -10,10 +11,12 @@ installed anew has lost the head's key, and `make up` gives it to it again. Stan
 before there is an environment.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files
-from cluster.reap import of_cluster
+from cluster.reap import of_cluster, processes
 from cluster.rest import FINAL, Ray, RayDown
 
 JOINED, FAILED = "joined", "failed"
@@ -36,13 +39,20 @@ NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before a
 JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
 PROBE = """
 cd / || exit 9
-echo "python $({python} -c 'import sys; print(sys.version.split()[0], sys.base_prefix)' 2>&1 | tail -1)"
+echo "python $({python} -c '{identity}' 2>&1 | tail -1)"
 mkdir -p {scratch}/env {code} || exit 8
 echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
 test -e {env}/ready && echo "env ready"
 command -v rsync > /dev/null && echo "rsync yes"
 true
 """
+
+
+# of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
+IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
+# homes may be shared: the token that others read is not touched where it is right
+GIVE_TOKEN = """umask 077; mkdir -p ~/.ray; new=$(mktemp ~/.ray/auth_token.XXXXXX); cat > $new
+cmp -s $new ~/.ray/auth_token && rm $new || mv $new ~/.ray/auth_token"""
 
 
 class Failure(Exception):
@@ -79,8 +89,8 @@ class Keeper:
                 retry = FIRST_RETRY_SECONDS
                 self._watch()
                 self._set(head, "waiting", "its Ray does not answer")
-            except (Failure, RayDown, ValueError, OSError) as failure:
-                self._set(head, FAILED, str(failure))
+            except Exception as failure:  # whatever it is: it stands in the state, and is tried again
+                self._set(head, FAILED, str(failure) or repr(failure))
                 time.sleep(retry)
                 retry = min(2 * retry, LAST_RETRY_SECONDS)
             self._alive = None
@@ -93,7 +103,7 @@ class Keeper:
                 self._alive = {node["node_ip"] for node in self.ray.nodes()}
                 self._set(self.site["head"], JOINED, "")
                 misses = 0
-            except (RayDown, ValueError):
+            except (RayDown, ValueError, KeyError, TypeError):
                 misses += 1
             time.sleep(ALIVE_POLL_SECONDS)
 
@@ -166,8 +176,8 @@ class Keeper:
             elif alive is not None:
                 try:
                     self._bring_up_worker(worker)
-                except (Failure, OSError) as failure:
-                    self._set(worker, FAILED, str(failure))
+                except Exception as failure:
+                    self._set(worker, FAILED, str(failure) or repr(failure))
                     self._sleep_until_told(worker, retry)
                     retry = min(2 * retry, LAST_RETRY_SECONDS)
                 continue
@@ -192,9 +202,10 @@ class Keeper:
             time.sleep(0.5)
             return
         self._set(worker, "connecting", "")
-        answer = self._ssh(worker, PROBE.format(**site, env=env), patience=20)
+        probe = PROBE.format(**site, env=env, identity=IDENTITY)
+        answer = self._ssh(worker, probe, patience=20)
         found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
-        mine = f"{sys.version.split()[0]} {sys.base_prefix}"
+        mine = _bash(f"{site['python']} -c '{IDENTITY}'")
         if found.get("python") != mine:
             raise Failure(
                 f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
@@ -206,10 +217,11 @@ class Keeper:
             self._copy_environment(worker, env, free=int(found.get("free") or 0))
         self._rsync(worker, self.scratch / "code")
         token = Path("~/.ray/auth_token").expanduser().read_bytes()
-        self._ssh(worker, "umask 077; mkdir -p ~/.ray; cat > ~/.ray/auth_token", given=token)
+        self._ssh(worker, GIVE_TOKEN, given=token)
         self._set(worker, "starting", "Ray")
-        start = f"{site['setup']} && {site['reap']} > /dev/null; export ASUNCION_NODE={worker}\n"
-        self._ssh(worker, start + site["start_worker"], patience=90)
+        first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
+        named = f"export ASUNCION_CLUSTER={site['name']} ASUNCION_NODE={worker}\n"
+        self._ssh(worker, named + first + site["start_worker"], patience=90)
         deadline = time.monotonic() + JOIN_SECONDS
         while worker not in (self._alive or ()):
             if time.monotonic() > deadline:
@@ -249,7 +261,7 @@ class Keeper:
         return ["ssh", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
 
     def _ssh(self, worker: str, script: str, *, given: bytes = b"", patience: float = 60) -> str:
-        command = [*self._ssh_command(), f"{self.site['user']}@{worker}", "bash", "-lc", _quoted(script)]
+        command = [*self._ssh_command(), f"{self.site['user']}@{worker}", "bash", "-c", shlex.quote(script)]
         return _run(command, given=given, patience=patience)
 
     def _rsync(self, worker: str, folder: Path, *more: str) -> None:
@@ -308,7 +320,7 @@ def _run(command: list[str], *, given: bytes = b"", patience: float) -> str:
 def _bash(script: str, *, on_line: Any = None) -> str:
     """Output of a script on this machine; `on_line` is told each line as it comes."""
     process = subprocess.Popen(
-        ["bash", "-lc", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
     )
     assert process.stdout is not None
     lines = []
@@ -328,10 +340,6 @@ def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
     errors = [line for line in lines if "rror" in line or "No space left" in line]
     return (errors or lines or [""])[-1][:300]
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def _is_taken(port: int) -> bool:
@@ -368,18 +376,43 @@ def _pid(scratch: Path) -> int | None:
     return None
 
 
-def _stop(scratch: Path) -> None:
+def _stop(scratch: Path, name: str) -> None:
+    """End the keeper with what it has under way (pip, rsync, ssh), but not the Ray that it has started."""
+    under_way = _descendants(_pid(scratch)) - set(of_cluster(name))
     deadline = time.monotonic() + 10
     while pid := _pid(scratch):
         os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
         time.sleep(0.1)
         if time.monotonic() > deadline:
             raise SystemExit(f"the keeper, pid {pid}, does not end")
+    for child in under_way:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+
+def _descendants(pid: int | None) -> set[int]:
+    table = processes()
+    found = {pid}
+    while more := {child for child, row in table.items() if row.parent in found} - found:
+        found |= more
+    return {child for child in found if child is not None and child != pid}
+
+
+def _state(scratch: Path) -> dict[str, Any]:
+    """What `make up` waits for: the state of the nodes, whether a keeper runs, and the last line it said."""
+    place, log = scratch / "keeper.json", scratch / "keeper.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return {
+        "now": time.time(),
+        "keeper": json.loads(place.read_text()) if place.exists() else None,
+        "runs": _pid(scratch) is not None,
+        "said": lines[-1] if lines else "",
+    }
 
 
 def _start(file: Path, site: dict[str, Any]) -> None:
     scratch = Path(site["scratch"])
-    _stop(scratch)
+    _stop(scratch, site["name"])
     key = key_file(site)
     if not key.exists():
         key.parent.mkdir(mode=0o700, exist_ok=True)
@@ -390,24 +423,43 @@ def _start(file: Path, site: dict[str, Any]) -> None:
             [sys.executable, "-m", "cluster.keeper", "run", file],
             cwd=site["code"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+    deadline = time.monotonic() + 10
+    while _pid(scratch) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     print(key.with_name(f"{key.name}.pub").read_text().strip())
 
 
 def _be(site: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # what it has started goes on
     with (Path(site["scratch"]) / "keeper.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit("a keeper runs already") from None
+        deadline = time.monotonic() + 5  # whoever asks whether a keeper runs holds it for an instant
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise SystemExit("a keeper runs already") from None
+                time.sleep(0.02)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         Keeper(site).run()
 
 
+def main(verb: str, file: Path) -> None:
+    """One of the commands above."""
+    site = json.loads(file.read_text())
+    scratch = Path(site["scratch"])
+    if verb == "start":
+        _start(file, site)
+    elif verb == "stop":
+        _stop(scratch, site["name"])
+    elif verb == "state":
+        print(json.dumps(_state(scratch)))
+    elif verb == "run":
+        _be(site)
+
+
 if __name__ == "__main__":
-    verb, path = sys.argv[1], Path(sys.argv[2])
-    described = json.loads(path.read_text())
-    {"start": lambda: _start(path, described), "stop": lambda: _stop(Path(described["scratch"])),
-     "run": lambda: _be(described)}[verb]()  # fmt: skip
+    main(sys.argv[1], Path(sys.argv[2]))

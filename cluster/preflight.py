@@ -84,7 +84,11 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
     )
     for node in addresses:
         facts[node]["storage"]["sees"] = sees[node]
-        facts[node]["ceilings"] = ceilings[node]
+        measured = ceilings[node]
+        facts[node]["ceilings"] = measured["ceilings"]
+        facts[node]["gpus_problem"] = facts[node]["gpus_problem"] or measured["problem"]
+        for gpu in facts[node]["gpus"]:
+            gpu["throttled"] = gpu["index"] in measured["throttled"]
         readings = [_skew(inspectors[node]) for _ in range(CLOCK_READINGS)]
         facts[node]["clock_skew_seconds"] = min(readings, key=lambda reading: reading[1])[0]
         ray.kill(inspectors[node])  # the ranks need its GPUs
@@ -129,8 +133,15 @@ def _answers(
             why = "its GPUs are in use by a run, or it hangs" if num_gpus[node] else "it hangs"
             raise RunError(f"{addresses[node]}: {what}: no answer in {STEP_SECONDS:g} s; {why}") from None
         except ray.exceptions.RayError as error:
-            raise RunError(f"{addresses[node]}: {what}: {str(error).strip().splitlines()[-1]}") from error
+            raise RunError(f"{addresses[node]}: {what}: {_cause(error)}") from error
     return found
+
+
+def _cause(error: Any) -> str:
+    """First line of the error inside a Ray error; CUDA's last line is an advice on debugging."""
+    inner = getattr(error, "cause", None) or error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[0] if lines else repr(inner)
 
 
 def _skew(inspector: Any) -> tuple[float, float]:
@@ -163,10 +174,17 @@ def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, An
         pending = [actor.links.remote(rank=rank, **common) for rank, actor in enumerate(ranks)]
         return ray.get(pending, timeout=STEP_SECONDS)[0]
     except ray.exceptions.RayError as error:
-        return {"problem": str(error).strip().splitlines()[-1]}
+        return {"problem": _cause(error)}
     finally:
         for actor in ranks:
             ray.kill(actor)
+
+
+def _session() -> str:
+    """Name of the session of Ray: a verdict counts until Ray is restarted."""
+    import ray
+
+    return ray.get_runtime_context().get_session_name()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         with ray_session(config.session, resources={"CPU": 1}, worker_env={}):
             found = examine(config, report=lambda text: print(text, flush=True))
+            session = _session()
         findings = judge(found, config.expect, config.limits)
         failures = [str(finding) for finding in findings if finding.is_failure]
         verdict = {
@@ -190,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "failures": failures,
             "warnings": [str(finding) for finding in findings if not finding.is_failure],
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "session": Path("/tmp/ray/session_latest").resolve().name,
+            "session": session,
             "nodes": sorted(found["nodes"]),
         }
         files.write_json(output, {**verdict, "found": found})

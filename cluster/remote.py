@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cluster import cli, inventory
 from cluster import headside as there
@@ -57,22 +57,22 @@ def start(cluster: Path, *, run: str, module: str, config: str, skip_preflight: 
     gate = None if skip_preflight else f"python -m cluster.preflight {_preflight_arguments(site)}"
     package = pack(more={RUN_FILE: config})
     note(f"{site.name}: {package}")
-    run_id = _submit(site, run, f"python -m {module} --config {RUN_FILE}", package, asked=config, gate=gate)
-    follow(site, run_id, cluster=cluster)
+    record = _submit(site, run, f"python -m {module} --config {RUN_FILE}", package, asked=config, gate=gate)
+    follow(site, record, cluster=cluster)
 
 
 def preflight(cluster: Path, more: Sequence[str]) -> None:
     """Run the preflight on the cluster and follow it. Raises `RunError` if it fails."""
     site = inventory.load(cluster)
     arguments = _preflight_arguments(site, more)
-    run_id = _submit(site, PREFLIGHT, f"python -m cluster.preflight {arguments}", pack(), asked=arguments)
-    follow(site, run_id, cluster=cluster)
+    record = _submit(site, PREFLIGHT, f"python -m cluster.preflight {arguments}", pack(), asked=arguments)
+    follow(site, record, cluster=cluster)
 
 
 def _submit(
     site: Inventory, run: str, command: str, package: Package, *, asked: str, gate: str | None = None
-) -> str:
-    """The id of a run that was started, or that is going already. One round trip.
+) -> dict[str, Any]:
+    """The record of a run that was started, or that is going already. One round trip.
 
     Args:
         asked: what makes it this run; one that is going with something else asked is an error.
@@ -86,11 +86,12 @@ def _submit(
         "preflight": f"{environment}{gate}",
         "gated": gate is not None,
         "package": f"_ray_pkg_{package.digest}.zip",
+        "digest": hashlib.sha256(package.data).hexdigest(),
     }
     given = json.dumps(request).encode() + b"\n" + package.data
-    answer = json.loads(ask(site, headside(site, "submit"), given=given))
+    answer = ask(site, headside(site, "submit"), given=given)
     note(f"run {answer['id']} {'is going: attached to it' if answer['going'] else 'submitted'}")
-    return answer["id"]
+    return answer
 
 
 def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
@@ -107,14 +108,18 @@ def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def follow(site: Inventory, run_id: str, *, cluster: Path) -> None:
+def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
     """Show the log of a run from where this laptop has read it to its end.
+
+    Args:
+        record: what the head remembers of the run (`headside.Head.resolve`).
 
     Raises:
         RunError: the run failed or was stopped, or Ray was restarted under it.
         KeyboardInterrupt: Ctrl-C; the run goes on, and a message has said how to come back.
     """
-    with _log_here(site, run_id) as log:
+    run_id = record["id"]
+    with _log_here(site, record) as log:
         if log is not None and log.tell():
             note(f"continuing at byte {log.tell():,} of the log; what came before is in {log.name}")
         try:
@@ -224,15 +229,17 @@ class _Outage:
 
 
 @contextmanager
-def _log_here(site: Inventory, run_id: str) -> Iterator[BinaryIO | None]:
+def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | None]:
     """This laptop's copy of the log, at its end; None if another process here is writing it."""
-    place = site.home / "logs" / f"{run_id}.log"
+    place = site.home / "logs" / f"{record['id']}-{record['token']}.log"
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("ab", buffering=0) as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            note(f"another command on this machine follows {run_id}; showing its log from the beginning")
+            note(
+                f"another command on this machine follows {record['id']}; showing its log from the beginning"
+            )
             yield None
             return
         log.seek(0, os.SEEK_END)
@@ -242,13 +249,13 @@ def _log_here(site: Inventory, run_id: str) -> Iterator[BinaryIO | None]:
 def attach(cluster: Path, run: str) -> None:
     """Follow a run: by id, the newest of a name, or the newest of all."""
     site = inventory.load(cluster)
-    follow(site, json.loads(ask(site, headside(site, "resolve", run)))["id"], cluster=cluster)
+    follow(site, ask(site, headside(site, "resolve", run)), cluster=cluster)
 
 
 def stop(cluster: Path, run: str) -> None:
     """End a run. Its checkpoints stay."""
     site = inventory.load(cluster)
-    answer = json.loads(ask(site, headside(site, "stop", run)))
+    answer = ask(site, headside(site, "stop", run))
     note(f"{answer['id']}: {answer['status'].lower()}; its checkpoints are kept")
 
 
@@ -259,7 +266,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
         RunError: there is no such run, or rsync failed for another reason than the link.
     """
     site = inventory.load(cluster)
-    name = json.loads(ask(site, headside(site, "resolve", run)))["run"]
+    name = ask(site, headside(site, "resolve", run))["run"]
     (target / name).mkdir(parents=True, exist_ok=True)
     command = rsync(
         Ssh(site, site.head),

@@ -7,6 +7,7 @@ link. Source: https://docs.ray.io/en/latest/cluster/running-applications/job-sub
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class Ray:
         except RayDown:
             return False
         return True
+
+    def session(self) -> str:
+        """Name of its session; its logs lie in /tmp/ray/<session>. `session_latest` may be another Ray's."""
+        return self._ask("GET", "/api/version")["session_name"]
 
     def nodes(self) -> list[dict[str, Any]]:
         """Its nodes that are alive: node_ip, node_name, is_head_node, resources_total and more."""
@@ -93,9 +98,11 @@ class Ray:
                     f"Ray's job server: {said.strip().splitlines()[-1] if said.strip() else error}"
                 ) from error
             raise ValueError(said.strip() or str(error)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise RayDown(f"Ray does not answer at {self._base} ({error})") from error
+        if binary:
+            return None
         try:
             return json.loads(body)
-        except ValueError:
-            return body
+        except ValueError as error:
+            raise RayDown(f"what answers at {self._base} is not Ray's job server") from error

@@ -131,17 +131,18 @@ class Ssh:
     def explain(self, said: str) -> RunError:
         """The error behind what ssh said when it ended with its own exit code."""
         inventory, node = self._inventory, self.address
+        through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
         if "Permission denied" in said:
             return NodeError(
                 f"{node}: refuses the key {inventory.ssh.key} for user {self.user}; set ssh.user and ssh.key "
-                f"in the inventory, or `ssh-copy-id -i {inventory.ssh.key} {self.user}@{node}`"
+                f"in the inventory, or `ssh-copy-id {through}-i {inventory.ssh.key} {self.user}@{self.host}`"
             )
         if "HOST IDENTIFICATION HAS CHANGED" in said or "Host key verification failed" in said:
             known = inventory.home / "known_hosts"
             if "CHANGED" in said:
                 return NodeError(
                     f"{node}: its host key is not the pinned one. If the node was installed anew: "
-                    f"`ssh-keygen -R {node} -f {known}`, then `make up`; if not, somebody is in between"
+                    f"`ssh-keygen -R {self.host} -f {known}`, then `make up`; if not, somebody is in between"
                 )
             return NodeError(
                 f"{node}: its host key is not pinned in {known}; run `make up` from this machine"

@@ -160,7 +160,7 @@ def _speeds(nodes: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Ite
             for node, facts in nodes.items()
             for index, row in enumerate(facts["ceilings"])
         }
-        median = statistics.median(rates.values())
+        median = statistics.median(rates.values()) if rates else 0.0
         for (node, index), rate in rates.items():
             reaches = f"{f'GPU {index}' if is_gpu else 'its CPU'} reaches {rate:.3g} {unit}"
             if rate < limits.of_median * median:
@@ -204,8 +204,8 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
     """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
     rows: list[Sequence[str]] = [COLUMNS]
     for node, facts in found["nodes"].items():
-        slowest = [min(row[name]["best"] for row in facts["ceilings"]) for name in RATES]
-        cells = (node, str(len(facts["gpus"])), *(f"{rate:.3g}" for rate in slowest))
+        rates = [[row[name]["best"] for row in facts["ceilings"]] for name in RATES]
+        cells = (node, str(len(facts["gpus"])), *(f"{min(each):.3g}" if each else "-" for each in rates))
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

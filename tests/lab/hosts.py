@@ -233,7 +233,8 @@ class Lab:
 
     def log_on_laptop(self, run: str) -> bytes:
         """What the laptop has kept of the log of a run."""
-        return (self.folder / f"hosts/nyc/disk/home/.asuncion/lab/logs/{run}.log").read_bytes()
+        (log,) = (self.folder / "hosts/nyc/disk/home/.asuncion/lab/logs").glob(f"{run}-*.log")
+        return log.read_bytes()
 
     def log_on_head(self, run: str) -> bytes:
         """The log of a run, as Ray wrote it."""
