@@ -1,4 +1,4 @@
-"""What the driver says of GPUs, read as it really answers. A stand-in for nvidia-smi: there is no GPU here."""
+"""What the driver says of GPUs. The answers are those of a stand-in: there is no GPU here."""
 
 import pytest
 
