@@ -282,6 +282,7 @@ REFUSED = {
     "zero.bucket_elements": ["0"],
     "workers.count": ["0"],
     "workers.cpus": ["0", "-1"],
+    "workers.min_count": ["0", "3"],
     "checkpoint.every_steps": ["0"],
     "checkpoint.keep": ["0"],
     "evaluation.every_steps": ["0"],
