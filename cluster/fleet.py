@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster import cli, inventory
 from cluster.cli import RunError
+from cluster.headside import REFUSED
 from cluster.inventory import Inventory
 from cluster.keeper import BUSY, FAILED, JOINED
 from cluster.package import pack
@@ -48,10 +49,11 @@ shutil.rmtree(old, ignore_errors=True)
 
 def headside(site: Inventory, *arguments: str) -> str:
     """The script that asks `cluster.headside` on the head."""
-    quoted = " ".join(shlex.quote(argument) for argument in (f"{site.code}/site.json", *arguments[1:]))
+    verb, *rest = arguments
+    down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
     return (
-        f"cd {site.code} 2> /dev/null || {{ echo 'this cluster is not up: run `make up`' >&2; exit 20; }}\n"
-        f"exec {site.python} -m cluster.headside {arguments[0]} {quoted}"
+        f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
+        f"exec {site.python} -m cluster.headside {shlex.join([verb, 'site.json', *rest])}"
     )
 
 
@@ -132,9 +134,8 @@ def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str]
             except LinkError as error:
                 asked = time.monotonic()
                 patiently(lambda: head.run("true", timeout=30), patience=LINK_SECONDS, report=report)
-                deadline += max(
-                    0.0, time.monotonic() - asked - 1
-                )  # time without the head is not the worker's
+                # time without the head is not the worker's
+                deadline += max(0.0, time.monotonic() - asked - 1)
                 if time.monotonic() > deadline:
                     return f"{str(error).removeprefix(f'{worker}: ')}; is it on, and on the head's network?"
                 time.sleep(1)
@@ -179,9 +180,7 @@ def _gate(
             elif state["state"] == FAILED and (node == site.head or lasted > FAILED_SECONDS):
                 problems[node] = state["detail"]
             elif state["state"] not in BUSY and time.monotonic() - progress[node] > GATE_SECONDS:
-                problems[node] = f"{state['state']} {state['detail']} for {GATE_SECONDS:g} s".replace(
-                    "  ", " "
-                )
+                problems[node] = " ".join([*filter(None, told), f"for {GATE_SECONDS:g} s"])
             else:
                 waiting = True
         if site.head in problems:
@@ -195,15 +194,15 @@ def status(cluster: Path) -> str:
     """The nodes and runs of the cluster, as a table."""
     site = inventory.load(cluster)
     answer = ask(site, headside(site, "status"))
-    keeper = answer["keeper"] or {"nodes": {}, "runs": False}
+    states = (answer["keeper"] or {"nodes": {}})["nodes"]
     alive = {node["address"]: node for node in answer["alive"]}
     lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
     if answer["problem"]:
         lines.append(f"{answer['problem']}; `make up` brings it up")
-    if not keeper["runs"]:
+    if not answer["runs"]:
         lines.append("no keeper runs on the head: a node that falls out stays out; `make up` starts one")
     for node in site.nodes:
-        state = keeper["nodes"].get(node, {"state": "unknown", "detail": ""})
+        state = states.get(node, {"state": "unknown", "detail": ""})
         if node in alive:
             found = alive[node]
             resources = ", ".join(
@@ -230,15 +229,16 @@ def ask(site: Inventory, script: str, *, given: bytes = b"") -> dict[str, Any]:
         RunError: the head refuses the request, in its own words.
     """
     head = Ssh(site, site.head)
-
-    def note(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     try:
         answer = patiently(lambda: head.run(script, given=given), patience=60, report=note)
     except CommandError as error:
         raise RunError(error.output.splitlines()[-1] if error.output else str(error)) from error
     return _parsed(answer, head)
+
+
+def note(text: str) -> None:
+    """A line of ours beside a run's own, which alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
@@ -280,9 +280,8 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
                 return False, str(error)
         except RunError as error:
             return False, str(error)
-        return True, f"{found['ended']} processes ended, none left" if found[
-            "ended"
-        ] else "nothing was running"
+        ended = found["ended"]
+        return True, f"{ended} processes ended, none left" if ended else "nothing was running"
 
     with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
         found = dict(zip(site.nodes, pool.map(one, site.nodes), strict=True))

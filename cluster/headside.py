@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
+from cluster.keeper import state
 from cluster.rest import FINAL, Ray, RayDown
 
-SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN, NO_RUN = 0, 10, 11, 12, 13, 14  # of `follow`
+SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN = 0, 10, 11, 12, 13  # of `follow`
 OUTCOMES = {"SUCCEEDED": SUCCEEDED, "FAILED": RUN_FAILED, "STOPPED": RUN_STOPPED}
 REFUSED = 20  # exit code of a request that cannot be met; the message is on stderr
 READ_SECONDS, STATUS_SECONDS = 0.2, 1.0
@@ -46,18 +47,12 @@ class Head:
 
     def status(self) -> dict[str, Any]:
         """What the keeper knows of the nodes, and Ray of its jobs; `problem` where Ray does not answer."""
-        scratch = Path(self.site["scratch"])
-        state = scratch / "keeper.json"
         answer: dict[str, Any] = {
-            "now": time.time(),
-            "keeper": None,
+            **state(Path(self.site["scratch"])),
             "alive": [],
             "jobs": [],
             "problem": None,
         }
-        if state.exists():
-            keeper = json.loads(state.read_text())
-            answer["keeper"] = {**keeper, "runs": Path(f"/proc/{keeper['pid']}").exists()}
         try:
             answer["alive"] = [
                 {"address": node["node_ip"], "name": node["node_name"], "resources": node["resources_total"]}
@@ -151,9 +146,7 @@ class Head:
         place = self.runs / f"{run_id}.json"
         if not place.exists():
             log = Path("/tmp/ray", self.ray.session(), "logs", f"job-driver-{run_id}.log")
-            token = uuid.uuid4().hex[
-                :8
-            ]  # tells it from a run of this id on another cluster, or before a wipe
+            token = uuid.uuid4().hex[:8]  # another cluster, or this one before a wipe, may have the same id
             files.write_json(place, {"id": run_id, "run": name, "log": str(log), "token": token})
         return json.loads(place.read_text())
 
@@ -238,9 +231,6 @@ class Head:
 def main(arguments: list[str]) -> int:
     """One request. Returns the exit code: 0, `REFUSED`, or an outcome of `follow`."""
     verb, site, *rest = arguments
-    if not Path(site).exists():
-        print("this cluster is not up: run `make up`", file=sys.stderr)
-        return REFUSED
     head = Head(json.loads(Path(site).read_text()))
     try:
         if verb == "status":

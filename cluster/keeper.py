@@ -46,8 +46,6 @@ test -e {env}/ready && echo "env ready"
 command -v rsync > /dev/null && echo "rsync yes"
 true
 """
-
-
 # of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
 IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
 # homes may be shared: the token that others read is not touched where it is right
@@ -266,19 +264,8 @@ class Keeper:
 
     def _rsync(self, worker: str, folder: Path, *more: str) -> None:
         target = f"{self.site['user']}@{worker}:{folder}/"
-        _run(
-            [
-                "rsync",
-                "--archive",
-                "--delete",
-                *more,
-                "-e",
-                " ".join(self._ssh_command()),
-                f"{folder}/",
-                target,
-            ],
-            patience=3600,
-        )
+        through = shlex.join(self._ssh_command())
+        _run(["rsync", "--archive", "--delete", *more, "-e", through, f"{folder}/", target], patience=3600)
 
     def _set(self, address: str, state: str, detail: str) -> None:
         with self._lock:
@@ -398,8 +385,8 @@ def _descendants(pid: int | None) -> set[int]:
     return {child for child in found if child is not None and child != pid}
 
 
-def _state(scratch: Path) -> dict[str, Any]:
-    """What `make up` waits for: the state of the nodes, whether a keeper runs, and the last line it said."""
+def state(scratch: Path) -> dict[str, Any]:
+    """`keeper`, what it wrote of the nodes, or None; `runs`, whether it does; `said`, its last line."""
     place, log = scratch / "keeper.json", scratch / "keeper.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return {
@@ -456,7 +443,7 @@ def main(verb: str, file: Path) -> None:
     elif verb == "stop":
         _stop(scratch, site["name"])
     elif verb == "state":
-        print(json.dumps(_state(scratch)))
+        print(json.dumps(state(scratch)))
     elif verb == "run":
         _be(site)
 

@@ -17,13 +17,13 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same bytes
 
 @dataclass(frozen=True)
 class Package:
-    """A zip of the code, and the SHA-256 of its content in 16 hexadecimal digits."""
+    """A zip of the code, and its SHA-256 in hexadecimal digits."""
 
     data: bytes
     digest: str
 
     def __str__(self) -> str:
-        return f"code {self.digest}, {len(self.data) / 1e3:.0f} kB"
+        return f"code {self.digest[:16]}, {len(self.data) / 1e3:.0f} kB"
 
 
 def pack(*, more: dict[str, str] | None = None, root: Path = ROOT) -> Package:
@@ -48,7 +48,7 @@ def pack(*, more: dict[str, str] | None = None, root: Path = ROOT) -> Package:
             f"the code is {len(packed) / 1e6:.1f} MB as a zip, above {MAX_BYTES / 1e6:.0f} MB; the largest "
             f"files: {sizes}. Data belongs on the cluster's storage; list such files in .gitignore"
         )
-    return Package(packed, hashlib.sha256(packed).hexdigest()[:16])
+    return Package(packed, hashlib.sha256(packed).hexdigest())
 
 
 def _files(root: Path) -> list[str]:

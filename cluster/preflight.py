@@ -89,7 +89,13 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
         facts[node]["gpus_problem"] = facts[node]["gpus_problem"] or measured["problem"]
         for gpu in facts[node]["gpus"]:
             gpu["throttled"] = gpu["index"] in measured["throttled"]
-        readings = [_skew(inspectors[node]) for _ in range(CLOCK_READINGS)]
+        readings = []
+        for _ in range(CLOCK_READINGS):
+            begin = time.time()
+            pending = {node: inspectors[node].clock.remote()}
+            there = _answers(pending, addresses, num_gpus, "clock")[node]
+            end = time.time()
+            readings.append((there - (begin + end) / 2, end - begin))  # the skew, and the round trip
         facts[node]["clock_skew_seconds"] = min(readings, key=lambda reading: reading[1])[0]
         ray.kill(inspectors[node])  # the ranks need its GPUs
     for file in Path(config.storage).glob(f".{mark}-*"):
@@ -142,16 +148,6 @@ def _cause(error: Any) -> str:
     inner = getattr(error, "cause", None) or error
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[0] if lines else repr(inner)
-
-
-def _skew(inspector: Any) -> tuple[float, float]:
-    """(the node's clock minus ours, the round trip) in seconds."""
-    import ray
-
-    begin = time.time()
-    there = ray.get(inspector.clock.remote(), timeout=STEP_SECONDS)
-    end = time.time()
-    return there - (begin + end) / 2, end - begin
 
 
 def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, Any] | None:

@@ -72,17 +72,7 @@ def measure(
 
     def timed(body: Callable[[], Any], amount: float) -> Ceiling:
         """Rates in `amount` per second."""
-        rates = []
-        for _ in range(repeats + 1):
-            if gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            body()
-            if gpu:
-                torch.cuda.synchronize()
-            rates.append(amount / (time.perf_counter() - start))
-        rates = rates[1:]
-        return Ceiling(max(rates), (min(rates), max(rates)))
+        return _ceiling(amount, _seconds(body, repeats, gpu=gpu))
 
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return Ceilings(
@@ -91,6 +81,30 @@ def measure(
         copy_gb_per_s=timed(lambda: target.copy_(source), 2 * num_bytes / 1e9),
         device=name,
     )
+
+
+def _seconds(
+    body: Callable[[], Any], repeats: int, *, gpu: bool, before: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """How long `body` takes, `repeats` times after one that is not counted; `before` is not in the time."""
+    import torch
+
+    taken = []
+    for _ in range(repeats + 1):
+        before()
+        if gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        body()
+        if gpu:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
+
+
+def _ceiling(amount: float, seconds: list[float]) -> Ceiling:
+    rates = [amount / each for each in seconds]
+    return Ceiling(max(rates), (min(rates), max(rates)))
 
 
 @dataclass(frozen=True)
@@ -144,21 +158,10 @@ def measure_links(
         word = torch.ones(1, device=device)
 
         def seconds(body: Callable[[], Any], times: int) -> list[float]:
-            taken = []
-            for _ in range(times + 1):
-                dist.barrier()
-                if gpu:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                body()
-                if gpu:
-                    torch.cuda.synchronize()
-                taken.append(time.perf_counter() - start)
-            return taken[1:]
+            return _seconds(body, times, gpu=gpu, before=dist.barrier)
 
         def rate(body: Callable[[], Any], share: float) -> Ceiling:
-            rates = [share * count * 4 / 1e9 / taken for taken in seconds(body, repeats)]
-            return Ceiling(max(rates), (min(rates), max(rates)))
+            return _ceiling(share * count * 4 / 1e9, seconds(body, repeats))
 
         others = (num_ranks - 1) / num_ranks
         return Links(

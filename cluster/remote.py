@@ -26,11 +26,11 @@ from typing import Any, BinaryIO
 from cluster import cli, inventory
 from cluster import headside as there
 from cluster.cli import RunError, UserError
-from cluster.fleet import ask, headside
+from cluster.fleet import ask, headside, note
 from cluster.inventory import Inventory, shell
 from cluster.package import Package, pack
 from cluster.provenance import commit_environment
-from cluster.ssh import RETRY_SECONDS, TRANSPORT, LinkError, NodeError, Ssh, rsync
+from cluster.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
 
 PREFLIGHT = "preflight"  # name of its runs
 RUN_FILE = "run.yaml"  # the resolved configuration, in the package
@@ -85,8 +85,8 @@ def _submit(
         "entrypoint": f"{environment}exec {command}",
         "preflight": f"{environment}{gate}",
         "gated": gate is not None,
-        "package": f"_ray_pkg_{package.digest}.zip",
-        "digest": hashlib.sha256(package.data).hexdigest(),
+        "package": f"_ray_pkg_{package.digest[:16]}.zip",
+        "digest": package.digest,
     }
     given = json.dumps(request).encode() + b"\n" + package.data
     answer = ask(site, headside(site, "submit"), given=given)
@@ -149,7 +149,7 @@ def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
     """Copy the log to standard output, through every loss of the link. Returns the outcome."""
     head = Ssh(site, site.head)
     offset = log.tell() if log is not None else 0
-    outage = _Outage()
+    outage = Outage(note)
 
     def write(chunk: bytes) -> None:
         nonlocal offset
@@ -204,28 +204,6 @@ def _copy(
     finally:
         process.kill()
     return code, "\n".join(said)
-
-
-class _Outage:
-    """Says once that the link is lost, and once that it is back."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._tries = 0
-
-    def wait(self, why: str) -> None:
-        """The link is lost, or still lost: sleep before the next attempt."""
-        if self._since is None:
-            self._since = time.monotonic()
-            note(f"--- link lost ({why}); the run goes on; trying again until it is back")
-        time.sleep(RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)])
-        self._tries += 1
-
-    def end(self) -> None:
-        """The log is being read."""
-        if self._since is not None:
-            note(f"--- link is back, {time.monotonic() - self._since:.0f} s after it was missed")
-        self._since, self._tries = None, 0
 
 
 @contextmanager
@@ -292,11 +270,6 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
         time.sleep(2)
     received = next((line for line in done.stdout.splitlines() if "Total bytes received" in line), "")
     note(f"{target / name} is up to date ({received.rpartition(':')[2].strip() or '0'} bytes over the link)")
-
-
-def note(text: str) -> None:
-    """A line of ours beside the run's own, which alone go to standard output."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:

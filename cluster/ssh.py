@@ -5,6 +5,7 @@ The first `make up` pins each node's host key in ~/.asuncion/NAME/known_hosts; f
 error. The private key stays on the laptop: there is no agent forwarding either.
 """
 
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class Ssh:
             return [*arguments, f"{self.user}@{inventory.reached_at}"]
         head = Ssh(inventory, inventory.head, pin=self._pin)
         escaped = [part.replace("%", "%%") for part in head.arguments()]
-        proxy = " ".join(_quoted(part) for part in [*escaped[:-1], "-W", "%h:%p", escaped[-1]])
+        proxy = shlex.join([*escaped[:-1], "-W", "%h:%p", escaped[-1]])
         return [*arguments, "-o", f"ProxyCommand={proxy}", f"{self.user}@{self.address}"]
 
     def options(self) -> list[str]:
@@ -154,6 +155,30 @@ class Ssh:
         return LinkError(f"{node}: {said.splitlines()[-1] if said else 'the connection broke'}")
 
 
+class Outage:
+    """Backs off while a link is lost, and says once that it is lost and once that it is back."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._since: float | None = None
+        self._tries = 0
+
+    def wait(self, why: str) -> float:
+        """The link is lost, or still lost: sleep before the next attempt. Returns seconds since the loss."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._report(f"link lost: {why}; trying again until it is back")
+        time.sleep(RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)])
+        self._tries += 1
+        return time.monotonic() - self._since
+
+    def end(self) -> None:
+        """The link works."""
+        if self._since is not None:
+            self._report(f"link is back, {time.monotonic() - self._since:.0f} s after it was missed")
+        self._since, self._tries = None, 0
+
+
 def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[str], None]) -> T:
     """The result of `attempt`, which is repeated while the link is lost.
 
@@ -164,28 +189,16 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
     Raises:
         LinkError: the link did not come back in this time.
     """
-    lost = None
-    tries = 0
+    outage = Outage(report)
     while True:
         try:
             result = attempt()
         except LinkError as error:
-            now = time.monotonic()
-            if lost is None:
-                lost = now
-                report(f"link lost: {error}; trying again")
-            if now - lost > patience:
+            if outage.wait(str(error)) > patience:
                 raise LinkError(f"{error}; gave up after {patience:g} s") from error
-            time.sleep(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
-            tries += 1
         else:
-            if lost is not None:
-                report(f"link is back after {time.monotonic() - lost:.0f} s")
+            outage.end()
             return result
-
-
-def _quoted(part: str) -> str:
-    return f"'{part}'" if any(c in part for c in " []$") else part
 
 
 def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> list[str]:
@@ -193,7 +206,7 @@ def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> li
 
     Only differences travel, and a file that broke off goes on where it stopped.
     """
-    remote = " ".join(_quoted(part) for part in ["ssh", *node.options()])
+    remote = shlex.join(["ssh", *node.options()])
     return [
         *("rsync", "--archive", "--compress", "--partial-dir=.rsync-partial", "--stats", "-e", remote),
         *(f"--exclude={name}" for name in exclude),
