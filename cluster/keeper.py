@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -298,8 +299,15 @@ def _run(command: list[str], *, given: bytes = b"", patience: float) -> str:
         raise Failure("does not accept the head's key (installed anew?): run `make up` again")
     if "Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said:
         raise Failure("has another host key than the pinned one: `make up` from the laptop says what to do")
+    if other := re.search(r"Version mismatch.*Ray: (\S+).*Ray: (\S+)", said, re.DOTALL):
+        raise Failure(
+            f"has Ray {other[2]}, and the head has {other[1]}: its environment was changed by hand; rm -r "
+            "the folder env in its scratch, and it is copied again"
+        )
     if done.returncode:
         text = said or done.stdout.decode(errors="replace").strip()
+        if "No space left" in text:
+            raise Failure(f"{_last_line(text)}; make room, or set scratch in the inventory")
         raise Failure(_last_line(text) or f"exit code {done.returncode}")
     return done.stdout.decode(errors="replace")
 

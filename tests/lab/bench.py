@@ -1,9 +1,10 @@
-"""What the distance costs: `make up`, `make status`, a run's first lines and its log, at 0 and at 140 ms.
+"""What the distance costs: `make up`, `make status`, a run's first lines, its log and an outage's end.
 
     python -m tests.lab.bench [--rounds N] [--output FILE]
 
 Two links take turns, each round on a cluster that is down: `near` has no delay, `far` 140 ms round trip and
-0.5% loss. All hosts share this machine's clock, so the lag of a log's lines is exact. Writes JSON.
+0.5% loss. All hosts share this machine's clock, so the lag of a log's lines is exact. `resume` is the time
+from the return of a link that was away for a minute to the next line of the log. Writes JSON.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from cluster import benchmark, cli
 from cluster.cli import RunError, UserError
-from tests.lab.hosts import CLUSTER_FILE, SCRATCH, Lab, missing
+from tests.lab.hosts import CLUSTER_FILE, SCRATCH, Lab, Running, missing
 
 NUM_TICKS, TICK_SECONDS = 40, 0.25
+OUTAGE_SECONDS = 60
 NUM_STATUS = 5
 TICKER = f"""
 import json, io, sys, zipfile
@@ -30,7 +32,7 @@ buffer = io.BytesIO()
 with zipfile.ZipFile(buffer, "w") as archive:
     archive.writestr("tick.py", '''
 import time
-for _ in range({NUM_TICKS}):
+for _ in range({NUM_TICKS + int(2 * OUTAGE_SECONDS / TICK_SECONDS)}):
     print(repr(time.time()), flush=True)
     time.sleep({TICK_SECONDS})
 ''')
@@ -41,8 +43,8 @@ print(Head(site).submit(request, buffer.getvalue())["id"])
 """
 
 
-def measure(lab: Lab, name: str, *, number: int) -> dict[str, float]:
-    """One round over the link that is set: seconds of each command, and milliseconds of the log's lag."""
+def measure(lab: Lab, name: str, link: dict[str, float], *, number: int) -> dict[str, float]:
+    """One round over a link: seconds of each command, and milliseconds of the log's lag."""
     found: dict[str, float] = {}
     _require(lab.call("cluster.fleet", "down", CLUSTER_FILE))
     lab.run("nyc", "pkill -x ssh; rm -f /root/.asuncion/lab/[0-9a-f]*")  # no connection is open
@@ -63,28 +65,43 @@ def measure(lab: Lab, name: str, *, number: int) -> dict[str, float]:
     found["first_training_line_seconds"] = time.monotonic() - begin
     if code := run.wait(seconds=120):
         raise RunError(f"the run failed, exit code {code}: {run.err}")
-    lags = _log_lags(lab)
-    found["log_lag_ms"] = statistics.median(lags)
-    found["log_lag_max_ms"] = max(lags)
+    found |= _log(lab, link)
     return found
 
 
-def _log_lags(lab: Lab) -> list[float]:
-    """Milliseconds from the birth of a line on the cluster to its arrival on the laptop."""
+def _log(lab: Lab, link: dict[str, float]) -> dict[str, float]:
+    """A log that ticks: milliseconds from a line's birth to the laptop, and an outage's end."""
     (lab.storage / "ticker.py").write_text(TICKER)
     started = lab.run("head", "python3 /storage/ticker.py")
     _require(started)
     run = lab.start("cluster.remote", "attach", CLUSTER_FILE, "--run", started.stdout.strip())
     lags: list[float] = []
-    seen = 0
-    while seen < NUM_TICKS:
+    while len(lags) < NUM_TICKS:
         time.sleep(0.005)
         now = time.time()
-        ticks = re.findall(r"^(\d+\.\d+)\n", run.out, re.MULTILINE)
-        lags += [1e3 * (now - float(tick)) for tick in ticks[seen:]]
-        seen = len(ticks)
+        lags += [1e3 * (now - tick) for tick in _ticks(run)[len(lags) :]]
+    lags = lags[NUM_TICKS // 4 :]  # the first were there before we were
+    lab.link(**link, down=True)
+    run.until("link lost", seconds=60)
+    time.sleep(OUTAGE_SECONDS)
+    seen = len(_ticks(run))
+    lab.link(**link)
+    begin = time.monotonic()
+    while len(_ticks(run)) == seen:
+        time.sleep(0.005)
+    resumed = time.monotonic() - begin
+    _require(lab.call("cluster.remote", "stop", CLUSTER_FILE))
     run.wait(seconds=60)
-    return lags[NUM_TICKS // 4 :]  # the first were there before we were
+    return {
+        "log_lag_ms": statistics.median(lags),
+        "log_lag_max_ms": max(lags),
+        "resume_seconds": resumed,
+    }
+
+
+def _ticks(run: Running) -> list[float]:
+    """Times of birth of the log's lines that have arrived."""
+    return [float(tick) for tick in re.findall(r"^(\d+\.\d+)\n", run.out, re.MULTILINE)]
 
 
 def _require(done: "subprocess.CompletedProcess[str]") -> None:
@@ -110,7 +127,7 @@ def main() -> int:
             for number in range(options.rounds):
                 for name, link in (("near", {}), ("far", lab.slow)):
                     lab.link(**link)
-                    found = measure(lab, name, number=number)
+                    found = measure(lab, name, link, number=number)
                     print(f"round {number + 1}/{options.rounds}, {name}: {found}", flush=True)
                     for key, value in found.items():
                         samples.setdefault(f"{key}_{name}", []).append(value)
