@@ -5,6 +5,7 @@ link. Source: https://docs.ray.io/en/latest/cluster/running-applications/job-sub
 """
 
 import json
+import re
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -94,9 +95,7 @@ class Ray:
                     f"Ray refuses the token in {self._token_file}; `make down`, then `make up`"
                 ) from error
             if error.code >= 500 and "already exists" not in said:
-                raise RayDown(
-                    f"Ray's job server: {said.strip().splitlines()[-1] if said.strip() else error}"
-                ) from error
+                raise RayDown(f"Ray's job server: {_reason(said) or error}") from error
             raise ValueError(said.strip() or str(error)) from error
         except (OSError, ValueError, HTTPException) as error:
             raise RayDown(f"Ray does not answer at {self._base} ({error})") from error
@@ -106,3 +105,10 @@ class Ray:
             return json.loads(body)
         except ValueError as error:
             raise RayDown(f"what answers at {self._base} is not Ray's job server") from error
+
+
+def _reason(traceback: str) -> str:
+    """The lines from the last that names an error on; the last of all may be no more than a full stop."""
+    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
+    begins = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return " ".join(lines[begins[-1] if begins else -1 :])[:500]
