@@ -193,6 +193,8 @@ class Inventory:
         """Shell lines that every Ray process and all that it starts inherit."""
         interface = self.node.interface
         lines = [
+            "# what Ray starts inherits this folder; that of the code is replaced by every `make up`",
+            "cd /",
             f". {self.scratch}/activate",
             "# by this variable `make down` finds what belongs to the cluster",
             f"export ASUNCION_CLUSTER={self.name}",

@@ -127,6 +127,15 @@ def test_a_head_whose_ray_was_restarted_says_so_and_the_same_command_resumes(clu
     again.until("resumes-2 submitted", seconds=1)
 
 
+def test_a_run_starts_on_a_ray_that_has_outlived_the_code_it_was_started_from(cluster):
+    pids = cluster.run("head", "pgrep -x raylet").stdout
+    for _ in range(2):  # each replaces the code's folder; the one before stays for one more
+        assert cluster.up().returncode == 0
+    assert cluster.run("head", "pgrep -x raylet").stdout == pids
+    trained = cluster.call(*cluster.train(run__name="outlived"))
+    assert trained.returncode == 0, trained.stderr
+
+
 def test_up_does_not_restart_ray_under_a_run(cluster):
     run = follow(cluster, "undisturbed", workers__count=3, batch__tokens=384, workers__cpus=2)
     before = {name: cluster.run(name, "pgrep -x raylet").stdout for name in CLUSTER}

@@ -24,7 +24,7 @@ NUM_TICKS, TICK_SECONDS = 40, 0.25
 OUTAGE_SECONDS = 60
 NUM_STATUS = 5
 TICKER = f"""
-import json, io, sys, zipfile
+import hashlib, json, io, sys, zipfile
 from pathlib import Path
 sys.path.insert(0, "{SCRATCH}/code")
 from cluster.headside import Head
@@ -36,7 +36,8 @@ for _ in range({NUM_TICKS + int(2 * OUTAGE_SECONDS / TICK_SECONDS)}):
     print(repr(time.time()), flush=True)
     time.sleep({TICK_SECONDS})
 ''')
-request = {{"run": "tick", "config": "", "entrypoint": "python tick.py", "preflight": "", "gated": False}}
+request = {{"run": "tick", "config": "", "entrypoint": "python tick.py", "preflight": "", "gated": False,
+    "digest": hashlib.sha256(buffer.getvalue()).hexdigest()}}
 request["package"] = "_ray_pkg_0123456789abcdef.zip"
 site = json.loads(Path("{SCRATCH}/code/site.json").read_text())
 print(Head(site).submit(request, buffer.getvalue())["id"])
