@@ -1,15 +1,19 @@
 # Every target is one line over `python -m ...`. ARGS are key=value pairs, CONFIG a YAML file, CLUSTER a
-# cluster's YAML (cluster/asuncion.yaml) and RUN one of its runs, by default the newest.
+# cluster's YAML (cluster/asuncion.yaml), RUN one of its runs, by default the newest, and A and B two machines'
+# files of `make baseline`.
 PYTHON ?= python3
 CONFIG ?=
 ARGS ?=
 CLUSTER ?=
 RUN ?=
+A ?=
+B ?=
 SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study serve serve-bench up status preflight attach stop pull down test test-cluster check format clean
+.PHONY: train prepare study eval baseline parity projection serve serve-bench up status preflight attach stop pull down \
+  test test-cluster check format clean
 
 train: $(VENV)/ready
 	$(PY) training.launch $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) \
@@ -20,6 +24,18 @@ prepare: $(VENV)/ready
 
 study: $(VENV)/ready
 	$(PY) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+eval: $(VENV)/ready
+	$(PY) training.evaluate $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+baseline: $(VENV)/ready
+	$(PY) training.baseline $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
+
+parity: $(VENV)/ready
+	$(PY) serving.parity $(or $(A),$(error say A=FILE and B=FILE, of make baseline, or B=datasheet:h100)) $(B) $(ARGS)
+
+projection: $(VENV)/ready
+	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 serve: $(VENV)/ready
 	$(PY) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)

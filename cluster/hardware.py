@@ -79,6 +79,36 @@ def lookup(device_name: str) -> Device | None:
     return {_plain(device.name): device for device in DEVICES}.get(_plain(device_name))
 
 
+SHORT_NAMES = {
+    "a40": "NVIDIA A40",
+    "a6000": "NVIDIA RTX A6000",
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "a100-80gb": "NVIDIA A100-SXM4-80GB",
+    "l40s": "NVIDIA L40S",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+}
+
+
+def by_short_name(name: str) -> Device | None:
+    """The datasheet that people call "a40" or "h100" (the SXM5 module), or None."""
+    return lookup(SHORT_NAMES.get(name.lower(), ""))
+
+
+def roofline_seconds(
+    *, flops: float, num_bytes: float | None, peak_flops: float, bytes_per_s: float
+) -> tuple[float, str]:
+    """The least time of some work, and what bounds it: "compute" or "bandwidth".
+
+    max(flops / peak_flops, num_bytes / bytes_per_s); `num_bytes` None: memory does not bound it.
+    Source: Williams, Waterman, Patterson, Roofline, CACM 52(4), 2009, https://doi.org/10.1145/1498765.1498785.
+    """
+    compute = flops / peak_flops
+    memory = (num_bytes or 0.0) / bytes_per_s
+    return (memory, "bandwidth") if memory > compute else (compute, "compute")
+
+
 def _plain(name: str) -> str:
     return " ".join(name.lower().split()).removeprefix("nvidia ")
 

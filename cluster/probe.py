@@ -9,12 +9,14 @@ The spread beside it, (slowest, fastest), says how disturbed it was.
 import argparse
 import json
 import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,31 @@ def measure(
         copy_gb_per_s=timed(lambda: target.copy_(source), 2 * num_bytes / 1e9),
         device=name,
     )
+
+
+def measure_products(
+    sizes: Sequence[tuple[int, int]], *, num_rows: int, device: str, repeats: int = 5
+) -> Ceiling:
+    """TFLOP/s of a model's own products in bf16, there and back: the ceiling of its training step.
+
+    Args:
+        sizes: (rows, columns) of each weight.
+        num_rows: tokens that are multiplied at once.
+    """
+    import torch
+
+    gpu = device == "cuda"
+    weights = {size: torch.randn(size, device=device).bfloat16() for size in dict.fromkeys(sizes)}
+    inputs = {cols: torch.randn(num_rows, cols, device=device).bfloat16() for _, cols in weights}
+
+    def there_and_back() -> None:
+        for size in sizes:
+            weight, x = weights[size], inputs[size[1]]
+            y = x @ weight.T
+            _ = y @ weight, y.T @ x
+
+    flops = sum(6 * rows * cols * num_rows for rows, cols in sizes)
+    return _ceiling(flops / 1e12, _seconds(there_and_back, repeats, gpu=gpu))
 
 
 def _seconds(
@@ -176,6 +203,41 @@ def measure_links(
         dist.destroy_process_group()
 
 
+def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
+    """`measure_links` between processes of this node, one per GPU or, on a CPU, of one thread each.
+
+    Raises:
+        RuntimeError: a process failed; the message is its own.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "cluster.probe", "--device", device, "--threads", "1"]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--link", f"{rank}/{num_ranks}:{port}", "--bytes", str(num_bytes)],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        said = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, (_, problem) in zip(ranks, said, strict=True):
+        if rank.returncode:
+            raise RuntimeError((problem.strip().splitlines() or ["a rank failed"])[-1])
+    found = json.loads(said[0][0].strip().splitlines()[-1])
+    rates: dict[str, Any] = {
+        name: Ceiling(**found.pop(name)) for name in ("all_reduce_gb_per_s", "all_to_all_gb_per_s")
+    }
+    return Links(**rates, **found)
+
+
 def measure_disk(folder: Path, *, num_bytes: int) -> tuple[float, float]:
     """(write, read) in GB/s of one file in `folder`, synced to the disk, and read past the page cache.
 
@@ -208,11 +270,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.probe", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="compute threads; default: torch's own")
+    parser.add_argument("--link", metavar="RANK/RANKS:PORT", help="be a rank of a measurement of links")
+    parser.add_argument("--bytes", type=int, default=1 << 26, help="with --link: of its large buffers")
     options = parser.parse_args()
+    if options.link:
+        print(json.dumps(asdict(_be_a_rank(options))))
+        return 0
     found = measure(device=options.device, num_threads=options.threads)
     rates = ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")
     print(json.dumps({"device": found.device, **{name: getattr(found, name).best for name in rates}}))
     return 0
+
+
+def _be_a_rank(options: argparse.Namespace) -> Links:
+    import torch
+
+    ranks, _, port = options.link.partition(":")
+    rank, _, num_ranks = ranks.partition("/")
+    if options.device == "cuda":
+        torch.cuda.set_device(int(rank))
+    else:
+        torch.set_num_threads(options.threads or 1)
+    return measure_links(
+        rank=int(rank), num_ranks=int(num_ranks), address="127.0.0.1", port=int(port),
+        device=options.device, num_bytes=options.bytes,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def describe(
         num_parameters=shape.num_parameters,
         num_slots=slots,
         weight_bytes=width * shape.num_matmul_parameters,
-        kv_bytes_per_token=width * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim,
+        kv_bytes_per_token=shape.kv_bytes_per_token(width),
         flops_per_token=2 * shape.num_matmul_parameters,
         details={},
     )

@@ -6,7 +6,7 @@ starts where checkpoints are resumes from the newest complete one.
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ PARTITION = "partition.txt"  # in the run directory: which rule each parameter g
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
 
 Observe = Callable[[dict[str, Any]], None]
+Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 class TrainingError(RunError):
@@ -145,8 +146,13 @@ class Trainer:
             "samples": self.sample(),
         }
 
-    def take_step(self) -> Tensor:
-        """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss."""
+    def take_step(self, *, phase: Phase = nullcontext) -> Tensor:
+        """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss.
+
+        Args:
+            phase: a context for each part of the step, told its name: "data", "compute" (with whatever ZeRO
+                sends meanwhile) or "optimizer".
+        """
         applied = self.optimizer.applied_steps
         schedule = {name: value for name, value in asdict(self.config.schedule).items() if name != "tokens"}
         self.optimizer.set_lr_factor(lr_factor(applied, num_steps=self.plan.num_steps, **schedule))
@@ -154,10 +160,13 @@ class Trainer:
         self.optimizer.inspect = (self.step + 1) % self.config.optim.inspect_every_steps == 0
         total = torch.zeros((), device=self.context.device)
         for micro_step in range(self.plan.accumulation):
-            inputs, targets = self._micro_batch(micro_step)
-            loss = self.engine(inputs, targets)
-            self.engine.backward(loss)
-            self.engine.step()  # steps the optimizer on the last micro-batch
+            with phase("data"):
+                inputs, targets = self._micro_batch(micro_step)
+            with phase("compute"):
+                loss = self.engine(inputs, targets)
+                self.engine.backward(loss)
+            with phase("optimizer"):
+                self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
         self.step += 1
         self._count_skips(skipped=self.optimizer.applied_steps == applied)

@@ -120,6 +120,30 @@ class LlamaShape:
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * sequence_length
         return 6 * self.num_matmul_parameters + attention
 
+    def prefill_flops(self, prompt_tokens: int) -> int:
+        """FLOPs of prefilling one prompt of S tokens: 2·N_hidden·S + 2·vocabulary·hidden + 2·L·d·S².
+
+        The head multiplies the last token alone; attention is causal, so half of the scores (2·S·S·d each for
+        QKᵀ and for the mix with V) count. N_hidden: the hidden matrices; d = heads·head_dim.
+        """
+        head = self.vocab_size * self.hidden_size
+        attention = 2 * self.num_layers * self.num_heads * self.head_dim * prompt_tokens**2
+        return 2 * (self.num_matmul_parameters - head) * prompt_tokens + 2 * head + attention
+
+    def decode_flops(self, context_tokens: float) -> float:
+        """FLOPs of decoding one token that sees `context_tokens`: 2·N_matmul + 4·L·d·context."""
+        attention = 4 * self.num_layers * self.num_heads * self.head_dim * context_tokens
+        return 2 * self.num_matmul_parameters + attention
+
+    def kv_bytes_per_token(self, width_bytes: int) -> int:
+        """Keys and values of one token in all layers, each scalar in `width_bytes`."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * width_bytes
+
+    def decode_bytes(self, *, batch: int, context_tokens: float, width_bytes: int) -> float:
+        """Least bytes read in one decoding step: the weights but the embedding, once, and each context."""
+        weights = width_bytes * self.num_matmul_parameters
+        return weights + batch * context_tokens * self.kv_bytes_per_token(width_bytes)
+
 
 def _require(condition: bool, name: str, problem: str) -> None:
     if not condition:

@@ -1,0 +1,47 @@
+"""Energy that a GPU used, by the counter of its driver (NVML); where there is none, why."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Energy:
+    """Joules between the two ends of a `with` block, or None and the reason."""
+
+    joules: float | None = None
+    reason: str | None = None
+
+
+@contextmanager
+def joules_of(device: Any) -> Iterator[Energy]:
+    """Measure a torch device. The counter (`nvmlDeviceGetTotalEnergyConsumption`) is the whole board's.
+
+    Source: https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html, in mJ, since Volta.
+    """
+    energy = Energy()
+    read = _counter(device, energy)
+    before = read() if read else 0
+    yield energy
+    if read:
+        energy.joules = (read() - before) / 1e3
+
+
+def _counter(device: Any, energy: Energy) -> Any:
+    """A function that reads the counter in millijoules, or None with the reason in `energy`."""
+    if device.type != "cuda":
+        energy.reason = "not measured on a CPU"
+        return None
+    import pynvml
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        energy.reason = f"NVML: {error}"
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)

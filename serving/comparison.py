@@ -1,0 +1,420 @@
+"""What two machines' figures say of each other, once each is set against its own hardware. Pure: reads files.
+
+A side is a file of `make baseline`, or a datasheet's roofline ("datasheet:h100"). Every figure is a rate of
+one device (tokens/s), the FLOPs and the least bytes that one token takes, and one value per run. From these:
+
+    roofline   1 / max(FLOPs / peak, bytes / bandwidth): the rate that the device allows, and what bounds it
+    share      rate / roofline: MFU where compute bounds it, MBU where the memory does
+    parity     A's share / B's share, with an interval from the runs of both (`cluster.intervals`)
+
+Peaks are the datasheet's where both sides have one, else those that `cluster.probe` measured on each.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import files, hardware
+from cluster.cli import UserError
+from cluster.hardware import Device
+from cluster.intervals import Interval, of_rate, of_ratio
+
+FORMAT = 1  # of `training.baseline`
+KINDS = ("training", "prefill", "decode")
+DATASHEET = "datasheet:"
+VERDICTS = ("supported", "contradicted", "not decided")
+SHARE = {"compute": "MFU", "bandwidth": "MBU"}
+FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
+SAME_FLOPS = 1e-6  # relative; more apart, and the two did not do the same work
+SAME_BYTES = 0.02  # the mean context of decoding steps differs a little from run to run
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a side is measured against: FLOP/s, bytes/s, and where both come from."""
+
+    flops: float
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One machine. `content` is its file, empty for a datasheet; `origin` is what the command named."""
+
+    name: str
+    origin: str
+    datasheet: Device | None
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_roofline(self) -> bool:
+        return not self.content
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """By id."""
+        return {figure["id"]: figure for figure in self.content.get("figures", ())}
+
+    def peaks(self, *, datasheet: bool) -> Peaks:
+        """Of the datasheet, or as measured on this machine."""
+        if datasheet or self.is_roofline:
+            assert self.datasheet is not None
+            sheet = self.datasheet
+            return Peaks(sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, f"datasheet, {sheet.source}")
+        ceilings = self.content["ceilings"]
+        return Peaks(
+            ceilings["bf16_tflops"]["best"] * 1e12,
+            ceilings["read_gb_per_s"]["best"] * 1e9,
+            f"measured by cluster.probe, in {self.origin}",
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure on both sides.
+
+    Attributes:
+        bounds: what bounds it, on A and on B.
+        shares: of the roofline, on A and on B.
+        absolute: A's rate / B's.
+        parity: A's share / B's share.
+        divisors: name of a divisor -> A's rate per unit of it / B's.
+    """
+
+    id: str
+    kind: str
+    figures: tuple[Mapping[str, Any], Mapping[str, Any]]
+    rates: tuple[Interval, Interval]
+    bounds: tuple[str, str]
+    shares: tuple[Interval, Interval]
+    absolute: Interval
+    parity: Interval
+    divisors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence and whether the figures bear it: "supported", "contradicted" or "not decided"."""
+
+    text: str
+    verdict: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """All that two sides say of each other."""
+
+    sides: tuple[Side, Side]
+    peaks: tuple[Peaks, Peaks]
+    comparisons: list[Comparison]
+    claims: list[Claim]
+    missing: list[str]
+
+
+def read_side(origin: str) -> Side:
+    """A file of `make baseline`, or "datasheet:NAME".
+
+    Raises:
+        UserError: no such file or datasheet, or a file that is none of `make baseline`.
+    """
+    if origin.startswith(DATASHEET):
+        device = hardware.by_short_name(origin.removeprefix(DATASHEET))
+        if device is None:
+            known = ", ".join(f"{DATASHEET}{name}" for name in hardware.SHORT_NAMES)
+            raise UserError(f"{origin}: no such datasheet; there are {known}")
+        return Side(f"{device.name} (roofline of its datasheet)", origin, device)
+    path = Path(origin)
+    if not path.is_file():
+        raise UserError(f"{origin}: no such file; `make baseline` writes one, or say {DATASHEET}h100")
+    content = files.read_json(path)
+    if not isinstance(content, dict) or "figures" not in content or "hardware" not in content:
+        raise UserError(f"{origin}: not a file of `make baseline`")
+    problem = _problem(content)
+    if problem is not None:
+        raise UserError(f"{origin}: {problem}; was it edited by hand? Run `make baseline` anew")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{origin}: format {content.get('format')!r}, not {FORMAT}; run `make baseline` anew")
+    about = content["hardware"]
+    number = "" if about["num_devices"] == 1 else f"{about['num_devices']} x "
+    return Side(f"{number}{about['name']}", origin, hardware.lookup(about["name"]), content)
+
+
+def _problem(content: Mapping[str, Any]) -> str | None:
+    """What of a file's figures and ceilings is not as `make baseline` writes it."""
+    ceilings = content.get("ceilings") or {}
+    rates = {name: ceilings.get(name) for name in ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")}
+    rates |= {f"disk.{name}": rate for name, rate in (ceilings.get("disk") or {}).items()}
+    for name, rate in rates.items():
+        if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
+            return f"ceilings.{name}: {rate!r} is no rate with its spread"
+    for figure in content["figures"]:
+        name = figure.get("id", "a figure without id")
+        if figure.get("kind") not in KINDS:
+            return f"{name}: kind {figure.get('kind')!r} is none of {', '.join(KINDS)}"
+        if not figure.get("values") or not all(map(_positive, [*figure["values"], figure.get("flops")])):
+            return f"{name}: values and flops must be positive numbers"
+        if left := FIGURE_KEYS - figure.keys():
+            return f"{name}: has no {', '.join(sorted(left))}"
+    return None
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def compare(a: Side, b: Side, *, tolerance: float) -> Parity:
+    """Compare A with B.
+
+    Args:
+        tolerance: what still counts as parity: 0.1 is within 10%.
+
+    Raises:
+        UserError: two datasheets, or nothing in common.
+    """
+    if a.is_roofline and b.is_roofline:
+        raise UserError(f"{a.origin} and {b.origin}: two datasheets have nothing measured; give one file")
+    datasheets = a.datasheet is not None and b.datasheet is not None
+    peaks = (a.peaks(datasheet=datasheets), b.peaks(datasheet=datasheets))
+    missing: list[str] = []
+    comparisons = []
+    for name, ours, theirs in _pairs(a, b, peaks, missing.append):
+        comparisons.append(_comparison(name, (ours, theirs), peaks, (a, b)))
+    if not comparisons:
+        raise UserError(f"{a.origin} and {b.origin} have no figure in common: {'; '.join(missing[:3])}")
+    comparisons.sort(key=lambda each: KINDS.index(each.kind))
+    missing += [line for side in (a, b) for line in _unmeasured(side)]
+    return Parity((a, b), peaks, comparisons, _claims(comparisons, (a, b), tolerance), missing)
+
+
+def _pairs(
+    a: Side, b: Side, peaks: tuple[Peaks, Peaks], note: Callable[[str], None]
+) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Figures of the same work on both sides; a roofline's are made from the other's."""
+    figures = (a.figures, b.figures)
+    found: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    for name in dict.fromkeys([*figures[0], *figures[1]]):
+        pair: list[Mapping[str, Any] | None] = [side.get(name) for side in figures]
+        for place, side in enumerate((a, b)):
+            other = pair[1 - place]
+            if side.is_roofline and other is not None:
+                pair[place] = _roofline_figure(other, peaks[place], side)
+        ours, theirs = pair
+        if ours is None or theirs is None:
+            note(f"{name}: only in {(a if theirs is None else b).origin}")
+        elif _apart(ours["flops"], theirs["flops"]) > SAME_FLOPS and ours["kind"] != "decode":
+            note(f"{name}: not the same work on both (FLOPs per token differ: other lengths?)")
+        elif ours.get("tokens_per_step") != theirs.get("tokens_per_step"):
+            sizes = f"{ours.get('tokens_per_step')} and {theirs.get('tokens_per_step')} tokens"
+            note(f"{name}: not the same work on both (steps of {sizes})")
+        elif ours["bytes"] and _apart(ours["bytes"], theirs["bytes"]) > SAME_BYTES:
+            note(f"{name}: not the same work on both (bytes per token differ: other precisions or lengths?)")
+        else:
+            found.append((name, ours, theirs))
+    return found
+
+
+def _apart(ours: float, theirs: float) -> float:
+    return abs(ours / theirs - 1)
+
+
+def _roofline_figure(figure: Mapping[str, Any], peaks: Peaks, side: Side) -> dict[str, Any]:
+    """The same work at the datasheet's peak; energy at the board's power limit."""
+    seconds, _ = _roofline(figure, peaks)
+    assert side.datasheet is not None
+    return {
+        **figure,
+        "values": [1 / seconds],
+        "joules_per_token": [side.datasheet.power_watts * seconds],
+        "cost_per_million_tokens": None,
+        "command": f"arithmetic: the roofline of {side.origin} (cluster/hardware.py)",
+    }
+
+
+def _roofline(figure: Mapping[str, Any], peaks: Peaks) -> tuple[float, str]:
+    return hardware.roofline_seconds(
+        flops=figure["flops"],
+        num_bytes=figure["bytes"],
+        peak_flops=peaks.flops,
+        bytes_per_s=peaks.bytes_per_s,
+    )
+
+
+def _comparison(
+    name: str,
+    figures: tuple[Mapping[str, Any], Mapping[str, Any]],
+    peaks: tuple[Peaks, Peaks],
+    sides: tuple[Side, Side],
+) -> Comparison:
+    floors = [_roofline(figure, peak) for figure, peak in zip(figures, peaks, strict=True)]
+    values = [list(figure["values"]) for figure in figures]
+    shares = [[rate * seconds for rate in rates] for rates, (seconds, _) in zip(values, floors, strict=True)]
+    absolute = of_ratio(*values)
+    divisors = {
+        "nothing (absolute)": 1.0,
+        "per peak FLOP/s": peaks[1].flops / peaks[0].flops,
+        "per peak byte/s": peaks[1].bytes_per_s / peaks[0].bytes_per_s,
+    }
+    if sides[0].datasheet and sides[1].datasheet:
+        watts = [side.datasheet.power_watts for side in sides if side.datasheet]
+        divisors["per watt of the power limit"] = watts[1] / watts[0]
+    found = {divisor: absolute.centre * factor for divisor, factor in divisors.items()}
+    joules = [figure["joules_per_token"] for figure in figures]
+    if all(joules) and not any(side.is_roofline for side in sides):
+        found["per measured joule"] = statistics.median(joules[1]) / statistics.median(joules[0])
+    costs = [figure["cost_per_million_tokens"] for figure in figures]
+    if all(costs):
+        found["per unit of money"] = costs[1] / costs[0]
+    return Comparison(
+        id=name,
+        kind=figures[0]["kind"],
+        figures=figures,
+        rates=(of_rate(values[0]), of_rate(values[1])),
+        bounds=(floors[0][1], floors[1][1]),
+        shares=(of_rate(shares[0]), of_rate(shares[1])),
+        absolute=absolute,
+        parity=of_ratio(*shares),
+        divisors=found,
+    )
+
+
+# --- what may be said --------------------------------------------------------------------------------------
+
+
+def verdict(parity: Interval, tolerance: float) -> str:
+    """Whether a ratio is 1 to within the tolerance, as far as its interval can tell."""
+    if parity.within(tolerance):
+        return "supported"
+    if parity.low is None or parity.high is None:
+        return "not decided"
+    outside = parity.high < 1 / (1 + tolerance) or parity.low > 1 + tolerance
+    return "contradicted" if outside else "not decided"
+
+
+def _claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tolerance: float) -> list[Claim]:
+    found: list[Claim] = []
+    for kind in KINDS:
+        if group := [each for each in comparisons if each.kind == kind]:
+            if any(side.is_roofline for side in sides):
+                found += [_against_roofline(each, sides, tolerance) for each in group]
+            else:
+                found += [_throughout(kind, group, tolerance)]
+                found += [_of_one(each, tolerance) for each in group]
+    return [*found, *(caveat for each in comparisons for caveat in _caveats(each))]
+
+
+def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: float) -> Claim:
+    """What share of its own roofline the measured side reaches; supported if it is known to the tolerance."""
+    measured = 1 if sides[0].is_roofline else 0
+    share = each.shares[measured]
+    known = (
+        share.low is not None and share.high is not None and share.high <= share.low * (1 + tolerance) ** 2
+    )
+    text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
+    numbers = len(each.figures[measured]["values"])
+    because = f"{numbers} runs; known to within {tolerance:.0%}" if known else f"{numbers} runs scatter more"
+    return Claim(text, "supported" if known else "not decided", because)
+
+
+def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:
+    verdicts = [verdict(each.parity, tolerance) for each in group]
+    centres = sorted(each.parity.centre for each in group)
+    overall = next((worst for worst in ("contradicted", "not decided") if worst in verdicts), "supported")
+    counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS)
+    because = f"of {len(group)} figures {counts}; parities from {centres[0]:.3g} to {centres[-1]:.3g}"
+    return Claim(f"{kind}: parity within {tolerance:.0%} throughout", overall, because)
+
+
+def _of_one(each: Comparison, tolerance: float) -> Claim:
+    same = each.bounds[0] == each.bounds[1]
+    share = SHARE[each.bounds[0]] if same else "share of its own roofline"
+    because = f"A at {show(each.parity)} of B's {share}, {_runs(each)}"
+    return Claim(
+        f"{each.id}: parity of {share} within {tolerance:.0%}", verdict(each.parity, tolerance), because
+    )
+
+
+def _caveats(each: Comparison) -> list[Claim]:
+    """What a reader might take for granted of a figure, and what speaks against it."""
+    found = []
+    if each.bounds[0] != each.bounds[1]:
+        because = f"{each.bounds[0]} on A, {each.bounds[1]} on B: parity here compares MFU with MBU"
+        found.append(Claim(f"{each.id}: the same resource bounds it on both", "contradicted", because))
+    for place in (0, 1):
+        sending = (each.figures[place].get("time_shares") or {}).get("communication", 0.0)
+        if sending > 0.5:
+            because = f"{sending:.0%} of a step is communication: the link bounds it"
+            text = f"{each.id}: compute bounds it on {'AB'[place]}"
+            found.append(Claim(text, "contradicted", because))
+        if each.shares[place].centre > 1.0:
+            because = (
+                f"a share of {each.shares[place].centre:.0%}: the ceiling was measured while something "
+                "disturbed it, or the work takes fewer bytes or FLOPs than counted"
+            )
+            found.append(Claim(f"{each.id}: the ceiling of {'AB'[place]} is one", "contradicted", because))
+    return found
+
+
+def _runs(each: Comparison) -> str:
+    numbers = [len(figure["values"]) for figure in each.figures]
+    return f"{numbers[0]} and {numbers[1]} runs"
+
+
+def show(interval: Interval) -> str:
+    """Such as 0.874 [0.851, 0.897]; without bounds, the centre and that there was one run."""
+    if interval.low is None or interval.high is None:
+        return f"{interval.centre:.3g} [one run]"
+    return f"{interval.centre:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _unmeasured(side: Side) -> list[str]:
+    if side.is_roofline:
+        return [f"{side.name}: nothing; it is arithmetic"]
+    found = []
+    if not side.content.get("complete"):
+        found.append(f"{side.origin}: `make baseline` was broken off; rounds are missing")
+    for cell in side.content.get("cells", ()):
+        if cell["status"] != "measured":
+            found.append(f"{side.name}, {cell['id']}: {cell['status']}: {cell['reason']}")
+    if all(figure["joules_per_token"] is None for figure in side.figures.values()):
+        found.append(f"{side.name}: energy, because NVML gives none")
+    if side.content["ceilings"].get("links") is None:
+        found.append(f"{side.name}: links between devices: there is one device")
+    if side.content["ceilings"].get("links_between_nodes") is None:
+        found.append(f"{side.name}: links between nodes: no report of a preflight was given")
+    return found
+
+
+def as_json(parity: Parity) -> dict[str, Any]:
+    """For `summary.json`: by figure, its parity, both shares and the absolute ratio, with intervals."""
+
+    def plain(interval: Interval) -> list[float | None]:
+        return [interval.centre, interval.low, interval.high]
+
+    return {
+        "a": parity.sides[0].origin,
+        "b": parity.sides[1].origin,
+        "figures": {
+            each.id: {
+                "parity": plain(each.parity),
+                "absolute": plain(each.absolute),
+                "share_a": plain(each.shares[0]),
+                "share_b": plain(each.shares[1]),
+                "bounds": list(each.bounds),
+            }
+            for each in parity.comparisons
+        },
+        "claims": [[claim.verdict, claim.text, claim.because] for claim in parity.claims],
+    }
+
+
+def commit_of(side: Side) -> str:
+    """Commit, time and command behind a side's file."""
+    if side.is_roofline:
+        return "arithmetic on cluster/hardware.py"
+    about = side.content["provenance"]
+    dirty = ", with uncommitted changes" if about.get("dirty") else ""
+    return f"commit {about['commit'][:12]}{dirty}, {about['time']}, `{' '.join(about['command'])}`"

@@ -1,0 +1,93 @@
+"""`make baseline` and `make parity` for real, on a model small enough for a test."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.commands import ROOT, TINY, command, python, write_corpus
+from training.shapes import LlamaShape, to_hf_config
+
+pytestmark = pytest.mark.stack
+SHAPE = LlamaShape(
+    vocab_size=320, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128
+)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """Arguments of a small baseline, one of whose models has no weights."""
+    folder = tmp_path_factory.mktemp("baseline")
+    write_corpus(folder)
+    for name in ("mine", "weightless"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(to_hf_config(SHAPE, dtype="bfloat16")))
+    data = ("data.vocab_size", "data.validation_fraction")
+    more = [f"data.source={folder}/corpus.jsonl", *(f"{name}={TINY[name]}" for name in data)]
+    return folder, [
+        "rounds=2", f"train.shapes=[{folder}/mine/config.json]", "train.rules=[muon]",
+        f"serve.models=[{folder}/mine/config.json,{folder}/weightless]", "serve.batches=[1,2]",
+        "train.tokens=64", "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
+        f"train.data={folder}/data", f"train.more=[{','.join(more)}]",
+        "serve.prompt_tokens=16", "serve.new_tokens=8", "cost.device_hour=2.0",
+    ]  # fmt: skip
+
+
+def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine):
+    folder, arguments = machine
+    output = folder / "cpu.json"
+    done = python("training.baseline", *arguments, f"output={output}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["complete"] and found["hardware"]["kind"] == "cpu"
+    assert found["ceilings"]["links"]["num_ranks"] == 2
+    figures = {figure["id"]: figure for figure in found["figures"]}
+    assert list(figures) == [
+        "training/mine/muon", "prefill/mine/batch 1", "decode/mine/batch 1",
+        "prefill/mine/batch 2", "decode/mine/batch 2",
+    ]  # fmt: skip
+    training = figures["training/mine/muon"]
+    assert len(training["values"]) == 2
+    assert sum(training["time_shares"].values()) == pytest.approx(1)
+    assert training["time_shares"]["compute"] > training["time_shares"]["data"] > 0
+    rows = found["cells"][0]["rounds"]
+    assert training["values"] == [row["tokens_per_step"] / row["step_seconds"] for row in rows]
+    peak = found["ceilings"]["bf16_tflops"]["best"] * 1e12
+    mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
+    assert training["shares"]["MFU of measured product"] == pytest.approx(mfu)
+    price = 2.0 * 1e6 / 3600 / (sum(training["values"]) / 2)
+    assert training["cost_per_million_tokens"] == pytest.approx(price)
+    (failed,) = (cell for cell in found["cells"] if cell["id"] == "serving/weightless")
+    assert failed["status"] == "failed" and "weightless" in failed["reason"]
+
+    report = folder / "report"
+    compared = python("serving.parity", output, output, "--output", report, "--wandb", "disabled")
+    assert compared.returncode == 0, compared.stderr
+    last = json.loads(compared.stdout.strip().splitlines()[-1])
+    assert {name: round(each["parity"][0], 9) for name, each in last.items()} == dict.fromkeys(figures, 1.0)
+    assert "serving/weightless: failed" in (report / "report.md").read_text()
+
+
+def test_one_that_is_killed_leaves_what_it_had_measured(machine):
+    folder, arguments = machine
+    output = folder / "killed.json"
+    process = subprocess.Popen(
+        command("training.baseline", *arguments, "train.shapes=[]", f"output={output}"), cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not output.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.wait(30)
+    found = json.loads(output.read_text())
+    assert not found["complete"] and len(found["figures"]) >= 1
+    left = subprocess.run(["pgrep", "-f", f"model.shape={folder}"], capture_output=True, text=True).stdout
+    assert left == ""  # nothing that it started goes on
+    compared = python(
+        "serving.parity", output, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
+    )
+    assert compared.returncode == 0 and "broken off" in (folder / "r/report.md").read_text()

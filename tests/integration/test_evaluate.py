@@ -1,0 +1,572 @@
+"""`python -m training.evaluate` with the real harness: its numbers against our own and transformers'.
+
+The checkpoint is that of a run which was never trained: random weights, large enough that answers differ.
+"""
+
+import dataclasses
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+import yaml
+from tokenizers import Tokenizer
+
+from cluster.config import to_yaml
+from cluster.session import free_ports
+from serving.config import load as load_serving
+from serving.endpoint import make_endpoint
+from serving.torch_engine import make_engine
+from tests.commands import tiny, write_corpus
+from training import checkpoint
+from training import config as training_config
+from training.data import Manifest
+from training.evaluate import main
+from training.export import export
+from training.model import Llama, generate, initialize, load_hf
+from training.plan import resolve_shape
+from training.prepare import prepare
+
+pytestmark = pytest.mark.stack
+
+QUESTIONS = [f"Document {i}: the quick brown fox number {i % 7} jumps over" for i in range(24)]
+CHOICES = ["lazy dogs", "the hills", "it then", "rests for hours"]
+SEQUENCE_LENGTH = 32
+
+
+class Alone:
+    """One rank without a process group, for `checkpoint.save`."""
+
+    rank, world_size, is_main = 0, 1, True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data/`, `outputs/tiny` as a run leaves it, and a float32 copy of its model."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    write_corpus(folder)
+    config = training_config.load(dotlist=tiny(folder, run__name="tiny", run__seed=5))
+    data = prepare(config.data, report=lambda _: None)
+    model = Llama(dataclasses.replace(resolve_shape(config), max_positions=256))
+    initialize(model, seed=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 6 if parameter.ndim == 2 else 1  # else every token is about as likely as another
+        # Bytes that are no character are written as one by a tokenizer, and held back by an endpoint.
+        texts = Tokenizer.from_file(str(data / "tokenizer.json")).decode_batch([[i] for i in range(320)])
+        model.model.embed_tokens.weight *= torch.tensor([[float(text.isascii())] for text in texts])
+    run = config.run_directory
+    identity = {
+        "model": dataclasses.asdict(model.shape),
+        "data fingerprint": Manifest.read(data).fingerprint,
+    }
+    checkpoint.save(
+        run / "checkpoints/step-0000004",
+        shards=((name, 0, {"master": p.flatten()}) for name, p in model.named_parameters()),
+        state={"step": 4, "identity": identity},
+        context=Alone(),  # type: ignore[arg-type]
+    )
+    (run / "config.yaml").write_text(to_yaml(config))
+    export(run, output=folder / "hf", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Llama:
+    return load_hf(trained / "hf", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(trained / "hf/tokenizer.json"))
+
+
+@pytest.fixture(autouse=True)
+def working_directory(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+
+
+@torch.no_grad()
+def log_likelihood(model: Llama, context: list[int], continuation: list[int]) -> float:
+    tokens = torch.tensor([context + continuation])
+    chances = model(tokens[:, :-1])[0].log_softmax(-1)
+    picked = chances[len(context) - 1 :].gather(1, tokens[0, len(context) :, None])
+    return picked.sum().item()
+
+
+def continuation_of(tokenizer: Tokenizer, context: str, text: str) -> tuple[list[int], list[int]]:
+    whole, start = tokenizer.encode(f"{context} {text}").ids, tokenizer.encode(context).ids
+    return whole[: len(start)], whole[len(start) :]
+
+
+def greedy(model: Llama, tokenizer: Tokenizer, prompt: str, *, tokens: int) -> str:
+    ids = tokenizer.encode(prompt).ids
+    made = generate(model, torch.tensor(ids), num_tokens=tokens, temperature=0)
+    return tokenizer.decode(made[len(ids) :].tolist())
+
+
+def write_task(folder: Path, name: str, rows: list[dict], **keys: Any) -> Path:
+    """A task whose data lie beside it."""
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 1.5},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(task | keys))
+    return file
+
+
+def metric(name: str) -> dict[str, Any]:
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
+
+
+@pytest.fixture(scope="module")
+def tasks(trained: Path, model: Llama, tokenizer: Tokenizer) -> Path:
+    """A folder of three tasks: `choose`, `continue` (log-likelihoods) and `complete` (generation)."""
+    folder = trained / "tasks"
+    rows = [{"question": q, "choices": CHOICES, "answer": i % 4} for i, q in enumerate(QUESTIONS)]
+    write_task(
+        folder, "choose", rows, output_type="multiple_choice", doc_to_choice="{{choices}}",
+        doc_to_target="answer", metric_list=[metric("acc")],
+    )  # fmt: skip
+    rows = [{"question": q, "text": CHOICES[i % 4]} for i, q in enumerate(QUESTIONS)]
+    write_task(
+        folder, "continue", rows, output_type="loglikelihood", doc_to_target="{{' ' + text}}",
+        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    )  # fmt: skip
+    rows = []
+    for i, question in enumerate(QUESTIONS[:8]):
+        written = greedy(model, tokenizer, question, tokens=6)
+        rows.append({"question": question, "text": written if i % 4 else f"not {written}"})
+    write_task(
+        folder, "complete", rows, output_type="generate_until", doc_to_target="{{text}}",
+        generation_kwargs={"until": ["never written"], "max_gen_toks": 6, "do_sample": False},
+        metric_list=[metric("exact_match")],
+    )  # fmt: skip
+    group = {"group": "both", "task": ["choose", "copy"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group))
+    (folder / "_shared.yaml").write_text("description: a part that others may include\n")
+    return folder
+
+
+def evaluate(capsys: pytest.CaptureFixture, *keys: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(eval.json, the last line, all of stdout) of a command that succeeds."""
+    code = main(list(keys))
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    last = json.loads(captured.out.splitlines()[-1])
+    return json.loads(Path(last["file"]).read_text()), last, captured.out
+
+
+def scores(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {score["task"]: score for score in result["scores"]}
+
+
+def test_a_runs_scores_are_those_that_we_compute_and_nothing_is_asked_of_the_network(
+    trained: Path, tasks: Path, model: Llama, tokenizer: Tokenizer, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *names, **_: asked.append(names) or [])
+    export(trained / "outputs/tiny", dtype="float32")  # newer than the checkpoint, so it is taken as it is
+    result, last, out = evaluate(capsys, f"tasks=[{tasks}]", "device=cpu", "batch_size=4")
+    assert asked == []
+    assert result["model"]["run"] == str(trained / "outputs/tiny") and result["model"]["dtype"] == "float32"
+    assert last["file"] == str(trained / "outputs/tiny/eval.json")
+
+    likelihoods = [
+        [log_likelihood(model, *continuation_of(tokenizer, question, choice)) for choice in CHOICES]
+        for question in QUESTIONS
+    ]
+    right = [max(range(4), key=row.__getitem__) == i % 4 for i, row in enumerate(likelihoods)]
+    accuracy = sum(right) / len(right)
+    assert 0 < accuracy < 1  # else a constant would do
+    found = scores(result)
+    choose = found["choose"]
+    assert choose["value"] == pytest.approx(accuracy) and choose["metric"] == "acc"
+    assert choose["stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (len(right) - 1)))
+    assert (choose["samples"], choose["of_samples"], choose["version"]) == (24, 24, "1.5")
+    mean = sum(row[i % 4] for i, row in enumerate(likelihoods)) / len(likelihoods)
+    assert found["continue"]["value"] == pytest.approx(math.exp(-mean), rel=1e-4)
+    assert found["continue"]["stderr"] > 0 and found["continue"]["higher_is_better"] is False
+    assert found["complete"]["value"] == 6 / 8
+    assert last["scores"]["complete/exact_match,none"] == 6 / 8
+    assert result["provenance"]["packages"]["lm_eval"] == result["lm_eval"] == "0.4.13"
+    assert [line for line in out.splitlines() if line.startswith("choose ") and "24/24" in line]
+
+
+def test_a_group_of_tasks_with_examples_and_an_included_file(
+    trained: Path, tasks: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import manager
+
+    (trained / "group").mkdir()
+    for name in ("choose.yaml", "both.yaml"):
+        (trained / "group" / name).write_text((tasks / name).read_text())
+    (trained / "group/copy.yaml").write_text("include: choose.yaml\ntask: copy\nnum_fewshot: 0\n")
+    monkeypatch.setattr(manager, "__file__", str(trained / "group/manager.py"))  # not its own 14,000 tasks
+    result, _, _ = evaluate(
+        capsys, "tasks=[group/both.yaml]", "model=hf", "output=group.json", "num_fewshot=2", "device=cpu"
+    )
+    found = scores(result)
+    assert (found["choose"]["num_fewshot"], found["copy"]["num_fewshot"]) == (2, 0)  # 0 was said
+    assert found["both"]["group"] and not found["choose"]["group"]
+    assert found["both"]["value"] == pytest.approx((found["choose"]["value"] + found["copy"]["value"]) / 2)
+    assert "the model is no run" in result["perplexity"]["left_out"]
+
+
+def test_perplexity_is_that_of_transformers_on_the_validation_shards(
+    trained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result, last, _ = evaluate(
+        capsys, f"model={trained / 'hf'}", f"data={data_of(trained)}", f"sequence_length={SEQUENCE_LENGTH}",
+        "output=ours.json", "device=cpu", "batch_size=7",
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(trained / "hf").eval()
+    manifest = json.loads((data_of(trained) / "manifest.json").read_text())
+    losses: list[float] = []
+    for shard in manifest["validation"]["shards"]:
+        raw = (data_of(trained) / shard["file"]).read_bytes()
+        ids = torch.tensor([int.from_bytes(raw[i : i + 2], "little") for i in range(0, len(raw), 2)])
+        for start in range(0, len(ids) - SEQUENCE_LENGTH, SEQUENCE_LENGTH):
+            piece = ids[None, start : start + SEQUENCE_LENGTH + 1]
+            with torch.no_grad():
+                logits = theirs(piece[:, :-1]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits, piece[0, 1:]).item())
+    mean = sum(losses) / len(losses)
+    entry = result["perplexity"]
+    assert entry["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5) == last["perplexity"]
+    assert entry["num_sequences"] == entry["of_sequences"] == len(losses) > 10
+    assert entry["tokens"] == len(losses) * SEQUENCE_LENGTH
+    spread = torch.tensor(losses, dtype=torch.float64).std().item() / math.sqrt(len(losses))
+    assert entry["loss_stderr"] == pytest.approx(spread, rel=1e-4)
+    assert result["provenance"]["data_fingerprint"] == Manifest.read(data_of(trained)).fingerprint
+    assert last["file"] == str(trained / "ours.json") and result["scores"] == []
+
+
+def data_of(trained: Path) -> Path:
+    [data] = (trained / "data").glob("corpus-*/")
+    return data
+
+
+def test_a_run_is_exported_where_needed_and_its_data_found(
+    trained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (trained / "outputs/tiny/checkpoints/step-0000004/COMPLETE").touch()  # newer than any export
+    assert main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"model       {trained}/outputs/tiny/export, exported first" in out
+    assert f"perplexity  {data_of(trained)}" in out and f"result      {trained}/outputs/tiny/eval.json" in out
+    before = (trained / "outputs/tiny/eval.json").read_text() if result_exists(trained) else None
+    result, _, _ = evaluate(capsys, "model=tiny", "sequences=5", "device=cpu")
+    assert result["model"]["dtype"] == "bfloat16"
+    entry = result["perplexity"]
+    assert (entry["num_sequences"], entry["sequence_length"]) == (5, SEQUENCE_LENGTH)
+    assert (trained / "outputs/tiny/eval.json").read_text() != before
+
+
+def result_exists(trained: Path) -> bool:
+    return (trained / "outputs/tiny/eval.json").is_file()
+
+
+class Served:
+    """An HTTP server in a thread."""
+
+    def __init__(self, serve: Callable[[], None], stop: Callable[[], None], port: int) -> None:
+        self.url, self._stop = f"http://127.0.0.1:{port}", stop
+        self._thread = threading.Thread(target=serve, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def ours(trained: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """Our endpoint over our engine, in this process."""
+    keys = ("engine.device=cpu", "engine.dtype=float32", "engine.threads=1", "engine.compiled=false")
+    engine = make_engine(load_serving(dotlist=keys), directory=trained / "hf", name="tiny")
+    [port] = free_ports(1)
+    server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), port=port, log_level="warning"))
+    served = Served(server.run, lambda: setattr(server, "should_exit", True), port)
+    while not server.started:
+        time.sleep(0.005)
+    yield served.url
+    engine.close()
+    served.close()
+
+
+def test_generation_through_our_endpoint_scores_as_it_does_here(
+    trained: Path, tasks: Path, ours: str, capsys: pytest.CaptureFixture
+) -> None:
+    result, last, out = evaluate(
+        capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}/v1", "output=there.json"
+    )
+    assert scores(result)["complete"]["value"] == 6 / 8
+    assert result["endpoint"] == {"url": f"{ours}/v1", "model": "tiny", "context_tokens": 256}
+    assert result["model"]["run"] == str(trained / "outputs/tiny")  # it has the name of what is served
+    assert last["perplexity"] is None and "perplexity left out: an endpoint" in out
+
+
+def test_text_prompts_serve_where_the_tokenizer_is_not_known(
+    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without runs
+    result, last, _ = evaluate(capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}", "limit=4")
+    assert scores(result)["complete"]["value"] == 3 / 4
+    assert (scores(result)["complete"]["samples"], scores(result)["complete"]["of_samples"]) == (4, 8)
+    assert last["file"] == str(tmp_path / "outputs/eval-tiny/eval.json")
+
+
+def test_our_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are_named(
+    tasks: Path, ours: str, capsys: pytest.CaptureFixture
+) -> None:
+    error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={ours}", "output=no.json"])
+    assert error.startswith("error: tasks: choose, continue: these need the log-probabilities of given text")
+    assert "400: echo: this server does not do this" in error and "evaluate the checkpoint here" in error
+    assert not Path("no.json").exists()
+
+
+def test_a_request_that_the_endpoint_refuses_is_told_with_its_answer(
+    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    task = yaml.safe_load((tasks / "complete.yaml").read_text())
+    task["generation_kwargs"]["top_k"] = 5
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(task))
+    error = refusal(capsys, [f"tasks=[{tmp_path / 'odd.yaml'}]", f"endpoint={ours}", "limit=1"])
+    assert "refuses a request" in error and "top_k: this server does not know this parameter" in error
+
+
+class Echo(BaseHTTPRequestHandler):
+    """As much of vLLM's endpoint as lm_eval needs for a log-likelihood: echo with logprobs, of token ids."""
+
+    model: Llama
+    tokenizer: Tokenizer
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "elsewhere", "max_model_len": 256}]})
+
+    @torch.no_grad()
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert body["echo"] is True and body["max_tokens"] == 1
+        prompt = body["prompt"]
+        if isinstance(prompt, str):
+            prompt = [self.tokenizer.encode(prompt).ids]
+        [ids] = prompt
+        chances = self.model(torch.tensor([ids]))[0].log_softmax(-1)
+        likeliest = chances.max(-1)
+        ids = [*ids, likeliest.indices[-1].item()]
+        picked = [None, *(chances[i, token].item() for i, token in enumerate(ids[1:]))]
+        top = [None, *({str(i.item()): v.item()} for v, i in zip(*likeliest, strict=True))]
+        told = {"token_logprobs": picked, "top_logprobs": top}
+        self._answer({"choices": [{"index": 0, "text": "", "logprobs": told}]})
+
+    def _answer(self, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def echo(model: Llama, tokenizer: Tokenizer) -> Iterator[str]:
+    handler = type("Handler", (Echo,), {"model": model, "tokenizer": tokenizer})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    served = Served(server.serve_forever, server.shutdown, server.server_port)
+    yield served.url
+    served.close()
+    server.server_close()
+
+
+def test_an_endpoint_with_echo_does_log_likelihoods_and_needs_the_tokenizer(
+    trained: Path, tasks: Path, model: Llama, tokenizer: Tokenizer, echo: str, capsys: pytest.CaptureFixture
+) -> None:
+    keys = [f"tasks=[{tasks / 'continue.yaml'}]", f"endpoint={echo}", "output=echo.json"]
+    error = refusal(capsys, keys)  # no run is called elsewhere
+    assert error.startswith("error: model: continue: these count the tokens of given text")
+    result, _, _ = evaluate(capsys, *keys, f"model={trained / 'hf'}")
+    mean = sum(
+        log_likelihood(model, *continuation_of(tokenizer, question, CHOICES[i % 4]))
+        for i, question in enumerate(QUESTIONS)
+    ) / len(QUESTIONS)
+    assert scores(result)["continue"]["value"] == pytest.approx(math.exp(-mean), rel=1e-4)
+
+
+def refusal(capsys: pytest.CaptureFixture, keys: list[str]) -> str:
+    """The one message of a command that is refused."""
+    assert main(keys) == 2
+    captured = capsys.readouterr()
+    [line] = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def no_such_model(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["model=tinny"], "model: 'tinny' is neither a Hugging Face directory"
+
+
+def nothing_to_do(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["model=hf"], "tasks: none are named, and there is no perplexity to measure: the model is no run"
+
+
+def damaged_weights(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    for file in (trained / "hf").iterdir():
+        (tasks.parent / "damaged").mkdir(exist_ok=True)
+        (tasks.parent / "damaged" / file.name).write_bytes(file.read_bytes()[:5000])
+    keys = ["model=damaged", f"tasks=[{tasks / 'choose.yaml'}]"]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tasks.parent / "damaged" / name).write_bytes((trained / "hf" / name).read_bytes())
+    return keys, "damaged/model.safetensors: not a readable safetensors file"
+
+
+def missing_tokenizer(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    (trained / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (trained / "bare" / name).write_bytes((trained / "hf" / name).read_bytes())
+    return ["model=bare", f"data={data_of(trained)}"], "bare/tokenizer.json is missing"
+
+
+def another_tokenizer(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    (trained / "other").mkdir()
+    for file in (trained / "hf").iterdir():
+        (trained / "other" / file.name).write_bytes(file.read_bytes())
+    (trained / "other/tokenizer.json").write_text((trained / "hf/tokenizer.json").read_text() + "\n")
+    return ["model=other", f"data={data_of(trained)}"], "was prepared with another tokenizer (SHA-256 "
+
+
+def no_data(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["model=hf", "data=nowhere"], "nowhere/manifest.json: missing, so this is no prepared folder"
+
+
+def malformed_task(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    (trained / "broken.yaml").write_text("task: [unclosed\n")
+    return ["tasks=[broken.yaml]"], "broken.yaml is no usable task YAML (ParserError: "
+
+
+def missing_task_file(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["tasks=[gone.yaml]"], "gone.yaml is no usable task YAML (FileNotFoundError: "
+
+
+def no_task_in_file(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return [f"tasks=[{tasks / '_shared.yaml'}]"], "_shared.yaml says neither task nor group"
+
+
+def no_task_in_folder(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["tasks=[data]"], "data holds no task YAML"
+
+
+def missing_task_data(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    file = write_task(trained / "odd", "dataless", [{"question": "a"}], doc_to_target="a")
+    (trained / "odd/dataless.jsonl").unlink()
+    return [f"tasks=[{file}]"], "dataless.yaml cannot be loaded (FileNotFoundError: "
+
+
+def field_that_the_data_lack(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    file = write_task(
+        trained / "odd", "fieldless", [{"question": "a"}], doc_to_text="{{answer}}", doc_to_target="{{b}}",
+        output_type="generate_until", metric_list=[metric("exact_match")],
+    )  # fmt: skip
+    return [f"tasks=[{file}]"], "fieldless"
+
+
+def unknown_key(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["task=[choose]"], "unknown key 'task'"
+
+
+def silent_endpoint(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    [port] = free_ports(1)
+    keys = [f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint=http://127.0.0.1:{port}"]
+    return (
+        keys,
+        f"endpoint: http://127.0.0.1:{port}/v1/models does not answer ([Errno 111] Connection refused)",
+    )
+
+
+def output_is_a_folder(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    return ["model=tiny", "output=data"], "output: "
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        no_such_model,
+        nothing_to_do,
+        damaged_weights,
+        missing_tokenizer,
+        another_tokenizer,
+        no_data,
+        malformed_task,
+        missing_task_file,
+        no_task_in_file,
+        no_task_in_folder,
+        missing_task_data,
+        field_that_the_data_lack,
+        unknown_key,
+        silent_endpoint,
+        output_is_a_folder,
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    trained: Path, tasks: Path, capsys: pytest.CaptureFixture,
+    arrange: Callable[[Path, Path], tuple[list[str], str]],
+) -> None:  # fmt: skip
+    keys, message = arrange(trained, tasks)
+    assert message in refusal(capsys, [*keys, *(["device=cpu"] if "device" not in str(keys) else [])])
+
+
+def test_an_unknown_task_is_named_with_its_neighbours(
+    trained: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lm_eval.tasks import manager
+
+    # A small stand-in for its own 14,000 tasks, which take half a minute to look through.
+    write_task(tmp_path / "its", "hellaswag", [{"question": "a"}])
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "its/manager.py"))
+    error = refusal(capsys, ["model=tiny", "tasks=[helaswag]"])
+    assert "tasks: 'helaswag' is no file, no folder, and no task of lm_eval's; is it hellaswag?" in error
+
+
+def test_without_lm_eval_the_message_says_how_to_install_it(
+    tasks: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    error = refusal(capsys, [f"tasks=[{tasks}]"])
+    assert 'pip install -c constraints.txt -e ".[eval]"' in error and "lm_eval" in error

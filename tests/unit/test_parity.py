@@ -1,0 +1,219 @@
+"""Parity reports from files that are written here: figures whose ratios are known beforehand."""
+
+import copy
+import html.parser
+import json
+
+import pytest
+
+from cluster import hardware
+from cluster.cli import UserError
+from serving import parity
+from serving.comparison import compare, read_side
+
+A40, H100 = hardware.by_short_name("a40"), hardware.by_short_name("h100")
+FLOPS = {"training": 8.5e9, "prefill": 2.8e9, "decode": 2.7e9}
+SCATTER = (0.99, 1.0, 1.01)
+
+
+def figure(device, kind, share, **changes):
+    """A figure that reaches `share` of the device's roofline, in three runs of 1% scatter."""
+    name = f"{kind}/llama-1b4/" + ("muon" if kind == "training" else "batch 1")
+    found = {
+        "id": name, "kind": kind, "shape": "llama-1b4", "unit": "tokens/s per device", "devices": 1,
+        "flops": FLOPS[kind], "bytes": 2.7e9 if kind == "decode" else None, "peak_memory_bytes": 4e9,
+        "joules_per_token": None, "cost_per_million_tokens": None, "command": f"python -m measure {kind}",
+    }  # fmt: skip
+    if kind == "training":
+        found |= {"step_seconds": [1.0], "step_seconds_p10": [0.9], "step_seconds_p90": [1.2]}
+        shares = {"compute": 0.8, "communication": 0.1, "optimizer": 0.08, "data": 0.01, "other": 0.01}
+        found |= {"tokens_per_step": 131072, "time_shares": shares}
+    else:
+        found["itl_ms" if kind == "decode" else "ttft_ms"] = [4.0]
+    found |= changes
+    seconds, _ = hardware.roofline_seconds(
+        flops=found["flops"], num_bytes=found["bytes"], peak_flops=device.bf16_tflops * 1e12,
+        bytes_per_s=device.memory_gb_per_s * 1e9,
+    )  # fmt: skip
+    found.setdefault("values", [share / seconds * factor for factor in SCATTER])
+    return found
+
+
+def write(folder, device, figures, name=None, **changes):
+    """A file of `make baseline`."""
+    rate = {"best": 1.0, "spread": [0.9, 1.0]}
+    tflops = {"best": device.bf16_tflops * 0.8, "spread": [1.0, device.bf16_tflops * 0.8]}
+    memory = {"best": device.memory_gb_per_s * 0.9, "spread": [1.0, device.memory_gb_per_s * 0.9]}
+    content = {
+        "format": 1, "complete": True,
+        "hardware": {"name": name or device.name, "num_devices": 8, "kind": "gpu"},
+        "ceilings": {
+            "bf16_tflops": tflops, "read_gb_per_s": memory, "copy_gb_per_s": memory, "links": None,
+            "products_tflops": {}, "disk": {"write_gb_per_s": rate, "read_gb_per_s": rate},
+        },
+        "cells": [{"id": "serving/llama-2-7b", "status": "out of memory", "reason": "by count"}],
+        "figures": figures,
+        "provenance": {"commit": "0" * 40, "dirty": False, "time": "2026-11-24", "command": ["baseline"]},
+    } | changes  # fmt: skip
+    file = folder / f"{(name or device.name).split()[1].lower()}.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def both(folder, ours, theirs):
+    a = write(folder, A40, [figure(A40, kind, share) for kind, share in ours.items()])
+    b = write(folder, H100, [figure(H100, kind, share) for kind, share in theirs.items()])
+    return compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+
+
+def test_parity_is_the_ratio_of_the_shares_of_what_bounds_each(tmp_path):
+    found = both(tmp_path, {"training": 0.36, "decode": 0.7}, {"training": 0.45, "decode": 0.7})
+    training, decode = found.comparisons
+    assert training.parity.centre == pytest.approx(0.8)
+    assert training.bounds == ("compute", "compute")
+    assert training.absolute.centre == pytest.approx(0.8 * 149.7 / 989)
+    assert decode.bounds == ("bandwidth", "bandwidth")
+    assert decode.parity.centre == pytest.approx(1.0)
+    assert decode.absolute.centre == pytest.approx(696 / 3350)
+
+
+def test_the_words_follow_from_the_intervals(tmp_path):
+    found = both(tmp_path, {"training": 0.36, "decode": 0.7}, {"training": 0.45, "decode": 0.7})
+    verdicts = {claim.text: claim.verdict for claim in found.claims}
+    assert verdicts["decode: parity within 10% throughout"] == "supported"
+    assert verdicts["training: parity within 10% throughout"] == "contradicted"
+    near = both(tmp_path, {"training": 0.41}, {"training": 0.45})  # 0.911: the interval holds the border
+    assert near.claims[0].verdict == "not decided"
+
+
+def test_the_divisor_makes_a_parity_of_1_37_out_of_none(tmp_path):
+    (decode,) = both(tmp_path, {"decode": 0.7}, {"decode": 0.7}).comparisons
+    assert decode.divisors["per peak FLOP/s"] == pytest.approx(1.37, abs=0.005)
+    assert decode.divisors["per peak byte/s"] == pytest.approx(1.0)
+    assert decode.divisors["per watt of the power limit"] == pytest.approx(696 / 3350 * 700 / 300)
+    assert decode.divisors["nothing (absolute)"] == pytest.approx(696 / 3350)
+
+
+def test_against_a_datasheet_it_is_the_share_of_the_own_roofline(tmp_path):
+    a = write(tmp_path, A40, [figure(A40, "training", 0.36), figure(A40, "decode", 0.7)])
+    found = compare(read_side(str(a)), read_side("datasheet:a40"), tolerance=0.1)
+    assert [each.parity.centre for each in found.comparisons] == pytest.approx([0.36, 0.7], rel=1e-3)
+    assert found.comparisons[1].figures[1]["joules_per_token"] == pytest.approx([300 * 2.7e9 / 696e9])
+    assert found.claims[0].verdict == "supported" and "0.36 [" in found.claims[0].text
+
+
+def test_a_machine_without_a_datasheet_is_measured_against_its_own_ceilings_on_both_sides(tmp_path):
+    unknown = write(tmp_path, A40, [figure(A40, "decode", 0.7)], name="NVIDIA B9999")
+    known = write(tmp_path, A40, [figure(A40, "decode", 0.7)])
+    found = compare(read_side(str(unknown)), read_side(str(known)), tolerance=0.1)
+    assert all("measured by cluster.probe" in peaks.source for peaks in found.peaks)
+    assert found.comparisons[0].shares[0].centre == pytest.approx(0.7 / 0.9, rel=1e-3)
+    assert "per watt of the power limit" not in found.comparisons[0].divisors
+
+
+def test_figures_of_other_work_are_not_compared_and_it_says_so(tmp_path):
+    b = write(tmp_path, H100, [
+        figure(H100, "training", 0.4, tokens_per_step=524_288),
+        figure(H100, "prefill", 0.4, flops=3.1e9),
+        figure(H100, "decode", 0.4),
+    ])  # fmt: skip
+    a = write(tmp_path, A40, [figure(A40, kind, 0.4) for kind in FLOPS])
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    assert [each.kind for each in found.comparisons] == ["decode"]
+    assert (
+        "training/llama-1b4/muon: not the same work on both (steps of 131072 and 524288 tokens)"
+        in found.missing
+    )
+    assert any(line.startswith("prefill/llama-1b4/batch 1: not the same work") for line in found.missing)
+    assert any("serving/llama-2-7b: out of memory: by count" in line for line in found.missing)
+
+
+def test_what_would_mislead_is_said(tmp_path):
+    sending = {"compute": 0.3, "communication": 0.6, "optimizer": 0.1, "data": 0.0, "other": 0.0}
+    a = write(tmp_path, A40, [figure(A40, "training", 0.1, time_shares=sending), figure(A40, "decode", 1.2)])
+    b = write(tmp_path, H100, [figure(H100, "training", 0.4), figure(H100, "decode", 0.7)])
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    said = {claim.text: claim.because for claim in found.claims if claim.verdict == "contradicted"}
+    assert "the link bounds it" in said["training/llama-1b4/muon: compute bounds it on A"]
+    assert "a share of 120%" in said["decode/llama-1b4/batch 1: the ceiling of A is one"]
+
+
+class Page(html.parser.HTMLParser):
+    """What an HTML file would load, and its headings."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.loaded += [named[key] for key in ("src", "href", "srcset") if key in named and tag != "a"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
+    a = write(tmp_path, A40, [figure(A40, kind, 0.4) for kind in FLOPS])
+    b = write(tmp_path, H100, [figure(H100, kind, 0.5) for kind in FLOPS])
+    folder = tmp_path / "out"
+    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["training/llama-1b4/muon"]["parity"][0] == pytest.approx(0.8)
+    assert json.loads((folder / "summary.json").read_text())["figures"] == last
+    text = (folder / "report.md").read_text()
+    for needed in (
+        "python -m measure training", str(a), "6·N_matmul", "cluster/intervals.py", "0" * 12,
+        "Where the time of a training step goes", "0.8 [", "not measured",
+    ):  # fmt: skip
+        assert needed in text, needed
+    page = Page()
+    page.feed((folder / "report.html").read_text())
+    assert len(page.loaded) == 3 and all(part.startswith("data:image/png;base64,") for part in page.loaded)
+    assert "What other divisors would have said" in page.text
+    assert sorted(plot.name for plot in (folder / "plots").iterdir()) == [
+        "parity.png",
+        "roofline.png",
+        "time.png",
+    ]
+
+
+def edited(**changes):
+    def change(content):
+        content.update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edited(format=2), "format 2, not 1"),
+        (edited(ceilings={}), "ceilings.bf16_tflops"),
+        (lambda content: content["figures"][0].update(values=[0.0]), "values and flops must be positive"),
+        (lambda content: content["figures"][0].pop("bytes"), "has no bytes"),
+        (lambda content: content["figures"][0].update(kind="nap"), "kind 'nap'"),
+        (lambda content: content.pop("figures"), "not a file of `make baseline`"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, change, message):
+    file = write(tmp_path, A40, [figure(A40, "decode", 0.5)])
+    content = copy.deepcopy(json.loads(file.read_text()))
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as raised:
+        read_side(str(file))
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ("datasheet:a40", "datasheet:h100", "two datasheets have nothing measured"),
+        ("datasheet:a41", "datasheet:h100", "datasheet:a41: no such datasheet; there are datasheet:a40"),
+        ("/nowhere.json", "datasheet:h100", "/nowhere.json: no such file"),
+    ],
+)
+def test_bad_sides_are_one_message(a, b, message, capsys):
+    assert parity.main([a, b, "--wandb", "disabled"]) == 2
+    assert message in capsys.readouterr().err

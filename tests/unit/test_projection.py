@@ -1,0 +1,447 @@
+"""The projection by hand: bytes, seconds of collectives, a baseline's shares, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import config as layered
+from cluster.cli import UserError
+from cluster.config import ConfigError
+from optim.ownership import make_plan
+from training import projection, projection_check, step_model, traffic
+from training.projection import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
+from training.shapes import SHAPES, LlamaShape
+from training.step_model import (
+    Basis,
+    Links,
+    basis_from_row,
+    exchange_seconds,
+    optimizer_work,
+    ring_seconds,
+    step_seconds,
+)
+from training.traffic import Exchange, Job, collectives, exchange, ownership, sent_bytes
+
+# 80 elements in two tables, 12 in three norms, 4 squares of 16 and 3 rectangles of 24 in one layer.
+TINY = LlamaShape(
+    vocab_size=10, hidden_size=4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2, ffn_size=6
+)
+ONE_PROTOCOL = ((5e-6, 50e-6, 1.0),)
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+
+def job(stage: int, num_ranks: int, **other: Any) -> Job:
+    given = {"shape": TINY, "accumulation": 1, "bucket_elements": 10**6, **other}
+    return Job(stage=stage, num_ranks=num_ranks, **given)
+
+
+def links(gb_per_s: float, node_gb_per_s: float = 1e9, protocols: Any = ONE_PROTOCOL) -> Links:
+    rates = dict.fromkeys(KINDS, gb_per_s * 1e9)
+    return Links(name="x", bytes_per_s=rates, node_bytes_per_s=node_gb_per_s * 1e9, protocols=protocols)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_reduces_once_and_gathers_once_with_its_padding():
+    assert TINY.num_parameters == 228
+    gradients, weights = collectives(job(1, 2, accumulation=5))
+    assert (gradients.kind, gradients.num_bytes, gradients.hidden_by) == ("all_reduce", 2 * 228, None)
+    assert (weights.kind, weights.num_bytes, weights.calls) == ("all_gather", 2 * 228, 3)
+    assert gradients.sent_bytes(2) == 456 and weights.sent_bytes(2) == 228
+    # On 3 ranks flat tensors are padded to multiples of 6: 80 -> 84, 12, 136 -> 138.
+    assert collectives(job(1, 3))[0].num_bytes == 2 * (84 + 12 + 138)
+
+
+def test_stage_2_reduces_in_every_micro_batch_beside_the_backward_pass():
+    gradients, weights = collectives(job(2, 2, accumulation=5))
+    assert (gradients.kind, gradients.num_bytes) == ("all_reduce", 5 * 2 * 228)
+    assert gradients.hidden_by == "backward" and weights.hidden_by is None
+    assert collectives(job(2, 2, accumulation=5, bucket_elements=100))[0].calls == 5 * 3
+
+
+def test_stage_3_gathers_small_weights_after_the_step_and_large_ones_in_every_pass():
+    gradients, small = collectives(job(3, 4, accumulation=2))
+    assert (gradients.kind, gradients.num_bytes) == ("reduce_scatter", 2 * 2 * 228)
+    assert (small.num_bytes, small.calls, small.hidden_by) == (2 * 228, 12, None)
+    large = {
+        each.name: each
+        for each in collectives(job(3, 8, shape=SHAPES["llama-1b4"], bucket_elements=2 * 10**8))
+    }
+    all_of_it = 1_420_396_544 - 49 * 2048  # but for the norms
+    assert large["weights, forward"].num_bytes == 2 * all_of_it
+    # The lookahead has gathered all before any layer is over: the embedding alone was released by then.
+    assert large["weights, backward"].num_bytes == 2 * 50_304 * 2048
+
+
+def test_stage_3_gathers_again_what_is_used_again_too_far_away():
+    """By twice the elements that follow: 500M are kept, and the parameter at their border."""
+    found = {
+        each.name: each for each in collectives(job(3, 8, shape=SHAPES["llama-1b4"], reuse_distance=10**9))
+    }
+    layer, head = 4 * 2048**2 + 3 * 2048 * 5504, 50_304 * 2048
+    kept = found["weights, forward"].num_bytes / 2 - found["weights, backward"].num_bytes / 2
+    assert head + 7 * layer < kept <= 500_000_000 + 2048 * 5504
+
+
+def test_one_rank_sends_nothing():
+    for stage in (1, 2, 3):
+        assert sent_bytes(job(stage, 1)) == [0.0]
+
+
+def test_an_elementwise_rule_exchanges_no_matrix():
+    assert ownership(job(3, 4, whole_matrices=False)) is None
+    common = sum(each.sent_bytes(4) for each in collectives(job(3, 4)))
+    assert sent_bytes(job(3, 4, whole_matrices=False)) == [common] * 4
+    assert min(sent_bytes(job(3, 4))) > common
+
+
+def test_the_exchange_of_one_matrix_over_two_nodes():
+    """16 elements in 4 pieces, on ranks 0, 1 | 2, 3: the owner gets 12, of which 8 from the other node."""
+    plan = make_plan([replace(ownership(job(3, 4)).matrices[0])], world_size=4)
+    [owner] = plan.owners
+    found = exchange(plan, element_bytes=2, ranks_per_node=2)
+    assert found.worst_rank_bytes == 24 and found.worst_node_bytes == 16 and found.peers == 3
+    assert [found.sent_bytes[rank] for rank in range(4)] == [24 if rank == owner else 8 for rank in range(4)]
+
+
+# --- seconds ----------------------------------------------------------------------------------------------
+
+
+def test_a_ring_in_one_node():
+    spent = ring_seconds("all_reduce", 1e9, calls=3, num_ranks=8, num_nodes=1, links=links(20))
+    assert spent.transfer == pytest.approx(2 * 7 / 8 * 1 / 20)
+    assert spent.latency == pytest.approx(3 * 14 * 5e-6)
+    assert not spent.crosses
+
+
+def test_a_ring_over_nodes_is_bounded_by_their_network():
+    spent = ring_seconds("all_gather", 1e9, calls=1, num_ranks=8, num_nodes=2, links=links(20, 3.1))
+    assert spent.transfer == pytest.approx(7 / 8 * 1 / 3.1) and spent.crosses
+    assert spent.latency == pytest.approx(6 * 5e-6 + 1 * 50e-6)
+    fast = ring_seconds("all_gather", 1e9, calls=1, num_ranks=8, num_nodes=2, links=links(20, 50))
+    assert fast.transfer == pytest.approx(7 / 8 * 1 / 20) and not fast.crosses
+
+
+def test_the_quicker_protocol_counts():
+    two = links(10, protocols=((10e-6, 10e-6, 1.0), (1e-6, 1e-6, 0.25)))
+    small = ring_seconds("all_gather", 1e3, calls=1, num_ranks=101, num_nodes=1, links=two)
+    assert small.latency == pytest.approx(100e-6)
+    large = ring_seconds("all_gather", 1e9, calls=1, num_ranks=101, num_nodes=1, links=two)
+    assert large.latency == pytest.approx(1e-3) and large.transfer == pytest.approx(100 / 101 * 0.1)
+
+
+def test_the_exchange_takes_what_its_busiest_link_takes():
+    travels = Exchange((0,), worst_rank_bytes=10**9, worst_node_bytes=10**9, peers=4)
+    inside = exchange_seconds(travels, num_nodes=1, links=links(20, 2))
+    assert inside.transfer == pytest.approx(2 / 20) and inside.latency == pytest.approx(8 * 5e-6)
+    between = exchange_seconds(travels, num_nodes=2, links=links(20, 2))
+    assert between.transfer == pytest.approx(2 / 2) and between.latency == pytest.approx(8 * 50e-6)
+    assert between.crosses and not inside.crosses
+
+
+def test_optimizer_work_by_hand():
+    # Stage 1 in bf16: 24 bytes for 136 matrix elements and 28 for 92 others, halved; 16 for all 228.
+    one = job(1, 2)
+    _, num_bytes = optimizer_work(one, ownership(one))
+    assert num_bytes == 24 * 68 + 28 * 46 + 16 * 228
+    two = job(2, 2)
+    assert optimizer_work(two, ownership(two))[1] == 24 * 68 + 28 * 46 + 12 * 114
+    assert optimizer_work(job(2, 2, whole_matrices=False), None) == (0.0, 28 * 114 + 12 * 114)
+    # One rank: 4 squares of 15n³ + 5n³ and 3 rectangles, 4 x 6 so not above 1.5 to 1: 15n²m + 5n³.
+    alone = job(1, 1)
+    flops, _ = optimizer_work(alone, ownership(alone))
+    assert flops == 4 * 20 * 4**3 + 3 * (15 * 16 * 6 + 5 * 64)
+
+
+BASIS = Basis(
+    source="test",
+    compute_seconds_per_token=1e-3,
+    product_flops=1e12,
+    memory_bytes_per_s=1e12,
+    peak_tflops=100.0,
+)
+
+
+def test_a_step_is_the_sum_of_its_parts_and_hides_only_what_overlap_comm_can():
+    slow = links(1e-6, protocols=((0.0, 0.0, 1.0),))  # 1 kB/s
+    one = step_seconds(job(1, 2), tokens_per_rank=300, ranks_per_node=2, basis=BASIS, links=slow)
+    assert one.seconds["compute"] == pytest.approx(0.3)
+    assert one.seconds["intra-node link"] >= (456 + 228) / 1e3
+    assert one.longest == pytest.approx(sum(one.seconds.values())) and one.hidden_seconds == 0
+    assert one.bottleneck == "intra-node link"
+    two = step_seconds(job(2, 2), tokens_per_rank=300, ranks_per_node=2, basis=BASIS, links=slow)
+    assert two.hidden_seconds == pytest.approx(0.2)  # the reduction takes 0.456 s; two thirds of compute
+    two = step_seconds(job(2, 2), tokens_per_rank=3000, ranks_per_node=2, basis=BASIS, links=slow)
+    assert two.hidden_seconds == pytest.approx(0.456) and two.bottleneck == "compute"
+    assert two.shortest == pytest.approx(two.longest - 0.456)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_ranks", "ranks_per_node", "bottleneck"),
+    [
+        ({"links": links(1e-6, 1e-9)}, 4, 2, "inter-node link"),
+        ({"links": links(1e6, 1e6, ((1.0, 1.0, 1.0),))}, 4, 2, "latency"),
+        ({"basis": replace(BASIS, memory_bytes_per_s=1.0)}, 4, 4, "optimizer"),
+    ],
+)
+def test_the_bottleneck_is_named(changes, num_ranks, ranks_per_node, bottleneck):
+    given = {"basis": BASIS, "links": links(1e6, 1e6), **changes}
+    step = step_seconds(job(1, num_ranks), tokens_per_rank=1, ranks_per_node=ranks_per_node, **given)
+    assert step.bottleneck == bottleneck
+
+
+def test_nvlink_pairs_carry_twice_pcie_unless_the_bridge_is_slower():
+    measured, pcie, pairs = link_choices(LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=56.25), links(7))
+    assert measured.bytes_per_s["all_reduce"] == 7e9
+    assert pcie.bytes_per_s["all_reduce"] == 20e9 and pairs.bytes_per_s["all_reduce"] == 40e9
+    assert pairs.bytes_per_s["all_to_all"] == 20e9
+    [_, slow] = link_choices(LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=30), None)
+    assert slow.bytes_per_s["all_gather"] == 30e9
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "tokens", "micro", "accumulation"),
+    [(8, 524_288, 4, 8), (64, 524_288, 4, 1), (24, 24 * 11 * 2048, 1, 11), (512, 512 * 2048, 1, 1),
+     (4096, 4096 * 2048, 1, 1)],
+)  # fmt: skip
+def test_a_batch_grows_to_the_least_that_divides(num_gpus, tokens, micro, accumulation):
+    batch = divide(ProjectionConfig(), num_gpus)
+    assert (batch.tokens, batch.micro_sequences, batch.accumulation) == (tokens, micro, accumulation)
+
+
+# --- a baseline -------------------------------------------------------------------------------------------
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {
+        "num_workers": 2,
+        "tokens_per_step": 1000,
+        "flops_per_token": SHAPES["llama-1b4"].flops_per_token(2048),
+        "accumulation": 1,
+        "zero_stage": 1,
+        "precision": "bf16",
+        "step_seconds": 2.0,
+        "phased_step_seconds": 2.5,
+        "seconds_compute": 1.5,
+        "seconds_data": 0.25,
+        "seconds_optimizer": 0.5,
+        "seconds_communication": 0.25,
+        **changes,
+    }
+
+
+CEILINGS = {"bf16_tflops": {"best": 100.0}, "copy_gb_per_s": {"best": 500.0}, "links": None}
+
+
+def baseline(**changes: Any) -> dict[str, Any]:
+    cells = [
+        {"id": "training/llama-1b4/muon", "kind": "training", "shape": "llama-1b4", "rule": "muon",
+         "status": "measured", "reason": None, "rounds": [row()]},
+        {"id": "training/llama-2-7b/muon", "kind": "training", "shape": "llama-2-7b", "rule": "muon",
+         "status": "out of memory", "reason": "needs 90 GB", "rounds": []},
+        {"id": "serving/llama-1b4", "kind": "serving", "shape": "llama-1b4", "status": "measured",
+         "rounds": [{}]},
+    ]  # fmt: skip
+    hardware = {"name": "NVIDIA A40", "kind": "gpu", "num_devices": 8, "num_nodes": 1}
+    return {
+        "format": 1,
+        "hardware": hardware,
+        "ceilings": CEILINGS,
+        "cells": cells,
+        "provenance": {},
+        **changes,
+    }
+
+
+def write(folder: Path, content: Any) -> str:
+    file = folder / "here_baseline.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(file)
+
+
+def test_shares_of_the_phased_step_scale_the_measured_one():
+    one = job(1, 2)
+    rows = [row(), row(step_seconds=3.0), row(step_seconds=1.0)]
+    basis = basis_from_row(rows, CEILINGS, job=one, source="test", flops_ratio=3.0)
+    assert basis.compute_seconds_per_token == pytest.approx(3.0 * 1.75 * (2.0 / 2.5) * 2 / 1000)
+    # so that the step it was measured in comes out again
+    assert step_model.optimizer_seconds(one, ownership(one), basis) == pytest.approx(0.5 * 2.0 / 2.5)
+
+
+def test_a_baseline_gives_compute_and_links(tmp_path):
+    found = {"num_ranks": 8, "all_reduce_gb_per_s": {"best": 9.0}, "all_to_all_gb_per_s": {"best": 6.0},
+             "all_reduce_latency_us": 140.0}  # fmt: skip
+    path = write(tmp_path, baseline(ceilings={**CEILINGS, "links": found}))
+    basis = basis_of(ProjectionConfig(baseline=path))
+    assert basis.compute_seconds_per_token == pytest.approx(1.75 * 0.8 * 2 / 1000)
+    assert basis.source.startswith("measured: ") and basis.peak_tflops == 149.7
+    assert basis.links.bytes_per_s["all_reduce"] == 9e9 and basis.links.bytes_per_s["all_to_all"] == 6e9
+    assert basis.links.protocols[0][0] == pytest.approx(10e-6)
+
+
+def test_another_shape_of_the_baseline_is_scaled_by_its_flops_and_said_so(tmp_path):
+    flops = SHAPES["llama-60m"].flops_per_token(2048)
+    content = baseline()
+    content["cells"][0] |= {"shape": "llama-60m", "rounds": [row(flops_per_token=flops)]}
+    basis = basis_of(ProjectionConfig(baseline=write(tmp_path, content), baseline_shape="llama-60m"))
+    ratio = SHAPES["llama-1b4"].flops_per_token(2048) / flops
+    assert basis.compute_seconds_per_token == pytest.approx(ratio * 1.75 * 0.8 * 2 / 1000)
+    assert "ASSUMED: llama-1b4 at the same FLOP/s" in basis.source
+
+
+def test_without_a_baseline_the_datasheet_counts_and_the_output_says_so(monkeypatch):
+    monkeypatch.setattr(projection, "_found_baseline", lambda device: None)
+    basis = basis_of(ProjectionConfig())
+    assert basis.source.startswith("ASSUMED, nothing measured: MFU 40% of 149.7 TFLOP/s")
+    assert basis.compute_seconds_per_token == pytest.approx(9_111_601_152 / (0.4 * 149.7e12))
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "message"),
+    [
+        (None, {}, "no such file; write one with `make baseline`"),
+        ("no json", {}, "cannot be read as JSON"),
+        ({"bench": "optim"}, {}, "is no baseline of format 1"),
+        (baseline(format=2), {}, "is no baseline of format 1"),
+        (baseline(), {"rule": "adamw"}, "no measured training cell of llama-1b4 with adamw; it has "
+         "llama-1b4 with muon (measured), llama-2-7b with muon (out of memory: needs 90 GB); set baseline_"),
+        (baseline(ceilings={"bf16_tflops": None}), {}, "is incomplete"),
+        (baseline(), {"shape": "llama-2-7b"}, "no measured training cell of llama-2-7b with muon"),
+        (baseline(), {"baseline_shape": "llama-9t"}, "baseline_shape: 'llama-9t' is not one of"),
+        (baseline(), {"device": "NVIDIA H200"}, "was measured on NVIDIA A40, and device is NVIDIA H200"),
+    ],
+)  # fmt: skip
+def test_a_baseline_that_cannot_be_used_is_an_error_with_its_remedy(content, keys, message, tmp_path):
+    path = str(tmp_path / "none.json") if content is None else write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        basis_of(ProjectionConfig(baseline=path, **keys))
+    assert message in str(error.value) and path in str(error.value) + path * ("baseline_shape" in keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("assumed.mfu=1.5", "assumed.mfu"),
+        ("assumed.mfu=0", "assumed.mfu"),
+        ("links.node_gb_per_s=0", "links.node_gb_per_s"),
+        ("nodes=[]", "nodes"),
+        ("nodes=[0]", "nodes"),
+        ("stages=[0]", "stages"),
+        ("batch_tokens=5000", "batch_tokens"),
+        ("tokens=0", "tokens"),
+        ("shape=llama-9t", "shape"),
+        ("rule=scion", "rule"),
+        ("node=[1]", "unknown key 'node'"),
+    ],
+)
+def test_an_impossible_key_is_named(key, name):
+    with pytest.raises(ConfigError, match=name):
+        layered.load(ProjectionConfig, dotlist=[key])
+
+
+def test_a_device_that_nobody_knows_needs_a_baseline():
+    with pytest.raises(UserError, match="no datasheet entry and no baseline; known: NVIDIA A40"):
+        basis_of(ProjectionConfig(device="NVIDIA A41"))
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_and_one_json_line(capsys, tmp_path):
+    path = write(tmp_path, baseline())
+    assert projection.main([f"baseline={path}", "nodes=[1,512]", "stages=[1]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    one, _, many, _ = found["projection"]
+    assert (one["gpus"], many["gpus"]) == (8, 4096)
+    assert one["seconds"]["compute"] == pytest.approx(65_536 * 1.75 * 0.8 * 2 / 1000)
+    assert one["days"] == pytest.approx(28e9 / 524_288 * one["step_seconds"] / 86400)
+    assert one["mfu"] == pytest.approx(one["tokens_per_second"] * 9_111_601_152 / (8 * 149.7e12))
+    assert one["sent_bytes"]["gradients"] == pytest.approx(2 * 7 / 8 * 2 * 1_420_396_544)
+    assert one["bottleneck"] == "compute" and many["batch_tokens"] == 4096 * 2048
+    text = "\n".join(lines)
+    assert "measured: here_baseline.json" in text and "between nodes  ASSUMED: 3.1 GB/s" in text
+    assert "batch_tokens=524,288 does not divide over 4,096 GPUs" in text
+
+
+def test_dry_run_and_bad_input(capsys, tmp_path):
+    assert projection.main(["--dry-run", f"baseline={write(tmp_path, baseline())}"]) == 0
+    assert "micro_sequences: 4" in capsys.readouterr().out
+    assert projection.main([f"baseline={tmp_path / 'none.json'}"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert projection.main(["assumed.mfu=2"]) == 2
+    assert "assumed.mfu" in capsys.readouterr().err
+
+
+# --- its check --------------------------------------------------------------------------------------------
+
+
+def test_the_check_predicts_from_one_worker_and_what_many_get_at_once():
+    config = projection_check.training_config.load(dotlist=projection_check.DEFAULTS)
+    alone = {"products_tflops": 0.2, "passes_gb_per_s": 20.0}
+    together = {"products_tflops": 0.1, "passes_gb_per_s": 10.0, "all_reduce_latency_us": 0.0}
+    together |= dict.fromkeys((f"{kind}_gb_per_s" for kind in KINDS), 1.0)
+    given = row(num_workers=1, tokens_per_step=1024)
+    step = projection_check.predict(config, given, stage=2, workers=2, alone=alone, together=together)
+    num_parameters = projection_check.make_plan(config).shape.num_parameters
+    assert step.seconds["compute"] == pytest.approx(2 * 1.75 * 0.8)
+    # two micro-batches of an all-reduce, one all-gather; the plan cuts no matrix on two ranks
+    assert step.seconds["intra-node link"] == pytest.approx((2 * 2 + 1) * num_parameters / 1e9, rel=1e-3)
+    # half of the shard at half the rate, but orthogonalised once, by one of two
+    assert step.seconds["optimizer"] == pytest.approx(0.5 * 0.8, rel=0.05)
+
+
+@pytest.mark.parametrize("key", ["workers.count=2", "zero.stage=1", "launcher=ray"])
+def test_the_check_refuses_what_it_sets_itself(key, capsys):
+    assert projection_check.main([key]) == 2
+    assert f"{key}: leave it out" in capsys.readouterr().err
+
+
+def test_the_check_says_what_it_would_run(capsys):
+    assert projection_check.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-9:]
+    assert all("training.steps" in line for line in lines)
+    assert (
+        "--nproc-per-node=3" in lines[-1] and "zero.stage=3" in lines[-1] and "batch.tokens=3072" in lines[-1]
+    )
+
+
+def test_the_shares_are_those_that_the_optimizers_bench_counts():
+    contenders = pytest.importorskip("optim.contenders")
+    for kind, share in traffic.SHARES.items():
+        given = contenders.Traffic.SHARES[kind][1](4)
+        assert (
+            share(4) * (4 if kind == "all_gather" else 1) == given
+        )  # of the own part there, of the whole here
+
+
+def test_the_check_compares_prediction_and_measurement(monkeypatch, capsys):
+    """With commands that answer at once: the same step for any number of workers, links that cost nothing."""
+    rates = dict.fromkeys((f"{kind}_gb_per_s" for kind in KINDS), 1e9)
+    probe = {"num_ranks": 0, "products_tflops": 0.2, "passes_gb_per_s": 20.0, "all_reduce_latency_us": 0.0}
+    answers = []
+
+    def answer(command):
+        answers.append(command)
+        return (
+            probe | rates if "training.ranks_probe" in command else row(num_workers=1, tokens_per_step=1024)
+        )
+
+    monkeypatch.setattr(projection_check, "_last_line", answer)
+    config = projection_check.training_config.load(dotlist=projection_check.DEFAULTS)
+    result = projection_check.check(config, projection_check.DEFAULTS, num_rounds=2, steps=1)
+    assert len(answers) == 2 * 3 * 3 * 2
+    # compute and data as measured; the optimizer's part is halved, of 2.0 s in which it took a fifth
+    assert result["error_percent_zero2_2_workers"] == pytest.approx(
+        100 * (1.6 * 0.875 + 0.2) / 2 - 100, abs=2
+    )
+    assert result["measured_seconds_zero3_1_worker"] == 2.0 and len(result["runs"]) == 18
+    assert "NOT within 15%" in projection_check.table(result)
+    assert "round 2/2 ZeRO-3, 3 workers" in capsys.readouterr().err

@@ -1,0 +1,350 @@
+"""`make baseline`: what this machine is worth, in training and in serving, in one file.
+
+    python -m training.baseline [--config FILE] [--dry-run] [--cluster CLUSTER.yaml] [key=value ...]
+
+Ceilings first (`cluster.probe`), then rounds of cells, each a command of its own (`training.steps`,
+`serving.steps`), so that one that runs out of memory is a result and nothing else. The file is written anew
+after every cell; `serving.parity` compares two such files, `training.projection` reads one.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster import benchmark, cli, files, hardware, inventory, probe, provenance, remote
+from cluster import config as layered
+from cluster.cli import RunError, UserError
+from cluster.progress import Progress
+from cluster.session import ROOT
+from training import baseline_plan, shapes
+from training.baseline_plan import BaselineConfig, Cell, Machine, describe, make_cells
+from training.ceilings import better
+
+FORMAT = 1
+WHAT = "baseline"
+TOLERANCE = 20  # a cell may take so many times its floor, and START_SECONDS, before it is ended
+START_SECONDS = 600
+LINK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
+DISK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser("training.baseline", description=__doc__.splitlines()[0], keys=BaselineConfig())
+    parser.add_argument(
+        "--cluster", type=Path, metavar="CLUSTER.yaml", help="measure its head node: submit, and follow"
+    )
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        there = _on_cluster(options.cluster, options.overrides) if options.cluster else ()
+        config = baseline_plan.load(file=options.config, dotlist=[*there, *options.overrides])
+        if options.cluster:
+            remote.start(
+                options.cluster, run=config.name, module="training.baseline",
+                config=layered.to_yaml(config), skip_preflight=False,
+            )  # fmt: skip
+            return
+        run(config, dry_run=options.dry_run)
+
+    return cli.run(body)
+
+
+def _on_cluster(cluster: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    storage = inventory.load(cluster).storage
+    name = baseline_plan.load(dotlist=overrides).name
+    return (
+        f"output={storage}/outputs/{name}/baseline.json",
+        f"train.data={storage}/data",
+        f"storage={storage}",
+        f"preflight={storage}/preflight.json",
+    )
+
+
+def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
+    """Measure this machine and write its file, or print what would be measured."""
+    host = hardware.describe_host()
+    found = _probe(())
+    datasheet = hardware.lookup(found["name"])
+    about = {name: found[name] for name in ("name", "kind", "num_devices")}
+    about |= {"num_nodes": 1, "cpu_cores": host["cpu_cores"], "datasheet": datasheet and asdict(datasheet)}
+    best = {name: found[name]["best"] for name in ("bf16_tflops", "read_gb_per_s")}
+    machine = Machine(
+        gpu=found["kind"] == "gpu",
+        num_devices=found["num_devices"],
+        memory_bytes=found["free_bytes"],
+        tflops=best["bf16_tflops"],
+        gb_per_s=best["read_gb_per_s"],
+    )
+    cells = make_cells(config, machine)
+    print(
+        f"{about['num_devices']} x {about['name']}: {machine.tflops:.3g} TFLOP/s in bf16, "
+        f"{machine.gb_per_s:.3g} GB/s, {machine.memory_bytes / 1e9:.1f} GB free, measured (cluster.probe)"
+    )
+    print(describe(cells, rounds=config.rounds), flush=True)
+    if dry_run:
+        return
+    output = _output(config, host)
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "complete": False,
+        "hardware": about,
+        "ceilings": found,
+        "config": layered.to_dict(config),
+        "load_average_before": os.getloadavg()[0],
+        "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
+    }
+    _measure(cells, config, result, output)
+    files.write_json(output, {**result, "complete": True})
+    print(table(result["figures"]))
+    print(f"written to {output}")
+    medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
+    print(json.dumps({"output": str(output), **medians}))
+
+
+def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
+    path = Path(config.output) if config.output else benchmark.baseline_path(host, WHAT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path.with_name(f".{path.name}.try"), "")
+        path.with_name(f".{path.name}.try").unlink()
+    except OSError as error:
+        raise UserError(f"output: {path} cannot be written ({error.strerror}); set another") from error
+    return path
+
+
+# --- ceilings ----------------------------------------------------------------------------------------------
+
+
+def _probe(names: Sequence[str]) -> dict[str, Any]:
+    """`training.ceilings.measure` in a process of its own. Raises `RunError`."""
+    command = [sys.executable, "-m", "training.ceilings", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"the ceilings cannot be measured: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _all_ceilings(config: BaselineConfig, machine: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Also the links inside this node, those between nodes (of the preflight's report), and the disk."""
+    device = "cuda" if machine["kind"] == "gpu" else "cpu"
+    ranks = machine["num_devices"] if device == "cuda" else 2
+    links = None
+    if ranks > 1:
+        links = asdict(probe.measure_node_links(ranks, device=device, num_bytes=LINK_BYTES[device]))
+    folder = Path(config.storage or config.train.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk = probe.measure_disk(folder, num_bytes=DISK_BYTES[device])
+    rates = {f"{what}_gb_per_s": {"best": rate, "spread": [rate, rate]}
+             for what, rate in zip(("write", "read"), disk, strict=True)}  # fmt: skip
+    report = Path(config.preflight or "")
+    between = files.read_json(report)["found"].get("links") if report.is_file() else None
+    return {**_probe(names), "links": links, "links_between_nodes": between, "disk": rates}
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any], output: Path) -> None:
+    going = [cell for cell in cells if not cell.skipped]
+    names = list(dict.fromkeys(cell.about["model"] for cell in going if cell.kind == "training"))
+    with Progress(config.rounds * len(going)) as progress:
+        for number in range(config.rounds):
+            now = _all_ceilings(config, result["hardware"], names)
+            result["ceilings"] = better(result["ceilings"], now)
+            for place, cell in enumerate(going):
+                if cell.problem is None:
+                    begin = time.monotonic()
+                    _once(cell)
+                    end = cell.problem[0] if cell.problem else f"{time.monotonic() - begin:.0f} s"
+                    progress.note(f"round {number + 1}/{config.rounds} {cell.id}: {end}")
+                progress.update({"step": number * len(going) + place + 1})
+                result["cells"] = [cell.as_json() for cell in cells]
+                result["figures"] = figures(result["cells"], result, config)
+                files.write_json(output, result)
+
+
+def _once(cell: Cell) -> None:
+    """Run a cell's command once; its last line joins the rounds, or its problem is noted."""
+    limit = START_SECONDS + TOLERANCE * cell.floor_seconds
+    process = subprocess.Popen(
+        [sys.executable, *cell.command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        cell.problem = ("failed", f"did not end within {limit:.0f} s")
+        return
+    finally:  # whatever ends us ends what it has started, ranks of torchrun among them
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode == 0:
+        cell.rounds.append(json.loads(out.strip().splitlines()[-1]))
+        return
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    said = (errors or err.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")[:300]
+    killed = process.returncode == -signal.SIGKILL
+    if killed:
+        said = "killed, as the kernel does when memory runs out"
+    cell.problem = ("out of memory" if killed or "out of memory" in said else "failed", said)
+
+
+# --- what it comes to --------------------------------------------------------------------------------------
+
+
+def figures(
+    cells: Sequence[Mapping[str, Any]], result: Mapping[str, Any], config: BaselineConfig
+) -> list[dict[str, Any]]:
+    """Rates with what bounds them, one value per round.
+
+    Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least that one unit of work
+    takes; `bytes` is None where work does not pass through memory once per unit, as in training),
+    `joules_per_token`, `cost_per_million_tokens` (None where not known), `shares` of each ceiling, by name,
+    and the `command`.
+    """
+    found: list[dict[str, Any]] = []
+    for cell in cells:
+        if cell["rounds"]:
+            found += (_trained if cell["kind"] == "training" else _served)(cell)
+    for figure in found:
+        figure["shares"] = shares(figure, result["ceilings"], result["hardware"]["datasheet"])
+        figure["cost_per_million_tokens"] = _cost(figure, config)
+    return found
+
+
+def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = cell["rounds"]
+    workers = rows[0]["num_workers"]
+    joules = [row["joules_per_step"] for row in rows]
+    whole = [row["phased_step_seconds"] for row in rows]
+    times = {
+        part: statistics.median(
+            row[f"seconds_{part}"] / seconds for row, seconds in zip(rows, whole, strict=True)
+        )
+        for part in ("compute", "communication", "optimizer", "data")
+    }
+    return [
+        {
+            "id": cell["id"],
+            "kind": "training",
+            "shape": cell["shape"],
+            "model": cell["model"],
+            "unit": "tokens/s per device",
+            "values": [row["tokens_per_step"] / row["step_seconds"] / workers for row in rows],
+            "devices": workers,
+            "tokens_per_step": rows[0]["tokens_per_step"],
+            "flops": rows[0]["flops_per_token"],
+            "bytes": None,
+            "joules_per_token": _quotients(joules, [row["tokens_per_step"] for row in rows]),
+            "step_seconds": [row["step_seconds"] for row in rows],
+            "step_seconds_p10": [row["step_seconds_p10"] for row in rows],
+            "step_seconds_p90": [row["step_seconds_p90"] for row in rows],
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            "time_shares": {**times, "other": 1 - sum(times.values())},
+            "command": cell["command"],
+        }
+    ]
+
+
+def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    rows = cell["rounds"]
+    info = rows[0]["info"]
+    shape = shapes.resolve(cell["model"])
+    width = {"bfloat16": 2, "float32": 4}[info["dtype"]]
+    for place, point in enumerate(rows[0]["points"]):
+        points = [row["points"][place] for row in rows]
+        batch, prompt, context = point["batch"], point["prompt_tokens"], point["mean_context"]
+        tokens = batch * (prompt + point["new_tokens"])
+        common = {
+            "shape": cell["shape"],
+            "unit": "tokens/s per device",
+            "devices": 1,
+            "batch": batch,
+            "joules_per_token": _quotients([p["joules"] for p in points], [tokens] * len(points)),
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            "command": cell["command"],
+        }
+        found += [
+            {
+                **common,
+                "id": f"prefill/{cell['shape']}/batch {batch}",
+                "kind": "prefill",
+                "values": [p["prefill_tokens_per_second"] for p in points],
+                "flops": shape.prefill_flops(prompt) / prompt,
+                "bytes": info["weight_bytes"] / (batch * prompt),
+                "ttft_ms": [p["ttft_ms"] for p in points],
+            },
+            {
+                **common,
+                "id": f"decode/{cell['shape']}/batch {batch}",
+                "kind": "decode",
+                "values": [p["decode_tokens_per_second"] for p in points],
+                "flops": shape.decode_flops(context),
+                "bytes": shape.decode_bytes(batch=batch, context_tokens=context, width_bytes=width) / batch,
+                "itl_ms": [p["itl_ms"] for p in points],
+            },
+        ]
+    return found
+
+
+def shares(
+    figure: Mapping[str, Any], ceilings: Mapping[str, Any], datasheet: Mapping[str, Any] | None
+) -> dict[str, list[float]]:
+    """Denominator -> share of it in each round: FLOPs or bytes per second over the ceiling's."""
+    peaks = {
+        "MFU of measured product": ("flops", ceilings["bf16_tflops"]["best"] * 1e12),
+        "MBU of measured read": ("bytes", ceilings["read_gb_per_s"]["best"] * 1e9),
+    }
+    if own := ceilings["products_tflops"].get(figure.get("model")):
+        peaks["MFU of measured products of this model"] = ("flops", own["best"] * 1e12)
+    if datasheet:
+        peaks["MFU of datasheet"] = ("flops", datasheet["bf16_tflops"] * 1e12)
+        peaks["MBU of datasheet"] = ("bytes", datasheet["memory_gb_per_s"] * 1e9)
+    return {
+        name: [value * figure[work] / peak for value in figure["values"]]
+        for name, (work, peak) in peaks.items()
+        if figure[work] is not None
+    }
+
+
+def _quotients(above: Sequence[float | None], below: Sequence[float]) -> list[float] | None:
+    known = [value for value in above if value is not None]
+    if len(known) < len(above):
+        return None
+    return [value / by for value, by in zip(known, below, strict=True)]
+
+
+def _cost(figure: Mapping[str, Any], config: BaselineConfig) -> float | None:
+    """Price of a million tokens: device hours and, where energy was measured, kilowatt hours."""
+    if config.cost.device_hour is None:
+        return None
+    hours = 1e6 / statistics.median(figure["values"]) / 3600
+    energy = statistics.median(figure["joules_per_token"]) if figure["joules_per_token"] else 0.0
+    return hours * config.cost.device_hour + energy * 1e6 / 3.6e6 * (config.cost.kwh or 0.0)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The figures, for people."""
+    lines = [f"{'':<34}{'tokens/s':>10}{'min':>10}{'max':>10}  shares"]
+    for figure in found:
+        values = figure["values"]
+        told = ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in figure["shares"].items())
+        numbers = (statistics.median(values), min(values), max(values))
+        lines.append(f"{figure['id']:<34}" + "".join(f"{n:>10.4g}" for n in numbers) + f"  {told}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

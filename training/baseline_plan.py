@@ -1,0 +1,259 @@
+"""What `make baseline` measures, in which order and size, decided before anything is measured. No torch."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import config as layered
+from cluster.config import ConfigError, key, require
+from cluster.session import SessionConfig
+from optim.cost import orthogonalize_flops
+from training import config as training_config
+from training import plan as training_plan
+from training import shapes
+from training.shapes import LlamaShape
+from training.steps import NUM_PHASED
+
+TRAINED = ("llama-60m", "llama-130m", "llama-350m", "llama-1b4")
+SERVED = (*TRAINED, "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b")
+RULES = ("adamw", "muon")
+USABLE_MEMORY = 0.92  # of what a device or this machine has free
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class TrainCells:
+    shapes: tuple[str, ...] = key(TRAINED, "shapes to train")
+    rules: tuple[str, ...] = key(RULES, "rules of the hidden matrices")
+    zero_stage: int = key(1, "DeepSpeed ZeRO stage")
+    tokens: int | None = key(None, "tokens of a step, rounded up to whole passes; GPU: 131072, CPU: 1024")
+    sequence_length: int | None = key(None, "GPU: 1024, CPU: 256")
+    most_micro_sequences: int | None = key(
+        None, "the most sequences per worker and pass, halved until memory suffices; GPU: 16, CPU: 4"
+    )
+    workers: int | None = key(None, "default: one per GPU of this node, or one on a CPU's cores")
+    steps: int | None = key(None, "timed steps; GPU: 10, CPU: 4")
+    data: str = key("data", "folder of prepared data (training.prepare); the embedded corpus is made there")
+    more: tuple[str, ...] = key((), "key=value of training.config for every cell, such as data.source=...")
+
+
+@dataclass(frozen=True)
+class ServeCells:
+    models: tuple[str, ...] = key(
+        SERVED, "shapes, or config.json files, with random weights; or Hugging Face directories"
+    )
+    batches: tuple[int, ...] | None = key(None, "requests at once; GPU: 1,8,32, CPU: 1,8")
+    prompt_tokens: int | None = key(None, "GPU: 512, CPU: 128")
+    new_tokens: int | None = key(None, "GPU: 160, CPU: 48")
+    more: tuple[str, ...] = key((), "key=value of serving.config for every cell, such as engine.threads=2")
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    currency: str = key("USD", "of the prices")
+    device_hour: float | None = key(None, "price of one device for an hour, its share of the node included")
+    kwh: float | None = key(None, "price of a kilowatt hour at the wall; counted where NVML gives energy")
+
+    def __post_init__(self) -> None:
+        for name in ("device_hour", "kwh"):
+            require((getattr(self, name) or 0) >= 0, f"cost.{name}", "must not be negative")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    name: str = key("baseline", "run directory under outputs/ on a cluster")
+    output: str | None = key(None, "file; default: tests/baselines/<hardware>_baseline.json")
+    rounds: int = key(3, "times that everything is measured, in turns; intervals come from these")
+    most_seconds: float = key(
+        30.0, "a cell that cannot take less than this at the measured ceilings is left out"
+    )
+    train: TrainCells = key(TrainCells, "")
+    serve: ServeCells = key(ServeCells, "")
+    cost: CostConfig = key(CostConfig, "")
+    storage: str | None = key(None, "folder whose disk is measured; default: that of the prepared data")
+    preflight: str | None = key(None, "report of cluster.preflight: the links between nodes")
+    session: SessionConfig = key(SessionConfig, "")
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, "rounds", "must be at least 1")
+        require(self.most_seconds > 0, "most_seconds", "must be above 0")
+        require(not self.serve.batches or min(self.serve.batches) >= 1, "serve.batches", "must be positive")
+        for name in self.train.shapes:
+            _shape(name, key="train.shapes")
+        for name in self.serve.models:
+            _shape(name, key="serve.models")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan has to know of this machine. Bytes and seconds are of one device."""
+
+    gpu: bool
+    num_devices: int
+    memory_bytes: float
+    tflops: float
+    gb_per_s: float
+
+
+@dataclass
+class Cell:
+    """One command that measures one thing, and what came of it.
+
+    Attributes:
+        floor_seconds: what it cannot take less than, at the measured ceilings; start-up not counted.
+        skipped: why it is not measured, or None.
+        rounds: last lines of the command, one per round.
+        problem: why it was given up: (status, reason).
+    """
+
+    id: str
+    kind: str
+    shape: str
+    about: dict[str, Any]
+    command: list[str]
+    floor_seconds: float
+    skipped: str | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    problem: tuple[str, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file."""
+        status, reason = self.problem or (("skipped", self.skipped) if self.skipped else ("measured", None))
+        return {
+            "id": self.id, "kind": self.kind, "shape": self.shape, **self.about, "status": status,
+            "reason": reason, "command": " ".join(["python", *self.command]), "rounds": self.rounds,
+        }  # fmt: skip
+
+
+def make_cells(config: BaselineConfig, machine: Machine) -> list[Cell]:
+    """Every cell in order: training, then serving, each from small to large."""
+    trained = [
+        _training(config, machine, shape, rule)
+        for shape in config.train.shapes
+        for rule in config.train.rules
+    ]
+    return [*trained, *(_serving(config, machine, model) for model in config.serve.models)]
+
+
+def describe(cells: Sequence[Cell], *, rounds: int) -> str:
+    """The plan, for people."""
+    lines = [f"{rounds} rounds of these, each in a process of its own; at least, in seconds:"]
+    for cell in cells:
+        end = f"left out: {cell.skipped}" if cell.skipped else f"{cell.floor_seconds:8.1f}"
+        lines.append(f"  {cell.id:<30}{end}")
+    total = rounds * sum(cell.floor_seconds for cell in cells if not cell.skipped)
+    return "\n".join([*lines, f"at least {total / 60:.0f} min in all, and starting each process besides"])
+
+
+def _training(config: BaselineConfig, machine: Machine, name: str, rule: str) -> Cell:
+    cells, shape, gpu = config.train, _shape(name, key="train.shapes"), machine.gpu
+    workers = cells.workers or (machine.num_devices if gpu else 1)
+    length = cells.sequence_length or (1024 if gpu else 256)
+    tokens = cells.tokens or (131_072 if gpu else 1024)
+    steps = cells.steps or (10 if gpu else 4)
+    warm_up = 3 if gpu else 1
+    micro = cells.most_micro_sequences or (16 if gpu else 4)
+    while True:
+        per_pass = workers * micro * length
+        keys = [
+            f"model.shape={name}",
+            f"optim.matrix.rule={rule}",
+            f"optim.matrix.lr={0.02 if rule == 'muon' else 0.001}",
+            f"zero.stage={cells.zero_stage}",
+            f"workers.count={workers}",
+            f"workers.gpu={str(gpu).lower()}",
+            f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // workers)}",
+            f"batch.sequence_length={length}",
+            f"batch.micro_sequences={micro}",
+            f"batch.tokens={-(-tokens // per_pass) * per_pass}",
+            f"data.directory={cells.data}",
+            *cells.more,
+        ]
+        asked = training_config.load(dotlist=[*keys, "schedule.tokens=1000000000"])
+        parts = training_plan.memory_bytes(asked, shape, num_workers=workers)
+        needed = sum(parts.values()) * (1 if gpu else workers)
+        if needed <= USABLE_MEMORY * machine.memory_bytes or micro == 1:
+            break
+        micro //= 2
+    num_steps = warm_up + steps + NUM_PHASED + 1
+    flops = shape.flops_per_token(length) * asked.batch.tokens / workers
+    if rule == "muon":
+        sizes = shape.matrices().items()
+        flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / workers
+    cell = Cell(
+        id=f"training/{_title(name)}/{rule}",
+        kind="training",
+        shape=_title(name),
+        about={"model": name, "rule": rule},
+        command=[
+            *(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] * (workers > 1)),
+            *("-m", "training.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys),
+        ],
+        floor_seconds=num_steps * flops / (machine.tflops * 1e12),
+    )
+    if needed > machine.memory_bytes:
+        cell.skipped = _too_large(needed, machine)
+    return _unless_long(cell, config)
+
+
+def _serving(config: BaselineConfig, machine: Machine, model: str) -> Cell:
+    cells, shape, gpu = config.serve, _shape(model, key="serve.models"), machine.gpu
+    batches = cells.batches or ((1, 8, 32) if gpu else (1, 8))
+    num_prompt = cells.prompt_tokens or (512 if gpu else 128)
+    num_new = cells.new_tokens or (160 if gpu else 48)
+    flops = num_bytes = 0.0
+    for batch in batches:
+        flops += 2 * batch * shape.prefill_flops(num_prompt)
+        num_bytes += num_new * shape.decode_bytes(
+            batch=batch, context_tokens=num_prompt, width_bytes=BF16_BYTES
+        )
+    keys = [f"model.path={model}"]
+    if model in shapes.SHAPES or model.endswith(".json"):
+        keys = ["model.weights=random", f"model.shape={model}"]
+    keys += [f"engine.step_tokens={2048 if gpu else 256}", *cells.more]
+    cell = Cell(
+        id=f"serving/{_title(model)}",
+        kind="serving",
+        shape=_title(model),
+        about={"model": model, "batches": list(batches), "prompt_tokens": num_prompt},
+        command=[
+            *("-m", "serving.steps", "--batches", ",".join(map(str, batches))),
+            *("--prompt-tokens", str(num_prompt), "--new-tokens", str(num_new)),
+            *keys,
+        ],
+        floor_seconds=flops / (machine.tflops * 1e12) + num_bytes / (machine.gb_per_s * 1e9),
+    )
+    cache = max(batches) * (num_prompt + num_new + 32) * shape.kv_bytes_per_token(BF16_BYTES)
+    needed = BF16_BYTES * shape.num_parameters + cache
+    if needed > USABLE_MEMORY * machine.memory_bytes:
+        cell.skipped = _too_large(needed, machine)
+    return _unless_long(cell, config)
+
+
+def _unless_long(cell: Cell, config: BaselineConfig) -> Cell:
+    if not cell.skipped and cell.floor_seconds > config.most_seconds:
+        cell.skipped = f"takes at least {cell.floor_seconds:.0f} s here, above most_seconds"
+    return cell
+
+
+def _too_large(needed: float, machine: Machine) -> str:
+    return f"needs {needed / 1e9:.1f} GB of {machine.memory_bytes / 1e9:.1f} GB: out of memory by count"
+
+
+def _title(model: str) -> str:
+    """What a shape, a config.json or a directory is called: a name without folders."""
+    return Path(model).parent.name if model.endswith(".json") else Path(model).name
+
+
+def _shape(name: str, *, key: str) -> LlamaShape:
+    try:
+        return shapes.resolve(name)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> BaselineConfig:
+    """Defaults <- YAML <- dotlist. Raises `ConfigError`."""
+    return layered.load(BaselineConfig, file=file, dotlist=dotlist)

@@ -1,0 +1,70 @@
+"""What one device of this machine can do, measured in a process that ends and leaves its memory free.
+
+    python -m training.ceilings [SHAPE ...]        one JSON object
+
+Beside what `cluster.probe` measures: the products of each model's own weights, forward and backward.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster import hardware, probe
+from training import shapes
+
+NUM_ROWS = 1024  # tokens that are multiplied at once
+
+
+def measure(names: Sequence[str]) -> dict[str, Any]:
+    """What `probe.Ceilings` holds, and `kind` ("gpu", "cpu"), `name`, `num_devices` and these.
+
+    `free_bytes` is the free memory of one device; `products_tflops` maps the name of a shape to a
+    `probe.Ceiling` of its products.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    free = torch.cuda.mem_get_info()[0] if gpu else _available_memory()
+    products = {}
+    for name in names:
+        shape = shapes.resolve(name)
+        sizes = [*shape.matrices().elements(), (shape.vocab_size, shape.hidden_size)]
+        products[name] = asdict(probe.measure_products(sizes, num_rows=NUM_ROWS, device=device))
+    found = probe.measure(device=device, num_threads=None if gpu else os.cpu_count())
+    return {
+        **asdict(found),
+        "kind": "gpu" if gpu else "cpu",
+        "name": found.device if gpu else hardware.describe_host()["cpu"],
+        "num_devices": torch.cuda.device_count() if gpu else 1,
+        "free_bytes": free,
+        "products_tflops": products,
+    }
+
+
+def better(before: Any, now: Any) -> Any:
+    """Of two measurements of the same, the higher of every `best` and the wider of every spread.
+
+    A disturbance can only lower a ceiling; what it is a share of must not be a disturbed one.
+    """
+    if isinstance(now, dict) and set(now) == {"best", "spread"}:
+        ends = [*before["spread"], *now["spread"]]
+        return {"best": max(before["best"], now["best"]), "spread": [min(ends), max(ends)]}
+    if isinstance(now, dict):
+        known = before or {}
+        return {name: better(known[name], value) if name in known else value for name, value in now.items()}
+    return now
+
+
+def _available_memory() -> float:
+    table = Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in table if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024.0
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:])))

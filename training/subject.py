@@ -1,0 +1,111 @@
+"""Which model to evaluate: a Hugging Face directory, or a run, exported first where needed. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.cli import UserError
+from training import shapes
+from training.config import RunConfig
+from training.evaluate_config import NEWEST
+from training.shapes import LlamaShape
+
+EXPORT = "export"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        directory: of Hugging Face's layout.
+        name: the run's, or the directory's.
+        run: the run directory that it is the export of, if any.
+        stale: it has to be exported first.
+    """
+
+    directory: Path
+    name: str
+    run: Path | None = None
+    stale: bool = False
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.directory}{', exported first' if self.stale else ''}"
+
+
+def find(model: str) -> Subject:
+    """The model that the key `model` names. Changes nothing. Raises `UserError`: there is no such model."""
+    outputs = Path(RunConfig().directory)
+    if model == NEWEST:
+        return _newest(outputs)
+    for directory in (Path(model).expanduser().absolute(), (outputs / model).absolute()):
+        if (directory / "config.json").is_file():
+            run = directory.parent
+            if directory.name == EXPORT and _last_trained(run):
+                return Subject(directory, run.name, run=run)  # as it is, even if the run has gone on
+            return Subject(directory, directory.name)
+        if _last_trained(directory) or _last_exported(directory):
+            return _of_run(directory)
+    runs = ", ".join(sorted(run.name for run in _runs(outputs))) or "none"
+    raise UserError(
+        f"model: {model!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
+        f"checkpoint; runs in {outputs.absolute()}: {runs}; train one with `make train`"
+    )
+
+
+def named(model: str) -> Subject | None:
+    """The run under `outputs/` that has this very name, if there is one. Changes nothing."""
+    return next((_of_run(run) for run in _runs(Path(RunConfig().directory)) if run.name == model), None)
+
+
+def update(subject: Subject) -> None:
+    """Export the run again if it is stale. Raises `UserError`: it cannot be exported."""
+    if subject.stale:
+        from training.export import export
+
+        assert subject.run is not None
+        export(subject.run, dtype="bfloat16")
+
+
+def check(subject: Subject) -> LlamaShape:
+    """The model's shape. Raises `UserError`: it is none of ours, or has no tokenizer."""
+    try:
+        shape = shapes.resolve(subject.directory)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    for name in TOKENIZER_FILES:
+        if not (subject.directory / name).is_file():
+            raise UserError(
+                f"model: {subject.directory / name} is missing; copy it there with the checkpoint"
+            )
+    return shape
+
+
+def _newest(outputs: Path) -> Subject:
+    runs = _runs(outputs)
+    if not runs:
+        raise UserError(
+            f"model: no run with a complete checkpoint in {outputs.absolute()}; train one with `make train`, "
+            "or name a Hugging Face LLaMA directory"
+        )
+    return _of_run(max(runs, key=lambda run: max(_last_trained(run), _last_exported(run))))
+
+
+def _of_run(run: Path) -> Subject:
+    return Subject(run / EXPORT, run.name, run=run, stale=_last_exported(run) < _last_trained(run))
+
+
+def _runs(outputs: Path) -> list[Path]:
+    candidates = (path.absolute() for path in outputs.glob("*") if path.is_dir())
+    return [run for run in candidates if _last_trained(run) or _last_exported(run)]
+
+
+def _last_trained(run: Path) -> float:
+    """When its newest complete checkpoint was marked so, in seconds since the epoch; 0 without one."""
+    return max((mark.stat().st_mtime for mark in run.glob("checkpoints/step-*/COMPLETE")), default=0.0)
+
+
+def _last_exported(run: Path) -> float:
+    file = run / EXPORT / "config.json"
+    return file.stat().st_mtime if file.is_file() else 0.0
