@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"no lab here: {missing()}"),
 ]
 LONG = {"schedule__tokens": 512 * 100_000, "checkpoint__every_steps": 20}
-THREE = {"workers__count": 3, "batch__tokens": 384, "workers__max_failures": 3}  # one on every host
+# Each takes the two CPUs of a host, so that there is one on every host and a lost host is always missed.
+THREE = {"workers__count": 3, "workers__cpus": 2, "batch__tokens": 384, "workers__max_failures": 3}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_run_starts_on_a_ray_that_has_outlived_the_code_it_was_started_from(cl
 
 
 def test_up_does_not_restart_ray_under_a_run(cluster):
-    run = follow(cluster, "undisturbed", workers__count=3, batch__tokens=384, workers__cpus=2)
+    run = follow(cluster, "undisturbed", **THREE)
     before = {name: cluster.run(name, "pgrep -x raylet").stdout for name in CLUSTER}
     assert cluster.up().returncode == 0
     assert {name: cluster.run(name, "pgrep -x raylet").stdout for name in CLUSTER} == before
