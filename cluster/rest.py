@@ -67,7 +67,7 @@ class Ray:
                 raise
 
     def stop(self, submission_id: str) -> None:
-        """Ask a job to end; its driver gets SIGTERM, and SIGKILL 3 s later."""
+        """Ask a job to end; its driver gets RAY_JOB_STOP_SIGNAL, and SIGKILL if it does not end."""
         self._ask("POST", f"/api/jobs/{submission_id}/stop")
 
     def _ask(

@@ -75,8 +75,8 @@ def test_one_that_is_killed_leaves_what_it_had_measured(machine):
     folder, arguments = machine
     output = folder / "killed.json"
     process = subprocess.Popen(
-        command("training.baseline", *arguments, "train.shapes=[]", f"output={output}"), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command("training.baseline", *arguments, "train.shapes=[]", f"output={output}"),
+        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not output.exists() and time.monotonic() < deadline:
