@@ -30,7 +30,7 @@ OUTCOMES = {"SUCCEEDED": SUCCEEDED, "FAILED": RUN_FAILED, "STOPPED": RUN_STOPPED
 REFUSED = 20  # exit code of a request that cannot be met; the message is on stderr
 READ_SECONDS, STATUS_SECONDS = 0.2, 1.0
 PATIENCE_SECONDS = 20.0  # for a job server that does not answer, while a run is followed
-# Of the job server. A driver that is interrupted lets Ray Train give its resources back; one that is terminated
+# Of the job server. A driver that is interrupted lets Ray Train give its resources back; one that is ended
 # leaves its request for them standing, and an elastic run (workers.min_count) waits 3 minutes for its expiry.
 STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "20"}
 ATTACHED = "attached"  # on stderr, once the log is being read
