@@ -26,8 +26,8 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
         "cluster.cli",
         "cluster.config",
         "cluster.energy",
-    "cluster.hardware",
-    "cluster.intervals",
+        "cluster.hardware",
+        "cluster.intervals",
         "cluster.session",
     ),
 }
