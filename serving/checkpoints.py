@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import runs
 from cluster.cli import UserError
 from cluster.session import ROOT
 from serving.config import ModelConfig
 from training import shapes
 from training.shapes import LlamaShape
 
-RUNS = Path("outputs")
 NEWEST = "newest"
 
 
@@ -38,15 +38,15 @@ def find(config: ModelConfig) -> Served:
         return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
     if config.path == NEWEST:
         return _of_run(_newest_run(), config)
-    for directory in (Path(config.path).expanduser().absolute(), (RUNS / config.path).absolute()):
+    for directory in (Path(config.path).expanduser().absolute(), (runs.OUTPUTS / config.path).absolute()):
         if (directory / "config.json").is_file():
             return Served(directory, config.name or directory.name)
-        if _last_trained(directory) or _export_of(directory):
+        if runs.is_run(directory):
             return _of_run(directory, config)
-    runs = ", ".join(sorted(run.name for run in _runs())) or "none"
+    there = ", ".join(sorted(run.name for run in runs.in_folder())) or "none"
     raise UserError(
         f"model.path: {config.path!r} is neither a Hugging Face directory with a config.json nor a run with "
-        f"a complete checkpoint; runs in {RUNS.absolute()}: {runs}; train one with `make train`"
+        f"a complete checkpoint; runs in {runs.OUTPUTS.absolute()}: {there}; train one with `make train`"
     )
 
 
@@ -81,34 +81,15 @@ def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
 
 
 def _of_run(run: Path, config: ModelConfig) -> Served:
-    stale = _time(_export_of(run)) < _last_trained(run)
-    return Served(run / "export", config.name or run.name, stale_run=run if stale else None)
-
-
-def _runs() -> list[Path]:
-    candidates = (path.absolute() for path in RUNS.glob("*") if path.is_dir())
-    return [run for run in candidates if _last_trained(run) or _export_of(run)]
+    stale = run if runs.is_stale(run) else None
+    return Served(run / runs.EXPORT, config.name or run.name, stale_run=stale)
 
 
 def _newest_run() -> Path:
-    runs = _runs()
-    if not runs:
+    there = runs.in_folder()
+    if not there:
         raise UserError(
-            f"model.path: no run with a complete checkpoint in {RUNS.absolute()}; train one with `make train`"
-            ", name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
+            f"model.path: no run with a complete checkpoint in {runs.OUTPUTS.absolute()}; train one with "
+            "`make train`, name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
         )
-    return max(runs, key=lambda run: max(_last_trained(run), _time(_export_of(run))))
-
-
-def _last_trained(run: Path) -> float:
-    """When its newest complete checkpoint was marked so, in seconds since the epoch; 0 without one."""
-    return max((mark.stat().st_mtime for mark in run.glob("checkpoints/step-*/COMPLETE")), default=0.0)
-
-
-def _export_of(run: Path) -> Path | None:
-    file = run / "export" / "config.json"
-    return file if file.is_file() else None
-
-
-def _time(file: Path | None) -> float:
-    return file.stat().st_mtime if file else 0.0
+    return max(there, key=runs.newest_at)

@@ -21,6 +21,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.usage import joules_of, peak_memory_bytes
 from serving import config as serving_config
 from serving.checkpoints import export, find
 from serving.config import ServeConfig
@@ -67,7 +68,6 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
     """Measure the configured engine. Raises `RunError`: out of memory, beginning with these words."""
     import torch
 
-    from cluster.energy import joules_of
     from serving.torch_engine import make_engine
 
     if config.engine.threads:
@@ -94,7 +94,7 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
         if "OutOfMemory" in str(error):
             raise RunError(f"out of memory: {error}") from error
         raise RunError(str(error)) from error
-    return {"info": asdict(engine.info), "points": points, "peak_memory_bytes": _peak_memory(device)}
+    return {"info": asdict(engine.info), "points": points, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
 def answer(engine: Engine, batch: int, *, num_prompt: int, num_new: int, seed: int) -> list[list[float]]:
@@ -156,16 +156,6 @@ def come_to(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, A
         "decode_tokens_per_second": len(times) / gap,
         "mean_context": num_prompt + statistics.mean(places),
     }
-
-
-def _peak_memory(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

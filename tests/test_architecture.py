@@ -25,7 +25,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
         "cluster.benchmark",
         "cluster.cli",
         "cluster.config",
-        "cluster.energy",
+        "cluster.usage",
         "cluster.hardware",
         "cluster.intervals",
         "cluster.session",

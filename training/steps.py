@@ -10,7 +10,6 @@ that nothing else covered. The last line on stdout is one JSON object.
 
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from cluster import cli, hardware
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.session import set_defaults, worker_environment
+from cluster.usage import joules_of, peak_memory_bytes
 from training import config as training_config
 from training.config import TrainConfig
 from training.plan import make_plan
@@ -101,8 +101,6 @@ def run(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, A
 
 def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:
     """On this rank: `step_seconds`, a list; `joules` of them or None; seconds by part; peak memory."""
-    from cluster.energy import joules_of
-
     device = trainer.context.device
     for _ in range(num_warm_up):
         trainer.take_step()
@@ -127,7 +125,7 @@ def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]
         "phased_step_seconds": statistics.median(whole),
         **{part: statistics.median(seconds) for part, seconds in parts.items()},
         "collectives": _collective_seconds(trainer),
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
 
 
@@ -190,14 +188,6 @@ def _wait(device: Any) -> None:
         import torch
 
         torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import runs
 from cluster.cli import UserError
 from training import shapes
-from training.config import RunConfig
 from training.evaluate_config import NEWEST
 from training.shapes import LlamaShape
 
-EXPORT = "export"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -36,27 +35,26 @@ class Subject:
 
 def find(model: str) -> Subject:
     """The model that the key `model` names. Changes nothing. Raises `UserError`: there is no such model."""
-    outputs = Path(RunConfig().directory)
     if model == NEWEST:
-        return _newest(outputs)
-    for directory in (Path(model).expanduser().absolute(), (outputs / model).absolute()):
+        return _newest()
+    for directory in (Path(model).expanduser().absolute(), (runs.OUTPUTS / model).absolute()):
         if (directory / "config.json").is_file():
             run = directory.parent
-            if directory.name == EXPORT and _last_trained(run):
+            if directory.name == runs.EXPORT and runs.last_trained(run):
                 return Subject(directory, run.name, run=run)  # as it is, even if the run has gone on
             return Subject(directory, directory.name)
-        if _last_trained(directory) or _last_exported(directory):
+        if runs.is_run(directory):
             return _of_run(directory)
-    runs = ", ".join(sorted(run.name for run in _runs(outputs))) or "none"
+    there = ", ".join(sorted(run.name for run in runs.in_folder())) or "none"
     raise UserError(
         f"model: {model!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
-        f"checkpoint; runs in {outputs.absolute()}: {runs}; train one with `make train`"
+        f"checkpoint; runs in {runs.OUTPUTS.absolute()}: {there}; train one with `make train`"
     )
 
 
 def named(model: str) -> Subject | None:
     """The run under `outputs/` that has this very name, if there is one. Changes nothing."""
-    return next((_of_run(run) for run in _runs(Path(RunConfig().directory)) if run.name == model), None)
+    return next((_of_run(run) for run in runs.in_folder() if run.name == model), None)
 
 
 def update(subject: Subject) -> None:
@@ -82,30 +80,15 @@ def check(subject: Subject) -> LlamaShape:
     return shape
 
 
-def _newest(outputs: Path) -> Subject:
-    runs = _runs(outputs)
-    if not runs:
+def _newest() -> Subject:
+    there = runs.in_folder()
+    if not there:
         raise UserError(
-            f"model: no run with a complete checkpoint in {outputs.absolute()}; train one with `make train`, "
-            "or name a Hugging Face LLaMA directory"
+            f"model: no run with a complete checkpoint in {runs.OUTPUTS.absolute()}; train one with `make "
+            "train`, or name a Hugging Face LLaMA directory"
         )
-    return _of_run(max(runs, key=lambda run: max(_last_trained(run), _last_exported(run))))
+    return _of_run(max(there, key=runs.newest_at))
 
 
 def _of_run(run: Path) -> Subject:
-    return Subject(run / EXPORT, run.name, run=run, stale=_last_exported(run) < _last_trained(run))
-
-
-def _runs(outputs: Path) -> list[Path]:
-    candidates = (path.absolute() for path in outputs.glob("*") if path.is_dir())
-    return [run for run in candidates if _last_trained(run) or _last_exported(run)]
-
-
-def _last_trained(run: Path) -> float:
-    """When its newest complete checkpoint was marked so, in seconds since the epoch; 0 without one."""
-    return max((mark.stat().st_mtime for mark in run.glob("checkpoints/step-*/COMPLETE")), default=0.0)
-
-
-def _last_exported(run: Path) -> float:
-    file = run / EXPORT / "config.json"
-    return file.stat().st_mtime if file.is_file() else 0.0
+    return Subject(run / runs.EXPORT, run.name, run=run, stale=runs.is_stale(run))

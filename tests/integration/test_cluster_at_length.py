@@ -96,6 +96,14 @@ def test_a_lost_worker_is_waited_for(cluster):
     run.until(r"the workers were restarted, and go on from step [1-9]\d*", seconds=180)
 
 
+def test_an_elastic_run_starts_as_soon_as_another_was_stopped(cluster):
+    """Ray Train would wait for 3 minutes, if the stopped run had not given its resources back."""
+    follow(cluster, "before", **THREE)
+    assert cluster.call("cluster.remote", "stop", CLUSTER_FILE).returncode == 0
+    after = cluster.start(*cluster.train(run__name="elastic", **{**LONG, **THREE}, workers__min_count=1))
+    after.until(r"^step [1-9]", seconds=90)
+
+
 def test_a_run_goes_on_without_a_lost_worker(cluster):
     run = follow(cluster, "shrinks", **THREE, workers__min_count=1)
     run.until(r"^step [3-9]\d", seconds=180)

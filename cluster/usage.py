@@ -1,5 +1,6 @@
-"""Energy that a GPU used, by the counter of its driver (NVML); where there is none, why."""
+"""What a process used of its device: peak memory, and energy by the counter of the driver (NVML)."""
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,15 @@ def joules_of(device: Any) -> Iterator[Energy]:
     yield energy
     if read:
         energy.joules = (read() - before) / 1e3
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """Of this process so far: what torch allocated on a GPU, or the resident set on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _counter(device: Any, energy: Energy) -> Any:
