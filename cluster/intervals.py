@@ -15,21 +15,20 @@ _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_T_LARGE = 1.960
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The centre and its bounds; both bounds are None where there was one run only."""
+    """The centre and its bounds; both are None where one run shows nothing.
+
+    Attributes:
+        exact: it is arithmetic, and its bounds are its centre.
+    """
 
     centre: float
     low: float | None
     high: float | None
-
-    def overlaps(self, other: "Interval") -> bool:
-        """Whether the two have a value in common. One without bounds is a point."""
-        low, high = (self.low or self.centre), (self.high or self.centre)
-        return low <= (other.high or other.centre) and (other.low or other.centre) <= high
+    exact: bool = False
 
     def within(self, share: float) -> bool:
         """Whether all of it lies in [1/(1 + share), 1 + share]. One run shows nothing."""
@@ -38,33 +37,52 @@ class Interval:
         return 1 / (1 + share) <= self.low and self.high <= 1 + share
 
 
-def of_rate(values: Sequence[float]) -> Interval:
+def of_rate(values: Sequence[float], *, exact: bool = False) -> Interval:
     """Of positive rates, one per run: their geometric mean, times or divided by exp(t·s/√n)."""
     logs = [math.log(value) for value in values]
     centre = statistics.mean(logs)
+    if exact:
+        return Interval(math.exp(centre), math.exp(centre), math.exp(centre), exact=True)
     if len(logs) < 2:
         return Interval(math.exp(centre), None, None)
     half = _t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
-def of_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Of ours / theirs, from independent runs of each (Welch). A single run adds no uncertainty.
+def of_ratio(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    exact: tuple[bool, bool] = (False, False),
+    divisors: Sequence[Sequence[float]] = (),
+) -> Interval:
+    """Of ours / theirs, from independent runs of each (Welch).
+
+    Args:
+        exact: which side is arithmetic, and adds no uncertainty. A measured side of one run leaves no bounds.
+        divisors: what the sides were divided by, as measured several times each. The best was used, so its
+            uncertainty is that of one measurement, and not of their mean.
 
     Source: B. L. Welch, Biometrika 34 (1947), 28-35.
     """
     sides = [[math.log(value) for value in side] for side in (ours, theirs)]
     centre = statistics.mean(sides[0]) - statistics.mean(sides[1])
-    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in sides if len(side) > 1]
-    if not parts:
+    measured = [side for side, certain in zip(sides, exact, strict=True) if not certain]
+    if any(len(side) < 2 for side in measured):
         return Interval(math.exp(centre), None, None)
+    if not measured:
+        return Interval(math.exp(centre), math.exp(centre), math.exp(centre), exact=True)
+    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in measured]
+    for values in divisors:
+        if len(values) > 1:
+            parts.append((statistics.variance(map(math.log, values)), len(values) - 1))
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / freedom for part, freedom in parts)
-    freedom = variance**2 / spread if spread else max(freedom for _, freedom in parts)
+    freedom = variance**2 / spread if spread else 1.0
     half = _t(freedom) * math.sqrt(variance)
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
 def _t(freedom: float) -> float:
-    """Of the next lower whole number of degrees, which is the wider."""
-    return _T[max(1, int(freedom)) - 1] if freedom < len(_T) + 1 else _T_LARGE
+    """Of the next lower whole number of degrees, and of 30 beyond 30: the wider."""
+    return _T[min(max(1, int(freedom)), len(_T)) - 1]

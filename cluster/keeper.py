@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files
-from cluster.reap import of_cluster, processes
+from cluster.reap import descendants, of_cluster
 from cluster.rest import FINAL, Ray, RayDown
 
 JOINED, FAILED = "joined", "failed"
@@ -373,7 +373,8 @@ def _pid(scratch: Path) -> int | None:
 
 def _stop(scratch: Path, name: str) -> None:
     """End the keeper with what it has under way (pip, rsync, ssh), but not the Ray that it has started."""
-    under_way = _descendants(_pid(scratch)) - set(of_cluster(name))
+    pid = _pid(scratch)
+    under_way = descendants(pid) - set(of_cluster(name)) if pid is not None else set()
     deadline = time.monotonic() + 10
     while pid := _pid(scratch):
         os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
@@ -383,14 +384,6 @@ def _stop(scratch: Path, name: str) -> None:
     for child in under_way:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
-
-
-def _descendants(pid: int | None) -> set[int]:
-    table = processes()
-    found = {pid}
-    while more := {child for child, row in table.items() if row.parent in found} - found:
-        found |= more
-    return {child for child in found if child is not None and child != pid}
 
 
 def state(scratch: Path) -> dict[str, Any]:

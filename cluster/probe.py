@@ -23,6 +23,7 @@ from typing import Any
 
 GEMM_SIZE = 2048  # rows, columns and depth on a CPU; a GPU takes four times as much of each
 COPY_BYTES = 1 << 28  # well above any cache
+SUSTAINED_SECONDS = 0.2  # of each repeat on a GPU
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Ceilings:
 def measure(
     *, device: str = "cpu", num_threads: int | None = None, repeats: int = 7, size: int | None = None
 ) -> Ceilings:
-    """Ceilings of "cpu" or "cuda", in about a second each.
+    """Ceilings of "cpu" or "cuda", in one or two seconds each.
 
     Args:
         num_threads: of torch on a CPU; None leaves them as they are. They stay set.
@@ -74,7 +75,7 @@ def measure(
 
     def timed(body: Callable[[], Any], amount: float) -> Ceiling:
         """Rates in `amount` per second."""
-        return _ceiling(amount, _seconds(body, repeats, gpu=gpu))
+        return _ceiling(amount, _sustained(body, repeats, gpu=gpu))
 
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return Ceilings(
@@ -107,7 +108,23 @@ def measure_products(
             _ = y @ weight, y.T @ x
 
     flops = sum(6 * rows * cols * num_rows for rows, cols in sizes)
-    return _ceiling(flops / 1e12, _seconds(there_and_back, repeats, gpu=gpu))
+    return _ceiling(flops / 1e12, _sustained(there_and_back, repeats, gpu=gpu))
+
+
+def _sustained(body: Callable[[], Any], repeats: int, *, gpu: bool) -> list[float]:
+    """Seconds of `body`; on a GPU each is the mean of as many launches in a row as take SUSTAINED_SECONDS.
+
+    A single product is over before a GPU's clocks have settled, and too short beside waiting for it.
+    """
+    if not gpu:
+        return _seconds(body, repeats, gpu=gpu)
+    number = max(1, round(SUSTAINED_SECONDS / min(_seconds(body, 3, gpu=True))))
+
+    def many() -> None:
+        for _ in range(number):
+            body()
+
+    return [seconds / number for seconds in _seconds(many, repeats, gpu=True)]
 
 
 def _seconds(

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple  # noqa: UP035 (nodes may have an old Python)
+from typing import Dict, List, NamedTuple, Set, Tuple  # noqa: UP035 (nodes may have an old Python)
 
 PATIENCE_SECONDS = 8.0  # between SIGTERM and SIGKILL
 
@@ -39,6 +39,15 @@ def processes() -> Dict[int, Process]:  # noqa: UP006
                 process = Process(int(parent), command.strip(), (folder / "environ").read_bytes())
                 found[int(folder.name)] = process
     return found
+
+
+def descendants(pid: int) -> Set[int]:  # noqa: UP006
+    """Children of a process, theirs, and so on; without itself."""
+    table = processes()
+    found = {pid}
+    while more := {child for child, row in table.items() if row.parent in found} - found:
+        found |= more
+    return found - {pid}
 
 
 def of_cluster(name: str) -> Dict[int, str]:  # noqa: UP006

@@ -1,18 +1,24 @@
 """What a process used of its device: peak memory, and energy by the counter of the driver (NVML)."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "exitcode  : -9")
+
 
 @dataclass
 class Energy:
-    """Joules between the two ends of a `with` block, or None and the reason."""
+    """Joules between the two ends of a `with` block, or None and the reason.
+
+    The counter moves every few tens of milliseconds: of a block of half a second it is good to a tenth.
+    """
 
     joules: float | None = None
     reason: str | None = None
+    so_far: Callable[[], float | None] = lambda: None  # since the block began
 
 
 @contextmanager
@@ -23,10 +29,16 @@ def joules_of(device: Any) -> Iterator[Energy]:
     """
     energy = Energy()
     read = _counter(device, energy)
-    before = read() if read else 0
-    yield energy
     if read:
-        energy.joules = (read() - before) / 1e3
+        before = read()
+        energy.so_far = lambda: (read() - before) / 1e3
+    yield energy
+    energy.joules = energy.so_far()
+
+
+def out_of_memory(message: str) -> bool:
+    """Whether an error's text, of torch, CUDA, NCCL or torchrun, says that memory ran out."""
+    return any(sign in message for sign in OUT_OF_MEMORY)
 
 
 def peak_memory_bytes(device: Any) -> int:

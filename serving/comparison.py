@@ -22,12 +22,15 @@ from cluster.hardware import Device
 from cluster.intervals import Interval, of_rate, of_ratio
 
 FORMAT = 1  # of `training.baseline`
+PEAKS = ("bf16_tflops", "read_gb_per_s")  # ceilings of a file, measured in every round
 KINDS = ("training", "prefill", "decode")
 DATASHEET = "datasheet:"
 VERDICTS = ("supported", "contradicted", "not decided")
 SHARE = {"compute": "MFU", "bandwidth": "MBU"}
 FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
 SAME_FLOPS = 1e-6  # relative; more apart, and the two did not do the same work
+SAME_SETTING = ("tokens_per_step", "precision")  # of training: where they differ, the work does
+LIKE_SETTING = {"devices": "devices", "zero_stage": "ZeRO stage", "micro_sequences": "sequences per pass"}
 SAME_BYTES = 0.02  # the mean context of decoding steps differs a little from run to run
 
 
@@ -38,6 +41,13 @@ class Peaks:
     flops: float
     bytes_per_s: float
     source: str
+    is_datasheet: bool
+    flops_of_rounds: tuple[float, ...] = ()
+    bytes_per_s_of_rounds: tuple[float, ...] = ()
+
+    def measurements(self, bound: str) -> tuple[float, ...]:
+        """Of the peak that bounds a figure, one per round; empty where it is a datasheet's."""
+        return self.flops_of_rounds if bound == "compute" else self.bytes_per_s_of_rounds
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,16 @@ class Side:
         if datasheet or self.is_roofline:
             assert self.datasheet is not None
             sheet = self.datasheet
-            return Peaks(sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, f"datasheet, {sheet.source}")
+            return Peaks(
+                sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, f"datasheet, {sheet.source}", True
+            )
         ceilings = self.content["ceilings"]
         return Peaks(
             ceilings["bf16_tflops"]["best"] * 1e12,
             ceilings["read_gb_per_s"]["best"] * 1e9,
             f"measured by cluster.probe, in {self.origin}",
+            False,
+            *(tuple(row[name] for row in self.content["peaks_of_rounds"]) for name in PEAKS),
         )
 
 
@@ -151,6 +165,8 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     for name, rate in rates.items():
         if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
+    if not content.get("peaks_of_rounds"):
+        return "has no peaks_of_rounds"
     for figure in content["figures"]:
         name = figure.get("id", "a figure without id")
         if figure.get("kind") not in KINDS:
@@ -207,9 +223,9 @@ def _pairs(
             note(f"{name}: only in {(a if theirs is None else b).origin}")
         elif _apart(ours["flops"], theirs["flops"]) > SAME_FLOPS and ours["kind"] != "decode":
             note(f"{name}: not the same work on both (FLOPs per token differ: other lengths?)")
-        elif ours.get("tokens_per_step") != theirs.get("tokens_per_step"):
-            sizes = f"{ours.get('tokens_per_step')} and {theirs.get('tokens_per_step')} tokens"
-            note(f"{name}: not the same work on both (steps of {sizes})")
+        elif apart := [key for key in SAME_SETTING if ours.get(key) != theirs.get(key)]:
+            told = ", ".join(f"{key} {ours.get(key)} and {theirs.get(key)}" for key in apart)
+            note(f"{name}: not the same work on both ({told})")
         elif ours["bytes"] and _apart(ours["bytes"], theirs["bytes"]) > SAME_BYTES:
             note(f"{name}: not the same work on both (bytes per token differ: other precisions or lengths?)")
         else:
@@ -225,8 +241,9 @@ def _roofline_figure(figure: Mapping[str, Any], peaks: Peaks, side: Side) -> dic
     """The same work at the datasheet's peak; energy at the board's power limit."""
     seconds, _ = _roofline(figure, peaks)
     assert side.datasheet is not None
+    kept = ("id", "kind", "shape", "flops", "bytes", *SAME_SETTING)
     return {
-        **figure,
+        **{key: figure[key] for key in kept if key in figure},
         "values": [1 / seconds],
         "joules_per_token": [side.datasheet.power_watts * seconds],
         "cost_per_million_tokens": None,
@@ -252,12 +269,13 @@ def _comparison(
     floors = [_roofline(figure, peak) for figure, peak in zip(figures, peaks, strict=True)]
     values = [list(figure["values"]) for figure in figures]
     shares = [[rate * seconds for rate in rates] for rates, (seconds, _) in zip(values, floors, strict=True)]
-    absolute = of_ratio(*values)
-    divisors = {
-        "nothing (absolute)": 1.0,
-        "per peak FLOP/s": peaks[1].flops / peaks[0].flops,
-        "per peak byte/s": peaks[1].bytes_per_s / peaks[0].bytes_per_s,
-    }
+    exact = (sides[0].is_roofline, sides[1].is_roofline)
+    divided = [peak.measurements(bound) for peak, (_, bound) in zip(peaks, floors, strict=True)]
+    absolute = of_ratio(*values, exact=exact)
+    divisors = {"nothing (absolute)": 1.0}
+    if peaks[0].is_datasheet == peaks[1].is_datasheet:
+        divisors["per peak FLOP/s"] = peaks[1].flops / peaks[0].flops
+        divisors["per peak byte/s"] = peaks[1].bytes_per_s / peaks[0].bytes_per_s
     if sides[0].datasheet and sides[1].datasheet:
         watts = [side.datasheet.power_watts for side in sides if side.datasheet]
         divisors["per watt of the power limit"] = watts[1] / watts[0]
@@ -266,17 +284,20 @@ def _comparison(
     if all(joules) and not any(side.is_roofline for side in sides):
         found["per measured joule"] = statistics.median(joules[1]) / statistics.median(joules[0])
     costs = [figure["cost_per_million_tokens"] for figure in figures]
-    if all(costs):
+    if all(costs) and figures[0].get("cost_of") == figures[1].get("cost_of"):
         found["per unit of money"] = costs[1] / costs[0]
     return Comparison(
         id=name,
         kind=figures[0]["kind"],
         figures=figures,
-        rates=(of_rate(values[0]), of_rate(values[1])),
+        rates=(of_rate(values[0], exact=exact[0]), of_rate(values[1], exact=exact[1])),
         bounds=(floors[0][1], floors[1][1]),
-        shares=(of_rate(shares[0]), of_rate(shares[1])),
+        shares=(
+            of_ratio(shares[0], [1.0], exact=(exact[0], True), divisors=divided[:1]),
+            of_ratio(shares[1], [1.0], exact=(exact[1], True), divisors=divided[1:]),
+        ),
         absolute=absolute,
-        parity=of_ratio(*shares),
+        parity=of_ratio(*shares, exact=exact, divisors=divided),
         divisors=found,
     )
 
@@ -316,6 +337,7 @@ def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: flo
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
     numbers = len(each.figures[measured]["values"])
     because = f"{numbers} runs; known to within {tolerance:.0%}" if known else f"{numbers} runs scatter more"
+    because = "one run shows nothing" if numbers == 1 else because
     return Claim(text, "supported" if known else "not decided", because)
 
 
@@ -343,6 +365,11 @@ def _caveats(each: Comparison) -> list[Claim]:
     if each.bounds[0] != each.bounds[1]:
         because = f"{each.bounds[0]} on A, {each.bounds[1]} on B: parity here compares MFU with MBU"
         found.append(Claim(f"{each.id}: the same resource bounds it on both", "contradicted", because))
+    for key, name in LIKE_SETTING.items():
+        ours, theirs = (figure.get(key) for figure in each.figures)
+        if None not in (ours, theirs) and ours != theirs:
+            because = f"{ours} on A, {theirs} on B: what that costs is in the parity"
+            found.append(Claim(f"{each.id}: the same {name} on both", "contradicted", because))
     for place in (0, 1):
         sending = (each.figures[place].get("time_shares") or {}).get("communication", 0.0)
         if sending > 0.5:
@@ -365,6 +392,8 @@ def _runs(each: Comparison) -> str:
 
 def show(interval: Interval) -> str:
     """Such as 0.874 [0.851, 0.897]; without bounds, the centre and that there was one run."""
+    if interval.exact:
+        return f"{interval.centre:.3g}"
     if interval.low is None or interval.high is None:
         return f"{interval.centre:.3g} [one run]"
     return f"{interval.centre:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
@@ -382,7 +411,9 @@ def _unmeasured(side: Side) -> list[str]:
     if all(figure["joules_per_token"] is None for figure in side.figures.values()):
         found.append(f"{side.name}: energy, because NVML gives none")
     if side.content["ceilings"].get("links") is None:
-        found.append(f"{side.name}: links between devices: there is one device")
+        found.append(f"{side.name}: links between devices")
+    elif problem := side.content["ceilings"]["links"].get("problem"):
+        found.append(f"{side.name}: links between devices: {problem}")
     if side.content["ceilings"].get("links_between_nodes") is None:
         found.append(f"{side.name}: links between nodes: no report of a preflight was given")
     return found

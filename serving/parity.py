@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stem(side: Side) -> str:
-    return Path(side.origin).stem.replace(":", "-")
+    """What was named, as part of a folder's name: two files called baseline.json lie in two folders."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", side.origin.removesuffix(".json")).strip("-.")
 
 
 def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) -> None:
@@ -154,7 +156,11 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
         cells = [each.id, *rates, show(each.absolute), " / ".join(dict.fromkeys(each.bounds)), *shares]
         yield f"| {' | '.join(cells)} | **{show(each.parity)}** |"
     yield ""
-    yield "Rates are of one device; in brackets 95% intervals from the runs. Shares are of these ceilings:"
+    yield (
+        "Rates are of one device; in brackets 95% intervals from the rounds of one session, where rates and "
+        "measured ceilings scatter; what differs from session to session is not in them. Shares are of these "
+        "ceilings:"
+    )
     yield from ("", "| | peak TFLOP/s, bf16 | bandwidth GB/s | from |", "|---|---|---|---|")
     for place, peaks in enumerate(parity.peaks):
         yield f"| {'AB'[place]} | {peaks.flops / 1e12:.4g} | {peaks.bytes_per_s / 1e9:.4g} | {peaks.source} |"
@@ -171,8 +177,19 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     for each in parity.comparisons:
         told = (f"{each.divisors[name]:.3g}" if name in each.divisors else "-" for name in names)
         yield f"| {each.id} | {each.parity.centre:.3g} | {' | '.join(told)} |"
+    yield from ("", "## Shares of every ceiling", "")
+    yield (
+        "Medians. `MFU` and `MBU` of the datasheet where there is one, of what a square product and a large "
+        "read reached here, and of the model's own products, there and back."
+    )
+    yield from ("", "| figure | side | shares |", "|---|---|---|")
+    for each in parity.comparisons:
+        for place, figure in enumerate(each.figures):
+            if listed := figure.get("shares"):
+                told = (f"{name} {statistics.median(part):.1%}" for name, part in listed.items())
+                yield f"| {each.id} | {'AB'[place]} | {', '.join(told)} |"
     yield from ("", "## Energy, money, memory, latency", "")
-    yield "| figure | side | J/token | price of 1M tokens | peak memory | latency |"
+    yield "| figure | side | J/token | price of 1M tokens | peak memory of the process | latency |"
     yield "|---|---|---|---|---|---|"
     for each in parity.comparisons:
         for place, side in enumerate(parity.sides):
@@ -197,7 +214,8 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     for each in parity.comparisons:
         for letter, figure in zip("AB", each.figures, strict=True):
             values = ", ".join(f"{value:.4g}" for value in figure["values"])
-            yield f"| {each.id} | {letter} | `{figure['command']}` | {values} |"
+            command = figure["command"].replace("|", "\\|")
+            yield f"| {each.id} | {letter} | `{command}` | {values} |"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -207,7 +225,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _percent(interval: Any) -> str:
-    if interval.low is None:
+    if interval.low is None or interval.exact:
         return f"{interval.centre:.1%}"
     return f"{interval.centre:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
@@ -227,7 +245,7 @@ def _other(each: Comparison, letter: str, figure: Any, *, is_roofline: bool) -> 
         if "step_seconds" in figure:
             spread = f"{min(figure['step_seconds_p10']):.3g} to {max(figure['step_seconds_p90']):.3g}"
             latency = f"step {statistics.median(figure['step_seconds']):.3g} s (p10 to p90: {spread})"
-    price = "-" if cost is None else f"{cost:.3g}"
+    price = "-" if cost is None else f"{cost:.3g} {figure.get('cost_of', '')}"
     return f"| {each.id} | {letter} | {energy} | {price} | {memory} | {latency} |"
 
 
@@ -253,10 +271,13 @@ def _measured(side: Side) -> Iterator[tuple[str, str]]:
         yield f"products of {shape}, TFLOP/s", told(rate)
     yield "reading memory, GB/s", told(ceilings["read_gb_per_s"])
     yield "copying memory, GB/s", told(ceilings["copy_gb_per_s"])
-    if links := ceilings.get("links"):
+    links = ceilings.get("links") or {}
+    if "num_ranks" in links:
         yield f"all-reduce, {links['num_ranks']} ranks, bus GB/s", told(links["all_reduce_gb_per_s"])
         yield f"all-to-all, {links['num_ranks']} ranks, bus GB/s", told(links["all_to_all_gb_per_s"])
         yield "all-reduce of 4 bytes, µs", f"{links['all_reduce_latency_us']:.4g}"
+    for name, value in sorted((ceilings.get("links_between_nodes") or {}).items()):
+        yield f"between nodes: {name}", json.dumps(value)
     for what in ("write", "read"):
         yield f"disk {what}, GB/s", told(ceilings["disk"][f"{what}_gb_per_s"])
 

@@ -13,7 +13,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.usage import joules_of, peak_memory_bytes
+from cluster.usage import joules_of, out_of_memory, peak_memory_bytes
 from serving import config as serving_config
 from serving.checkpoints import export, find
 from serving.config import ServeConfig
@@ -81,23 +81,37 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
             points = []
             for batch in batches:
                 answer(engine, batch, num_prompt=num_prompt, num_new=4, seed=0)  # allocations, graphs
+                at_first: list[float | None] = []
                 with joules_of(device) as energy:
-                    times = answer(engine, batch, num_prompt=num_prompt, num_new=num_new, seed=batch)
+                    times = answer(
+                        engine, batch, num_prompt=num_prompt, num_new=num_new, seed=batch,
+                        when_all_decode=lambda: at_first.append(energy.so_far()),  # noqa: B023
+                    )  # fmt: skip
                 about = {"batch": batch, "prompt_tokens": num_prompt, "new_tokens": num_new}
-                used = {"joules": energy.joules, "joules_reason": energy.reason}
+                used = joules(times, at_first[0], energy.joules, num_prompt=num_prompt)
+                used["joules_reason"] = energy.reason
                 points.append(about | come_to(times, num_prompt=num_prompt) | used)
         finally:
             engine.close()
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
-    except EngineFailed as error:
-        if "OutOfMemory" in str(error):
-            raise RunError(f"out of memory: {error}") from error
-        raise RunError(str(error)) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError and EngineFailed among them
+        said = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "OutOfMemory" in said or out_of_memory(said):
+            raise RunError(f"out of memory: {said}") from error
+        if isinstance(error, EngineFailed):
+            raise RunError(said) from error
+        raise
     return {"info": asdict(engine.info), "points": points, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
-def answer(engine: Engine, batch: int, *, num_prompt: int, num_new: int, seed: int) -> list[list[float]]:
+def answer(
+    engine: Engine,
+    batch: int,
+    *,
+    num_prompt: int,
+    num_new: int,
+    seed: int,
+    when_all_decode: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
     """When each token of a batch came, seconds since it was handed over. Raises `EngineFailed`."""
     chance = random.Random(seed)
     prompts = [[chance.randrange(engine.info.vocab_size) for _ in range(num_prompt)] for _ in range(batch)]
@@ -109,7 +123,10 @@ def answer(engine: Engine, batch: int, *, num_prompt: int, num_new: int, seed: i
             if isinstance(arrived, EngineFailed):
                 ended.put(arrived)
                 return
+            began = not times[request]
             times[request] += [time.perf_counter()] * len(arrived)
+            if began and all(times):
+                when_all_decode()
             if arrived[-1].finish is not None:
                 ended.put(None)
 
@@ -123,6 +140,20 @@ def answer(engine: Engine, batch: int, *, num_prompt: int, num_new: int, seed: i
         if (failure := ended.get()) is not None:
             raise failure
     return [[at - start for at in row] for row in times]
+
+
+def joules(
+    times: Sequence[Sequence[float]], at_first: float | None, whole: float | None, *, num_prompt: int
+) -> dict[str, Any]:
+    """`joules_per_token_prefill`, until all requests decode, and `joules_per_token_decode`, after that."""
+    if at_first is None or whole is None:
+        return {"joules_per_token_prefill": None, "joules_per_token_decode": None}
+    begin = max(row[0] for row in times)
+    later = sum(at > begin for row in times for at in row)
+    return {
+        "joules_per_token_prefill": at_first / (len(times) * num_prompt),
+        "joules_per_token_decode": (whole - at_first) / later,
+    }
 
 
 def come_to(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, Any]:

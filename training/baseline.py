@@ -7,6 +7,7 @@ Ceilings first (`cluster.probe`), then rounds of cells, each a command of its ow
 after every cell; `serving.parity` compares two such files, `training.projection` reads one.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -23,13 +24,16 @@ from cluster import benchmark, cli, files, hardware, inventory, probe, provenanc
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
+from cluster.reap import descendants
 from cluster.session import ROOT
+from cluster.usage import out_of_memory
 from training import baseline_plan, shapes
 from training.baseline_plan import BaselineConfig, Cell, Machine, describe, make_cells
 from training.ceilings import better
 
 FORMAT = 1
 WHAT = "baseline"
+PEAKS = ("bf16_tflops", "read_gb_per_s")  # the ceilings that figures are set against
 TOLERANCE = 20  # a cell may take so many times its floor, and START_SECONDS, before it is ended
 START_SECONDS = 600
 LINK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
@@ -45,22 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        there = _on_cluster(options.cluster, options.overrides) if options.cluster else ()
-        config = baseline_plan.load(file=options.config, dotlist=[*there, *options.overrides])
+        there: tuple[str, ...] = ()
         if options.cluster:
+            asked = baseline_plan.load(file=options.config, dotlist=options.overrides)
+            there = _on_cluster(options.cluster, asked.name)
+        config = baseline_plan.load(file=options.config, dotlist=[*there, *options.overrides])
+        if options.cluster and options.dry_run:
+            print(layered.to_yaml(config))
+        elif options.cluster:
             remote.start(
                 options.cluster, run=config.name, module="training.baseline",
                 config=layered.to_yaml(config), skip_preflight=False,
             )  # fmt: skip
-            return
-        run(config, dry_run=options.dry_run)
+        else:
+            with cli.sigterm_as_interrupt():
+                run(config, dry_run=options.dry_run)
 
     return cli.run(body)
 
 
-def _on_cluster(cluster: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
     storage = inventory.load(cluster).storage
-    name = baseline_plan.load(dotlist=overrides).name
     return (
         f"output={storage}/outputs/{name}/baseline.json",
         f"train.data={storage}/data",
@@ -72,11 +81,11 @@ def _on_cluster(cluster: Path, overrides: Sequence[str]) -> tuple[str, ...]:
 def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     """Measure this machine and write its file, or print what would be measured."""
     host = hardware.describe_host()
-    found = _probe(())
+    found = _probe({})
     datasheet = hardware.lookup(found["name"])
     about = {name: found[name] for name in ("name", "kind", "num_devices")}
     about |= {"num_nodes": 1, "cpu_cores": host["cpu_cores"], "datasheet": datasheet and asdict(datasheet)}
-    best = {name: found[name]["best"] for name in ("bf16_tflops", "read_gb_per_s")}
+    best = {name: found[name]["best"] for name in PEAKS}
     machine = Machine(
         gpu=found["kind"] == "gpu",
         num_devices=found["num_devices"],
@@ -101,9 +110,16 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         "config": layered.to_dict(config),
         "load_average_before": os.getloadavg()[0],
         "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
+        "cells": [cell.as_json() for cell in cells],
+        "figures": [],
+        "peaks_of_rounds": [],  # how well the ceilings are known
     }
-    _measure(cells, config, result, output)
+    if all(cell.skipped for cell in cells):
+        raise UserError("train.shapes, serve.models: nothing is left to measure; the plan above says why")
+    partial = output.with_name(f"{output.stem}.partial.json")
+    _measure(cells, config, result, partial)
     files.write_json(output, {**result, "complete": True})
+    partial.unlink()
     print(table(result["figures"]))
     print(f"written to {output}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
@@ -124,9 +140,10 @@ def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
 # --- ceilings ----------------------------------------------------------------------------------------------
 
 
-def _probe(names: Sequence[str]) -> dict[str, Any]:
+def _probe(products_of: Mapping[str, int]) -> dict[str, Any]:
     """`training.ceilings.measure` in a process of its own. Raises `RunError`."""
-    command = [sys.executable, "-m", "training.ceilings", *names]
+    asked = [f"{name}:{num_rows}" for name, num_rows in products_of.items()]
+    command = [sys.executable, "-m", "training.ceilings", *asked]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -134,13 +151,18 @@ def _probe(names: Sequence[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _all_ceilings(config: BaselineConfig, machine: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _all_ceilings(
+    config: BaselineConfig, machine: Mapping[str, Any], products_of: Mapping[str, int]
+) -> dict[str, Any]:
     """Also the links inside this node, those between nodes (of the preflight's report), and the disk."""
     device = "cuda" if machine["kind"] == "gpu" else "cpu"
     ranks = machine["num_devices"] if device == "cuda" else 2
     links = None
     if ranks > 1:
-        links = asdict(probe.measure_node_links(ranks, device=device, num_bytes=LINK_BYTES[device]))
+        try:
+            links = asdict(probe.measure_node_links(ranks, device=device, num_bytes=LINK_BYTES[device]))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # the rest can be measured all the same
+            links = {"problem": str(error).splitlines()[0]}
     folder = Path(config.storage or config.train.data)
     folder.mkdir(parents=True, exist_ok=True)
     disk = probe.measure_disk(folder, num_bytes=DISK_BYTES[device])
@@ -148,7 +170,7 @@ def _all_ceilings(config: BaselineConfig, machine: Mapping[str, Any], names: Seq
              for what, rate in zip(("write", "read"), disk, strict=True)}  # fmt: skip
     report = Path(config.preflight or "")
     between = files.read_json(report)["found"].get("links") if report.is_file() else None
-    return {**_probe(names), "links": links, "links_between_nodes": between, "disk": rates}
+    return {**_probe(products_of), "links": links, "links_between_nodes": between, "disk": rates}
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -156,11 +178,12 @@ def _all_ceilings(config: BaselineConfig, machine: Mapping[str, Any], names: Seq
 
 def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any], output: Path) -> None:
     going = [cell for cell in cells if not cell.skipped]
-    names = list(dict.fromkeys(cell.about["model"] for cell in going if cell.kind == "training"))
+    products_of = {cell.about["model"]: cell.about["rows"] for cell in going if cell.kind == "training"}
     with Progress(config.rounds * len(going)) as progress:
         for number in range(config.rounds):
-            now = _all_ceilings(config, result["hardware"], names)
+            now = _all_ceilings(config, result["hardware"], products_of)
             result["ceilings"] = better(result["ceilings"], now)
+            result["peaks_of_rounds"].append({name: now[name]["best"] for name in PEAKS})
             for place, cell in enumerate(going):
                 if cell.problem is None:
                     begin = time.monotonic()
@@ -185,19 +208,42 @@ def _once(cell: Cell) -> None:
     except subprocess.TimeoutExpired:
         cell.problem = ("failed", f"did not end within {limit:.0f} s")
         return
-    finally:  # whatever ends us ends what it has started, ranks of torchrun among them
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode == 0:
-        cell.rounds.append(json.loads(out.strip().splitlines()[-1]))
+    finally:
+        _end(process)
+    found = _last_object(out) if process.returncode == 0 else None
+    if found is not None:
+        cell.rounds.append(found)
         return
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    said = (errors or err.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")[:300]
-    killed = process.returncode == -signal.SIGKILL
+    errors = [line for line in err.splitlines() if "error: " in line]
+    said = (errors or err.strip().splitlines() or ["no message"])[-1].partition("error: ")
+    reason = (said[2] or said[0])[:300]
+    killed = process.returncode == -signal.SIGKILL or "exitcode  : -9" in err
     if killed:
-        said = "killed, as the kernel does when memory runs out"
-    cell.problem = ("out of memory" if killed or "out of memory" in said else "failed", said)
+        reason = "killed, as the kernel does when memory runs out"
+    cell.problem = ("out of memory" if killed or out_of_memory(err) else "failed", reason)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Kill a cell that is left before its end, and its descendants: torchrun's ranks are no group of its."""
+    if process.poll() is not None:
+        return
+    for pid in (*descendants(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_object(out: str) -> dict[str, Any] | None:
+    """The last line that is a JSON object; other ranks and libraries may print after it. NaN is none."""
+    for line in reversed(out.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                return json.loads(line, parse_constant=_refuse)
+    return None
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)
 
 
 # --- what it comes to --------------------------------------------------------------------------------------
@@ -220,13 +266,15 @@ def figures(
     for figure in found:
         figure["shares"] = shares(figure, result["ceilings"], result["hardware"]["datasheet"])
         figure["cost_per_million_tokens"] = _cost(figure, config)
+        energy = " and energy" if figure["joules_per_token"] and config.cost.kwh else ""
+        figure["cost_of"] = f"{config.cost.currency}, device hours{energy}"
     return found
 
 
 def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = cell["rounds"]
-    workers = rows[0]["num_workers"]
-    joules = [row["joules_per_step"] for row in rows]
+    devices = rows[0]["num_workers"] if rows[0]["on_gpu"] else 1  # the ranks of a CPU share it
+    joules = _known([row["joules_per_step"] for row in rows])
     whole = [row["phased_step_seconds"] for row in rows]
     times = {
         part: statistics.median(
@@ -241,12 +289,13 @@ def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             "shape": cell["shape"],
             "model": cell["model"],
             "unit": "tokens/s per device",
-            "values": [row["tokens_per_step"] / row["step_seconds"] / workers for row in rows],
-            "devices": workers,
+            "values": [row["tokens_per_step"] / row["step_seconds"] / devices for row in rows],
+            "devices": devices,
+            **{key: rows[0][key] for key in ("precision", "zero_stage", "micro_sequences", "accumulation")},
             "tokens_per_step": rows[0]["tokens_per_step"],
             "flops": rows[0]["flops_per_token"],
             "bytes": None,
-            "joules_per_token": _quotients(joules, [row["tokens_per_step"] for row in rows]),
+            "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
             "step_seconds": [row["step_seconds"] for row in rows],
             "step_seconds_p10": [row["step_seconds_p10"] for row in rows],
             "step_seconds_p90": [row["step_seconds_p90"] for row in rows],
@@ -266,13 +315,11 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     for place, point in enumerate(rows[0]["points"]):
         points = [row["points"][place] for row in rows]
         batch, prompt, context = point["batch"], point["prompt_tokens"], point["mean_context"]
-        tokens = batch * (prompt + point["new_tokens"])
         common = {
             "shape": cell["shape"],
             "unit": "tokens/s per device",
             "devices": 1,
             "batch": batch,
-            "joules_per_token": _quotients([p["joules"] for p in points], [tokens] * len(points)),
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
             "command": cell["command"],
         }
@@ -282,6 +329,7 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "id": f"prefill/{cell['shape']}/batch {batch}",
                 "kind": "prefill",
                 "values": [p["prefill_tokens_per_second"] for p in points],
+                "joules_per_token": _known([p["joules_per_token_prefill"] for p in points]),
                 "flops": shape.prefill_flops(prompt) / prompt,
                 "bytes": info["weight_bytes"] / (batch * prompt),
                 "ttft_ms": [p["ttft_ms"] for p in points],
@@ -291,6 +339,7 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "id": f"decode/{cell['shape']}/batch {batch}",
                 "kind": "decode",
                 "values": [p["decode_tokens_per_second"] for p in points],
+                "joules_per_token": _known([p["joules_per_token_decode"] for p in points]),
                 "flops": shape.decode_flops(context),
                 "bytes": shape.decode_bytes(batch=batch, context_tokens=context, width_bytes=width) / batch,
                 "itl_ms": [p["itl_ms"] for p in points],
@@ -319,11 +368,9 @@ def shares(
     }
 
 
-def _quotients(above: Sequence[float | None], below: Sequence[float]) -> list[float] | None:
-    known = [value for value in above if value is not None]
-    if len(known) < len(above):
-        return None
-    return [value / by for value, by in zip(known, below, strict=True)]
+def _known(values: Sequence[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def _cost(figure: Mapping[str, Any], config: BaselineConfig) -> float | None:

@@ -1,6 +1,7 @@
 """What `make baseline` measures, in which order and size, decided before anything is measured. No torch."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +81,6 @@ class BaselineConfig:
         require(self.rounds >= 1, "rounds", "must be at least 1")
         require(self.most_seconds > 0, "most_seconds", "must be above 0")
         require(not self.serve.batches or min(self.serve.batches) >= 1, "serve.batches", "must be positive")
-        for name in self.train.shapes:
-            _shape(name, key="train.shapes")
-        for name in self.serve.models:
-            _shape(name, key="serve.models")
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ class Cell:
         status, reason = self.problem or (("skipped", self.skipped) if self.skipped else ("measured", None))
         return {
             "id": self.id, "kind": self.kind, "shape": self.shape, **self.about, "status": status,
-            "reason": reason, "command": " ".join(["python", *self.command]), "rounds": self.rounds,
+            "reason": reason, "command": shlex.join(["python", *self.command]), "rounds": self.rounds,
         }  # fmt: skip
 
 
@@ -178,22 +175,23 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str) ->
             break
         micro //= 2
     num_steps = warm_up + steps + NUM_PHASED + 1
-    flops = shape.flops_per_token(length) * asked.batch.tokens / workers
+    devices = workers if gpu else 1  # the ranks of a CPU share it
+    flops = shape.flops_per_token(length) * asked.batch.tokens / devices
     if rule == "muon":
         sizes = shape.matrices().items()
-        flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / workers
+        flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / devices
     cell = Cell(
         id=f"training/{_title(name)}/{rule}",
         kind="training",
         shape=_title(name),
-        about={"model": name, "rule": rule},
+        about={"model": name, "rule": rule, "rows": micro * length},
         command=[
             *(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] * (workers > 1)),
             *("-m", "training.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys),
         ],
         floor_seconds=num_steps * flops / (machine.tflops * 1e12),
     )
-    if needed > machine.memory_bytes:
+    if needed > USABLE_MEMORY * machine.memory_bytes:
         cell.skipped = _too_large(needed, machine)
     return _unless_long(cell, config)
 
@@ -212,7 +210,7 @@ def _serving(config: BaselineConfig, machine: Machine, model: str) -> Cell:
     keys = [f"model.path={model}"]
     if model in shapes.SHAPES or model.endswith(".json"):
         keys = ["model.weights=random", f"model.shape={model}"]
-    keys += [f"engine.step_tokens={2048 if gpu else 256}", *cells.more]
+    keys += [f"engine.step_tokens={max(2048 if gpu else 256, max(batches) + 1)}", *cells.more]
     cell = Cell(
         id=f"serving/{_title(model)}",
         kind="serving",
@@ -239,7 +237,8 @@ def _unless_long(cell: Cell, config: BaselineConfig) -> Cell:
 
 
 def _too_large(needed: float, machine: Machine) -> str:
-    return f"needs {needed / 1e9:.1f} GB of {machine.memory_bytes / 1e9:.1f} GB: out of memory by count"
+    usable = USABLE_MEMORY * machine.memory_bytes
+    return f"needs {needed / 1e9:.1f} GB of {usable / 1e9:.1f} GB: out of memory by count"
 
 
 def _title(model: str) -> str:

@@ -1,6 +1,6 @@
 """What one device of this machine can do, measured in a process that ends and leaves its memory free.
 
-    python -m training.ceilings [SHAPE ...]        one JSON object
+    python -m training.ceilings [SHAPE:ROWS ...]        one JSON object
 
 Beside what `cluster.probe` measures: the products of each model's own weights, forward and backward.
 """
@@ -8,7 +8,7 @@ Beside what `cluster.probe` measures: the products of each model's own weights, 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 from cluster import hardware, probe
 from training import shapes
 
-NUM_ROWS = 1024  # tokens that are multiplied at once
 
-
-def measure(names: Sequence[str]) -> dict[str, Any]:
+def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
     """What `probe.Ceilings` holds, and `kind` ("gpu", "cpu"), `name`, `num_devices` and these.
 
     `free_bytes` is the free memory of one device; `products_tflops` maps the name of a shape to a
     `probe.Ceiling` of its products.
+
+    Args:
+        products_of: name of a shape -> tokens that are multiplied at once.
     """
     import torch
 
@@ -31,10 +32,10 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
     device = "cuda" if gpu else "cpu"
     free = torch.cuda.mem_get_info()[0] if gpu else _available_memory()
     products = {}
-    for name in names:
+    for name, num_rows in products_of.items():
         shape = shapes.resolve(name)
         sizes = [*shape.matrices().elements(), (shape.vocab_size, shape.hidden_size)]
-        products[name] = asdict(probe.measure_products(sizes, num_rows=NUM_ROWS, device=device))
+        products[name] = asdict(probe.measure_products(sizes, num_rows=num_rows, device=device))
     found = probe.measure(device=device, num_threads=None if gpu else os.cpu_count())
     return {
         **asdict(found),
@@ -67,4 +68,5 @@ def _available_memory() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:])))
+    asked = (argument.rpartition(":") for argument in sys.argv[1:])
+    print(json.dumps(measure({name: int(rows) for name, _, rows in asked})))

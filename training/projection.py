@@ -221,7 +221,7 @@ def _basis_of_rows(
 
 def measured_links(found: Mapping[str, Any] | None, config: LinkConfig) -> Links | None:
     """`cluster.probe.Links` as a baseline has them; None where they were not measured."""
-    if not found or found["num_ranks"] < 2:
+    if not found or found.get("num_ranks", 1) < 2:  # or the problem that kept them from being measured
         return None
     ring, pairs = (found[f"{kind}_gb_per_s"]["best"] * 1e9 for kind in ("all_reduce", "all_to_all"))
     hop = found["all_reduce_latency_us"] * 1e-6 / (2 * (found["num_ranks"] - 1))

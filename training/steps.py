@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from cluster import cli, hardware
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.session import set_defaults, worker_environment
-from cluster.usage import joules_of, peak_memory_bytes
+from cluster.usage import joules_of, out_of_memory, peak_memory_bytes
 from training import config as training_config
 from training.config import TrainConfig
 from training.plan import make_plan
@@ -93,7 +93,9 @@ def run(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, A
         try:
             trainer = Trainer(config, data=data, context=context)
             found = measure(trainer, num_steps=num_steps, num_warm_up=num_warm_up)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are those of other allocators
+            if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(str(error)):
+                raise
             raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
         every = context.gather(found)
     return _over_ranks(every) | _about(trainer) if context.is_main else None
@@ -154,13 +156,24 @@ def _collective_seconds(trainer: Any) -> dict[str, float]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:
         trainer.take_step(phase=marked)
+    return exposed(profiler.events(), gpu=gpu)
+
+
+def exposed(events: Iterable[Any], *, gpu: bool) -> dict[str, float]:
+    """Part -> seconds in which collectives ran alone, from the profiler's events.
+
+    On a GPU a `record_function` shows up twice, on the host and as an annotation on the device; the latter
+    spans the kernels below it and is no work.
+    """
     sending, computing = [], []
     marks: dict[str, list[tuple[float, float]]] = {}
-    for event in profiler.events():
+    for event in events:
         span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
         on_device = event.device_type.name == "CUDA"
         if event.name.startswith("part:") and not on_device:
             marks.setdefault(event.name.removeprefix("part:"), []).append(span)
+        elif on_device and event.is_user_annotation:
+            continue
         elif event.name.startswith(COLLECTIVES) and on_device == gpu:
             sending.append(span)
         elif on_device:
@@ -230,6 +243,7 @@ def _about(trainer: Any) -> dict[str, Any]:
         "device": device,
         "datasheet": hardware.lookup(device) is not None,
         "num_workers": plan.num_workers,
+        "on_gpu": config.workers.gpu,
         "num_parameters": plan.shape.num_parameters,
         "flops_per_token": plan.flops_per_token,
         "tokens_per_step": plan.tokens_per_step,

@@ -32,7 +32,7 @@ def machine(tmp_path_factory):
         f"serve.models=[{folder}/mine/config.json,{folder}/weightless]", "serve.batches=[1,2]",
         "train.tokens=64", "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
         f"train.data={folder}/data", f"train.more=[{','.join(more)}]",
-        "serve.prompt_tokens=16", "serve.new_tokens=8", "cost.device_hour=2.0",
+        "serve.prompt_tokens=16", "serve.new_tokens=32", "cost.device_hour=2.0",
     ]  # fmt: skip
 
 
@@ -74,20 +74,43 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
 def test_one_that_is_killed_leaves_what_it_had_measured(machine):
     folder, arguments = machine
     output = folder / "killed.json"
+    partial = folder / "killed.partial.json"
     process = subprocess.Popen(
         command("training.baseline", *arguments, "train.shapes=[]", f"output={output}"),
         cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not output.exists() and time.monotonic() < deadline:
+    while not partial.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     process.wait(30)
-    found = json.loads(output.read_text())
+    assert not output.exists()
+    found = json.loads(partial.read_text())
     assert not found["complete"] and len(found["figures"]) >= 1
-    left = subprocess.run(["pgrep", "-f", f"model.shape={folder}"], capture_output=True, text=True).stdout
-    assert left == ""  # nothing that it started goes on
+    assert running(f"model.shape={folder}") == []  # nothing that it started goes on
     compared = python(
-        "serving.parity", output, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
+        "serving.parity", partial, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
     )
     assert compared.returncode == 0 and "broken off" in (folder / "r/report.md").read_text()
+
+
+def test_the_ranks_of_a_cell_end_with_the_command(machine):
+    """Each rank is in a session of its own, which torchrun makes; here the command alone is told to end."""
+    folder, arguments = machine
+    name = f"model.shape={folder}/mine"
+    process = subprocess.Popen(
+        command("training.baseline", *arguments, "train.workers=2", f"output={folder}/ranks.json"),
+        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(running(name)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(running(name)) == 3  # torchrun and two ranks
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert running(name) == []
+
+
+def running(part):
+    """Processes with this in their command line."""
+    return subprocess.run(["pgrep", "-f", part], capture_output=True, text=True).stdout.split()

@@ -29,8 +29,17 @@ def test_a_ratio_of_equal_scatter_is_welch():
 
 def test_against_a_constant_it_is_the_interval_of_the_other_side():
     runs = [3.0, 3.3, 2.9, 3.1]
-    ratio, rate = of_ratio(runs, [2.0]), of_rate(runs)
+    ratio, rate = of_ratio(runs, [2.0], exact=(False, True)), of_rate(runs)
     assert (ratio.low, ratio.high) == pytest.approx((rate.low / 2, rate.high / 2))
+
+
+def test_a_single_measured_run_leaves_a_ratio_without_bounds():
+    ratio = of_ratio([1.0, 1.01, 0.99], [1.0])
+    assert (ratio.low, ratio.high) == (None, None) and not ratio.within(1.0)
+
+
+def test_what_is_arithmetic_is_exact():
+    assert of_rate([2.0], exact=True).within(1.1) and of_rate([2.0], exact=True).high == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 40])
@@ -44,7 +53,6 @@ def test_it_covers_the_truth_in_95_of_100_cases(number):
     assert 0.935 < covered / draws < 0.965
 
 
-def test_overlap_and_parity():
+def test_what_is_parity_within_a_tolerance():
     near, far = of_rate([1.0, 1.01, 0.99]), of_rate([2.0, 2.01, 1.99])
-    assert near.overlaps(near) and not near.overlaps(far)
     assert near.within(0.1) and not far.within(0.1) and not of_rate([0.5, 2.0, 1.0]).within(0.1)

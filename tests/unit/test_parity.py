@@ -53,6 +53,7 @@ def write(folder, device, figures, name=None, **changes):
         },
         "cells": [{"id": "serving/llama-2-7b", "status": "out of memory", "reason": "by count"}],
         "figures": figures,
+        "peaks_of_rounds": [{"bf16_tflops": tflops["best"], "read_gb_per_s": memory["best"]}] * 3,
         "provenance": {"commit": "0" * 40, "dirty": False, "time": "2026-11-24", "command": ["baseline"]},
     } | changes  # fmt: skip
     file = folder / f"{(name or device.name).split()[1].lower()}.json"
@@ -121,11 +122,51 @@ def test_figures_of_other_work_are_not_compared_and_it_says_so(tmp_path):
     found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
     assert [each.kind for each in found.comparisons] == ["decode"]
     assert (
-        "training/llama-1b4/muon: not the same work on both (steps of 131072 and 524288 tokens)"
+        "training/llama-1b4/muon: not the same work on both (tokens_per_step 131072 and 524288)"
         in found.missing
     )
     assert any(line.startswith("prefill/llama-1b4/batch 1: not the same work") for line in found.missing)
     assert any("serving/llama-2-7b: out of memory: by count" in line for line in found.missing)
+
+
+def test_other_numbers_of_devices_are_said_and_other_precisions_are_not_compared(tmp_path):
+    a = write(tmp_path, A40, [figure(A40, "training", 0.4, devices=8, precision="bf16")])
+    b = write(tmp_path, H100, [figure(H100, "training", 0.4, devices=1, precision="bf16")])
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    assert any(claim.text.endswith("the same devices on both") for claim in found.claims)
+    c = write(tmp_path, H100, [figure(H100, "training", 0.4, devices=8, precision="fp32")])
+    with pytest.raises(UserError, match="precision bf16 and fp32"):
+        compare(read_side(str(a)), read_side(str(c)), tolerance=0.1)
+
+
+def test_a_ceiling_that_scatters_widens_the_shares_and_not_the_rates(tmp_path):
+    sides = []
+    for name, factor in (("NVIDIA B9998", 1.2), ("NVIDIA B9999", 1.0)):
+        file = write(tmp_path, A40, [figure(A40, "decode", 0.5)], name=name)
+        content = json.loads(file.read_text())
+        for row, scatter in zip(content["peaks_of_rounds"], (1.0, factor, 1.0), strict=True):
+            row["read_gb_per_s"] *= scatter
+        file.write_text(json.dumps(content))
+        sides.append(read_side(str(file)))
+    (decode,) = compare(*sides, tolerance=0.1).comparisons
+    assert decode.parity.high > 1.5 and decode.shares[0].high > 1.2 * decode.shares[1].high
+    assert decode.absolute.high < 1.05
+
+
+def test_one_run_supports_nothing(tmp_path):
+    a = write(tmp_path, A40, [figure(A40, "decode", 0.5)])
+    b = write(tmp_path, H100, [figure(H100, "decode", 0.5, values=[620.0])])
+    (decode,) = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1).comparisons
+    assert (decode.parity.low, decode.parity.high) == (None, None)
+
+
+def test_money_is_compared_in_one_currency_only(tmp_path):
+    a = write(tmp_path, A40, [figure(A40, "decode", 0.5, cost_per_million_tokens=2.0, cost_of="USD")])
+    for currency, known in (("USD", True), ("PYG", False)):
+        cost = {"cost_per_million_tokens": 3.0, "cost_of": currency}
+        b = write(tmp_path, H100, [figure(H100, "decode", 0.5, **cost)])
+        (decode,) = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1).comparisons
+        assert ("per unit of money" in decode.divisors) == known
 
 
 def test_what_would_mislead_is_said(tmp_path):

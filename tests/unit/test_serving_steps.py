@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.cli import RunError, UserError
-from serving.steps import come_to, parse_batches
+from serving.steps import come_to, joules, parse_batches
 
 
 def test_a_batch_by_hand():
@@ -39,3 +39,12 @@ def test_bad_batches_are_named(text):
 
 def test_good_batches():
     assert parse_batches("1,8,32") == [1, 8, 32]
+
+
+def test_energy_is_split_where_decoding_begins():
+    """Two prompts of 10 tokens take 40 J; the 4 tokens that come after the last first one take 6 J."""
+    times = [[0.3, 0.6, 0.7], [0.5, 0.6, 0.7]]
+    assert joules(times, 40.0, 46.0, num_prompt=10) == {
+        "joules_per_token_prefill": 2.0, "joules_per_token_decode": 1.5,
+    }  # fmt: skip
+    assert set(joules(times, None, None, num_prompt=10).values()) == {None}
