@@ -39,14 +39,7 @@ class Interval:
 
 def of_rate(values: Sequence[float], *, exact: bool = False) -> Interval:
     """Of positive rates, one per run: their geometric mean, times or divided by exp(t·s/√n)."""
-    logs = [math.log(value) for value in values]
-    centre = statistics.mean(logs)
-    if exact:
-        return Interval(math.exp(centre), math.exp(centre), math.exp(centre), exact=True)
-    if len(logs) < 2:
-        return Interval(math.exp(centre), None, None)
-    half = _t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
+    return of_ratio(values, [1.0], exact=(exact, True))
 
 
 def of_ratio(
@@ -85,4 +78,5 @@ def of_ratio(
 
 def _t(freedom: float) -> float:
     """Of the next lower whole number of degrees, and of 30 beyond 30: the wider."""
-    return _T[min(max(1, int(freedom)), len(_T)) - 1]
+    whole = int(freedom + 1e-9)  # Welch's formula gives 2 as 1.9999999999999998
+    return _T[min(max(1, whole), len(_T)) - 1]

@@ -9,7 +9,6 @@ The spread beside it, (slowest, fastest), says how disturbed it was.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from cluster.session import free_ports
 
 GEMM_SIZE = 2048  # rows, columns and depth on a CPU; a GPU takes four times as much of each
 COPY_BYTES = 1 << 28  # well above any cache
@@ -226,9 +227,7 @@ def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
     Raises:
         RuntimeError: a process failed; the message is its own.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "cluster.probe", "--device", device, "--threads", "1"]
     ranks = [
         subprocess.Popen(

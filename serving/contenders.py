@@ -18,7 +18,6 @@ before the first prompt is handed over. Tokens that come together share a time.
 import ctypes
 import json
 import os
-import queue
 import signal
 import sys
 import time
@@ -67,30 +66,13 @@ class Ours:
         self.about = {"dtype": info.dtype, "device": info.device, **info.details}
 
     def run(self, prompts: Sequence[Tokens], num_new: Sequence[int], concurrency: int) -> Sheet:
-        from serving.engine import EngineFailed, Sampling, Token
-
-        ended: queue.SimpleQueue[EngineFailed | None] = queue.SimpleQueue()
-
-        def submit(request: int) -> None:
-            def deliver(arrived: Sequence[Token] | EngineFailed) -> None:
-                if isinstance(arrived, EngineFailed):
-                    ended.put(arrived)
-                    return
-                sheet.add(request, [token.id for token in arrived], sheet.now())
-                if arrived[-1].finish is not None:
-                    ended.put(None)
-
-            sampling = Sampling(max_tokens=num_new[request], temperature=0.0, ignore_eos=True)
-            self._engine.submit(prompts[request], sampling, deliver)
+        from serving.engine import answer_all
 
         sheet = Sheet(len(prompts))
-        for request in range(min(concurrency, len(prompts))):
-            submit(request)
-        for following in range(concurrency, concurrency + len(prompts)):
-            if (failure := ended.get()) is not None:
-                raise failure
-            if following < len(prompts):
-                submit(following)
+        answer_all(
+            self._engine, prompts, num_new, concurrency=concurrency,
+            note=lambda request, new: sheet.add(request, [token.id for token in new], sheet.now()),
+        )  # fmt: skip
         return sheet
 
 

@@ -5,6 +5,7 @@ Two implementations: `serving.torch_engine` (ours) and `serving.vllm_engine`. Te
 """
 
 import asyncio
+import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,45 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop, and end every request with `EngineFailed`."""
+
+
+def answer_all(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+    *,
+    concurrency: int,
+    note: Callable[[int, Sequence[Token]], None],
+) -> None:
+    """Answer every prompt greedily with so many tokens, past any end of text, `concurrency` of them at once.
+
+    Args:
+        note: told the number of a prompt and its new tokens, from the engine's thread.
+
+    Raises:
+        EngineFailed: and the rest is given up.
+    """
+    ended: queue.SimpleQueue[EngineFailed | None] = queue.SimpleQueue()
+
+    def submit(request: int) -> None:
+        def deliver(arrived: Sequence[Token] | EngineFailed) -> None:
+            if isinstance(arrived, EngineFailed):
+                ended.put(arrived)
+                return
+            note(request, arrived)
+            if arrived[-1].finish is not None:
+                ended.put(None)
+
+        sampling = Sampling(max_tokens=num_new[request], temperature=0.0, ignore_eos=True)
+        engine.submit(prompts[request], sampling, deliver)
+
+    for request in range(min(concurrency, len(prompts))):
+        submit(request)
+    for following in range(concurrency, concurrency + len(prompts)):
+        if (failure := ended.get()) is not None:
+            raise failure
+        if following < len(prompts):
+            submit(following)
 
 
 class Stream:

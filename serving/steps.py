@@ -8,7 +8,6 @@ nothing else. The last line on stdout is one JSON object.
 """
 
 import json
-import queue
 import random
 import statistics
 import sys
@@ -25,7 +24,8 @@ from cluster.usage import joules_of, out_of_memory, peak_memory_bytes
 from serving import config as serving_config
 from serving.checkpoints import export, find
 from serving.config import ServeConfig
-from serving.engine import Engine, EngineFailed, Sampling, Token
+from serving.engine import Engine, EngineFailed, Token, answer_all
+from serving.latency import percentile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,29 +116,15 @@ def answer(
     chance = random.Random(seed)
     prompts = [[chance.randrange(engine.info.vocab_size) for _ in range(num_prompt)] for _ in range(batch)]
     times: list[list[float]] = [[] for _ in range(batch)]
-    ended: queue.SimpleQueue[EngineFailed | None] = queue.SimpleQueue()
 
-    def submit(request: int) -> None:
-        def deliver(arrived: Sequence[Token] | EngineFailed) -> None:
-            if isinstance(arrived, EngineFailed):
-                ended.put(arrived)
-                return
-            began = not times[request]
-            times[request] += [time.perf_counter()] * len(arrived)
-            if began and all(times):
-                when_all_decode()
-            if arrived[-1].finish is not None:
-                ended.put(None)
-
-        sampling = Sampling(max_tokens=num_new, temperature=0.0, ignore_eos=True)
-        engine.submit(prompts[request], sampling, deliver)
+    def note(request: int, arrived: Sequence[Token]) -> None:
+        began = not times[request]
+        times[request] += [time.perf_counter()] * len(arrived)
+        if began and all(times):
+            when_all_decode()
 
     start = time.perf_counter()
-    for request in range(batch):
-        submit(request)
-    for _ in range(batch):
-        if (failure := ended.get()) is not None:
-            raise failure
+    answer_all(engine, prompts, [num_new] * batch, concurrency=batch, note=note)
     return [[at - start for at in row] for row in times]
 
 
@@ -167,25 +153,24 @@ def come_to(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, A
         RunError: the first request ended before the last had begun to decode.
     """
     begin, end = max(row[0] for row in times), min(row[-1] for row in times)
-    gaps = [b - a for row in times for a, b in pairwise(row) if begin <= a and b <= end]
-    places = [
-        place + 1  # tokens of the answer in the cache when token `place` goes in
+    steps = [  # (tokens of the answer in the cache, seconds) of each that decoded the whole batch
+        (newest + 1, b - a)
         for row in times
-        for place, (a, b) in enumerate(pairwise(row))
+        for newest, (a, b) in enumerate(pairwise(row))
         if begin <= a and b <= end
     ]
-    if not gaps:
+    if not steps:
         raise RunError("no step decoded the whole batch: ask for more --new-tokens")
-    gap = statistics.median(gaps)
-    deciles = statistics.quantiles(gaps, n=10, method="inclusive") if len(gaps) > 1 else [gap] * 9
+    lengths, gaps = zip(*steps, strict=True)
+    low, gap, high = (percentile(gaps, percent) or 0.0 for percent in (10, 50, 90))
     return {
         "prefill_tokens_per_second": len(times) * num_prompt / begin,
         "ttft_ms": 1e3 * statistics.median(row[0] for row in times),
         "itl_ms": 1e3 * gap,
-        "itl_ms_p10": 1e3 * deciles[0],
-        "itl_ms_p90": 1e3 * deciles[-1],
+        "itl_ms_p10": 1e3 * low,
+        "itl_ms_p90": 1e3 * high,
         "decode_tokens_per_second": len(times) / gap,
-        "mean_context": num_prompt + statistics.mean(places),
+        "mean_context": num_prompt + statistics.mean(lengths),
     }
 
 

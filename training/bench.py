@@ -9,7 +9,6 @@ step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 
 
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
 from cluster.record import follow
+from cluster.session import free_ports
 from training import config as training_config
 from training.config import TrainConfig
 from training.data import Manifest
@@ -160,7 +160,7 @@ def command_line(name: str, given: Sequence[str], *, num_workers: int, folder: P
     """The command of a run under the launcher `name`, which keeps its run directory in `folder`."""
     launcher = [sys.executable, "-m"]
     if name == "torchrun":
-        num_processes, port = f"--nproc-per-node={num_workers}", f"--master-port={free_port()}"
+        num_processes, port = f"--nproc-per-node={num_workers}", f"--master-port={free_ports(1)[0]}"
         launcher += ["torch.distributed.run", num_processes, port, "-m"]
     own = [f"launcher={LAUNCHERS[name]}", f"run.name={name}", f"run.directory={folder / 'outputs'}"]
     return [*launcher, "training.launch", *given, *own]
@@ -184,13 +184,6 @@ def child(command: Sequence[str], *, log: Path, ray_folder: Path) -> Iterator[su
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def steady_step_seconds(rows: Iterable[dict[str, Any]]) -> float:

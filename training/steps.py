@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from cluster import cli, hardware
 from cluster import config as layered
 from cluster.cli import RunError, UserError
@@ -206,11 +208,12 @@ def _wait(device: Any) -> None:
 def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of all ranks together: a step ends with its slowest rank; parts are means; energy is the sum."""
     steps = [max(seconds) for seconds in zip(*(rank["step_seconds"] for rank in ranks), strict=True)]
+    low, high = np.percentile(steps, [10, 90]).tolist()
     joules = [rank["joules"] for rank in ranks]
     found = {
         "step_seconds": statistics.median(steps),
-        "step_seconds_p10": _quantile(steps, 0.1),
-        "step_seconds_p90": _quantile(steps, 0.9),
+        "step_seconds_p10": low,
+        "step_seconds_p90": high,
         "steps": len(steps),
         "joules_per_step": None if None in joules else sum(joules) / len(steps),
         "joules_reason": ranks[0]["joules_reason"],
@@ -226,14 +229,6 @@ def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds_optimizer": mean["optimizer"] - sent["optimizer"],
         "seconds_communication": sum(sent.values()),
     }
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _about(trainer: Any) -> dict[str, Any]:
