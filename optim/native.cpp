@@ -1,28 +1,37 @@
-// Symmetric products on a CPU with AVX-512 BF16: half of each is computed, and written twice.
+// Newton-Schulz orthogonalisation on a CPU with AVX-512 BF16: a batch of matrices in one call, one of them at a
+// time on each thread, so that what an iteration computes is in the cache when the next one reads it.
 //
-// out = alpha·A·Bᵀ + beta·C for bf16 A, B [n, k] and symmetric C, out [n, n], sums in fp32, rounded once.
-// The caller knows that the product is symmetric: XXᵀ, or polynomials of one matrix. A BLAS does not, and
-// computes all of it. optim/native.py compiles this file and says why where it cannot.
+// optim/polar.py has the same iteration in torch, and what it means. Here Y [n, m], n <= m, is the matrix or its
+// transpose. Products are bf16 with sums in fp32, rounded once; half of a symmetric one is computed. aY in
+// the standard form and aI in the Gram form are added before the rounding: what torch's bf16 tensors round twice. optim/native.py compiles this file and says why where it cannot.
 //
-// Both operands are packed into panels of 32 rows: panel[kk][row] is the pair of elements 2kk and 2kk + 1 of
-// a row, which is what one lane of vdpbf16ps multiplies. A tile is 32 x 32, in four blocks of 8 rows whose
-// sums fill 16 registers.
+// Matrices are kept as panels of 32 rows, padded with zeros: panel[kk][row] is the pair of elements 2kk and
+// 2kk + 1 of a row, which is what one lane of vdpbf16ps multiplies. C = A·Bᵀ is computed in tiles of 32 x 32,
+// from a panel of A and one of B, and rounded straight into the panels that the next product reads.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 namespace {
 
 constexpr long PANEL = 32;  // rows of a panel and of a tile
-constexpr long ROWS = 8;    // of a tile that are computed together
+constexpr long PAIRS = 16;  // of a row of a tile
+constexpr long ROWS = 8;    // of a tile that are computed together: their sums fill 16 registers
 
-struct Matrix {  // element (row, col) of matrix b is at data[b·batch + row·row_stride + col·col_stride]
-  const uint16_t* data;
-  long batch, row, col;
+long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
+
+struct Panels {  // of a matrix [panels·32, pairs·2]
+  uint32_t* data;
+  long panels, pairs;
+  uint32_t* at(long panel, long pair) const { return data + (panel * pairs + pair) * PANEL; }
+};
+
+struct Tile {
+  alignas(64) float sums[PANEL][PANEL];
+  alignas(64) uint16_t rounded[PANEL][PANEL];
 };
 
 // r[i][j] -> r[j][i], 16 x 16 values of 32 bits.
@@ -62,122 +71,241 @@ void interleave(__m512i lo, __m512i hi, __m512i* first, __m512i* second) {
   *second = _mm512_permutex2var_epi16(lo, _mm512_load_si512(ORDER + 32), hi);
 }
 
-// One panel: rows [top, top + 32) of a matrix, zeros beyond row n and column k.
-void pack_panel(const uint16_t* x, long row, long col, long top, long n, long k, uint32_t* panel) {
-  long rows = std::min(PANEL, n - top), pairs = (k + 1) / 2, kk = 0;
-  x += top * row;
-  if (rows == PANEL && row == 1) {
-    for (; kk < k / 2; kk++) {
-      __m512i first, second;
-      interleave(_mm512_loadu_si512(x + 2 * kk * col), _mm512_loadu_si512(x + (2 * kk + 1) * col), &first, &second);
-      _mm512_storeu_si512(panel + kk * PANEL, first);
-      _mm512_storeu_si512(panel + kk * PANEL + 16, second);
-    }
-  } else if (rows == PANEL && col == 1) {
-    for (; kk + 16 <= k / 2; kk += 16)
-      for (long half = 0; half < PANEL; half += 16) {
-        __m512i r[16];
-        for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(x + (half + i) * row + 2 * kk);
-        transpose(r);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(panel + (kk + i) * PANEL + half, r[i]);
-      }
+// out <- the rows of the tile, as one block of a panel.
+void store_rows(const Tile& tile, uint32_t* out) {
+  for (long half = 0; half < PANEL; half += 16) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(tile.rounded[half + i]);
+    transpose(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * PANEL + half, r[i]);
   }
-  for (; kk < pairs; kk++)
-    for (long i = 0; i < PANEL; i++) {
-      uint32_t low = i < rows ? x[i * row + 2 * kk * col] : 0;
-      uint32_t high = i < rows && 2 * kk + 1 < k ? x[i * row + (2 * kk + 1) * col] : 0;
-      panel[kk * PANEL + i] = low | high << 16;
-    }
 }
 
-// Rows [first, first + 8) of a tile, in fp32.
-void multiply(const uint32_t* a, const uint32_t* b, long pairs, long first, float (*sums)[PANEL]) {
-  __m512 total[ROWS][2];
-  for (auto& row : total) row[0] = row[1] = _mm512_setzero_ps();
-  for (long kk = 0; kk < pairs; kk++) {
-    __m512bh left = (__m512bh)_mm512_loadu_si512(b + kk * PANEL);
-    __m512bh right = (__m512bh)_mm512_loadu_si512(b + kk * PANEL + 16);
+// The same of its columns.
+void store_columns(const Tile& tile, uint32_t* out) {
+  for (long i = 0; i < PAIRS; i++) {
+    __m512i first, second;
+    interleave(_mm512_load_si512(tile.rounded[2 * i]), _mm512_load_si512(tile.rounded[2 * i + 1]), &first, &second);
+    _mm512_storeu_si512(out + i * PANEL, first);
+    _mm512_storeu_si512(out + i * PANEL + 16, second);
+  }
+}
+
+// tile.sums = rows of a · rows of b.
+void multiply(const uint32_t* a, const uint32_t* b, long pairs, Tile& tile) {
+  for (long first = 0; first < PANEL; first += ROWS) {
+    __m512 total[ROWS][2];
+    for (auto& row : total) row[0] = row[1] = _mm512_setzero_ps();
+    for (long kk = 0; kk < pairs; kk++) {
+      __m512bh left = (__m512bh)_mm512_loadu_si512(b + kk * PANEL);
+      __m512bh right = (__m512bh)_mm512_loadu_si512(b + kk * PANEL + 16);
 #pragma GCC unroll 8
-    for (long i = 0; i < ROWS; i++) {
-      __m512bh pair = (__m512bh)_mm512_set1_epi32(a[kk * PANEL + first + i]);
-      total[i][0] = _mm512_dpbf16_ps(total[i][0], pair, left);
-      total[i][1] = _mm512_dpbf16_ps(total[i][1], pair, right);
-    }
-  }
-  for (long i = 0; i < ROWS; i++)
-    for (long half = 0; half < 2; half++) _mm512_storeu_ps(sums[first + i] + 16 * half, total[i][half]);
-}
-
-// alpha·sums + beta·C, rounded, to the tile at (top, left) and mirrored.
-void finish(float (*sums)[PANEL], const uint16_t* c, uint16_t* out, long n, long top, long left, float alpha,
-            float beta) {
-  alignas(64) uint16_t tile[PANEL][PANEL];
-  long rows = std::min(PANEL, n - top), cols = std::min(PANEL, n - left);
-  for (long i = 0; i < rows; i++)
-    for (long half = 0; half < PANEL; half += 16) {
-      __mmask16 inside = cols - half >= 16 ? 0xffff : cols > half ? (1u << (cols - half)) - 1 : 0;
-      __m512 value = _mm512_mul_ps(_mm512_loadu_ps(sums[i] + half), _mm512_set1_ps(alpha));
-      if (c) {
-        __m256i words = _mm256_maskz_loadu_epi16(inside, c + (top + i) * n + left + half);
-        __m512 addend = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-        value = _mm512_fmadd_ps(addend, _mm512_set1_ps(beta), value);
+      for (long i = 0; i < ROWS; i++) {
+        __m512bh pair = (__m512bh)_mm512_set1_epi32(a[kk * PANEL + first + i]);
+        total[i][0] = _mm512_dpbf16_ps(total[i][0], pair, left);
+        total[i][1] = _mm512_dpbf16_ps(total[i][1], pair, right);
       }
-      __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
-      _mm256_store_si256((__m256i*)(tile[i] + half), rounded);
-      if (top != left) _mm256_mask_storeu_epi16(out + (top + i) * n + left + half, inside, rounded);
     }
-  if (top == left) {
-    for (long i = 0; i < rows; i++)
-      for (long j = 0; j <= i; j++) out[(top + i) * n + left + j] = out[(left + j) * n + top + i] = tile[i][j];
-  } else if (rows == PANEL && cols == PANEL) {
-    __m512i first[16], second[16];
-    for (int i = 0; i < 16; i++)
-      interleave(_mm512_load_si512(tile[2 * i]), _mm512_load_si512(tile[2 * i + 1]), first + i, second + i);
-    transpose(first);
-    transpose(second);
-    for (int j = 0; j < 16; j++) {
-      _mm512_storeu_si512(out + (left + j) * n + top, first[j]);
-      _mm512_storeu_si512(out + (left + 16 + j) * n + top, second[j]);
-    }
-  } else {
-    for (long j = 0; j < cols; j++)
-      for (long i = 0; i < rows; i++) out[(left + j) * n + top + i] = tile[i][j];
+    for (long i = 0; i < ROWS; i++)
+      for (long half = 0; half < 2; half++) _mm512_store_ps(tile.sums[first + i] + 16 * half, total[i][half]);
   }
 }
 
-void product(const Matrix& a, const Matrix& b, const uint16_t* c, uint16_t* out, long index, long n, long k,
-             float alpha, float beta, std::vector<uint32_t>& space) {
-  long panels = (n + PANEL - 1) / PANEL, size = (k + 1) / 2 * PANEL;
-  const uint16_t *x = a.data + index * a.batch, *y = b.data + index * b.batch;
-  bool same = x == y && a.row == b.row && a.col == b.col;
-  space.resize((same ? 1 : 2) * panels * size);
-  uint32_t *left = space.data(), *right = same ? left : left + panels * size;
-  for (long p = 0; p < panels; p++) {
-    pack_panel(x, a.row, a.col, p * PANEL, n, k, left + p * size);
-    if (!same) pack_panel(y, b.row, b.col, p * PANEL, n, k, right + p * size);
-  }
-  float sums[PANEL][PANEL];
-  for (long row = 0; row < panels; row++)
-    for (long col = 0; col <= row; col++) {
-      for (long first = 0; first < PANEL; first += ROWS)
-        multiply(left + row * size, right + col * size, (k + 1) / 2, first, sums);
-      finish(sums, c ? c + index * n * n : nullptr, out + index * n * n, n, row * PANEL, col * PANEL, alpha, beta);
+// tile.sums = alpha·sums + beta·(the tile whose columns are this block of a panel).
+void add(Tile& tile, float alpha, const uint32_t* columns, float beta) {
+  __m512 scale = _mm512_set1_ps(alpha), factor = _mm512_set1_ps(beta);
+  for (long i = 0; i < PANEL; i++)
+    for (long half = 0; half < PANEL; half += 16) {
+      __m512i pair = _mm512_loadu_si512(columns + i / 2 * PANEL + half);
+      __m512i word = i % 2 ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pair, 16);
+      __m512 sum = _mm512_mul_ps(_mm512_load_ps(tile.sums[i] + half), scale);
+      _mm512_store_ps(tile.sums[i] + half, _mm512_fmadd_ps(_mm512_castsi512_ps(word), factor, sum));
     }
 }
+
+void round(Tile& tile) {
+  for (long i = 0; i < PANEL; i++) {
+    __m512 low = _mm512_load_ps(tile.sums[i]), high = _mm512_load_ps(tile.sums[i] + 16);
+    _mm512_store_si512(tile.rounded[i], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+// out = A·Bᵀ, known to be symmetric.
+void symmetric(const Panels& a, const Panels& b, const Panels& out) {
+  Tile tile;
+  for (long row = 0; row < a.panels; row++)
+    for (long col = 0; col <= row; col++) {
+      multiply(a.at(row, 0), b.at(col, 0), a.pairs, tile);
+      round(tile);
+      if (row == col && a.data != b.data)  // else it is symmetric as it is
+        for (long i = 0; i < PANEL; i++)
+          for (long j = 0; j < i; j++) tile.rounded[j][i] = tile.rounded[i][j];
+      store_columns(tile, out.at(col, row * PAIRS));
+      if (row != col) store_rows(tile, out.at(row, col * PAIRS));
+    }
+}
+
+// out = aI + bG + cG² for symmetric G [n, n].
+void polynomial(const Panels& gram, const Panels& out, long n, float a, float b, float c) {
+  Tile tile;
+  for (long row = 0; row < gram.panels; row++)
+    for (long col = 0; col <= row; col++) {
+      multiply(gram.at(row, 0), gram.at(col, 0), gram.pairs, tile);
+      add(tile, c, gram.at(col, row * PAIRS), b);
+      for (long i = 0; row == col && i < std::min(PANEL, n - row * PANEL); i++) tile.sums[i][i] += a;
+      round(tile);
+      store_columns(tile, out.at(col, row * PAIRS));
+      if (row != col) store_rows(tile, out.at(row, col * PAIRS));
+    }
+}
+
+// out = A·Bᵀ, all of it.
+void full(const Panels& a, const Panels& b, const Panels& out) {
+  Tile tile;
+  for (long row = 0; row < a.panels; row++)
+    for (long col = 0; col < b.panels; col++) {
+      multiply(a.at(row, 0), b.at(col, 0), a.pairs, tile);
+      round(tile);
+      store_rows(tile, out.at(row, col * PAIRS));
+    }
+}
+
+struct Matrix {  // element (row, col) of Y [n, m] is at data[row·row_stride + col·col_stride]; one stride is 1
+  uint16_t* data;
+  long n, m, row_stride, col_stride;
+};
+
+// The tile at panels (row, col) of Y, to memory.
+void store(const Tile& tile, const Matrix& y, long row, long col) {
+  long rows = std::min(PANEL, y.n - row * PANEL), cols = std::min(PANEL, y.m - col * PANEL);
+  uint16_t* out = y.data + row * PANEL * y.row_stride + col * PANEL * y.col_stride;
+  if (y.col_stride == 1) {
+    __mmask32 inside = cols == PANEL ? ~0u : (1u << cols) - 1;
+    for (long i = 0; i < rows; i++)
+      _mm512_mask_storeu_epi16(out + i * y.row_stride, inside, _mm512_load_si512(tile.rounded[i]));
+    return;
+  }
+  __mmask32 inside = rows == PANEL ? ~0u : (1u << rows) - 1;
+  alignas(64) uint32_t columns[PAIRS][PANEL];
+  store_columns(tile, columns[0]);
+  for (long half = 0; half < PANEL; half += 16) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(columns[i] + half);
+    transpose(r);
+    for (long j = 0; j < std::min(16L, cols - half); j++)
+      _mm512_mask_storeu_epi16(out + (half + j) * y.col_stride, inside, r[j]);
+  }
+}
+
+// Y, from memory, in panels of its rows and of its columns.
+void load(const Matrix& y, const Panels& by_rows, const Panels& by_columns) {
+  Tile tile;
+  for (long row = 0; row < by_rows.panels; row++)
+    for (long col = 0; col < by_columns.panels; col++) {
+      long rows = std::min(PANEL, y.n - row * PANEL), cols = std::min(PANEL, y.m - col * PANEL);
+      const uint16_t* x = y.data + row * PANEL * y.row_stride + col * PANEL * y.col_stride;
+      // Along the stride of 1: rows of Y, or of its transpose, for which the panels change places.
+      bool straight = y.col_stride == 1;
+      long lines = straight ? rows : cols, length = straight ? cols : rows;
+      long stride = straight ? y.row_stride : y.col_stride;
+      __mmask32 inside = length == PANEL ? ~0u : (1u << length) - 1;
+      for (long i = 0; i < PANEL; i++)
+        _mm512_store_si512(tile.rounded[i], i < lines ? _mm512_maskz_loadu_epi16(inside, x + i * stride)
+                                                      : _mm512_setzero_si512());
+      uint32_t *to_rows = by_rows.at(row, col * PAIRS), *to_columns = by_columns.at(col, row * PAIRS);
+      store_rows(tile, straight ? to_rows : to_columns);
+      store_columns(tile, straight ? to_columns : to_rows);
+    }
+}
+
+// Y of one matrix, and what its iterations need: space that a thread keeps for all of its matrices.
+class Iteration {
+ public:
+  explicit Iteration(long n, long m) : n_(n), rows_(panels_of(n)), cols_(panels_of(m)) {
+    long wide = rows_ * PANEL * cols_ * PAIRS, square = rows_ * PANEL * rows_ * PAIRS;
+    space_.resize(3 * wide + 5 * square);
+    uint32_t* next = space_.data();
+    auto take = [&](long panels, long pairs) {
+      Panels taken{next, panels, pairs};
+      next += panels * pairs * PANEL;
+      return taken;
+    };
+    by_rows_ = take(rows_, cols_ * PAIRS);
+    for (Panels* each : {&by_columns_, &next_columns_}) *each = take(cols_, rows_ * PAIRS);
+    for (Panels* each : {&gram_, &factor_, &product_, &square_, &last_}) *each = take(rows_, rows_ * PAIRS);
+  }
+
+  void standard(const Matrix& y, const float* coefficients, long steps) {
+    load(y, by_rows_, by_columns_);
+    for (long step = 0; step < steps; step++) {
+      const float* abc = coefficients + 3 * step;
+      symmetric(by_rows_, by_rows_, gram_);
+      polynomial(gram_, factor_, n_, 0, abc[1], abc[2]);
+      apply(factor_, abc[0], step == steps - 1 ? &y : nullptr);
+    }
+  }
+
+  // As `_gram_form` in optim/polar.py: anew after `restart` steps.
+  void gram(const Matrix& y, const float* coefficients, long steps, long restart) {
+    load(y, by_rows_, by_columns_);
+    for (long first = 0, end = restart; first < steps; first = end, end = steps) {
+      symmetric(by_rows_, by_rows_, gram_);
+      for (long step = first; step < end; step++) {
+        const float* abc = coefficients + 3 * step;
+        polynomial(gram_, factor_, n_, abc[0], abc[1], abc[2]);
+        if (step < end - 1) {
+          full(factor_, gram_, square_);
+          symmetric(square_, factor_, gram_);
+        }
+        if (step > first) {
+          full(factor_, product_, last_);
+          std::swap(product_, last_);
+        } else {
+          std::swap(product_, factor_);
+        }
+      }
+      apply(product_, 0, end == steps ? &y : nullptr);
+    }
+  }
+
+ private:
+  // Y <- aY + P·Y, for the next product or, at the end, to memory.
+  void apply(const Panels& p, float a, const Matrix* out) {
+    Tile tile;
+    for (long col = 0; col < cols_; col++)
+      for (long row = 0; row < rows_; row++) {
+        multiply(p.at(row, 0), by_columns_.at(col, 0), p.pairs, tile);
+        if (a != 0) add(tile, 1, by_columns_.at(col, row * PAIRS), a);
+        round(tile);
+        if (out) {
+          store(tile, *out, row, col);
+        } else {
+          store_rows(tile, by_rows_.at(row, col * PAIRS));
+          store_columns(tile, next_columns_.at(col, row * PAIRS));
+        }
+      }
+    std::swap(by_columns_, next_columns_);
+  }
+
+  long n_, rows_, cols_;
+  std::vector<uint32_t> space_;
+  Panels by_rows_, by_columns_, next_columns_, gram_, factor_, product_, square_, last_;
+};
 
 }  // namespace
 
-extern "C" void symmetric_product(const uint16_t* a, long a_batch, long a_row, long a_col, const uint16_t* b,
-                                  long b_batch, long b_row, long b_col, const uint16_t* c, uint16_t* out,
-                                  long batch, long n, long k, float alpha, float beta, long threads) {
-  Matrix left{a, a_batch, a_row, a_col}, right{b, b_batch, b_row, b_col};
-  threads = std::max(1L, std::min(threads, batch));
-  auto work = [&](long thread) {
-    std::vector<uint32_t> space;
-    for (long i = thread; i < batch; i += threads) product(left, right, c, out, i, n, k, alpha, beta, space);
-  };
-  std::vector<std::thread> others;
-  for (long thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
-  work(0);
-  for (auto& other : others) other.join();
+// x [batch, rows, cols], contiguous, in place. `restart` 0: the standard form.
+extern "C" void orthogonalize(uint16_t* x, long batch, long rows, long cols, const float* coefficients, long steps,
+                              long restart, long threads) {
+  bool wide = rows <= cols;
+  long n = std::min(rows, cols), m = std::max(rows, cols);
+#pragma omp parallel num_threads(std::max(1L, std::min(threads, batch)))
+  {
+    Iteration iteration(n, m);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < batch; i++) {
+      Matrix y{x + i * n * m, n, m, wide ? cols : 1, wide ? 1 : cols};
+      restart ? iteration.gram(y, coefficients, steps, restart) : iteration.standard(y, coefficients, steps);
+    }
+  }
 }

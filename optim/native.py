@@ -1,9 +1,10 @@
-"""optim/native.cpp, called: symmetric products. A CPU with AVX-512 BF16 and a C++ compiler needed.
+"""optim/native.cpp, called: whole orthogonalisations. A CPU with AVX-512 BF16 and a C++ compiler needed.
 
 Without either everything runs on torch alone, and `unsupported` says why; see `cluster.compiled`.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from torch import Tensor
 from cluster import compiled
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_MATRIX = (_POINTER, _LONG, _LONG, _LONG)  # data, strides
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `symmetric_product` cannot run there, in one sentence; None if it can. The first call compiles."""
+    """Why `orthogonalize_` cannot run there, in one sentence; None if it can. The first call compiles."""
     if device.type != "cpu":
         return f"{device.type} is no CPU"
     if dtype != torch.bfloat16:
@@ -27,45 +27,45 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return _library()[1]
 
 
-def symmetric_product(
-    a: Tensor, b: Tensor, *, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0
+def orthogonalize_(
+    x: Tensor, coefficients: Sequence[tuple[float, float, float]], *, restart: int | None = None
 ) -> Tensor:
-    """alpha·A·Bᵀ + beta·C, known to be symmetric: half of it is computed, and written twice.
+    """Newton-Schulz iterations on a batch of matrices, in place, on torch's number of threads.
 
-    As `optim.kernels.symmetric_product`, on the CPU. Sums are fp32 and rounded once.
+    As the two forms in `optim.polar`, and nearer to the exact polynomials: fewer results are rounded.
 
     Args:
-        a, b: [B, n, k], bf16, any strides. Packing is fastest where rows are contiguous to each other
-            (stride(-2) == 1), next where columns are.
-        c: [B, n, n], contiguous, symmetric: its upper half is not read.
+        x: [B, r, c], bf16, contiguous, singular values of at most 1.
+        coefficients: (a, b, c) of each iteration.
+        restart: the Gram form, anew after so many of them; None: the standard form.
+
+    Returns:
+        x.
 
     Raises:
-        ValueError: shapes, dtypes or strides do not fit, or `unsupported`.
+        ValueError: dtype, device or layout do not fit, there is nothing after `restart`, or `unsupported`.
     """
     library, reason = _library()
     if library is None:
         raise ValueError(reason)
-    tensors = (a, b) if c is None else (a, b, c)
-    if any(tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" for tensor in tensors):
-        raise ValueError("operands must be bf16, on the CPU")
-    size, n, k = a.shape
-    if b.shape != a.shape or (c is not None and (c.shape != (size, n, n) or not c.is_contiguous())):
-        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)} have no symmetric product like C")
-    out = a.new_empty(size, n, n)
-    library.symmetric_product(
-        a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), None if c is None else c.data_ptr(),
-        out.data_ptr(), size, n, k, alpha, beta, torch.get_num_threads(),
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 3 or not x.is_contiguous():
+        raise ValueError("x must be a contiguous batch of bf16 matrices on the CPU")
+    if restart is not None and not 0 < restart < len(coefficients):
+        raise ValueError(f"restart: {restart} must lie between the first and the last of the iterations")
+    flat = [value for each in coefficients for value in each]
+    library.orthogonalize(
+        x.data_ptr(), *x.shape, (ctypes.c_float * len(flat))(*flat), len(coefficients), restart or 0,
+        torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return x
 
 
 @cache
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
-    library, reason = compiled.load(SOURCE, flags=("-pthread",))
+    # It finds torch's OpenMP, not the compiler's: a second pool of threads would spin on the first one's cores.
+    library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     if library is not None:
-        library.symmetric_product.argtypes = (
-            *_MATRIX, *_MATRIX, _POINTER, _POINTER, *[_LONG] * 3, _FLOAT, _FLOAT, _LONG
-        )  # fmt: skip
-        library.symmetric_product.restype = None
+        library.orthogonalize.argtypes = (_POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
+        library.orthogonalize.restype = None
     return library, reason

@@ -21,8 +21,8 @@ from optim.precision import gram_dtype, product_dtype
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
-# Side from which a CPU computes three of a symmetric product's four blocks: 1.2 to 1.3 times as fast at 768
-# and above, and slower at 256 (AVX-512, bf16, one thread).
+# Side from which torch on a CPU computes three of a symmetric product's four blocks: 1.2 to 1.3 times as fast
+# at 768 and above, and slower at 256 (AVX-512, bf16, one thread).
 MIRRORED_FROM = 512
 
 
@@ -95,19 +95,24 @@ def orthogonalize(
         norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64).float()
     scale = 1 / norms.clamp_min(torch.finfo(torch.float32).tiny)
     gram = uses_gram(*matrices.shape[-2:])
-    x = torch.empty_like(matrices, dtype=(gram_dtype if gram else product_dtype)(dtype, matrices.device))
+    product = (gram_dtype if gram else product_dtype)(dtype, matrices.device)
+    x = torch.empty(matrices.shape, dtype=product, device=matrices.device)
     if x.device.type == "cpu":  # by numbers, which need no copy in fp32 on the way; rounded once
         wide = torch.promote_types(matrices.dtype, x.dtype)
         for part, matrix, factor in zip(x, matrices, scale.tolist(), strict=True):
             torch.mul(matrix.to(wide), factor, out=part)
     else:
         torch.mul(matrices, scale[:, None, None], out=x)  # in fp32, rounded once
-    return (_gram_form if gram else _standard_form)(x, METHODS[method].coefficients).to(dtype)
+    coefficients = METHODS[method].coefficients
+    if native.unsupported(x.device, product) is None:
+        return native.orthogonalize_(x, coefficients, restart=GRAM_RESTART if gram else None).to(dtype)
+    return (_gram_form if gram else _standard_form)(x, coefficients).to(dtype)
 
 
 def _standard_form(x: Tensor, coefficients: Coefficients) -> Tensor:
     # The identity goes onto the polynomial's diagonal, where bf16 rounds it: 2% from the exact polynomials on
-    # Gaussian matrices. a·X apart, as torch.optim.Muon has it, gives 1.1% for a dearer product with X.
+    # Gaussian matrices. a·X apart, as torch.optim.Muon and optim/native.cpp have it, gives 1.1%, and in torch
+    # a dearer product with X.
     for a, b, c in coefficients:
         x = _multiply(_polynomial(_gram_matrix(x), a, b, c), x)
     return x
@@ -139,14 +144,13 @@ def _gram_matrix(x: Tensor) -> Tensor:
 
 
 def _is_tall(x: Tensor) -> bool:
-    """Whether X is multiplied from the right. A square one is too: optim/native.cpp packs it faster so."""
-    return x.size(-2) >= x.size(-1)
+    """Whether X is multiplied from the right."""
+    return x.size(-2) > x.size(-1)
 
 
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """aI + bA + cA²."""
-    symmetric = gram.mT  # the same numbers, in the layout that optim/native.cpp packs faster
-    polynomial = _symmetric(symmetric, symmetric, alpha=c, addend=gram, beta=b)
+    polynomial = _symmetric(gram, gram, alpha=c, addend=gram, beta=b)
     polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
     return polynomial
 
@@ -157,8 +161,6 @@ def _symmetric(
     """alpha·L·Rᵀ + beta·addend, known to be symmetric: XXᵀ, or polynomials of one Gram matrix."""
     if kernels.unsupported(left.device, left.dtype) is None:
         return kernels.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
-    if native.unsupported(left.device, left.dtype) is None:
-        return native.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
     if left.device.type == "cpu" and left.size(-2) >= MIRRORED_FROM:
         return _mirrored(left, right, alpha=alpha, addend=addend, beta=beta)
     if addend is None:
