@@ -4,7 +4,7 @@
 replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +14,20 @@ from torch import Tensor
 from serving.scheduler import BLOCK_TOKENS, Span, num_blocks
 from training.model import Llama
 
+SLICE_ROWS = 64  # of logits that are scored at a time: a tensor of 33 MB in fp32 at a vocabulary of 128k
+
 
 class StepDecoder(Protocol):
     """Runs the model over the tokens of a step."""
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Logits [S, V], fp32, after the last token of each of the S spans that sample, in order."""
+
+    def scored(self) -> Iterator[Tensor]:
+        """Of the step that `forward` ran last: logits after each token that its spans' `num_scored` count.
+
+        In order, in slices [R, V], fp32, R at most SLICE_ROWS; the next may overwrite one.
+        """
 
 
 class TorchDecoder:
@@ -40,20 +48,21 @@ class TorchDecoder:
         size = (shape.num_layers, 2, num_blocks + 1, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
         self._cache = torch.zeros(size, dtype=weight.dtype, device=self.device)
         self._graphs = _Graphs(self, slots=slots) if graphs else None
+        self._scored = torch.empty(0)  # [rows, hidden], of the last step
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`."""
         num_decoding = sum(1 for span in spans if span.stop - span.start == 1)
-        if self._graphs is not None and num_decoding == len(spans):
+        if self._graphs is not None and all(span.samples and span.stop - span.start == 1 for span in spans):
             return self._graphs.replay(spans)
         # Each span of several tokens attends by itself; those of one token attend together.
         ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
         decoding, prefilling = ordered[:num_decoding], ordered[num_decoding:]
-        last, rows = {}, 0
+        first, rows = {}, 0
         for span in ordered:
+            first[id(span)] = rows
             rows += span.stop - span.start
-            last[id(span)] = rows - 1
         tokens = [t for span in ordered for t in span.sequence.tokens[span.start : span.stop]]
         positions = [p for span in ordered for p in range(span.start, span.stop)]
         places = [
@@ -69,8 +78,16 @@ class TorchDecoder:
         hidden = self._model.model(
             self._tensor(tokens)[None], positions=self._tensor(positions)[None], attend=attention
         )[0]
-        wanted = [last[id(span)] for span in spans if span.samples]
+        scored = [first[id(span)] + row for span in spans for row in range(span.num_scored)]
+        self._scored = hidden[scored] if scored else hidden[:0]
+        wanted = [first[id(span)] + span.stop - span.start - 1 for span in spans if span.samples]
         return self._model.lm_head(hidden[wanted]).float()
+
+    @torch.inference_mode()
+    def scored(self) -> Iterator[Tensor]:
+        """See `StepDecoder`."""
+        for rows in self._scored.split(SLICE_ROWS):
+            yield self._model.lm_head(rows).float()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a serving engine is: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
 
-Two implementations: `serving.torch_engine` (ours) and `serving.vllm_engine`. Text is not their matter:
-`serving.text` turns it into token ids and back.
+Ours is `serving.torch_engine`; vLLM comes with an endpoint of its own (`serving.vllm_app`). Text is not an
+engine's matter: `serving.text` turns it into token ids and back.
 """
 
 import asyncio
@@ -19,12 +19,13 @@ class Sampling:
     """How to continue a prompt.
 
     Attributes:
-        max_tokens: most tokens to sample, at least 1.
+        max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
         seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew.
         ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
-        logprobs: report each sampled token's log-probability.
+        logprobs: report how likely each delivered token was.
+        echo: deliver the prompt's tokens too, all of them before the first sampled one.
     """
 
     max_tokens: int
@@ -33,19 +34,33 @@ class Sampling:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: bool = False
+    echo: bool = False
+
+
+class Score(NamedTuple):
+    """How likely a token was after those before it, under the model at temperature 1.
+
+    Attributes:
+        logprob: ln of its probability.
+        top_id, top_logprob: of the likeliest token there, which may be itself.
+    """
+
+    logprob: float
+    top_id: int
+    top_logprob: float
 
 
 class Token(NamedTuple):
-    """A sampled token.
+    """A token that was sampled, or one of an echoed prompt.
 
     Attributes:
         id: in the vocabulary.
-        logprob: ln of its probability under the model at temperature 1; None unless asked for.
+        score: None unless asked for, and of a prompt's first token, which follows nothing.
         finish: None but for the last token: "stop" (it ends the text) or "length".
     """
 
     id: int
-    logprob: float | None
+    score: Score | None
     finish: Finish | None
 
 

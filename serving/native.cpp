@@ -6,7 +6,7 @@
 // tokens). Activations are bf16 and rounded where transformers rounds them; sums are fp32.
 //
 // Where it counts: one row reads each weight once and is bound by memory; from about 50 rows on it is bound by
-// the multipliers. serving/native.py compiles this file and describes its structs; no pointer may be null.
+// the multipliers. serving/native.py compiles this file and describes its structs; no pointer that is read may be null.
 
 #include <immintrin.h>
 
@@ -333,6 +333,14 @@ std::vector<Task> attention_tasks(const Model& m, const Step& s) {
   return tasks;
 }
 
+// Of the rows `outputs`, when `x` holds what the last layer left.
+void output_logits(const Model& m, const Step& s) {
+#pragma omp for schedule(static)
+  for (long i = 0; i < s.num_outputs; i++)
+    norm(s.x + s.outputs[i] * m.hidden, m.norm, m.hidden, m.eps, s.normed + i * m.hidden);
+  logits(s.normed, s.num_outputs, m.hidden, m.head, m.vocab, s.logits);
+}
+
 void forward(const Model& m, const Step& s, const std::vector<Task>& tasks) {
   Scratch scratch;
   long q = m.heads * m.head_dim, width = q + 2 * m.kv_heads * m.head_dim;
@@ -352,10 +360,7 @@ void forward(const Model& m, const Step& s, const std::vector<Task>& tasks) {
     gated(s.normed, s.num_rows, m.hidden, layer.gate_up, m.ffn, s.inner);
     linear(s.inner, s.num_rows, m.ffn, layer.down, m.hidden, s.x, true);
   }
-#pragma omp for schedule(static)
-  for (long i = 0; i < s.num_outputs; i++)
-    norm(s.x + s.outputs[i] * m.hidden, m.norm, m.hidden, m.eps, s.normed + i * m.hidden);
-  logits(s.normed, s.num_outputs, m.hidden, m.head, m.vocab, s.logits);
+  output_logits(m, s);
 }
 
 }  // namespace
@@ -364,6 +369,12 @@ extern "C" void decoder_step(const Model* model, const Step* step) {
   std::vector<Task> tasks = attention_tasks(*model, *step);
 #pragma omp parallel num_threads(step->threads)
   forward(*model, *step, tasks);
+}
+
+// Logits of further rows of the step that ran last: `outputs`, `x`, `normed`, `logits` and two counts are read.
+extern "C" void decoder_logits(const Model* model, const Step* step) {
+#pragma omp parallel num_threads(step->threads)
+  output_logits(*model, *step);
 }
 
 // weight [rows, columns] -> panels of 64 rows, zeros beyond the last; `columns` is even.

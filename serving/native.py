@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster import compiled
+from serving.decoder import SLICE_ROWS
 from serving.scheduler import BLOCK_TOKENS, Span, table
 from training.model import Llama, rotary
 
@@ -56,7 +57,8 @@ def _library() -> tuple[Any, str | None]:
     # OpenMP: the same library, and so the same threads, that torch has loaded.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     if library is not None:
-        library.decoder_step.argtypes, library.decoder_step.restype = (_POINTER, _POINTER), None
+        for function in (library.decoder_step, library.decoder_logits):
+            function.argtypes, function.restype = (_POINTER, _POINTER), None
         library.pack_panels.argtypes, library.pack_panels.restype = (_POINTER, _LONG, _LONG, _POINTER), None
     return library, reason
 
@@ -127,6 +129,7 @@ class NativeDecoder:
             *(self._keep(cosines), self._keep(sines), ctypes.addressof(self._layers)),
         )
         self._logits = torch.empty(slots, shape.vocab_size)
+        self._scored: list[int] = []  # rows of the last step
         self._rows = {
             "x": torch.empty(step_tokens, shape.hidden_size, dtype=torch.bfloat16),
             "normed": torch.empty(step_tokens, shape.hidden_size, dtype=torch.bfloat16),
@@ -148,6 +151,9 @@ class NativeDecoder:
         last = [first + count - 1 for first, count in zip(firsts, counts, strict=True)]
         rows = [row for row, span in zip(last, spans, strict=True) if span.samples]
         outputs = (_INT * max(1, len(rows)))(*rows)
+        self._scored = [
+            first + row for first, span in zip(firsts, spans, strict=True) for row in range(span.num_scored)
+        ]
         block_ids, first_blocks = table(spans)
         blocks = (_INT * len(block_ids))(*block_ids)
         about = zip(firsts, counts, (span.start for span in spans), first_blocks, strict=True)
@@ -160,6 +166,23 @@ class NativeDecoder:
         )
         self._library.decoder_step(ctypes.addressof(self._model), ctypes.addressof(step))
         return self._logits[: len(rows)]
+
+    def scored(self) -> Iterator[Tensor]:
+        """See `StepDecoder`."""
+        logits = torch.empty(min(SLICE_ROWS, len(self._scored)), self._model.vocab)
+        for start in range(0, len(self._scored), SLICE_ROWS):
+            rows = self._scored[start : start + SLICE_ROWS]
+            outputs = (_INT * len(rows))(*rows)
+            step = _Step(
+                num_outputs=len(rows),
+                threads=self._num_threads,
+                outputs=ctypes.addressof(outputs),
+                x=self._rows["x"].data_ptr(),
+                normed=self._rows["normed"].data_ptr(),
+                logits=logits.data_ptr(),
+            )
+            self._library.decoder_logits(ctypes.addressof(self._model), ctypes.addressof(step))
+            yield logits[: len(rows)]
 
     def _layer(self, weights: dict[str, Tensor], index: int, model: Llama) -> Any:
         def take(name: str) -> Tensor:

@@ -8,12 +8,12 @@ parameter that it would have to ignore is refused by name, unless it has the val
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.engine import EngineInfo, Finish, Sampling
+from serving.engine import EngineInfo, Finish, Sampling, Token
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
@@ -59,7 +59,7 @@ class Refusal(Exception):
 
 
 NEUTRAL = (
-    *("n", "best_of", "echo", "suffix", "logit_bias"),
+    *("n", "best_of", "suffix", "logit_bias"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty"),
 )
 
@@ -78,12 +78,13 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN)] | None = DEFAULT_MAX_TOKENS
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST_TOKEN)] | None = DEFAULT_MAX_TOKENS  # 0: with echo
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    echo: bool | None = False  # the prompt, and with logprobs its scores, before the continuation
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # as in vLLM: go on past the end of text, for benchmarks
@@ -91,7 +92,6 @@ class CompletionRequest(BaseModel):
     # NEUTRAL: what this server does not do, with the values that ask for nothing.
     n: _OneWhole = 1
     best_of: _OneWhole = 1
-    echo: Literal[False] | None = False
     suffix: None = None
     frequency_penalty: _Zero = 0.0
     presence_penalty: _Zero = 0.0
@@ -120,6 +120,7 @@ class CompletionRequest(BaseModel):
             seed=self.seed,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs is not None,
+            echo=bool(self.echo),
         )
 
 
@@ -128,6 +129,9 @@ def parse(body: bytes) -> CompletionRequest:
     request = _validate(body)
     if request.stream_options is not None and not request.stream:
         raise Refusal(400, "stream_options: goes with stream=true, and only", param="stream_options")
+    if request.max_tokens == 0 and not request.echo:
+        message = "max_tokens: should be greater than or equal to 1, or 0 with echo=true"
+        raise Refusal(400, message, param="max_tokens")
     return request
 
 
@@ -183,10 +187,32 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     return {"usage": counts}
 
 
-def logprobs(tokens: Sequence[tuple[str, float | None, int]]) -> dict[str, Any]:
-    """Of (token's text, ln probability, where its text begins). The alternatives are not reported."""
-    texts, values, offsets = (list(column) for column in zip(*tokens, strict=True))
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+def logprobs(
+    tokens: Sequence[Token], offsets: Sequence[int], *, text_of: Callable[[int], str], top: bool
+) -> dict[str, Any]:
+    """How likely each token was.
+
+    Args:
+        offsets: where each token's text begins.
+        text_of: the text of a token id.
+        top: report the likeliest tokens too; else `top_logprobs` is null.
+    """
+    return {
+        "tokens": [text_of(token.id) for token in tokens],
+        "token_logprobs": [token.score and token.score.logprob for token in tokens],
+        "top_logprobs": [_top(token, text_of) for token in tokens] if top else None,
+        "text_offset": list(offsets),
+    }
+
+
+def _top(token: Token, text_of: Callable[[int], str]) -> dict[str, float] | None:
+    """Of the likeliest token and of the one that stands there. Two ids of one text stay two entries."""
+    if token.score is None:
+        return None
+    own, likeliest = text_of(token.id), text_of(token.score.top_id)
+    if own == likeliest and token.id != token.score.top_id:
+        likeliest = f"token_id:{token.score.top_id}"  # as vLLM writes ids
+    return {likeliest: token.score.top_logprob, own: token.score.logprob}
 
 
 def models(info: EngineInfo, *, since: int) -> dict[str, Any]:

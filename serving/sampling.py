@@ -1,4 +1,4 @@
-"""The next tokens of many requests from their logits, each drawn from its own source of chance."""
+"""The next tokens of many requests from their logits, each drawn from its own source of chance; scores."""
 
 import random
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serving.engine import Sampling
+from serving.engine import Sampling, Score
 
 LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
 
 
 def choose(
     logits: Tensor, samplings: Sequence[Sampling], chances: Sequence[random.Random]
-) -> tuple[list[int], list[float | None]]:
-    """One token for each row: its id, and its log-probability at temperature 1 where that is asked for.
+) -> tuple[list[int], list[Score | None]]:
+    """One token for each row: its id, and its score where log-probabilities are asked for.
 
     A row's token depends on its own logits, sampling and source of chance alone, not on the other rows.
 
@@ -31,14 +31,20 @@ def choose(
             top_ps=[samplings[row].top_p for row in drawn],
             uniforms=[chances[row].random() for row in drawn],
         )
-    logprobs: list[float | None] = [None] * len(samplings)
+    scores: list[Score | None] = [None] * len(samplings)
     asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs]
     if asked:
-        normed = logits[asked].log_softmax(dim=-1)
-        found = normed.gather(1, ids[asked, None])[:, 0].tolist()
-        for row, logprob in zip(asked, found, strict=True):
-            logprobs[row] = logprob
-    return ids.tolist(), logprobs
+        for row, found in zip(asked, score(logits[asked], ids[asked]), strict=True):
+            scores[row] = found
+    return ids.tolist(), scores
+
+
+def score(logits: Tensor, ids: Tensor) -> list[Score]:
+    """How likely each of `ids` [R], int64, is by its row of `logits` [R, V], fp32, on the same device."""
+    likeliest = logits.argmax(dim=-1)
+    normed = logits.log_softmax(dim=-1)
+    own, top = (normed.gather(1, chosen[:, None])[:, 0].tolist() for chosen in (ids, likeliest))
+    return [Score(*each) for each in zip(own, likeliest.tolist(), top, strict=True)]
 
 
 def _draw(logits: Tensor, *, temperatures: list[float], top_ps: list[float], uniforms: list[float]) -> Tensor:

@@ -25,12 +25,14 @@ class Request:
     Attributes:
         tokens: prompt, then what was sampled.
         most_tokens: its length at the most.
+        scored: it is to be told how likely each token of its prompt was.
         done: how many of `tokens` have gone through the model, and are in the cache.
         blocks: of the cache; empty unless it runs.
     """
 
     tokens: list[int]
     most_tokens: int
+    scored: bool = False
     done: int = 0
     blocks: list[int] = field(default_factory=list)
     prompt_tokens: int = field(init=False)
@@ -41,7 +43,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a sequence, in one step; `samples` if the last of them is its newest token."""
+    """Tokens [start, stop) of a sequence, in one step.
+
+    Attributes:
+        samples: the last of them is its newest token, and another is to follow.
+        num_scored: how many of them, from the first on, are followed by one of a prompt that is scored.
+    """
 
     sequence: Request
     start: int
@@ -49,7 +56,12 @@ class Span:
 
     @property
     def samples(self) -> bool:
-        return self.stop == len(self.sequence.tokens)
+        return self.stop == len(self.sequence.tokens) < self.sequence.most_tokens
+
+    @property
+    def num_scored(self) -> int:
+        sequence = self.sequence
+        return max(0, min(self.stop, sequence.prompt_tokens - 1) - self.start) if sequence.scored else 0
 
 
 class Scheduler:

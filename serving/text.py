@@ -37,6 +37,16 @@ def numbered_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of token ids, and where each one's begins, in characters. See `Detokenizer`."""
+    detokenizer = Detokenizer(tokenizer)
+    texts, starts = [], []
+    for token_id in ids:
+        starts.append(detokenizer.num_characters)
+        texts.append(detokenizer.add(token_id))
+    return "".join(texts), starts
+
+
 class Detokenizer:
     """The text of one continuation as its tokens come.
 

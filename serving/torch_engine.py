@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,10 +26,11 @@ from serving.engine import (
     Overloaded,
     RequestError,
     Sampling,
+    Score,
     Token,
 )
-from serving.sampling import choose
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler
+from serving.sampling import choose, score
+from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
 from training.model import Llama, initialize, load_hf
 from training.shapes import LlamaShape
@@ -38,11 +40,12 @@ RETRY_AFTER_SECONDS = 1
 
 @dataclass(eq=False)
 class _Running(Request):
-    """A request, how to sample it, and whom to tell."""
+    """A request, how to sample it, and whom to tell; `scores` are of its prompt's tokens after the first."""
 
     sampling: Sampling = field(kw_only=True)
     deliver: Deliver = field(kw_only=True)
     chance: random.Random = field(kw_only=True)
+    scores: list[Score] = field(default_factory=list)
 
 
 class _Ticket:
@@ -94,6 +97,7 @@ class TorchEngine:
         request = _Running(
             list(prompt),
             most_tokens=len(prompt) + sampling.max_tokens,
+            scored=sampling.echo and sampling.logprobs,
             sampling=sampling,
             deliver=deliver,
             chance=random.Random(sampling.seed),
@@ -136,8 +140,8 @@ class TorchEngine:
             raise RequestError("prompt: is empty; give at least one token")
         if not all(0 <= token < info.vocab_size for token in prompt):
             raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
-        if sampling.max_tokens < 1:
-            raise RequestError("max_tokens: must be at least 1")
+        if sampling.max_tokens < (0 if sampling.echo else 1):
+            raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
         if total > info.context_tokens:
             raise RequestError(
                 f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
@@ -177,27 +181,52 @@ class TorchEngine:
                 return False
         logits = self._decoder.forward(spans)
         sampled: list[_Running] = [span.sequence for span in spans if span.samples]  # type: ignore[misc]
-        ids, logprobs = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
-        told: list[tuple[_Running, Token]] = []
+        ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
+        self._score_prompts(spans)
+        told: dict[_Running, list[Token]] = {}
         with self._lock:
             self._counts["steps"] += 1
             for span in spans:
-                span.sequence.done = span.stop
-                if span.samples and span.stop == span.sequence.prompt_tokens:
+                request: _Running = span.sequence  # type: ignore[assignment]
+                request.done = span.stop
+                if span.stop == request.prompt_tokens:
                     self._counts["prompt_tokens"] += span.stop
-            for request, token, logprob in zip(sampled, ids, logprobs, strict=True):
+                    if request.sampling.echo and request.blocks:
+                        told[request] = self._prompt(request)
+            for request, token, found in zip(sampled, ids, scores, strict=True):
                 if not request.blocks:  # cancelled while the step ran
                     continue
                 request.tokens.append(token)
                 self._counts["generated_tokens"] += 1
-                finish = self._finish(request)
-                if finish is not None:
+                told.setdefault(request, []).append(Token(token, found, self._finish(request)))
+            for request, tokens in told.items():
+                if tokens[-1].finish is not None:
                     self._scheduler.remove(request)
                     self._counts["finished"] += 1
-                told.append((request, Token(token, logprob, finish)))
-        for request, last in told:
-            request.deliver([last])
+        for request, tokens in told.items():
+            request.deliver(tokens)
         return True
+
+    def _score_prompts(self, spans: Sequence[Span]) -> None:
+        """Give each request that is scored what this step tells of its prompt."""
+        scored = [span for span in spans if span.num_scored]
+        if not scored:
+            return
+        following = [t for s in scored for t in s.sequence.tokens[s.start + 1 : s.start + 1 + s.num_scored]]
+        ids, found = torch.tensor(following), list[Score]()
+        for logits in self._decoder.scored():
+            found += score(logits, ids[len(found) :][: len(logits)].to(logits.device))
+        rest = iter(found)
+        for span in scored:
+            span.sequence.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
+
+    def _prompt(self, request: _Running) -> list[Token]:
+        """All of a prompt, to be echoed; with nothing to follow its last token ends the request."""
+        scores = [None, *request.scores] if request.scored else [None] * request.prompt_tokens
+        tokens = [Token(token, found, None) for token, found in zip(request.tokens, scores, strict=True)]
+        if request.prompt_tokens == request.most_tokens:
+            tokens[-1] = tokens[-1]._replace(finish="length")
+        return tokens
 
     def _finish(self, request: _Running) -> Finish | None:
         if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:

@@ -1,5 +1,7 @@
 """The vLLM engine behind Ray Serve, through `ray.serve.llm`: the same endpoint, for GPU nodes.
 
+Requests reach vLLM's own completions as they are, `echo` with `logprobs` too (read in Ray's source, not run).
+
 An optional extra: `pip install -c constraints.txt -e ".[vllm]"` (vllm 0.29 shares our pin of torch).
 """
 

@@ -1,7 +1,7 @@
 """An engine without a model: it counts. Slots, queue, cancellation and failure are real."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -21,15 +21,23 @@ class Counting:
 
     def __init__(self, step_seconds: float) -> None:
         self.step_seconds = step_seconds
+        self._scored: list[int] = []
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(self.step_seconds)
+        self._scored = [t for s in spans for t in s.sequence.tokens[s.start : s.start + s.num_scored]]
         sampled = [span.sequence.tokens for span in spans if span.samples]
         if any(tokens[0] == FAILING and len(tokens) > 3 for tokens in sampled):
             raise RuntimeError("an unlucky number")
-        logits = torch.zeros(len(sampled), VOCABULARY)
-        for row, tokens in zip(logits, sampled, strict=True):
-            row[(tokens[-1] + 1) % 256] = 100.0
+        return self._logits([tokens[-1] for tokens in sampled])
+
+    def scored(self) -> Iterator[torch.Tensor]:
+        yield self._logits(self._scored)
+
+    def _logits(self, last: Sequence[int]) -> torch.Tensor:
+        logits = torch.zeros(len(last), VOCABULARY)
+        for row, token in zip(logits, last, strict=True):
+            row[(token + 1) % 256] = 100.0
         return logits
 
 

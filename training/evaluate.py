@@ -117,7 +117,7 @@ def plan(config: EvaluateConfig) -> Work:
 def _find_data(config: EvaluateConfig, found: Subject | None) -> Path | str:
     """The prepared folder for the perplexity, or why it is left out. Raises `UserError`: `data` is none."""
     if config.endpoint is not None:
-        return "an endpoint gives no loss of token sequences; evaluate the checkpoint here"
+        return "an endpoint is asked for tasks alone; evaluate the checkpoint here"
     if config.data is not None:
         from training.data import Manifest
 
@@ -216,7 +216,7 @@ def _asked(config: EvaluateConfig, work: Work, tasks: Tasks) -> Measured:
             raise UserError(
                 f"tasks: {names}: these need the log-probabilities of given text, which the endpoint does "
                 f"not tell ({problem}); leave out endpoint to evaluate the checkpoint here, or name an "
-                "endpoint with echo, such as vLLM's"
+                "endpoint with echo, such as that of `make serve`"
             )
         if found is None:
             raise UserError(

@@ -128,6 +128,54 @@ def test_logprobs_are_those_of_the_sampled_tokens(server):
     assert server.post().json()["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize("prompt", ["abz", [97 - 33, 98 - 33, 122 - 33]])
+def test_echo_scores_the_prompt_and_what_follows(server, prompt):
+    answer = server.post(prompt=prompt, max_tokens=2, temperature=0, echo=True, logprobs=1).json()
+    [choice] = answer["choices"]
+    assert choice["text"] == "abz{|" and choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    told = choice["logprobs"]
+    assert told["tokens"] == list("abz{|") and told["text_offset"] == [0, 1, 2, 3, 4]
+    assert told["token_logprobs"] == [None, *(pytest.approx(v, abs=1e-6) for v in (0, -100, 0, 0))]
+    expected = [{"b": 0}, {"c": 0, "z": -100}, {"{": 0}, {"|": 0}]
+    assert told["top_logprobs"] == [None, *(pytest.approx(one, abs=1e-6) for one in expected)]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 1])
+def test_echo_of_a_prompt_alone(server, logprobs):
+    answer = server.post(prompt="añz", max_tokens=0, echo=True, logprobs=logprobs).json()
+    [choice] = answer["choices"]
+    assert choice["text"] == "añz" and choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    told = choice["logprobs"]
+    assert (told is None) == (logprobs is None)
+    if told is not None:
+        assert told["text_offset"] == [0, 1, 1, 2] and len(told["token_logprobs"]) == 4
+        assert (told["top_logprobs"] is None) == (logprobs == 0)
+    assert idle(server.engine)
+
+
+def test_echo_may_fill_the_context_and_no_more(server):
+    whole = server.post(prompt=[1] * CONTEXT, max_tokens=0, echo=True, logprobs=1)
+    assert len(whole.json()["choices"][0]["logprobs"]["tokens"]) == CONTEXT
+    longer = server.post(prompt=[1] * (CONTEXT + 1), max_tokens=0, echo=True, logprobs=1)
+    assert longer.status_code == 400 and f"context of {CONTEXT}" in longer.json()["error"]["message"]
+
+
+def test_a_stream_echoes_the_prompt_as_its_first_event(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last, done = server.events(
+        prompt="ab", max_tokens=2, temperature=0, echo=True, logprobs=1, stop="d", stream_options=options
+    )
+    assert [event["choices"][0]["text"] for event in events] == ["ab", "c", ""]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, "stop"]
+    assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0, 1], [2], [3]]
+    assert [event["usage"]["completion_tokens"] for event in events] == [0, 1, 2]
+    assert last["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
+    alone, done = server.events(prompt="ab", max_tokens=0, echo=True)
+    assert alone["choices"][0]["text"] == "ab" and alone["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("prompt", ["ab", ["ab"], [97 - 33, 98 - 33], [[97 - 33, 98 - 33]]])
 def test_one_prompt_in_every_form_that_openai_takes(server, prompt):
     answer = server.post(prompt=prompt, max_tokens=2, temperature=0).json()
@@ -158,7 +206,13 @@ def test_one_prompt_in_every_form_that_openai_takes(server, prompt):
         ({"seed": 1.5}, "seed", "integer"),
         ({"n": 2}, "n", "does not do this"),
         ({"best_of": 3}, "best_of", "does not do this"),
-        ({"echo": True}, "echo", "does not do this"),
+        ({"echo": "yes"}, "echo", "boolean"),
+        ({"echo": 1}, "echo", "boolean"),
+        ({"echo": False, "max_tokens": 0}, "max_tokens", "or 0 with echo=true"),
+        ({"echo": True, "max_tokens": -1}, "max_tokens", "greater"),
+        ({"echo": True, "logprobs": 10**30}, "logprobs", "less than or equal to 1"),
+        ({"echo": True, "max_tokens": 0, "prompt": ""}, "prompt", "is empty"),
+        ({"echo": True, "max_tokens": 0, "prompt": [VOCABULARY]}, "prompt", f"[0, {VOCABULARY})"),
         ({"suffix": "."}, "suffix", "does not do this"),
         ({"presence_penalty": 0.5}, "presence_penalty", "does not do this"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "does not do this"),
@@ -272,8 +326,15 @@ NAMES = (
     *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "n"),
     *("stream_options", "ignore_eos", "echo", "suffix", "best_of", "logit_bias", "frequency_penalty", "user"),
 )
-BODIES = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5).map(
-    lambda odd: {"model": "counting", "prompt": [1], "max_tokens": 2} | odd
+USUAL = st.fixed_dictionaries(
+    {"model": st.just("counting"), "max_tokens": st.integers(0, 2)},
+    optional={
+        "prompt": st.lists(st.integers(0, VOCABULARY), max_size=70) | st.text(max_size=20),
+        "echo": st.booleans(), "logprobs": st.integers(0, 1), "stream": st.booleans(), "stop": st.just("b"),
+    },
+).map(lambda usual: {"prompt": [1]} | usual)  # fmt: skip
+BODIES = st.builds(
+    lambda usual, odd: usual | odd, USUAL, st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5)
 )
 
 
@@ -351,15 +412,14 @@ def test_overload_is_429_with_when_to_retry_and_then_all_is_well():
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert refused[0].json()["error"]["type"] == "rate_limit_error"
     assert idle(server.engine) and server.post().status_code == 200
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     slow = [threading.Thread(target=ask) for _ in range(5)]
     for thread in slow:
         thread.start()
-    while server.engine.stats().waiting < 3:
+    while (stats := server.engine.stats()).running < 2 or stats.waiting < 3:
         time.sleep(0.002)
     with pytest.raises(RateLimitError):
-        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0).completions.create(
-            model="counting", prompt="a"
-        )
+        client.completions.create(model="counting", prompt="a")
     for thread in slow:
         thread.join()
     server.close()

@@ -358,12 +358,74 @@ def test_text_prompts_serve_where_the_tokenizer_is_not_known(
     assert last["file"] == str(tmp_path / "outputs/eval-tiny/eval.json")
 
 
-def test_our_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are_named(
-    tasks: Path, ours: str, capsys: pytest.CaptureFixture
+def test_log_likelihoods_through_our_endpoint_are_those_of_the_checkpoint_here(
+    trained: Path, tasks: Path, ours: str, capsys: pytest.CaptureFixture
 ) -> None:
-    error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={ours}", "output=no.json"])
+    keys = [f"tasks=[{tasks / 'choose.yaml'},{tasks / 'continue.yaml'}]", f"model={trained / 'hf'}"]
+    here, _, _ = evaluate(capsys, *keys, "device=cpu", "output=here.json")
+    there, _, _ = evaluate(capsys, *keys, f"endpoint={ours}", "output=there.json")
+    assert {score["task"] for score in there["scores"]} == {"choose", "continue"}
+    for found, expected in zip(there["scores"], here["scores"], strict=True):
+        close = {name: pytest.approx(expected[name], rel=1e-5) for name in ("value", "stderr")}
+        assert found == expected | close
+    assert there["endpoint"]["model"] == "tiny" and here["endpoint"] is None
+
+
+def test_log_likelihoods_through_an_endpoint_need_its_tokenizer(
+    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without runs
+    error = refusal(capsys, [f"tasks=[{tasks / 'continue.yaml'}]", f"endpoint={ours}"])
+    assert error.startswith("error: model: continue: these count the tokens of given text")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """An endpoint that lists a model, and gives one answer to every completion."""
+
+    status: int
+    answer: dict[str, Any]
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "elsewhere", "max_model_len": 256}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self._send(self.status, self.answer)
+
+    def _send(self, status: int, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "reason"),
+    [
+        (400, {"error": {"message": "echo: not here"}}, "400: echo: not here"),
+        (
+            200,
+            {"choices": [{"text": "", "logprobs": None}]},
+            "without the prompt's logprobs and top_logprobs",
+        ),
+    ],
+    ids=["refused", "ignored"],
+)
+def test_an_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are_named(
+    tasks: Path, capsys: pytest.CaptureFixture, status: int, answer: dict[str, Any], reason: str
+) -> None:
+    handler = type("Handler", (Elsewhere,), {"status": status, "answer": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        served = Served(server.serve_forever, server.shutdown, server.server_port)
+        error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={served.url}", "output=no.json"])
+        served.close()
     assert error.startswith("error: tasks: choose, continue: these need the log-probabilities of given text")
-    assert "400: echo: this server does not do this" in error and "evaluate the checkpoint here" in error
+    assert reason in error and "evaluate the checkpoint here" in error
     assert not Path("no.json").exists()
 
 
@@ -375,67 +437,6 @@ def test_a_request_that_the_endpoint_refuses_is_told_with_its_answer(
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump(task))
     error = refusal(capsys, [f"tasks=[{tmp_path / 'odd.yaml'}]", f"endpoint={ours}", "limit=1"])
     assert "refuses a request" in error and "top_k: this server does not know this parameter" in error
-
-
-class Echo(BaseHTTPRequestHandler):
-    """As much of vLLM's endpoint as lm_eval needs for a log-likelihood: echo with logprobs, of token ids."""
-
-    model: Llama
-    tokenizer: Tokenizer
-
-    def do_GET(self) -> None:
-        self._answer({"data": [{"id": "elsewhere", "max_model_len": 256}]})
-
-    @torch.no_grad()
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert body["echo"] is True and body["max_tokens"] == 1
-        prompt = body["prompt"]
-        if isinstance(prompt, str):
-            prompt = [self.tokenizer.encode(prompt).ids]
-        [ids] = prompt
-        chances = self.model(torch.tensor([ids]))[0].log_softmax(-1)
-        likeliest = chances.max(-1)
-        ids = [*ids, likeliest.indices[-1].item()]
-        picked = [None, *(chances[i, token].item() for i, token in enumerate(ids[1:]))]
-        top = [None, *({str(i.item()): v.item()} for v, i in zip(*likeliest, strict=True))]
-        told = {"token_logprobs": picked, "top_logprobs": top}
-        self._answer({"choices": [{"index": 0, "text": "", "logprobs": told}]})
-
-    def _answer(self, content: Any) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def echo(model: Llama, tokenizer: Tokenizer) -> Iterator[str]:
-    handler = type("Handler", (Echo,), {"model": model, "tokenizer": tokenizer})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    served = Served(server.serve_forever, server.shutdown, server.server_port)
-    yield served.url
-    served.close()
-    server.server_close()
-
-
-def test_an_endpoint_with_echo_does_log_likelihoods_and_needs_the_tokenizer(
-    trained: Path, tasks: Path, model: Llama, tokenizer: Tokenizer, echo: str, capsys: pytest.CaptureFixture
-) -> None:
-    keys = [f"tasks=[{tasks / 'continue.yaml'}]", f"endpoint={echo}", "output=echo.json"]
-    error = refusal(capsys, keys)  # no run is called elsewhere
-    assert error.startswith("error: model: continue: these count the tokens of given text")
-    result, _, _ = evaluate(capsys, *keys, f"model={trained / 'hf'}")
-    mean = sum(
-        log_likelihood(model, *continuation_of(tokenizer, question, CHOICES[i % 4]))
-        for i, question in enumerate(QUESTIONS)
-    ) / len(QUESTIONS)
-    assert scores(result)["continue"]["value"] == pytest.approx(math.exp(-mean), rel=1e-4)
 
 
 def refusal(capsys: pytest.CaptureFixture, keys: list[str]) -> str:

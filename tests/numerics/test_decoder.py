@@ -10,7 +10,7 @@ from serving import native
 from serving.decoder import TorchDecoder
 from serving.engine import Sampling
 from serving.sampling import choose
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
+from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
 
@@ -45,21 +45,23 @@ def make_model(sizes: dict, dtype: torch.dtype) -> Llama:
 
 
 def worst_error(decoder: TorchDecoder | native.NativeDecoder, model: Llama, *, num_steps: int = 25) -> float:
-    """Largest relative error of logits, in chunks and token by token, against whole texts."""
+    """Largest relative error of logits, in chunks and token by token, against whole texts; some scored."""
     scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=50)
     draw = random.Random(0)
     worst = 0.0
     for _ in range(num_steps):
         if draw.random() < 0.6:
             prompt = [draw.randrange(333) for _ in range(draw.choice((1, 2, 31, 32, 33, 64, 90)))]
-            scheduler.add(Request(prompt, len(prompt) + 40))
+            scheduler.add(Request(prompt, len(prompt) + 40, scored=draw.random() < 0.4))
         spans = scheduler.next_step()
-        logits = decoder.forward(spans) if spans else torch.empty(0)
-        sampled = [span for span in spans if span.samples]
-        assert len(logits) == len(sampled)
-        for row, span in zip(logits, sampled, strict=True):
+        found = [*decoder.forward(spans)] if spans else []
+        places = [(span.sequence.tokens, span.stop - 1) for span in spans if span.samples]
+        scored = [(s.sequence.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
+        if scored:
+            found += [row for logits in decoder.scored() for row in logits.clone()]
+        for row, (tokens, place) in zip(found, places + scored, strict=True):
             with torch.no_grad():
-                expected = model(torch.tensor([span.sequence.tokens]))[0, -1].float()
+                expected = model(torch.tensor([tokens[: place + 1]]))[0, -1].float()
             worst = max(worst, ((row - expected).norm() / expected.norm()).item())
         for span in spans:
             span.sequence.done = span.stop
@@ -145,6 +147,23 @@ def test_a_step_padded_for_a_graph_gives_the_same_logits():
     assert max(num_blocks(span.stop) for span in spans) == 3
 
 
+def test_a_graph_takes_steps_in_which_every_span_samples_and_no_other():
+    model = make_model(SHAPES["odd"], torch.float32)
+    decoder = TorchDecoder(model, num_blocks=40, slots=8, graphs=False)
+    replayed: list[int] = []
+
+    class Graphs:
+        def replay(self, spans: list[Span]) -> torch.Tensor:
+            replayed.append(len(spans))
+            return torch.zeros(len(spans), 333)
+
+    decoder._graphs = Graphs()  # type: ignore[assignment]
+    going, alone = Request([1], 5), Request([2], 1, scored=True)  # of the second there is no more to know
+    going.blocks, alone.blocks = [0], [1]
+    assert len(decoder.forward([Span(going, 0, 1), Span(alone, 0, 1)])) == 1 and not replayed
+    assert len(decoder.forward([Span(going, 0, 1)])) == 1 and replayed == [1]
+
+
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, -50.0, 2.0]])
 
 
@@ -174,9 +193,10 @@ def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one(
         Sampling(max_tokens=1, temperature=0.7),
     ]
     rows = torch.stack([LOGITS[0], LOGITS[1], LOGITS[0]])
-    ids, logprobs = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
-    assert ids[1] == 0 and logprobs[1:] == [None, None]
-    assert logprobs[0] == pytest.approx(LOGITS[0].log_softmax(0)[ids[0]].item())
+    ids, scores = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
+    assert ids[1] == 0 and scores[1:] == [None, None]
+    normed = LOGITS[0].log_softmax(0).tolist()
+    assert scores[0] == pytest.approx((normed[ids[0]], 3, normed[3]))
     alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
     assert alone == ids[:1]
 

@@ -130,14 +130,67 @@ def test_requests_that_join_in_the_middle_change_nothing(checkpoint, exact):
     assert exact.stats().free_cache_tokens == 2048
 
 
+ECHO = Sampling(max_tokens=0, temperature=0.0, logprobs=True, echo=True)
+
+
+@pytest.mark.parametrize("step_tokens", [9, 400])
+def test_a_prompt_is_scored_as_by_transformers_beside_requests_that_decode(checkpoint, step_tokens):
+    """In chunks, and in slices of rows. The last token of a prompt may come in a step by itself."""
+    made = engine(checkpoint, step_tokens=step_tokens)
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    decoding = [Reader(made, prompt, GREEDY) for prompt in prompts(3)]
+    lengths = (1, 2, 9, 10, 73, 120, 150)
+    draw = random.Random(1)
+    texts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+    readers = [Reader(made, text, replace(ECHO, max_tokens=4 * (i % 2))) for i, text in enumerate(texts)]
+    for i, reader in enumerate(readers):
+        whole = reader.wait()
+        assert whole[: len(reader.prompt)] == reader.prompt
+        assert whole[len(reader.prompt) :] == (greedy(model, reader.prompt, 4) if i % 2 else [])
+        with torch.no_grad():
+            normed = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        assert reader.tokens[0].score is None
+        for row, token in zip(normed[:-1].tolist(), reader.tokens[1:], strict=True):
+            assert token.score.logprob == pytest.approx(row[token.id], abs=2e-5)
+            assert token.score.top_logprob == pytest.approx(max(row), abs=2e-5)
+            assert row[token.score.top_id] == pytest.approx(max(row), abs=2e-5)
+        assert [token.finish for token in reader.tokens] == [None] * (len(whole) - 1) + ["length"]
+    for reader in decoding:
+        assert reader.wait() == greedy(model, reader.prompt, 24)
+    stats = made.stats()
+    assert (stats.running, stats.waiting, stats.free_cache_tokens) == (0, 0, 2048)
+    assert stats.prompt_tokens == sum(len(reader.prompt) for reader in decoding + readers)
+    assert stats.generated_tokens == 3 * 24 + 3 * 4 and stats.finished == 10
+    made.close()
+
+
+def test_an_echo_without_scores_is_the_prompt(exact):
+    reader = Reader(exact, [5, 6, 7], Sampling(max_tokens=2, temperature=0.0, echo=True, ignore_eos=True))
+    assert reader.wait()[:3] == [5, 6, 7] and len(reader.tokens) == 5
+    assert all(token.score is None for token in reader.tokens)
+
+
+def test_a_prompt_may_be_given_up_while_it_is_scored(checkpoint):
+    made = engine(checkpoint, slots=1, step_tokens=2)
+    first = Reader(made, [3] * 150, ECHO)
+    second = Reader(made, [3, 4], ECHO)
+    while made.stats().steps < 5:
+        time.sleep(0.001)
+    first.ticket.cancel()
+    assert second.wait() == [3, 4] and not first.tokens
+    assert made.stats().cancelled == 1 and made.stats().free_cache_tokens == 2048
+    made.close()
+
+
 @compiled
 def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint):
     """Both against the same weights in fp32: logits along whole texts, and the tokens that follow."""
-    made = engine(checkpoint, dtype="bfloat16")
+    made = engine(checkpoint, dtype="bfloat16", step_tokens=200)
     assert made.info.details["compiled decoder"] == "used"
     low = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     exact = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
     readers = [Reader(made, prompt, replace(GREEDY, logprobs=True)) for prompt in prompts(20)]
+    scored = [Reader(made, prompt, ECHO) for prompt in prompts(20)]
     squares = {"ours": 0.0, "transformers": 0.0}
     same = {"ours": 0, "transformers": 0}
     for reader in readers:
@@ -147,15 +200,27 @@ def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint):
             right, theirs = (model(text).logits[0, -len(ids) - 1 : -1].float() for model in (exact, low))
         logprobs = right.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         found = {
-            "ours": torch.tensor([token.logprob for token in reader.tokens]),
+            "ours": torch.tensor([token.score.logprob for token in reader.tokens]),
             "transformers": theirs.log_softmax(-1).gather(1, ids[:, None])[:, 0],
         }
         for name, values in found.items():
             squares[name] += (values - logprobs).square().sum().item()
         same["ours"] += int((right.argmax(-1) == ids).sum())
         same["transformers"] += int((right.argmax(-1) == theirs.argmax(-1)).sum())
+    prompt_squares = {"ours": 0.0, "transformers": 0.0}
+    for reader in scored:
+        ids = torch.tensor([reader.wait()])
+        with torch.no_grad():
+            right, theirs = (
+                model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                for model in (exact, low)
+            )
+        ours = torch.tensor([token.score.logprob for token in reader.tokens[1:]])
+        prompt_squares["ours"] += (ours - right).square().sum().item()
+        prompt_squares["transformers"] += (theirs - right).square().sum().item()
     made.close()
     assert squares["ours"] < 1.5 * squares["transformers"]
+    assert prompt_squares["ours"] < 1.5 * prompt_squares["transformers"]
     assert same["ours"] > same["transformers"] - 10  # of 480
 
 
@@ -234,7 +299,7 @@ def test_a_full_queue_refuses_and_recovers(checkpoint):
         ([], 5, "prompt: is empty"),
         ([1, VOCABULARY], 5, r"prompt: token ids must lie in \[0, 512\)"),
         ([-1], 5, "prompt: token ids"),
-        ([1], 0, "max_tokens: must be at least 1"),
+        ([1], 0, "max_tokens: must be at least 1, or 0 to echo the prompt alone"),
         ([1] * 100, CONTEXT - 99, "max_tokens: 100 tokens of prompt and 61 more exceed .* context of 160"),
     ],
 )

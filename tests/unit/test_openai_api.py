@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import EngineInfo, Sampling
+from serving.engine import EngineInfo, Sampling, Score, Token
 from serving.openai_api import Answer, CompletionRequest, Refusal, logprobs, models, parse, usage
 
 
@@ -25,7 +25,8 @@ def test_the_defaults_are_openai_s():
     request = understood()
     assert request.sampling() == Sampling(max_tokens=16, temperature=1.0, top_p=1.0)
     assert request.stops == [] and not request.stream and request.logprobs is None
-    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream"))
+    names = ("max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "echo")
+    nothing = dict.fromkeys(names)
     assert understood(**nothing).sampling() == request.sampling()
 
 
@@ -37,6 +38,7 @@ def test_every_field_reaches_the_engine():
         max_tokens=7, temperature=0.0, top_p=0.5, seed=-3, ignore_eos=True, logprobs=True
     )
     assert request.stops == ["a"] and understood(stop="ab").stops == ["ab"]
+    assert understood(echo=True, max_tokens=0).sampling() == Sampling(max_tokens=0, echo=True)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_what_changes_nothing_is_accepted(fields):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("n", True), ("best_of", 2), ("echo", True), ("suffix", "x"), ("logit_bias", {"5": -100}),
+        ("n", 2), ("n", True), ("best_of", 2), ("echo", 1), ("suffix", "x"), ("logit_bias", {"5": -100}),
         ("presence_penalty", 1), ("frequency_penalty", -0.1), ("repetition_penalty", 1.1), ("tools", []),
         ("stream_options", {"include_usage": True}), ("temperature", -1), ("top_p", 0.0), ("max_tokens", 0),
         ("stop", ["a"] * 5), ("stop", ["a" * 1001]), ("logprobs", 2), ("seed", 2**63), ("user", 7),
@@ -123,7 +125,9 @@ def test_a_refusal_is_openai_s_error_object(status, kind):
 
 def test_answers_have_openai_s_layout():
     answer = Answer(model="m")
-    chunk = answer.chunk("text", finish="stop", logprobs=logprobs([("te", -0.5, 0), ("xt", -1.0, 2)]))
+    tokens = [Token(token, Score(value, 5, -0.5), None) for token, value in ((5, -0.5), (6, -1.0))]
+    told = logprobs(tokens, [0, 2], text_of={5: "te", 6: "xt"}.__getitem__, top=False)
+    chunk = answer.chunk("text", finish="stop", logprobs=told)
     assert chunk["object"] == "text_completion" and chunk["model"] == "m" and chunk["id"].startswith("cmpl-")
     assert chunk["choices"] == [
         {
@@ -140,6 +144,20 @@ def test_answers_have_openai_s_layout():
     ]
     assert answer.nothing() == {**chunk, "choices": []}
     assert usage(3, 4) == {"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}
+
+
+def test_the_likeliest_tokens_stand_beside_the_one_that_is_there_and_two_of_one_text_stay_two():
+    texts = {1: "a", 2: "b", 3: "\N{REPLACEMENT CHARACTER}", 4: "\N{REPLACEMENT CHARACTER}"}
+    scores = [(1, None), (2, Score(-0.5, 2, -0.5)), (2, Score(-3.0, 1, -0.25)), (3, Score(-2.0, 4, -0.125))]
+    tokens = [Token(token, score, None) for token, score in scores]
+    told = logprobs(tokens, [0, 1, 2, 3], text_of=texts.__getitem__, top=True)
+    assert told["token_logprobs"] == [None, -0.5, -3.0, -2.0] and told["text_offset"] == [0, 1, 2, 3]
+    assert told["top_logprobs"] == [
+        None,
+        {"b": -0.5},
+        {"a": -0.25, "b": -3.0},
+        {"token_id:4": -0.125, "\N{REPLACEMENT CHARACTER}": -2.0},
+    ]
 
 
 def test_the_list_of_models_says_what_is_served():

@@ -43,6 +43,23 @@ def test_a_prompt_of_one_token_and_a_last_chunk_of_one_token():
     assert advance(scheduler) == [(1, 3, 4), (2, 7, 8), (3, 3, 4)]  # the chunk samples
 
 
+def test_of_a_scored_prompt_each_token_before_another_is_counted_once():
+    scheduler = Scheduler(slots=4, cache_tokens=1024, step_tokens=6)
+    scheduler.add(Request([1] * 10, 12, scored=True))
+    scheduler.add(Request([2] * 3, 3, scored=True))  # nothing is to follow
+    counted = []
+    for _ in range(3):
+        spans = scheduler.next_step()
+        counted.append([(s.sequence.tokens[0], s.num_scored, s.samples) for s in spans])
+        for span in spans:
+            span.sequence.done = span.stop
+            if span.samples:
+                span.sequence.tokens.append(7)
+            elif span.stop == span.sequence.most_tokens:
+                scheduler.remove(span.sequence)
+    assert counted == [[(1, 6, False)], [(1, 3, True), (2, 2, False)], [(1, 0, True), (2, 0, False)]]
+
+
 def test_who_comes_first_is_admitted_first_and_waits_for_a_slot_or_for_blocks():
     scheduler = Scheduler(slots=2, cache_tokens=4 * BLOCK_TOKENS, step_tokens=100)
     big = request(1, 2 * BLOCK_TOKENS, BLOCK_TOKENS)  # three blocks

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cluster.cli import UserError
-from serving.text import Detokenizer, load_tokenizer, numbered_tokenizer
+from serving.text import Detokenizer, load_tokenizer, numbered_tokenizer, spell
 
 TOKENIZER = numbered_tokenizer(1000)
 
@@ -45,6 +45,13 @@ def test_characters_come_whole():
     assert "".join(found) == TEXT and not stopped
     assert "🚢" in found and "ó" in found and "�" not in "".join(found)
     assert len(found) == len(TEXT.encode()) + 1
+
+
+def test_a_prompt_is_spelled_with_the_places_of_its_tokens():
+    assert spell(TOKENIZER, ids("aó🚢b")) == ("aó🚢b", [0, 1, 1, 2, 2, 2, 2, 3])
+    words = [SENTENCEPIECE.token_to_id(word) for word in ("▁the", "▁list")]
+    assert spell(SENTENCEPIECE, words) == ("the list", [0, 3])
+    assert spell(TOKENIZER, []) == ("", [])
 
 
 @pytest.mark.parametrize(
