@@ -63,7 +63,7 @@ def orthogonalize_(
 @cache
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
-    # It finds torch's OpenMP, not the compiler's: a second pool of threads would spin on the first one's cores.
+    # It finds torch's OpenMP, not the compiler's: another pool of threads would spin on this one's cores.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     if library is not None:
         library.orthogonalize.argtypes = (_POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
