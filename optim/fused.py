@@ -7,9 +7,10 @@
     finish     one pass over the shard: decay and update of the fp32 weights, and the write of what the model
                computes with, in its precision: the weights, or the point that the rule looks ahead to
 
-On a GPU with Triton the two passes are kernels (optim/kernels.py); elsewhere they go chunk by chunk, which
-stays in a CPU's cache. Nothing travels where every matrix already lies whole on its owner. Nothing here knows
-DeepSpeed: fragments say where the weights lie, and gradients are found in the `.grad` of the flat tensors.
+On a GPU with Triton the two passes are kernels (optim/kernels.py), on a CPU that can they are compiled
+(optim/native.cpp); elsewhere they go chunk by chunk, which stays in a CPU's cache. Nothing travels where
+every matrix already lies whole on its owner. Nothing here knows DeepSpeed: fragments say where the weights
+lie, and gradients are found in the `.grad` of the flat tensors.
 """
 
 import time
@@ -198,7 +199,7 @@ class FusedStep:
             if flat.grad is not None and (table := group.table(flat)) is not None:
                 assert isinstance(self.rule, MomentumRule)
                 squares = torch.empty(len(pieces), dtype=torch.float64, device=flat.device)
-                kernels.momentum_pass(
+                group.passes.momentum_pass(
                     flat.grad.view(-1), self._state(flat)["momentum"].view(-1), group.local, squares, table,
                     beta=self.rule.momentum, nesterov=self.rule.nesterov,
                 )  # fmt: skip
@@ -229,7 +230,7 @@ class FusedStep:
                 assert isinstance(self.rule, DecayingRule)
                 end = self.rule.finish(lr=lr, scale=group.scale, step=self.steps)
                 model = pieces[0].fragment.model
-                kernels.apply_pass(
+                group.passes.apply_pass(
                     flat.data.view(-1), group.local, table, decay=end.decay, factor=end.factor,
                     ahead=end.ahead, model=None if model is None else model.view(-1),
                 )  # fmt: skip
@@ -301,7 +302,8 @@ class _Group:
     """All matrices of one shape: the buffers through which they travel, and their transformation.
 
     `local` holds this rank's pieces, ordered by owner; `arrived` the pieces that this rank owns, ordered by
-    source; `whole` the owned matrices. Each serves both ways.
+    source; `whole` the owned matrices. Each serves both ways. `passes` is the module with the two passes, or
+    None.
     """
 
     def __init__(self, rule: Rule, plan: Plan, pieces: list[_Piece], *, device: torch.device) -> None:
@@ -320,6 +322,8 @@ class _Group:
         self._travels_in = any(plan.to_owner(a, b) for a in ranks for b in ranks if a != b)
         self._travels_back = any(plan.from_owner(a, b) for a in ranks for b in ranks if a != b)
 
+        able = (each for each in (kernels, native) if each.unsupported(device, rule.dtype) is None)
+        self.passes: Any = next(able, None)
         numel = self.shape[0] * self.shape[1]
         self.local = torch.empty(sum(self._held_sizes), dtype=rule.dtype, device=device)
         self.squares = torch.zeros(len(plan.matrices), dtype=torch.float64, device=device)
@@ -361,9 +365,7 @@ class _Group:
     def _table(self, flat: Tensor, pieces: list["_Piece"]) -> SegmentTable | None:
         if not (isinstance(self.rule, MomentumRule) and self.rule.in_kernels):
             return None
-        if flat.device != self.local.device:
-            return None
-        if kernels.unsupported(flat.device, self.rule.dtype) is not None:
+        if flat.device != self.local.device or self.passes is None:
             return None
         return SegmentTable.build(
             [piece.offset for piece in pieces],

@@ -309,6 +309,11 @@ class SegmentTable:
             target_stop=max(map(sum, zip(targets, numels, strict=True)), default=0),
         )
 
+    def sum_blocks(self, values: Tensor, *, out: Tensor) -> None:
+        """Write to `out` [segments] the sum of `values` [blocks] over each segment's blocks."""
+        sums = torch.segment_reduce(values, "sum", lengths=self.num_blocks, unsafe=True, initial=0.0)
+        out[: len(sums)].copy_(sums)
+
 
 def momentum_pass(
     gradient: Tensor, momentum: Tensor, out: Tensor, squares: Tensor, table: SegmentTable, *, beta: float,
@@ -326,16 +331,23 @@ def momentum_pass(
     Raises:
         ValueError: a tensor is not flat and contiguous, is too short for the table, or of another dtype.
     """
-    _check_flat(table.source_stop, gradient=gradient, momentum=momentum)
-    _check_flat(table.target_stop, out=out)
-    _check_flat(len(table.num_blocks), squares=squares)
-    _check(momentum.dtype == torch.float32, "momentum must be fp32")
-    _check(squares.dtype == torch.float64, "squares must be fp64")
+    check_momentum_pass(gradient, momentum, out, squares, table)
     partials = torch.empty(len(table.sources), dtype=torch.float64, device=squares.device)
     tensors = {"gradient": gradient, "momentum": momentum, "out": out, "partials": partials}
     _pass(_momentum_kernel, table, **tensors, weight=1 - beta, NESTEROV=nesterov).launch()
-    sums = torch.segment_reduce(partials, "sum", lengths=table.num_blocks, unsafe=True, initial=0.0)
-    squares[: len(sums)].copy_(sums)
+    table.sum_blocks(partials, out=squares)
+
+
+def check_momentum_pass(
+    gradient: Tensor, momentum: Tensor, out: Tensor, squares: Tensor, table: SegmentTable
+) -> None:
+    """Raises `ValueError` as `momentum_pass` says."""
+    _check_flat(table.source_stop, gradient=gradient, momentum=momentum)
+    _check_flat(table.target_stop, out=out)
+    _check_flat(len(table.num_blocks), squares=squares)
+    _check(gradient.dtype in (torch.bfloat16, torch.float32), "gradient must be bf16 or fp32")
+    _check(momentum.dtype == torch.float32, "momentum must be fp32")
+    _check(squares.dtype == torch.float64, "squares must be fp64")
 
 
 def apply_pass(
@@ -352,14 +364,19 @@ def apply_pass(
     Raises:
         ValueError: a tensor is not flat and contiguous, is too short for the table, or of another dtype.
     """
+    check_apply_pass(weight, update, table, model)
+    tensors = {"weight": weight, "update": update}
+    _pass(_apply_kernel, table, **tensors, model=model, decay=decay, factor=factor, ahead=ahead).launch()
+
+
+def check_apply_pass(weight: Tensor, update: Tensor, table: SegmentTable, model: Tensor | None) -> None:
+    """Raises `ValueError` as `apply_pass` says."""
     _check_flat(table.source_stop, weight=weight)
     _check_flat(table.target_stop, update=update)
     if model is not None:
         _check_flat(table.source_stop, model=model)
         _check(model.dtype in (torch.bfloat16, torch.float32), "model must be bf16 or fp32")
     _check(weight.dtype == torch.float32, "weight must be fp32")
-    tensors = {"weight": weight, "update": update}
-    _pass(_apply_kernel, table, **tensors, model=model, decay=decay, factor=factor, ahead=ahead).launch()
 
 
 def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:

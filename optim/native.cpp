@@ -1,9 +1,10 @@
-// Newton-Schulz orthogonalisation on a CPU with AVX-512 BF16: a batch of matrices in one call, one of them at a
-// time on each thread, so that what an iteration computes is in the cache when the next one reads it.
+// The optimizer step on a CPU with AVX-512 BF16: orthogonalisation, and the two passes over a shard (at the end of
+// this file). optim/native.py compiles it and says why where it cannot.
 //
-// optim/polar.py has the same iteration in torch, and what it means. Here Y [n, m], n <= m, is the matrix or its
+// Newton-Schulz takes a batch of matrices in one call, one of them at a time on each thread, so that what an
+// iteration computes is in the cache when the next one reads it. optim/polar.py has the same iteration in torch. Here Y [n, m], n <= m, is the matrix or its
 // transpose. Products are bf16 with sums in fp32, rounded once; half of a symmetric one is computed. aY in
-// the standard form and aI in the Gram form are added before the rounding: what torch's bf16 tensors round twice. optim/native.py compiles this file and says why where it cannot.
+// the standard form and aI in the Gram form are added before the rounding: what torch's bf16 tensors round twice.
 //
 // Matrices are kept as panels of 32 rows, padded with zeros: panel[kk][row] is the pair of elements 2kk and
 // 2kk + 1 of a row, which is what one lane of vdpbf16ps multiplies. C = A·Bᵀ is computed in tiles of 32 x 32,
@@ -292,7 +293,86 @@ class Iteration {
   Panels by_rows_, by_columns_, next_columns_, gram_, factor_, product_, square_, last_;
 };
 
+// --- passes over a shard: what the kernels of optim/kernels.py do, and with their table ---
+
+constexpr long WIDTH = 16;  // elements of a vector
+
+__m512 widen(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
+__m512 load(const float* x, __mmask16 inside) { return _mm512_maskz_loadu_ps(inside, x); }
+__m512 load(const uint16_t* x, __mmask16 inside) { return widen(_mm256_maskz_loadu_epi16(inside, x)); }
+void store(float* x, __mmask16 inside, __m512 value) { _mm512_mask_storeu_ps(x, inside, value); }
+void store(uint16_t* x, __mmask16 inside, __m512 value) {
+  _mm256_mask_storeu_epi16(x, inside, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+// As torch.lerp: from the nearer end, so that weight 1 gives `end` exactly.
+__m512 lerp(__m512 start, __m512 end, float weight) {
+  __m512 apart = _mm512_sub_ps(end, start);
+  if (weight < 0.5f) return _mm512_fmadd_ps(_mm512_set1_ps(weight), apart, start);
+  return _mm512_fmadd_ps(_mm512_set1_ps(weight - 1), apart, end);
+}
+
+// Calls body(i, inside) for vectors of WIDTH elements from i on, the last one perhaps not whole.
+template <class Body>
+void vectors(long numel, Body body) {
+  for (long i = 0; i < numel; i += WIDTH) body(i, numel - i >= WIDTH ? 0xffff : (1u << (numel - i)) - 1);
+}
+
+template <class Gradient>
+void momentum_blocks(const Gradient* gradient, float* momentum, uint16_t* out, double* partials, const long* sources,
+                     const long* targets, const long* numels, long blocks, float beta, bool nesterov, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long block = 0; block < blocks; block++) {
+    __m512d low = _mm512_setzero_pd(), high = low;
+    vectors(numels[block], [&](long i, __mmask16 inside) {
+      float* m = momentum + sources[block] + i;
+      __m512 g = load(gradient + sources[block] + i, inside), now = lerp(load(m, inside), g, 1 - beta);
+      store(m, inside, now);
+      __m512 update = nesterov ? lerp(g, now, beta) : now;
+      store(out + targets[block] + i, inside, update);
+      __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(update));
+      __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(update, 1));
+      low = _mm512_fmadd_pd(first, first, low);
+      high = _mm512_fmadd_pd(second, second, high);
+    });
+    partials[block] = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+}
+
+template <class Model>
+void apply_blocks(float* weight, const uint16_t* update, Model* model, const long* sources, const long* targets,
+                  const long* numels, long blocks, float decay, float factor, float ahead, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long block = 0; block < blocks; block++)
+    vectors(numels[block], [&](long i, __mmask16 inside) {
+      float* w = weight + sources[block] + i;
+      __m512 before = load(w, inside), u = load(update + targets[block] + i, inside);
+      __m512 now = _mm512_fnmadd_ps(_mm512_set1_ps(factor), u, _mm512_mul_ps(before, _mm512_set1_ps(decay)));
+      store(w, inside, now);
+      __m512 point = _mm512_fmadd_ps(_mm512_set1_ps(ahead), _mm512_sub_ps(now, before), now);
+      if (model) store(model + sources[block] + i, inside, point);
+    });
+}
+
 }  // namespace
+
+extern "C" void momentum_pass(const void* gradient, long gradient_is_bf16, float* momentum, uint16_t* out,
+                              double* partials, const long* sources, const long* targets, const long* numels,
+                              long blocks, float beta, long nesterov, long threads) {
+  auto pass = [&](auto* g) {
+    momentum_blocks(g, momentum, out, partials, sources, targets, numels, blocks, beta, nesterov, threads);
+  };
+  gradient_is_bf16 ? pass((const uint16_t*)gradient) : pass((const float*)gradient);
+}
+
+extern "C" void apply_pass(float* weight, const uint16_t* update, void* model, long model_is_bf16,
+                           const long* sources, const long* targets, const long* numels, long blocks, float decay,
+                           float factor, float ahead, long threads) {
+  auto pass = [&](auto* m) {
+    apply_blocks(weight, update, m, sources, targets, numels, blocks, decay, factor, ahead, threads);
+  };
+  model_is_bf16 ? pass((uint16_t*)model) : pass((float*)model);
+}
 
 // x [batch, rows, cols], contiguous, in place. `restart` 0: the standard form.
 extern "C" void orthogonalize(uint16_t* x, long batch, long rows, long cols, const float* coefficients, long steps,

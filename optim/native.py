@@ -1,4 +1,4 @@
-"""optim/native.cpp, called: whole orthogonalisations. A CPU with AVX-512 BF16 and a C++ compiler needed.
+"""optim/native.cpp, called: the step of bf16 updates. A CPU with AVX-512 BF16 and a C++ compiler needed.
 
 Without either everything runs on torch alone, and `unsupported` says why; see `cluster.compiled`.
 """
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from cluster import compiled
+from optim.kernels import SegmentTable, check_apply_pass, check_momentum_pass
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `orthogonalize_` cannot run there, in one sentence; None if it can. The first call compiles."""
+    """Why this cannot run there, in one sentence; None if it can. The first call compiles."""
     if device.type != "cpu":
         return f"{device.type} is no CPU"
     if dtype != torch.bfloat16:
@@ -60,6 +61,48 @@ def orthogonalize_(
     return x
 
 
+def momentum_pass(
+    gradient: Tensor, momentum: Tensor, out: Tensor, squares: Tensor, table: SegmentTable, *, beta: float,
+    nesterov: bool,
+) -> None:  # fmt: skip
+    """As `optim.kernels.momentum_pass`, with `out` in bf16."""
+    check_momentum_pass(gradient, momentum, out, squares, table)
+    library = _checked(out)
+    partials = torch.empty(len(table.sources), dtype=torch.float64)
+    library.momentum_pass(
+        gradient.data_ptr(), gradient.dtype == torch.bfloat16, momentum.data_ptr(), out.data_ptr(),
+        partials.data_ptr(), *_blocks(table), beta, nesterov, torch.get_num_threads(),
+    )  # fmt: skip
+    table.sum_blocks(partials, out=squares)
+
+
+def apply_pass(
+    weight: Tensor, update: Tensor, table: SegmentTable, *, decay: float, factor: float,
+    ahead: float = 0.0, model: Tensor | None = None,
+) -> None:  # fmt: skip
+    """As `optim.kernels.apply_pass`, with `update` in bf16."""
+    check_apply_pass(weight, update, table, model)
+    library = _checked(update)
+    bf16 = model is not None and model.dtype == torch.bfloat16
+    library.apply_pass(
+        weight.data_ptr(), update.data_ptr(), None if model is None else model.data_ptr(), bf16,
+        *_blocks(table), decay, factor, ahead, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _blocks(table: SegmentTable) -> tuple[int, int, int, int]:
+    return (
+        table.sources.data_ptr(), table.targets.data_ptr(), table.numels.data_ptr(), len(table.sources)
+    )  # fmt: skip
+
+
+def _checked(packed: Tensor) -> Any:
+    """The library, if the packed buffer is one of its kind."""
+    if reason := unsupported(packed.device, packed.dtype):
+        raise ValueError(reason)
+    return _library()[0]
+
+
 @cache
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
@@ -67,5 +110,13 @@ def _library() -> tuple[Any, str | None]:
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     if library is not None:
         library.orthogonalize.argtypes = (_POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
-        library.orthogonalize.restype = None
+        table = (_POINTER, _POINTER, _POINTER, _LONG)
+        library.momentum_pass.argtypes = (
+            _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *table, _FLOAT, _LONG, _LONG
+        )  # fmt: skip
+        library.apply_pass.argtypes = (
+            _POINTER, _POINTER, _POINTER, _LONG, *table, _FLOAT, _FLOAT, _FLOAT, _LONG
+        )  # fmt: skip
+        for function in (library.orthogonalize, library.momentum_pass, library.apply_pass):
+            function.restype = None
     return library, reason

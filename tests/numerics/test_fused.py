@@ -505,6 +505,8 @@ def test_the_state_is_there_from_the_start_and_can_be_written():
 
 def test_each_phase_is_that_of_its_part_of_the_rule():
     class Slow(Muon):
+        in_kernels = False
+
         def direction(self, *arguments, **options):
             time.sleep(0.01)
             return super().direction(*arguments, **options)

@@ -1,14 +1,16 @@
-"""Compiled orthogonalisation against its polynomials in fp64, and what happens without a compiler."""
+"""The compiled step against its formulas in fp64, and what happens without a compiler."""
 
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from optim import cost, native, polar
+from optim.kernels import SegmentTable
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -105,6 +107,114 @@ def test_operands_that_do_not_fit_are_an_error():
     for restart in (0, -1, 5, 9):
         with pytest.raises(ValueError, match=f"restart: {restart} must lie between"):
             native.orthogonalize_(x, coefficients, restart=restart)
+
+
+# Offsets in the flat tensor and in the packed buffer, in other orders, with gaps, at odd places; one empty.
+SEGMENTS = ((1, 5203, 5000), (5003, 3, 0), (5003, 0, 1), (5010, 1, 2048), (7300, 2051, 2049), (9349, 5200, 3))
+FLAT, PACKED = 9400, 10300
+
+
+def build(*segments: tuple[int, int, int]) -> SegmentTable:
+    return SegmentTable.build(*zip(*segments, strict=True), device=CPU)
+
+
+def values(size: int, *, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@compiled
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.95])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 1e-25), (torch.bfloat16, 1e25)]
+)
+def test_the_momentum_pass(dtype, scale, beta, nesterov):
+    gradient, before = (values(FLAT, seed=0) * scale).to(dtype), values(FLAT, seed=1) * scale
+    momentum, out = before.clone(), torch.full((PACKED,), torch.nan).bfloat16()
+    squares = torch.full((len(SEGMENTS),), torch.nan, dtype=torch.float64)
+    native.momentum_pass(gradient, momentum, out, squares, build(*SEGMENTS), beta=beta, nesterov=nesterov)
+
+    wide = gradient.double()
+    exact = beta * before.double() + (1 - beta) * wide
+    update = beta * exact + (1 - beta) * wide if nesterov else exact
+    flat, packed = torch.zeros(FLAT, dtype=torch.bool), torch.zeros(PACKED, dtype=torch.bool)
+    for (source, target, numel), square in zip(SEGMENTS, squares, strict=True):
+        flat[source : source + numel] = packed[target : target + numel] = True
+        wanted, got = update[source : source + numel], out[target : target + numel].double()
+        assert ((got - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6 * scale).all()
+        torch.testing.assert_close(square, wanted.square().sum(), rtol=1e-6, atol=0.0)
+    assert ((momentum - exact)[flat].abs() <= 1e-6 * scale).all()
+    assert torch.equal(momentum[~flat], before[~flat])
+    assert torch.equal(out.isnan(), ~packed)
+    if beta == 0:
+        assert torch.equal(momentum[flat], gradient.float()[flat])
+
+
+@compiled
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("ahead", [0.0, 19.0])
+def test_the_apply_pass(model_dtype, ahead):
+    before, update = values(FLAT, seed=0), values(PACKED, seed=1, dtype=torch.bfloat16)
+    weight = before.clone()
+    model = None if model_dtype is None else torch.full((FLAT,), torch.nan, dtype=model_dtype)
+    native.apply_pass(weight, update, build(*SEGMENTS), decay=0.9, factor=0.3, ahead=ahead, model=model)
+
+    flat = torch.zeros(FLAT, dtype=torch.bool)
+    for source, target, numel in SEGMENTS:
+        place = slice(source, source + numel)
+        flat[place] = True
+        exact = 0.9 * before[place].double() - 0.3 * update[target : target + numel].double()
+        assert ((weight[place] - exact).abs() <= 1e-6).all()
+    assert torch.equal(weight[~flat], before[~flat])
+    if model is not None:
+        point = weight[flat].double() + ahead * (weight[flat].double() - before[flat].double())
+        unit = 2**-8 if model_dtype == torch.bfloat16 else 1e-6
+        assert ((model[flat] - point).abs() <= unit * point.abs() + 1e-5).all()
+        assert model[~flat].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3])
+def test_where_a_shard_is_cut_changes_no_bit(threads):
+    """Ranks cut matrices anywhere; a resumed run may cut them elsewhere."""
+    gradient, start = values(5000, seed=0), values(5000, seed=1)
+    pieces = [(0, 0, 5000)], [(a, a, b - a) for a, b in pairwise((0, 1, 17, 40, 2048, 2049, 4500, 5000))]
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for table in (build(*segments) for segments in pieces):
+            weight, momentum, out = start.clone(), start.clone(), torch.zeros(5000).bfloat16()
+            squares = torch.zeros(9, dtype=torch.float64)
+            native.momentum_pass(gradient, momentum, out, squares, table, beta=0.95, nesterov=True)
+            native.apply_pass(weight, out, table, decay=0.99, factor=0.1)
+            found.append((weight, momentum, out))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@compiled
+def test_passes_over_what_does_not_fit_are_an_error():
+    table, flat, squares = build((1, 2, 3)), torch.zeros(4), torch.zeros(1, dtype=torch.float64)
+    packed = torch.zeros(5).bfloat16()
+    for message, wrong in (
+        ("gradient has 3 elements", {"gradient": flat[:3]}),
+        ("gradient must be bf16 or fp32", {"gradient": flat.double()}),
+        ("momentum must be fp32", {"momentum": flat.bfloat16()}),
+        ("products of torch.float32", {"out": packed.float()}),
+        ("squares must be fp64", {"squares": squares.float()}),
+    ):
+        right = {"gradient": flat, "momentum": flat, "out": packed, "squares": squares}
+        with pytest.raises(ValueError, match=message):
+            native.momentum_pass(**right | wrong, table=table, beta=0.9, nesterov=True)
+    for message, wrong in (
+        ("update has 4 elements", {"update": packed[:4]}),
+        ("products of torch.float32", {"update": packed.float()}),
+        ("weight must be fp32", {"weight": flat.bfloat16()}),
+        ("model must be bf16 or fp32", {"model": flat.half()}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.apply_pass(**{"weight": flat, "update": packed} | wrong, table=table, decay=1, factor=1)
 
 
 def without(**environment: str) -> str:
