@@ -58,6 +58,7 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     peak = found["ceilings"]["bf16_tflops"]["best"] * 1e12
     mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
     assert training["shares"]["MFU of measured product"] == pytest.approx(mfu)
+    assert (training["ranks"], training["link_bytes"]) == (1, 0.0)
     price = 2.0 * 1e6 / 3600 / (sum(training["values"]) / 2)
     assert training["cost_per_million_tokens"] == pytest.approx(price)
     (failed,) = (cell for cell in found["cells"] if cell["id"] == "serving/weightless")

@@ -404,6 +404,11 @@ def test_the_check_refuses_what_it_sets_itself(key, capsys):
     assert f"{key}: leave it out" in capsys.readouterr().err
 
 
+def test_the_check_refuses_a_rule_whose_bytes_are_not_counted(capsys):
+    assert projection_check.main(["optim.matrix.rule=scion", "--dry-run"]) == 2
+    assert "what scion sends is not counted" in capsys.readouterr().err
+
+
 def test_the_check_says_what_it_would_run(capsys):
     assert projection_check.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()[-9:]
