@@ -26,6 +26,7 @@ from cluster.cli import RunError, UserError
 from cluster.probe import LINK_PEAK, PEAKS
 from cluster.progress import Progress
 from cluster.reap import descendants
+from cluster.record import Record
 from cluster.session import ROOT
 from cluster.usage import out_of_memory
 from training import baseline_plan, shapes
@@ -34,6 +35,7 @@ from training.ceilings import better
 
 FORMAT = 1
 WHAT = "baseline"
+FIGURE_COLUMNS = ("figure", "tokens/s", "min", "max", "joules_per_token", "cost_per_million_tokens", "shares")
 TOLERANCE = 20  # a cell may take so many times its floor, and START_SECONDS, before it is ended
 START_SECONDS = 600
 LINK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
     storage = inventory.load(cluster).storage
     return (
+        f"directory={storage}/outputs",
         f"output={storage}/outputs/{name}/baseline.json",
         f"train.data={storage}/data",
         f"storage={storage}",
@@ -122,19 +125,46 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     partial.unlink()
     print(table(result["figures"]))
     print(f"written to {output}")
+    print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))
 
 
 def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
     path = Path(config.output) if config.output else benchmark.baseline_path(host, WHAT)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path.with_name(f".{path.name}.try"), "")
-        path.with_name(f".{path.name}.try").unlink()
-    except OSError as error:
-        raise UserError(f"output: {path} cannot be written ({error.strerror}); set another") from error
+    for key, file in (("output", path), ("directory", _run_directory(config) / "summary.json")):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(file.with_name(f".{file.name}.try"), "")
+            file.with_name(f".{file.name}.try").unlink()
+        except OSError as error:
+            raise UserError(f"{key}: {file} cannot be written ({error.strerror}); set another") from error
     return path
+
+
+def _run_directory(config: BaselineConfig) -> Path:
+    return Path(config.directory) / config.name
+
+
+def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> str:
+    """Record a whole baseline as a run: its figures as summary and table, its file. Returns W&B's status."""
+    rows, summary = [], {}
+    for figure in result["figures"]:
+        values = figure["values"]
+        middle = {name: statistics.median(part) for name, part in figure["shares"].items()}
+        joules = figure["joules_per_token"] and statistics.median(figure["joules_per_token"])
+        told = ", ".join(f"{name} {share:.1%}" for name, share in middle.items())
+        numbers = (statistics.median(values), min(values), max(values), joules)
+        rows.append([figure["id"], *numbers, figure["cost_per_million_tokens"], told])
+        summary[figure["id"]] = {"tokens_per_second": numbers[0], "shares": middle}
+    with Record.open(
+        _run_directory(config), config=result["config"], provenance=result["provenance"],
+        wandb_mode=config.wandb, project=config.project, group="baseline", name=config.name, resume_step=None,
+    ) as record:  # fmt: skip
+        record.table("figures", FIGURE_COLUMNS, rows)
+        record.file(output)
+        record.finish({"output": str(output), "hardware": result["hardware"]["name"], "figures": summary})
+        return record.wandb_status
 
 
 # --- ceilings ----------------------------------------------------------------------------------------------

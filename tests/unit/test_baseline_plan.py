@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.cli import UserError
 from cluster.config import ConfigError
 from training import baseline, baseline_plan, steps, traffic
 from training import config as training_config
@@ -78,6 +79,7 @@ def test_a_config_file_is_a_shape_too(tmp_path):
         ("rounds=0", "rounds: must be at least 1"),
         ("serve.batches=[0]", "serve.batches"),
         ("cost.kwh=-1", "cost.kwh"),
+        ("wandb=sometimes", "wandb"),
     ],
 )
 def test_bad_keys_are_named(argument, message):
@@ -141,6 +143,42 @@ def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
         cell = trained(ranks=2, on_gpu=False, sent=sent)
         (figure,) = baseline.figures([cell], result, baseline_plan.load())
         assert list(figure["shares"]) == ["MFU of measured product"]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_a_whole_baseline_is_mirrored_to_wandb(tmp_path, mode):
+    rate = {"best": 10.0, "spread": [9.0, 10.0]}
+    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None}
+    about = {"datasheet": None, "name": "NVIDIA A40"}
+    result = {"ceilings": ceilings, "hardware": about, "config": {"rounds": 2}, "provenance": {"commit": "c"}}
+    config = baseline_plan.load(dotlist=[f"directory={tmp_path}", "name=mine", f"wandb={mode}"])
+    result["figures"] = baseline.figures([trained(ranks=1, on_gpu=True, sent=0.0)], result, config)
+    output = tmp_path / "a40_baseline.json"
+    output.write_text(json.dumps(result))
+    assert baseline.mirror(result, config, output).startswith(mode)
+    summary = json.loads((tmp_path / "mine/summary.json").read_text())
+    figure = summary["figures"]["training/a/muon"]
+    assert figure["tokens_per_second"] == 375.0
+    assert figure["shares"] == {"MFU of measured product": pytest.approx(0.0375)}
+    runs = tmp_path / "mine/wandb"
+    if mode == "disabled":
+        assert not runs.exists()
+        return
+    [table] = runs.glob("offline-run-*/files/media/table/figures*.json")
+    [row] = json.loads(table.read_text())["data"]
+    told = "MFU of measured product 3.8%"
+    assert row == ["training/a/muon", 375.0, 250.0, 500.0, None, None, told]
+    [copy] = runs.glob("offline-run-*/files/a40_baseline.json")
+    assert json.loads(copy.read_text()) == result
+
+
+@pytest.mark.parametrize("key", ["output", "directory"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, key):
+    (tmp_path / "file").write_text("")
+    places = {"output": tmp_path / "a.json", "directory": tmp_path} | {key: tmp_path / "file/b"}
+    config = baseline_plan.load(dotlist=[f"{name}={place}" for name, place in places.items()])
+    with pytest.raises(UserError, match=f"{key}: .*cannot be written"):
+        baseline._output(config, {})
 
 
 @pytest.mark.parametrize(
