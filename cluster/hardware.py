@@ -3,6 +3,7 @@
 Every peak carries its source. A GPU that is not in the table has no MFU, rather than a wrong one.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -97,16 +98,27 @@ def by_short_name(name: str) -> Device | None:
 
 
 def roofline_seconds(
-    *, flops: float, num_bytes: float | None, peak_flops: float, bytes_per_s: float
+    *,
+    flops: float,
+    num_bytes: float | None,
+    peak_flops: float,
+    bytes_per_s: float,
+    link_bytes: float = 0.0,
+    link_bytes_per_s: float = math.inf,
 ) -> tuple[float, str]:
-    """The least time of some work, and what bounds it: "compute" or "bandwidth".
+    """The least time of some work, and what bounds it: "compute", "bandwidth" or "link".
 
-    max(flops / peak_flops, num_bytes / bytes_per_s); `num_bytes` None: memory does not bound it.
+    max(flops / peak_flops, num_bytes / bytes_per_s, link_bytes / link_bytes_per_s), as if all three ran at
+    once; `num_bytes` None: memory does not bound it. `link_bytes` are what a rank sends to others.
     Source: Williams, Waterman, Patterson, Roofline, CACM 52(4), 2009, https://doi.org/10.1145/1498765.1498785.
     """
-    compute = flops / peak_flops
-    memory = (num_bytes or 0.0) / bytes_per_s
-    return (memory, "bandwidth") if memory > compute else (compute, "compute")
+    seconds = {
+        "compute": flops / peak_flops,
+        "bandwidth": (num_bytes or 0.0) / bytes_per_s,
+        "link": link_bytes / link_bytes_per_s,
+    }
+    bound = max(seconds, key=lambda resource: seconds[resource])
+    return seconds[bound], bound
 
 
 def _plain(name: str) -> str:

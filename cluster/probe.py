@@ -25,6 +25,8 @@ from cluster.session import free_ports
 GEMM_SIZE = 2048  # rows, columns and depth on a CPU; a GPU takes four times as much of each
 COPY_BYTES = 1 << 28  # well above any cache
 SUSTAINED_SECONDS = 0.2  # of each repeat on a GPU
+PEAKS = ("bf16_tflops", "read_gb_per_s")  # of Ceilings: what compute and memory are set against
+LINK_PEAK = "all_reduce_gb_per_s"  # of Links: what the bytes that a rank sends are set against
 
 
 @dataclass(frozen=True)

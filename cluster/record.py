@@ -23,7 +23,7 @@ from cluster import files
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
 FSYNC_SECONDS = 1.0
 _NONFINITE = "_nonfinite"
-_TABLE = "table"
+_TABLE, _FILE = "table", "file"
 
 
 class Record:
@@ -117,6 +117,10 @@ class Record:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show rows as a table in W&B; the run's files hold them already."""
         self._mirror.table(name, columns, rows)
+
+    def file(self, path: Path) -> None:
+        """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
+        self._mirror.file(path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `_Mirror.CLOSE_SECONDS`.
@@ -311,6 +315,10 @@ class _Mirror:
         content = {"columns": list(columns), "data": [list(row) for row in rows]}
         self._calls.put((_TABLE, {name: content}))
 
+    def file(self, path: Path) -> None:
+        """Hand over a file."""
+        self._calls.put((_FILE, {"path": path}))
+
     def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
         """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
         if self._closed:
@@ -331,6 +339,11 @@ class _Mirror:
                     run.summary.update(content)
                     run.finish(exit_code=self._exit_code)
                     return
+                if call == _FILE:
+                    # wandb would link to it; a copy is there wherever the run's folder is uploaded from
+                    copy = shutil.copy(content["path"], run.dir)
+                    run.save(copy, base_path=run.dir, policy="now")
+                    continue
                 if call == _TABLE:
                     content = {name: _wandb_table(about) for name, about in content.items()}
                 run.log(content)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from cluster.cli import UserError
+
 OUTPUTS = Path("outputs")
 EXPORT = "export"  # in a run directory: the Hugging Face checkpoint
 
@@ -10,6 +12,34 @@ def in_folder(outputs: Path = OUTPUTS) -> list[Path]:
     """Absolute paths of the runs in a folder that have a complete checkpoint, or an export of one."""
     candidates = (path.absolute() for path in outputs.glob("*") if path.is_dir())
     return [run for run in candidates if is_run(run)]
+
+
+def newest(*, key: str, instead: str) -> Path:
+    """The run under OUTPUTS that was last trained or exported.
+
+    Args:
+        key: of the configuration that asks for it.
+        instead: what else can be done than training one, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    there = in_folder()
+    if not there:
+        raise UserError(
+            f"{key}: no run with a complete checkpoint in {OUTPUTS.absolute()}; train one with `make train`, "
+            f"{instead}"
+        )
+    return max(there, key=newest_at)
+
+
+def unknown(name: str, *, key: str) -> UserError:
+    """That `key` names neither a checkpoint nor a run, and which runs there are."""
+    there = ", ".join(sorted(run.name for run in in_folder())) or "none"
+    return UserError(
+        f"{key}: {name!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
+        f"checkpoint; runs in {OUTPUTS.absolute()}: {there}; train one with `make train`"
+    )
 
 
 def is_run(directory: Path) -> bool:

@@ -15,6 +15,7 @@ from training import shapes
 from training.shapes import LlamaShape
 
 NEWEST = "newest"
+INSTEAD = "name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,13 @@ def find(config: ModelConfig) -> Served:
     if config.weights == "random":
         return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
     if config.path == NEWEST:
-        return _of_run(_newest_run(), config)
+        return _of_run(runs.newest(key="model.path", instead=INSTEAD), config)
     for directory in (Path(config.path).expanduser().absolute(), (runs.OUTPUTS / config.path).absolute()):
         if (directory / "config.json").is_file():
             return Served(directory, config.name or directory.name)
         if runs.is_run(directory):
             return _of_run(directory, config)
-    there = ", ".join(sorted(run.name for run in runs.in_folder())) or "none"
-    raise UserError(
-        f"model.path: {config.path!r} is neither a Hugging Face directory with a config.json nor a run with "
-        f"a complete checkpoint; runs in {runs.OUTPUTS.absolute()}: {there}; train one with `make train`"
-    )
+    raise runs.unknown(config.path, key="model.path")
 
 
 def export(served: Served, *, report: Callable[[str], None]) -> None:
@@ -83,13 +80,3 @@ def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
 def _of_run(run: Path, config: ModelConfig) -> Served:
     stale = run if runs.is_stale(run) else None
     return Served(run / runs.EXPORT, config.name or run.name, stale_run=stale)
-
-
-def _newest_run() -> Path:
-    there = runs.in_folder()
-    if not there:
-        raise UserError(
-            f"model.path: no run with a complete checkpoint in {runs.OUTPUTS.absolute()}; train one with "
-            "`make train`, name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
-        )
-    return max(there, key=runs.newest_at)

@@ -3,13 +3,18 @@
 A side is a file of `make baseline`, or a datasheet's roofline ("datasheet:h100"). Every figure is a rate of
 one device (tokens/s), the FLOPs and the least bytes that one token takes, and one value per run. From these:
 
-    roofline   1 / max(FLOPs / peak, bytes / bandwidth): the rate that the device allows, and what bounds it
-    share      rate / roofline: MFU where compute bounds it, MBU where the memory does
+    roofline   1 / max(FLOPs / peak, bytes / bandwidth, sent bytes / link): the rate that the device allows,
+               and what bounds it
+    share      rate / roofline: MFU where compute bounds it, MBU where the memory does, share of link where
+               the link between ranks does
     parity     A's share / B's share, with an interval from the runs of both (`cluster.intervals`)
 
-Peaks are the datasheet's where both sides have one, else those that `cluster.probe` measured on each.
+Peaks are the datasheet's where both sides have one, else those that `cluster.probe` measured on each. The
+link's is always the measured one; where a side has none that its figure could be set against, that figure's
+link is left out on both.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +25,13 @@ from cluster import files, hardware
 from cluster.cli import UserError
 from cluster.hardware import Device
 from cluster.intervals import Interval, of_rate, of_ratio
+from cluster.probe import LINK_PEAK, PEAKS
 
 FORMAT = 1  # of `training.baseline`
-PEAKS = ("bf16_tflops", "read_gb_per_s")  # ceilings of a file, measured in every round
 KINDS = ("training", "prefill", "decode")
 DATASHEET = "datasheet:"
 VERDICTS = ("supported", "contradicted", "not decided")
-SHARE = {"compute": "MFU", "bandwidth": "MBU"}
+SHARE = {"compute": "MFU", "bandwidth": "MBU", "link": "share of link"}
 FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
 SAME_FLOPS = 1e-6  # relative; more apart, and the two did not do the same work
 SAME_SETTING = ("tokens_per_step", "precision")  # of training: where they differ, the work does
@@ -35,8 +40,17 @@ SAME_BYTES = 0.02  # the mean context of decoding steps differs a little from ru
 
 
 @dataclass(frozen=True)
+class Link:
+    """What ranks of one node send through: bytes/s by the bus bandwidth of an all-reduce of `num_ranks`."""
+
+    bytes_per_s: float
+    num_ranks: int
+    bytes_per_s_of_rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Peaks:
-    """What a side is measured against: FLOP/s, bytes/s, and where both come from."""
+    """What a side is measured against: FLOP/s, bytes/s, and where both come from; the link, if measured."""
 
     flops: float
     bytes_per_s: float
@@ -44,9 +58,13 @@ class Peaks:
     is_datasheet: bool
     flops_of_rounds: tuple[float, ...] = ()
     bytes_per_s_of_rounds: tuple[float, ...] = ()
+    link: Link | None = None
 
     def measurements(self, bound: str) -> tuple[float, ...]:
         """Of the peak that bounds a figure, one per round; empty where it is a datasheet's."""
+        if bound == "link":
+            assert self.link is not None
+            return self.link.bytes_per_s_of_rounds
         return self.flops_of_rounds if bound == "compute" else self.bytes_per_s_of_rounds
 
 
@@ -74,7 +92,11 @@ class Side:
             assert self.datasheet is not None
             sheet = self.datasheet
             return Peaks(
-                sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, f"datasheet, {sheet.source}", True
+                sheet.bf16_tflops * 1e12,
+                sheet.memory_gb_per_s * 1e9,
+                f"datasheet, {sheet.source}",
+                True,
+                link=self._link(),
             )
         ceilings = self.content["ceilings"]
         return Peaks(
@@ -82,8 +104,19 @@ class Side:
             ceilings["read_gb_per_s"]["best"] * 1e9,
             f"measured by cluster.probe, in {self.origin}",
             False,
-            *(tuple(row[name] for row in self.content["peaks_of_rounds"]) for name in PEAKS),
+            self._of_rounds(PEAKS[0]),
+            self._of_rounds(PEAKS[1]),
+            self._link(),
         )
+
+    def _link(self) -> Link | None:
+        found = (self.content.get("ceilings") or {}).get("links") or {}
+        if LINK_PEAK not in found:  # not measured, or the problem that kept it from being
+            return None
+        return Link(found[LINK_PEAK]["best"] * 1e9, found["num_ranks"], self._of_rounds(LINK_PEAK))
+
+    def _of_rounds(self, name: str) -> tuple[float, ...]:
+        return tuple(row[name] for row in self.content["peaks_of_rounds"] if name in row)
 
 
 @dataclass(frozen=True)
@@ -96,6 +129,7 @@ class Comparison:
         absolute: A's rate / B's.
         parity: A's share / B's share.
         divisors: name of a divisor -> A's rate per unit of it / B's.
+        link: whether the link counts among what may bound it.
     """
 
     id: str
@@ -107,6 +141,7 @@ class Comparison:
     absolute: Interval
     parity: Interval
     divisors: Mapping[str, float]
+    link: bool
 
 
 @dataclass(frozen=True)
@@ -162,6 +197,8 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     ceilings = content.get("ceilings") or {}
     rates = {name: ceilings.get(name) for name in ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")}
     rates |= {f"disk.{name}": rate for name, rate in (ceilings.get("disk") or {}).items()}
+    if LINK_PEAK in (links := ceilings.get("links") or {}):
+        rates[f"links.{LINK_PEAK}"] = links[LINK_PEAK]
     for name, rate in rates.items():
         if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
@@ -173,6 +210,8 @@ def _problem(content: Mapping[str, Any]) -> str | None:
             return f"{name}: kind {figure.get('kind')!r} is none of {', '.join(KINDS)}"
         if not figure.get("values") or not all(map(_positive, [*figure["values"], figure.get("flops")])):
             return f"{name}: values and flops must be positive numbers"
+        if figure.get("link_bytes") is not None and not _positive(figure.get("ranks")):
+            return f"{name}: link_bytes need a positive number of ranks"
         if left := FIGURE_KEYS - figure.keys():
             return f"{name}: has no {', '.join(sorted(left))}"
     return None
@@ -197,8 +236,11 @@ def compare(a: Side, b: Side, *, tolerance: float) -> Parity:
     peaks = (a.peaks(datasheet=datasheets), b.peaks(datasheet=datasheets))
     missing: list[str] = []
     comparisons = []
-    for name, ours, theirs in _pairs(a, b, peaks, missing.append):
-        comparisons.append(_comparison(name, (ours, theirs), peaks, (a, b)))
+    for name, *figures in _pairs(a, b, peaks, missing.append):
+        without = _link_reasons(figures, peaks, (a, b))
+        if without:
+            missing.append(f"{name}: the link, left out of both rooflines: {'; '.join(without)}")
+        comparisons.append(_comparison(name, (figures[0], figures[1]), peaks, (a, b), link=not without))
     if not comparisons:
         raise UserError(f"{a.origin} and {b.origin} have no figure in common: {'; '.join(missing[:3])}")
     comparisons.sort(key=lambda each: KINDS.index(each.kind))
@@ -237,9 +279,30 @@ def _apart(ours: float, theirs: float) -> float:
     return abs(ours / theirs - 1)
 
 
+def _link_reasons(
+    figures: Sequence[Mapping[str, Any]], peaks: Sequence[Peaks], sides: Sequence[Side]
+) -> list[str]:
+    """Why a figure cannot be set against the link, by side; empty where it can, or where nothing is sent.
+
+    A figure without `ranks` is of a file from before bytes were counted; of what such a one sent nothing is
+    known, so it keeps the link out only where the other side sends something.
+    """
+    if not any(figure.get("ranks", 1) > 1 for figure in figures):
+        return []
+    found = []
+    for figure, peak, side in zip(figures, peaks, sides, strict=True):
+        if side.is_roofline:
+            found.append(f"{side.origin} has none")
+        elif figure.get("link_bytes") is None:
+            found.append(f"bytes sent are not counted in {side.origin}")
+        elif figure["ranks"] > 1 and (peak.link is None or peak.link.num_ranks < figure["ranks"]):
+            found.append(f"not measured with {figure['ranks']} ranks in {side.origin}")
+    return found
+
+
 def _roofline_figure(figure: Mapping[str, Any], peaks: Peaks, side: Side) -> dict[str, Any]:
     """The same work at the datasheet's peak; energy at the board's power limit."""
-    seconds, _ = _roofline(figure, peaks)
+    seconds, _ = _roofline(figure, peaks, link=False)
     assert side.datasheet is not None
     kept = ("id", "kind", "shape", "flops", "bytes", *SAME_SETTING)
     return {
@@ -251,12 +314,15 @@ def _roofline_figure(figure: Mapping[str, Any], peaks: Peaks, side: Side) -> dic
     }
 
 
-def _roofline(figure: Mapping[str, Any], peaks: Peaks) -> tuple[float, str]:
+def _roofline(figure: Mapping[str, Any], peaks: Peaks, *, link: bool) -> tuple[float, str]:
+    sent = figure.get("link_bytes") if link else None
     return hardware.roofline_seconds(
         flops=figure["flops"],
         num_bytes=figure["bytes"],
         peak_flops=peaks.flops,
         bytes_per_s=peaks.bytes_per_s,
+        link_bytes=sent or 0.0,
+        link_bytes_per_s=peaks.link.bytes_per_s if peaks.link else math.inf,
     )
 
 
@@ -265,8 +331,10 @@ def _comparison(
     figures: tuple[Mapping[str, Any], Mapping[str, Any]],
     peaks: tuple[Peaks, Peaks],
     sides: tuple[Side, Side],
+    *,
+    link: bool,
 ) -> Comparison:
-    floors = [_roofline(figure, peak) for figure, peak in zip(figures, peaks, strict=True)]
+    floors = [_roofline(figure, peak, link=link) for figure, peak in zip(figures, peaks, strict=True)]
     values = [list(figure["values"]) for figure in figures]
     shares = [[rate * seconds for rate in rates] for rates, (seconds, _) in zip(values, floors, strict=True)]
     exact = (sides[0].is_roofline, sides[1].is_roofline)
@@ -276,6 +344,9 @@ def _comparison(
     if peaks[0].is_datasheet == peaks[1].is_datasheet:
         divisors["per peak FLOP/s"] = peaks[1].flops / peaks[0].flops
         divisors["per peak byte/s"] = peaks[1].bytes_per_s / peaks[0].bytes_per_s
+    links = [peak.link for peak in peaks if peak.link]
+    if link and len(links) == 2 and all(figure.get("link_bytes") for figure in figures):
+        divisors["per byte/s of the measured link"] = links[1].bytes_per_s / links[0].bytes_per_s
     if sides[0].datasheet and sides[1].datasheet:
         watts = [side.datasheet.power_watts for side in sides if side.datasheet]
         divisors["per watt of the power limit"] = watts[1] / watts[0]
@@ -299,6 +370,7 @@ def _comparison(
         absolute=absolute,
         parity=of_ratio(*shares, exact=exact, divisors=divided),
         divisors=found,
+        link=link,
     )
 
 
@@ -363,7 +435,8 @@ def _caveats(each: Comparison) -> list[Claim]:
     """What a reader might take for granted of a figure, and what speaks against it."""
     found = []
     if each.bounds[0] != each.bounds[1]:
-        because = f"{each.bounds[0]} on A, {each.bounds[1]} on B: parity here compares MFU with MBU"
+        shares = " with ".join(SHARE[bound] for bound in each.bounds)
+        because = f"{each.bounds[0]} on A, {each.bounds[1]} on B: parity here compares {shares}"
         found.append(Claim(f"{each.id}: the same resource bounds it on both", "contradicted", because))
     for key, name in LIKE_SETTING.items():
         ours, theirs = (figure.get(key) for figure in each.figures)
@@ -372,8 +445,11 @@ def _caveats(each: Comparison) -> list[Claim]:
             found.append(Claim(f"{each.id}: the same {name} on both", "contradicted", because))
     for place in (0, 1):
         sending = (each.figures[place].get("time_shares") or {}).get("communication", 0.0)
-        if sending > 0.5:
-            because = f"{sending:.0%} of a step is communication: the link bounds it"
+        if sending > 0.5 and each.bounds[place] != "link":
+            without = "the link bounds it, and is not in the roofline"
+            counted = each.link and each.figures[place].get("link_bytes")
+            because = "the link is not at its bandwidth" if counted else without
+            because = f"{sending:.0%} of a step is communication: {because}"
             text = f"{each.id}: compute bounds it on {'AB'[place]}"
             found.append(Claim(text, "contradicted", because))
         if each.shares[place].centre > 1.0:

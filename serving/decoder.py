@@ -29,6 +29,9 @@ class StepDecoder(Protocol):
         In order, in slices [R, V], fp32, R at most SLICE_ROWS; the next may overwrite one.
         """
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Make what these blocks hold harmless to whoever gets them next, though it be NaN."""
+
 
 class TorchDecoder:
     """The decoder in torch operations.
@@ -88,6 +91,11 @@ class TorchDecoder:
         """See `StepDecoder`."""
         for rows in self._scored.split(SLICE_ROWS):
             yield self._model.lm_head(rows).float()
+
+    @torch.inference_mode()
+    def forget(self, blocks: Sequence[int]) -> None:
+        """See `StepDecoder`. A mask takes a place with weight 0, and 0 times NaN is NaN."""
+        self._cache[:, :, self._tensor(blocks)] = 0
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from serving.engine import Engine, EngineFailed, Finish, Overloaded, RequestError, Stream, Token
+from serving.engine import BrokenModel, Engine, EngineFailed, Finish, Overloaded, RequestError, Stream, Token
 from serving.openai_api import (
     Answer,
     CompletionRequest,
@@ -157,7 +157,7 @@ class Service:
             seconds = error.retry_after_seconds
             raise Refusal(429, str(error), code="overloaded", retry_after_seconds=seconds) from error
         except EngineFailed as error:
-            raise Refusal(503, str(error), code="engine_failed") from error
+            raise _failed(error) from error
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
@@ -247,7 +247,7 @@ class _Run:
         try:
             pieces = [piece async for found in self.pieces() for piece in found]
         except EngineFailed as error:
-            raise Refusal(503, str(error), code="engine_failed") from error
+            raise _failed(error) from error
         return {**self._chunk(pieces), **self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -259,7 +259,7 @@ class _Run:
                 yield _event({**self._answer.nothing(), **self._usage()})
             yield b"data: [DONE]\n\n"
         except EngineFailed as error:  # the status has been sent: this is the only place left to say so
-            yield _event(Refusal(503, str(error), code="engine_failed").body())
+            yield _event(_failed(error).body())
 
     def _event(self, piece: _Piece) -> bytes:
         chunk = self._chunk([piece])
@@ -299,6 +299,12 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._run.cancel()
+
+
+def _failed(error: EngineFailed) -> Refusal:
+    if isinstance(error, BrokenModel):
+        return Refusal(500, str(error), code="model_broken")
+    return Refusal(503, str(error), code="engine_failed")
 
 
 def _event(content: dict[str, Any]) -> bytes:

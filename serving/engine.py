@@ -121,6 +121,16 @@ class EngineFailed(RuntimeError):
     """The engine broke while the request was with it; the request may be sent again elsewhere."""
 
 
+class BrokenModel(EngineFailed):
+    """The model's logits for the request are no numbers. Other requests go on; sending it again is vain."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite numbers: its weights are broken, as after a diverged run; "
+            "serve an earlier checkpoint"
+        )
+
+
 # Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
 # must return at once.
 Deliver = Callable[[Sequence[Token] | EngineFailed], None]

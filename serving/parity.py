@@ -19,12 +19,14 @@ from typing import Any
 
 from cluster import cli, files, provenance
 from cluster.cli import UserError
+from cluster.probe import LINK_PEAK
 from cluster.record import WANDB_MODES, Record
 from serving import parity_plots
 from serving.comparison import (
     SHARE,
     Comparison,
     Parity,
+    Peaks,
     Side,
     as_json,
     commit_of,
@@ -47,8 +49,14 @@ FORMULAS = (  # name, formula, where it stands
     ("bytes per token, decode", "(weights + batch·context·KV bytes) / batch",
      "training/shapes.py, decode_bytes"),
     ("bytes per token, prefill", "weights / (batch·prompt): read once at the least", "training/baseline.py"),
-    ("roofline", "1 / max(FLOPs / peak, bytes / bandwidth)", "cluster/hardware.py, roofline_seconds"),
-    ("share", "rate / roofline: MFU where compute bounds, MBU where bandwidth does", "serving/comparison.py"),
+    ("sent bytes per token, training", "bytes that the busiest rank sends in a step by its ZeRO stage, "
+     "counted as bus bandwidth counts them, / tokens of a device", "training/traffic.py, baseline.py"),
+    ("roofline", "1 / max(FLOPs / peak, bytes / bandwidth, sent bytes / link)",
+     "cluster/hardware.py, roofline_seconds"),
+    ("share", "rate / roofline: MFU where compute bounds, MBU where bandwidth does, share of link where the "
+     "link between ranks does", "serving/comparison.py"),
+    ("share of link during communication alone", "sent bytes of a step / seconds in which collectives ran "
+     "and nothing else / link", "training/baseline.py"),
     ("parity", "A's share / B's share", "serving/comparison.py"),
     ("interval", "95%, from the logarithms of the runs' values: Student's t, Welch for ratios",
      "cluster/intervals.py"),
@@ -134,8 +142,9 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield ""
     yield (
         "Each machine is set against its own hardware: a rate is divided by what the resource that bounds it "
-        "allows (MFU where compute does, MBU where memory bandwidth does), and the two shares by each other. "
-        "1 is parity. Absolute rates stand beside, because a normalised figure trains no model."
+        "allows (MFU where compute does, MBU where memory bandwidth does, share of link where the link "
+        "between ranks does), and the two shares by each other. 1 is parity. Absolute rates stand beside, "
+        "because a normalised figure trains no model."
     )
     yield from ("", "## What may be said", "", "| verdict | claim | because |", "|---|---|---|")
     for claim in parity.claims:
@@ -161,9 +170,12 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
         "measured ceilings scatter; what differs from session to session is not in them. Shares are of these "
         "ceilings:"
     )
-    yield from ("", "| | peak TFLOP/s, bf16 | bandwidth GB/s | from |", "|---|---|---|---|")
+    yield ""
+    yield "| | peak TFLOP/s, bf16 | bandwidth GB/s | from | measured link GB/s |"
+    yield "|---|---|---|---|---|"
     for place, peaks in enumerate(parity.peaks):
-        yield f"| {'AB'[place]} | {peaks.flops / 1e12:.4g} | {peaks.bytes_per_s / 1e9:.4g} | {peaks.source} |"
+        both = f"{peaks.flops / 1e12:.4g} | {peaks.bytes_per_s / 1e9:.4g}"
+        yield f"| {'AB'[place]} | {both} | {peaks.source} | {_link(peaks, parity.sides[place])} |"
     for title, path in plots.items():
         yield from ("", f"## {title}", "", f"![{title}]({path})")
     yield from ("", "## What other divisors would have said", "")
@@ -180,7 +192,9 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield from ("", "## Shares of every ceiling", "")
     yield (
         "Medians. `MFU` and `MBU` of the datasheet where there is one, of what a square product and a large "
-        "read reached here, and of the model's own products, there and back."
+        "read reached here, and of the model's own products, there and back. Of the link: over a whole step, "
+        "and during communication alone (where a GPU computes beside it, its bytes count and its time does "
+        "not: above 100% something was hidden)."
     )
     yield from ("", "| figure | side | shares |", "|---|---|---|")
     for each in parity.comparisons:
@@ -222,6 +236,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _link(peaks: Peaks, side: Side) -> str:
+    if peaks.link is None:
+        return "-"
+    slowest, fastest = side.content["ceilings"]["links"][LINK_PEAK]["spread"]
+    rate = f"{peaks.link.bytes_per_s / 1e9:.4g} ({slowest:.4g} to {fastest:.4g})"
+    return f"{rate}, all-reduce bus bandwidth, {peaks.link.num_ranks} ranks"
 
 
 def _percent(interval: Any) -> str:

@@ -47,7 +47,8 @@ def _parities(parity: Parity, path: Path) -> Path:
                 interval.centre, place + offset, "o", color=color, ms=5, label=label if not place else None
             )
     axes.axvline(1.0, color="#c8553d", lw=1)
-    axes.set_yticks(range(len(rows)), [each.id for each in rows], fontsize=8)
+    names = [f"{each.id} ({' / '.join(dict.fromkeys(each.bounds))})" for each in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(plt.FormatStrFormatter("%.3g"))
     axes.xaxis.set_minor_formatter(plt.NullFormatter())
@@ -86,6 +87,11 @@ def _rooflines(parity: Parity, path: Path) -> Path:
             if not found["bytes"] and not parity.sides[side].is_roofline:
                 rate = each.rates[side].centre * found["flops"] / 1e12
                 axes.plot(high / 1.5, rate, MARKS[each.kind], color=COLORS[side], ms=6, alpha=0.75)
+                if each.bounds[side] == "link":
+                    roof = rate / each.shares[side].centre
+                    axes.plot(high / 1.5, roof, "_", color=COLORS[side], ms=14, mew=2)
+    if any("link" in each.bounds for each in parity.comparisons):
+        axes.plot([], [], "_", color="#555555", ms=14, mew=2, label="what the measured link allows")
     for kind, mark in MARKS.items():
         if any(each.kind == kind for each in parity.comparisons):
             place = " (right edge: bytes not counted)" if kind == "training" else ""

@@ -1,5 +1,6 @@
 """The next tokens of many requests from their logits, each drawn from its own source of chance; scores."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from serving.engine import Sampling, Score
 
+BROKEN = -1  # in place of a token's id
 LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
 
 
@@ -16,13 +18,15 @@ def choose(
 ) -> tuple[list[int], list[Score | None]]:
     """One token for each row: its id, and its score where log-probabilities are asked for.
 
-    A row's token depends on its own logits, sampling and source of chance alone, not on the other rows.
+    A row's token depends on its own logits, sampling and source of chance alone, not on the other rows. It is
+    BROKEN where the largest logit is no finite number: torch takes NaN for the largest, and softmax is then
+    NaN, so that a draw would mean nothing.
 
     Args:
         logits: [S, V], fp32, any device.
         samplings, chances: of each row.
     """
-    ids = logits.argmax(dim=-1)
+    largest, ids = logits.max(dim=-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
     if drawn:
         ids[drawn] = _draw(
@@ -36,7 +40,8 @@ def choose(
     if asked:
         for row, found in zip(asked, score(logits[asked], ids[asked]), strict=True):
             scores[row] = found
-    return ids.tolist(), scores
+    pairs = zip(ids.tolist(), largest.tolist(), strict=True)
+    return [token if math.isfinite(logit) else BROKEN for token, logit in pairs], scores
 
 
 def score(logits: Tensor, ids: Tensor) -> list[Score]:

@@ -3,6 +3,7 @@
 One thread runs the steps. Requests come in and go out under one lock; tokens are delivered from that thread.
 """
 
+import math
 import random
 import threading
 import traceback
@@ -18,6 +19,7 @@ from serving import native
 from serving.config import ServeConfig
 from serving.decoder import StepDecoder, TorchDecoder
 from serving.engine import (
+    BrokenModel,
     Deliver,
     EngineFailed,
     EngineInfo,
@@ -29,7 +31,7 @@ from serving.engine import (
     Score,
     Token,
 )
-from serving.sampling import choose, score
+from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
 from training.model import Llama, initialize, load_hf
@@ -184,6 +186,7 @@ class TorchEngine:
         ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
         self._score_prompts(spans)
         told: dict[_Running, list[Token]] = {}
+        broken: list[_Running] = []
         with self._lock:
             self._counts["steps"] += 1
             for span in spans:
@@ -191,10 +194,16 @@ class TorchEngine:
                 request.done = span.stop
                 if span.stop == request.prompt_tokens:
                     self._counts["prompt_tokens"] += span.stop
-                    if request.sampling.echo and request.blocks:
+                    if not all(math.isfinite(each.logprob) for each in request.scores):
+                        self._give_up(request, broken)
+                    elif request.sampling.echo and request.blocks:
                         told[request] = self._prompt(request)
             for request, token, found in zip(sampled, ids, scores, strict=True):
                 if not request.blocks:  # cancelled while the step ran
+                    continue
+                if token == BROKEN:
+                    told.pop(request, None)
+                    self._give_up(request, broken)
                     continue
                 request.tokens.append(token)
                 self._counts["generated_tokens"] += 1
@@ -205,7 +214,16 @@ class TorchEngine:
                     self._counts["finished"] += 1
         for request, tokens in told.items():
             request.deliver(tokens)
+        for request in broken:
+            request.deliver(BrokenModel())
         return True
+
+    def _give_up(self, request: _Running, broken: list[_Running]) -> None:
+        """Take out a request whose logits are not numbers, and add it to `broken`."""
+        if request.blocks:  # else cancelled while the step ran
+            self._decoder.forget(request.blocks)
+            self._scheduler.remove(request)
+            broken.append(request)
 
     def _score_prompts(self, spans: Sequence[Span]) -> None:
         """Give each request that is scored what this step tells of its prompt."""

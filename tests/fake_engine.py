@@ -17,19 +17,24 @@ STEP_SECONDS = 0.005
 
 
 class Counting:
-    """A decoder whose next token is the last one plus 1, below 256."""
+    """A decoder whose next token is the last one plus 1, below 256.
 
-    def __init__(self, step_seconds: float) -> None:
-        self.step_seconds = step_seconds
+    Args:
+        nan_from: the logits after this token, and after all that follow it, are not numbers.
+    """
+
+    def __init__(self, step_seconds: float, *, nan_from: int | None = None) -> None:
+        self.step_seconds, self._nan_from = step_seconds, nan_from
         self._scored: list[int] = []
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(self.step_seconds)
-        self._scored = [t for s in spans for t in s.sequence.tokens[s.start : s.start + s.num_scored]]
+        scored = ((s.sequence.tokens, s.start + row) for s in spans for row in range(s.num_scored))
+        self._scored = [self._last(tokens[: place + 1]) for tokens, place in scored]
         sampled = [span.sequence.tokens for span in spans if span.samples]
         if any(tokens[0] == FAILING and len(tokens) > 3 for tokens in sampled):
             raise RuntimeError("an unlucky number")
-        return self._logits([tokens[-1] for tokens in sampled])
+        return self._logits([self._last(tokens) for tokens in sampled])
 
     def scored(self) -> Iterator[torch.Tensor]:
         yield self._logits(self._scored)
@@ -38,11 +43,24 @@ class Counting:
         logits = torch.zeros(len(last), VOCABULARY)
         for row, token in zip(logits, last, strict=True):
             row[(token + 1) % 256] = 100.0
+            if token == self._nan_from:
+                row[:] = float("nan")
         return logits
+
+    def _last(self, tokens: Sequence[int]) -> int:
+        return self._nan_from if self._nan_from in tokens else tokens[-1]
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        pass
 
 
 def counting_engine(
-    *, slots: int = 4, waiting: int = 4, step_seconds: float = STEP_SECONDS, name: str = "counting"
+    *,
+    slots: int = 4,
+    waiting: int = 4,
+    step_seconds: float = STEP_SECONDS,
+    name: str = "counting",
+    nan_from: int | None = None,
 ) -> TorchEngine:
     """The engine of the project over a decoder that counts."""
     info = EngineInfo(
@@ -51,7 +69,8 @@ def counting_engine(
         details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
-    return TorchEngine(Counting(step_seconds), scheduler, info=info, eos_ids=[], most_waiting=waiting)
+    decoder = Counting(step_seconds, nan_from=nan_from)
+    return TorchEngine(decoder, scheduler, info=info, eos_ids=[], most_waiting=waiting)
 
 
 def make(config: ServeConfig, served: Served) -> TorchEngine:

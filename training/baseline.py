@@ -23,8 +23,10 @@ from typing import Any
 from cluster import benchmark, cli, files, hardware, inventory, probe, provenance, remote
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.probe import LINK_PEAK, PEAKS
 from cluster.progress import Progress
 from cluster.reap import descendants
+from cluster.record import Record
 from cluster.session import ROOT
 from cluster.usage import out_of_memory
 from training import baseline_plan, shapes
@@ -33,7 +35,7 @@ from training.ceilings import better
 
 FORMAT = 1
 WHAT = "baseline"
-PEAKS = ("bf16_tflops", "read_gb_per_s")  # the ceilings that figures are set against
+FIGURE_COLUMNS = ("figure", "tokens/s", "min", "max", "joules_per_token", "cost_per_million_tokens", "shares")
 TOLERANCE = 20  # a cell may take so many times its floor, and START_SECONDS, before it is ended
 START_SECONDS = 600
 LINK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
     storage = inventory.load(cluster).storage
     return (
+        f"directory={storage}/outputs",
         f"output={storage}/outputs/{name}/baseline.json",
         f"train.data={storage}/data",
         f"storage={storage}",
@@ -122,19 +125,46 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     partial.unlink()
     print(table(result["figures"]))
     print(f"written to {output}")
+    print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))
 
 
 def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
     path = Path(config.output) if config.output else benchmark.baseline_path(host, WHAT)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path.with_name(f".{path.name}.try"), "")
-        path.with_name(f".{path.name}.try").unlink()
-    except OSError as error:
-        raise UserError(f"output: {path} cannot be written ({error.strerror}); set another") from error
+    for key, file in (("output", path), ("directory", _run_directory(config) / "summary.json")):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(file.with_name(f".{file.name}.try"), "")
+            file.with_name(f".{file.name}.try").unlink()
+        except OSError as error:
+            raise UserError(f"{key}: {file} cannot be written ({error.strerror}); set another") from error
     return path
+
+
+def _run_directory(config: BaselineConfig) -> Path:
+    return Path(config.directory) / config.name
+
+
+def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> str:
+    """Record a whole baseline as a run: its figures as summary and table, its file. Returns W&B's status."""
+    rows, summary = [], {}
+    for figure in result["figures"]:
+        values = figure["values"]
+        middle = {name: statistics.median(part) for name, part in figure["shares"].items()}
+        joules = figure["joules_per_token"] and statistics.median(figure["joules_per_token"])
+        told = ", ".join(f"{name} {share:.1%}" for name, share in middle.items())
+        numbers = (statistics.median(values), min(values), max(values), joules)
+        rows.append([figure["id"], *numbers, figure["cost_per_million_tokens"], told])
+        summary[figure["id"]] = {"tokens_per_second": numbers[0], "shares": middle}
+    with Record.open(
+        _run_directory(config), config=result["config"], provenance=result["provenance"],
+        wandb_mode=config.wandb, project=config.project, group="baseline", name=config.name, resume_step=None,
+    ) as record:  # fmt: skip
+        record.table("figures", FIGURE_COLUMNS, rows)
+        record.file(output)
+        record.finish({"output": str(output), "hardware": result["hardware"]["name"], "figures": summary})
+        return record.wandb_status
 
 
 # --- ceilings ----------------------------------------------------------------------------------------------
@@ -183,7 +213,9 @@ def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, An
         for number in range(config.rounds):
             now = _all_ceilings(config, result["hardware"], products_of)
             result["ceilings"] = better(result["ceilings"], now)
-            result["peaks_of_rounds"].append({name: now[name]["best"] for name in PEAKS})
+            links = {name: now["links"][name] for name in (LINK_PEAK,) if name in (now["links"] or {})}
+            peaks = {name: now[name] for name in PEAKS} | links
+            result["peaks_of_rounds"].append({name: rate["best"] for name, rate in peaks.items()})
             for place, cell in enumerate(going):
                 if cell.problem is None:
                     begin = time.monotonic()
@@ -255,9 +287,9 @@ def figures(
     """Rates with what bounds them, one value per round.
 
     Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least that one unit of work
-    takes; `bytes` is None where work does not pass through memory once per unit, as in training),
-    `joules_per_token`, `cost_per_million_tokens` (None where not known), `shares` of each ceiling, by name,
-    and the `command`.
+    takes; `bytes` is None where work does not pass through memory once per unit, as in training), in training
+    `ranks` and `link_bytes` (see `_trained`), `joules_per_token`, `cost_per_million_tokens` (None where not
+    known), `shares` of each ceiling, by name, and the `command`.
     """
     found: list[dict[str, Any]] = []
     for cell in cells:
@@ -272,8 +304,14 @@ def figures(
 
 
 def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`link_bytes`: sent by the busiest rank while a device takes one token; None where they are not counted.
+
+    They are what collectives need at the least (training/traffic.py), the same that bus bandwidths count:
+    rate x `link_bytes` / bus bandwidth is the link's share of a step.
+    """
     rows = cell["rounds"]
     devices = rows[0]["num_workers"] if rows[0]["on_gpu"] else 1  # the ranks of a CPU share it
+    sent = rows[0]["sent_bytes_per_step"]
     joules = _known([row["joules_per_step"] for row in rows])
     whole = [row["phased_step_seconds"] for row in rows]
     times = {
@@ -295,6 +333,9 @@ def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             "tokens_per_step": rows[0]["tokens_per_step"],
             "flops": rows[0]["flops_per_token"],
             "bytes": None,
+            "ranks": rows[0]["num_workers"],
+            "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
+            "communication_seconds": [row["seconds_communication"] for row in rows],
             "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
             "step_seconds": [row["step_seconds"] for row in rows],
             "step_seconds_p10": [row["step_seconds_p10"] for row in rows],
@@ -361,11 +402,30 @@ def shares(
     if datasheet:
         peaks["MFU of datasheet"] = ("flops", datasheet["bf16_tflops"] * 1e12)
         peaks["MBU of datasheet"] = ("bytes", datasheet["memory_gb_per_s"] * 1e9)
-    return {
+    found = {
         name: [value * figure[work] / peak for value in figure["values"]]
         for name, (work, peak) in peaks.items()
         if figure[work] is not None
     }
+    return found | _link_shares(figure, ceilings.get("links") or {})
+
+
+def _link_shares(figure: Mapping[str, Any], links: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Of the measured link, in each round: over the whole step, and while collectives ran and nothing else.
+
+    Bytes of collectives beside which a GPU computed count in both, and their time in the first alone.
+    """
+    sent = figure.get("link_bytes")
+    if not sent or links.get("num_ranks", 0) < figure["ranks"]:
+        return {}
+    peak = links[LINK_PEAK]["best"] * 1e9
+    name = f"share of measured link: all-reduce bus bandwidth, {links['num_ranks']} ranks"
+    found = {name: [value * sent / peak for value in figure["values"]]}
+    alone = figure["communication_seconds"]
+    if all(alone):
+        step = sent * figure["tokens_per_step"] / figure["devices"]
+        found[f"{name}, during communication alone"] = [step / seconds / peak for seconds in alone]
+    return found
 
 
 def _known(values: Sequence[float | None]) -> list[float] | None:

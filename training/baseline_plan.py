@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import config as layered
-from cluster.config import ConfigError, key, require
+from cluster.config import ConfigError, key, require, require_choice
+from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 from optim.cost import orthogonalize_flops
 from training import config as training_config
@@ -64,7 +65,12 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    name: str = key("baseline", "run directory under outputs/ on a cluster")
+    name: str = key(
+        "baseline", "the run directory, of the mirror in W&B; on a cluster the file lies there too"
+    )
+    directory: str = key("outputs", "where runs are kept")
+    wandb: str = key("auto", "auto (online with a key, else offline), offline, online or disabled")
+    project: str = key("asuncion", "Weights & Biases project")
     output: str | None = key(None, "file; default: tests/baselines/<hardware>_baseline.json")
     rounds: int = key(3, "times that everything is measured, in turns; intervals come from these")
     most_seconds: float = key(
@@ -79,6 +85,7 @@ class BaselineConfig:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", "must be at least 1")
+        require_choice("wandb", self.wandb, WANDB_MODES)
         require(self.most_seconds > 0, "most_seconds", "must be above 0")
         require(not self.serve.batches or min(self.serve.batches) >= 1, "serve.batches", "must be positive")
 

@@ -3,7 +3,8 @@
     python -m training.projection [--config FILE] [--dry-run] [key=value ...]
 
 A step's seconds are training/step_model.py's, of bytes counted in training/traffic.py. Compute is that of the
-training cell of a baseline, or where there is none of the datasheet's peak at an assumed MFU. The headline
+training cell of a baseline, or where there is none of the datasheet's peak at an assumed MFU; links are those
+that it measured in a node, and between nodes if it holds a preflight's, beside assumed ones. The headline
 hides no communication behind compute; `overlapped` hides all that `overlap_comm` can. Memory per GPU is
 training/plan.py's.
 """
@@ -21,16 +22,19 @@ from cluster import cli, hardware
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import key, require, require_choice
+from cluster.probe import LINK_PEAK
 from cluster.session import ROOT
 from training import config as training_config
 from training import traffic
 from training.config import MUON_RULES
 from training.plan import memory_bytes
 from training.shapes import SHAPES
-from training.step_model import NCCL_PROTOCOLS, PARTS, Basis, Links, basis_from_row, step_seconds
+from training.step_model import NCCL_PROTOCOLS, PARTS, Basis, Links, Network, basis_from_row, step_seconds
 from training.traffic import SHARES, Job
 
 FORMAT = 1
+# 25 GbE: what NHR@FAU's nodes of 8 A40 have (https://doc.nhr.fau.de/clusters/alex/); 25/8 = 3.1 GB/s.
+NODE_GB_PER_S = 3.1
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,15 @@ class LinkConfig:
     )
     # Four links of 14.0625 GB/s each way: NVIDIA GA102 whitepaper, "Third-Generation NVLink".
     nvlink_gb_per_s: float = key(56.25, "NVLink bridge between two A40, GB/s each way (datasheet)")
-    # 25 GbE: what NHR@FAU's nodes of 8 A40 have (https://doc.nhr.fau.de/clusters/alex/); 25/8 = 3.1 GB/s.
-    node_gb_per_s: float = key(3.1, "network of a node, GB/s each way; 3.1 is 25 GbE at its best")
+    node_gb_per_s: float | None = key(
+        None,
+        "network of a node, GB/s each way; null: as the preflight measured it that the baseline holds, "
+        f"else {NODE_GB_PER_S}: 25 GbE at its best",
+    )
 
     def __post_init__(self) -> None:
         for name, value, _ in layered.walk(self):
-            require(value > 0, f"links.{name}", f"{value:g} must be above 0")
+            require(value is None or value > 0, f"links.{name}", f"{value} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,7 @@ def basis_of(config: ProjectionConfig) -> Basis:
         compute_seconds_per_token=shape.flops_per_token(config.sequence_length) / (assumed.mfu * peak),
         product_flops=assumed.product_fraction * peak,
         memory_bytes_per_s=assumed.memory_fraction * sheet.memory_gb_per_s * 1e9,
+        network=network_of(config.links),
         peak_tflops=sheet.bf16_tflops,
     )
 
@@ -216,10 +224,30 @@ def _basis_of_rows(
     if shape != config.shape:
         source += f"; ASSUMED: {config.shape} at the same FLOP/s ({ratio:.2f} times the FLOPs per token)"
     basis = basis_from_row(rows, ceilings, job=job, source=source, flops_ratio=ratio)
-    return replace(basis, links=measured_links(ceilings.get("links"), config.links))
+    network = network_of(config.links, ceilings.get("links_between_nodes"), file=path.name)
+    return replace(basis, network=network, links=measured_links(ceilings.get("links"), network))
 
 
-def measured_links(found: Mapping[str, Any] | None, config: LinkConfig) -> Links | None:
+def network_of(config: LinkConfig, found: Mapping[str, Any] | None = None, *, file: str = "") -> Network:
+    """What the key says; else what was measured; else NODE_GB_PER_S.
+
+    Args:
+        found: `cluster.probe.Links` of one rank on every node (`cluster.preflight`), the bus bandwidth of
+            whose all-reduce is what a node's network carries each way while one GPU drives it; a `problem`;
+            or None.
+        file: of the baseline that holds them.
+    """
+    if config.node_gb_per_s is not None:
+        return Network(config.node_gb_per_s * 1e9, "as links.node_gb_per_s says")
+    if found and LINK_PEAK in found:
+        nodes = f"all-reduce over {found['num_ranks']} nodes, one rank on each"
+        rate = found[LINK_PEAK]["best"] * 1e9
+        return Network(rate, f"measured by the preflight, in {file}: {nodes}")
+    failed = f"; the preflight's measurement failed: {found['problem']}" if found else ""
+    return Network(NODE_GB_PER_S * 1e9, f"ASSUMED, 25 GbE at its best{failed}")
+
+
+def measured_links(found: Mapping[str, Any] | None, network: Network) -> Links | None:
     """`cluster.probe.Links` as a baseline has them; None where they were not measured."""
     if not found or found.get("num_ranks", 1) < 2:  # or the problem that kept them from being measured
         return None
@@ -228,12 +256,12 @@ def measured_links(found: Mapping[str, Any] | None, config: LinkConfig) -> Links
     return Links(
         name=f"measured ({found['num_ranks']} GPUs)",
         bytes_per_s={**dict.fromkeys(SHARES, ring), "all_to_all": pairs},
-        node_bytes_per_s=config.node_gb_per_s * 1e9,
+        node_bytes_per_s=network.bytes_per_s,
         protocols=((hop, max(hop, NCCL_PROTOCOLS[0][1]), 1.0),),
     )
 
 
-def link_choices(config: LinkConfig, measured: Links | None) -> list[Links]:
+def link_choices(config: LinkConfig, measured: Links | None, network: Network) -> list[Links]:
     """Inside a node: as measured, PCIe alone, and NVLink pairs beside PCIe; between nodes the same network.
 
     A ring over PCIe uses each GPU's link both ways. With pairs it leaves and enters each pair once, so two
@@ -243,12 +271,10 @@ def link_choices(config: LinkConfig, measured: Links | None) -> list[Links]:
     """
     pcie, nvlink = config.pcie_gb_per_s * 1e9, config.nvlink_gb_per_s * 1e9
     pairs = {**dict.fromkeys(SHARES, min(nvlink, 2 * pcie)), "all_to_all": pcie}
-    network = config.node_gb_per_s * 1e9
+    alone = dict.fromkeys((*SHARES, "all_to_all"), pcie)
     found = [
-        Links(
-            name="PCIe", bytes_per_s=dict.fromkeys((*SHARES, "all_to_all"), pcie), node_bytes_per_s=network
-        ),
-        Links(name="NVLink pairs", bytes_per_s=pairs, node_bytes_per_s=network),
+        Links(name=name, bytes_per_s=rates, node_bytes_per_s=network.bytes_per_s)
+        for name, rates in (("PCIe", alone), ("NVLink pairs", pairs))
     ]
     return [measured, *found] if measured is not None else found
 
@@ -288,7 +314,7 @@ def project(config: ProjectionConfig, basis: Basis) -> list[dict[str, Any]]:
                 bucket_elements=config.bucket_elements,
                 whole_matrices=config.rule in MUON_RULES,
             )
-            for links in link_choices(config.links, basis.links):
+            for links in link_choices(config.links, basis.links, basis.network):
                 step = step_seconds(
                     job,
                     tokens_per_rank=batch.tokens // num_gpus,
@@ -359,8 +385,7 @@ def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str,
         f"{links.nvlink_gb_per_s:g} GB/s each way; set links.* to what `make preflight` measured"
     )
     if max(config.nodes) > 1:
-        rate = f"{links.node_gb_per_s:g} GB/s per node each way"
-        yield f"between nodes  ASSUMED: {rate} (3.1: 25 GbE at its best)"
+        yield f"between nodes  {basis.network.describe()}"
     yield "no link's time is hidden behind compute, but in `days, overlapped`; bottleneck: the largest part"
     for num_nodes in dict.fromkeys(row["nodes"] for row in rows):
         chosen = [row for row in rows if row["nodes"] == num_nodes]
@@ -408,11 +433,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = layered.load(ProjectionConfig, file=options.config, dotlist=options.overrides)
         basis = basis_of(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\na GPU: {basis.source}")
+            about = f"a GPU: {basis.source}\nbetween nodes: {basis.network.describe()}"
+            print(f"{layered.to_yaml(config)}\n{about}")
             return
         rows = project(config, basis)
         print(*describe(config, basis, rows), sep="\n")
-        print(json.dumps({"projection": rows, "basis": basis.source, "config": layered.to_dict(config)}))
+        sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
+        print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 
     return cli.run(body)
 

@@ -23,11 +23,11 @@ from cluster import benchmark, cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from training import config as training_config
-from training.config import MUON_RULES, TrainConfig
+from training.config import SCION_RULES, TrainConfig
 from training.plan import make_plan
 from training.ranks_probe import COLLECTIVES
 from training.step_model import PARTS, Links, Step, basis_from_row, step_seconds
-from training.traffic import Job
+from training.traffic import job_of
 
 WHAT = "projection"  # in the baseline's name
 AIM_PERCENT = 15  # error of a prediction
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = [*DEFAULTS, *options.overrides]
         config = training_config.load(file=options.config, dotlist=given)
         make_plan(config, num_workers=1)
+        if (rule := config.optim.matrix.rule) in SCION_RULES:
+            raise UserError(f"optim.matrix.rule: what {rule} sends is not counted; use muon")
         prefix = ["--config", str(options.config)] if options.config else []
         if options.dry_run:
             print(layered.to_yaml(config))
@@ -157,16 +159,9 @@ def predict(
         alone, together: of training/ranks_probe.py, with one worker and with `workers`.
     """
     plan = make_plan(config, num_workers=1)
-    one = Job(
-        shape=plan.shape,
-        stage=stage,
-        num_ranks=1,
-        accumulation=plan.accumulation,
-        bucket_elements=config.zero.bucket_elements,
-        whole_matrices=config.optim.matrix.rule in MUON_RULES,
-        element_bytes=2 if config.precision == "bf16" else 4,
-        exchange_bytes=2 if config.optim.matrix.dtype == "bf16" else 4,
-    )
+    job = job_of(config, plan.shape, num_ranks=1, accumulation=plan.accumulation)
+    assert job is not None, "`main` refuses what is not counted"
+    one = replace(job, stage=stage)
     ceilings = {
         "bf16_tflops": {"best": alone["products_tflops"]},
         "copy_gb_per_s": {"best": alone["passes_gb_per_s"]},

@@ -19,7 +19,7 @@ both; stage 1 in bf16 hides nothing. So a step has two bounds: nothing is hidden
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import Any
 
 from optim.cost import orthogonalize_flops
@@ -38,6 +38,21 @@ NCCL_PROTOCOLS = ((5.7e-6, 9.6e-6, 1.0), (1.8e-6, 2.7e-6, 0.25))
 PARTS = ("compute", "optimizer", "intra-node link", "inter-node link", "latency")
 
 
+@dataclass(frozen=True)
+class Network:
+    """What a node's network carries each way, and where that is known from, in words."""
+
+    bytes_per_s: float
+    source: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.bytes_per_s / 1e9:.3g} GB/s per node each way: {self.source}"
+
+
+NO_NETWORK = Network(inf, "one node")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Basis:
     """What one GPU does, and where that is known from.
@@ -50,6 +65,7 @@ class Basis:
         optimizer_factor: measured seconds of the optimizer / those that FLOPs and bytes give.
         peak_tflops: of the datasheet, for the MFU; None where there is none.
         links: measured in the node, or None.
+        network: between nodes.
     """
 
     source: str
@@ -59,6 +75,7 @@ class Basis:
     optimizer_factor: float = 1.0
     peak_tflops: float | None = None
     links: "Links | None" = None
+    network: "Network" = NO_NETWORK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,9 @@ from cluster.cli import RunError, UserError
 from cluster.session import set_defaults, worker_environment
 from cluster.usage import joules_of, out_of_memory, peak_memory_bytes
 from training import config as training_config
+from training import traffic
 from training.config import TrainConfig
-from training.plan import make_plan
+from training.plan import Plan, make_plan
 from training.prepare import prepare
 
 PARTS = ("data", "compute", "optimizer")
@@ -242,6 +243,7 @@ def _about(trainer: Any) -> dict[str, Any]:
         "num_parameters": plan.shape.num_parameters,
         "flops_per_token": plan.flops_per_token,
         "tokens_per_step": plan.tokens_per_step,
+        "sent_bytes_per_step": _sent_bytes(config, plan),
         "sequence_length": config.batch.sequence_length,
         "micro_sequences": config.batch.micro_sequences,
         "accumulation": plan.accumulation,
@@ -249,6 +251,14 @@ def _about(trainer: Any) -> dict[str, Any]:
         "precision": config.precision,
         "rule": config.optim.matrix.rule,
     }
+
+
+def _sent_bytes(config: TrainConfig, plan: Plan) -> float | None:
+    """That the busiest rank sends in a step (training/traffic.py); None where they are not counted."""
+    if plan.num_workers == 1:
+        return 0.0
+    job = traffic.job_of(config, plan.shape, num_ranks=plan.num_workers, accumulation=plan.accumulation)
+    return None if job is None else max(traffic.sent_bytes(job))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Subject:
 def find(model: str) -> Subject:
     """The model that the key `model` names. Changes nothing. Raises `UserError`: there is no such model."""
     if model == NEWEST:
-        return _newest()
+        return _of_run(runs.newest(key="model", instead="or name a Hugging Face LLaMA directory"))
     for directory in (Path(model).expanduser().absolute(), (runs.OUTPUTS / model).absolute()):
         if (directory / "config.json").is_file():
             run = directory.parent
@@ -45,11 +45,7 @@ def find(model: str) -> Subject:
             return Subject(directory, directory.name)
         if runs.is_run(directory):
             return _of_run(directory)
-    there = ", ".join(sorted(run.name for run in runs.in_folder())) or "none"
-    raise UserError(
-        f"model: {model!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
-        f"checkpoint; runs in {runs.OUTPUTS.absolute()}: {there}; train one with `make train`"
-    )
+    raise runs.unknown(model, key="model")
 
 
 def named(model: str) -> Subject | None:
@@ -78,16 +74,6 @@ def check(subject: Subject) -> LlamaShape:
                 f"model: {subject.directory / name} is missing; copy it there with the checkpoint"
             )
     return shape
-
-
-def _newest() -> Subject:
-    there = runs.in_folder()
-    if not there:
-        raise UserError(
-            f"model: no run with a complete checkpoint in {runs.OUTPUTS.absolute()}; train one with `make "
-            "train`, or name a Hugging Face LLaMA directory"
-        )
-    return _of_run(max(there, key=runs.newest_at))
 
 
 def _of_run(run: Path) -> Subject:

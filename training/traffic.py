@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from optim.ownership import Matrix, Plan, make_plan
+from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.shapes import LlamaShape
 
 REUSE_DISTANCE = 10**9  # stage3_max_reuse_distance; with PERSISTENT a default that training/engine.py keeps
@@ -71,6 +72,23 @@ class Job:
             kind = "vector" if len(size) == 1 else "matrix" if ".layers." in name else "table"
             found[kind].append(size)
         return found
+
+
+def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
+    """Of a run; None where this module does not know what travels: in stage 0, and under Scion's rules."""
+    rule = config.optim.matrix.rule
+    if config.zero.stage == 0 or rule in SCION_RULES:
+        return None
+    return Job(
+        shape=shape,
+        stage=config.zero.stage,
+        num_ranks=num_ranks,
+        accumulation=accumulation,
+        bucket_elements=config.zero.bucket_elements,
+        whole_matrices=rule in MUON_RULES,
+        element_bytes=2 if config.precision == "bf16" else 4,
+        exchange_bytes=2 if config.optim.matrix.dtype == "bf16" else 4,
+    )
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,14 @@ def machine(tmp_path_factory):
         "train.tokens=64", "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
         f"train.data={folder}/data", f"train.more=[{','.join(more)}]",
         "serve.prompt_tokens=16", "serve.new_tokens=32", "cost.device_hour=2.0",
+        f"directory={folder}/outputs", "wandb=disabled",
     ]  # fmt: skip
 
 
 def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine):
     folder, arguments = machine
     output = folder / "cpu.json"
-    done = python("training.baseline", *arguments, f"output={output}")
+    done = python("training.baseline", *arguments, f"output={output}", "wandb=offline", "train.workers=2")
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert found["complete"] and found["hardware"]["kind"] == "cpu"
@@ -58,10 +59,26 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     peak = found["ceilings"]["bf16_tflops"]["best"] * 1e12
     mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
     assert training["shares"]["MFU of measured product"] == pytest.approx(mfu)
+    assert training["ranks"] == 2
+    # an all-reduce and half of an all-gather in bf16; two ranks hold a layer each, so no matrix travels
+    sent = (1 + 1 / 2) * 2 * SHAPE.num_parameters
+    assert training["link_bytes"] == pytest.approx(sent / rows[0]["tokens_per_step"], rel=1e-3)
+    link = found["ceilings"]["links"]["all_reduce_gb_per_s"]["best"] * 1e9
+    shares = [value * training["link_bytes"] / link for value in training["values"]]
+    name = "share of measured link: all-reduce bus bandwidth, 2 ranks"
+    assert training["shares"][name] == pytest.approx(shares)
+    assert min(training["shares"][f"{name}, during communication alone"]) > max(shares)
+    assert all("all_reduce_gb_per_s" in row for row in found["peaks_of_rounds"])
     price = 2.0 * 1e6 / 3600 / (sum(training["values"]) / 2)
     assert training["cost_per_million_tokens"] == pytest.approx(price)
     (failed,) = (cell for cell in found["cells"] if cell["id"] == "serving/weightless")
     assert failed["status"] == "failed" and "weightless" in failed["reason"]
+
+    summary = json.loads((folder / "outputs/baseline/summary.json").read_text())
+    assert summary["wandb_status"].startswith("offline: ") and "W&B: offline: " in done.stdout
+    assert list(summary["figures"]) == list(figures)
+    [copy] = (folder / "outputs/baseline/wandb").glob("offline-run-*/files/cpu.json")
+    assert json.loads(copy.read_text()) == found
 
     report = folder / "report"
     compared = python("serving.parity", output, output, "--output", report, "--wandb", "disabled")

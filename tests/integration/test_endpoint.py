@@ -425,6 +425,46 @@ def test_overload_is_429_with_when_to_retry_and_then_all_is_well():
     server.close()
 
 
+DIVERGED = 14
+
+
+@pytest.fixture(scope="module")
+def diverged() -> Iterator[Server]:
+    made = Server(counting_engine(nan_from=DIVERGED))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": 0}, {"temperature": 0}, {"temperature": 0, "logprobs": 0}, {"top_p": 0.5},
+        {"echo": True}, {"prompt": [97, DIVERGED, 97, 98], "logprobs": 0},
+        {"prompt": [97, DIVERGED, 97, 98], "echo": True, "logprobs": 1},
+        {"prompt": [97, DIVERGED, 97, 98], "echo": True, "logprobs": 1, "max_tokens": 0},
+    ],
+)  # fmt: skip
+def test_logits_that_are_not_numbers_are_one_error_of_that_request(diverged, fields):
+    """As of a diverged run's checkpoint: no token of them means anything, and JSON has no NaN."""
+    asked = {"prompt": [97, DIVERGED], **fields}
+    answer = diverged.post(**asked)
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "model_broken")
+    assert "logits are not finite numbers: its weights are broken" in error["message"]
+    assert diverged.events(**asked) == [{"error": error}]
+    assert idle(diverged.engine)
+    assert diverged.post().status_code == 200  # others are served
+    assert httpx.get(f"{diverged.url}/health").status_code == 200
+
+
+def test_a_stream_that_turns_into_no_numbers_ends_with_the_error(diverged):
+    events = diverged.events(prompt=[DIVERGED - 2], max_tokens=9)  # it counts up to the token
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None]
+    assert events[-1]["error"]["code"] == "model_broken"
+    assert idle(diverged.engine)
+
+
 def test_an_engine_that_breaks_ends_the_stream_with_an_error_event(capfd):
     server = Server(counting_engine())
     events = server.events(prompt=[FAILING], max_tokens=10)

@@ -9,7 +9,7 @@ import torch
 from serving import native
 from serving.decoder import TorchDecoder
 from serving.engine import Sampling
-from serving.sampling import choose
+from serving.sampling import BROKEN, choose
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
@@ -199,6 +199,20 @@ def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one(
     assert scores[0] == pytest.approx((normed[ids[0]], 3, normed[3]))
     alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
     assert alone == ids[:1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"logprobs": True}])
+def test_a_row_that_is_not_numbers_has_no_token_and_the_others_keep_theirs(bad, sampling):
+    rows = LOGITS[:1].repeat(3, 1)
+    rows[1, 2] = bad
+    options = [Sampling(max_tokens=1, **sampling)] * 3
+    ids, scores = choose(rows, options, [random.Random(seed) for seed in range(3)])
+    whole, expected = choose(LOGITS[:1].repeat(3, 1), options, [random.Random(seed) for seed in range(3)])
+    assert ids == [whole[0], BROKEN, whole[2]]
+    assert (scores[0], scores[2]) == (expected[0], expected[2])
+    nothing = torch.full((1, 4), -float("inf"))
+    assert choose(nothing, options[:1], [random.Random(0)])[0] == [BROKEN]
 
 
 def test_a_token_without_a_chance_is_never_drawn():

@@ -75,6 +75,15 @@ def test_floors_of_the_1b4_model_are_those_of_the_notes():
     assert bound == "bandwidth" and seconds == pytest.approx(3.68e-3, rel=0.01)
 
 
+def test_the_slowest_of_three_resources_bounds():
+    """1 TFLOP at 100 TFLOP/s is 10 ms, 5 GB at 1 TB/s are 5 ms, 0.2 GB at 10 GB/s are 20 ms."""
+    given = {"flops": 1e12, "num_bytes": 5e9, "peak_flops": 100e12, "bytes_per_s": 1e12}
+    assert hardware.roofline_seconds(**given) == (pytest.approx(10e-3), "compute")
+    link = {"link_bytes": 0.2e9, "link_bytes_per_s": 10e9}
+    assert hardware.roofline_seconds(**given, **link) == (pytest.approx(20e-3), "link")
+    assert hardware.roofline_seconds(**{**given, "num_bytes": 40e9}, **link)[1] == "bandwidth"
+
+
 @pytest.mark.parametrize("device", hardware.DEVICES, ids=lambda device: device.name)
 def test_every_device_of_the_table_has_its_ridge_and_its_shares(device):
     peaks = {"peak_flops": device.bf16_tflops * 1e12, "bytes_per_s": device.memory_gb_per_s * 1e9}

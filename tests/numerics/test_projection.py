@@ -1,12 +1,13 @@
 """The bytes of training/traffic.py against what real ranks hand to their collectives, under DeepSpeed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from training import config as training_config
 from training.plan import make_plan
-from training.traffic import Job, by_name, sent_bytes
+from training.traffic import Job, by_name, job_of, sent_bytes
 
 # Matrices above PERSISTENT, so that stage 3 gathers them; an odd number of layers, so that stage 1 cuts one.
 KEYS = (
@@ -88,17 +89,9 @@ def _count_one(traffic: Any, keys: tuple[str, ...], distance: int | None) -> flo
 def job(keys: tuple[str, ...], distance: int | None) -> Job:
     config = training_config.load(dotlist=[*KEYS, *keys])
     plan = make_plan(config, num_workers=RANKS)
-    bf16 = config.precision == "bf16"
-    return Job(
-        shape=plan.shape,
-        stage=config.zero.stage,
-        num_ranks=RANKS,
-        accumulation=plan.accumulation,
-        bucket_elements=config.zero.bucket_elements,
-        whole_matrices=config.optim.matrix.rule == "muon",
-        element_bytes=2 if bf16 else 4,
-        **({"reuse_distance": distance} if distance else {}),
-    )
+    counted = job_of(config, plan.shape, num_ranks=RANKS, accumulation=plan.accumulation)
+    assert counted is not None
+    return replace(counted, reuse_distance=distance) if distance else counted
 
 
 @pytest.mark.stack

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from serving import native
 from serving.config import EngineConfig, ModelConfig, ServeConfig
-from serving.engine import EngineFailed, Overloaded, RequestError, Sampling, Token
+from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
 from serving.torch_engine import TorchEngine, make_engine
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
@@ -324,6 +324,41 @@ def test_a_broken_engine_says_so_to_everyone(exact, monkeypatch, capfd):
     with pytest.raises(EngineFailed, match="out of memory"):
         Reader(exact, [3], GREEDY)
     assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.fixture(params=["torch", pytest.param("compiled", marks=compiled)])
+def partly_broken(request, checkpoint, tmp_path) -> Iterator[TorchEngine]:
+    """An engine whose model knows one token, BAD, by an embedding of NaN."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BAD] = float("nan")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().nan_to_num(0.0).clone())
+    model.save_pretrained(tmp_path)
+    dtype = "bfloat16" if request.param == "compiled" else "float32"
+    made = engine(tmp_path, compiled=request.param == "compiled", dtype=dtype, slots=4, cache_tokens=256)
+    assert (made.info.details["compiled decoder"] == "used") == (request.param == "compiled")
+    yield made
+    made.close()
+
+
+BAD = 7
+
+
+def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_trace(partly_broken):
+    """Its keys and values are NaN, in blocks that later requests get."""
+    good = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
+    before = Reader(partly_broken, [3, 4, 5], good).wait()
+    for _ in range(3):
+        beside = Reader(partly_broken, [3, 4, 5], good)
+        bad = [Reader(partly_broken, [BAD] * 40, good) for _ in range(3)]
+        for reader in bad:
+            reader.wait()
+            assert isinstance(reader.error, BrokenModel) and reader.tokens == []
+        assert beside.wait() == before and beside.error is None
+    readers = [Reader(partly_broken, [3, 4, 5], good) for _ in range(4)]
+    assert [reader.wait() for reader in readers] == [before] * 4
+    assert partly_broken.failure() is None and partly_broken.stats().running == 0
 
 
 def test_closing_ends_what_runs(checkpoint):

@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.cli import UserError
 from cluster.config import ConfigError
-from training import baseline_plan
+from training import baseline, baseline_plan, steps, traffic
+from training import config as training_config
 from training.baseline_plan import Machine, describe, make_cells
 from training.ceilings import better
+from training.plan import make_plan
 from training.shapes import SHAPES, to_hf_config
 from training.steps import covered, exposed
 
@@ -76,6 +79,7 @@ def test_a_config_file_is_a_shape_too(tmp_path):
         ("rounds=0", "rounds: must be at least 1"),
         ("serve.batches=[0]", "serve.batches"),
         ("cost.kwh=-1", "cost.kwh"),
+        ("wandb=sometimes", "wandb"),
     ],
 )
 def test_bad_keys_are_named(argument, message):
@@ -89,6 +93,122 @@ def test_of_two_measurements_of_a_ceiling_the_higher_counts():
     assert better(before, now) == {
         "bf16_tflops": {"best": 2.0, "spread": [0.5, 2.0]}, "links": {"num_ranks": 2}, "kind": "cpu",
     }  # fmt: skip
+
+
+def trained(*, ranks, on_gpu, sent):
+    """A measured cell: 1000 tokens in 2 s, of which 0.5 s in collectives alone."""
+    row = {
+        "num_workers": ranks, "on_gpu": on_gpu, "sent_bytes_per_step": sent, "tokens_per_step": 1000,
+        "step_seconds": 2.0, "step_seconds_p10": 2.0, "step_seconds_p90": 2.0, "phased_step_seconds": 2.5,
+        "seconds_compute": 1.5, "seconds_communication": 0.5, "seconds_optimizer": 0.25, "seconds_data": 0.0,
+        "joules_per_step": None, "precision": "bf16", "zero_stage": 1, "micro_sequences": 1,
+        "accumulation": 1, "flops_per_token": 1e9, "peak_memory_bytes": 1,
+    }  # fmt: skip
+    return {"id": "training/a/muon", "kind": "training", "shape": "a", "model": "a", "command": "x",
+            "rounds": [row, {**row, "step_seconds": 4.0}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "num_ranks", "link_bytes", "shares"),
+    [(True, 4, 4e6, [0.05, 0.025]), (True, 8, 4e6, [0.05, 0.025]), (False, 4, 1e6, [0.05, 0.025]),
+     (True, 2, 4e6, None)],
+)  # fmt: skip
+def test_a_training_figure_has_its_share_of_the_link_by_hand(on_gpu, num_ranks, link_bytes, shares):
+    """4 ranks that send 1 GB in 2 s and in 4 s: 5% and 2.5% of 10 GB/s; 20% in half a second of it alone.
+
+    A GPU takes 250 of the 1000 tokens, so a token of its is 4 MB; the ranks of a CPU share one device.
+    """
+    rate = {"best": 10.0, "spread": [9.0, 10.0]}
+    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {},
+                "links": {"num_ranks": num_ranks, "all_reduce_gb_per_s": rate}}  # fmt: skip
+    result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
+    cell = trained(ranks=4, on_gpu=on_gpu, sent=1e9)
+    (figure,) = baseline.figures([cell], result, baseline_plan.load())
+    assert (figure["ranks"], figure["link_bytes"]) == (4, link_bytes)
+    name = f"share of measured link: all-reduce bus bandwidth, {num_ranks} ranks"
+    found = {key: value for key, value in figure["shares"].items() if "link" in key}
+    if shares is None:  # measured with fewer ranks than the figure has
+        assert found == {}
+    else:
+        alone = f"{name}, during communication alone"
+        assert found == {name: pytest.approx(shares), alone: pytest.approx([0.2, 0.2])}
+
+
+def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
+    rate = {"best": 10.0, "spread": [9.0, 10.0]}
+    links = {"num_ranks": 2, "all_reduce_gb_per_s": rate}
+    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": links}
+    for sent, known in ((0.0, links), (None, links), (1e9, None), (1e9, {"problem": "gloo"})):
+        result = {"ceilings": {**ceilings, "links": known}, "hardware": {"datasheet": None}}
+        cell = trained(ranks=2, on_gpu=False, sent=sent)
+        (figure,) = baseline.figures([cell], result, baseline_plan.load())
+        assert list(figure["shares"]) == ["MFU of measured product"]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_a_whole_baseline_is_mirrored_to_wandb(tmp_path, mode):
+    rate = {"best": 10.0, "spread": [9.0, 10.0]}
+    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None}
+    about = {"datasheet": None, "name": "NVIDIA A40"}
+    result = {"ceilings": ceilings, "hardware": about, "config": {"rounds": 2}, "provenance": {"commit": "c"}}
+    config = baseline_plan.load(dotlist=[f"directory={tmp_path}", "name=mine", f"wandb={mode}"])
+    result["figures"] = baseline.figures([trained(ranks=1, on_gpu=True, sent=0.0)], result, config)
+    output = tmp_path / "a40_baseline.json"
+    output.write_text(json.dumps(result))
+    assert baseline.mirror(result, config, output).startswith(mode)
+    summary = json.loads((tmp_path / "mine/summary.json").read_text())
+    figure = summary["figures"]["training/a/muon"]
+    assert figure["tokens_per_second"] == 375.0
+    assert figure["shares"] == {"MFU of measured product": pytest.approx(0.0375)}
+    runs = tmp_path / "mine/wandb"
+    if mode == "disabled":
+        assert not runs.exists()
+        return
+    [table] = runs.glob("offline-run-*/files/media/table/figures*.json")
+    [row] = json.loads(table.read_text())["data"]
+    told = "MFU of measured product 3.8%"
+    assert row == ["training/a/muon", 375.0, 250.0, 500.0, None, None, told]
+    [copy] = runs.glob("offline-run-*/files/a40_baseline.json")
+    assert json.loads(copy.read_text()) == result
+
+
+@pytest.mark.parametrize("key", ["output", "directory"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, key):
+    (tmp_path / "file").write_text("")
+    places = {"output": tmp_path / "a.json", "directory": tmp_path} | {key: tmp_path / "file/b"}
+    config = baseline_plan.load(dotlist=[f"{name}={place}" for name, place in places.items()])
+    with pytest.raises(UserError, match=f"{key}: .*cannot be written"):
+        baseline._output(config, {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        (("workers.count=1",), lambda n: 0),
+        (("workers.count=2", "optim.matrix.rule=adamw"), lambda n: (1 + 1 / 2) * 2 * n),
+        (("workers.count=2", "optim.matrix.rule=adamw", "precision=fp32"), lambda n: (1 + 1 / 2) * 4 * n),
+        (("workers.count=2", "optim.matrix.rule=scion"), None),
+        (("workers.count=2", "zero.stage=0"), None),
+    ],
+)
+def test_what_the_busiest_rank_sends_in_a_step(keys, sent):
+    """Of N parameters in stage 1 on two ranks, a whole all-reduce and half of an all-gather."""
+    config = training_config.load(dotlist=["model.shape=llama-5m", *keys])
+    plan = make_plan(config)
+    found = steps._sent_bytes(config, plan)
+    if sent is None:
+        assert found is None
+    else:
+        assert found == pytest.approx(sent(plan.shape.num_parameters), abs=100)  # flat tensors are padded
+
+
+def test_the_busiest_rank_counts_and_not_the_mean():
+    keys = ["model.shape=llama-5m", "workers.count=3", "batch.tokens=6144"]
+    config = training_config.load(dotlist=keys)
+    plan = make_plan(config)
+    job = traffic.job_of(config, plan.shape, num_ranks=3, accumulation=plan.accumulation)
+    sent = traffic.sent_bytes(job)
+    assert steps._sent_bytes(config, plan) == max(sent) > min(sent)
 
 
 @pytest.mark.parametrize(

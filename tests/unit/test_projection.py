@@ -17,6 +17,7 @@ from training.shapes import SHAPES, LlamaShape
 from training.step_model import (
     Basis,
     Links,
+    Network,
     basis_from_row,
     exchange_seconds,
     optimizer_work,
@@ -195,11 +196,14 @@ def test_the_bottleneck_is_named(changes, num_ranks, ranks_per_node, bottleneck)
 
 
 def test_nvlink_pairs_carry_twice_pcie_unless_the_bridge_is_slower():
-    measured, pcie, pairs = link_choices(LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=56.25), links(7))
+    network = Network(2e9, "test")
+    given = LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=56.25)
+    measured, pcie, pairs = link_choices(given, links(7), network)
     assert measured.bytes_per_s["all_reduce"] == 7e9
     assert pcie.bytes_per_s["all_reduce"] == 20e9 and pairs.bytes_per_s["all_reduce"] == 40e9
     assert pairs.bytes_per_s["all_to_all"] == 20e9
-    [_, slow] = link_choices(LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=30), None)
+    assert pcie.node_bytes_per_s == pairs.node_bytes_per_s == 2e9
+    [_, slow] = link_choices(LinkConfig(pcie_gb_per_s=20, nvlink_gb_per_s=30), None, network)
     assert slow.bytes_per_s["all_gather"] == 30e9
 
 
@@ -286,6 +290,63 @@ def test_a_baseline_gives_compute_and_links(tmp_path):
     assert basis.links.protocols[0][0] == pytest.approx(10e-6)
 
 
+BETWEEN = {"num_ranks": 3, "all_reduce_gb_per_s": {"best": 2.5, "spread": [2.0, 2.5]},
+           "all_to_all_gb_per_s": {"best": 2.0, "spread": [1.0, 2.0]}, "all_reduce_latency_us": 60.0,
+           "num_bytes": 256_000_000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "keys", "rate", "source"),
+    [
+        (
+            BETWEEN,
+            [],
+            2.5e9,
+            "measured by the preflight, in here_baseline.json: all-reduce over 3 nodes, one",
+        ),
+        (BETWEEN, ["links.node_gb_per_s=3.1"], 3.1e9, "as links.node_gb_per_s says"),
+        (None, ["links.node_gb_per_s=12"], 12e9, "as links.node_gb_per_s says"),
+        (None, [], 3.1e9, "ASSUMED, 25 GbE at its best"),
+        ({"problem": "NCCL error"}, [], 3.1e9, "ASSUMED, 25 GbE at its best; the preflight's measurement f"),
+    ],
+)
+def test_the_network_is_the_keys_else_the_preflights_else_assumed(found, keys, rate, source, tmp_path):
+    inside = {**BETWEEN, "num_ranks": 8}
+    path = write(tmp_path, baseline(ceilings={**CEILINGS, "links": inside, "links_between_nodes": found}))
+    config = layered.load(ProjectionConfig, dotlist=[f"baseline={path}", *keys])
+    basis = basis_of(config)
+    assert basis.network.bytes_per_s == pytest.approx(rate) and basis.network.source.startswith(source)
+    assert basis.links.node_bytes_per_s == pytest.approx(rate)
+    assert all(
+        each.node_bytes_per_s == pytest.approx(rate)
+        for each in link_choices(config.links, basis.links, basis.network)
+    )
+
+
+def test_a_baseline_from_before_links_between_nodes_still_counts(tmp_path):
+    assert "links_between_nodes" not in CEILINGS
+    assert basis_of(ProjectionConfig(baseline=write(tmp_path, baseline()))).network.source.startswith(
+        "ASSUMED"
+    )
+
+
+def test_the_measured_network_decides_the_time_between_nodes(tmp_path, capsys):
+    """A ring over two nodes sends 15/16 of its buffers twice (or once) through the slower of both."""
+    slow = {**BETWEEN, "all_reduce_gb_per_s": {"best": 1.25, "spread": [1.0, 1.25]}}
+    seconds = []
+    for found in (BETWEEN, slow):
+        path = write(tmp_path, baseline(ceilings={**CEILINGS, "links_between_nodes": found}))
+        assert projection.main([f"baseline={path}", "nodes=[2]", "stages=[1]", "rule=muon"]) == 0
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["between_nodes"].startswith(
+            f"{found['all_reduce_gb_per_s']['best']:.3g} GB/s per node each"
+        )
+        seconds.append(last["projection"][0]["seconds"]["inter-node link"])
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+    ring = 15 / 16 * (2 + 1) * 2 * 1_420_396_544 / 2.5e9
+    assert ring < seconds[0] < 1.5 * ring  # and the matrices to their owners and back
+
+
 def test_another_shape_of_the_baseline_is_scaled_by_its_flops_and_said_so(tmp_path):
     flops = SHAPES["llama-60m"].flops_per_token(2048)
     content = baseline()
@@ -367,7 +428,10 @@ def test_the_command_prints_tables_and_one_json_line(capsys, tmp_path):
     assert one["sent_bytes"]["gradients"] == pytest.approx(2 * 7 / 8 * 2 * 1_420_396_544)
     assert one["bottleneck"] == "compute" and many["batch_tokens"] == 4096 * 2048
     text = "\n".join(lines)
-    assert "measured: here_baseline.json" in text and "between nodes  ASSUMED: 3.1 GB/s" in text
+    assert (
+        "measured: here_baseline.json" in text
+        and "between nodes  3.1 GB/s per node each way: ASSUMED" in text
+    )
     assert "batch_tokens=524,288 does not divide over 4,096 GPUs" in text
 
 
@@ -402,6 +466,11 @@ def test_the_check_predicts_from_one_worker_and_what_many_get_at_once():
 def test_the_check_refuses_what_it_sets_itself(key, capsys):
     assert projection_check.main([key]) == 2
     assert f"{key}: leave it out" in capsys.readouterr().err
+
+
+def test_the_check_refuses_a_rule_whose_bytes_are_not_counted(capsys):
+    assert projection_check.main(["optim.matrix.rule=scion", "--dry-run"]) == 2
+    assert "what scion sends is not counted" in capsys.readouterr().err
 
 
 def test_the_check_says_what_it_would_run(capsys):

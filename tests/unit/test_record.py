@@ -259,6 +259,20 @@ def test_a_table_is_shown_in_wandb_and_is_no_row_of_the_metrics(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
+def test_a_file_is_copied_into_the_wandb_run(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text('{"a": 1}')
+    for mode in ("offline", "disabled"):
+        with open_record(tmp_path / mode, wandb_mode=mode) as record:
+            record.file(file)
+            record.finish({})
+    [copy] = (tmp_path / "offline/wandb").glob("offline-run-*/files/result.json")
+    assert not copy.is_symlink() and copy.read_text() == '{"a": 1}'
+    saved = [r["files"]["files"] for r in wandb_records(tmp_path / "offline") if r["type"] == "files"]
+    assert [each["path"] for files in saved for each in files].count("result.json") == 1
+    assert not (tmp_path / "disabled/wandb").exists()
+
+
 def test_an_unreachable_wandb_server_neither_blocks_nor_kills_the_run(tmp_path):
     code = """
 record._Mirror.INIT_SECONDS = 3.0
