@@ -5,6 +5,9 @@
 Measured: the steady optimizer step by the loop's own clock, which leaves out evaluation, checkpoints and the
 report to Ray that follows each checkpoint; and the wall time from the start of the command to the row of
 step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
+
+Ray's own processes take about a tenth of a core (2.60: each wakes 100 times a second). Where workers fill all
+cores, as two do on two, that comes off the step; workers.count=1 there leaves them a core, as nodes do.
 """
 
 import os

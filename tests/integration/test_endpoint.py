@@ -467,7 +467,7 @@ def test_a_stream_that_turns_into_no_numbers_ends_with_the_error(diverged):
 
 def test_an_engine_that_breaks_ends_the_stream_with_an_error_event(capfd):
     server = Server(counting_engine())
-    events = server.events(prompt=[FAILING], max_tokens=10)
+    events = server.events(prompt=FAILING, max_tokens=10)
     assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None] * 3
     assert "an unlucky number" in events[-1]["error"]["message"]
     assert events[-1]["error"]["type"] == "server_error"
