@@ -131,12 +131,14 @@ void round(Tile& tile) {
   }
 }
 
-// out = A·Bᵀ, known to be symmetric.
-void symmetric(const Panels& a, const Panels& b, const Panels& out) {
+// out = A·Bᵀ and what `more` makes of a tile of it, known to be symmetric.
+template <class More>
+void symmetric(const Panels& a, const Panels& b, const Panels& out, More more) {
   Tile tile;
   for (long row = 0; row < a.panels; row++)
     for (long col = 0; col <= row; col++) {
       multiply(a.at(row, 0), b.at(col, 0), a.pairs, tile);
+      more(tile, row, col);
       round(tile);
       if (row == col && a.data != b.data)  // else it is symmetric as it is
         for (long i = 0; i < PANEL; i++)
@@ -146,18 +148,16 @@ void symmetric(const Panels& a, const Panels& b, const Panels& out) {
     }
 }
 
+void symmetric(const Panels& a, const Panels& b, const Panels& out) {
+  symmetric(a, b, out, [](Tile&, long, long) {});
+}
+
 // out = aI + bG + cG² for symmetric G [n, n].
 void polynomial(const Panels& gram, const Panels& out, long n, float a, float b, float c) {
-  Tile tile;
-  for (long row = 0; row < gram.panels; row++)
-    for (long col = 0; col <= row; col++) {
-      multiply(gram.at(row, 0), gram.at(col, 0), gram.pairs, tile);
-      add(tile, c, gram.at(col, row * PAIRS), b);
-      for (long i = 0; row == col && i < std::min(PANEL, n - row * PANEL); i++) tile.sums[i][i] += a;
-      round(tile);
-      store_columns(tile, out.at(col, row * PAIRS));
-      if (row != col) store_rows(tile, out.at(row, col * PAIRS));
-    }
+  symmetric(gram, gram, out, [&](Tile& tile, long row, long col) {
+    add(tile, c, gram.at(col, row * PAIRS), b);
+    for (long i = 0; row == col && i < std::min(PANEL, n - row * PANEL); i++) tile.sums[i][i] += a;
+  });
 }
 
 // out = A·Bᵀ, all of it.

@@ -213,9 +213,10 @@ def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, An
         for number in range(config.rounds):
             now = _all_ceilings(config, result["hardware"], products_of)
             result["ceilings"] = better(result["ceilings"], now)
-            links = {name: now["links"][name] for name in (LINK_PEAK,) if name in (now["links"] or {})}
-            peaks = {name: now[name] for name in PEAKS} | links
-            result["peaks_of_rounds"].append({name: rate["best"] for name, rate in peaks.items()})
+            peaks = {name: now[name]["best"] for name in PEAKS}
+            if LINK_PEAK in (links := now["links"] or {}):
+                peaks[LINK_PEAK] = links[LINK_PEAK]["best"]
+            result["peaks_of_rounds"].append(peaks)
             for place, cell in enumerate(going):
                 if cell.problem is None:
                     begin = time.monotonic()
