@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.hardware import describe_host
 
+NOT_CODE = ":(exclude)tests/baselines"  # a bench that has written its file leaves the code as it was
 COMMIT_VARIABLE = "ASUNCION_COMMIT"
 PACKAGES = ("torch", "deepspeed", "ray", "wandb", "numpy", "tokenizers", "safetensors")
 
@@ -43,7 +44,7 @@ def collect(
 
 
 def code_version() -> dict[str, Any]:
-    """`commit` and `dirty` (uncommitted or untracked files) of the code that runs.
+    """`commit` and `dirty` (uncommitted or untracked files, baselines aside) of the code that runs.
 
     A copy of the code without its git folder, such as the working directory that Ray uploads, takes them
     from the environment (see `commit_environment`). Failing that, `commit` is "unknown", `dirty` None, and
@@ -53,7 +54,10 @@ def code_version() -> dict[str, Any]:
         toplevel = _git("rev-parse", "--show-toplevel")
         if Path(toplevel).resolve() != _ROOT:  # a copy that lies inside somebody else's checkout
             raise LookupError(f"{_ROOT} is no git checkout of its own; it lies inside {toplevel}")
-        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+        return {
+            "commit": _git("rev-parse", "HEAD"),
+            "dirty": bool(_git("status", "--porcelain", "--", ".", NOT_CODE)),
+        }
     except LookupError as problem:
         if carried := os.environ.get(COMMIT_VARIABLE):
             return {"commit": carried.removesuffix("+dirty"), "dirty": carried.endswith("+dirty")}

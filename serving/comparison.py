@@ -6,17 +6,18 @@ one device (tokens/s), the FLOPs and the least bytes that one token takes, and o
     roofline   1 / max(FLOPs / peak, bytes / bandwidth, sent bytes / link): the rate that the device allows,
                and what bounds it
     share      rate / roofline: MFU where compute bounds it, MBU where the memory does, share of link where
-               the link between ranks does
+               the link does
     parity     A's share / B's share, with an interval from the runs of both (`cluster.intervals`)
 
 Peaks are the datasheet's where both sides have one, else those that `cluster.probe` measured on each. The
-link's is always the measured one; where a side has none that its figure could be set against, that figure's
-link is left out on both.
+link is that between the ranks of a node, or the network between nodes where a figure is of several. Its peak
+is always the measured one; where a side has none that its figure could be set against, that figure's link is
+left out on both.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,32 @@ SHARE = {"compute": "MFU", "bandwidth": "MBU", "link": "share of link"}
 FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
 SAME_FLOPS = 1e-6  # relative; more apart, and the two did not do the same work
 SAME_SETTING = ("tokens_per_step", "precision")  # of training: where they differ, the work does
-LIKE_SETTING = {"devices": "devices", "zero_stage": "ZeRO stage", "micro_sequences": "sequences per pass"}
+LIKE_SETTING = {
+    "devices": "devices",
+    "nodes": "number of nodes",
+    "zero_stage": "ZeRO stage",
+    "micro_sequences": "sequences per pass",
+}
 SAME_BYTES = 0.02  # the mean context of decoding steps differs a little from run to run
 
 
 @dataclass(frozen=True)
 class Link:
-    """What ranks of one node send through: bytes/s by the bus bandwidth of an all-reduce of `num_ranks`."""
+    """What ranks of one node send through, or nodes: bytes/s by the bus bandwidth of an all-reduce.
+
+    Attributes:
+        ends: ranks, or nodes with one rank on each, that it was measured with.
+        bytes_per_s_of_rounds: of each; of a network, which is measured once, the slowest and the fastest.
+    """
 
     bytes_per_s: float
-    num_ranks: int
+    ends: int
     bytes_per_s_of_rounds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a side is measured against: FLOP/s, bytes/s, and where both come from; the link, if measured."""
+    """What a side is measured against: FLOP/s, bytes/s, and where both come from; links, if measured."""
 
     flops: float
     bytes_per_s: float
@@ -59,12 +70,18 @@ class Peaks:
     flops_of_rounds: tuple[float, ...] = ()
     bytes_per_s_of_rounds: tuple[float, ...] = ()
     link: Link | None = None
+    network: Link | None = None
 
-    def measurements(self, bound: str) -> tuple[float, ...]:
+    def link_of(self, figure: Mapping[str, Any]) -> Link | None:
+        """What the ranks of a figure send through."""
+        return self.network if figure.get("nodes", 1) > 1 else self.link
+
+    def measurements(self, figure: Mapping[str, Any], bound: str) -> tuple[float, ...]:
         """Of the peak that bounds a figure, one per round; empty where it is a datasheet's."""
         if bound == "link":
-            assert self.link is not None
-            return self.link.bytes_per_s_of_rounds
+            link = self.link_of(figure)
+            assert link is not None
+            return link.bytes_per_s_of_rounds
         return self.flops_of_rounds if bound == "compute" else self.bytes_per_s_of_rounds
 
 
@@ -96,7 +113,8 @@ class Side:
                 sheet.memory_gb_per_s * 1e9,
                 f"datasheet, {sheet.source}",
                 True,
-                link=self._link(),
+                link=self._link("links"),
+                network=self._link("links_between_nodes"),
             )
         ceilings = self.content["ceilings"]
         return Peaks(
@@ -106,14 +124,18 @@ class Side:
             False,
             self._of_rounds(PEAKS[0]),
             self._of_rounds(PEAKS[1]),
-            self._link(),
+            self._link("links"),
+            self._link("links_between_nodes"),
         )
 
-    def _link(self) -> Link | None:
-        found = (self.content.get("ceilings") or {}).get("links") or {}
-        if LINK_PEAK not in found:  # not measured, or the problem that kept it from being
+    def _link(self, key: str) -> Link | None:
+        links = (self.content.get("ceilings") or {}).get(key) or {}
+        if LINK_PEAK not in links:  # not measured, or the problem that kept it from being
             return None
-        return Link(found[LINK_PEAK]["best"] * 1e9, found["num_ranks"], self._of_rounds(LINK_PEAK))
+        peak, rounds = links[LINK_PEAK], self._of_rounds(LINK_PEAK)
+        if key == "links_between_nodes":
+            rounds = tuple(peak["spread"])
+        return Link(peak["best"] * 1e9, links["num_ranks"], rounds)
 
     def _of_rounds(self, name: str) -> tuple[float, ...]:
         return tuple(row[name] for row in self.content["peaks_of_rounds"] if name in row)
@@ -197,8 +219,9 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     ceilings = content.get("ceilings") or {}
     rates = {name: ceilings.get(name) for name in ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")}
     rates |= {f"disk.{name}": rate for name, rate in (ceilings.get("disk") or {}).items()}
-    if LINK_PEAK in (links := ceilings.get("links") or {}):
-        rates[f"links.{LINK_PEAK}"] = links[LINK_PEAK]
+    for key in ("links", "links_between_nodes"):
+        if LINK_PEAK in (links := ceilings.get(key) or {}):
+            rates[f"{key}.{LINK_PEAK}"] = links[LINK_PEAK]
     for name, rate in rates.items():
         if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
@@ -295,8 +318,11 @@ def _link_reasons(
             found.append(f"{side.origin} has none")
         elif figure.get("link_bytes") is None:
             found.append(f"bytes sent are not counted in {side.origin}")
-        elif figure["ranks"] > 1 and (peak.link is None or peak.link.num_ranks < figure["ranks"]):
-            found.append(f"not measured with {figure['ranks']} ranks in {side.origin}")
+        elif figure["ranks"] > 1:
+            kind = "nodes" if figure.get("nodes", 1) > 1 else "ranks"
+            link = peak.link_of(figure)
+            if link is None or link.ends < figure[kind]:
+                found.append(f"not measured with {figure[kind]} {kind} in {side.origin}")
     return found
 
 
@@ -315,14 +341,14 @@ def _roofline_figure(figure: Mapping[str, Any], peaks: Peaks, side: Side) -> dic
 
 
 def _roofline(figure: Mapping[str, Any], peaks: Peaks, *, link: bool) -> tuple[float, str]:
-    sent = figure.get("link_bytes") if link else None
+    sent, through = (figure.get("link_bytes"), peaks.link_of(figure)) if link else (None, None)
     return hardware.roofline_seconds(
         flops=figure["flops"],
         num_bytes=figure["bytes"],
         peak_flops=peaks.flops,
         bytes_per_s=peaks.bytes_per_s,
         link_bytes=sent or 0.0,
-        link_bytes_per_s=peaks.link.bytes_per_s if peaks.link else math.inf,
+        link_bytes_per_s=through.bytes_per_s if through else math.inf,
     )
 
 
@@ -338,13 +364,17 @@ def _comparison(
     values = [list(figure["values"]) for figure in figures]
     shares = [[rate * seconds for rate in rates] for rates, (seconds, _) in zip(values, floors, strict=True)]
     exact = (sides[0].is_roofline, sides[1].is_roofline)
-    divided = [peak.measurements(bound) for peak, (_, bound) in zip(peaks, floors, strict=True)]
+    divided = [
+        peak.measurements(figure, bound)
+        for peak, figure, (_, bound) in zip(peaks, figures, floors, strict=True)
+    ]
     absolute = of_ratio(*values, exact=exact)
     divisors = {"nothing (absolute)": 1.0}
     if peaks[0].is_datasheet == peaks[1].is_datasheet:
         divisors["per peak FLOP/s"] = peaks[1].flops / peaks[0].flops
         divisors["per peak byte/s"] = peaks[1].bytes_per_s / peaks[0].bytes_per_s
-    links = [peak.link for peak in peaks if peak.link]
+    through = [peak.link_of(figure) for peak, figure in zip(peaks, figures, strict=True)]
+    links = [each for each in through if each]
     if link and len(links) == 2 and all(figure.get("link_bytes") for figure in figures):
         divisors["per byte/s of the measured link"] = links[1].bytes_per_s / links[0].bytes_per_s
     if sides[0].datasheet and sides[1].datasheet:
@@ -396,21 +426,35 @@ def _claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], toleran
             else:
                 found += [_throughout(kind, group, tolerance)]
                 found += [_of_one(each, tolerance) for each in group]
+    for letter, side in zip("AB", sides, strict=True):
+        found += _scaling(letter, side, tolerance)
     return [*found, *(caveat for each in comparisons for caveat in _caveats(each))]
+
+
+def _scaling(letter: str, side: Side, tolerance: float) -> Iterator[Claim]:
+    """What training on several nodes leaves of a device's rate on one."""
+    for name, figure in side.figures.items():
+        alone = side.figures.get(name.rpartition("/")[0])
+        if figure.get("nodes", 1) > 1 and alone is not None:
+            kept = of_ratio(figure["values"], alone["values"])
+            text = f"{name}: a device of {letter} keeps {show(kept)} of its rate on one node"
+            yield _known(text, kept, len(figure["values"]), tolerance)
+
+
+def _known(text: str, found: Interval, num_runs: int, tolerance: float) -> Claim:
+    """A claim that says a figure: supported if it is known to the tolerance."""
+    because = "one run shows nothing" if num_runs == 1 else f"{num_runs} runs scatter more"
+    if found.low is not None and found.high is not None and found.high <= found.low * (1 + tolerance) ** 2:
+        return Claim(text, "supported", f"{num_runs} runs; known to within {tolerance:.0%}")
+    return Claim(text, "not decided", because)
 
 
 def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: float) -> Claim:
     """What share of its own roofline the measured side reaches; supported if it is known to the tolerance."""
     measured = 1 if sides[0].is_roofline else 0
     share = each.shares[measured]
-    known = (
-        share.low is not None and share.high is not None and share.high <= share.low * (1 + tolerance) ** 2
-    )
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
-    numbers = len(each.figures[measured]["values"])
-    because = f"{numbers} runs; known to within {tolerance:.0%}" if known else f"{numbers} runs scatter more"
-    because = "one run shows nothing" if numbers == 1 else because
-    return Claim(text, "supported" if known else "not decided", because)
+    return _known(text, share, len(each.figures[measured]["values"]), tolerance)
 
 
 def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:

@@ -143,8 +143,8 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield (
         "Each machine is set against its own hardware: a rate is divided by what the resource that bounds it "
         "allows (MFU where compute does, MBU where memory bandwidth does, share of link where the link "
-        "between ranks does), and the two shares by each other. 1 is parity. Absolute rates stand beside, "
-        "because a normalised figure trains no model."
+        "between ranks or nodes does), and the two shares by each other. 1 is parity. Absolute rates stand "
+        "beside, because a normalised figure trains no model."
     )
     yield from ("", "## What may be said", "", "| verdict | claim | because |", "|---|---|---|")
     for claim in parity.claims:
@@ -175,7 +175,7 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield "|---|---|---|---|---|"
     for place, peaks in enumerate(parity.peaks):
         both = f"{peaks.flops / 1e12:.4g} | {peaks.bytes_per_s / 1e9:.4g}"
-        yield f"| {'AB'[place]} | {both} | {peaks.source} | {_link(peaks, parity.sides[place])} |"
+        yield f"| {'AB'[place]} | {both} | {peaks.source} | {_links(peaks, parity.sides[place])} |"
     for title, path in plots.items():
         yield from ("", f"## {title}", "", f"![{title}]({path})")
     yield from ("", "## What other divisors would have said", "")
@@ -238,12 +238,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
-def _link(peaks: Peaks, side: Side) -> str:
-    if peaks.link is None:
-        return "-"
-    slowest, fastest = side.content["ceilings"]["links"][LINK_PEAK]["spread"]
-    rate = f"{peaks.link.bytes_per_s / 1e9:.4g} ({slowest:.4g} to {fastest:.4g})"
-    return f"{rate}, all-reduce bus bandwidth, {peaks.link.num_ranks} ranks"
+def _links(peaks: Peaks, side: Side) -> str:
+    found = []
+    for link, key, ends in ((peaks.link, "links", "ranks"), (peaks.network, "links_between_nodes", "nodes")):
+        if link is not None:
+            rate = _rate(side.content["ceilings"][key][LINK_PEAK])
+            found.append(f"{rate}, all-reduce bus bandwidth, {link.ends} {ends}")
+    return "; ".join(found) or "-"
+
+
+def _rate(rate: Any) -> str:
+    return f"{rate['best']:.4g} ({rate['spread'][0]:.4g} to {rate['spread'][1]:.4g})"
 
 
 def _percent(interval: Any) -> str:
@@ -282,26 +287,23 @@ def _ceilings(parity: Parity) -> Iterator[str]:
 
 
 def _measured(side: Side) -> Iterator[tuple[str, str]]:
-    def told(rate: Any) -> str:
-        return f"{rate['best']:.4g} ({rate['spread'][0]:.4g} to {rate['spread'][1]:.4g})"
-
     if side.is_roofline:
         return
     ceilings = side.content["ceilings"]
-    yield "square bf16 product, TFLOP/s", told(ceilings["bf16_tflops"])
+    yield "square bf16 product, TFLOP/s", _rate(ceilings["bf16_tflops"])
     for shape, rate in ceilings["products_tflops"].items():
-        yield f"products of {shape}, TFLOP/s", told(rate)
-    yield "reading memory, GB/s", told(ceilings["read_gb_per_s"])
-    yield "copying memory, GB/s", told(ceilings["copy_gb_per_s"])
-    links = ceilings.get("links") or {}
-    if "num_ranks" in links:
-        yield f"all-reduce, {links['num_ranks']} ranks, bus GB/s", told(links["all_reduce_gb_per_s"])
-        yield f"all-to-all, {links['num_ranks']} ranks, bus GB/s", told(links["all_to_all_gb_per_s"])
-        yield "all-reduce of 4 bytes, µs", f"{links['all_reduce_latency_us']:.4g}"
-    for name, value in sorted((ceilings.get("links_between_nodes") or {}).items()):
-        yield f"between nodes: {name}", json.dumps(value)
+        yield f"products of {shape}, TFLOP/s", _rate(rate)
+    yield "reading memory, GB/s", _rate(ceilings["read_gb_per_s"])
+    yield "copying memory, GB/s", _rate(ceilings["copy_gb_per_s"])
+    for key, ends in (("links", "ranks"), ("links_between_nodes", "nodes")):
+        links = ceilings.get(key) or {}
+        if "num_ranks" in links:
+            number = f"{links['num_ranks']} {ends}"
+            yield f"all-reduce, {number}, bus GB/s", _rate(links["all_reduce_gb_per_s"])
+            yield f"all-to-all, {number}, bus GB/s", _rate(links["all_to_all_gb_per_s"])
+            yield f"all-reduce of 4 bytes, {number}, µs", f"{links['all_reduce_latency_us']:.4g}"
     for what in ("write", "read"):
-        yield f"disk {what}, GB/s", told(ceilings["disk"][f"{what}_gb_per_s"])
+        yield f"disk {what}, GB/s", _rate(ceilings["disk"][f"{what}_gb_per_s"])
 
 
 # --- HTML --------------------------------------------------------------------------------------------------

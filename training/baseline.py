@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     parser = cli.make_parser("training.baseline", description=__doc__.splitlines()[0], keys=BaselineConfig())
     parser.add_argument(
-        "--cluster", type=Path, metavar="CLUSTER.yaml", help="measure its head node: submit, and follow"
+        "--cluster", type=Path, metavar="CLUSTER.yaml", help="measure its head node, and training on all"
     )
     options = parser.parse_args(arguments)
 
@@ -78,6 +78,7 @@ def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
         f"train.data={storage}/data",
         f"storage={storage}",
         f"preflight={storage}/preflight.json",
+        "session.address=auto",
     )
 
 
@@ -87,7 +88,8 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     found = _probe({})
     datasheet = hardware.lookup(found["name"])
     about = {name: found[name] for name in ("name", "kind", "num_devices")}
-    about |= {"num_nodes": 1, "cpu_cores": host["cpu_cores"], "datasheet": datasheet and asdict(datasheet)}
+    about |= {"num_nodes": _num_nodes(config), "cpu_cores": host["cpu_cores"]}
+    about["datasheet"] = datasheet and asdict(datasheet)
     best = {name: found[name]["best"] for name in PEAKS}
     machine = Machine(
         gpu=found["kind"] == "gpu",
@@ -95,10 +97,12 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         memory_bytes=found["free_bytes"],
         tflops=best["bf16_tflops"],
         gb_per_s=best["read_gb_per_s"],
+        num_nodes=about["num_nodes"],
     )
     cells = make_cells(config, machine)
+    nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""
     print(
-        f"{about['num_devices']} x {about['name']}: {machine.tflops:.3g} TFLOP/s in bf16, "
+        f"{nodes}{about['num_devices']} x {about['name']}: {machine.tflops:.3g} TFLOP/s in bf16, "
         f"{machine.gb_per_s:.3g} GB/s, {machine.memory_bytes / 1e9:.1f} GB free, measured (cluster.probe)"
     )
     print(describe(cells, rounds=config.rounds), flush=True)
@@ -198,9 +202,18 @@ def _all_ceilings(
     disk = probe.measure_disk(folder, num_bytes=DISK_BYTES[device])
     rates = {f"{what}_gb_per_s": {"best": rate, "spread": [rate, rate]}
              for what, rate in zip(("write", "read"), disk, strict=True)}  # fmt: skip
-    report = Path(config.preflight or "")
-    between = files.read_json(report)["found"].get("links") if report.is_file() else None
+    between = _preflight(config).get("links")
     return {**_probe(products_of), "links": links, "links_between_nodes": between, "disk": rates}
+
+
+def _preflight(config: BaselineConfig) -> dict[str, Any]:
+    """What the preflight found of the nodes of the Ray that is used (`cluster.preflight.examine`), or {}."""
+    report = Path(config.preflight or "")
+    return files.read_json(report)["found"] if report.is_file() else {}
+
+
+def _num_nodes(config: BaselineConfig) -> int:
+    return 1 if config.session.address == "local" else len(_preflight(config).get("nodes", [0]))
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -245,7 +258,10 @@ def _once(cell: Cell) -> None:
         _end(process)
     found = _last_object(out) if process.returncode == 0 else None
     if found is not None:
-        cell.rounds.append(found)
+        if (nodes := found.get("num_nodes", 1)) == cell.about.get("nodes", 1):
+            cell.rounds.append(found)
+        else:
+            cell.problem = ("failed", f"Ray placed the workers on {nodes} nodes: are others' runs going?")
         return
     errors = [line for line in err.splitlines() if "error: " in line]
     said = (errors or err.strip().splitlines() or ["no message"])[-1].partition("error: ")
@@ -289,8 +305,8 @@ def figures(
 
     Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least that one unit of work
     takes; `bytes` is None where work does not pass through memory once per unit, as in training), in training
-    `ranks` and `link_bytes` (see `_trained`), `joules_per_token`, `cost_per_million_tokens` (None where not
-    known), `shares` of each ceiling, by name, and the `command`.
+    `ranks`, `nodes` and `link_bytes` (see `_trained`), `joules_per_token`, `cost_per_million_tokens` (None
+    where not known), `shares` of each ceiling, by name, and the `command`.
     """
     found: list[dict[str, Any]] = []
     for cell in cells:
@@ -305,14 +321,16 @@ def figures(
 
 
 def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`link_bytes`: sent by the busiest rank while a device takes one token; None where they are not counted.
+    """`link_bytes`: through the busiest link while a device takes one token; None where they are not counted.
 
-    They are what collectives need at the least (training/traffic.py), the same that bus bandwidths count:
-    rate x `link_bytes` / bus bandwidth is the link's share of a step.
+    In a node that link is a rank's, on several it is a node's to the others. The bytes are what collectives
+    need at the least (training/traffic.py), the same that bus bandwidths count: rate x `link_bytes` / bus
+    bandwidth is the link's share of a step.
     """
     rows = cell["rounds"]
-    devices = rows[0]["num_workers"] if rows[0]["on_gpu"] else 1  # the ranks of a CPU share it
-    sent = rows[0]["sent_bytes_per_step"]
+    nodes = rows[0]["num_nodes"]
+    devices = rows[0]["num_workers"] if rows[0]["on_gpu"] else nodes  # the ranks of a CPU share it
+    sent = rows[0]["sent_bytes_per_step" if nodes == 1 else "node_bytes_per_step"]
     joules = _known([row["joules_per_step"] for row in rows])
     whole = [row["phased_step_seconds"] for row in rows]
     times = {
@@ -335,6 +353,7 @@ def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             "flops": rows[0]["flops_per_token"],
             "bytes": None,
             "ranks": rows[0]["num_workers"],
+            "nodes": nodes,
             "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
             "communication_seconds": [row["seconds_communication"] for row in rows],
             "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
@@ -408,19 +427,22 @@ def shares(
         for name, (work, peak) in peaks.items()
         if figure[work] is not None
     }
-    return found | _link_shares(figure, ceilings.get("links") or {})
+    return found | _link_shares(figure, ceilings)
 
 
-def _link_shares(figure: Mapping[str, Any], links: Mapping[str, Any]) -> dict[str, list[float]]:
+def _link_shares(figure: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, list[float]]:
     """Of the measured link, in each round: over the whole step, and while collectives ran and nothing else.
 
     Bytes of collectives beside which a GPU computed count in both, and their time in the first alone.
     """
+    across = figure.get("nodes", 1) > 1
+    links = ceilings.get("links_between_nodes" if across else "links") or {}
     sent = figure.get("link_bytes")
-    if not sent or links.get("num_ranks", 0) < figure["ranks"]:
+    if not sent or links.get("num_ranks", 0) < figure["nodes" if across else "ranks"]:
         return {}
     peak = links[LINK_PEAK]["best"] * 1e9
-    name = f"share of measured link: all-reduce bus bandwidth, {links['num_ranks']} ranks"
+    ends = f"{links['num_ranks']} {'nodes' if across else 'ranks'}"
+    name = f"share of measured {'network' if across else 'link'}: all-reduce bus bandwidth, {ends}"
     found = {name: [value * sent / peak for value in figure["values"]]}
     alone = figure["communication_seconds"]
     if all(alone):

@@ -30,12 +30,17 @@ class TrainCells:
     shapes: tuple[str, ...] = key(TRAINED, "shapes to train")
     rules: tuple[str, ...] = key(RULES, "rules of the hidden matrices")
     zero_stage: int = key(1, "DeepSpeed ZeRO stage")
-    tokens: int | None = key(None, "tokens of a step, rounded up to whole passes; GPU: 131072, CPU: 1024")
+    nodes: tuple[int, ...] | None = key(
+        None, "on a cluster, numbers of nodes to train on; default: one, and all of them"
+    )
+    tokens: int | None = key(
+        None, "tokens of a step, of each node, rounded up to whole passes; GPU: 131072, CPU: 1024"
+    )
     sequence_length: int | None = key(None, "GPU: 1024, CPU: 256")
     most_micro_sequences: int | None = key(
         None, "the most sequences per worker and pass, halved until memory suffices; GPU: 16, CPU: 4"
     )
-    workers: int | None = key(None, "default: one per GPU of this node, or one on a CPU's cores")
+    workers: int | None = key(None, "of a node; default: one per GPU of this one, or one on a CPU's cores")
     steps: int | None = key(None, "timed steps; GPU: 10, CPU: 4")
     data: str = key("data", "folder of prepared data (training.prepare); the embedded corpus is made there")
     more: tuple[str, ...] = key((), "key=value of training.config for every cell, such as data.source=...")
@@ -80,7 +85,7 @@ class BaselineConfig:
     serve: ServeCells = key(ServeCells, "")
     cost: CostConfig = key(CostConfig, "")
     storage: str | None = key(None, "folder whose disk is measured; default: that of the prepared data")
-    preflight: str | None = key(None, "report of cluster.preflight: the links between nodes")
+    preflight: str | None = key(None, "report of cluster.preflight: the nodes, and the links between them")
     session: SessionConfig = key(SessionConfig, "")
 
     def __post_init__(self) -> None:
@@ -88,17 +93,23 @@ class BaselineConfig:
         require_choice("wandb", self.wandb, WANDB_MODES)
         require(self.most_seconds > 0, "most_seconds", "must be above 0")
         require(not self.serve.batches or min(self.serve.batches) >= 1, "serve.batches", "must be positive")
+        require(not self.train.nodes or min(self.train.nodes) >= 1, "train.nodes", "must be positive")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the plan has to know of this machine. Bytes and seconds are of one device."""
+    """What the plan has to know of this machine and of those like it. Bytes and seconds are of one device.
+
+    Attributes:
+        num_devices: of a node.
+    """
 
     gpu: bool
     num_devices: int
     memory_bytes: float
     tflops: float
     gb_per_s: float
+    num_nodes: int = 1
 
 
 @dataclass
@@ -132,11 +143,20 @@ class Cell:
 
 
 def make_cells(config: BaselineConfig, machine: Machine) -> list[Cell]:
-    """Every cell in order: training, then serving, each from small to large."""
+    """Every cell in order: training, then serving, each from small to large.
+
+    Raises:
+        ConfigError: `train.nodes` asks for more nodes than there are; an unknown shape.
+    """
+    numbers = config.train.nodes or dict.fromkeys((1, machine.num_nodes))
+    if max(numbers) > machine.num_nodes:
+        there = f"there {'is 1' if machine.num_nodes == 1 else f'are {machine.num_nodes}'}"
+        raise ConfigError(f"train.nodes: {max(numbers)} nodes, but {there}; lower it, or say CLUSTER=")
     trained = [
-        _training(config, machine, shape, rule)
+        _training(config, machine, shape, rule, num_nodes)
         for shape in config.train.shapes
         for rule in config.train.rules
+        for num_nodes in numbers
     ]
     return [*trained, *(_serving(config, machine, model) for model in config.serve.models)]
 
@@ -151,11 +171,12 @@ def describe(cells: Sequence[Cell], *, rounds: int) -> str:
     return "\n".join([*lines, f"at least {total / 60:.0f} min in all, and starting each process besides"])
 
 
-def _training(config: BaselineConfig, machine: Machine, name: str, rule: str) -> Cell:
+def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, num_nodes: int) -> Cell:
     cells, shape, gpu = config.train, _shape(name, key="train.shapes"), machine.gpu
-    workers = cells.workers or (machine.num_devices if gpu else 1)
+    on_node = cells.workers or (machine.num_devices if gpu else 1)
+    workers = num_nodes * on_node
     length = cells.sequence_length or (1024 if gpu else 256)
-    tokens = cells.tokens or (131_072 if gpu else 1024)
+    tokens = num_nodes * (cells.tokens or (131_072 if gpu else 1024))
     steps = cells.steps or (10 if gpu else 4)
     warm_up = 3 if gpu else 1
     micro = cells.most_micro_sequences or (16 if gpu else 4)
@@ -168,7 +189,7 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str) ->
             f"zero.stage={cells.zero_stage}",
             f"workers.count={workers}",
             f"workers.gpu={str(gpu).lower()}",
-            f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // workers)}",
+            f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // on_node)}",
             f"batch.sequence_length={length}",
             f"batch.micro_sequences={micro}",
             f"batch.tokens={-(-tokens // per_pass) * per_pass}",
@@ -177,25 +198,27 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str) ->
         ]
         asked = training_config.load(dotlist=[*keys, "schedule.tokens=1000000000"])
         parts = training_plan.memory_bytes(asked, shape, num_workers=workers)
-        needed = sum(parts.values()) * (1 if gpu else workers)
+        needed = sum(parts.values()) * (1 if gpu else on_node)
         if needed <= USABLE_MEMORY * machine.memory_bytes or micro == 1:
             break
         micro //= 2
     num_steps = warm_up + steps + NUM_PHASED + 1
-    devices = workers if gpu else 1  # the ranks of a CPU share it
+    devices = workers if gpu else num_nodes  # the ranks of a CPU share it
     flops = shape.flops_per_token(length) * asked.batch.tokens / devices
     if rule == "muon":
         sizes = shape.matrices().items()
         flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / devices
+    command = ["-m", "training.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys]
+    if num_nodes > 1:
+        command += [f"session.address={config.session.address}", "--ray"]
+    elif workers > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", *command]
     cell = Cell(
-        id=f"training/{_title(name)}/{rule}",
+        id=f"training/{_title(name)}/{rule}{f'/{num_nodes} nodes' * (num_nodes > 1)}",
         kind="training",
         shape=_title(name),
-        about={"model": name, "rule": rule, "rows": micro * length},
-        command=[
-            *(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] * (workers > 1)),
-            *("-m", "training.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys),
-        ],
+        about={"model": name, "rule": rule, "rows": micro * length, "nodes": num_nodes},
+        command=command,
         floor_seconds=num_steps * flops / (machine.tflops * 1e12),
     )
     if needed > USABLE_MEMORY * machine.memory_bytes:

@@ -50,8 +50,11 @@ def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
 def better(before: Any, now: Any) -> Any:
     """Of two measurements of the same, the higher of every `best` and the wider of every spread.
 
-    A disturbance can only lower a ceiling; what it is a share of must not be a disturbed one.
+    A disturbance can only lower a ceiling; what it is a share of must not be a disturbed one. Where the
+    second is a `problem`, the first counts.
     """
+    if isinstance(now, dict) and "problem" in now and before:
+        return before
     if isinstance(now, dict) and set(now) == {"best", "spread"}:
         ends = [*before["spread"], *now["spread"]]
         return {"best": max(before["best"], now["best"]), "spread": [min(ends), max(ends)]}

@@ -18,10 +18,9 @@ from cluster import cli, files, inventory, remote
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.progress import Progress
-from cluster.provenance import commit_environment
 from cluster.record import follow
-from cluster.session import ray_session, set_defaults, worker_environment
-from training import checkpoint
+from cluster.session import set_defaults, worker_environment
+from training import checkpoint, workers
 from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan, run_identity
@@ -79,61 +78,23 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
         start = prepare_run(config, plan, report=progress.note)
         if start is None:
             return
-        environment = worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus)))
-        environment |= commit_environment()
-        resources = {name: amount * config.workers.count for name, amount in _per_worker(config).items()}
-        session = ray_session(config.session, resources=resources, worker_env=environment)
-        with session, _Follower(config, progress, start=start), _NodeWatch(config, report=progress.note):
+        following = _Follower(config, progress, start=start)
+        with workers.session(config), following, _NodeWatch(config, report=progress.note):
             _fit(config, start.data)
     finish_run(config)
 
 
-def _per_worker(config: TrainConfig) -> dict[str, float]:
-    """Ray resources of one worker."""
-    return {"CPU": config.workers.cpus} | ({"GPU": 1} if config.workers.gpu else {})
-
-
 def _fit(config: TrainConfig, data: Path) -> None:
     """One Ray Train run, to its end."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    workers = config.workers
-    elastic = (workers.min_count, workers.count)
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"config": config, "data": data, "command": sys.argv},
-        scaling_config=ScalingConfig(
-            num_workers=workers.count if workers.min_count is None else elastic,  # type: ignore[arg-type]
-            use_gpu=workers.gpu,
-            resources_per_worker=_per_worker(config),
-            accelerator_type=workers.accelerator,
-        ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
-        run_config=RunConfig(
-            name="ray-train",
-            storage_path=str(config.run_directory),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-        ),
-    )
+    directory = config.run_directory
+    arguments = {"config": config, "data": data, "command": sys.argv}
     try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise RunError(_reason(error, config)) from error
-
-
-def _reason(error: Any, config: TrainConfig) -> str:
-    """The first worker's own message, and where the whole story is."""
-    failures = getattr(error, "worker_failures", {})
-    causes = [failures[rank] for rank in sorted(failures)] or [error]
-    log = config.run_directory / "failure.log"
-    files.write_text(log, "\n".join(f"--- {cause!r}\n{cause}" for cause in causes) + "\n")
-    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
-    return (
-        f"training failed: {lines[-1] if lines else repr(causes[0])}\nthe whole traceback is in {log}; "
-        "run the same command again to resume from the newest checkpoint"
-    )
+        workers.run(_ray_worker, arguments, workers=config.workers, directory=directory)
+    except RunError as error:
+        raise RunError(
+            f"training failed: {error}\nthe whole traceback is in {directory / 'failure.log'}; "
+            "run the same command again to resume from the newest checkpoint"
+        ) from error
 
 
 def _ray_worker(arguments: dict[str, Any]) -> None:

@@ -125,8 +125,8 @@ def read_baseline(path: Path) -> dict[str, Any]:
 
 
 def training_cell(baseline: Mapping[str, Any], *, shape: str, rule: str, path: Path) -> dict[str, Any]:
-    """The measured training cell. Raises `UserError`, which lists those that there are."""
-    cells = [cell for cell in baseline["cells"] if cell.get("kind") == "training"]
+    """The training cell measured on one node. Raises `UserError`, which lists those that there are."""
+    cells = [c for c in baseline["cells"] if c.get("kind") == "training" and c.get("nodes", 1) == 1]
     for cell in cells:
         if (cell.get("shape"), cell.get("rule"), cell.get("status")) == (shape, rule, "measured") and cell[
             "rounds"

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = training_config.load(file=options.config, dotlist=given)
         make_plan(config, num_workers=1)
         if (rule := config.optim.matrix.rule) in SCION_RULES:
-            raise UserError(f"optim.matrix.rule: what {rule} sends is not counted; use muon")
+            raise UserError(f"optim.matrix.rule: what {rule} computes is not modelled; use muon")
         prefix = ["--config", str(options.config)] if options.config else []
         if options.dry_run:
             print(layered.to_yaml(config))

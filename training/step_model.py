@@ -131,25 +131,25 @@ def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Links) -> Spen
     return Spent(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
 
 
-def optimizer_work(job: Job, plan: Plan | None) -> tuple[float, float]:
-    """(FLOPs, bytes of memory) of the rank that has most to do in the optimizer's step."""
-    groups = {name: sum(map(prod, sizes)) for name, sizes in job.groups().items()}
+def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
+    """(FLOPs, bytes of memory) of the rank that has most to do in the optimizer's step. Not under Scion."""
+    assert not job.norms
+    groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
     total = sum(groups.values())
-    shard = (PASS_BYTES if plan else ADAMW_BYTES) * groups["matrix"] / job.num_ranks
+    shard = (PASS_BYTES if plans else ADAMW_BYTES) * groups["matrix"] / job.num_ranks
     shard += ADAMW_BYTES * (total - groups["matrix"]) / job.num_ranks
     whole = job.stage == 1 and job.element_bytes == 2
     shard += WHOLE_GRADIENT_BYTES * total if whole else SHARD_GRADIENT_BYTES * total / job.num_ranks
-    if plan is None:
-        return 0.0, shard
     loads = [0] * job.num_ranks
-    for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
-        loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=True)
+    for plan in plans:
+        for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
+            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=True)
     return max(loads), shard
 
 
-def optimizer_seconds(job: Job, plan: Plan | None, basis: Basis) -> float:
+def optimizer_seconds(job: Job, plans: Sequence[Plan], basis: Basis) -> float:
     """Of the rank that has most to do."""
-    flops, num_bytes = optimizer_work(job, plan)
+    flops, num_bytes = optimizer_work(job, plans)
     return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)
 
 
@@ -178,11 +178,11 @@ class Step:
 
 def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Links) -> Step:
     """Predict a step of the rank that has most to do."""
-    plan = traffic.ownership(job)
+    plans = traffic.ownership(job)
     num_nodes = ceil(job.num_ranks / ranks_per_node)
     seconds = dict.fromkeys(PARTS, 0.0)
     seconds["compute"] = basis.compute_seconds_per_token * tokens_per_rank
-    seconds["optimizer"] = optimizer_seconds(job, plan, basis)
+    seconds["optimizer"] = optimizer_seconds(job, plans, basis)
     beside = {"forward": 0.0, "backward": 0.0}
 
     def add(spent: Spent) -> float:
@@ -202,9 +202,11 @@ def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: 
         taken = add(spent)
         if each.hidden_by is not None:
             beside[each.hidden_by] += taken
-    if plan is not None and job.num_ranks > 1:
-        travels = traffic.exchange(plan, element_bytes=job.exchange_bytes, ranks_per_node=ranks_per_node)
-        add(exchange_seconds(travels, num_nodes=num_nodes, links=links))
+    add(
+        exchange_seconds(
+            traffic.exchange_of(job, ranks_per_node=ranks_per_node), num_nodes=num_nodes, links=links
+        )
+    )
     backward = BACKWARD_SHARE * seconds["compute"]
     hidden = min(beside["backward"], backward) + min(beside["forward"], seconds["compute"] - backward)
     return Step(seconds, hidden)

@@ -2,6 +2,7 @@
 
     python -m training.steps [--steps N] [--warm-up N] [key=value ...]                     one worker
     torchrun --nproc-per-node=W -m training.steps workers.count=W [key=value ...]          W workers
+    python -m training.steps --ray session.address=auto workers.count=W [key=value ...]    W of a cluster's
 
 Two passes: in the first a step is timed as the loop runs it; in the second, with the device waited for after
 each part, its data, compute and optimizer; and a profiled step says how long of each part collectives took
@@ -16,6 +17,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,7 @@ from cluster.cli import RunError, UserError
 from cluster.session import set_defaults, worker_environment
 from cluster.usage import joules_of, out_of_memory, peak_memory_bytes
 from training import config as training_config
-from training import traffic
+from training import traffic, workers
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.prepare import prepare
@@ -42,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.make_parser("training.steps", description=__doc__.splitlines()[0], keys=TrainConfig())
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
     parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before them (default: 3)")
+    parser.add_argument("--ray", action="store_true", help="on workers of Ray Train, in all nodes of its Ray")
     options = parser.parse_args(arguments)
 
     def body() -> None:
@@ -50,58 +55,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for argument in options.overrides:
             if argument.partition("=")[0] in OWN_KEYS:
                 raise UserError(f"{argument}: leave it out; this command sets {', '.join(OWN_KEYS)}")
+        launcher = "ray" if options.ray else "torch"
+        size = {"num_steps": options.steps, "num_warm_up": options.warm_up}
         with tempfile.TemporaryDirectory() as folder:
-            keys = [*options.overrides, f"run.directory={folder}"]
+            keys = [*options.overrides, f"run.directory={folder}", f"launcher={launcher}"]
             asked = training_config.load(file=options.config, dotlist=keys)
             num_steps = options.warm_up + options.steps + NUM_PHASED + 1
-            keys += [f"schedule.tokens={num_steps * asked.batch.tokens}", "launcher=torch"]
+            keys.append(f"schedule.tokens={num_steps * asked.batch.tokens}")
             config = training_config.load(file=options.config, dotlist=keys)
             if options.dry_run:
                 print(f"{layered.to_yaml(config)}\n{make_plan(config).describe()}")
                 return
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            if world_size != config.workers.count:
-                raise UserError(
-                    f"workers.count: {config.workers.count}, but there are {world_size} processes; start "
-                    f"as many with `torchrun --nproc-per-node={config.workers.count}`"
-                )
-            measured = run(config, num_steps=options.steps, num_warm_up=options.warm_up)
-            if measured is not None:
-                print(json.dumps(measured))
+            measured = run_ray(config, **size) if options.ray else run(config, **size)
+        if measured is not None:
+            print(json.dumps(measured))
 
     return cli.run(body)
 
 
 def run(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, Any] | None:
-    """Measure on this rank; the result on rank 0, None on the others.
+    """Measure on this rank of torchrun, or alone; the result on rank 0, None on the others.
 
     Raises:
+        UserError: torchrun started another number of processes than `workers.count`.
         RunError: out of memory; the message begins with these words.
     """
     make_plan(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.workers.count:
+        raise UserError(
+            f"workers.count: {config.workers.count}, but there are {world_size} processes; start "
+            f"as many with `torchrun --nproc-per-node={config.workers.count}`, or say --ray"
+        )
     threads = max(1, int(config.workers.cpus))
     set_defaults(worker_environment(gpu=config.workers.gpu, threads=threads))
     import torch
 
     from training.context import torch_context
-    from training.loop import Trainer
 
     if not config.workers.gpu:
         torch.set_num_threads(threads)
     with torch_context(gpu=config.workers.gpu) as context:
         data = None
         if context.is_main:
-            data = prepare(config.data, report=lambda line: print(line, file=sys.stderr)).absolute()
+            data = prepare(config.data, report=_tell).absolute()
         data = context.gather(data)[0]
-        try:
-            trainer = Trainer(config, data=data, context=context)
-            found = measure(trainer, num_steps=num_steps, num_warm_up=num_warm_up)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are those of other allocators
-            if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(str(error)):
-                raise
-            raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
-        every = context.gather(found)
-    return _over_ranks(every) | _about(trainer) if context.is_main else None
+        return _on_rank(config, data, context, num_steps=num_steps, num_warm_up=num_warm_up)
+
+
+def run_ray(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:
+    """Measure on workers of Ray Train. The prepared data lie where all of their nodes see them.
+
+    Raises:
+        RunError: a worker failed; its own message.
+    """
+    make_plan(config)
+    config = replace(config, data=replace(config.data, directory=str(Path(config.data.directory).absolute())))
+    arguments = {"config": config, "data": prepare(config.data, report=_tell).absolute()}
+    arguments |= {"size": {"num_steps": num_steps, "num_warm_up": num_warm_up}}
+    with (
+        tempfile.TemporaryDirectory(prefix=".steps-", dir=config.data.directory) as folder,
+        workers.session(config),
+    ):
+        return workers.run(_ray_worker, arguments, workers=config.workers, directory=Path(folder))
+
+
+def _ray_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    import ray
+
+    from training.context import RayContext
+
+    config: TrainConfig = arguments["config"]
+    context = RayContext.create(gpu=config.workers.gpu)
+    nodes = set(context.gather(ray.get_runtime_context().get_node_id()))
+    return _on_rank(config, arguments["data"], context, num_nodes=len(nodes), **arguments["size"])
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _on_rank(
+    config: TrainConfig, data: Path, context: Any, *, num_steps: int, num_warm_up: int, num_nodes: int = 1
+) -> dict[str, Any] | None:
+    """`measure` on every rank; what it comes to on rank 0, None on the others."""
+    import torch
+
+    from training.loop import Trainer
+
+    try:
+        trainer = Trainer(config, data=data, context=context)
+        found = measure(trainer, num_steps=num_steps, num_warm_up=num_warm_up)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are those of other allocators
+        if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(str(error)):
+            raise
+        raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
+    every = context.gather(found)
+    return _over_ranks(every) | _about(trainer, num_nodes=num_nodes) if context.is_main else None
 
 
 def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:
@@ -232,18 +282,19 @@ def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _about(trainer: Any) -> dict[str, Any]:
+def _about(trainer: Any, *, num_nodes: int) -> dict[str, Any]:
     config, plan = trainer.config, trainer.plan
     device = trainer.context.device_name
     return {
         "device": device,
         "datasheet": hardware.lookup(device) is not None,
         "num_workers": plan.num_workers,
+        "num_nodes": num_nodes,
         "on_gpu": config.workers.gpu,
         "num_parameters": plan.shape.num_parameters,
         "flops_per_token": plan.flops_per_token,
         "tokens_per_step": plan.tokens_per_step,
-        "sent_bytes_per_step": _sent_bytes(config, plan),
+        **_sent_bytes(config, plan, num_nodes=num_nodes),
         "sequence_length": config.batch.sequence_length,
         "micro_sequences": config.batch.micro_sequences,
         "accumulation": plan.accumulation,
@@ -253,12 +304,17 @@ def _about(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _sent_bytes(config: TrainConfig, plan: Plan) -> float | None:
-    """That the busiest rank sends in a step (training/traffic.py); None where they are not counted."""
+def _sent_bytes(config: TrainConfig, plan: Plan, *, num_nodes: int) -> dict[str, float | None]:
+    """Of a step, by the busiest rank and over the border of the busiest node; None where not counted."""
+    names = ("sent_bytes_per_step", "node_bytes_per_step")
     if plan.num_workers == 1:
-        return 0.0
+        return dict.fromkeys(names, 0.0)
     job = traffic.job_of(config, plan.shape, num_ranks=plan.num_workers, accumulation=plan.accumulation)
-    return None if job is None else max(traffic.sent_bytes(job))
+    if job is None:
+        return dict.fromkeys(names)
+    on_node = ceil(plan.num_workers / num_nodes)
+    found = (max(traffic.sent_bytes(job)), traffic.node_bytes(job, ranks_per_node=on_node))
+    return dict(zip(names, found, strict=True))
 
 
 if __name__ == "__main__":

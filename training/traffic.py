@@ -19,13 +19,15 @@ Read in DeepSpeed 0.19.8, and counted on ranks in tests/numerics/test_projection
       A checkpointed layer is recomputed just before its backward pass, so recomputing gathers nothing more.
     * Parameters of up to PERSISTENT elements stay whole in stage 3, and are gathered after the step.
 
-Muon's matrices travel to their owners and back (optim/ownership.py) in `exchange_bytes` per element, in two
-all-to-alls per matrix shape. Norms and flags, under 1 kB, are left out.
+Matrices whose rule needs them whole travel to their owners and back (optim/ownership.py) in `exchange_bytes`
+per element, in two all-to-alls per matrix shape: the hidden ones under Muon, under Scion all but those whose
+norm is of single entries. Norms and flags, under 1 kB, are left out.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from optim.ownership import Matrix, Plan, make_plan
@@ -35,6 +37,9 @@ from training.shapes import LlamaShape
 REUSE_DISTANCE = 10**9  # stage3_max_reuse_distance; with PERSISTENT a default that training/engine.py keeps
 PERSISTENT = 10**5  # stage3_param_persistence_threshold, elements
 LIVE_BUCKETS = 20  # of `zero.bucket_elements` in training/engine.py's stage3_max_live_parameters
+ENTRY_NORMS = ("sign", "sign:plain")  # of optim/geometry.py: those that need no whole matrix
+ROW_NORMS = ("column:embedding", "row", "row:plain")  # under which optim/groups.py cuts tables into blocks
+TABLE_BLOCK_ROWS = 512  # of optim/groups.py
 STAGE_1_BUCKET = 500_000_000  # elements of BF16_Optimizer's buckets; `zero.bucket_elements` is the others'
 
 # What a rank of W sends of the whole buffer. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
@@ -45,12 +50,28 @@ SHARES = {
 }
 
 
+@dataclass
+class Group:
+    """Parameters under one rule, in the model's order.
+
+    Attributes:
+        whole: the rule needs whole matrices.
+        sizes: of the parameters.
+        blocks: rows of the matrices that each consists of.
+    """
+
+    whole: bool
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
+    blocks: list[tuple[int, ...]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What decides the traffic of a step.
 
     Attributes:
         whole_matrices: the hidden matrices' rule needs them whole (Muon's family); else nothing is exchanged.
+        norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
         element_bytes: of weights and gradients that travel, 2 in bf16.
         exchange_bytes: per element of the matrices that go to their owners and back.
     """
@@ -61,33 +82,48 @@ class Job:
     accumulation: int
     bucket_elements: int
     whole_matrices: bool = True
+    norms: tuple[tuple[str, str], ...] = ()
     element_bytes: int = 2
     exchange_bytes: int = 2
     reuse_distance: int = REUSE_DISTANCE
 
-    def groups(self) -> dict[str, list[tuple[int, ...]]]:
-        """Sizes of the parameters under one rule, in the model's order (optim/groups.py)."""
-        found: dict[str, list[tuple[int, ...]]] = {"table": [], "vector": [], "matrix": []}
+    def groups(self) -> dict[str, Group]:
+        """By label of the rule (optim/groups.py)."""
+        found = {"table": Group(False), "vector": Group(False), "matrix": Group(self.whole_matrices)}
+        if self.norms:
+            norms = dict.fromkeys(label for _, label in self.norms)
+            found = {label: Group(label.partition("@")[0] not in ENTRY_NORMS) for label in norms}
         for name, size in self.shape.parameters().items():
             kind = "vector" if len(size) == 1 else "matrix" if ".layers." in name else "table"
-            found[kind].append(size)
-        return found
+            blocks: tuple[int, ...] = size[:1]
+            if self.norms:
+                label = next(label for pattern, label in self.norms if fnmatchcase(name, pattern))
+                if kind == "table" and label.partition("@")[0] in ROW_NORMS:
+                    blocks = tuple(
+                        min(TABLE_BLOCK_ROWS, size[0] - row) for row in range(0, size[0], TABLE_BLOCK_ROWS)
+                    )
+                kind = label
+            found[kind].sizes.append(size)
+            found[kind].blocks.append(blocks)
+        return {label: group for label, group in found.items() if group.sizes}
 
 
 def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
-    """Of a run; None where this module does not know what travels: in stage 0, and under Scion's rules."""
-    rule = config.optim.matrix.rule
-    if config.zero.stage == 0 or rule in SCION_RULES:
+    """Of a run; None where this module does not know what travels: in stage 0, and with matrices per head."""
+    matrix = config.optim.matrix
+    if config.zero.stage == 0 or matrix.per_head:
         return None
+    entries = config.optim.scion.norms if matrix.rule in SCION_RULES else ()
     return Job(
         shape=shape,
         stage=config.zero.stage,
         num_ranks=num_ranks,
         accumulation=accumulation,
         bucket_elements=config.zero.bucket_elements,
-        whole_matrices=rule in MUON_RULES,
+        whole_matrices=matrix.rule in MUON_RULES,
+        norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
         element_bytes=2 if config.precision == "bf16" else 4,
-        exchange_bytes=2 if config.optim.matrix.dtype == "bf16" else 4,
+        exchange_bytes=2 if matrix.dtype == "bf16" else 4,
     )
 
 
@@ -139,9 +175,10 @@ def collectives(job: Job) -> list[Collective]:
 
 
 def _stages_1_and_2(job: Job) -> list[Collective]:
-    num_elements = sum(_padded(sizes, job.num_ranks) for sizes in job.groups().values())
+    groups = job.groups().values()
+    num_elements = sum(_padded(group.sizes, job.num_ranks) for group in groups)
     num_bytes = num_elements * job.element_bytes
-    weights = Collective("new weights", "all_gather", num_bytes, sum(map(bool, job.groups().values())))
+    weights = Collective("new weights", "all_gather", num_bytes, len(groups))
     if job.stage == 1:
         calls = math.ceil(num_elements / STAGE_1_BUCKET)
         return [Collective("gradients", "all_reduce", num_bytes, calls), weights]
@@ -234,30 +271,42 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
 # --- the matrices' owners ---------------------------------------------------------------------------------
 
 
-def ownership(job: Job) -> Plan | None:
-    """Who owns which hidden matrix; None under an elementwise rule."""
-    if not job.whole_matrices:
-        return None
-    sizes = [(rows, cols) for rows, cols in job.groups()["matrix"]]
-    first, matrices = 0, []
-    part = _padded(job.groups()["matrix"], job.num_ranks) // job.num_ranks
-    for index, (rows, cols) in enumerate(sizes):
-        numel = rows * cols
-        begin, size = (0, math.ceil(numel / job.num_ranks)) if job.stage == 3 else (first, part)
-        borders = [min(max(size * rank - begin, 0), numel) for rank in range(job.num_ranks + 1)]
-        holdings = tuple((a, b) if a < b else (0, 0) for a, b in pairwise(borders))
-        matrices.append(Matrix(f"matrix {index}", rows, cols, holdings))
+def ownership(job: Job) -> list[Plan]:
+    """Who owns which matrix, for each rule that needs whole ones."""
+    return [
+        make_plan(_matrices(group, job), world_size=job.num_ranks)
+        for group in job.groups().values()
+        if group.whole
+    ]
+
+
+def _matrices(group: Group, job: Job) -> list[Matrix]:
+    """Its matrices, and what each rank holds of them."""
+    found: list[Matrix] = []
+    first = 0
+    part = _padded(group.sizes, job.num_ranks) // job.num_ranks
+    for size, blocks in zip(group.sizes, group.blocks, strict=True):
+        numel, cols = math.prod(size), math.prod(size[1:])
+        begin, width = (0, math.ceil(numel / job.num_ranks)) if job.stage == 3 else (first, part)
+        row = 0
+        for rows in blocks:
+            borders = [width * rank - begin - row * cols for rank in range(job.num_ranks + 1)]
+            inside = [min(max(border, 0), rows * cols) for border in borders]
+            holdings = tuple((a, b) if a < b else (0, 0) for a, b in pairwise(inside))
+            found.append(Matrix(f"matrix {len(found)}", rows, cols, holdings))
+            row += rows
         first += numel
-    return make_plan(matrices, world_size=job.num_ranks)
+    return found
 
 
-def exchange(plan: Plan, *, element_bytes: int, ranks_per_node: int) -> Exchange:
-    """What travels by `plan`, if ranks are numbered node by node."""
-    sent = [0] * plan.world_size
+def exchange(plans: Sequence[Plan], *, element_bytes: int, num_ranks: int, ranks_per_node: int) -> Exchange:
+    """What travels by `plans`, if ranks are numbered node by node."""
+    sent = [0] * num_ranks
     worst_rank = worst_node = peers = 0
-    for indices, _ in plan.by_shape():
-        leaving, arriving = [0] * plan.world_size, [0] * plan.world_size
-        over, into = _zeros(plan.world_size, ranks_per_node), _zeros(plan.world_size, ranks_per_node)
+    groups = [(plan, indices) for plan in plans for indices, _ in plan.by_shape()]
+    for plan, indices in groups:
+        leaving, arriving = [0] * num_ranks, [0] * num_ranks
+        over, into = _zeros(num_ranks, ranks_per_node), _zeros(num_ranks, ranks_per_node)
         meetings: dict[int, set[int]] = {}
         for index in indices:
             owner = plan.owners[index]
@@ -287,21 +336,35 @@ def _zeros(num_ranks: int, ranks_per_node: int) -> list[int]:
     return [0] * math.ceil(num_ranks / ranks_per_node)
 
 
+def exchange_of(job: Job, *, ranks_per_node: int) -> Exchange:
+    """What travels to the owners of a job's matrices."""
+    return exchange(
+        ownership(job),
+        element_bytes=job.exchange_bytes,
+        num_ranks=job.num_ranks,
+        ranks_per_node=ranks_per_node,
+    )
+
+
 def sent_bytes(job: Job) -> list[float]:
     """Bytes that each rank sends in one step, matrices included."""
     common = sum(each.sent_bytes(job.num_ranks) for each in collectives(job))
-    plan = ownership(job)
-    if plan is None:
-        return [common] * job.num_ranks
-    travels = exchange(plan, element_bytes=job.exchange_bytes, ranks_per_node=job.num_ranks)
-    return [common + sent for sent in travels.sent_bytes]
+    return [common + sent for sent in exchange_of(job, ranks_per_node=job.num_ranks).sent_bytes]
+
+
+def node_bytes(job: Job, *, ranks_per_node: int) -> float:
+    """Bytes that cross the border of the busiest node in one step, one way, if ranks are numbered by node.
+
+    A ring leaves and enters each node once, whatever its ranks (`training.step_model`); matrices go from each
+    rank to their owners, and back the other way.
+    """
+    common = sum(each.sent_bytes(job.num_ranks) for each in collectives(job))
+    return common + 2 * exchange_of(job, ranks_per_node=ranks_per_node).worst_node_bytes
 
 
 def by_name(job: Job) -> Mapping[str, float]:
     """Bytes that a rank sends, the largest over the ranks, by what travels."""
     found = {each.name: each.sent_bytes(job.num_ranks) for each in collectives(job)}
-    plan = ownership(job)
-    if plan is not None and job.num_ranks > 1:
-        travels = exchange(plan, element_bytes=job.exchange_bytes, ranks_per_node=job.num_ranks)
-        found["matrices, there and back"] = max(travels.sent_bytes)
+    if most := max(exchange_of(job, ranks_per_node=job.num_ranks).sent_bytes):
+        found["matrices, there and back"] = most
     return found

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT
-from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, Lab, missing
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, STORAGE, Lab, missing
+from training.shapes import LlamaShape, to_hf_config
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(missing() is not None, reason=f"no lab here: {missing()}"),
 ]
+SMALL = LlamaShape(
+    vocab_size=320, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128
+)
 LONG = {"schedule__tokens": 512 * 100_000, "checkpoint__every_steps": 20}
 # Each takes the two CPUs of a host, so that there is one on every host and a lost host is always missed.
 THREE = {"workers__count": 3, "workers__cpus": 2, "batch__tokens": 384, "workers__max_failures": 3}
@@ -175,6 +179,31 @@ def test_preflight_opens_and_closes_the_gate(cluster):
     refused = cluster.call(*command[:1], *command[1:], "run.name=refused")
     assert refused.returncode == 1 and "preflight" in refused.stderr and "SKIP_PREFLIGHT=1" in refused.stderr
     assert cluster.call(*cluster.train(run__name="told")).returncode == 0
+
+
+def test_a_baseline_trains_on_one_node_and_on_all(cluster):
+    """The preflight comes first, and its report says how many nodes there are and what is between them."""
+    cluster.train()  # the corpus
+    more = (f"data.source={STORAGE}/corpus.jsonl", "data.vocab_size=320", "data.validation_fraction=0.2")
+    shape = cluster.storage / "lab/small/config.json"
+    shape.parent.mkdir(exist_ok=True)
+    shape.write_text(json.dumps(to_hf_config(SMALL, dtype="bfloat16")))
+    done = cluster.call(
+        "training.baseline", "--cluster", CLUSTER_FILE, "rounds=2",
+        f"train.shapes=[{STORAGE}/small/config.json]",
+        "train.rules=[muon]", "train.tokens=64", "train.sequence_length=32", "train.most_micro_sequences=2",
+        "train.steps=2", f"train.more=[{','.join(more)}]", "serve.models=[]", "wandb=disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((cluster.storage / "lab/outputs/baseline/baseline.json").read_text())
+    assert found["hardware"]["num_nodes"] == 3
+    alone, every = found["figures"]
+    assert (alone["id"], alone["nodes"], alone["ranks"]) == ("training/small/muon", 1, 1)
+    assert (every["id"], every["nodes"], every["ranks"]) == ("training/small/muon/3 nodes", 3, 3)
+    assert every["tokens_per_step"] == 3 * alone["tokens_per_step"]
+    (name, *_) = (name for name in every["shares"] if "network" in name)
+    assert name == "share of measured network: all-reduce bus bandwidth, 3 nodes"
+    assert 0 < min(every["shares"][name]) <= max(every["shares"][name]) < 1
 
 
 def test_a_worker_whose_environment_was_changed_by_hand_is_named(cluster):

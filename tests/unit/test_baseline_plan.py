@@ -32,6 +32,29 @@ def test_a_node_of_a40s_measures_every_size_on_all_its_gpus():
     assert "1,8,32" in found["serving/llama-3.1-8b"].command
 
 
+def test_a_cluster_trains_on_one_node_and_on_all_with_as_much_work_for_each():
+    cluster = dataclasses.replace(A40_NODE, num_nodes=4)
+    found = cells(cluster, "session.address=auto")
+    assert list(found)[:2] == ["training/llama-60m/adamw", "training/llama-60m/adamw/4 nodes"]
+    assert found["training/llama-1b4/muon"].command == cells(A40_NODE)["training/llama-1b4/muon"].command
+    every = found["training/llama-1b4/muon/4 nodes"]
+    assert every.about["nodes"] == 4 and "torch.distributed.run" not in every.command
+    assert {"--ray", "session.address=auto", "workers.count=32", "batch.tokens=524288"} <= set(every.command)
+    assert every.floor_seconds < 1.1 * found["training/llama-1b4/muon"].floor_seconds
+    some = cells(cluster, "train.nodes=[2,4]")
+    assert [name for name in some if "1b4/muon" in name] == [
+        "training/llama-1b4/muon/2 nodes", "training/llama-1b4/muon/4 nodes",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"train\.nodes: 5 nodes, but there are 4; lower it"):
+        cells(cluster, "train.nodes=[1,5]")
+
+
+def test_a_cpu_shared_by_ranks_is_a_device_on_every_node():
+    found = cells(dataclasses.replace(LAPTOP, num_nodes=3), "train.workers=2")
+    every = found["training/llama-60m/muon/3 nodes"].command
+    assert {"workers.count=6", "workers.gpu=false", "batch.tokens=6144"} <= set(every)
+
+
 def test_what_does_not_fit_is_left_out_by_count_and_says_so():
     one = dataclasses.replace(A40_NODE, num_devices=1, memory_bytes=12e9)
     found = cells(one)
@@ -95,10 +118,18 @@ def test_of_two_measurements_of_a_ceiling_the_higher_counts():
     }  # fmt: skip
 
 
-def trained(*, ranks, on_gpu, sent):
+def test_a_measurement_that_failed_leaves_the_one_before():
+    links = {"num_ranks": 2, "all_reduce_gb_per_s": {"best": 2.0, "spread": [1.0, 2.0]}}
+    assert better({"links": links}, {"links": {"problem": "gloo"}}) == {"links": links}
+    assert better({"links": {"problem": "gloo"}}, {"links": links}) == {"links": links}
+    assert better({"links": None}, {"links": {"problem": "gloo"}}) == {"links": {"problem": "gloo"}}
+
+
+def trained(*, ranks, on_gpu, sent, nodes=1, over=None):
     """A measured cell: 1000 tokens in 2 s, of which 0.5 s in collectives alone."""
     row = {
         "num_workers": ranks, "on_gpu": on_gpu, "sent_bytes_per_step": sent, "tokens_per_step": 1000,
+        "num_nodes": nodes, "node_bytes_per_step": over,
         "step_seconds": 2.0, "step_seconds_p10": 2.0, "step_seconds_p90": 2.0, "phased_step_seconds": 2.5,
         "seconds_compute": 1.5, "seconds_communication": 0.5, "seconds_optimizer": 0.25, "seconds_data": 0.0,
         "joules_per_step": None, "precision": "bf16", "zero_stage": 1, "micro_sequences": 1,
@@ -132,6 +163,21 @@ def test_a_training_figure_has_its_share_of_the_link_by_hand(on_gpu, num_ranks, 
     else:
         alone = f"{name}, during communication alone"
         assert found == {name: pytest.approx(shares), alone: pytest.approx([0.2, 0.2])}
+
+
+@pytest.mark.parametrize(("num_nodes", "share"), [(2, [0.1, 0.05]), (4, [0.1, 0.05]), (1, None)])
+def test_on_several_nodes_the_network_between_them_is_the_link(num_nodes, share):
+    """2 GB cross a node's border in 2 s and in 4 s: 10% and 5% of 10 GB/s. Each of 8 GPUs has 125 tokens."""
+    rate = {"best": 10.0, "spread": [9.0, 10.0]}
+    network = {"num_ranks": num_nodes, "all_reduce_gb_per_s": rate}
+    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None,
+                "links_between_nodes": network}  # fmt: skip
+    result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
+    cell = trained(ranks=8, on_gpu=True, sent=1e9, nodes=2, over=2e9)
+    (figure,) = baseline.figures([cell], result, baseline_plan.load())
+    assert (figure["nodes"], figure["devices"], figure["link_bytes"]) == (2, 8, 16e6)
+    name = f"share of measured network: all-reduce bus bandwidth, {num_nodes} nodes"
+    assert figure["shares"].get(name) == (share and pytest.approx(share))
 
 
 def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
@@ -187,7 +233,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp
         (("workers.count=1",), lambda n: 0),
         (("workers.count=2", "optim.matrix.rule=adamw"), lambda n: (1 + 1 / 2) * 2 * n),
         (("workers.count=2", "optim.matrix.rule=adamw", "precision=fp32"), lambda n: (1 + 1 / 2) * 4 * n),
-        (("workers.count=2", "optim.matrix.rule=scion"), None),
+        (("workers.count=2", "optim.matrix.per_head=true"), None),
         (("workers.count=2", "zero.stage=0"), None),
     ],
 )
@@ -195,7 +241,7 @@ def test_what_the_busiest_rank_sends_in_a_step(keys, sent):
     """Of N parameters in stage 1 on two ranks, a whole all-reduce and half of an all-gather."""
     config = training_config.load(dotlist=["model.shape=llama-5m", *keys])
     plan = make_plan(config)
-    found = steps._sent_bytes(config, plan)
+    found = steps._sent_bytes(config, plan, num_nodes=1)["sent_bytes_per_step"]
     if sent is None:
         assert found is None
     else:
@@ -208,7 +254,9 @@ def test_the_busiest_rank_counts_and_not_the_mean():
     plan = make_plan(config)
     job = traffic.job_of(config, plan.shape, num_ranks=3, accumulation=plan.accumulation)
     sent = traffic.sent_bytes(job)
-    assert steps._sent_bytes(config, plan) == max(sent) > min(sent)
+    found = steps._sent_bytes(config, plan, num_nodes=3)
+    assert found["sent_bytes_per_step"] == max(sent) > min(sent)
+    assert found["node_bytes_per_step"] == traffic.node_bytes(job, ranks_per_node=1) != max(sent)
 
 
 @pytest.mark.parametrize(

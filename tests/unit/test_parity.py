@@ -233,6 +233,54 @@ def test_a_link_that_is_fast_enough_bounds_nothing_and_one_that_scatters_widens_
     assert "compute on A, link on B: parity here compares MFU with share of link" in texts
 
 
+def several_nodes(folder, device, *, rate, gb_per_s, num_nodes=2, alone=None):
+    """A file of training on one node and on two of 8 ranks, which send 2 MB per token to each other."""
+    told = {"devices": 16, "ranks": 16, "nodes": 2, "link_bytes": 2e6}
+    name = "training/llama-1b4/muon"
+    across = figure(device, "training", 0.1, id=f"{name}/2 nodes", values=[rate * s for s in SCATTER], **told)
+    here = figure(device, "training", 0.1, values=[(alone or rate) * s for s in SCATTER], ranks=1, nodes=1)
+    file = write(folder, device, [here, across])
+    content = json.loads(file.read_text())
+    best = {"best": gb_per_s, "spread": [gb_per_s * 0.9, gb_per_s]}
+    content["ceilings"]["links_between_nodes"] = {
+        "num_ranks": num_nodes, "all_reduce_gb_per_s": best, "all_to_all_gb_per_s": best,
+        "all_reduce_latency_us": 80.0,
+    }  # fmt: skip
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_on_several_nodes_the_network_is_the_link_and_what_they_keep_is_said(tmp_path):
+    """2500 tokens/s of 2 MB are half of 10 GB/s, 20,000 four fifths of 50; A keeps 80% of its rate on one."""
+    a = several_nodes(tmp_path, A40, rate=2500.0, gb_per_s=10.0, alone=3125.0)
+    b = several_nodes(tmp_path, H100, rate=20_000.0, gb_per_s=50.0)
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    alone, across = found.comparisons
+    assert alone.bounds == ("compute", "compute") and across.bounds == ("link", "link")
+    assert across.parity.centre == pytest.approx(0.5 / 0.8)
+    scatter = (0.99 * 1.01) ** (1 / 3)
+    assert across.shares[0].centre == pytest.approx(0.5 * scatter)
+    assert across.shares[0].low < 0.5 * scatter * 0.9  # the network was measured once, slowest to fastest
+    texts = {claim.text: claim.verdict for claim in found.claims}
+    kept = [text for text in texts if "keeps" in text]
+    assert kept[0].startswith("training/llama-1b4/muon/2 nodes: a device of A keeps 0.8 [")
+    assert kept[1].startswith("training/llama-1b4/muon/2 nodes: a device of B keeps 1 [")
+    assert texts[kept[0]] == "supported"
+    folder = tmp_path / "out"
+    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
+    text = (folder / "report.md").read_text()
+    assert "10 (9 to 10), all-reduce bus bandwidth, 2 nodes |" in text
+    assert "| all-reduce of 4 bytes, 2 nodes, µs | 80 | 80 |" in text
+
+
+def test_a_network_of_fewer_nodes_is_not_that_of_the_figure(tmp_path):
+    a = several_nodes(tmp_path, A40, rate=2500.0, gb_per_s=10.0)
+    b = several_nodes(tmp_path, H100, rate=20_000.0, gb_per_s=50.0, num_nodes=1)
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    assert found.comparisons[1].bounds == ("compute", "compute")
+    assert any(f"not measured with 2 nodes in {b}" in line for line in found.missing)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

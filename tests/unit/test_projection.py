@@ -10,6 +10,8 @@ import pytest
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from optim.geometry import NORMS, Entries, Lines
+from optim.groups import TABLE_BLOCK_ROWS
 from optim.ownership import make_plan
 from training import projection, projection_check, step_model, traffic
 from training.projection import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
@@ -24,7 +26,16 @@ from training.step_model import (
     ring_seconds,
     step_seconds,
 )
-from training.traffic import Exchange, Job, collectives, exchange, ownership, sent_bytes
+from training.traffic import (
+    Exchange,
+    Job,
+    collectives,
+    exchange,
+    exchange_of,
+    node_bytes,
+    ownership,
+    sent_bytes,
+)
 
 # 80 elements in two tables, 12 in three norms, 4 squares of 16 and 3 rectangles of 24 in one layer.
 TINY = LlamaShape(
@@ -94,7 +105,7 @@ def test_one_rank_sends_nothing():
 
 
 def test_an_elementwise_rule_exchanges_no_matrix():
-    assert ownership(job(3, 4, whole_matrices=False)) is None
+    assert ownership(job(3, 4, whole_matrices=False)) == []
     common = sum(each.sent_bytes(4) for each in collectives(job(3, 4)))
     assert sent_bytes(job(3, 4, whole_matrices=False)) == [common] * 4
     assert min(sent_bytes(job(3, 4))) > common
@@ -102,11 +113,47 @@ def test_an_elementwise_rule_exchanges_no_matrix():
 
 def test_the_exchange_of_one_matrix_over_two_nodes():
     """16 elements in 4 pieces, on ranks 0, 1 | 2, 3: the owner gets 12, of which 8 from the other node."""
-    plan = make_plan([replace(ownership(job(3, 4)).matrices[0])], world_size=4)
+    plan = make_plan([ownership(job(3, 4))[0].matrices[0]], world_size=4)
     [owner] = plan.owners
-    found = exchange(plan, element_bytes=2, ranks_per_node=2)
+    found = exchange([plan], element_bytes=2, num_ranks=4, ranks_per_node=2)
     assert found.worst_rank_bytes == 24 and found.worst_node_bytes == 16 and found.peers == 3
     assert [found.sent_bytes[rank] for rank in range(4)] == [24 if rank == owner else 8 for rank in range(4)]
+
+
+def test_under_scion_every_norm_is_a_group_and_those_of_rows_cut_tables():
+    shape = replace(TINY, vocab_size=1100)
+    norms = (("*embed_tokens*", "column:embedding"), ("*lm_head*", "sign@60"), ("*", "spectral"))
+    found = job(1, 4, shape=shape, norms=norms).groups()
+    assert {label: group.whole for label, group in found.items()} == {
+        "column:embedding": True, "sign@60": False, "spectral": True,
+    }  # fmt: skip
+    assert found["column:embedding"].blocks == [(512, 512, 76)]
+    plans = ownership(job(1, 4, shape=shape, norms=norms))
+    assert [len(plan.matrices) for plan in plans] == [
+        3,
+        3 + 7,
+    ]  # three norms of n x 1, and the layer's matrices
+    for plan in plans:
+        assert all(sum(map(matrix.held_by, range(4))) == matrix.numel for matrix in plan.matrices)
+
+
+def test_its_norms_are_those_of_the_rules():
+    """traffic.py knows them without torch."""
+    entries = {name for name, (ball, _) in NORMS.items() if isinstance(ball, Entries)}
+    rows = {name for name, (ball, _) in NORMS.items() if ball == Lines(dim=-1)}
+    assert (set(traffic.ENTRY_NORMS), set(traffic.ROW_NORMS)) == (entries, rows)
+    assert traffic.TABLE_BLOCK_ROWS == TABLE_BLOCK_ROWS
+
+
+def test_across_the_border_of_a_node_a_ring_goes_once_and_matrices_there_and_back():
+    """By the plan of four ranks in two nodes; a node of one rank has that rank's border."""
+    common = sum(each.sent_bytes(4) for each in collectives(job(3, 4)))
+    over = 2 * exchange_of(job(3, 4), ranks_per_node=2).worst_node_bytes
+    assert node_bytes(job(3, 4), ranks_per_node=2) == common + over > common
+    assert node_bytes(job(3, 4), ranks_per_node=4) == common
+    assert node_bytes(job(3, 4, whole_matrices=False), ranks_per_node=2) == common
+    alone = 2 * exchange_of(job(3, 4), ranks_per_node=1).worst_rank_bytes
+    assert node_bytes(job(3, 4), ranks_per_node=1) == common + alone
 
 
 # --- seconds ----------------------------------------------------------------------------------------------
@@ -151,7 +198,7 @@ def test_optimizer_work_by_hand():
     assert num_bytes == 24 * 68 + 28 * 46 + 16 * 228
     two = job(2, 2)
     assert optimizer_work(two, ownership(two))[1] == 24 * 68 + 28 * 46 + 12 * 114
-    assert optimizer_work(job(2, 2, whole_matrices=False), None) == (0.0, 28 * 114 + 12 * 114)
+    assert optimizer_work(job(2, 2, whole_matrices=False), []) == (0.0, 28 * 114 + 12 * 114)
     # One rank: 4 squares of 15n³ + 5n³ and 3 rectangles, 4 x 6 so not above 1.5 to 1: 15n²m + 5n³.
     alone = job(1, 1)
     flops, _ = optimizer_work(alone, ownership(alone))
@@ -468,9 +515,9 @@ def test_the_check_refuses_what_it_sets_itself(key, capsys):
     assert f"{key}: leave it out" in capsys.readouterr().err
 
 
-def test_the_check_refuses_a_rule_whose_bytes_are_not_counted(capsys):
+def test_the_check_refuses_a_rule_whose_products_are_not_modelled(capsys):
     assert projection_check.main(["optim.matrix.rule=scion", "--dry-run"]) == 2
-    assert "what scion sends is not counted" in capsys.readouterr().err
+    assert "what scion computes is not modelled" in capsys.readouterr().err
 
 
 def test_the_check_says_what_it_would_run(capsys):
