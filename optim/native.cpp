@@ -2,9 +2,10 @@
 // this file). optim/native.py compiles it and says why where it cannot.
 //
 // Newton-Schulz takes a batch of matrices in one call, one of them at a time on each thread, so that what an
-// iteration computes is in the cache when the next one reads it. optim/polar.py has the same iteration in torch. Here Y [n, m], n <= m, is the matrix or its
-// transpose. Products are bf16 with sums in fp32, rounded once; half of a symmetric one is computed. aY in
-// the standard form and aI in the Gram form are added before the rounding: what torch's bf16 tensors round twice.
+// iteration computes is in the cache when the next one reads it. optim/polar.py has the same iteration in torch.
+// Here Y [n, m], n <= m, is the matrix or its transpose. Products are bf16 with sums in fp32, rounded once; half
+// of a symmetric one is computed. aY in the standard form and aI in the Gram form are added before the rounding:
+// what torch's bf16 tensors round twice.
 //
 // Matrices are kept as panels of 32 rows, padded with zeros: panel[kk][row] is the pair of elements 2kk and
 // 2kk + 1 of a row, which is what one lane of vdpbf16ps multiplies. C = A·Bᵀ is computed in tiles of 32 x 32,
@@ -20,7 +21,8 @@ namespace {
 
 constexpr long PANEL = 32;  // rows of a panel and of a tile
 constexpr long PAIRS = 16;  // of a row of a tile
-constexpr long ROWS = 8;    // of a tile that are computed together: their sums fill 16 registers
+constexpr long HALF = 16;   // columns of a tile that a vector of sums holds
+constexpr long SUMS = 16;   // vectors of sums that are computed together: half of the registers
 
 long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
@@ -34,6 +36,8 @@ struct Tile {
   alignas(64) float sums[PANEL][PANEL];
   alignas(64) uint16_t rounded[PANEL][PANEL];
 };
+
+__m512 widen(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 
 // r[i][j] -> r[j][i], 16 x 16 values of 32 bits.
 void transpose(__m512i r[16]) {
@@ -92,24 +96,43 @@ void store_columns(const Tile& tile, uint32_t* out) {
   }
 }
 
+// Some rows of tile.sums = rows of a · rows of b, in their left half or in both.
+template <long halves>
+void multiply_rows(const uint32_t* a, const uint32_t* b, long pairs, long first, Tile& tile) {
+  constexpr long rows = SUMS / halves;
+  __m512 total[rows][halves];
+#pragma GCC unroll 16
+  for (long i = 0; i < rows; i++)
+    for (long half = 0; half < halves; half++) total[i][half] = _mm512_setzero_ps();
+  for (long kk = 0; kk < pairs; kk++) {
+    __m512bh columns[halves];
+    for (long half = 0; half < halves; half++)
+      columns[half] = (__m512bh)_mm512_loadu_si512(b + kk * PANEL + half * HALF);
+#pragma GCC unroll 16
+    for (long i = 0; i < rows; i++) {
+      __m512bh pair = (__m512bh)_mm512_set1_epi32(a[kk * PANEL + first + i]);
+      total[i][0] = _mm512_dpbf16_ps(total[i][0], pair, columns[0]);
+      if constexpr (halves == 2) total[i][1] = _mm512_dpbf16_ps(total[i][1], pair, columns[1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (long i = 0; i < rows; i++)
+    for (long half = 0; half < halves; half++) _mm512_store_ps(tile.sums[first + i] + half * HALF, total[i][half]);
+}
+
 // tile.sums = rows of a · rows of b.
 void multiply(const uint32_t* a, const uint32_t* b, long pairs, Tile& tile) {
-  for (long first = 0; first < PANEL; first += ROWS) {
-    __m512 total[ROWS][2];
-    for (auto& row : total) row[0] = row[1] = _mm512_setzero_ps();
-    for (long kk = 0; kk < pairs; kk++) {
-      __m512bh left = (__m512bh)_mm512_loadu_si512(b + kk * PANEL);
-      __m512bh right = (__m512bh)_mm512_loadu_si512(b + kk * PANEL + 16);
-#pragma GCC unroll 8
-      for (long i = 0; i < ROWS; i++) {
-        __m512bh pair = (__m512bh)_mm512_set1_epi32(a[kk * PANEL + first + i]);
-        total[i][0] = _mm512_dpbf16_ps(total[i][0], pair, left);
-        total[i][1] = _mm512_dpbf16_ps(total[i][1], pair, right);
-      }
-    }
-    for (long i = 0; i < ROWS; i++)
-      for (long half = 0; half < 2; half++) _mm512_store_ps(tile.sums[first + i] + 16 * half, total[i][half]);
-  }
+  for (long first = 0; first < PANEL; first += SUMS / 2) multiply_rows<2>(a, b, pairs, first, tile);
+}
+
+// The same on the diagonal of a symmetric product: three quarters of it, and one from its mirror image.
+void multiply_diagonal(const uint32_t* a, const uint32_t* b, long pairs, Tile& tile) {
+  multiply_rows<1>(a, b, pairs, 0, tile);
+  for (long first = HALF; first < PANEL; first += SUMS / 2) multiply_rows<2>(a, b, pairs, first, tile);
+  __m512i r[HALF];
+  for (long i = 0; i < HALF; i++) r[i] = _mm512_load_si512(tile.sums[HALF + i]);
+  transpose(r);
+  for (long i = 0; i < HALF; i++) _mm512_store_si512(tile.sums[i] + HALF, r[i]);
 }
 
 // tile.sums = alpha·sums + beta·(the tile whose columns are this block of a panel).
@@ -137,7 +160,7 @@ void symmetric(const Panels& a, const Panels& b, const Panels& out, More more) {
   Tile tile;
   for (long row = 0; row < a.panels; row++)
     for (long col = 0; col <= row; col++) {
-      multiply(a.at(row, 0), b.at(col, 0), a.pairs, tile);
+      (row == col ? multiply_diagonal : multiply)(a.at(row, 0), b.at(col, 0), a.pairs, tile);
       more(tile, row, col);
       round(tile);
       if (row == col && a.data != b.data)  // else it is symmetric as it is
@@ -198,9 +221,10 @@ void store(const Tile& tile, const Matrix& y, long row, long col) {
   }
 }
 
-// Y, from memory, in panels of its rows and of its columns.
-void load(const Matrix& y, const Panels& by_rows, const Panels& by_columns) {
+// factor·Y, from memory, in panels of its rows and of its columns.
+void load(const Matrix& y, float factor, const Panels& by_rows, const Panels& by_columns) {
   Tile tile;
+  __m512 scale = _mm512_set1_ps(factor);
   for (long row = 0; row < by_rows.panels; row++)
     for (long col = 0; col < by_columns.panels; col++) {
       long rows = std::min(PANEL, y.n - row * PANEL), cols = std::min(PANEL, y.m - col * PANEL);
@@ -210,9 +234,12 @@ void load(const Matrix& y, const Panels& by_rows, const Panels& by_columns) {
       long lines = straight ? rows : cols, length = straight ? cols : rows;
       long stride = straight ? y.row_stride : y.col_stride;
       __mmask32 inside = length == PANEL ? ~0u : (1u << length) - 1;
-      for (long i = 0; i < PANEL; i++)
-        _mm512_store_si512(tile.rounded[i], i < lines ? _mm512_maskz_loadu_epi16(inside, x + i * stride)
-                                                      : _mm512_setzero_si512());
+      for (long i = 0; i < PANEL; i++) {
+        __m512i words = i < lines ? _mm512_maskz_loadu_epi16(inside, x + i * stride) : _mm512_setzero_si512();
+        __m512 low = _mm512_mul_ps(widen(_mm512_castsi512_si256(words)), scale);
+        __m512 high = _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(words, 1)), scale);
+        _mm512_store_si512(tile.rounded[i], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
       uint32_t *to_rows = by_rows.at(row, col * PAIRS), *to_columns = by_columns.at(col, row * PAIRS);
       store_rows(tile, straight ? to_rows : to_columns);
       store_columns(tile, straight ? to_columns : to_rows);
@@ -236,8 +263,8 @@ class Iteration {
     for (Panels* each : {&gram_, &factor_, &product_, &square_, &last_}) *each = take(rows_, rows_ * PAIRS);
   }
 
-  void standard(const Matrix& y, const float* coefficients, long steps) {
-    load(y, by_rows_, by_columns_);
+  void standard(const Matrix& y, float factor, const float* coefficients, long steps) {
+    load(y, factor, by_rows_, by_columns_);
     for (long step = 0; step < steps; step++) {
       const float* abc = coefficients + 3 * step;
       symmetric(by_rows_, by_rows_, gram_);
@@ -247,8 +274,8 @@ class Iteration {
   }
 
   // As `_gram_form` in optim/polar.py: anew after `restart` steps.
-  void gram(const Matrix& y, const float* coefficients, long steps, long restart) {
-    load(y, by_rows_, by_columns_);
+  void gram(const Matrix& y, float factor, const float* coefficients, long steps, long restart) {
+    load(y, factor, by_rows_, by_columns_);
     for (long first = 0, end = restart; first < steps; first = end, end = steps) {
       symmetric(by_rows_, by_rows_, gram_);
       for (long step = first; step < end; step++) {
@@ -297,7 +324,6 @@ class Iteration {
 
 constexpr long WIDTH = 16;  // elements of a vector
 
-__m512 widen(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 __m512 load(const float* x, __mmask16 inside) { return _mm512_maskz_loadu_ps(inside, x); }
 __m512 load(const uint16_t* x, __mmask16 inside) { return widen(_mm256_maskz_loadu_epi16(inside, x)); }
 void store(float* x, __mmask16 inside, __m512 value) { _mm512_mask_storeu_ps(x, inside, value); }
@@ -374,9 +400,9 @@ extern "C" void apply_pass(float* weight, const uint16_t* update, void* model, l
   model_is_bf16 ? pass((uint16_t*)model) : pass((float*)model);
 }
 
-// x [batch, rows, cols], contiguous, in place. `restart` 0: the standard form.
-extern "C" void orthogonalize(uint16_t* x, long batch, long rows, long cols, const float* coefficients, long steps,
-                              long restart, long threads) {
+// x [batch, rows, cols], contiguous, in place, each times its factor. `restart` 0: the standard form.
+extern "C" void orthogonalize(uint16_t* x, const float* factors, long batch, long rows, long cols,
+                              const float* coefficients, long steps, long restart, long threads) {
   bool wide = rows <= cols;
   long n = std::min(rows, cols), m = std::max(rows, cols);
 #pragma omp parallel num_threads(std::max(1L, std::min(threads, batch)))
@@ -385,7 +411,10 @@ extern "C" void orthogonalize(uint16_t* x, long batch, long rows, long cols, con
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < batch; i++) {
       Matrix y{x + i * n * m, n, m, wide ? cols : 1, wide ? 1 : cols};
-      restart ? iteration.gram(y, coefficients, steps, restart) : iteration.standard(y, coefficients, steps);
+      if (restart)
+        iteration.gram(y, factors[i], coefficients, steps, restart);
+      else
+        iteration.standard(y, factors[i], coefficients, steps);
     }
   }
 }

@@ -29,14 +29,19 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def orthogonalize_(
-    x: Tensor, coefficients: Sequence[tuple[float, float, float]], *, restart: int | None = None
+    x: Tensor,
+    coefficients: Sequence[tuple[float, float, float]],
+    *,
+    factors: Tensor | None = None,
+    restart: int | None = None,
 ) -> Tensor:
     """Newton-Schulz iterations on a batch of matrices, in place, on torch's number of threads.
 
     As the two forms in `optim.polar`, and nearer to the exact polynomials: fewer results are rounded.
 
     Args:
-        x: [B, r, c], bf16, contiguous, singular values of at most 1.
+        x: [B, r, c], bf16, contiguous; times its factor, of singular values of at most 1.
+        factors: [B], fp32; None: ones.
         coefficients: (a, b, c) of each iteration.
         restart: the Gram form, anew after so many of them; None: the standard form.
 
@@ -51,12 +56,15 @@ def orthogonalize_(
         raise ValueError(reason)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 3 or not x.is_contiguous():
         raise ValueError("x must be a contiguous batch of bf16 matrices on the CPU")
+    factors = torch.ones(len(x)) if factors is None else factors
+    if factors.shape != x.shape[:1] or factors.dtype != torch.float32 or not factors.is_contiguous():
+        raise ValueError("factors must be one number in fp32 for each matrix")
     if restart is not None and not 0 < restart < len(coefficients):
         raise ValueError(f"restart: {restart} must lie between the first and the last of the iterations")
     flat = [value for each in coefficients for value in each]
     library.orthogonalize(
-        x.data_ptr(), *x.shape, (ctypes.c_float * len(flat))(*flat), len(coefficients), restart or 0,
-        torch.get_num_threads(),
+        x.data_ptr(), factors.data_ptr(), *x.shape, (ctypes.c_float * len(flat))(*flat), len(coefficients),
+        restart or 0, torch.get_num_threads(),
     )  # fmt: skip
     return x
 
@@ -109,7 +117,7 @@ def _library() -> tuple[Any, str | None]:
     # It finds torch's OpenMP, not the compiler's: another pool of threads would spin on this one's cores.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     if library is not None:
-        library.orthogonalize.argtypes = (_POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
+        library.orthogonalize.argtypes = (_POINTER, _POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
         table = (_POINTER, _POINTER, _POINTER, _LONG)
         library.momentum_pass.argtypes = (
             _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *table, _FLOAT, _LONG, _LONG

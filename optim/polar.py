@@ -76,17 +76,23 @@ METHODS = {
 
 
 def orthogonalize(
-    matrices: Tensor, *, method: str, dtype: torch.dtype, norms: Tensor | None = None
+    matrices: Tensor,
+    *,
+    method: str,
+    dtype: torch.dtype,
+    norms: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Approximate polar factors of a batch of matrices.
 
     Args:
-        matrices: [B, r, c], any floating dtype; not modified. A zero matrix maps to zero.
+        matrices: [B, r, c], any floating dtype. A zero matrix maps to zero.
         method: a name in `METHODS`.
         dtype: precision of the products (or better: `optim.precision.product_dtype`); bf16 or fp32.
         norms: [B] fp32, the Frobenius norms, if they are known. Otherwise taken here, in fp64: squares of
             fp32 elements leave the range of fp32 below 1e-19 and above 1e19, and the result must not depend
             on the input's scale.
+        overwrite: the result may take the place of `matrices`.
 
     Returns:
         [B, r, c] in `dtype`, singular values near 1 (how near depends on the method: see METHODS).
@@ -96,6 +102,16 @@ def orthogonalize(
     scale = 1 / norms.clamp_min(torch.finfo(torch.float32).tiny)
     gram = uses_gram(*matrices.shape[-2:])
     product = (gram_dtype if gram else product_dtype)(dtype, matrices.device)
+    coefficients = METHODS[method].coefficients
+    restart = GRAM_RESTART if gram else None
+    by_kernels = (
+        kernels.unsupported(matrices.device, product) is None
+    )  # on a CPU: where a test interprets them
+    by_native = not by_kernels and native.unsupported(matrices.device, product) is None
+    if by_native and matrices.dtype == product:
+        keep = not overwrite or not matrices.is_contiguous()
+        x = matrices.clone(memory_format=torch.contiguous_format) if keep else matrices
+        return native.orthogonalize_(x, coefficients, factors=scale, restart=restart).to(dtype)
     x = torch.empty(matrices.shape, dtype=product, device=matrices.device)
     if x.device.type == "cpu":  # by numbers, which need no copy in fp32 on the way; rounded once
         wide = torch.promote_types(matrices.dtype, x.dtype)
@@ -103,10 +119,8 @@ def orthogonalize(
             torch.mul(matrix.to(wide), factor, out=part)
     else:
         torch.mul(matrices, scale[:, None, None], out=x)  # in fp32, rounded once
-    coefficients = METHODS[method].coefficients
-    by_kernels = kernels.unsupported(x.device, product) is None  # on a CPU: where a test interprets them
-    if not by_kernels and native.unsupported(x.device, product) is None:
-        return native.orthogonalize_(x, coefficients, restart=GRAM_RESTART if gram else None).to(dtype)
+    if by_native:
+        return native.orthogonalize_(x, coefficients, restart=restart).to(dtype)
     return (_gram_form if gram else _standard_form)(x, coefficients).to(dtype)
 
 

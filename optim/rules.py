@@ -68,7 +68,7 @@ class Rule(Protocol):
         ...
 
     def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        """Map raw updates [B, r, c] to updates [B, r, c]. Called only where `whole`.
+        """Map raw updates [B, r, c], which may be overwritten, to updates [B, r, c]. Only where `whole`.
 
         Args:
             norms: [B] fp32, the Frobenius norm of each raw update, taken before it was rounded to `dtype`.
@@ -172,7 +172,7 @@ class Muon(MomentumRule):
     orthogonal: ClassVar[bool] = True
 
     def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        return orthogonalize(matrices, method=self.method, dtype=self.dtype, norms=norms)
+        return orthogonalize(matrices, method=self.method, dtype=self.dtype, norms=norms, overwrite=True)
 
     def scale(self, rows: int, cols: int) -> float:
         return SCALES[self.update_scale](rows, cols)

@@ -77,6 +77,16 @@ def test_each_matrix_of_a_batch_is_its_own_whatever_the_threads(shape):
 
 @compiled
 @pytest.mark.parametrize("shape", [(40, 40), (40, 70), (70, 40)])
+def test_factors_are_those_of_matrices_rounded_once(shape):
+    x, coefficients = random(3, *shape), METHODS["jordan"].coefficients
+    factors = torch.tensor([0.3, 1.0, 0.7])
+    scaled = (x.float() * factors[:, None, None]).bfloat16()
+    expected = native.orthogonalize_(scaled, coefficients, **form(shape))
+    assert torch.equal(native.orthogonalize_(x, coefficients, factors=factors, **form(shape)), expected)
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(40, 40), (40, 70), (70, 40)])
 def test_not_a_number_goes_through_and_stays_in_its_matrix(shape):
     x, coefficients = random(3, *shape), METHODS["jordan"].coefficients
     clean = native.orthogonalize_(x.clone(), coefficients, **form(shape))
@@ -104,6 +114,9 @@ def test_operands_that_do_not_fit_are_an_error():
     for wrong in (x.float(), x[0], x.mT, x[:, ::2]):
         with pytest.raises(ValueError, match="contiguous batch of bf16"):
             native.orthogonalize_(wrong, coefficients)
+    for wrong in (torch.ones(3), torch.ones(2).double(), torch.ones(4)[::2]):
+        with pytest.raises(ValueError, match="factors must be one number in fp32 for each matrix"):
+            native.orthogonalize_(x, coefficients, factors=wrong)
     for restart in (0, -1, 5, 9):
         with pytest.raises(ValueError, match=f"restart: {restart} must lie between"):
             native.orthogonalize_(x, coefficients, restart=restart)
@@ -263,9 +276,16 @@ def test_other_devices_and_dtypes_stay_with_torch():
 
 @compiled
 @pytest.mark.parametrize("shape", [(33, 33), (33, 90), (90, 33)])
-def test_orthogonalize_uses_it(shape, monkeypatch):
+def test_orthogonalize_uses_it_and_overwrites_only_what_it_may(shape, monkeypatch):
     calls = []
     product = native.orthogonalize_
     monkeypatch.setattr(native, "orthogonalize_", lambda *a, **k: calls.append(k) or product(*a, **k))
-    polar.orthogonalize(random(2, *shape), method="jordan", dtype=torch.bfloat16)
-    assert calls == [{"restart": 2 if max(shape) == 90 else None}]
+    x = 7 * random(2, *shape)
+    before = x.clone()
+    found = polar.orthogonalize(x, method="jordan", dtype=torch.bfloat16)
+    assert torch.equal(x, before)
+    wide = polar.orthogonalize(x.float(), method="jordan", dtype=torch.bfloat16)
+    assert torch.equal(wide, found)  # rounded once, however it is brought to norm 1
+    over = polar.orthogonalize(x, method="jordan", dtype=torch.bfloat16, overwrite=True)
+    assert over is x and torch.equal(over, found)
+    assert [call["restart"] for call in calls] == [2 if max(shape) == 90 else None] * 3

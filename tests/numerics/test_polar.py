@@ -272,7 +272,8 @@ def test_in_bf16_the_gram_form_without_its_restart_explodes_on_a_heavy_tail_and_
 
 def test_the_restart_after_step_2_cannot_be_configured_away(monkeypatch):
     assert cost.GRAM_RESTART == polar.GRAM_RESTART == 2
-    assert set(inspect.signature(orthogonalize).parameters) == {"matrices", "method", "dtype", "norms"}
+    known = {"matrices", "method", "dtype", "norms", "overwrite"}
+    assert set(inspect.signature(orthogonalize).parameters) == known
     assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source"}
     assert not [name for name, *_ in walk(TrainConfig()) if "gram" in name or "restart" in name]
     for method in METHODS:  # and a value that leaves it out is no way round
