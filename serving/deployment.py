@@ -1,10 +1,16 @@
-"""The endpoint as a Ray Serve deployment: one engine in each replica.
+"""The endpoint as a Ray Serve deployment: in each replica HTTP, and beside it a process with the engine.
 
-An engine that fails ends its streams with an error event. A replica whose process dies cannot write one: its
-streams break off without [DONE] (a chunked body without its end, which clients raise at), its other requests
-get Serve's 500 in plain text or break off too, and later ones wait until Serve has started another.
+When the engine fails or its process dies, its streams end with an error event, its other requests get a 503,
+and those that come meanwhile wait for the next one. An engine that cannot be started again, or dies before it
+has delivered anything, fails the health check: Serve replaces the replica.
+
+The replica's own process, which holds no model, could die too (killed by hand, its node lost). Nobody is then
+left to write an error: its streams break off without [DONE] (a chunked body without its end, which clients
+raise at), its other requests get Serve's 500 in plain text or break off too, and later ones wait until Serve
+has started another. Its engine ends with it.
 """
 
+import asyncio
 import signal
 import socket
 import tempfile
@@ -27,7 +33,8 @@ from serving import checkpoints
 from serving.checkpoints import Served
 from serving.config import ServeConfig
 from serving.endpoint import FIGURES, LATENCIES, make_endpoint
-from serving.engine import Engine, EngineStats
+from serving.engine import EngineStats
+from serving.engine_process import EngineProcess, Factory, make_engine
 from serving.text import load_tokenizer, numbered_tokenizer
 from training import shapes
 
@@ -36,15 +43,6 @@ MARGIN = 256  # requests at a replica beyond those that its engine takes: it ans
 READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
 POLL_SECONDS = 0.2
 STOP_SECONDS = 5.0
-
-Factory = Callable[[ServeConfig, Served], Engine]
-
-
-def make_engine(config: ServeConfig, served: Served) -> Engine:
-    """The engine of a replica, in its own process."""
-    from serving import torch_engine
-
-    return torch_engine.make_engine(config, directory=served.directory, name=served.name)
 
 
 class RayMetrics:
@@ -78,7 +76,7 @@ class Replica:
     """What Ray Serve runs."""
 
     def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
-        self._engine, self._metrics = factory(config, served), RayMetrics()
+        self._engine, self._metrics = EngineProcess(factory, config, served), RayMetrics()
         if served.directory is None:
             self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)
         else:
@@ -87,9 +85,9 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_endpoint(self._engine, self._tokenizer, observe=self._metrics.observe)
 
-    def check_health(self) -> None:
-        """Called by Serve every few seconds; it replaces a replica that raises."""
-        self._metrics.record(self._engine.stats())
+    async def check_health(self) -> None:
+        """Called by Serve every few seconds; it replaces a replica that keeps raising."""
+        self._metrics.record(await asyncio.to_thread(self._engine.stats))
         if problem := self._engine.failure():
             raise RuntimeError(problem)
 
@@ -136,7 +134,7 @@ def describe(config: ServeConfig) -> str:
     if served.directory is None or (served.directory / "config.json").is_file():
         shape = checkpoints.shape_of(config.model, served)
         context = engine.context_tokens or shape.max_positions
-        info = sizes(shape, dtype=engine.dtype, device="", name="", context=context, slots=engine.slots)
+        info = sizes(shape, engine, device="", name="", context=context)
         width = info.weight_bytes // shape.num_matmul_parameters
         cache = info.kv_bytes_per_token * engine.cache_tokens
         lines += [
@@ -158,7 +156,8 @@ def serving(
 
     Args:
         report: told, in one line, what takes long.
-        factory: makes a replica's engine; tests give another.
+        factory: makes a replica's engine, in a process of its own that finds it by its name; tests give
+            another.
 
     Raises:
         UserError, ConfigError: no such model, or the cluster lacks the resources.

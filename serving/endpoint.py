@@ -76,7 +76,8 @@ def make_endpoint(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(engine), media_type="text/plain; version=0.0.4")
+        text = await asyncio.to_thread(service.metrics.text, engine)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:

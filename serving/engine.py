@@ -1,7 +1,8 @@
 """What a serving engine is: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
 
-Ours is `serving.torch_engine`; vLLM comes with an endpoint of its own (`serving.vllm_app`). Text is not an
-engine's matter: `serving.text` turns it into token ids and back.
+Ours is `serving.torch_engine`, which a replica has in a process beside it (`serving.engine_process`); vLLM
+comes with an endpoint of its own (`serving.vllm_app`). Text is not an engine's matter: `serving.text` turns
+it into token ids and back.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 Finish = Literal["stop", "length"]
+RETRY_AFTER_SECONDS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class EngineInfo:
     Attributes:
         context_tokens: most tokens of prompt and continuation together.
         num_slots: most requests that run at once; others wait.
+        most_waiting: requests that may wait for a slot.
         weight_bytes: read in each decoding step: all weights but the input embedding.
         kv_bytes_per_token: keys and values of one token in all layers, bytes.
         flops_per_token: 2 FLOPs for each weight that a token is multiplied with; attention is not in it.
@@ -85,6 +88,7 @@ class EngineInfo:
     vocab_size: int
     num_parameters: int
     num_slots: int
+    most_waiting: int
     weight_bytes: int
     kv_bytes_per_token: int
     flops_per_token: int
@@ -124,11 +128,14 @@ class EngineFailed(RuntimeError):
 class BrokenModel(EngineFailed):
     """The model's logits for the request are no numbers. Other requests go on; sending it again is vain."""
 
-    def __init__(self) -> None:
-        super().__init__(
+    def __init__(
+        self,
+        message: str = (
             "the model's logits are not finite numbers: its weights are broken, as after a diverged run; "
             "serve an earlier checkpoint"
-        )
+        ),
+    ) -> None:
+        super().__init__(message)
 
 
 # Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
@@ -136,11 +143,15 @@ class BrokenModel(EngineFailed):
 Deliver = Callable[[Sequence[Token] | EngineFailed], None]
 
 
-class Ticket(Protocol):
-    """A request that an engine has taken."""
+@dataclass(frozen=True)
+class Ticket:
+    """A request that an engine has taken.
 
-    def cancel(self) -> None:
-        """Forget the request: its slot is free within one step, and no more is delivered. Thread-safe."""
+    Attributes:
+        cancel: forget it: its slot is free within one step, and no more is delivered. Thread-safe.
+    """
+
+    cancel: Callable[[], None]
 
 
 class Engine(Protocol):
@@ -152,13 +163,39 @@ class Engine(Protocol):
     def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Ticket:
         """Take a request. Raises `RequestError`, `Overloaded`, or `EngineFailed` if the engine is broken."""
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Waits at most for what is being said to the engine, never for a step."""
 
     def failure(self) -> str | None:
         """Why the engine can serve no more, or None while it can."""
 
     def close(self) -> None:
         """Stop, and end every request with `EngineFailed`."""
+
+
+def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
+    """Raises `RequestError`: the engine can never serve this."""
+    total = len(prompt) + sampling.max_tokens
+    if not prompt:
+        raise RequestError("prompt: is empty; give at least one token")
+    if not all(0 <= token < info.vocab_size for token in prompt):
+        raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
+    if sampling.max_tokens < (0 if sampling.echo else 1):
+        raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
+    if total > info.context_tokens:
+        raise RequestError(
+            f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
+            f"model's context of {info.context_tokens}; shorten the prompt or lower max_tokens"
+        )
+
+
+def admit(num_open: int, info: EngineInfo) -> None:
+    """Raises `Overloaded`: with so many requests in its slots and waiting, the engine takes no more."""
+    if num_open >= info.num_slots + info.most_waiting:
+        raise Overloaded(
+            f"{info.most_waiting} requests are waiting already, as many as may",
+            retry_after_seconds=RETRY_AFTER_SECONDS,
+        )
 
 
 def answer_all(

@@ -1,7 +1,8 @@
 """What Ray Serve adds: the same requests to an engine through the endpoint, and to its like in this process.
 
-The two engines are alike and take turns; the one that waits is asleep. Both clients are asyncio loops in this
-process, so what they themselves cost stands on both sides, but for the parsing of HTTP.
+The two engines are alike and take turns; the one that waits is asleep. What is added is HTTP, Serve's ingress
+and the way to the engine's process and back. Both clients are asyncio loops in this process, so what they
+themselves cost stands on both sides, but for the parsing of HTTP.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ from cluster import benchmark
 from cluster.cli import RunError
 from serving import checkpoints
 from serving.config import ServeConfig
-from serving.deployment import make_engine, serving
+from serving.deployment import serving
+from serving.engine_process import make_engine
 from serving.latency import Outcome, Slo, summarise
 from serving.loadgen import Endpoint, Send, over_http, run_closed, to_engine
 from serving.workload import Planned, synthetic

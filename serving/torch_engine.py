@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from cluster.cli import UserError
 from serving import native
-from serving.config import ServeConfig
+from serving.config import EngineConfig, ServeConfig
 from serving.decoder import StepDecoder, TorchDecoder
 from serving.engine import (
     BrokenModel,
@@ -25,19 +25,18 @@ from serving.engine import (
     EngineInfo,
     EngineStats,
     Finish,
-    Overloaded,
-    RequestError,
     Sampling,
     Score,
+    Ticket,
     Token,
+    admit,
+    check,
 )
 from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
 from training.model import Llama, initialize, load_hf
 from training.shapes import LlamaShape
-
-RETRY_AFTER_SECONDS = 1
 
 
 @dataclass(eq=False)
@@ -50,14 +49,6 @@ class _Running(Request):
     scores: list[Score] = field(default_factory=list)
 
 
-class _Ticket:
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self._cancel = cancel
-
-    def cancel(self) -> None:
-        self._cancel()
-
-
 class TorchEngine:
     """See `serving.engine.Engine`.
 
@@ -65,7 +56,6 @@ class TorchEngine:
         decoder: runs the model; called from the engine's thread alone.
         scheduler: its cache is the decoder's.
         eos_ids: tokens that end a text.
-        most_waiting: requests that may wait for a slot.
     """
 
     def __init__(
@@ -75,11 +65,10 @@ class TorchEngine:
         *,
         info: EngineInfo,
         eos_ids: Sequence[int],
-        most_waiting: int,
         num_threads: int | None = None,
     ) -> None:
         self._decoder, self._scheduler, self._info = decoder, scheduler, info
-        self._eos_ids, self._most_waiting = frozenset(eos_ids), most_waiting
+        self._eos_ids = frozenset(eos_ids)
         self._num_threads = num_threads
         self._lock = threading.Condition()
         self._closed = False
@@ -93,9 +82,9 @@ class TorchEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> _Ticket:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Ticket:
         """See `Engine`. A request must fit the context and the cache with all of its `max_tokens`."""
-        self._check(prompt, sampling)
+        check(prompt, sampling, self._info)
         request = _Running(
             list(prompt),
             most_tokens=len(prompt) + sampling.max_tokens,
@@ -108,15 +97,10 @@ class TorchEngine:
             if self._closed or self._failure:
                 raise EngineFailed(self._failure or "the engine is closed")
             scheduler = self._scheduler
-            # Those that the next step will admit do not wait.
-            if len(scheduler.waiting) >= self._most_waiting + self._info.num_slots - len(scheduler.running):
-                raise Overloaded(
-                    f"{len(scheduler.waiting)} requests are waiting already, as many as may",
-                    retry_after_seconds=RETRY_AFTER_SECONDS,
-                )
+            admit(len(scheduler.running) + len(scheduler.waiting), self._info)
             scheduler.add(request)
             self._lock.notify()
-        return _Ticket(lambda: self._cancel(request))
+        return Ticket(lambda: self._cancel(request))
 
     def stats(self) -> EngineStats:
         with self._lock:
@@ -135,20 +119,6 @@ class TorchEngine:
             self._closed = True
             self._lock.notify()
         self._thread.join()
-
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        info, total = self._info, len(prompt) + sampling.max_tokens
-        if not prompt:
-            raise RequestError("prompt: is empty; give at least one token")
-        if not all(0 <= token < info.vocab_size for token in prompt):
-            raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
-        if sampling.max_tokens < (0 if sampling.echo else 1):
-            raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
-        if total > info.context_tokens:
-            raise RequestError(
-                f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
-                f"model's context of {info.context_tokens}; shorten the prompt or lower max_tokens"
-            )
 
     def _cancel(self, request: _Running) -> None:
         with self._lock:
@@ -302,34 +272,30 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             graphs=device.type == "cuda" and options.compiled,
         )
     details["compiled decoder"] = "used" if reason is None else f"not used: {reason}"
-    info = describe(
-        shape, dtype=options.dtype, device=device.type, name=name, context=context, slots=options.slots
-    )
+    info = describe(shape, options, device=device.type, name=name, context=context)
     info.details.update(details)
     return TorchEngine(
         decoder,
         scheduler,
         info=info,
         eos_ids=eos_ids,
-        most_waiting=options.waiting,
         num_threads=num_threads if device.type == "cpu" else None,
     )
 
 
-def describe(
-    shape: LlamaShape, *, dtype: str, device: str, name: str, context: int, slots: int
-) -> EngineInfo:
-    """What an engine of this shape reads and computes. `dtype` is bfloat16 or float32."""
-    width = 2 if dtype == "bfloat16" else 4
+def describe(shape: LlamaShape, options: EngineConfig, *, device: str, name: str, context: int) -> EngineInfo:
+    """What an engine of this shape reads and computes."""
+    width = 2 if options.dtype == "bfloat16" else 4
     return EngineInfo(
         engine="torch",
         model=name,
         device=device,
-        dtype=dtype,
+        dtype=options.dtype,
         context_tokens=context,
         vocab_size=shape.vocab_size,
         num_parameters=shape.num_parameters,
-        num_slots=slots,
+        num_slots=options.slots,
+        most_waiting=options.waiting,
         weight_bytes=width * shape.num_matmul_parameters,
         kv_bytes_per_token=shape.kv_bytes_per_token(width),
         flops_per_token=2 * shape.num_matmul_parameters,

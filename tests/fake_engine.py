@@ -7,7 +7,7 @@ import torch
 
 from serving.checkpoints import Served
 from serving.config import ServeConfig
-from serving.engine import EngineInfo
+from serving.engine import Engine, EngineInfo
 from serving.scheduler import Scheduler, Span
 from serving.torch_engine import TorchEngine
 
@@ -65,22 +65,26 @@ def counting_engine(
     """The engine of the project over a decoder that counts."""
     info = EngineInfo(
         engine="fake", model=name, device="cpu", dtype="none", context_tokens=CONTEXT, vocab_size=VOCABULARY,
-        num_parameters=0, num_slots=slots, weight_bytes=1, kv_bytes_per_token=1, flops_per_token=1,
-        details={},
+        num_parameters=0, num_slots=slots, most_waiting=waiting, weight_bytes=1, kv_bytes_per_token=1,
+        flops_per_token=1, details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
     decoder = Counting(step_seconds, nan_from=nan_from)
-    return TorchEngine(decoder, scheduler, info=info, eos_ids=[], most_waiting=waiting)
+    return TorchEngine(decoder, scheduler, info=info, eos_ids=[])
 
 
-def make(config: ServeConfig, served: Served) -> TorchEngine:
+def make(
+    config: ServeConfig, served: Served, *, step_seconds: float = 0.02, nan_from: int | None = None
+) -> TorchEngine:
     """A factory for `serving.deployment`."""
+    options = config.engine
     return counting_engine(
-        slots=config.engine.slots, waiting=config.engine.waiting, step_seconds=0.02, name=served.name
-    )
+        slots=options.slots, waiting=options.waiting, step_seconds=step_seconds, name=served.name,
+        nan_from=nan_from,
+    )  # fmt: skip
 
 
-def idle(engine: TorchEngine, *, within_seconds: float = 5.0) -> bool:
+def idle(engine: Engine, *, within_seconds: float = 5.0) -> bool:
     """Whether nothing is left with the engine, soon."""
     deadline = time.monotonic() + within_seconds
     while time.monotonic() < deadline:

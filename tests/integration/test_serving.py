@@ -61,11 +61,20 @@ def figure(url: str, name: str) -> float:
     return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"asuncion_{name} "))
 
 
-def replicas() -> list[psutil.Process]:
-    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+def ours(part: str) -> list[psutil.Process]:
+    """Processes below this one with these words in their command lines."""
+    below = {child.pid for child in psutil.Process().children(recursive=True)}
     # process_iter leaves out those that end meanwhile; a zombie's command line is None.
-    processes = [process for process in psutil.process_iter(["cmdline"]) if process.pid in ours]
-    return [one for one in processes if one.info["cmdline"] and "ServeReplica" in one.info["cmdline"][0]]
+    processes = [process for process in psutil.process_iter(["cmdline"]) if process.pid in below]
+    return [one for one in processes if part in " ".join(one.info["cmdline"] or [])]
+
+
+def replicas() -> list[psutil.Process]:
+    return ours("ServeReplica")
+
+
+def engines() -> list[psutil.Process]:
+    return ours("serving.engine_process")
 
 
 def test_the_openai_client_streams_token_by_token(url):
@@ -152,14 +161,19 @@ def test_ray_exports_the_figures_of_each_replica(url):
     assert exported("time_to_first_token_seconds_count")[0] > 0
 
 
-def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
-    [replica] = replicas()
+def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Exception | None]:
+    """Kill a process of ours while a request streams and another waits for its answer.
+
+    Returns:
+        What the stream said; the other's answer, or what it raised; what the stream raised, if anything.
+    """
     body = {"model": NAME, "prompt": [1], "max_tokens": 400}
+    streaming = {"json": body | {"stream": True}, "timeout": 30}
     outcomes: list[object] = []
 
     def ask() -> None:
         try:
-            outcomes.append(post(url, **body).status_code)
+            outcomes.append(post(url, **body))
         except httpx.TransportError as error:
             outcomes.append(error)
 
@@ -167,29 +181,47 @@ def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(ur
     whole.start()
     while figure(url, "running") == 0:
         time.sleep(0.02)
-    text = b""
-
-    def read(answer: httpx.Response) -> None:
-        nonlocal text
-        for part in answer.iter_raw():
-            text += part
-            if replica.is_running() and text.count(b"data: ") == 3:
-                replica.kill()
-
-    # The process that could write an error event is gone; what is left is a body without its end.
-    with (
-        httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=30) as answer,
-        pytest.raises(httpx.RemoteProtocolError),
-    ):
-        read(answer)
-    assert text.count(b"data: ") >= 3 and b"[DONE]" not in text
+    text, raised = b"", None
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", **streaming) as answer:
+            for part in answer.iter_raw():
+                text += part
+                if process.is_running() and text.count(b"data: ") == 3:
+                    process.kill()
+    except httpx.TransportError as error:
+        raised = error
     whole.join()
-    assert outcomes[0] == 500 or isinstance(outcomes[0], httpx.TransportError)
+    return text.decode(), outcomes[0], raised
+
+
+def test_an_engine_that_is_killed_ends_its_streams_with_an_error_and_the_next_request_succeeds(url):
+    [replica], [engine] = replicas(), engines()
+    text, other, raised = kill_midway(url, engine)
+    assert post(url).status_code == 200  # it waited
+    *events, last, rest = text.split("\n\n")
+    assert raised is None and rest == "" and len(events) >= 3 and "[DONE]" not in text
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_failed")
+    assert "killed by signal 9" in error["message"] and "Send the request again" in error["message"]
+    assert isinstance(other, httpx.Response) and other.status_code == 503
+    assert other.json() == {"error": error}
+    assert replicas() == [replica] and engine not in engines() and len(engines()) == 1
+    assert httpx.get(f"{url}/health").status_code == 200 and figure(url, "running") == 0
+
+
+def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
+    [replica], [engine] = replicas(), engines()
+    text, other, raised = kill_midway(url, replica)
+    # The process that could write an error event is gone; what is left is a body without its end.
+    assert isinstance(raised, httpx.RemoteProtocolError)
+    assert text.count("data: ") >= 3 and "[DONE]" not in text
+    assert isinstance(other, httpx.TransportError) or other.status_code == 500
+    engine.wait(5)  # its engine is gone with it
     deadline = time.monotonic() + 60
     while (status := post(url).status_code) != 200 and time.monotonic() < deadline:
         assert status in (429, 502, 503)
         time.sleep(0.2)
-    assert status == 200 and replicas() != [replica]
+    assert status == 200 and replica not in replicas()
 
 
 def start(checkpoint: Path, *, port: int) -> subprocess.Popen[str]:
@@ -236,11 +268,13 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     assert next(line for line in lines if "serving at" in line).strip().endswith("until Ctrl-C")
     answer = post(f"http://127.0.0.1:{port}", model="tiny", prompt="a ship", max_tokens=5, ignore_eos=True)
     assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
-    ours = psutil.Process(process.pid).children(recursive=True)
+    below = psutil.Process(process.pid).children(recursive=True)
+    with_torch = [one for one in below if "libtorch" in Path(f"/proc/{one.pid}/maps").read_text()]
+    assert ["serving.engine_process" in one.cmdline() for one in with_torch] == [True]  # HTTP needs none
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
     process.communicate(timeout=30)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs(ours, timeout=10)
+    _, alive = psutil.wait_procs(below, timeout=10)
     assert alive == []

@@ -4,7 +4,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from serving import native
 from serving.config import EngineConfig, ModelConfig, ServeConfig
-from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
+from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling
 from serving.torch_engine import TorchEngine, make_engine
+from tests.reader import Reader
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
 compiled = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
@@ -51,29 +52,6 @@ def exact(checkpoint: Path) -> Iterator[TorchEngine]:
     made = engine(checkpoint)
     yield made
     made.close()
-
-
-class Reader:
-    """A request's tokens as they come."""
-
-    def __init__(self, engine: TorchEngine, prompt: Sequence[int], sampling: Sampling) -> None:
-        self.tokens: list[Token] = []
-        self.error: EngineFailed | None = None
-        self._done = threading.Event()
-        self.prompt = prompt
-        self.ticket = engine.submit(prompt, sampling, self._take)
-
-    def _take(self, tokens: Sequence[Token] | EngineFailed) -> None:
-        if isinstance(tokens, EngineFailed):
-            self.error = tokens
-        else:
-            self.tokens += tokens
-        if self.error or self.tokens[-1].finish:
-            self._done.set()
-
-    def wait(self) -> list[int]:
-        assert self._done.wait(60), "the request did not end"
-        return [token.id for token in self.tokens]
 
 
 def prompts(number: int, *, longest: int = 100) -> list[list[int]]:

@@ -163,8 +163,8 @@ def test_the_likeliest_tokens_stand_beside_the_one_that_is_there_and_two_of_one_
 def test_the_list_of_models_says_what_is_served():
     info = EngineInfo(
         engine="torch", model="m", device="cpu", dtype="float32", context_tokens=64, vocab_size=9,
-        num_parameters=1, num_slots=2, weight_bytes=3, kv_bytes_per_token=4, flops_per_token=5,
-        details={"a": "b"},
+        num_parameters=1, num_slots=2, most_waiting=6, weight_bytes=3, kv_bytes_per_token=4,
+        flops_per_token=5, details={"a": "b"},
     )  # fmt: skip
     listed = models(info, since=12)
     assert (

@@ -1,0 +1,183 @@
+"""An engine in a process of its own: it answers and refuses as one in this process does; what ends it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import psutil
+import pytest
+
+from cluster.cli import RunError, UserError
+from serving.checkpoints import Served
+from serving.config import ServeConfig, load
+from serving.engine import BrokenModel, Engine, EngineFailed, Overloaded, RequestError, Sampling
+from serving.engine_process import EngineProcess, make_engine
+from tests import factories, fake_engine
+from tests.commands import ROOT
+from tests.fake_engine import FAILING, VOCABULARY, idle
+from tests.reader import Reader
+from training.shapes import LlamaShape, to_hf_config
+
+pytestmark = pytest.mark.stack
+SERVED = Served(None, "counting")
+SLOTS, WAITING = 2, 3
+DIVERGED = 14
+TINY = LlamaShape(
+    vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=64
+)
+
+
+def keys(*changes: str) -> ServeConfig:
+    return load(dotlist=["model.weights=random", "model.shape=llama-5m", *changes])
+
+
+@pytest.fixture(scope="module")
+def counting() -> Iterator[EngineProcess]:
+    """5 ms a token; what follows the token DIVERGED is no number."""
+    factory = partial(fake_engine.make, step_seconds=0.005, nan_from=DIVERGED)
+    config = keys(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}")
+    made = EngineProcess(factory, config, SERVED)
+    yield made
+    made.close()
+
+
+def processes() -> list[psutil.Process]:
+    """Those of engines."""
+    return [p for p in psutil.Process().children() if "serving.engine_process" in p.cmdline()]
+
+
+def test_tokens_and_scores_are_those_of_the_engine_in_this_process(tmp_path):
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(to_hf_config(TINY, dtype="float32")))
+    config = keys(f"model.shape={shape}", "engine.dtype=float32", "engine.device=cpu", "engine.threads=1")
+    asked = [
+        Sampling(max_tokens=20, temperature=0.0),
+        Sampling(max_tokens=20, seed=5, logprobs=True),
+        Sampling(max_tokens=3, temperature=0.0, logprobs=True, echo=True),
+    ]
+
+    def answers(engine: Engine) -> list[Reader]:
+        found = []
+        for sampling in asked:
+            found.append(Reader(engine, [7, 8, 9], sampling))
+            found[-1].wait()
+        return found
+
+    direct, beside = make_engine(config, SERVED), EngineProcess(make_engine, config, SERVED)
+    assert beside.info == direct.info
+    for ours, theirs in zip(answers(beside), answers(direct), strict=True):
+        assert ours.tokens == theirs.tokens and ours.error is None
+    assert ours.tokens[1].score is not None and len(ours.tokens) == 6
+    assert beside.stats() == direct.stats()
+    direct.close()
+    reader = Reader(beside, [7], Sampling(max_tokens=1900, ignore_eos=True))
+    beside.close()
+    reader.wait()
+    assert "closed" in str(reader.error) and processes() == []
+    with pytest.raises(EngineFailed, match="closed"):
+        Reader(beside, [7], asked[0])
+
+
+def test_what_is_refused_is_refused_at_once_and_what_is_cancelled_frees_its_slot(counting):
+    with pytest.raises(RequestError, match="prompt: token ids"):
+        Reader(counting, [VOCABULARY], Sampling(max_tokens=1))
+    with pytest.raises(RequestError, match="max_tokens: 2 tokens of prompt"):
+        Reader(counting, [1, 2], Sampling(max_tokens=10_000))
+    readers = [Reader(counting, [20], Sampling(max_tokens=400)) for _ in range(SLOTS + WAITING)]
+    with pytest.raises(Overloaded, match="3 requests are waiting") as refused:
+        Reader(counting, [20], Sampling(max_tokens=1))
+    assert refused.value.retry_after_seconds >= 1
+    for reader in readers:
+        reader.ticket.cancel()
+    late = Reader(counting, [20], Sampling(max_tokens=2))
+    assert late.wait() == [21, 22]
+    assert idle(counting) and counting.stats().cancelled == len(readers)
+    assert all(reader.error is None and len(reader.tokens) < 100 for reader in readers)
+
+
+def test_logits_that_are_not_numbers_are_an_error_of_their_request_alone(counting):
+    broken, sound = (Reader(counting, [token], Sampling(max_tokens=9)) for token in (DIVERGED - 2, 20))
+    assert broken.wait() == [DIVERGED - 1, DIVERGED] and isinstance(broken.error, BrokenModel)
+    assert len(sound.wait()) == 9 and counting.failure() is None
+
+
+def test_an_engine_that_fails_is_started_again(counting, capfd):
+    [process] = processes()
+    failing = Reader(counting, FAILING, Sampling(max_tokens=9))
+    other = Reader(counting, [20], Sampling(max_tokens=400))
+    failing.wait(), other.wait()
+    assert len(failing.tokens) == 3 and "an unlucky number" in str(failing.error)
+    assert 0 < len(other.tokens) < 20 and "an unlucky number" in str(other.error)
+    # These wait for the next process.
+    waiting = [Reader(counting, [20], Sampling(max_tokens=3)) for _ in range(SLOTS + WAITING)]
+    with pytest.raises(Overloaded):
+        Reader(counting, [20], Sampling(max_tokens=3))
+    assert counting.failure() is None and counting.stats().waiting == len(waiting)
+    assert [reader.wait() for reader in waiting] == [[21, 22, 23]] * len(waiting)
+    assert counting.stats().finished == len(waiting) and process not in processes()
+    assert "RuntimeError: an unlucky number" in capfd.readouterr().err  # it has this process's stderr
+
+
+def test_one_that_cannot_be_started_again_has_failed(counting, capfd):
+    [process] = processes()
+    reader = Reader(counting, [20], Sampling(max_tokens=400))
+    process.kill()
+    reader.wait()
+    assert "was killed by signal 9 (SIGKILL); " in str(reader.error)
+    assert "lower engine.cache_tokens. Send the request again" in str(reader.error)
+    late = Reader(counting, [20], Sampling(max_tokens=3))
+    while processes() in ([], [process]):
+        time.sleep(0.001)
+    processes()[0].kill()
+    late.wait()
+    assert "cannot be started again: RunError: " in str(late.error)
+    assert "killed by signal 9" in str(counting.failure()) and counting.stats().waiting == 0
+    with pytest.raises(EngineFailed, match="cannot be started again"):
+        Reader(counting, [20], Sampling(max_tokens=3))
+    assert processes() == []
+    capfd.readouterr()
+
+
+def test_nor_is_one_that_dies_before_it_has_delivered_anything():
+    silent = EngineProcess(factories.silent, keys(), SERVED)
+    assert silent.stats().running == 1
+    reader = Reader(silent, [1], Sampling(max_tokens=3))
+    processes()[0].send_signal(signal.SIGSEGV)
+    reader.wait()
+    assert str(reader.error) == silent.failure() == "the engine's process was killed by signal 11 (SIGSEGV)"
+    assert processes() == []
+    silent.close()
+
+
+def test_an_engine_that_cannot_be_made_says_why_as_it_would_in_this_process(capfd):
+    with pytest.raises(UserError, match=r"^engine.cache_tokens: 7000 of counting do not fit$"):
+        EngineProcess(factories.refuse, keys("engine.cache_tokens=7000"), SERVED)
+    with pytest.raises(RuntimeError, match=r"^Peculiar: peculiar, in every detail$"):
+        EngineProcess(factories.break_peculiarly, keys(), SERVED)
+    with pytest.raises(RunError, match=r"killed by signal 9 .*cache_tokens.*, while it made the engine$"):
+        EngineProcess(factories.die, keys(), SERVED)
+    assert processes() == []
+    assert "in break_peculiarly" in capfd.readouterr().err
+
+
+PARENT = """
+from serving.checkpoints import Served
+from serving.config import load
+from serving.engine_process import EngineProcess
+from tests import factories
+config = load(dotlist=["model.weights=random", "model.shape=llama-5m"])
+EngineProcess(factories.dawdle, config, Served(None, "counting"))
+"""
+
+
+def test_it_ends_with_its_parent_even_while_it_makes_the_engine():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "dawdling\n"
+    [child] = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.communicate()
+    child.wait(5)
