@@ -4,8 +4,9 @@
 
 The endpoint is ours, over an engine whose tokens come at times known beforehand (`serving.paced`), so that
 beside each figure stands the truth: the same figure of the tokens as the engine delivered them. Every turn
-has an endpoint of its own, and all of its requests count. The percentiles are those that each tool itself
-reports, brought to one definition: from the sending of a request to its tokens, TPOT without the first one.
+has an endpoint of its own, and all of its requests count; one that other processes disturb is taken again, as
+in `serving.races`. The percentiles are those that each tool itself reports, brought to one definition: from
+the sending of a request to its tokens, TPOT without the first one.
 
     GuideLLM 0.8.1: TTFT; its "inter token latency" is our TPOT; its "time per output token" counts the first
         token too, so that times the output tokens it is E2E (its request latency goes on until the connection
@@ -18,6 +19,7 @@ import asyncio
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +31,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,9 @@ from cluster import benchmark, cli, files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.session import ROOT, free_ports
 from serving.latency import PERCENTILES, Outcome, Slo, summarise
-from serving.loadgen import Endpoint, over_http, run_closed, run_open
+from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open
 from serving.paced import CONTEXT, MODEL, VOCABULARY
-from serving.races import turns
+from serving.races import DISTURBING_CORES, MOST_TAKES, busy_seconds, turns
 from serving.text import TOKENIZER_FILE, numbered_tokenizer
 from serving.workload import arrivals, synthetic
 
@@ -53,6 +56,7 @@ LOG_LINES = 12
 
 FIGURES = [f"{name}_p{percent}_ms" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES]
 Figures = dict[str, float]  # some of FIGURES
+TOLD = ("ttft_p50_ms", "e2e_p50_ms")  # as it goes
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,8 @@ def truth(log: Path, case: Case) -> Figures:
     return _figures(outcomes)
 
 
-def ours(case: Case, url: str, *, seed: int) -> Figures:
-    """Our load generator's turn. Raises `RunError` if a request failed or it lagged itself."""
+def ours(case: Case, url: str, *, seed: int) -> tuple[Figures, Lag]:
+    """What our load generator reports. Raises `RunError` if a request failed."""
     number, rate = case.num_requests, case.rate
     plan = synthetic(
         number,
@@ -234,19 +238,17 @@ def ours(case: Case, url: str, *, seed: int) -> Figures:
     )
     outcomes: list[Outcome] = []
 
-    async def load() -> None:
+    async def load() -> Lag:
         async with over_http(Endpoint(url, MODEL, REQUEST_SECONDS)) as send:
             if case.concurrency is None:
-                lag = await run_open(plan, send, observe=outcomes.append)
-            else:
-                lag = await run_closed(plan, send, concurrency=case.concurrency, observe=outcomes.append)
-            lag.require(MOST_LAG_SECONDS)
+                return await run_open(plan, send, observe=outcomes.append)
+            return await run_closed(plan, send, concurrency=case.concurrency, observe=outcomes.append)
 
-    asyncio.run(load())
+    lag = asyncio.run(load())
     if errors := [outcome.error for outcome in outcomes if outcome.error is not None]:
         raise RunError(f"{len(errors)} of our requests failed, the first with: {errors[0]}")
     # `scheduled` is what we report from; the others report from the sending.
-    return _figures([replace(outcome, scheduled=outcome.sent) for outcome in outcomes])
+    return _figures([replace(outcome, scheduled=outcome.sent) for outcome in outcomes]), lag
 
 
 def _figures(outcomes: Sequence[Outcome]) -> Figures:
@@ -255,7 +257,7 @@ def _figures(outcomes: Sequence[Outcome]) -> Figures:
 
 
 def theirs(name: str, program: str, case: Case, url: str, *, tokenizer: Path, folder: Path) -> Figures:
-    """A referee's turn. Raises `RunError` with the end of what it said."""
+    """What a referee reports. Raises `RunError` with the end of what it said."""
     referee, report, said = REFEREES[name], folder / "report.json", folder / "referee.log"
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     command = referee.command(program, case, url=url, tokenizer=tokenizer, report=report)
@@ -274,6 +276,56 @@ def theirs(name: str, program: str, case: Case, url: str, *, tokenizer: Path, fo
         how = f"did not end in {TURN_SECONDS:.0f} s" if code is None else f"ended with exit code {code}"
         raise RunError(f"{name} {how}; its log ends:\n{_tail(said)}")
     return referee.figures(json.loads(report.read_text()), case)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a tool reports, and what the engine wrote down meanwhile.
+
+    Attributes:
+        lag: of ours.
+        others_cores: how many cores everything else on this machine kept busy meanwhile, on average.
+    """
+
+    figures: Figures
+    true: Figures
+    lag: Lag | None
+    others_cores: float
+
+
+def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenizer: Path, place: Path) -> Turn:
+    """One turn: of ours, where there is no program. `place` is for its files. Raises `RunError`."""
+    folder = Path(tempfile.mkdtemp(dir=place))
+    log = folder / "engine.jsonl"
+    started, busy, own = time.monotonic(), busy_seconds(), _own_cpu_seconds()
+    with paced_endpoint(log) as url:
+        if program is None:
+            figures, lag = ours(case, url, seed=seed)
+        else:
+            figures, lag = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder), None
+    others = busy_seconds() - busy - (_own_cpu_seconds() - own)
+    return Turn(figures, truth(log, case), lag, max(0.0, others) / (time.monotonic() - started))
+
+
+def _own_cpu_seconds() -> float:
+    """Of this process and of all that it started and that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, kinds))
+
+
+def quietest(take: Callable[[], Turn]) -> Turn:
+    """A turn while nothing else uses the cores; after MOST_TAKES, that in which others did least.
+
+    Raises:
+        RunError: our load generator lagged even then.
+    """
+    takes: list[Turn] = []
+    while len(takes) < MOST_TAKES and (not takes or takes[-1].others_cores > DISTURBING_CORES):
+        takes.append(take())
+    best = min(takes, key=lambda turn: turn.others_cores)
+    if best.lag is not None:
+        best.lag.require(MOST_LAG_SECONDS)
+    return best
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -296,7 +348,8 @@ def _tail(log: Path) -> str:
 def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
     """Medians with spreads over the rounds, and `compare`'s rows of them.
 
-    Keys: `<figure>_<tool>_<case>`, and the same with `_true` behind it for the engine's own in that turn.
+    Keys: `<figure>_<tool>_<case>`; the same with `_true` behind it, for the engine's own in that turn; and
+    `others_cores_<tool>_<case>` (`Turn`).
 
     Args:
         programs: referee -> its program.
@@ -313,23 +366,21 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
         for number, case_name in ((n, name) for n in range(num_rounds) for name in CASES):
             case = CASES[case_name]
             for name in turns([OURS, *programs], number):
-                folder = Path(place) / f"{number}-{case_name}-{name}"
-                folder.mkdir()
-                with paced_endpoint(folder / "engine.jsonl") as url:
-                    if name == OURS:
-                        found = ours(case, url, seed=number)
-                    else:
-                        program = programs[name]
-                        found = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder)
-                true = truth(folder / "engine.jsonl", case)
+                turn = quietest(
+                    partial(
+                        take_turn, name, programs.get(name), case,
+                        seed=number, tokenizer=tokenizer, place=Path(place),
+                    )
+                )  # fmt: skip
+                found = turn.figures
                 for key, value in found.items():
                     samples.setdefault(f"{key}_{name}_{case_name}", []).append(value)
-                    samples.setdefault(f"{key}_{name}_{case_name}_true", []).append(true[key])
+                    samples.setdefault(f"{key}_{name}_{case_name}_true", []).append(turn.true[key])
+                samples.setdefault(f"others_cores_{name}_{case_name}", []).append(turn.others_cores)
+                told = (f"{key} {found[key]:.1f} (true {turn.true[key]:.1f})" for key in TOLD)
+                others = f", while others used {turn.others_cores:.2f} cores"
                 which = f"round {number + 1}/{num_rounds}, {case_name}, {name}"
-                told = (
-                    f"{key} {found[key]:.1f} (true {true[key]:.1f})" for key in ("ttft_p50_ms", "e2e_p50_ms")
-                )
-                print(f"{which}: {', '.join(told)}", file=sys.stderr, flush=True)
+                print(f"{which}: {', '.join(told)}{others}", file=sys.stderr, flush=True)
     medians = benchmark.medians(samples)
     rows = compare(medians, list(programs))
     return {
