@@ -276,12 +276,10 @@ def test_a_whole_comparison_writes_what_it_prints(tmp_path, monkeypatch, capsys)
     result, said = json.loads(output.read_text()), capsys.readouterr().out
     assert json.loads(said.splitlines()[-1]) == {k: v for k, v in result.items() if k != "provenance"}
     assert len(result["rows"]) == result["compared"] == 9
-    for (
-        figure
-    ) in FIGURES:  # ours is at or above what the engine delivered, by as much as this machine is busy
-        assert result[f"{figure}_ours_poisson"] >= result[f"{figure}_ours_poisson_true"] - 60
-    true = [result[f"ttft_p50_ms_{name}_poisson_true"] for name in ("ours", "guidellm")]
-    assert abs(true[0] - true[1]) < 60  # the same requests, though by another client
+    for figure in (name for name in FIGURES if name.startswith(("ttft", "e2e"))):
+        true = result[f"{figure}_ours_poisson_true"]
+        assert 100 <= true <= result[f"{figure}_ours_poisson"]  # sent before it arrived, read after it left
+    assert result["ttft_p50_ms_guidellm_poisson_true"] >= 100
     assert result["ttft_p50_ms_guidellm_poisson"] == 200.0
     assert "of 9 agree within 5% or 2 ms" in said
 
