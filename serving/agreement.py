@@ -4,9 +4,9 @@
 
 The endpoint is ours, over an engine whose tokens come at times known beforehand (`serving.paced`), so that
 beside each figure stands the truth: the same figure of the tokens as the engine delivered them. Every turn
-has an endpoint of its own, and all of its requests count; one that other processes disturb is taken again, as
-in `serving.races`. The percentiles are those that each tool itself reports, brought to one definition: from
-the sending of a request to its tokens, TPOT without the first one.
+has an endpoint of its own, which has answered one request before, and all requests of the tool count; a turn
+that other processes disturb is taken again, as in `serving.races`. The percentiles are those that each tool
+itself reports, brought to one definition: from a request's sending to its tokens, TPOT without the first one.
 
     GuideLLM 0.8.1: TTFT; its "inter token latency" is our TPOT; its "time per output token" counts the first
         token too, so that times the output tokens it is E2E (its request latency goes on until the connection
@@ -192,7 +192,10 @@ REFEREES = {
 
 @contextmanager
 def paced_endpoint(log: Path) -> Iterator[str]:
-    """The URL of an endpoint in a process of its own, for the length of a `with` block."""
+    """The URL of an endpoint in a process of its own, for the length of a `with` block.
+
+    It has answered a request, number 0: the first one holds its event loop up, and those beside it.
+    """
     [port] = free_ports(1)
     url, said = f"http://127.0.0.1:{port}", log.with_suffix(".stderr")
     command = [sys.executable, "-m", "serving.paced", "--port", str(port), "--log", str(log)]
@@ -204,6 +207,7 @@ def paced_endpoint(log: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"the paced endpoint did not start:\n{_tail(said)}")
             time.sleep(0.05)
+        _ask(url)
         yield url
     finally:
         _end(process)
@@ -217,9 +221,18 @@ def _healthy(url: str) -> bool:
         return False
 
 
+def _ask(url: str) -> None:
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 2, "stream": True}
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
+        answer.read()
+
+
 def truth(log: Path, case: Case) -> Figures:
     """What the engine itself wrote down. Raises `RunError` if it was asked for another load."""
-    outcomes = [Outcome(**json.loads(line)) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    outcomes = [Outcome(**row) for row in rows if row["index"] > 0]  # 0 was `paced_endpoint`'s own
     _require_load("the engine", case, len(outcomes), {outcome.output_tokens for outcome in outcomes})
     return _figures(outcomes)
 

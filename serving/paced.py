@@ -11,6 +11,7 @@ load generator can be held against (`serving.agreement`).
 import argparse
 import heapq
 import json
+import math
 import random
 import threading
 import time
@@ -28,16 +29,19 @@ from serving.text import numbered_tokenizer
 
 MODEL = "paced"
 VOCABULARY, CONTEXT = 512, 4096
+GOLDEN = (math.sqrt(5) - 1) / 2
 WORD = 256  # the token that is always said: it has a text, without which some clients do not count it
 
 
 @dataclass(frozen=True)
 class Pace:
-    """When tokens are due. Seconds are drawn evenly from (least, most).
+    """When tokens are due. Seconds are (least, most).
 
     Attributes:
-        first: from a request's arrival to its first token.
-        gap: from each token to the next.
+        first: from a request's arrival to its first token. Multiples of the golden ratio spread the requests
+            over it, so that no percentile falls into a wide gap between two of them, where a tool that
+            interpolates and one that does not would differ.
+        gap: from each token to the next, drawn evenly.
     """
 
     first: tuple[float, float] = (0.1, 0.3)
@@ -47,7 +51,8 @@ class Pace:
     def due(self, number: int, num_tokens: int) -> list[float]:
         """Seconds from the arrival of request `number` to each of its tokens."""
         draw = random.Random(f"{self.seed}:{number}")
-        first = draw.uniform(*self.first)
+        least, most = self.first
+        first = least + (most - least) * (number * GOLDEN % 1)
         return list(accumulate((draw.uniform(*self.gap) for _ in range(num_tokens - 1)), initial=first))
 
 

@@ -36,6 +36,8 @@ def test_tokens_are_due_by_the_number_of_the_request_alone_and_within_bounds():
     assert due == [pace.due(number, 50) for number in range(100)]
     assert pace.due(7, 10) == due[7][:10]  # a longer answer begins as a shorter one
     assert Pace(seed=1).due(0, 2) != Pace(seed=0).due(0, 2)
+    ordered = sorted(times[0] for times in due)
+    assert max(later - earlier for earlier, later in pairwise(ordered)) < 0.05  # 2.0 s / 100, spread evenly
     firsts = [times[0] for times in due]
     gaps = [later - earlier for times in due for earlier, later in pairwise(times)]
     assert 1.0 <= min(firsts) < 1.2 and 2.8 < max(firsts) <= 3.0
