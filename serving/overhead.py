@@ -5,8 +5,8 @@ and the way to the engine's process and back. Both clients are asyncio loops in 
 themselves cost stands on both sides, but for the parsing of HTTP.
 
 Requests of one length would march in waves: all end in one step and come back together, the first to arrive
-starts a step alone, and the others' first tokens wait for it. That would be batching and not Serve. So lengths
-are drawn, and the first request of each place, which all start at once, does not count.
+starts a step alone, and the others' first tokens wait for it. That would be batching and not Serve. So
+lengths are drawn, and the first request of each place, which all start at once, does not count.
 """
 
 import asyncio
