@@ -164,7 +164,7 @@ class Engine(Protocol):
         """Take a request. Raises `RequestError`, `Overloaded`, or `EngineFailed` if the engine is broken."""
 
     def stats(self) -> EngineStats:
-        """Waits at most for what is being said to the engine, never for a step."""
+        """Never waits for a step. Raises `EngineFailed`: the engine does not answer."""
 
     def failure(self) -> str | None:
         """Why the engine can serve no more, or None while it can."""
