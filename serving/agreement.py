@@ -92,7 +92,7 @@ def guidellm_command(program: str, case: Case, *, url: str, tokenizer: Path, rep
         *("--backend", f"kind=openai_http,target={url},model={MODEL},request_format=/v1/completions"),
         *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
         *("--data", f"kind=synthetic_text,{size}"),
-        # All prompts made beforehand: by default a process makes 4096 of them ahead while the load runs.
+        # All prompts made before the load; by default a process makes up to 4096 of them ahead meanwhile.
         *("--data-loader", f"kind=pytorch,samples={case.num_requests}"),
         *("--profile", f"kind={load}"),
         *("--constraint", f"kind=max_requests,count={case.num_requests}"),
