@@ -4,12 +4,15 @@ The two engines are alike and take turns; the one that waits is asleep. What is 
 and the way to the engine's process and back. Both clients are asyncio loops in this process, so what they
 themselves cost stands on both sides, but for the parsing of HTTP.
 
-Requests of one length would march in waves: all end in one step and come back together, the first to arrive
-starts a step alone, and the others' first tokens wait for it. That would be batching and not Serve. So
-lengths are drawn, and the first request of each place, which all start at once, does not count.
+Where requests meet the engine's steps must not depend on the way. In a plain closed loop it does: a client in
+this process is back before the next step begins, and on any way that takes time it misses it, and waits for a
+whole one. Requests of one length, besides, march in waves. So each is sent after a pause, which is drawn, as
+are lengths; and the first ones, which start together, do not count.
 """
 
 import asyncio
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +33,7 @@ NO_SLO = Slo(None, None, None)
 
 @dataclass(frozen=True)
 class Case:
-    """A closed loop: `num_requests` in all, `concurrency` at once. Lengths are `serving.workload.lengths`."""
+    """`num_requests` in all from `concurrency` clients; lengths as `serving.workload.lengths` reads them."""
 
     concurrency: int
     num_requests: int
@@ -38,6 +41,7 @@ class Case:
     output_tokens: str = "uniform(24,72)"
 
 
+PAUSE_SECONDS = 0.1  # at the most; longer than a step
 CASES = (Case(1, 13), Case(8, 56), Case(32, 128))
 
 
@@ -90,8 +94,14 @@ def measure(
 async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, model: str) -> dict[str, Any]:
     outcomes: list[Outcome] = []
 
+    draw = random.Random("pauses")
+
     async def run(send: Send) -> None:
-        await run_closed(plan, send, concurrency=case.concurrency, observe=outcomes.append)
+        async def after_a_pause(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
+            await asyncio.sleep(draw.uniform(0, PAUSE_SECONDS))
+            return await send(planned, index, time.perf_counter(), start)
+
+        await run_closed(plan, after_a_pause, concurrency=case.concurrency, observe=outcomes.append)
 
     if url is None:
         await run(to_engine(engine))
