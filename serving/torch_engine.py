@@ -182,7 +182,7 @@ class TorchEngine:
                 if tokens[-1].finish is not None:
                     self._scheduler.remove(request)
                     self._counts["finished"] += 1
-        for request, tokens in told.items():
+        for request, tokens in reversed(told.items()):  # first tokens first: the others have had one
             request.deliver(tokens)
         for request in broken:
             request.deliver(BrokenModel())

@@ -239,6 +239,23 @@ def test_a_seed_draws_the_same_whatever_else_runs(exact):
         other.wait()
 
 
+def test_of_the_tokens_of_a_step_first_ones_are_told_first(exact):
+    told: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # who, and in which step
+
+    def submit(name: str, max_tokens: int) -> None:
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        exact.submit([5, 6, 7], sampling, lambda tokens: told.put((name, exact.stats().steps)))
+
+    submit("running", 60)
+    order = [told.get(timeout=30) for _ in range(3)]
+    submit("new", 1)
+    while order[-1][0] != "new":
+        order.append(told.get(timeout=30))
+    order.append(told.get(timeout=30))
+    (_, before), new, after = order[-3:]
+    assert before < new[1] and after == ("running", new[1])
+
+
 def test_a_cancelled_request_frees_its_slot_within_a_step_and_hears_nothing_more(checkpoint):
     made = engine(checkpoint, slots=1)
     first = Reader(made, [3, 4], Sampling(max_tokens=150, ignore_eos=True))
