@@ -174,6 +174,8 @@ def serving(
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
     needed = {"CPU": options.cpus * options.replicas}
+    if config.session.address == "local":  # an embedded Ray has the cores that it is given: room to grow
+        needed["CPU"] = options.cpus * (options.max_replicas or options.replicas)
     if config.engine.kind == "vllm":
         needed["CPU"] += 1  # for its ingress, a deployment of its own
     if options.gpus:
