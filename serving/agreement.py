@@ -38,10 +38,11 @@ from typing import Any
 from cluster import benchmark, cli, files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.session import ROOT, free_ports
+from serving import races
 from serving.latency import PERCENTILES, Outcome, Slo, summarise
 from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open
 from serving.paced import CONTEXT, MODEL, VOCABULARY
-from serving.races import DISTURBING_CORES, MOST_TAKES, busy_seconds, turns
+from serving.races import busy_seconds, turns
 from serving.text import TOKENIZER_FILE, numbered_tokenizer
 from serving.workload import arrivals, synthetic
 
@@ -327,15 +328,8 @@ def _own_cpu_seconds() -> float:
 
 
 def quietest(take: Callable[[], Turn]) -> Turn:
-    """A turn while nothing else uses the cores; after MOST_TAKES, that in which others did least.
-
-    Raises:
-        RunError: our load generator lagged even then.
-    """
-    takes: list[Turn] = []
-    while len(takes) < MOST_TAKES and (not takes or takes[-1].others_cores > DISTURBING_CORES):
-        takes.append(take())
-    best = min(takes, key=lambda turn: turn.others_cores)
+    """As `races.quietest`. Raises `RunError`: our load generator lagged even then."""
+    best = races.quietest(take)
     if best.lag is not None:
         best.lag.require(MOST_LAG_SECONDS)
     return best

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cluster import benchmark, files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
@@ -273,7 +274,7 @@ def race(
             for case_name, case in cases.items():
                 asked = work(case_name, case, vocab_size=vocab_size, round_number=number)
                 for name in turns(list(contenders), number):
-                    turn = quietest(contenders[name], asked, case.concurrency)
+                    turn = quietest(partial(contenders[name].turn, asked, case.concurrency))
                     rate = case.rate(turn.times)
                     which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
                     others = f", while others used {turn.others_cores:.2f} cores"
@@ -286,15 +287,25 @@ def race(
     return race_result(found)
 
 
-def quietest(contender: "Process", asked: Work, concurrency: int) -> "Turn":
+class Disturbed(Protocol):
+    """What `quietest` chooses by (`Turn.others_cores`)."""
+
+    @property
+    def others_cores(self) -> float: ...
+
+
+AnyTurn = TypeVar("AnyTurn", bound=Disturbed)
+
+
+def quietest(take: Callable[[], AnyTurn]) -> AnyTurn:
     """A turn while nothing else uses the cores; after MOST_TAKES, that in which others did least.
 
     A thread at a barrier waits long for one that has lost its core: one busy core elsewhere has taken nine
     tenths of a contender's speed. That speed has no part in the choice.
     """
-    takes: list[Turn] = []
+    takes: list[AnyTurn] = []
     while len(takes) < MOST_TAKES and (not takes or takes[-1].others_cores > DISTURBING_CORES):
-        takes.append(contender.turn(asked, concurrency))
+        takes.append(take())
     return min(takes, key=lambda turn: turn.others_cores)
 
 
