@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cluster import benchmark, cli, files, hardware, provenance
+from cluster import benchmark, cli, files, hardware, process, provenance
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.record import Record
@@ -378,9 +378,8 @@ def _ceilings(config: ServeConfig, model: dict[str, Any]) -> dict[str, Any] | No
     threads = ["--threads", str(config.engine.threads)] if config.engine.threads else []
     command = [sys.executable, "-m", "cluster.probe", "--device", info["device"], *threads]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-        )
+        done = process.run(command, cwd=ROOT, timeout=PROBE_SECONDS)
+        done.check_returncode()
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise RunError(f"the ceilings of this machine cannot be measured: {said}") from error
