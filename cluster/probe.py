@@ -154,9 +154,9 @@ def measure_products(
 
     gpu, product = device == "cuda", _product_dtype(dtype, device)
     if not gpu:
-        flops_of_row = sum(6 * rows * cols for rows, cols in counts)
-        affordable = _pilot_flops(product) * within / (repeats + 1) / flops_of_row
-        num_rows = min(num_rows, max(LEAST_ROWS, int(affordable)))
+        flops_of_all = _pilot_flops(product) * within / (repeats + 1)
+        affordable = int(flops_of_all / sum(6 * rows * cols for rows, cols in counts))
+        num_rows = min(num_rows, max(LEAST_ROWS, affordable))
 
     def seconds(rows: int, cols: int) -> list[float]:
         weight = torch.randn(rows, cols, device=device).to(product)
