@@ -98,6 +98,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         tflops=best.get("product_tflops"),
         gb_per_s=best.get("read_gb_per_s"),
         num_nodes=about["num_nodes"],
+        is_bf16=found["product_dtype"] == "bfloat16",
     )
     cells = make_cells(config, machine)
     nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""

@@ -102,6 +102,7 @@ class Machine:
 
     Attributes:
         num_devices: of a node.
+        is_bf16: models compute in bf16 here (`optim.precision`), else in fp32.
         tflops, gb_per_s: measured; None where they could not be, and then no cell has a least time.
     """
 
@@ -111,6 +112,7 @@ class Machine:
     tflops: float | None
     gb_per_s: float | None
     num_nodes: int = 1
+    is_bf16: bool = True
 
     def least_seconds(self, *, flops: float, num_bytes: float = 0.0) -> float:
         """Of work that first computes and then reads, at the measured ceilings."""
@@ -193,6 +195,7 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
             f"optim.matrix.rule={rule}",
             f"optim.matrix.lr={0.02 if rule == 'muon' else 0.001}",
             f"zero.stage={cells.zero_stage}",
+            f"precision={'bf16' if machine.is_bf16 else 'fp32'}",
             f"workers.count={workers}",
             f"workers.gpu={str(gpu).lower()}",
             f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // on_node)}",

@@ -231,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp
     ("keys", "sent"),
     [
         (("workers.count=1",), lambda n: 0),
-        (("workers.count=2", "optim.matrix.rule=adamw"), lambda n: (1 + 1 / 2) * 2 * n),
+        (("workers.count=2", "optim.matrix.rule=adamw", "precision=bf16"), lambda n: (1 + 1 / 2) * 2 * n),
         (("workers.count=2", "optim.matrix.rule=adamw", "precision=fp32"), lambda n: (1 + 1 / 2) * 4 * n),
         (("workers.count=2", "optim.matrix.per_head=true"), None),
         (("workers.count=2", "zero.stage=0"), None),

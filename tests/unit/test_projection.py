@@ -495,7 +495,7 @@ def test_dry_run_and_bad_input(capsys, tmp_path):
 
 
 def test_the_check_predicts_from_one_worker_and_what_many_get_at_once():
-    config = projection_check.training_config.load(dotlist=projection_check.DEFAULTS)
+    config = projection_check.training_config.load(dotlist=[*projection_check.DEFAULTS, "precision=bf16"])
     alone = {"products_tflops": 0.2, "passes_gb_per_s": 20.0}
     together = {"products_tflops": 0.1, "passes_gb_per_s": 10.0, "all_reduce_latency_us": 0.0}
     together |= dict.fromkeys((f"{kind}_gb_per_s" for kind in KINDS), 1.0)
