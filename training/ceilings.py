@@ -80,6 +80,12 @@ def _available_memory() -> float:
     return int(line.split()[1]) * 1024.0
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Measure, and print one JSON object."""
     asked = (argument.rpartition(":") for argument in sys.argv[1:])
     print(json.dumps(measure({name: int(rows) for name, _, rows in asked})))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
