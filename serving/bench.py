@@ -35,6 +35,7 @@ from serving.latency import Outcome, Slo, summarise
 from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open
 from serving.text import TOKENIZER_FILE, load_tokenizer
 from serving.workload import Planned, arrivals, from_conversations, from_trace, lengths, synthetic
+from training import shapes
 
 PROBE_SECONDS = 120.0
 ATTEMPTS = 3  # at a measurement, while the load generator lags; a new cluster is still settling at first
@@ -439,7 +440,9 @@ def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
 def _race(config: ServeConfig, peer: str) -> dict[str, Any]:
     threads = config.engine.threads or hardware.describe_host()["cpu_cores"]
     python = config.bench.python or sys.executable
-    return races.race({peer: python}, num_rounds=config.bench.rounds, threads=threads, report=note)
+    shape = shapes.resolve(config.model.shape) if config.model.shape else races.TINY
+    rounds = config.bench.rounds
+    return races.race({peer: python}, num_rounds=rounds, threads=threads, shape=shape, report=note)
 
 
 def publish(config: ServeConfig, result: dict[str, Any]) -> None:
