@@ -8,13 +8,14 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """One thread for small tensors: on busy cores, two that wait for each other are up to 100 times slower."""
+    """One thread for small tensors: two that wait for each other on busy cores can be 100 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """One worker runs all tests of a file, and one all that start Ray: two Rays would need four cores.
 
