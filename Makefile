@@ -53,9 +53,9 @@ attach stop pull: $(VENV)/ready
 preflight: $(VENV)/ready
 	$(PY) $(if $(CLUSTER),cluster.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
 
-# Two workers: the files that start Ray on one, all others on either (tests/conftest.py).
+# Two workers, which divide the files as tests/conftest.py says.
 test: $(VENV)/ready
-	$(PY) pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PY) pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 test-cluster: $(VENV)/ready
 	$(PY) pytest -m cluster $(ARGS)

@@ -1,9 +1,17 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+# They start Ray or several commands at once, so one worker runs all of them: together they need more cores.
+# They come first, so that the other worker has everything else to choose from.
+ONE_AFTER_ANOTHER = tuple(
+    f"tests/integration/{name}.py"
+    for name in ("test_study", "test_serving", "test_steps", "test_killed_parents", "test_train")
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,15 +23,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """One worker runs all tests of a file, and one all that start Ray: two Rays would need four cores.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_AFTER_ANOTHER))
 
-    Those come first, so that the other worker has everything else to choose from.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run on one worker. xdist 3.8's own `--dist loadgroup` does nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return ONE_AFTER_ANOTHER[0] if file in ONE_AFTER_ANOTHER else file
+
+    return ByFile(config, log)

@@ -45,7 +45,8 @@ def test_readme_has_the_front_doors() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_readme_command_runs(command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # No command needs another variable: people start them by `env -i`, cron and ssh too.
+    environment = {name: os.environ[name] for name in ("HOME", "PATH")} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         dry(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -18,7 +18,7 @@ from tests.unit.test_process import alive
 from training.shapes import LlamaShape, to_hf_config
 from training.study_config import OWN_KEYS
 
-pytestmark = [pytest.mark.stack, pytest.mark.ray]
+pytestmark = pytest.mark.stack
 
 START_SECONDS = 120
 END_SECONDS = 5.0
