@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,31 @@ def test_the_file_tree_is_complete() -> None:
         for file in (ROOT / room).glob("*.py"):
             if file.name != "__init__.py":
                 assert f"  {file.name} " in tree, f"{room}/{file.name} is not in README's file tree"
+
+
+# Stands for python3: the environment that it makes has a pip and a python that only say so.
+PYTHON = """#!/bin/sh
+mkdir -p .venv/bin
+printf '#!/bin/sh\\necho pip "$@"; exit %s\\n' "$PIP_CODE" > .venv/bin/pip
+printf '#!/bin/sh\\necho python "$@"\\n' > .venv/bin/python
+chmod +x .venv/bin/pip .venv/bin/python
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_first_make_says_what_it_installs_and_how_long_it_took(tmp_path: Path, code: int) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PIP_CODE": str(code)}
+    make = ["make", "train", "PYTHON=./python"]
+    done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(".venv: installing Python packages") and "minutes" in lines[0]
+    pip = next(number for number, line in enumerate(lines) if line.startswith("pip install"))
+    assert "--constraint constraints.txt" in lines[pip] and "--quiet" not in lines[pip]
+    assert (tmp_path / ".venv" / "ready").exists() == (code == 0) == (done.returncode == 0)
+    if code == 0:
+        assert re.fullmatch(r"\.venv: ready after \d+ s", lines[pip + 1])
+        assert lines[-1].strip() == "python -m training.launch"

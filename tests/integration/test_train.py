@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -72,6 +73,7 @@ def reference(folder: Path) -> Path:
     done = python("training.launch", *keys, ranks=2, WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     assert "validation loss" in done.stdout and "sample 'The name of the'" in done.stdout
+    assert re.search(r"^time: \d+ s, .*start \d", done.stdout, re.MULTILINE)
     return folder / "outputs" / "reference"
 
 
@@ -87,6 +89,9 @@ def test_a_run_leaves_its_record(reference: Path, folder: Path) -> None:
     summary = json.loads((reference / "summary.json").read_text())
     assert summary["validation_loss"] == row["validation_loss"] and summary["tokens"] == row["tokens"]
     assert summary["wandb_status"].startswith("offline")
+    parts = ("start", "training", "evaluation", "checkpoint", "sample")
+    assert all(summary[f"{part}_seconds"] > 0 for part in parts)
+    assert sum(summary[f"{part}_seconds"] for part in parts) > summary["wall_seconds"]  # which is of the loop
     assert list((reference / "wandb").glob("offline-run-*/run-*.wandb"))
     provenance = json.loads((reference / "provenance.json").read_text())
     assert len(provenance["data_fingerprint"]) == 64 and provenance["packages"]["deepspeed"] == "0.19.8"
