@@ -35,29 +35,27 @@ def measure(run: Run) -> None:
 
 def versions(run: Run) -> None:
     host = hardware.describe_host()
-    about = {
-        "python": sys.version.split()[0],
-        **provenance.versions(PACKAGES),
-        "c_compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none",
-        "python_h": (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
-        "kernels": kernels.unsupported(run.device, torch.bfloat16) or "supported",
-        "cpu": host["cpu"],
-        "cpu_cores": host["cpu_cores"],
-    }
+    run.row("versions", python=sys.version.split()[0], **provenance.versions(PACKAGES))
+    run.row(
+        "the machine",
+        cpu=host["cpu"],
+        cpu_cores=host["cpu_cores"],
+        c_compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none",
+        python_h=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
+        triton_kernels=kernels.unsupported(run.device, torch.bfloat16) or "supported",
+    )
     if run.gpu:
         properties = torch.cuda.get_device_properties(run.device)
-        about |= {
-            "gpu": properties.name,
-            "memory_gb": properties.total_memory / 1e9,
-            "multiprocessors": properties.multi_processor_count,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "driver": host.get("gpu_driver"),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        }
-    for name, value in about.items():
-        run.row(name, value=value)
+        run.row(
+            properties.name,
+            memory_gb=properties.total_memory / 1e9,
+            multiprocessors=properties.multi_processor_count,
+            compute_capability=f"{properties.major}.{properties.minor}",
+            driver=host.get("gpu_driver"),
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+            nccl=".".join(map(str, torch.cuda.nccl.version())),
+        )
 
 
 def ceilings(run: Run) -> None:
@@ -66,8 +64,9 @@ def ceilings(run: Run) -> None:
     for name, value in asdict(probe.measure(device=run.device.type, **small)).items():
         if isinstance(value, dict) and "best" in value:
             ceiling = "product_tflops" if name.endswith("_tflops") else name
-            low, high = value["spread"]
-            run.row(f"probe: {name}", ceiling=ceiling, best=value["best"], lowest=low, highest=high)
+            lowest, highest = value["spread"]
+            spread = {f"lowest_{ceiling}": lowest, f"highest_{ceiling}": highest}
+            run.row("cluster.probe", ceiling=ceiling, **{ceiling: value["best"]}, **spread)
 
 
 def products(run: Run) -> None:

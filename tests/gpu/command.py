@@ -175,7 +175,7 @@ def begin(card: str, file: Path, host: Mapping[str, Any]) -> dict[str, Any]:
 def ceilings_of(result: Mapping[str, Any]) -> dict[str, float]:
     """What block 1 measured, by name (`tests.gpu.block.Run.ceilings`)."""
     rows = result["blocks"].get("1", {}).get("rows", [])
-    return {row["ceiling"]: row["best"] for row in rows if "ceiling" in row}
+    return {row["ceiling"]: row[row["ceiling"]] for row in rows if "ceiling" in row}
 
 
 def run_block(

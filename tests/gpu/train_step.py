@@ -20,7 +20,8 @@ from training.context import torch_context
 from training.loop import Trainer
 from training.prepare import prepare
 
-TIMED, STEPS = 4, 10  # optimizer steps; the last of these also measures the updates
+WARM_UP, TIMED = 2, 4  # optimizer steps of `training.steps.measure`
+STEPS = 1 + WARM_UP + TIMED + steps.NUM_PHASED  # and one before, for its loss
 KEYS = {
     "data.tokenizer": "train",
     "data.vocab_size": 320,
@@ -29,7 +30,7 @@ KEYS = {
     "workers.count": 1,
     "record.wandb": "disabled",
     "zero.stage": 1,
-    "optim.inspect_every_steps": STEPS,
+    "optim.inspect_every_steps": STEPS + 1,  # the one after them, which takes more time and memory
 }
 ON_GPU = {  # beside training/configs/a40_1b4.yaml
     "workers.gpu": True,
@@ -97,13 +98,14 @@ def _documents(*, num_tokens: int) -> str:
 
 
 def train(run: Run, trainer: Trainer) -> None:
-    """One step for its loss, then `training.steps.measure`, then one more; and what that comes to."""
+    """One step for its loss, then `training.steps.measure`, then one that measures its updates."""
     plan = trainer.plan
     first = trainer.take_step().item()
-    found = steps.measure(trainer, num_steps=TIMED, num_warm_up=STEPS - 1 - TIMED - steps.NUM_PHASED)
-    assert trainer.step == STEPS
-    health = trainer.optimizer_health()
+    found = steps.measure(trainer, num_steps=TIMED, num_warm_up=WARM_UP)
+    _memory(run, trainer)
+    run.row("the optimizer by part", **_milliseconds(trainer.optimizer_health()))
     last = trainer.take_step().item()
+    health = trainer.optimizer_health()
 
     seconds = sorted(found["step_seconds"])[TIMED // 2]
     tflops = plan.tokens_per_step * plan.flops_per_token / seconds / 1e12
@@ -122,9 +124,10 @@ def train(run: Run, trainer: Trainer) -> None:
         **{f"{part}_ms": 1e3 * found[part] for part in steps.PARTS},
         joules_per_step=found["joules"] and found["joules"] / TIMED,
     )
-    error = health["optimizer_orthogonality_error"]
-    run.row("the optimizer", **_milliseconds(health), orthogonality_error=error)
-    _memory(run, trainer)
+    run.row(
+        "the updates",
+        **{f"relative_{name}": health[f"optimizer_{name}"] for name in ("orthogonality_error", "update_rms")},
+    )
 
 
 def _milliseconds(health: dict[str, float | None]) -> dict[str, float | None]:

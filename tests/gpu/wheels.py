@@ -75,7 +75,9 @@ def pip(*arguments: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise RunError(f"pip {arguments[0]} failed: {(errors or done.stderr.splitlines() or ['no message'])[-1]}")
+        raise RunError(
+            f"pip {arguments[0]} failed: {(errors or done.stderr.splitlines() or ['no message'])[-1]}"
+        )
 
 
 if __name__ == "__main__":
