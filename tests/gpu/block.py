@@ -128,3 +128,8 @@ def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
     """‖found - exact‖ / ‖exact‖ in fp64; NaN where `found` holds one."""
     exact = exact.double()
     return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def worst_of(*errors: float) -> float:
+    """The largest; NaN if any is NaN, which `max` would pass over."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)

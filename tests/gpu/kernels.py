@@ -15,7 +15,7 @@ from torch import Tensor
 from optim import kernels, polar
 from optim.kernels import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
 from optim.precision import gram_dtype
-from tests.gpu.block import Run, error_of
+from tests.gpu.block import Run, error_of, worst_of
 
 # One rounding leaves at most half a unit in the last place. Triton's interpreter truncates: twice that.
 HALF_UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-21}
@@ -67,7 +67,7 @@ class Worst:
         frame = buffer.numel() - found.numel()
         self.unwritten += unwritten
         self.beside += frame - (int(buffer.isnan().sum()) - unwritten)
-        self.error = max(self.error, error_of(found.nan_to_num(), exact))
+        self.error = worst_of(self.error, error_of(found.nan_to_num(), exact))
 
     def report(self, run: Run, case: str, dtype: torch.dtype, **figures: float) -> None:
         limit = tolerance(dtype)
@@ -123,7 +123,7 @@ def large_products(run: Run) -> None:
     worst = Worst(unwritten=sum(int(matrix.isnan().sum()) for matrix in out))
     for index in (0, batch - 1):
         exact = x[index].double() @ x[index].double().mT
-        worst.error = max(worst.error, error_of(out[index], exact))
+        worst.error = worst_of(worst.error, error_of(out[index], exact))
     worst.report(run, f"symmetric_product bfloat16 {batch}x{rows}x{cols}", x.dtype, elements=float(x.numel()))
 
 
@@ -186,7 +186,7 @@ def _momentum(run: Run, source: torch.dtype, packed: torch.dtype, *, nesterov: b
         run, f"momentum_pass {names}", packed, momentum_relative_error=momentum_error,
         squares_relative_error=error_of(squares, sums),
     )  # fmt: skip
-    if not max(momentum_error, error_of(squares, sums)) <= 1e-5:
+    if not worst_of(momentum_error, error_of(squares, sums)) <= 1e-5:
         run.row(f"momentum_pass {names}", problem="momentum or its squares are wrong by more than 1e-5")
 
 
@@ -241,7 +241,7 @@ def _large_momentum(run: Run, numel: int, table: SegmentTable) -> None:
         g = gradient[part].double()
         exact = beta * (beta + (1 - beta) * g) + (1 - beta) * g  # the momentum was 1
         worst.unwritten += int(out[part].isnan().sum())
-        worst.error = max(worst.error, error_of(out[part].nan_to_num(), exact))
+        worst.error = worst_of(worst.error, error_of(out[part].nan_to_num(), exact))
         total += exact.square().sum()
     squares_error = error_of(squares[0], total)
     rates = _rates(run, launch, num_bytes=12 * numel)  # gradient 2, momentum 4 + 4, out 2
@@ -266,8 +266,8 @@ def _large_apply(run: Run, numel: int, table: SegmentTable) -> None:
     for part in _windows(numel):
         exact = 0.9 - 0.3 * update[part].double()
         worst.unwritten += int(model[part].isnan().sum())
-        worst.error = max(worst.error, error_of(model[part].nan_to_num(), exact))
-        weight_error = max(weight_error, error_of(weight[part], exact))
+        worst.error = worst_of(worst.error, error_of(model[part].nan_to_num(), exact))
+        weight_error = worst_of(weight_error, error_of(weight[part], exact))
     rates = _rates(run, launch, num_bytes=12 * numel)  # weight 4 + 4, update 2, model 2
     worst.report(
         run, "apply_pass, a large flat tensor", model.dtype, elements=float(numel),

@@ -7,7 +7,7 @@ import torch
 
 from serving.decoder import TorchDecoder
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
-from tests.gpu.block import TINY, Run, error_of
+from tests.gpu.block import TINY, Run, error_of, worst_of
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
 
@@ -52,7 +52,7 @@ def compare(run: Run, dtype: torch.dtype) -> None:
         if len(found["whole"]):
             for pair in worst:
                 one, other = pair.split("_")
-                worst[pair] = max(worst[pair], error_of(found[one], found[other]))
+                worst[pair] = worst_of(worst[pair], error_of(found[one], found[other]))
         _advance(scheduler, spans, draw, model.shape.vocab_size)
     limit = LIMITS[dtype]
     wrong = [f"{pair} {error:.2g} above {limit:.2g}" for pair, error in worst.items() if not error <= limit]
