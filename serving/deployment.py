@@ -125,7 +125,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
 
 def describe(config: ServeConfig) -> str:
     """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
-    from serving.torch_engine import describe as sizes
+    from serving import torch_engine
 
     served, engine = checkpoints.find(config.model), config.engine
     lines = [("model", f"{served.name}, from {served.directory or 'random weights'}")]
@@ -134,12 +134,17 @@ def describe(config: ServeConfig) -> str:
     if served.directory is None or (served.directory / "config.json").is_file():
         shape = checkpoints.shape_of(config.model, served)
         context = engine.context_tokens or shape.max_positions
-        info = sizes(shape, engine, device="", name="", context=context)
-        width = info.weight_bytes // shape.num_matmul_parameters
+        numbers = torch_engine.arithmetic(engine, torch_engine.find_device(engine.device))
+        info = torch_engine.describe(shape, engine, numbers, device="", name="", context=context)
+        weights = info.weight_bytes + numbers.dtype.itemsize * (
+            shape.num_parameters - shape.num_matmul_parameters  # the table of a tied head is the head
+        )
+        kept = str(numbers.weights).removeprefix("torch.")
         cache = info.kv_bytes_per_token * engine.cache_tokens
         lines += [
             ("parameters", f"{shape.num_parameters:,} ({shape.num_parameters / 1e9:.4f}B)"),
-            ("weights", f"{shape.num_parameters * width / 1e6:,.1f} MB in {engine.dtype}"),
+            ("weights", f"{weights / 1e6:,.1f} MB in {kept}"),
+            ("decoder in torch", numbers.not_compiled or "not used: the compiled decoder runs"),
             ("read in each step", f"{info.weight_bytes / 1e6:,.1f} MB: all weights but the input embedding"),
         ]
         if engine.kind == "torch":

@@ -227,7 +227,7 @@ def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
 
     from optim.precision import product_dtype
 
-    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    wanted = torch.bfloat16 if config.is_bf16 else torch.float32
     dtype = product_dtype(wanted, torch.device("cpu"))
     tokens = config.batch.micro_sequences * config.batch.sequence_length
     sizes = [*plan.shape.matrices().elements(), (plan.shape.vocab_size, plan.shape.hidden_size)]

@@ -33,7 +33,7 @@ INITIAL_STD = 0.02
 class Linear(nn.Linear):
     """A matrix without bias. Uninitialised: `initialize` or `load_hf` fills it, once.
 
-    Multiplies in `optim.precision.product_dtype`; the result has x's dtype.
+    Multiplies in `optim.precision.product_dtype` of the weight; the result has x's dtype.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = product_dtype(x.dtype, x.device)
+        wide = product_dtype(self.weight.dtype, x.device)
         return F.linear(x.to(wide), self.weight.to(wide)).to(x.dtype)
 
 
@@ -97,13 +97,29 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√C) v over each token's past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ/√C) v, in q's dtype, with products in `optim.precision.product_dtype`.
+
+    Args:
+        q: [B, H, T, C].
+        k, v: [B, K, S, C]; H is a multiple of K.
+        visible: bool, broadcast to [B, H, T, S]: which keys a query sees; None: its past and itself.
+    """
     wide = product_dtype(q.dtype, q.device)
     mixed = F.scaled_dot_product_attention(
-        q.to(wide), k.to(wide), v.to(wide), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        attn_mask=visible,
+        is_causal=visible is None,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return mixed.to(q.dtype)
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+    return attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -233,6 +249,20 @@ def initialize(model: Llama, *, seed: int) -> None:
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
+def widen_products(model: Llama) -> None:
+    """Keep each matrix in the dtype it is multiplied in, so that no forward pass widens it again.
+
+    On a CPU without bf16 arithmetic bf16 matrices become fp32: twice their memory, the same results. A tied
+    head becomes a copy, because a lookup needs no wide table. Anywhere else nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            wide = product_dtype(module.weight.dtype, module.weight.device)
+            if wide != module.weight.dtype:
+                module.weight = nn.Parameter(module.weight.to(wide), requires_grad=False)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager:

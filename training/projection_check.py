@@ -163,7 +163,7 @@ def predict(
     assert job is not None, "`main` refuses what is not counted"
     one = replace(job, stage=stage)
     ceilings = {
-        "bf16_tflops": {"best": alone["products_tflops"]},
+        "product_tflops": {"best": alone["products_tflops"]},
         "copy_gb_per_s": {"best": alone["passes_gb_per_s"]},
     }
     basis = basis_from_row([row], ceilings, job=one, source="one worker")
