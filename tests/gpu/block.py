@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -67,6 +68,17 @@ class Run:
             row["problem"] = problem
         self.stream.write(json.dumps(row, allow_nan=False) + "\n")
         self.stream.flush()
+
+    def attempt(self, *parts: Callable[["Run"], None]) -> None:
+        """Run the parts of a block. What one raises is a row's problem, and the next runs all the same."""
+        for part in parts:
+            try:
+                part(self)
+            except Exception as error:
+                traceback.print_exc()
+                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                where = f"{part.__module__}.{part.__qualname__}"
+                self.row(where, problem=f"{type(error).__name__}: {reason}")
 
     def of_products(self, tflops: float) -> dict[str, float]:
         """`tflops` as a share of each ceiling of bf16 products that is known, in percent."""

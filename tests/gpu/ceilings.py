@@ -27,10 +27,7 @@ BACKENDS = {
 
 
 def measure(run: Run) -> None:
-    versions(run)
-    ceilings(run)
-    products(run)
-    attention(run)
+    run.attempt(versions, ceilings, products, attention)
 
 
 def versions(run: Run) -> None:

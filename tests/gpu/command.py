@@ -272,5 +272,4 @@ def be_a_block(modules: Sequence[str], rows: Path, *, device: str, ceilings: Map
         raise RunError(f"torch {torch.__version__} finds no CUDA device; --device cpu rehearses")
     with rows.open("w") as stream:
         given = Run(torch.device(device), stream, ceilings)
-        for name in modules:
-            importlib.import_module(name).measure(given)
+        given.attempt(*(importlib.import_module(name).measure for name in modules))

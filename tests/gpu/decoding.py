@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,8 +21,9 @@ STEP_TOKENS = {"cuda": (8192, 256), "cpu": (128, 32)}  # of a prefill; the secon
 def measure(run: Run) -> None:
     kind = run.device.type
     large, default = STEP_TOKENS[kind]
+    started = time.perf_counter()
     with engine_of(run, step_tokens=large) as engine:
-        run.row("engine", **engine.info.details)
+        run.row("engine", seconds_to_build=time.perf_counter() - started, **engine.info.details)
         for prompt in PROMPTS[kind]:
             for batch in BATCHES[kind]:
                 point(run, engine, batch=batch, prompt=prompt, step_tokens=large)

@@ -34,11 +34,7 @@ WINDOW = 1 << 26  # elements that are checked in fp64 at a time
 
 
 def measure(run: Run) -> None:
-    products(run)
-    passes(run)
-    orthogonalize(run)
-    large_products(run)
-    large_passes(run)
+    run.attempt(products, passes, orthogonalize, large_products, large_passes)
 
 
 def tolerance(dtype: torch.dtype) -> float:

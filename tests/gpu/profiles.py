@@ -20,10 +20,14 @@ LIMIT = 12  # kernels that are named
 
 
 def measure(run: Run) -> None:
-    decoding(run)
+    run.attempt(decoding, training)
+
+
+def training(run: Run) -> None:
+    """Without torchrun's variables in the environment: as a single process starts."""
     gc.collect()
     run.reset_peak_memory()
-    with trainer_of(run) as trainer:  # without torchrun's variables: the way of a single process
+    with trainer_of(run) as trainer:
         for _ in range(2):
             trainer.take_step()
         top(run, "training", trainer.take_step)

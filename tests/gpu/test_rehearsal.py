@@ -170,7 +170,7 @@ def test_block_7_names_what_takes_the_time(rehearsal):
 GOOD = "def measure(run): run.row('fine', x_ms=1.0)"
 FAULTY = {
     "aborts": "import os\ndef measure(run):\n run.row('before', x_ms=2.0)\n os.abort()",
-    "raises": "def measure(run):\n raise RuntimeError('CUDA error: an illegal memory access')",
+    "raises": "def measure(run):\n raise RuntimeError('CUDA error: an illegal memory access\\nmore')",
     "hangs": "import time\ndef measure(run):\n run.row('before', x_ms=3.0)\n time.sleep(600)",
     "reports": "def measure(run):\n run.row('bad', x_ms=float('nan'))\n run.row('good', x_ms=1.0)",
     "silent": "def measure(run): pass",
@@ -198,14 +198,14 @@ def test_a_block_that_fails_is_reported_and_the_others_run(faulty, capsys):
     entries = json.loads((faulty / "rehearsal_gpu.json").read_text())["blocks"]
     problems = {entry["what"]: entry["problem"] for entry in entries.values()}
     assert problems["aborts"].startswith("ended by SIGABRT")
-    assert problems["raises"] == "exit code 1: RuntimeError: CUDA error: an illegal memory access"
+    assert problems["raises"] == "kit_raises.measure: RuntimeError: CUDA error: an illegal memory access"
     assert problems["hangs"] == "did not end within 10 s"
     assert problems["reports"] == "bad: not finite: x_ms"
     assert problems["silent"] == "no rows" and problems["good"] is None
     rows = {entry["what"]: entry["rows"] for entry in entries.values()}
     assert rows["aborts"] == [{"case": "before", "x_ms": 2.0}] and rows["hangs"][0]["x_ms"] == 3.0
     assert rows["reports"][0] == {"case": "bad", "x_ms": "nan", "problem": "not finite: x_ms"}
-    assert "illegal memory access" in "\n".join(entries["2"]["log"])
+    assert "raise RuntimeError" in "\n".join(entries["2"]["log"])
     assert "failed blocks: 1, 2, 3, 4, 5;" in capsys.readouterr().err
 
 
@@ -261,6 +261,17 @@ def test_a_share_above_100_percent_is_a_fault_of_the_ceiling():
     run.row("high", **run.of_memory(11.0, measured="read"))
     [row] = rows_of(run.stream)
     assert row["fault"].startswith("above 100% of measured_read_gb_per_s") and "problem" not in row
+
+
+def test_a_part_that_raises_does_not_end_the_next():
+    def broken(run):
+        raise ValueError("no\nmore")
+
+    run = in_memory()
+    run.attempt(broken, lambda run: run.row("next", x_ms=1.0))
+    first, second = rows_of(run.stream)
+    assert first["problem"] == "ValueError: no" and first["case"].endswith("broken")
+    assert second == {"case": "next", "x_ms": 1.0}
 
 
 def test_a_wrong_element_an_unwritten_one_and_one_beside_are_seen():
