@@ -36,6 +36,7 @@ PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "tokenizers
 LIMIT_SECONDS = 570.0  # of all blocks: a command on a lent machine ends after 600
 POLL_SECONDS = 0.25
 LOG_LINES = 25  # of a failed block's output that the result keeps
+UNKNOWN = "unknown gpu"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Rows = list[dict[str, Any]]
@@ -151,11 +152,15 @@ def card_of(host: Mapping[str, Any], device: str) -> str:
     """The name of the result: the GPU's, by nvidia-smi. This process starts no CUDA, which takes memory."""
     if device == "cpu":
         return "rehearsal"
-    return host["gpus"][0] if host["gpus"] else "unknown gpu"
+    return host["gpus"][0] if host["gpus"] else UNKNOWN
 
 
 def output_file(card: str, folder: Path | None, device: str) -> Path:
-    """<folder>/<card>_gpu.json; the folder is made. A rehearsal is no baseline."""
+    """<folder>/<card>_gpu.json; the folder is made. A rehearsal is no baseline. Raises `UserError`."""
+    if card == UNKNOWN and folder is None:
+        raise UserError(
+            "nvidia-smi names no GPU here; use --device cpu to rehearse, or --out to try all the same"
+        )
     folder = folder or ROOT / ("outputs" if device == "cpu" else "tests/baselines")
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
@@ -268,8 +273,10 @@ def be_a_block(modules: Sequence[str], rows: Path, *, device: str, ceilings: Map
 
     from tests.gpu.block import Run
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"torch {torch.__version__} finds no CUDA device; --device cpu rehearses")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RunError(f"torch {torch.__version__} finds no CUDA device; --device cpu rehearses")
+        torch.cuda.init()  # statistics of memory cannot be reset before
     with rows.open("w") as stream:
         given = Run(torch.device(device), stream, ceilings)
         given.attempt(*(importlib.import_module(name).measure for name in modules))

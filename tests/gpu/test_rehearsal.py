@@ -217,6 +217,18 @@ def test_no_block_begins_without_time_and_an_unknown_one_is_refused(faulty, caps
     assert "--blocks: '9' is not one of: 1, 2" in capsys.readouterr().err
 
 
+def test_without_a_gpu_no_baseline_is_begun(capsys, monkeypatch):
+    monkeypatch.setattr(command.hardware, "describe_host", lambda: {"gpus": []})
+    assert command.main([]) == 2
+    assert "nvidia-smi names no GPU here" in capsys.readouterr().err
+
+
+def test_a_result_is_named_by_its_card(tmp_path):
+    card = command.card_of({"gpus": ["NVIDIA H100 80GB HBM3"]}, "cuda")
+    assert command.output_file(card, tmp_path, "cuda") == tmp_path / "nvidia-h100-80gb-hbm3_gpu.json"
+    assert command.output_file(card, None, "cuda").parent == ROOT / "tests" / "baselines"
+
+
 @pytest.mark.stack
 def test_a_later_call_keeps_the_blocks_that_it_does_not_run(faulty):
     for number, problem in ((5, "no rows"), (6, None)):
