@@ -131,6 +131,7 @@ def run(numbers: Sequence[int], *, device: str, folder: Path | None, limit_secon
         entry |= {"packages": provenance.versions(PACKAGES), "seconds": 0.0, "rows": []}
         limit = min(block.limit_seconds, ends - time.monotonic())
         write = partial(files.write_json, file, result)
+        write()
         run_block(block, device=device, ceilings=ceilings_of(result), limit=limit, entry=entry, changed=write)
         write()
         print(table(entry["rows"]))

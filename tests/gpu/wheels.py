@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = sum(wheel.stat().st_size for wheel in wheels)
         print("\n".join(f"{wheel.stat().st_size / 1e6:6.2f} MB  {wheel.name}" for wheel in wheels))
         print(f"{size / 1e6:6.2f} MB  in {options.into}")
-        print(COMMAND.format(commit=provenance.commit_environment()[provenance.COMMIT_VARIABLE]))
+        print(
+            COMMAND.format(commit=provenance.commit_environment().get(provenance.COMMIT_VARIABLE, "unknown"))
+        )
 
     return cli.run(body)
 
