@@ -9,7 +9,7 @@
 
 On a GPU with Triton the two passes are kernels (optim/kernels.py), on a CPU that can they are compiled
 (optim/native.cpp); elsewhere they go chunk by chunk, which stays in a CPU's cache. Of a shard that is
-offloaded the CPU runs the passes, and `_Staging` carries the pieces to the GPU and back. Nothing travels where
+offloaded the CPU runs the passes, and `_Staging` carries pieces to the GPU and back. Nothing travels where
 every matrix already lies whole on its owner. Nothing here knows DeepSpeed: fragments say where the weights
 lie, and gradients are found in the `.grad` of the flat tensors.
 """

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
     "cluster": (),
     "optim": (),
     "training": ("cluster", "optim"),
-    "serving": ("cluster", "training.shapes", "training.model"),
+    "serving": ("cluster", "training.attention", "training.shapes", "training.model"),
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
     "optim.native": ("cluster.compiled",),

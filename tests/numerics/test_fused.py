@@ -548,7 +548,7 @@ def test_the_rule_sees_the_number_of_the_step():
 
 
 def test_a_staged_step_gives_the_same_bits(monkeypatch):
-    """The passes of an offloaded shard, on a CPU that plays both devices, against the same passes in place."""
+    """The passes of an offloaded shard, on a CPU that plays both devices, against the passes in place."""
     monkeypatch.setattr(native, "unsupported", lambda device, dtype: "off: it sums in another order")
     monkeypatch.setattr(fused, "STRETCH_BYTES", 400)
     for name, case in ((name, Case("alone", rule=name)) for name in RULES):
