@@ -32,6 +32,7 @@ from serving.engine import (
     admit,
     check,
 )
+from serving.memory import says_what_does_not_fit
 from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
@@ -222,6 +223,7 @@ class TorchEngine:
         return "length" if len(request.tokens) == request.most_tokens else None
 
 
+@says_what_does_not_fit
 def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
     """The engine that the configuration asks for.
 
@@ -230,7 +232,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
         name: what the model is called.
 
     Raises:
-        UserError: the checkpoint cannot be read, the device is missing, or the cache does not fit.
+        UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
     """
     options = config.engine
     device = _device(options.device)
@@ -270,6 +272,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             num_blocks=scheduler.num_blocks,
             slots=options.slots,
             graphs=device.type == "cuda" and options.compiled,
+            context_tokens=context,
         )
     details["compiled decoder"] = "used" if reason is None else f"not used: {reason}"
     info = describe(shape, options, device=device.type, name=name, context=context)
