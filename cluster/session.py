@@ -36,8 +36,8 @@ WORKER_ENVIRONMENT = {
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # else DeepSpeed searches, and warns in every process
 }
-# Else what the allocator has cut up and cannot join again is lost: 41 of an A40's 48 GB are planned for. These
-# two names are one setting (2.13 reads the older one first), so one that the user has set is left alone.
+# Memory that the allocator has cut up and cannot join again would be lost: of an A40's 48 GB, 41 are planned
+# for. The two names are one setting (torch 2.13 reads the older one first), so the user's own is left alone.
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
     "optim.native": ("cluster.compiled",),
+    "optim.kernels": ("cluster.toolchain",),
     "optim.bench": (
         "cluster.benchmark",
         "cluster.cli",
