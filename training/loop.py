@@ -24,6 +24,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training import checkpoint
+from training.attention import for_changing_lengths
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.context import Context
@@ -248,7 +249,7 @@ class Trainer:
         if not self.config.evaluation.sample_tokens:
             return {}
         self.engine.eval()
-        with self.optimizer.at_weights():
+        with self.optimizer.at_weights(), for_changing_lengths():
             return {prompt: self._continued(prompt) for prompt in self.config.evaluation.prompts}
 
     def _continued(self, prompt: str) -> str:

@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from cluster import toolchain
 from optim import fused, kernels, polar, rules
 from optim.kernels import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
 
@@ -127,11 +128,14 @@ def test_a_machine_without_a_gpu_is_named_as_the_reason(monkeypatch):
 def test_a_gpu_runs_half_precision_if_it_has_tiles(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(toolchain, "missing", lambda: None)
     device = {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device["capability"])
     for device["capability"] in kernels.TILES:
         assert why_not("cuda") is why_not("cuda", torch.float16) is None
         assert why_not("cuda", torch.float32) == "products of torch.float32 stay with torch"
+    monkeypatch.setattr(toolchain, "missing", lambda: "Triton needs a C compiler: `apt install gcc`")
+    assert why_not("cuda") == "Triton needs a C compiler: `apt install gcc`"
     device["capability"] = (7, 5)
     assert why_not("cuda") == "there are tiles for compute capability (8, 6), (9, 0), not (7, 5)"
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices "cuda", too
