@@ -240,7 +240,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
     num_threads = options.threads or torch.get_num_threads()
     numbers = arithmetic(options, device)
     try:
-        model, eos_ids = _load(config, directory, dtype=numbers.dtype)
+        model, eos_ids = _load(config, directory, dtype=numbers.dtype, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
@@ -344,8 +344,10 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) -> tuple[Llama, list[int]]:
-    """The model, on the CPU, and the ids of the tokens that end a text."""
+def _load(
+    config: ServeConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Llama, list[int]]:
+    """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
     if directory is not None:
         return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
     assert config.model.shape is not None
@@ -353,7 +355,8 @@ def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) ->
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
     try:
-        model = Llama(shape)
+        with device:
+            model = Llama(shape)
     finally:
         torch.set_default_dtype(default)
     initialize(model, seed=config.model.seed)
