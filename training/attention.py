@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by torch: in a dtype that the device multiplies, by a kernel for the lengths."""
+"""Scaled dot-product attention by torch, in a dtype that the device multiplies, and its choice of kernels."""
 
 from contextlib import AbstractContextManager
 
