@@ -17,6 +17,8 @@ from cluster import files, hardware, provenance
 from cluster.cli import RunError, UserError
 from cluster.session import ROOT
 
+BASELINE_FORMAT = 2  # of the file that `make baseline` writes
+
 
 def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, rounds_help: str) -> None:
     """Add --rounds and --output to the command line of the bench `what`."""

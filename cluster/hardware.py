@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,21 @@ def mbu(*, bytes_per_step: float, step_seconds: float, gb_per_s: float) -> float
     Source: https://www.databricks.com/blog/llm-inference-performance-engineering-best-practices.
     """
     return bytes_per_step / step_seconds / (gb_per_s * 1e9)
+
+
+def ceiling_fault(shares: Mapping[str, float], *, ceiling: str) -> str | None:
+    """What is wrong with a ceiling of which something reached more than 100%; None if nothing did.
+
+    Such a ceiling was measured too low, or the work was counted too high: it bounds nothing.
+
+    Args:
+        shares: name of what was measured -> its share of the ceiling, as a fraction of 1.
+        ceiling: its name.
+    """
+    name, share = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
+    if share <= 1:
+        return None
+    return f"{ceiling}: {name} reaches {share:.0%} of it, so it is no ceiling, and no share of it counts"
 
 
 def describe_host() -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Measured ceilings: matrix products, memory, disks, and the links between GPUs and between nodes.
 
-    python -m cluster.probe [--device cpu|cuda] [--threads N]      one JSON object
+    python -m cluster.probe [--device cpu|cuda] [--dtype bfloat16|float32] [--threads N]      one JSON object
 
 Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it.
-The spread beside it, (slowest, fastest), says how disturbed it was.
+The spread beside it, (slowest, fastest), says how disturbed it was. Products are measured in what a model of
+that dtype multiplies in (`optim.precision`), and the result names it. Sizes and repeats shrink on a slow CPU,
+so that all of it takes at most ten seconds; what cannot be measured is missing, with a reason.
 """
 
 import argparse
@@ -14,18 +16,31 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.session import free_ports
+from cluster.process import Child
+from optim.precision import product_dtype
 
-GEMM_SIZE = 2048  # rows, columns and depth on a CPU; a GPU takes four times as much of each
+if TYPE_CHECKING:
+    import torch
+
+GEMM_SIZE = 2048  # most rows, columns and depth on a CPU; a GPU takes four times as much of each
+PILOT_SIZE = 256  # of the product whose speed chooses size and repeats on a CPU
+PILOT_REPEATS = 5
+LEAST_ROWS = 64  # of a model's products, on a slow CPU
+CPU_SECONDS = (
+    2.5  # for each measurement on a CPU: one of products, two of memory; and for all models' products
+)
 COPY_BYTES = 1 << 28  # well above any cache
 SUSTAINED_SECONDS = 0.2  # of each repeat on a GPU
-PEAKS = ("bf16_tflops", "read_gb_per_s")  # of Ceilings: what compute and memory are set against
+PEAKS = ("product_tflops", "read_gb_per_s")  # of Ceilings: what compute and memory are set against
+RATES = ("product_tflops", "read_gb_per_s", "copy_gb_per_s")  # of Ceilings
 LINK_PEAK = "all_reduce_gb_per_s"  # of Links: what the bytes that a rank sends are set against
 
 
@@ -39,88 +54,156 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached.
+    """What a device reached. A rate that could not be measured is None, and `problems` says why.
 
     Attributes:
-        bf16_tflops: TFLOP/s of a square bf16 product with fp32 accumulation, 2·n³ FLOPs each.
+        product_dtype: what the products were measured in, such as "bfloat16".
+        product_tflops: TFLOP/s of a square product with fp32 accumulation, 2·n³ FLOPs each.
         read_gb_per_s: GB/s (1e9 bytes) of summing an array much larger than the caches.
         copy_gb_per_s: GB/s of copying one, bytes read plus bytes written.
         device: such as "cpu, 2 threads" or the GPU's name.
+        problems: name of a rate -> why it is missing, in one line.
     """
 
-    bf16_tflops: Ceiling
-    read_gb_per_s: Ceiling
-    copy_gb_per_s: Ceiling
+    product_dtype: str
+    product_tflops: Ceiling | None
+    read_gb_per_s: Ceiling | None
+    copy_gb_per_s: Ceiling | None
     device: str
+    problems: dict[str, str]
 
 
 def measure(
-    *, device: str = "cpu", num_threads: int | None = None, repeats: int = 7, size: int | None = None
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    num_threads: int | None = None,
+    repeats: int = 7,
+    size: int | None = None,
 ) -> Ceilings:
-    """Ceilings of "cpu" or "cuda", in one or two seconds each.
+    """Ceilings of "cpu" or "cuda", in a few seconds.
 
     Args:
+        dtype: of a model's weights, "bfloat16" or "float32"; products are measured in what it multiplies in.
         num_threads: of torch on a CPU; None leaves them as they are. They stay set.
-        repeats: of each measurement, after one that is not counted.
-        size: rows, columns and depth of the products; None takes GEMM_SIZE, or four times that on a GPU.
+        repeats: of each measurement at most, after one that is not counted.
+        size: most rows, columns and depth of the products; None takes GEMM_SIZE, or four times that on a GPU.
     """
     import torch
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     gpu = device == "cuda"
-    size = size or GEMM_SIZE * (4 if gpu else 1)
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    product = torch.empty_like(left)
-    source = torch.zeros(COPY_BYTES * (4 if gpu else 1) // 4, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    num_bytes = source.numel() * source.element_size()
+    product = _product_dtype(dtype, device)
+    num_bytes = COPY_BYTES * (4 if gpu else 1)
+    problems: dict[str, str] = {}
 
-    def timed(body: Callable[[], Any], amount: float) -> Ceiling:
-        """Rates in `amount` per second."""
-        return _ceiling(amount, _sustained(body, repeats, gpu=gpu))
+    def attempt(name: str, take: Callable[[], Ceiling]) -> Ceiling | None:
+        try:
+            return take()
+        except (RuntimeError, MemoryError) as error:  # torch's errors of allocation are RuntimeErrors
+            problems[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return None
+
+    def products() -> Ceiling:
+        n = size or GEMM_SIZE * (4 if gpu else 1)
+        if not gpu:
+            n = _affordable_size(n, repeats, _pilot_flops(product))
+        left, right = (torch.randn(n, n, device=device).to(product) for _ in range(2))
+        out = torch.empty_like(left)
+        taken = _sustained(lambda: torch.mm(left, right, out=out), repeats, gpu=gpu, within=CPU_SECONDS)
+        return _ceiling(2 * n**3 / 1e12, taken)
+
+    def memory(*, copied: bool) -> Ceiling:
+        source = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
+        target = torch.empty_like(source) if copied else source
+        body = partial(target.copy_, source) if copied else source.sum
+        taken = _sustained(body, repeats, gpu=gpu, within=CPU_SECONDS)
+        return _ceiling((2 if copied else 1) * num_bytes / 1e9, taken)
 
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return Ceilings(
-        bf16_tflops=timed(lambda: torch.mm(left, right, out=product), 2 * size**3 / 1e12),
-        read_gb_per_s=timed(source.sum, num_bytes / 1e9),
-        copy_gb_per_s=timed(lambda: target.copy_(source), 2 * num_bytes / 1e9),
+        product_dtype=str(product).removeprefix("torch."),
+        product_tflops=attempt("product_tflops", products),
+        read_gb_per_s=attempt("read_gb_per_s", partial(memory, copied=False)),
+        copy_gb_per_s=attempt("copy_gb_per_s", partial(memory, copied=True)),
         device=name,
+        problems=problems,
     )
 
 
 def measure_products(
-    sizes: Sequence[tuple[int, int]], *, num_rows: int, device: str, repeats: int = 5
+    counts: Mapping[tuple[int, int], int],
+    *,
+    num_rows: int,
+    device: str,
+    dtype: str = "bfloat16",
+    repeats: int = 5,
+    within: float = CPU_SECONDS,
 ) -> Ceiling:
-    """TFLOP/s of a model's own products in bf16, there and back: the ceiling of its training step.
+    """TFLOP/s of a model's own products, there and back: the ceiling of its training step.
+
+    Each size is measured once and counts as often as the model has it.
 
     Args:
-        sizes: (rows, columns) of each weight.
-        num_rows: tokens that are multiplied at once.
+        counts: (rows, columns) of each weight -> how many the model has.
+        num_rows: tokens that are multiplied at once; fewer on a CPU that could not do them in time.
+        dtype: as in `measure`.
+        within: seconds, on a CPU.
     """
     import torch
 
-    gpu = device == "cuda"
-    weights = {size: torch.randn(size, device=device).bfloat16() for size in dict.fromkeys(sizes)}
-    inputs = {cols: torch.randn(num_rows, cols, device=device).bfloat16() for _, cols in weights}
+    gpu, product = device == "cuda", _product_dtype(dtype, device)
+    if not gpu:
+        flops_of_all = _pilot_flops(product) * within / (repeats + 1)
+        affordable = int(flops_of_all / sum(6 * rows * cols for rows, cols in counts))
+        num_rows = min(num_rows, max(LEAST_ROWS, affordable))
 
-    def there_and_back() -> None:
-        for size in sizes:
-            weight, x = weights[size], inputs[size[1]]
+    def seconds(rows: int, cols: int) -> list[float]:
+        weight = torch.randn(rows, cols, device=device).to(product)
+        x = torch.randn(num_rows, cols, device=device).to(product)
+
+        def there_and_back() -> None:
             y = x @ weight.T
             _ = y @ weight, y.T @ x
 
-    flops = sum(6 * rows * cols * num_rows for rows, cols in sizes)
-    return _ceiling(flops / 1e12, _sustained(there_and_back, repeats, gpu=gpu))
+        return _sustained(there_and_back, repeats, gpu=gpu, within=within / len(counts))
+
+    taken = [[count * each for each in seconds(*size)] for size, count in counts.items()]
+    flops = sum(6 * rows * cols * count for (rows, cols), count in counts.items()) * num_rows
+    return _ceiling(flops / 1e12, [sum(repeat) for repeat in zip(*taken, strict=False)])
 
 
-def _sustained(body: Callable[[], Any], repeats: int, *, gpu: bool) -> list[float]:
+def _product_dtype(dtype: str, device: str) -> "torch.dtype":
+    import torch
+
+    return product_dtype(getattr(torch, dtype), torch.device(device))
+
+
+def _pilot_flops(dtype: "torch.dtype") -> float:
+    """FLOP/s of a small product on this CPU."""
+    import torch
+
+    operand = torch.randn(PILOT_SIZE, PILOT_SIZE).to(dtype)
+    return 2 * PILOT_SIZE**3 / min(_seconds(lambda: operand @ operand, PILOT_REPEATS, gpu=False))
+
+
+def _affordable_size(most: int, repeats: int, flops_per_s: float) -> int:
+    """The largest of `most`, its half, its quarter ... whose products take CPU_SECONDS in all."""
+    size = most
+    while size > PILOT_SIZE and 2 * size**3 * (repeats + 1) > CPU_SECONDS * flops_per_s:
+        size //= 2
+    return size
+
+
+def _sustained(body: Callable[[], Any], repeats: int, *, gpu: bool, within: float) -> list[float]:
     """Seconds of `body`; on a GPU each is the mean of as many launches in a row as take SUSTAINED_SECONDS.
 
-    A single product is over before a GPU's clocks have settled, and too short beside waiting for it.
+    A single product is over before a GPU's clocks have settled, and too short beside waiting for it. On a
+    CPU repeats end after `within` seconds.
     """
     if not gpu:
-        return _seconds(body, repeats, gpu=gpu)
+        return _seconds(body, repeats, gpu=gpu, within=within)
     number = max(1, round(SUSTAINED_SECONDS / min(_seconds(body, 3, gpu=True))))
 
     def many() -> None:
@@ -131,13 +214,21 @@ def _sustained(body: Callable[[], Any], repeats: int, *, gpu: bool) -> list[floa
 
 
 def _seconds(
-    body: Callable[[], Any], repeats: int, *, gpu: bool, before: Callable[[], Any] = lambda: None
+    body: Callable[[], Any],
+    repeats: int,
+    *,
+    gpu: bool,
+    before: Callable[[], Any] = lambda: None,
+    within: float = inf,
 ) -> list[float]:
-    """How long `body` takes, `repeats` times after one that is not counted; `before` is not in the time."""
+    """How long `body` takes, `repeats` times after one that is not counted; `before` is not in the time.
+
+    No repeat begins once all of them together have taken `within` seconds; one is always counted.
+    """
     import torch
 
-    taken = []
-    for _ in range(repeats + 1):
+    taken: list[float] = []
+    while len(taken) <= repeats and (len(taken) < 2 or sum(taken) < within):
         before()
         if gpu:
             torch.cuda.synchronize()
@@ -229,10 +320,12 @@ def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
     Raises:
         RuntimeError: a process failed; the message is its own.
     """
+    from cluster.session import free_ports
+
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "cluster.probe", "--device", device, "--threads", "1"]
     ranks = [
-        subprocess.Popen(
+        Child(
             [*command, "--link", f"{rank}/{num_ranks}:{port}", "--bytes", str(num_bytes)],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
@@ -287,6 +380,7 @@ def main() -> int:
     """Measure, and print the best rates as one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m cluster.probe", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of a model")
     parser.add_argument("--threads", type=int, default=None, help="compute threads; default: torch's own")
     parser.add_argument("--link", metavar="RANK/RANKS:PORT", help="be a rank of a measurement of links")
     parser.add_argument("--bytes", type=int, default=1 << 26, help="with --link: of its large buffers")
@@ -294,9 +388,12 @@ def main() -> int:
     if options.link:
         print(json.dumps(asdict(_be_a_rank(options))))
         return 0
-    found = measure(device=options.device, num_threads=options.threads)
-    rates = ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")
-    print(json.dumps({"device": found.device, **{name: getattr(found, name).best for name in rates}}))
+    found = asdict(measure(device=options.device, dtype=options.dtype, num_threads=options.threads))
+    print(
+        json.dumps(
+            {name: value["best"] if name in RATES and value else value for name, value in found.items()}
+        )
+    )
     return 0
 
 

@@ -7,12 +7,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ConfigError, key, require
+from cluster.process import no_leftovers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,36 +149,42 @@ def ray_session(
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
 
-    runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
+    local = config.address == "local"
+    # The folder of an embedded Ray's logs ends with this process's id.
+    with no_leftovers(f"_{os.getpid()}/logs/") if local else nullcontext():
+        _connect(config, resources, {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}})
+        try:
+            _check_resources(ray.cluster_resources(), resources, smaller=smaller)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(config: SessionConfig, resources: Mapping[str, float], runtime_env: dict[str, Any]) -> None:
+    import ray
+
+    options: dict[str, Any] = {
+        "address": config.address,
+        "log_to_driver": False,  # workers report through the run's files
+        "logging_level": logging.WARNING,
+        "runtime_env": runtime_env,
+    }
     if config.address == "local":
         ray.init(
-            address="local",
+            **options,
             num_cpus=ceil(resources["CPU"]),
             object_store_memory=config.object_store_megabytes * 1_000_000,
             include_dashboard=False,
-            log_to_driver=False,  # workers report through the run's files
-            logging_level=logging.WARNING,
-            runtime_env=runtime_env,
         )
-    else:
-        try:
-            ray.init(
-                address=config.address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                runtime_env=runtime_env,
-            )
-        except ConnectionError as error:
-            raise ConfigError(
-                f"session.address: no Ray cluster answers at {config.address!r} "
-                f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
-                "or use session.address=local"
-            ) from error
+        return
     try:
-        _check_resources(ray.cluster_resources(), resources, smaller=smaller)
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"session.address: no Ray cluster answers at {config.address!r} "
+            f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
+            "or use session.address=local"
+        ) from error
 
 
 def _check_resources(available: Mapping[str, float], needed: Mapping[str, float], *, smaller: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from cluster import hardware
 from cluster.config import key, require
 
-RATES = {"bf16_tflops": "TFLOP/s", "copy_gb_per_s": "GB/s"}  # of `probe.Ceilings`
-COLUMNS = ("node", "GPUs", "bf16 TFLOP/s", "copy GB/s", "scratch w/r", "storage w/r", "links GB/s", "skew ms")
+RATES = {"product_tflops": "TFLOP/s", "copy_gb_per_s": "GB/s"}  # of `probe.Ceilings`
+COLUMNS = ("node", "GPUs", "TFLOP/s", "copy GB/s", "scratch w/r", "storage w/r", "links GB/s", "skew ms")
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class Finding:
 
 
 def measured_tflops(report: dict[str, Any]) -> float | None:
-    """TFLOP/s of a bf16 product on the median GPU of a preflight's report, or None if it saw no GPUs.
+    """TFLOP/s of a product on the median GPU of a preflight's report, or None if it saw no GPUs.
 
     With it as the peak, `hardware.mfu` says what share of the reachable a run got, beside the datasheet's.
     """
     rates = [
-        row["bf16_tflops"]["best"]
+        row["product_tflops"]["best"]
         for facts in report["found"]["nodes"].values()
         if facts["gpus"]
         for row in facts["ceilings"]
+        if row["product_tflops"]
     ]
     return statistics.median(rates) if rates else None
 
@@ -161,6 +162,7 @@ def _speeds(nodes: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Ite
             (node, index): row[name]["best"]
             for node, facts in nodes.items()
             for index, row in enumerate(facts["ceilings"])
+            if row[name]
         }
         median = statistics.median(rates.values()) if rates else 0.0
         for (node, index), rate in rates.items():
@@ -206,7 +208,7 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
     """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
     rows: list[Sequence[str]] = [COLUMNS]
     for node, facts in found["nodes"].items():
-        rates = [[row[name]["best"] for row in facts["ceilings"]] for name in RATES]
+        rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
         cells = (node, str(len(facts["gpus"])), *(f"{min(each):.3g}" if each else "-" for each in rates))
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cluster import benchmark, cli, files, hardware, provenance
+from cluster import benchmark, cli, files, hardware, process, provenance
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.record import Record
@@ -35,6 +35,7 @@ from serving.latency import Outcome, Slo, summarise
 from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open
 from serving.text import TOKENIZER_FILE, load_tokenizer
 from serving.workload import Planned, arrivals, from_conversations, from_trace, lengths, synthetic
+from training import shapes
 
 PROBE_SECONDS = 120.0
 ATTEMPTS = 3  # at a measurement, while the load generator lags; a new cluster is still settling at first
@@ -242,6 +243,8 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
     print(f"\n{report.table(bench.points)}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
     print(summary["no_shares"] or report.FORMULAS)
+    for fault in summary["ceiling_faults"]:
+        print(fault)
     if bench.search != Search():
         print(bench.search.describe())
     print(f"run directory: {directory} ({', '.join(plot.name for plot in plots)})")
@@ -376,15 +379,19 @@ def _ceilings(config: ServeConfig, model: dict[str, Any]) -> dict[str, Any] | No
         return None
     note("measuring this machine's ceilings")
     threads = ["--threads", str(config.engine.threads)] if config.engine.threads else []
-    command = [sys.executable, "-m", "cluster.probe", "--device", info["device"], *threads]
+    asked = ["--device", info["device"], "--dtype", info["dtype"], *threads]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-        )
+        done = process.run([sys.executable, "-m", "cluster.probe", *asked], cwd=ROOT, timeout=PROBE_SECONDS)
+        done.check_returncode()
+        measured = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        raise RunError(f"the ceilings of this machine cannot be measured: {said}") from error
-    return report.ceilings(info, json.loads(done.stdout))
+        measured = {"problems": {"cluster.probe": said}}
+    if measured["problems"]:
+        for name, reason in measured["problems"].items():
+            note(f"{name} could not be measured: {reason}")
+        return None
+    return report.ceilings(info, measured)
 
 
 REQUEST_COLUMNS = ("index", "scheduled", "prompt_tokens", "output_tokens", "ttft", "tpot", "e2e", "error")
@@ -400,7 +407,7 @@ def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
     if info is None:
         no_shares = "no MBU or MFU: the endpoint does not say what its model weighs"
     elif ceiling is None:
-        no_shares = "no MBU or MFU: no datasheet and no measurement of the device that serves"
+        no_shares = "no MBU or MFU: the device that serves has no datasheet and could not be measured"
     elif replicas.max_replicas is not None:
         no_shares = "no MBU or MFU: autoscaling changed the number of engines meanwhile"
     else:
@@ -416,6 +423,7 @@ def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
         "refused": refused,
         "ceilings": ceiling,
         "no_shares": no_shares,
+        "ceiling_faults": report.faults(bench.points),
         "slo": asdict(bench.config.slo),
         "highest_rate_meeting_slo": bench.search.met,
         "lowest_rate_missing_slo": bench.search.missed,
@@ -430,7 +438,9 @@ def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
 def _race(config: ServeConfig, peer: str) -> dict[str, Any]:
     threads = config.engine.threads or hardware.describe_host()["cpu_cores"]
     python = config.bench.python or sys.executable
-    return races.race({peer: python}, num_rounds=config.bench.rounds, threads=threads, report=note)
+    shape = shapes.resolve(config.model.shape) if config.model.shape else races.TINY
+    rounds = config.bench.rounds
+    return races.race({peer: python}, num_rounds=rounds, threads=threads, shape=shape, report=note)
 
 
 def publish(config: ServeConfig, result: dict[str, Any]) -> None:

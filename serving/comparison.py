@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files, hardware
+from cluster.benchmark import BASELINE_FORMAT
 from cluster.cli import UserError
 from cluster.hardware import Device
 from cluster.intervals import Interval, of_rate, of_ratio
 from cluster.probe import LINK_PEAK, PEAKS
 
-FORMAT = 1  # of `training.baseline`
 KINDS = ("training", "prefill", "decode")
 DATASHEET = "datasheet:"
 VERDICTS = ("supported", "contradicted", "not decided")
@@ -118,9 +118,9 @@ class Side:
             )
         ceilings = self.content["ceilings"]
         return Peaks(
-            ceilings["bf16_tflops"]["best"] * 1e12,
+            ceilings["product_tflops"]["best"] * 1e12,
             ceilings["read_gb_per_s"]["best"] * 1e9,
-            f"measured by cluster.probe, in {self.origin}",
+            f"measured by cluster.probe in {ceilings['product_dtype']}, in {self.origin}",
             False,
             self._of_rounds(PEAKS[0]),
             self._of_rounds(PEAKS[1]),
@@ -204,11 +204,13 @@ def read_side(origin: str) -> Side:
     content = files.read_json(path)
     if not isinstance(content, dict) or "figures" not in content or "hardware" not in content:
         raise UserError(f"{origin}: not a file of `make baseline`")
+    if content.get("format") != BASELINE_FORMAT:
+        raise UserError(
+            f"{origin}: format {content.get('format')!r}, not {BASELINE_FORMAT}; run `make baseline` again"
+        )
     problem = _problem(content)
     if problem is not None:
-        raise UserError(f"{origin}: {problem}; was it edited by hand? Run `make baseline` anew")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{origin}: format {content.get('format')!r}, not {FORMAT}; run `make baseline` anew")
+        raise UserError(f"{origin}: {problem}; run `make baseline` again on that machine")
     about = content["hardware"]
     number = "" if about["num_devices"] == 1 else f"{about['num_devices']} x "
     return Side(f"{number}{about['name']}", origin, hardware.lookup(about["name"]), content)
@@ -217,12 +219,15 @@ def read_side(origin: str) -> Side:
 def _problem(content: Mapping[str, Any]) -> str | None:
     """What of a file's figures and ceilings is not as `make baseline` writes it."""
     ceilings = content.get("ceilings") or {}
-    rates = {name: ceilings.get(name) for name in ("bf16_tflops", "read_gb_per_s", "copy_gb_per_s")}
+    rates = {name: ceilings.get(name) for name in ("product_tflops", "read_gb_per_s", "copy_gb_per_s")}
     rates |= {f"disk.{name}": rate for name, rate in (ceilings.get("disk") or {}).items()}
     for key in ("links", "links_between_nodes"):
         if LINK_PEAK in (links := ceilings.get(key) or {}):
             rates[f"{key}.{LINK_PEAK}"] = links[LINK_PEAK]
+    problems = ceilings.get("problems") or {}
     for name, rate in rates.items():
+        if rate is None and name in problems:
+            return f"ceilings.{name} could not be measured ({problems[name]})"
         if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
     if not content.get("peaks_of_rounds"):
@@ -454,11 +459,13 @@ def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: flo
     measured = 1 if sides[0].is_roofline else 0
     share = each.shares[measured]
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
+    if share.centre > 1:
+        return Claim(text, "not decided", "above 100%: the ceiling, or the count of the work, is wrong")
     return _known(text, share, len(each.figures[measured]["values"]), tolerance)
 
 
 def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:
-    verdicts = [verdict(each.parity, tolerance) for each in group]
+    verdicts = [_decided(each, tolerance) for each in group]
     centres = sorted(each.parity.centre for each in group)
     overall = next((worst for worst in ("contradicted", "not decided") if worst in verdicts), "supported")
     counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS)
@@ -469,10 +476,18 @@ def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Cla
 def _of_one(each: Comparison, tolerance: float) -> Claim:
     same = each.bounds[0] == each.bounds[1]
     share = SHARE[each.bounds[0]] if same else "share of its own roofline"
-    because = f"A at {show(each.parity)} of B's {share}, {_runs(each)}"
-    return Claim(
-        f"{each.id}: parity of {share} within {tolerance:.0%}", verdict(each.parity, tolerance), because
-    )
+    because = f"A at {show(each.parity)} of B's {share}, {_runs(each)}{_void(each)}"
+    return Claim(f"{each.id}: parity of {share} within {tolerance:.0%}", _decided(each, tolerance), because)
+
+
+def _decided(each: Comparison, tolerance: float) -> str:
+    """The verdict on a figure's parity. A ceiling that it exceeds is none, so nothing rests on its share."""
+    return "not decided" if _void(each) else verdict(each.parity, tolerance)
+
+
+def _void(each: Comparison) -> str:
+    above = [f"{'AB'[place]} above 100% of its ceiling" for place in (0, 1) if each.shares[place].centre > 1]
+    return "".join(f"; {what}" for what in above)
 
 
 def _caveats(each: Comparison) -> list[Claim]:

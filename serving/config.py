@@ -11,7 +11,7 @@ from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 ENGINES = ("torch", "vllm")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("checkpoint", "random")
 COMPARISONS = ("transformers", "vllm", "serve")
@@ -38,7 +38,11 @@ class ModelConfig:
 class EngineConfig:
     kind: str = key("torch", "'torch' (ours) or 'vllm' (pip install asuncion[vllm]; on GPUs)")
     device: str = key("auto", "'cuda', 'cpu', or 'auto': a GPU if there is one")
-    dtype: str = key("bfloat16", "of weights, activations and cache: bfloat16 or float32")
+    dtype: str = key(
+        "auto",
+        "of weights, activations and cache: bfloat16, float32 or 'auto': bfloat16, but float32 on a CPU that "
+        "neither multiplies bf16 nor runs the compiled decoder",
+    )
     threads: int = key(0, "compute threads on a CPU; 0: all cores")
     slots: int = key(32, "requests that run at once, one token each in a step")
     waiting: int = key(64, "requests that may wait for a slot; beyond them a client is told 429")

@@ -89,7 +89,7 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model, **{"dtype": torch.bfloat16, "attn_implementation": "sdpa", **settings}
+            model, **{"attn_implementation": "sdpa", **settings}
         ).eval()
         self._model.generation_config = transformers.GenerationConfig(pad_token_id=0)
         self.about = {
@@ -148,7 +148,6 @@ class Vllm:
         options: dict[str, Any] = {
             "model": str(model),
             "skip_tokenizer_init": True,
-            "dtype": "bfloat16",
             "max_num_seqs": slots,
             "enable_prefix_caching": False,  # the next round asks the same
             "disable_log_stats": True,

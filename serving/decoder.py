@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serving.scheduler import BLOCK_TOKENS, Span, num_blocks
-from training.attention import for_changing_lengths
+from training.attention import for_changing_lengths, sdpa
 from training.model import Llama
 
 WARM_UPS = 2  # runs before a capture, in which libraries choose kernels and allocate workspaces
@@ -192,9 +191,7 @@ class _Attention:
             num_rows = len(blocks) * num_tokens
             queries = q[0, :, row : row + num_rows].unflatten(1, (len(blocks), num_tokens)).transpose(0, 1)
             keys, values = (kept[blocks].flatten(1, 2).transpose(1, 2) for kept in cached)
-            part = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            part = sdpa(queries, keys, values, visible=visible)
             mixed.append(part.transpose(0, 1).flatten(1, 2))  # [H, rows, C]
             row += num_rows
         return torch.cat(mixed, dim=1)[None]

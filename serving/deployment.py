@@ -28,6 +28,7 @@ from fastapi import FastAPI
 from prometheus_client import Histogram as Buckets
 
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
+from cluster.process import no_leftovers
 from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
 from serving import checkpoints
 from serving.checkpoints import Served
@@ -125,7 +126,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
 
 def describe(config: ServeConfig) -> str:
     """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
-    from serving.torch_engine import describe as sizes
+    from serving import torch_engine
 
     served, engine = checkpoints.find(config.model), config.engine
     lines = [("model", f"{served.name}, from {served.directory or 'random weights'}")]
@@ -134,12 +135,17 @@ def describe(config: ServeConfig) -> str:
     if served.directory is None or (served.directory / "config.json").is_file():
         shape = checkpoints.shape_of(config.model, served)
         context = engine.context_tokens or shape.max_positions
-        info = sizes(shape, engine, device="", name="", context=context)
-        width = info.weight_bytes // shape.num_matmul_parameters
+        numbers = torch_engine.arithmetic(engine, torch_engine.find_device(engine.device))
+        info = torch_engine.describe(shape, engine, numbers, device="", name="", context=context)
+        weights = info.weight_bytes + numbers.dtype.itemsize * (
+            shape.num_parameters - shape.num_matmul_parameters  # the table of a tied head is the head
+        )
+        kept = str(numbers.weights).removeprefix("torch.")
         cache = info.kv_bytes_per_token * engine.cache_tokens
         lines += [
             ("parameters", f"{shape.num_parameters:,} ({shape.num_parameters / 1e9:.4f}B)"),
-            ("weights", f"{shape.num_parameters * width / 1e6:,.1f} MB in {engine.dtype}"),
+            ("weights", f"{weights / 1e6:,.1f} MB in {kept}"),
+            ("decoder in torch", numbers.not_compiled or "not used: the compiled decoder runs"),
             ("read in each step", f"{info.weight_bytes / 1e6:,.1f} MB: all weights but the input embedding"),
         ]
         if engine.kind == "torch":
@@ -189,6 +195,7 @@ def serving(
     with (
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
+        no_leftovers(f"{folder}/"),  # HAProxy keeps its log open there
         environment(serve_environment(Path(folder), haproxy=options.haproxy)),
         session,
     ):

@@ -171,7 +171,7 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
         "ceilings:"
     )
     yield ""
-    yield "| | peak TFLOP/s, bf16 | bandwidth GB/s | from | measured link GB/s |"
+    yield "| | peak TFLOP/s | bandwidth GB/s | from | measured link GB/s |"
     yield "|---|---|---|---|---|"
     for place, peaks in enumerate(parity.peaks):
         both = f"{peaks.flops / 1e12:.4g} | {peaks.bytes_per_s / 1e9:.4g}"
@@ -290,7 +290,7 @@ def _measured(side: Side) -> Iterator[tuple[str, str]]:
     if side.is_roofline:
         return
     ceilings = side.content["ceilings"]
-    yield "square bf16 product, TFLOP/s", _rate(ceilings["bf16_tflops"])
+    yield f"square {ceilings['product_dtype']} product, TFLOP/s", _rate(ceilings["product_tflops"])
     for shape, rate in ceilings["products_tflops"].items():
         yield f"products of {shape}, TFLOP/s", _rate(rate)
     yield "reading memory, GB/s", _rate(ceilings["read_gb_per_s"])

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster import benchmark, files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
+from cluster.process import Child
 from cluster.session import ROOT, worker_environment
 from training.shapes import LlamaShape, resolve, to_hf_config
 
@@ -70,7 +71,7 @@ class Case:
     """Requests to answer, `concurrency` at once. Lengths are drawn evenly from least to most.
 
     Attributes:
-        decode: measured is the decoding alone (`decode_rate`); else whole requests (`request_rate`).
+        measured: "decode" (`decode_rate`), "prefill" (`prefill_rate`) or "requests" (`request_rate`).
     """
 
     what: str
@@ -78,17 +79,19 @@ class Case:
     concurrency: int
     prompt_tokens: tuple[int, int]
     new_tokens: tuple[int, int]
-    decode: bool
+    measured: str
 
-    @property
-    def rate(self) -> "Callable[[Times], float]":
-        return decode_rate if self.decode else request_rate
+    def rate(self, times: "Times", prompts: Sequence[Sequence[int]]) -> float:
+        """Tokens per second: of the prompts in "prefill", else new ones."""
+        if self.measured == "prefill":
+            return prefill_rate(times, sum(map(len, prompts)))
+        return decode_rate(times) if self.measured == "decode" else request_rate(times)
 
 
 def decode_case(batch: int, *, prompt_tokens: int = 64, new_tokens: int = 128) -> Case:
     """A batch of equal requests that decode together."""
     what = f"decoding, batch {batch}, prompts of {prompt_tokens}, {new_tokens} new tokens"
-    return Case(what, batch, batch, (prompt_tokens,) * 2, (new_tokens,) * 2, decode=True)
+    return Case(what, batch, batch, (prompt_tokens,) * 2, (new_tokens,) * 2, "decode")
 
 
 CASES = {
@@ -101,8 +104,9 @@ CASES = {
         16,
         (64, 512),
         (48, 80),
-        decode=False,
+        "requests",
     ),
+    "prefill_b4": Case("prefilling, batch 4, prompts of 512", 4, 4, (512, 512), (1, 1), "prefill"),
 }
 
 Times = Sequence[Sequence[float]]  # of each request: seconds at which its new tokens were there
@@ -139,6 +143,11 @@ def request_rate(times: Times) -> float:
     return sum(map(len, times)) / max(at[-1] for at in times)
 
 
+def prefill_rate(times: Times, num_tokens: int) -> float:
+    """Prompt tokens per second until every request has its first token."""
+    return num_tokens / max(at[0] for at in times)
+
+
 @dataclass(frozen=True)
 class Turn:
     """What a contender answered.
@@ -159,7 +168,7 @@ class Race:
     """What was measured.
 
     Attributes:
-        rates: case -> contender -> new tokens per second, one per round.
+        rates: case -> contender -> tokens per second (`Case.rate`), one per round.
         first_tokens: contender -> the first new token of every request, in order.
         others_cores: contender -> `Turn.others_cores`, of every turn.
         about: contender -> what it is and how it is set up.
@@ -239,7 +248,7 @@ def race(
         peers: name in PEERS -> the Python interpreter that has it.
         threads: compute threads of each contender.
         report: told, one line at a time, how far it is.
-        model: a Hugging Face directory; without it, random weights in `shape`.
+        model: a Hugging Face directory; without it, random weights in `shape`, as in a bf16 checkpoint.
         settings: contender -> keys of `serving.config` for "ours", of from_pretrained or of vllm.EngineArgs.
 
     Raises:
@@ -260,7 +269,12 @@ def race(
             model = folder / "model"
             write_random_model(model, shape, seed=0)
         vocab_size = resolve(model).vocab_size
-        given: dict[str, dict[str, Any]] = {OURS: {"engine.device": "cpu", "engine.threads": threads}}
+        best = {"dtype": best_dtype()}
+        given: dict[str, dict[str, Any]] = {
+            OURS: {"engine.device": "cpu", "engine.threads": threads},
+            "transformers": best,
+            "vllm": best,
+        }
         found, contenders = Race(), {}
         for name, python in pythons.items():
             started = time.monotonic()
@@ -275,7 +289,7 @@ def race(
                 asked = work(case_name, case, vocab_size=vocab_size, round_number=number)
                 for name in turns(list(contenders), number):
                     turn = quietest(partial(contenders[name].turn, asked, case.concurrency))
-                    rate = case.rate(turn.times)
+                    rate = case.rate(turn.times, asked[0])
                     which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
                     others = f", while others used {turn.others_cores:.2f} cores"
                     report(
@@ -285,6 +299,15 @@ def race(
                     if number >= 0:
                         found.add(case_name, name, rate, turn)
     return race_result(found)
+
+
+def best_dtype() -> str:
+    """What the peers compute in on this CPU: bfloat16, or float32 where it would be slower."""
+    import torch
+
+    from optim.precision import compute_dtype
+
+    return str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
 class Disturbed(Protocol):
@@ -355,34 +378,30 @@ def running(name: str, python: str, *, threads: int, log: Path) -> "Iterator[Pro
     """A contender in a process group of its own, stopped but for its turns; it ends with the block."""
     with log.open("wb") as stream:
         # -P: else Python would look for the modules of libraries in serving/ first
-        child = subprocess.Popen(
+        child = Child(
             [python, "-P", str(SCRIPT), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
             env=environment_of(name, threads=threads),
-            start_new_session=True,
         )
     try:
         yield Process(name, child, log)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGCONT)
+        child.send_signal(signal.SIGCONT)
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
             child.stdin.close()  # on which it ends, and its own children with it
         with suppress(subprocess.TimeoutExpired):
             child.wait(STOP_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.end()
         child.stdout.close()
 
 
 class Process:
     """A contender, seen from here."""
 
-    def __init__(self, name: str, child: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, name: str, child: Child, log: Path) -> None:
         self._name, self._child, self._log = name, child, log
 
     def load(self, model: Path, settings: Mapping[str, Any], *, slots: int) -> dict[str, str]:
@@ -405,12 +424,12 @@ class Process:
         """Let the process group go on, send the command, wait for the line of its answer, stop the group."""
         assert self._child.stdin is not None
         try:
-            os.killpg(self._child.pid, signal.SIGCONT)
+            self._child.send_signal(signal.SIGCONT)
             self._child.stdin.write(json.dumps(command).encode() + b"\n")
             self._child.stdin.flush()
             line = self._line(time.monotonic() + within_seconds)
-            os.killpg(self._child.pid, signal.SIGSTOP)
-        except (BrokenPipeError, ProcessLookupError):
+            self._child.send_signal(signal.SIGSTOP)
+        except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
             raise self._failure(command["do"], within_seconds)

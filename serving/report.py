@@ -38,23 +38,27 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
 
     Args:
         info: `serving.engine.EngineInfo` as a mapping.
-        measured: "device", "bf16_tflops" and "read_gb_per_s" of `cluster.probe`.
+        measured: "device", and "product_dtype", "product_tflops" and "read_gb_per_s" of `cluster.probe`.
 
     Returns:
-        `bf16_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a decoding step with an
-        empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence at that; and
-        `prefill_tokens_per_second`: peak / flops_per_token, attention left out.
+        `product_dtype`, `product_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a
+        decoding step with an empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence
+        at that; and `prefill_tokens_per_second`: peak / flops_per_token, attention left out.
     """
     device = hardware.lookup(str(measured["device"]))
     if device is not None:
         tflops, gb_per_s, source = device.bf16_tflops, device.memory_gb_per_s, f"datasheet, {device.source}"
+        dtype = "bfloat16"
     else:
-        tflops, gb_per_s = measured["bf16_tflops"], measured["read_gb_per_s"]
+        dtype, tflops, gb_per_s = (
+            measured[name] for name in ("product_dtype", "product_tflops", "read_gb_per_s")
+        )
         source = "measured here (cluster.probe); no datasheet entry"
     step_seconds = info["weight_bytes"] / (gb_per_s * 1e9)
     return {
         "device": measured["device"],
-        "bf16_tflops": tflops,
+        "product_dtype": dtype,
+        "product_tflops": tflops,
         "gb_per_s": gb_per_s,
         "source": source,
         "step_ms": 1e3 * step_seconds,
@@ -91,20 +95,30 @@ def shares(
             tokens_per_second=point["mean_prompt_tokens"] / (point["ttft_p50_ms"] / 1e3),
             flops_per_token=info["flops_per_token"],
             num_devices=1,
-            peak_tflops=ceiling["bf16_tflops"],
+            peak_tflops=ceiling["product_tflops"],
         )
     return found
+
+
+def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with ceilings of which a point reached more than 100%."""
+    found = []
+    for key, ceiling in (("mbu", "bandwidth"), ("prefill_mfu", "peak")):
+        reached = {str(point["load"]): point[key] for point in points if point.get(key) is not None}
+        found.append(hardware.ceiling_fault(reached, ceiling=ceiling))
+    return [fault for fault in found if fault]
 
 
 def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
     """The ceilings, for people."""
     details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
-    peak, bandwidth = ceiling["bf16_tflops"], ceiling["gb_per_s"]
+    peak, bandwidth = ceiling["product_tflops"], ceiling["gb_per_s"]
     return "\n".join(
         [
             f"model        {info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}",
             f"engine       {info['engine']} on {info['device']}: {details}",
-            f"ceilings     {peak:.3g} TFLOP/s, {bandwidth:.3g} GB/s ({ceiling['source']})",
+            f"ceilings     {peak:.3g} TFLOP/s in {ceiling['product_dtype']}, {bandwidth:.3g} GB/s "
+            f"({ceiling['source']})",
             f"decoding     {info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
             f"{ceiling['step_ms']:.3g} ms, at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
             f"prefilling   {info['flops_per_token'] / 1e6:,.1f} MFLOP a token: at most "

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cluster.cli import UserError
+from optim.precision import compute_dtype, product_dtype
 from serving import native
 from serving.config import EngineConfig, ServeConfig
 from serving.decoder import StepDecoder, TorchDecoder
@@ -36,7 +37,7 @@ from serving.memory import says_what_does_not_fit
 from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
-from training.model import Llama, initialize, load_hf
+from training.model import Llama, initialize, load_hf, widen_products
 from training.shapes import LlamaShape
 
 
@@ -235,11 +236,11 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
         UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
     """
     options = config.engine
-    device = _device(options.device)
+    device = find_device(options.device)
     num_threads = options.threads or torch.get_num_threads()
-    dtype = getattr(torch, options.dtype)
+    numbers = arithmetic(options, device)
     try:
-        model, eos_ids = _load(config, directory, dtype=dtype)
+        model, eos_ids = _load(config, directory, dtype=numbers.dtype, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
@@ -252,9 +253,8 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
         scheduler.num_blocks * BLOCK_TOKENS,
     )
     details = {"threads": str(num_threads)} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name()}
-    reason = "engine.compiled=false" if not options.compiled else native.unsupported(device, dtype)
     decoder: StepDecoder
-    if reason is None:
+    if numbers.not_compiled is None:
         try:
             decoder = native.NativeDecoder(
                 model,
@@ -265,17 +265,19 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
                 num_threads=num_threads,
             )
         except ValueError as error:
-            reason = str(error)
-    if reason is not None:
+            numbers = arithmetic(options, device, not_compiled=str(error))
+    if numbers.not_compiled is not None:
+        model = model.to(device, numbers.dtype)
+        widen_products(model)
         decoder = TorchDecoder(
-            model.to(device),
+            model,
             num_blocks=scheduler.num_blocks,
             slots=options.slots,
             graphs=device.type == "cuda" and options.compiled,
             context_tokens=context,
         )
-    details["compiled decoder"] = "used" if reason is None else f"not used: {reason}"
-    info = describe(shape, options, device=device.type, name=name, context=context)
+    details["compiled decoder"] = f"not used: {numbers.not_compiled}" if numbers.not_compiled else "used"
+    info = describe(shape, options, numbers, device=device.type, name=name, context=context)
     info.details.update(details)
     return TorchEngine(
         decoder,
@@ -286,27 +288,55 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
     )
 
 
-def describe(shape: LlamaShape, options: EngineConfig, *, device: str, name: str, context: int) -> EngineInfo:
+@dataclass(frozen=True)
+class Arithmetic:
+    """What an engine computes in.
+
+    Attributes:
+        dtype: of activations and cache.
+        weights: of the matrices in memory; wider than `dtype` on a CPU that would widen them in each step.
+        not_compiled: why the compiled decoder is not used, or None.
+    """
+
+    dtype: torch.dtype
+    weights: torch.dtype
+    not_compiled: str | None
+
+
+def arithmetic(options: EngineConfig, device: torch.device, *, not_compiled: str | None = None) -> Arithmetic:
+    """What `engine.dtype` comes to on this device; `not_compiled` rules the compiled decoder out."""
+    named = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    reason = not_compiled or (None if options.compiled else "engine.compiled=false")
+    reason = reason or native.unsupported(device, named or torch.bfloat16)
+    if reason is None:
+        return Arithmetic(named or torch.bfloat16, named or torch.bfloat16, None)
+    dtype = named or compute_dtype(device)
+    return Arithmetic(dtype, product_dtype(dtype, device), reason)
+
+
+def describe(
+    shape: LlamaShape, options: EngineConfig, numbers: Arithmetic, *, device: str, name: str, context: int
+) -> EngineInfo:
     """What an engine of this shape reads and computes."""
-    width = 2 if options.dtype == "bfloat16" else 4
     return EngineInfo(
         engine="torch",
         model=name,
         device=device,
-        dtype=options.dtype,
+        dtype=str(numbers.dtype).removeprefix("torch."),
         context_tokens=context,
         vocab_size=shape.vocab_size,
         num_parameters=shape.num_parameters,
         num_slots=options.slots,
         most_waiting=options.waiting,
-        weight_bytes=width * shape.num_matmul_parameters,
-        kv_bytes_per_token=shape.kv_bytes_per_token(width),
+        weight_bytes=numbers.weights.itemsize * shape.num_matmul_parameters,
+        kv_bytes_per_token=shape.kv_bytes_per_token(numbers.dtype.itemsize),
         flops_per_token=2 * shape.num_matmul_parameters,
         details={},
     )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `engine.device` names. Raises `UserError`: a GPU is asked for, and there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -314,8 +344,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) -> tuple[Llama, list[int]]:
-    """The model, on the CPU, and the ids of the tokens that end a text."""
+def _load(
+    config: ServeConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Llama, list[int]]:
+    """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
     if directory is not None:
         return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
     assert config.model.shape is not None
@@ -323,7 +355,8 @@ def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) ->
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
     try:
-        model = Llama(shape)
+        with device:
+            model = Llama(shape)
     finally:
         torch.set_default_dtype(default)
     initialize(model, seed=config.model.seed)

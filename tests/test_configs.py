@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import to_yaml, walk
-from training.config import TrainConfig
+from training.config import TrainConfig, settled
 from training.plan import make_plan
 from training.study_config import StudyConfig
 from training.study_plan import StudyPlan
@@ -87,7 +87,7 @@ def test_the_default_study_is_the_one_of_the_design():
 
 
 def test_the_defaults_make_a_plan_too():
-    plan = make_plan(TrainConfig())
+    plan = make_plan(settled(TrainConfig()))
     assert plan.num_workers == 2 and plan.accumulation >= 1 and plan.num_steps >= 100
 
 

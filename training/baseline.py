@@ -20,12 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import benchmark, cli, files, hardware, inventory, probe, provenance, remote
+from cluster import benchmark, cli, files, hardware, inventory, probe, process, provenance, remote
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.probe import LINK_PEAK, PEAKS
 from cluster.progress import Progress
-from cluster.reap import descendants
 from cluster.record import Record
 from cluster.session import ROOT
 from cluster.usage import out_of_memory
@@ -33,9 +32,9 @@ from training import baseline_plan, shapes
 from training.baseline_plan import BaselineConfig, Cell, Machine, describe, make_cells
 from training.ceilings import better
 
-FORMAT = 1
 WHAT = "baseline"
 FIGURE_COLUMNS = ("figure", "tokens/s", "min", "max", "joules_per_token", "cost_per_million_tokens", "shares")
+ALONE = ", during communication alone"  # end of the name of a link's share
 TOLERANCE = 20  # a cell may take so many times its floor, and START_SECONDS, before it is ended
 START_SECONDS = 600
 LINK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
@@ -90,27 +89,32 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     about = {name: found[name] for name in ("name", "kind", "num_devices")}
     about |= {"num_nodes": _num_nodes(config), "cpu_cores": host["cpu_cores"]}
     about["datasheet"] = datasheet and asdict(datasheet)
-    best = {name: found[name]["best"] for name in PEAKS}
+    best = _best(found)
     machine = Machine(
         gpu=found["kind"] == "gpu",
         num_devices=found["num_devices"],
         memory_bytes=found["free_bytes"],
-        tflops=best["bf16_tflops"],
-        gb_per_s=best["read_gb_per_s"],
+        tflops=best.get("product_tflops"),
+        gb_per_s=best.get("read_gb_per_s"),
         num_nodes=about["num_nodes"],
+        is_bf16=found["product_dtype"] == "bfloat16",
     )
     cells = make_cells(config, machine)
     nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""
     print(
-        f"{nodes}{about['num_devices']} x {about['name']}: {machine.tflops:.3g} TFLOP/s in bf16, "
-        f"{machine.gb_per_s:.3g} GB/s, {machine.memory_bytes / 1e9:.1f} GB free, measured (cluster.probe)"
+        f"{nodes}{about['num_devices']} x {about['name']}: "
+        f"{_shown(best, 'product_tflops')} TFLOP/s in {found['product_dtype']}, "
+        f"{_shown(best, 'read_gb_per_s')} GB/s, {machine.memory_bytes / 1e9:.1f} GB free, "
+        "measured (cluster.probe)"
     )
+    for name, reason in found["problems"].items():
+        print(f"{name} could not be measured, and figures have no share of it: {reason}")
     print(describe(cells, rounds=config.rounds), flush=True)
     if dry_run:
         return
     output = _output(config, host)
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": benchmark.BASELINE_FORMAT,
         "complete": False,
         "hardware": about,
         "ceilings": found,
@@ -119,6 +123,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
         "cells": [cell.as_json() for cell in cells],
         "figures": [],
+        "ceiling_faults": [],
         "peaks_of_rounds": [],  # how well the ceilings are known
     }
     if all(cell.skipped for cell in cells):
@@ -128,10 +133,21 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     files.write_json(output, {**result, "complete": True})
     partial.unlink()
     print(table(result["figures"]))
+    for fault in result["ceiling_faults"]:
+        print(fault)
     print(f"written to {output}")
     print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))
+
+
+def _best(ceilings: Mapping[str, Any]) -> dict[str, float]:
+    """The peaks that could be measured."""
+    return {name: ceilings[name]["best"] for name in PEAKS if ceilings[name]}
+
+
+def _shown(best: Mapping[str, float], name: str) -> str:
+    return f"{best[name]:.3g}" if name in best else "unknown"
 
 
 def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
@@ -178,10 +194,10 @@ def _probe(products_of: Mapping[str, int]) -> dict[str, Any]:
     """`training.ceilings.measure` in a process of its own. Raises `RunError`."""
     asked = [f"{name}:{num_rows}" for name, num_rows in products_of.items()]
     command = [sys.executable, "-m", "training.ceilings", *asked]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = process.run(command, cwd=ROOT)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"the ceilings cannot be measured: {last}")
+        raise RunError(f"torch does not run on this machine's device: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -226,7 +242,7 @@ def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, An
         for number in range(config.rounds):
             now = _all_ceilings(config, result["hardware"], products_of)
             result["ceilings"] = better(result["ceilings"], now)
-            peaks = {name: now[name]["best"] for name in PEAKS}
+            peaks = _best(now)
             if LINK_PEAK in (links := now["links"] or {}):
                 peaks[LINK_PEAK] = links[LINK_PEAK]["best"]
             result["peaks_of_rounds"].append(peaks)
@@ -239,24 +255,20 @@ def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, An
                 progress.update({"step": number * len(going) + place + 1})
                 result["cells"] = [cell.as_json() for cell in cells]
                 result["figures"] = figures(result["cells"], result, config)
+                result["ceiling_faults"] = faults(result["figures"])
                 files.write_json(output, result)
 
 
 def _once(cell: Cell) -> None:
     """Run a cell's command once; its last line joins the rounds, or its problem is noted."""
     limit = START_SECONDS + TOLERANCE * cell.floor_seconds
-    process = subprocess.Popen(
-        [sys.executable, *cell.command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=limit)
+        done = process.run([sys.executable, *cell.command], cwd=ROOT, timeout=limit)
     except subprocess.TimeoutExpired:
         cell.problem = ("failed", f"did not end within {limit:.0f} s")
         return
-    finally:
-        _end(process)
-    found = _last_object(out) if process.returncode == 0 else None
+    out, err = done.stdout, done.stderr
+    found = _last_object(out) if done.returncode == 0 else None
     if found is not None:
         if (nodes := found.get("num_nodes", 1)) == cell.about.get("nodes", 1):
             cell.rounds.append(found)
@@ -266,20 +278,10 @@ def _once(cell: Cell) -> None:
     errors = [line for line in err.splitlines() if "error: " in line]
     said = (errors or err.strip().splitlines() or ["no message"])[-1].partition("error: ")
     reason = (said[2] or said[0])[:300]
-    killed = process.returncode == -signal.SIGKILL or "exitcode  : -9" in err
+    killed = done.returncode == -signal.SIGKILL or "exitcode  : -9" in err
     if killed:
         reason = "killed, as the kernel does when memory runs out"
     cell.problem = ("out of memory" if killed or out_of_memory(err) else "failed", reason)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Kill a cell that is left before its end, and its descendants: torchrun's ranks are no group of its."""
-    if process.poll() is not None:
-        return
-    for pid in (*descendants(process.pid), process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def _last_object(out: str) -> dict[str, Any] | None:
@@ -413,10 +415,11 @@ def shares(
     figure: Mapping[str, Any], ceilings: Mapping[str, Any], datasheet: Mapping[str, Any] | None
 ) -> dict[str, list[float]]:
     """Denominator -> share of it in each round: FLOPs or bytes per second over the ceiling's."""
-    peaks = {
-        "MFU of measured product": ("flops", ceilings["bf16_tflops"]["best"] * 1e12),
-        "MBU of measured read": ("bytes", ceilings["read_gb_per_s"]["best"] * 1e9),
-    }
+    peaks = {}
+    if ceilings["product_tflops"]:
+        peaks["MFU of measured product"] = ("flops", ceilings["product_tflops"]["best"] * 1e12)
+    if ceilings["read_gb_per_s"]:
+        peaks["MBU of measured read"] = ("bytes", ceilings["read_gb_per_s"]["best"] * 1e9)
     if own := ceilings["products_tflops"].get(figure.get("model")):
         peaks["MFU of measured products of this model"] = ("flops", own["best"] * 1e12)
     if datasheet:
@@ -428,6 +431,20 @@ def shares(
         if figure[work] is not None
     }
     return found | _link_shares(figure, ceilings)
+
+
+def faults(figures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with ceilings of which a figure's median reaches more than 100%.
+
+    A link's share during communication alone may: a GPU computes beside it, which counts bytes but no time.
+    """
+    reached: dict[str, dict[str, float]] = {}
+    for figure in figures:
+        for name, values in figure["shares"].items():
+            if not name.endswith(ALONE):
+                reached.setdefault(name, {})[figure["id"]] = statistics.median(values)
+    found = (hardware.ceiling_fault(shares, ceiling=name) for name, shares in reached.items())
+    return [fault for fault in found if fault]
 
 
 def _link_shares(figure: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -447,7 +464,7 @@ def _link_shares(figure: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict
     alone = figure["communication_seconds"]
     if all(alone):
         step = sent * figure["tokens_per_step"] / figure["devices"]
-        found[f"{name}, during communication alone"] = [step / seconds / peak for seconds in alone]
+        found[name + ALONE] = [step / seconds / peak for seconds in alone]
     return found
 
 

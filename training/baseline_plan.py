@@ -102,14 +102,22 @@ class Machine:
 
     Attributes:
         num_devices: of a node.
+        is_bf16: models compute in bf16 here (`optim.precision`), else in fp32.
+        tflops, gb_per_s: measured; None where they could not be, and then no cell has a least time.
     """
 
     gpu: bool
     num_devices: int
     memory_bytes: float
-    tflops: float
-    gb_per_s: float
+    tflops: float | None
+    gb_per_s: float | None
     num_nodes: int = 1
+    is_bf16: bool = True
+
+    def least_seconds(self, *, flops: float, num_bytes: float = 0.0) -> float:
+        """Of work that first computes and then reads, at the measured ceilings."""
+        computing = flops / (self.tflops * 1e12) if self.tflops else 0.0
+        return computing + (num_bytes / (self.gb_per_s * 1e9) if self.gb_per_s else 0.0)
 
 
 @dataclass
@@ -187,6 +195,7 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
             f"optim.matrix.rule={rule}",
             f"optim.matrix.lr={0.02 if rule == 'muon' else 0.001}",
             f"zero.stage={cells.zero_stage}",
+            f"precision={'bf16' if machine.is_bf16 else 'fp32'}",
             f"workers.count={workers}",
             f"workers.gpu={str(gpu).lower()}",
             f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // on_node)}",
@@ -219,7 +228,7 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
         shape=_title(name),
         about={"model": name, "rule": rule, "rows": micro * length, "nodes": num_nodes},
         command=command,
-        floor_seconds=num_steps * flops / (machine.tflops * 1e12),
+        floor_seconds=machine.least_seconds(flops=num_steps * flops),
     )
     if needed > USABLE_MEMORY * machine.memory_bytes:
         cell.skipped = _too_large(needed, machine)
@@ -251,7 +260,7 @@ def _serving(config: BaselineConfig, machine: Machine, model: str) -> Cell:
             *("--prompt-tokens", str(num_prompt), "--new-tokens", str(num_new)),
             *keys,
         ],
-        floor_seconds=flops / (machine.tflops * 1e12) + num_bytes / (machine.gb_per_s * 1e9),
+        floor_seconds=machine.least_seconds(flops=flops, num_bytes=num_bytes),
     )
     cache = max(batches) * (num_prompt + num_new + 32) * shape.kv_bytes_per_token(BF16_BYTES)
     needed = BF16_BYTES * shape.num_parameters + cache

@@ -6,7 +6,7 @@ accumulation, memory, FLOPs) are derived in `training.plan`, not configured.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import config as layered
@@ -15,7 +15,7 @@ from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 DECAYS = ("linear", "cosine")
 MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
 SCION_RULES = ("scion", "transported_scion")  # of all parameters, by norm; the others: of hidden matrices
@@ -327,7 +327,11 @@ class RecordConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     launcher: str = key("ray", "ray (Ray Train) or torch (torchrun, or one process): the same loop")
-    precision: str = key("bf16", "weights and activations: bf16 (with fp32 master weights) or fp32")
+    precision: str = key(
+        "auto",
+        "weights and activations: bf16 (with fp32 master weights), fp32, or 'auto': bf16, but fp32 on CPUs "
+        "without bf16 arithmetic",
+    )
     run: RunConfig = key(RunConfig, "")
     data: DataConfig = key(DataConfig, "")
     model: ModelConfig = key(ModelConfig, "")
@@ -350,11 +354,36 @@ class TrainConfig:
         )
 
     @property
+    def is_bf16(self) -> bool:
+        """Whether weights and activations are bf16, and not fp32."""
+        assert self.precision != "auto", "training.config.load settles it"
+        return self.precision == "bf16"
+
+    @property
     def run_directory(self) -> Path:
         """`<run.directory>/<run.name>`, absolute."""
         return (Path(self.run.directory).expanduser() / self.run.name).absolute()
 
 
-def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> TrainConfig:
-    """The training configuration: defaults <- `file` <- `dotlist`. Raises `ConfigError`."""
-    return layered.load(TrainConfig, file=file, dotlist=dotlist)
+def load(*, file: Path | None = None, dotlist: Sequence[str] = (), settle: bool = True) -> TrainConfig:
+    """The training configuration: defaults <- `file` <- `dotlist`. Raises `ConfigError`.
+
+    Args:
+        settle: let this machine decide what `precision=auto` is. False leaves it to the one that trains.
+    """
+    config = layered.load(TrainConfig, file=file, dotlist=dotlist)
+    return settled(config) if settle else config
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """With a precision in place of `auto`: bf16 on GPUs, on CPUs what `optim.precision` says of this one."""
+    if config.precision != "auto":
+        return config
+    if config.workers.gpu:
+        return replace(config, precision="bf16")
+    import torch
+
+    from optim.precision import compute_dtype
+
+    bf16 = compute_dtype(torch.device("cpu")) == torch.bfloat16
+    return replace(config, precision="bf16" if bf16 else "fp32")

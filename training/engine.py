@@ -38,7 +38,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
 
     Gradients accumulate in fp32, except in stage 0 with bf16, where DeepSpeed offers bf16 only.
     """
-    bf16, stage, bucket = config.precision == "bf16", config.zero.stage, config.zero.bucket_elements
+    bf16, stage, bucket = config.is_bf16, config.zero.stage, config.zero.bucket_elements
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,

@@ -239,7 +239,7 @@ def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measure
     device = _device(config.device)
     subject.update(work.subject)
     shape = subject.check(work.subject)
-    dtype = _dtype(config.dtype, work.subject.directory)
+    dtype = _dtype(config.dtype, work.subject.directory, device)
     # transformers would fill what is missing in a damaged checkpoint with random numbers, and go on.
     model = _load(work.subject, dtype=getattr(torch, dtype))
     held_out = None
@@ -269,13 +269,21 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
-def _dtype(name: str, directory: Path) -> str:
-    """bfloat16 or float32; 'auto' is what config.json says, with bfloat16 for any half precision."""
+def _dtype(name: str, directory: Path, device: "torch.device") -> str:
+    """bfloat16 or float32; 'auto' is what config.json says, with bfloat16 for any half precision.
+
+    A CPU without bf16 arithmetic computes in float32: to widen bf16 weights changes none of them.
+    """
+    from optim.precision import compute_dtype
+
+    widest = str(compute_dtype(device)).removeprefix("torch.")
+    if name == "bfloat16" and widest != name:
+        raise UserError("dtype: bfloat16, but this CPU has no bf16 arithmetic; use dtype=auto or float32")
     if name != "auto":
         return name
     config = files.read_json(directory / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if stored in ("bfloat16", "float16") else "float32"
+    return widest if stored in ("bfloat16", "float16") else "float32"
 
 
 def _load(found: Subject, *, dtype: "torch.dtype") -> "Llama":

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         there = _on_cluster(options.cluster) if options.cluster else ()
-        config = training_config.load(file=options.config, dotlist=[*there, *options.overrides])
+        given = {"file": options.config, "dotlist": [*there, *options.overrides]}
+        config = training_config.load(**given)
         plan = make_plan(config)
         if options.dry_run:
             print(f"{layered.to_yaml(config)}\n{plan.describe()}")
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.cluster,
                 run=config.run.name,
                 module="training.launch",
-                config=layered.to_yaml(config),
+                config=layered.to_yaml(training_config.load(**given, settle=False)),
                 skip_preflight=options.skip_preflight,
             )
         elif config.launcher == "torch":

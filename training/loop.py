@@ -97,7 +97,7 @@ class Trainer:
             device_name=context.device_name,
             measured_tflops=_measured_tflops(config),
         )
-        with zero_init(config):
+        with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
             model = Llama(self.plan.shape, activation_checkpointing=config.model.activation_checkpointing)
         initialize(model, seed=config.run.seed)
         self.engine, self.optimizer, self.members = make_engine(

@@ -17,7 +17,7 @@ class Meter:
         flops_per_token: see `LlamaShape.flops_per_token`.
         num_devices: accelerators over all workers.
         device_name: as the driver names it, or the CPU's model name.
-        measured_tflops: what a device reached in a bf16 product (`cluster.preflight`), or None.
+        measured_tflops: what a device reached in a product (`cluster.preflight`), or None.
     """
 
     tokens_per_step: int
@@ -49,6 +49,7 @@ class Meter:
         """tokens_per_second over all workers, and `mfu` as a share of the datasheet peak, or null and why.
 
         `mfu_of_measured` is the same share of what a product reached on these devices, where that is known.
+        Above 1 each comes with a reason to doubt its peak.
         """
         rate = self.tokens_per_step / step_seconds
         rates: dict[str, Any] = {"tokens_per_second": rate}
@@ -59,6 +60,10 @@ class Meter:
             rates["mfu"] = self._mfu(rate, device.bf16_tflops)
         if self.measured_tflops is not None:
             rates["mfu_of_measured"] = self._mfu(rate, self.measured_tflops)
+        named = {"mfu": "the datasheet's peak", "mfu_of_measured": "the preflight's product"}
+        for name, ceiling in named.items():
+            if fault := hardware.ceiling_fault({name: rates.get(name) or 0.0}, ceiling=ceiling):
+                rates[f"{name}_reason"] = fault
         return rates
 
     def _mfu(self, tokens_per_second: float, peak_tflops: float) -> float:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optim.precision import product_dtype
 from training import shapes
+from training.attention import sdpa
 from training.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
@@ -33,7 +34,7 @@ INITIAL_STD = 0.02
 class Linear(nn.Linear):
     """A matrix without bias. Uninitialised: `initialize` or `load_hf` fills it, once.
 
-    Multiplies in `optim.precision.product_dtype`; the result has x's dtype.
+    Multiplies in `optim.precision.product_dtype` of the weight; the result has x's dtype.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = product_dtype(x.dtype, x.device)
+        wide = product_dtype(self.weight.dtype, x.device)
         return F.linear(x.to(wide), self.weight.to(wide)).to(x.dtype)
 
 
@@ -98,12 +99,8 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ/√C) v over each token's past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
-    wide = product_dtype(q.dtype, q.device)
-    mixed = F.scaled_dot_product_attention(
-        q.to(wide), k.to(wide), v.to(wide), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return mixed.to(q.dtype)
+    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+    return sdpa(q, k, v)
 
 
 class Attention(nn.Module):
@@ -214,9 +211,12 @@ def initialize(model: Llama, *, seed: int) -> None:
     """Set every weight of `model`, each as a pure function of `seed` and the parameter's name.
 
     So the result depends neither on world size nor on ZeRO stage, and weights partitioned by `zero.Init`
-    work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 on the CPU
-    and then cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2;
-    norms are 1.
+    work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 and then
+    cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2; norms
+    are 1.
+
+    A weight on a GPU is drawn there: one CPU thread takes 29 s for 1.4B weights. A GPU draws other numbers
+    than a CPU, and another model of GPU may again, so the result is a function of the kind of device too.
     """
     residual_std = INITIAL_STD / math.sqrt(2 * model.shape.num_layers)
     for name, parameter in model.named_parameters():
@@ -226,9 +226,24 @@ def initialize(model: Llama, *, seed: int) -> None:
                 continue
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INITIAL_STD
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
+def widen_products(model: Llama) -> None:
+    """Keep each matrix in the dtype it is multiplied in, so that no forward pass widens it again.
+
+    On a CPU without bf16 arithmetic bf16 matrices become fp32: twice their memory, the same results. A tied
+    head becomes a copy, because a lookup needs no wide table. Anywhere else nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            wide = product_dtype(module.weight.dtype, module.weight.device)
+            if wide != module.weight.dtype:
+                module.weight = nn.Parameter(module.weight.to(wide), requires_grad=False)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager:

@@ -21,12 +21,14 @@ class Plan:
     """Derived quantities of a run.
 
     Attributes:
+        is_bf16: weights and activations are bf16, else fp32.
         accumulation: micro-batches per worker and optimizer step.
         memory_bytes: part -> bytes per worker, at its peak.
         device: the accelerator the memory must fit, if the configuration names a known one.
     """
 
     shape: LlamaShape
+    is_bf16: bool
     num_workers: int
     accumulation: int
     samples_per_step: int
@@ -44,6 +46,7 @@ class Plan:
         """The plan as a table for people."""
         rows = [
             ("parameters", f"{self.shape.num_parameters:,} ({self.shape.num_parameters / 1e9:.4f}B)"),
+            ("precision", "bf16, with fp32 master weights" if self.is_bf16 else "fp32"),
             ("workers", f"{self.num_workers}"),
             (
                 "tokens per step",
@@ -96,6 +99,7 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
         )
     plan = Plan(
         shape=shape,
+        is_bf16=config.is_bf16,
         num_workers=workers,
         accumulation=batch.tokens // tokens_per_pass,
         samples_per_step=batch.tokens // batch.sequence_length,
@@ -122,7 +126,7 @@ def _require_room_ahead(config: TrainConfig) -> None:
     if not config.optim.looks_ahead:
         return
     rule, zero = config.optim.matrix.rule, config.zero
-    if zero.stage == 0 and config.precision == "fp32":
+    if zero.stage == 0 and not config.is_bf16:
         raise ConfigError(
             f"optim.matrix.rule: {rule} takes gradients ahead of the weights, and with zero.stage=0 in fp32 "
             "there is no second copy of them to hold that point; use zero.stage=1 or precision=bf16"
@@ -187,7 +191,7 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
     stage 1); activations as counted by `activation_bytes`; what the optimizer step holds for a moment.
     """
     stage, bucket = config.zero.stage, config.zero.bucket_elements
-    low, n = (2 if config.precision == "bf16" else 4), shape.num_parameters
+    low, n = (2 if config.is_bf16 else 4), shape.num_parameters
     matrix = sum(rows * cols * count for (rows, cols), count in shape.matrices().items())
     rule = config.optim.matrix.rule
     whole, scion = rule in MUON_RULES + SCION_RULES, rule in SCION_RULES
@@ -228,7 +232,7 @@ def activation_bytes(config: TrainConfig, shape: LlamaShape) -> int:
     (2·q + 2·kv)·p, and 4 per head for the softmax; the SwiGLU at 4·ffn·p.
     `tests/numerics/test_plan.py` holds this against autograd's own count.
     """
-    low = 2 if config.precision == "bf16" else 4
+    low = 2 if config.is_bf16 else 4
     tokens = config.batch.micro_sequences * config.batch.sequence_length
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden = shape.hidden_size

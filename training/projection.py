@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster import cli, hardware
 from cluster import config as layered
+from cluster.benchmark import BASELINE_FORMAT
 from cluster.cli import UserError
 from cluster.config import key, require, require_choice
 from cluster.probe import LINK_PEAK
@@ -32,7 +33,6 @@ from training.shapes import SHAPES
 from training.step_model import NCCL_PROTOCOLS, PARTS, Basis, Links, Network, basis_from_row, step_seconds
 from training.traffic import SHARES, Job
 
-FORMAT = 1
 # 25 GbE: what NHR@FAU's nodes of 8 A40 have (https://doc.nhr.fau.de/clusters/alex/); 25/8 = 3.1 GB/s.
 NODE_GB_PER_S = 3.1
 
@@ -118,9 +118,9 @@ def read_baseline(path: Path) -> dict[str, Any]:
         raise UserError(f"baseline: {path}: no such file; {remedy}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"baseline: {path}: cannot be read as JSON ({error}); {remedy}") from None
-    whole = isinstance(found, dict) and found.get("format") == FORMAT
+    whole = isinstance(found, dict) and found.get("format") == BASELINE_FORMAT
     if not whole or not {"hardware", "ceilings", "cells"} <= set(found):
-        raise UserError(f"baseline: {path}: is no baseline of format {FORMAT}; {remedy}")
+        raise UserError(f"baseline: {path}: is no baseline of format {BASELINE_FORMAT}; {remedy}")
     return found
 
 

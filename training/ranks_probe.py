@@ -55,7 +55,7 @@ def run(config: TrainConfig, *, num_bytes: int) -> dict[str, Any] | None:
     with torch_context(gpu=False) as context:
         found = {"products_tflops": _products(config, context), "passes_gb_per_s": _passes(context)}
         if context.world_size > 1:
-            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if config.is_bf16 else torch.float32
             found |= _collectives(context, num_bytes, dtype)
         every = context.gather(found)
         if not context.is_main:
@@ -81,7 +81,7 @@ def _products(config: TrainConfig, context: Any) -> float:
 
     from optim.precision import product_dtype
 
-    wanted = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    wanted = torch.bfloat16 if config.is_bf16 else torch.float32
     dtype, shape = product_dtype(wanted, context.device), resolve_shape(config)
     sizes = list(dict.fromkeys([*shape.matrices(), (shape.vocab_size, shape.hidden_size)]))
     num_rows = config.batch.micro_sequences * config.batch.sequence_length

@@ -236,7 +236,7 @@ def basis_from_row(
     basis = Basis(
         source=source,
         compute_seconds_per_token=compute * rows[0]["num_workers"] / rows[0]["tokens_per_step"],
-        product_flops=ceilings["bf16_tflops"]["best"] * 1e12,
+        product_flops=ceilings["product_tflops"]["best"] * 1e12,
         memory_bytes_per_s=ceilings["copy_gb_per_s"]["best"] * 1e9,
     )
     modelled = optimizer_seconds(job, traffic.ownership(job), basis)

@@ -122,7 +122,7 @@ def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulati
         bucket_elements=config.zero.bucket_elements,
         whole_matrices=matrix.rule in MUON_RULES,
         norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
-        element_bytes=2 if config.precision == "bf16" else 4,
+        element_bytes=2 if config.is_bf16 else 4,
         exchange_bytes=2 if matrix.dtype == "bf16" else 4,
     )
 

@@ -56,7 +56,7 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     assert training["time_shares"]["compute"] > training["time_shares"]["data"] > 0
     rows = found["cells"][0]["rounds"]
     assert training["values"] == [row["tokens_per_step"] / row["step_seconds"] for row in rows]
-    peak = found["ceilings"]["bf16_tflops"]["best"] * 1e12
+    peak = found["ceilings"]["product_tflops"]["best"] * 1e12
     mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
     assert training["shares"]["MFU of measured product"] == pytest.approx(mfu)
     assert training["ranks"] == 2

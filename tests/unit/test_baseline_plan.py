@@ -111,10 +111,10 @@ def test_bad_keys_are_named(argument, message):
 
 
 def test_of_two_measurements_of_a_ceiling_the_higher_counts():
-    before = {"bf16_tflops": {"best": 2.0, "spread": [1.0, 2.0]}, "links": None, "kind": "cpu"}
-    now = {"bf16_tflops": {"best": 1.5, "spread": [0.5, 1.5]}, "links": {"num_ranks": 2}, "kind": "cpu"}
+    before = {"product_tflops": {"best": 2.0, "spread": [1.0, 2.0]}, "links": None, "kind": "cpu"}
+    now = {"product_tflops": {"best": 1.5, "spread": [0.5, 1.5]}, "links": {"num_ranks": 2}, "kind": "cpu"}
     assert better(before, now) == {
-        "bf16_tflops": {"best": 2.0, "spread": [0.5, 2.0]}, "links": {"num_ranks": 2}, "kind": "cpu",
+        "product_tflops": {"best": 2.0, "spread": [0.5, 2.0]}, "links": {"num_ranks": 2}, "kind": "cpu",
     }  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def test_a_training_figure_has_its_share_of_the_link_by_hand(on_gpu, num_ranks, 
     A GPU takes 250 of the 1000 tokens, so a token of its is 4 MB; the ranks of a CPU share one device.
     """
     rate = {"best": 10.0, "spread": [9.0, 10.0]}
-    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {},
+    ceilings = {"product_tflops": rate, "read_gb_per_s": rate, "products_tflops": {},
                 "links": {"num_ranks": num_ranks, "all_reduce_gb_per_s": rate}}  # fmt: skip
     result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
     cell = trained(ranks=4, on_gpu=on_gpu, sent=1e9)
@@ -170,7 +170,7 @@ def test_on_several_nodes_the_network_between_them_is_the_link(num_nodes, share)
     """2 GB cross a node's border in 2 s and in 4 s: 10% and 5% of 10 GB/s. Each of 8 GPUs has 125 tokens."""
     rate = {"best": 10.0, "spread": [9.0, 10.0]}
     network = {"num_ranks": num_nodes, "all_reduce_gb_per_s": rate}
-    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None,
+    ceilings = {"product_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None,
                 "links_between_nodes": network}  # fmt: skip
     result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
     cell = trained(ranks=8, on_gpu=True, sent=1e9, nodes=2, over=2e9)
@@ -183,7 +183,7 @@ def test_on_several_nodes_the_network_between_them_is_the_link(num_nodes, share)
 def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
     rate = {"best": 10.0, "spread": [9.0, 10.0]}
     links = {"num_ranks": 2, "all_reduce_gb_per_s": rate}
-    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": links}
+    ceilings = {"product_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": links}
     for sent, known in ((0.0, links), (None, links), (1e9, None), (1e9, {"problem": "gloo"})):
         result = {"ceilings": {**ceilings, "links": known}, "hardware": {"datasheet": None}}
         cell = trained(ranks=2, on_gpu=False, sent=sent)
@@ -194,7 +194,7 @@ def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_a_whole_baseline_is_mirrored_to_wandb(tmp_path, mode):
     rate = {"best": 10.0, "spread": [9.0, 10.0]}
-    ceilings = {"bf16_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None}
+    ceilings = {"product_tflops": rate, "read_gb_per_s": rate, "products_tflops": {}, "links": None}
     about = {"datasheet": None, "name": "NVIDIA A40"}
     result = {"ceilings": ceilings, "hardware": about, "config": {"rounds": 2}, "provenance": {"commit": "c"}}
     config = baseline_plan.load(dotlist=[f"directory={tmp_path}", "name=mine", f"wandb={mode}"])
@@ -231,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(tmp
     ("keys", "sent"),
     [
         (("workers.count=1",), lambda n: 0),
-        (("workers.count=2", "optim.matrix.rule=adamw"), lambda n: (1 + 1 / 2) * 2 * n),
+        (("workers.count=2", "optim.matrix.rule=adamw", "precision=bf16"), lambda n: (1 + 1 / 2) * 2 * n),
         (("workers.count=2", "optim.matrix.rule=adamw", "precision=fp32"), lambda n: (1 + 1 / 2) * 4 * n),
         (("workers.count=2", "optim.matrix.per_head=true"), None),
         (("workers.count=2", "zero.stage=0"), None),

@@ -49,7 +49,28 @@ def refusal(*dotlist: str, file: Path | None = None, schema: type = TrainConfig)
 
 def test_defaults_alone_are_the_schemas():
     assert layered.load(Outer) == Outer()
-    assert load() == TrainConfig()
+    assert load(settle=False) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "keys", "precision"),
+    [
+        (True, [], "bf16"),
+        (False, [], "fp32"),
+        (False, ["workers.gpu=true"], "bf16"),
+        (True, ["precision=fp32"], "fp32"),
+        (False, ["precision=bf16"], "bf16"),
+    ],
+)
+def test_auto_is_the_precision_that_the_device_multiplies_in(has_bf16, keys, precision, monkeypatch):
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: has_bf16)
+    config = load(dotlist=keys)
+    assert config.precision == precision
+    plan = make_plan(config)
+    assert plan.is_bf16 == (precision == "bf16")
+    assert plan.memory_bytes["weights"] == plan.shape.num_parameters * (2 if plan.is_bf16 else 4)
+    named = "bf16, with fp32 master weights" if plan.is_bf16 else "fp32"
+    assert f"{'precision':<24}{named}\n" in plan.describe()
 
 
 def test_yaml_overrides_defaults_and_the_dotlist_overrides_yaml(tmp_path):

@@ -45,15 +45,16 @@ def write(folder, device, figures, name=None, **changes):
     tflops = {"best": device.bf16_tflops * 0.8, "spread": [1.0, device.bf16_tflops * 0.8]}
     memory = {"best": device.memory_gb_per_s * 0.9, "spread": [1.0, device.memory_gb_per_s * 0.9]}
     content = {
-        "format": 1, "complete": True,
+        "format": 2, "complete": True,
         "hardware": {"name": name or device.name, "num_devices": 8, "kind": "gpu"},
         "ceilings": {
-            "bf16_tflops": tflops, "read_gb_per_s": memory, "copy_gb_per_s": memory, "links": None,
+            "product_dtype": "bfloat16", "product_tflops": tflops,
+            "read_gb_per_s": memory, "copy_gb_per_s": memory, "links": None,
             "products_tflops": {}, "disk": {"write_gb_per_s": rate, "read_gb_per_s": rate},
         },
         "cells": [{"id": "serving/llama-2-7b", "status": "out of memory", "reason": "by count"}],
         "figures": figures,
-        "peaks_of_rounds": [{"bf16_tflops": tflops["best"], "read_gb_per_s": memory["best"]}] * 3,
+        "peaks_of_rounds": [{"product_tflops": tflops["best"], "read_gb_per_s": memory["best"]}] * 3,
         "provenance": {"commit": "0" * 40, "dirty": False, "time": "2026-11-24", "command": ["baseline"]},
     } | changes  # fmt: skip
     file = folder / f"{(name or device.name).split()[1].lower()}.json"
@@ -382,8 +383,8 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edited(format=2), "format 2, not 1"),
-        (edited(ceilings={}), "ceilings.bf16_tflops"),
+        (edited(format=1), "format 1, not 2"),
+        (edited(ceilings={}), "ceilings.product_tflops"),
         (lambda content: content["figures"][0].update(values=[0.0]), "values and flops must be positive"),
         (lambda content: content["figures"][0].pop("bytes"), "has no bytes"),
         (lambda content: content["figures"][0].update(link_bytes=1.0), "link_bytes need a positive number"),

@@ -288,7 +288,7 @@ def row(**changes: Any) -> dict[str, Any]:
     }
 
 
-CEILINGS = {"bf16_tflops": {"best": 100.0}, "copy_gb_per_s": {"best": 500.0}, "links": None}
+CEILINGS = {"product_tflops": {"best": 100.0}, "copy_gb_per_s": {"best": 500.0}, "links": None}
 
 
 def baseline(**changes: Any) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def baseline(**changes: Any) -> dict[str, Any]:
     ]  # fmt: skip
     hardware = {"name": "NVIDIA A40", "kind": "gpu", "num_devices": 8, "num_nodes": 1}
     return {
-        "format": 1,
+        "format": 2,
         "hardware": hardware,
         "ceilings": CEILINGS,
         "cells": cells,
@@ -416,11 +416,11 @@ def test_without_a_baseline_the_datasheet_counts_and_the_output_says_so(monkeypa
     [
         (None, {}, "no such file; write one with `make baseline`"),
         ("no json", {}, "cannot be read as JSON"),
-        ({"bench": "optim"}, {}, "is no baseline of format 1"),
-        (baseline(format=2), {}, "is no baseline of format 1"),
+        ({"bench": "optim"}, {}, "is no baseline of format 2"),
+        (baseline(format=1), {}, "is no baseline of format 2"),
         (baseline(), {"rule": "adamw"}, "no measured training cell of llama-1b4 with adamw; it has "
          "llama-1b4 with muon (measured), llama-2-7b with muon (out of memory: needs 90 GB); set baseline_"),
-        (baseline(ceilings={"bf16_tflops": None}), {}, "is incomplete"),
+        (baseline(ceilings={"product_tflops": None}), {}, "is incomplete"),
         (baseline(), {"shape": "llama-2-7b"}, "no measured training cell of llama-2-7b with muon"),
         (baseline(), {"baseline_shape": "llama-9t"}, "baseline_shape: 'llama-9t' is not one of"),
         (baseline(), {"device": "NVIDIA H200"}, "was measured on NVIDIA A40, and device is NVIDIA H200"),
@@ -495,7 +495,7 @@ def test_dry_run_and_bad_input(capsys, tmp_path):
 
 
 def test_the_check_predicts_from_one_worker_and_what_many_get_at_once():
-    config = projection_check.training_config.load(dotlist=projection_check.DEFAULTS)
+    config = projection_check.training_config.load(dotlist=[*projection_check.DEFAULTS, "precision=bf16"])
     alone = {"products_tflops": 0.2, "passes_gb_per_s": 20.0}
     together = {"products_tflops": 0.1, "passes_gb_per_s": 10.0, "all_reduce_latency_us": 0.0}
     together |= dict.fromkeys((f"{kind}_gb_per_s" for kind in KINDS), 1.0)

@@ -46,9 +46,9 @@ def test_the_lengths_are_those_of_the_case_in_every_round_and_the_ids_are_new():
 
 def test_the_cases_are_those_that_were_asked_for():
     assert [(case.num_requests, case.concurrency) for case in CASES.values()] == [
-        (1, 1), (8, 8), (32, 32), (48, 16),
+        (1, 1), (8, 8), (32, 32), (48, 16), (4, 4),
     ]  # fmt: skip
-    assert [case.decode for case in CASES.values()] == [True, True, True, False]
+    assert [case.measured for case in CASES.values()] == ["decode"] * 3 + ["requests", "prefill"]
     prompts, num_new = races.work("decode_b8", CASES["decode_b8"], vocab_size=9, round_number=0)
     assert [len(prompt) for prompt in prompts] == [64] * 8 and num_new == [128] * 8
 
@@ -66,8 +66,10 @@ def test_decoding_leaves_out_what_is_made_while_others_read_their_prompt_or_have
 
 def test_whole_requests_count_from_the_start_to_the_last_token():
     assert races.request_rate([[1.0, 2.0], [3.0, 4.0, 8.0]]) == 5 / 8.0
-    assert decode_case(1).rate is races.decode_rate
-    assert CASES["requests_c16"].rate is races.request_rate
+    times = [[1.0, 2.0, 4.0], [2.0, 3.0, 5.0]]
+    assert CASES["requests_c16"].rate(times, [[0]] * 2) == races.request_rate(times) == 6 / 5
+    assert decode_case(1).rate(times, [[0]] * 2) == races.decode_rate(times)
+    assert CASES["prefill_b4"].rate([[1.0], [2.0]], [[0] * 6] * 2) == 12 / 2
 
 
 def two_rounds(*, theirs: list[int]) -> Race:
@@ -254,7 +256,7 @@ def test_busy_seconds_grow_with_work_and_not_beyond_the_cores():
 def test_a_small_race_against_transformers():
     cases = {
         "decode_b3": decode_case(3, prompt_tokens=5, new_tokens=300),
-        "requests_c2": Case("", 5, 2, (3, 9), (2, 6), decode=False),
+        "requests_c2": Case("", 5, 2, (3, 9), (2, 6), "requests"),
     }
     lines = []
     found = races.race(

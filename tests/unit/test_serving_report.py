@@ -2,14 +2,14 @@
 
 import pytest
 
-from serving.report import ceilings, plot, shares, table
+from serving.report import ceilings, faults, plot, shares, table
 
 INFO = {"weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000}
 
 
 def test_a_known_gpu_has_its_datasheet_s_ceilings():
     found = ceilings(INFO, {"device": "NVIDIA A40"})
-    assert (found["bf16_tflops"], found["gb_per_s"]) == (149.7, 696)
+    assert (found["product_tflops"], found["gb_per_s"]) == (149.7, 696)
     assert found["step_ms"] == pytest.approx(2000 / 696)
     assert found["decode_tokens_per_second"] == pytest.approx(348)
     assert found["prefill_tokens_per_second"] == pytest.approx(74_850)
@@ -17,13 +17,17 @@ def test_a_known_gpu_has_its_datasheet_s_ceilings():
 
 
 def test_any_other_device_has_measured_ones_and_says_so():
-    found = ceilings(INFO, {"device": "cpu, 2 threads", "bf16_tflops": 0.4, "read_gb_per_s": 40})
-    assert (found["bf16_tflops"], found["gb_per_s"]) == (0.4, 40)
+    found = ceilings(
+        INFO,
+        {"device": "cpu, 2 threads", "product_dtype": "float32", "product_tflops": 0.4, "read_gb_per_s": 40},
+    )
+    assert (found["product_tflops"], found["gb_per_s"]) == (0.4, 40)
     assert found["step_ms"] == 50 and found["source"].startswith("measured here")
+    assert found["product_dtype"] == "float32"
 
 
 def test_shares_of_a_closed_loop():
-    ceiling = {"gb_per_s": 100, "bf16_tflops": 1.0}
+    ceiling = {"gb_per_s": 100, "product_tflops": 1.0}
     point = {
         "concurrency": 1, "tpot_p50_ms": 40.0, "ttft_p50_ms": 400.0,
         "mean_prompt_tokens": 100, "mean_output_tokens": 40,
@@ -71,3 +75,11 @@ def test_pictures_are_of_what_there_is(tmp_path):
     ]
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("latency.png", "itl.png"))
     assert plot([], {}, tmp_path) == [] and list(tmp_path.iterdir()) == []  # nor of an earlier run
+
+
+def test_a_share_above_all_of_its_ceiling_is_a_fault_of_the_ceiling():
+    points = [{"load": "1 in flight", "mbu": 0.9, "prefill_mfu": 1.64}, {"load": "8 in flight", "mbu": 0.5}]
+    assert faults(points) == [
+        "peak: 1 in flight reaches 164% of it, so it is no ceiling, and no share of it counts"
+    ]
+    assert faults(points[1:]) == []

@@ -30,7 +30,7 @@ def sound():
         return {"problem": None, "free_gb": 900.0, "write_gb_per_s": 1.0, "read_gb_per_s": 2.0}
 
     def node(number):
-        rates = {"bf16_tflops": ceiling(120.0), "copy_gb_per_s": ceiling(600.0), "device": "NVIDIA A40"}
+        rates = {"product_tflops": ceiling(120.0), "copy_gb_per_s": ceiling(600.0), "device": "NVIDIA A40"}
         return {
             "hostname": f"n{number}",
             "versions": {"torch": "2.13.0", "code": "abc"},
@@ -83,7 +83,7 @@ FAULTS = {  # what is done to the second node -> what is said of it
     "storage is another place than that of n1, n3": lambda node: node["storage"].update(sees=["n2"]),
     "its clock is off by +7.0 s": lambda node: node.update(clock_skew_seconds=7.0),
     "GPU 1 reaches 90 TFLOP/s where the median is 120": lambda node: node["ceilings"][1].update(
-        bf16_tflops=ceiling(90.0)
+        product_tflops=ceiling(90.0)
     ),
     "GPU 0 reaches 300 GB/s, below 60%": lambda node: node["ceilings"][0].update(
         copy_gb_per_s=ceiling(300.0)
@@ -134,7 +134,7 @@ def test_a_slow_cpu_is_a_warning_and_other_faults_of_cpu_nodes_are_not():
         node["gpus"] = []
         node["ceilings"] = [{**node["ceilings"][0], "device": "cpu, 2 threads"}]
     slow = found["nodes"]["10.0.0.2"]
-    slow["ceilings"][0]["bf16_tflops"] = ceiling(1.0)
+    slow["ceilings"][0]["product_tflops"] = ceiling(1.0)
     slow["clock_skew_seconds"] = -9.0
     findings = verdict(found, expect=ExpectConfig(nodes=3, gpus=0))
     assert [finding.is_failure for finding in findings] == [True, False]
@@ -143,14 +143,14 @@ def test_a_slow_cpu_is_a_warning_and_other_faults_of_cpu_nodes_are_not():
 
 def test_the_limits_decide():
     found = sound()
-    found["nodes"]["10.0.0.2"]["ceilings"][1]["bf16_tflops"] = ceiling(100.0)
+    found["nodes"]["10.0.0.2"]["ceilings"][1]["product_tflops"] = ceiling(100.0)
     assert verdict(found, of_median=0.9) != []
     assert verdict(found, of_median=0.8) == []
 
 
 def test_the_measured_ceiling_is_that_of_the_median_gpu():
     found = sound()
-    found["nodes"]["10.0.0.2"]["ceilings"][1]["bf16_tflops"] = ceiling(10.0)
+    found["nodes"]["10.0.0.2"]["ceilings"][1]["product_tflops"] = ceiling(10.0)
     assert measured_tflops({"found": found}) == 120.0
     for node in found["nodes"].values():
         node["gpus"] = []

@@ -1,0 +1,106 @@
+"""Commands for which a product of low-precision operands on the CPU is an error.
+
+    python -m tests.guard MODULE ARGUMENT ... -- MODULE ARGUMENT ...
+
+A CPU without bf16 arithmetic computes such products 40 to 100 times slower than in fp32. The caller forces
+such a CPU by `NO_BF16`, variables that torch, oneDNN and MKL read. Every thread of a command is watched;
+processes that it starts are not, so give the commands that they run.
+"""
+
+import importlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_BF16 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+LOW = (torch.bfloat16, torch.float16)
+PRODUCTS = (  # parts of the names of torch's operators that multiply matrices
+    *("::mm", "::bmm", "::mv", "::dot", "::vdot", "::addmm", "::addbmm", "::baddbmm", "::addmv", "::_addmm"),
+    *("::linear", "::matmul", "::_int_mm", "convolution", "attention", "linear_pointwise"),
+)
+
+
+class LowPrecisionProduct(AssertionError):
+    """A product of bf16 or fp16 operands on the CPU; the message names operator and caller."""
+
+
+class Guard(TorchDispatchMode):
+    """Raises `LowPrecisionProduct` in the thread that enters it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if any(part in name for part in PRODUCTS):
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.dtype in LOW:
+                    raise LowPrecisionProduct(f"{name} of {leaf.dtype} on the CPU, called by {_caller()}")
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The innermost line of our code below the guard."""
+    frames = [f for f in traceback.extract_stack() if _is_ours(Path(f.filename))]
+    if not frames:
+        return "code that is not ours"
+    return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}, {frames[-1].name}"
+
+
+def _is_ours(file: Path) -> bool:
+    rooms = (ROOT / room for room in ("cluster", "optim", "training", "serving"))
+    return any(file.is_relative_to(room) for room in rooms)
+
+
+def watch_threads() -> None:
+    """Enter a guard in every thread that starts from now on."""
+    run = threading.Thread.run
+
+    def guarded(thread: threading.Thread) -> None:
+        with Guard():
+            run(thread)
+
+    threading.Thread.run = guarded  # type: ignore[method-assign]
+
+
+def commands(arguments: list[str]) -> Iterator[list[str]]:
+    """The command lines between `--`."""
+    command: list[str] = []
+    for argument in [*arguments, "--"]:
+        if argument != "--":
+            command.append(argument)
+        elif command:
+            yield command
+            command = []
+
+
+def main() -> None:
+    """Run the commands one after another, each in a fork of this process, which has imported what is slow."""
+    import deepspeed  # noqa: F401
+
+    watch_threads()
+    for command in commands(sys.argv[1:]):
+        print(f"guarded: {' '.join(command)}", flush=True)
+        child = os.fork()
+        if not child:
+            sys.argv = command
+            with Guard():
+                code = importlib.import_module(command[0]).main()
+            sys.exit(code)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"guarded: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
+
+
+if __name__ == "__main__":
+    main()

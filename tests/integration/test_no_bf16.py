@@ -1,0 +1,69 @@
+"""Every command on a CPU without bf16 arithmetic: no product of low-precision operands is computed there.
+
+Such a CPU is forced (`tests.guard`), and the compiled code, which is no torch operator, is turned off.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ROOT, tiny, write_corpus
+from tests.guard import NO_BF16, Guard, LowPrecisionProduct
+from training.attention import sdpa
+from training.model import Linear
+
+pytestmark = pytest.mark.stack
+
+STEPS = ("training.steps", "--steps", "1", "--warm-up", "1")
+SERVED = ("serving.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "4")
+
+
+def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    low = tmp_path / "outputs/low"
+    measured = [
+        key for key in tiny(tmp_path) if not key.startswith(("run.", "launcher", "schedule", "record"))
+    ]
+    commands = [
+        ("training.launch", *tiny(tmp_path, run__name="low", precision="bf16", schedule__tokens=1024)),
+        ("training.launch", *tiny(tmp_path, optim__matrix__rule="normuon", schedule__tokens=1024)),
+        ("training.export", low),
+        ("training.evaluate", f"model={low}", f"output={tmp_path / 'scores'}"),
+        (*STEPS, *measured, "precision=bf16"),
+        ("training.ceilings", "llama-5m:64"),
+        ("training.ranks_probe", *tiny(tmp_path, precision="bf16")),
+        (*SERVED, f"model.path={low}", "engine.dtype=bfloat16"),
+        (*SERVED, f"model.path={low}"),
+    ]
+    line = [str(part) for command in commands for part in ("--", *command)]
+    environment = {**os.environ, **NO_BF16, "ASUNCION_NATIVE": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.guard", *line],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("guarded: ") == len(commands)
+    said = done.stdout
+    assert '"product_dtype": "float32"' in said and '"product_dtype": "bfloat16"' not in said
+    # What a named bf16 keeps is wide already; the default is fp32 throughout.
+    assert '"dtype": "bfloat16"' in said and '"dtype": "float32"' in said
+
+
+def test_the_guard_names_the_operator_and_our_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: True)
+    layer = Linear(8, 8).to(torch.bfloat16)
+    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    with Guard(), pytest.raises(LowPrecisionProduct, match=r"bfloat16 .*training/model\.py:\d+, forward"):
+        layer(x)
+    head = torch.zeros(1, 1, 2, 8, dtype=torch.float16)
+    with Guard(), pytest.raises(LowPrecisionProduct, match=r"attention.* training/attention\.py:\d+, sdpa"):
+        sdpa(head, head, head)
+    image = torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16)
+    with Guard(), pytest.raises(LowPrecisionProduct, match=r"convolution .*not ours"):
+        torch.nn.functional.conv2d(image, image)
+    with Guard():
+        assert layer.float()(x.float()).dtype == torch.float32
