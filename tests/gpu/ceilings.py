@@ -85,7 +85,11 @@ def products(run: Run) -> None:
         middle, least, _ = run.seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
         tflops = 2 * n**3 / 1e12
         run.row(
-            f"product {n} {name}", median_tflops=tflops / middle, best_tflops=tflops / least, ms=1e3 * middle
+            f"product {n} {name}",
+            multiplied_in=str(a.dtype).removeprefix("torch."),
+            median_tflops=tflops / middle,
+            best_tflops=tflops / least,
+            ms=1e3 * middle,
         )
     torch.set_float32_matmul_precision(before)
 

@@ -4,7 +4,8 @@
 
 The machine has Python 3.12, torch, Triton, numpy and transformers, and reaches nothing. Versions are those of
 constraints.txt. DeepSpeed is published as source alone; its wheel is built here without its compiled
-operators, which we do not use.
+operators, which we do not use. The last line on stdout is the command to run there: the commit is in it
+because the copy of the working tree has no git folder.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import cli
+from cluster import cli, provenance
 from cluster.cli import RunError
 from cluster.session import ROOT
 
@@ -25,6 +26,11 @@ FOLDER = ROOT / ".whl"
 PYTHON = "3.12"
 PUBLISHED = ("omegaconf", "hjson", "pydantic", "pydantic_core", "annotated-types", "typing-inspection")
 SOURCE = "deepspeed"
+COMMAND = (
+    "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "
+    ".whl/*.whl && export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 ASUNCION_COMMIT={commit} "
+    "&& python3 -m tests.gpu --out $OUT"
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -39,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = sum(wheel.stat().st_size for wheel in wheels)
         print("\n".join(f"{wheel.stat().st_size / 1e6:6.2f} MB  {wheel.name}" for wheel in wheels))
         print(f"{size / 1e6:6.2f} MB  in {options.into}")
+        print(COMMAND.format(commit=provenance.commit_environment()[provenance.COMMIT_VARIABLE]))
 
     return cli.run(body)
 
