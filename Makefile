@@ -53,8 +53,9 @@ attach stop pull: $(VENV)/ready
 preflight: $(VENV)/ready
 	$(PY) $(if $(CLUSTER),cluster.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
 
+# Two workers: the files that start Ray on one, all others on either (tests/conftest.py).
 test: $(VENV)/ready
-	$(PY) pytest $(ARGS)
+	$(PY) pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-cluster: $(VENV)/ready
 	$(PY) pytest -m cluster $(ARGS)
@@ -70,6 +71,8 @@ clean:
 
 # The environment is ready when its last step is done; a broken-off one is finished by the next call.
 $(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "$(VENV): installing Python packages, this once. About 5 minutes and 3 GB, more with CUDA's torch;"
+	@echo "pip says what it downloads, and is silent for the last minutes, while it unpacks."
+	@started=$$(date +%s) && $(PYTHON) -m venv $(VENV) && \
+	  $(VENV)/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]" && \
+	  touch $@ && echo "$(VENV): ready after $$(( $$(date +%s) - started )) s"

@@ -407,6 +407,7 @@ def _start(file: Path, site: dict[str, Any]) -> None:
         comment = f"asuncion {site['name']} head"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", key], check=True)
     with (scratch / "keeper.log").open("ab") as log:
+        # Not a `cluster.process.Child`: the keeper must outlive this command and the connection it came by.
         subprocess.Popen(
             [sys.executable, "-m", "cluster.keeper", "run", file],
             cwd=site["code"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,

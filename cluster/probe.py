@@ -24,6 +24,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.process import Child
 from optim.precision import product_dtype
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "cluster.probe", "--device", device, "--threads", "1"]
     ranks = [
-        subprocess.Popen(
+        Child(
             [*command, "--link", f"{rank}/{num_ranks}:{port}", "--bytes", str(num_bytes)],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,

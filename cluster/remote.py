@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluster import cli, inventory
+from cluster import cli, inventory, process
 from cluster import headside as there
 from cluster.cli import RunError, UserError
 from cluster.fleet import ask, headside, note
@@ -176,15 +176,15 @@ def _copy(
     command: list[str], write: Callable[[bytes], None], *, on_attached: Callable[[], None]
 ) -> tuple[int, str]:
     """Hand over what the command prints, as it comes. Returns its exit code and what it said on stderr."""
-    process = subprocess.Popen(
+    child = process.Child(
         command,
+        whole_tree=False,  # the connection that ssh opens is shared, and outlives it
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for us
     )
-    assert process.stdout is not None and process.stderr is not None
-    errors, said = process.stderr, []
+    assert child.stdout is not None and child.stderr is not None
+    errors, said = child.stderr, []
 
     def listen() -> None:
         for line in errors:
@@ -197,12 +197,12 @@ def _copy(
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
-        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+        while chunk := os.read(child.stdout.fileno(), 1 << 16):
             write(chunk)
-        code = process.wait()
+        code = child.wait()
         listener.join()
     finally:
-        process.kill()
+        child.kill()
     return code, "\n".join(said)
 
 
@@ -255,7 +255,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
     begin = time.monotonic()
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = process.run(command, whole_tree=False)
         except FileNotFoundError as error:
             raise RunError("rsync: no such command; install it on this machine and on the head") from error
         if done.returncode == 0:

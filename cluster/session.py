@@ -7,12 +7,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ConfigError, key, require
+from cluster.process import no_leftovers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +38,10 @@ WORKER_ENVIRONMENT = {
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # else DeepSpeed searches, and warns in every process
 }
+# Memory that the allocator has cut up and cannot join again would be lost: of an A40's 48 GB, 41 are planned
+# for. The two names are one setting (torch 2.13 reads the older one first), so the user's own is left alone.
+GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,13 @@ def set_defaults(environment: Mapping[str, str]) -> None:
 
 
 def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
-    """The environment of a training process; on CPU, `threads` compute threads."""
+    """The environment of a process that computes; on CPU, `threads` compute threads.
+
+    What the user has set of the GPU's memory allocator, in this process's environment, stays.
+    """
     if gpu:
-        return dict(WORKER_ENVIRONMENT)
+        own = {name: os.environ[name] for name in ALLOCATOR_NAMES if name in os.environ}
+        return {**WORKER_ENVIRONMENT, **(own or GPU_ENVIRONMENT)}
     return {**WORKER_ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
 
 
@@ -139,36 +149,42 @@ def ray_session(
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
 
-    runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
+    local = config.address == "local"
+    # The folder of an embedded Ray's logs ends with this process's id.
+    with no_leftovers(f"_{os.getpid()}/logs/") if local else nullcontext():
+        _connect(config, resources, {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}})
+        try:
+            _check_resources(ray.cluster_resources(), resources, smaller=smaller)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(config: SessionConfig, resources: Mapping[str, float], runtime_env: dict[str, Any]) -> None:
+    import ray
+
+    options: dict[str, Any] = {
+        "address": config.address,
+        "log_to_driver": False,  # workers report through the run's files
+        "logging_level": logging.WARNING,
+        "runtime_env": runtime_env,
+    }
     if config.address == "local":
         ray.init(
-            address="local",
+            **options,
             num_cpus=ceil(resources["CPU"]),
             object_store_memory=config.object_store_megabytes * 1_000_000,
             include_dashboard=False,
-            log_to_driver=False,  # workers report through the run's files
-            logging_level=logging.WARNING,
-            runtime_env=runtime_env,
         )
-    else:
-        try:
-            ray.init(
-                address=config.address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                runtime_env=runtime_env,
-            )
-        except ConnectionError as error:
-            raise ConfigError(
-                f"session.address: no Ray cluster answers at {config.address!r} "
-                f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
-                "or use session.address=local"
-            ) from error
+        return
     try:
-        _check_resources(ray.cluster_resources(), resources, smaller=smaller)
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"session.address: no Ray cluster answers at {config.address!r} "
+            f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
+            "or use session.address=local"
+        ) from error
 
 
 def _check_resources(available: Mapping[str, float], needed: Mapping[str, float], *, smaller: str) -> None:

@@ -21,7 +21,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import benchmark, cli, files
+from cluster import benchmark, cli, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.session import ROOT, free_ports
 from serving import races
@@ -201,17 +200,17 @@ def paced_endpoint(log: Path) -> Iterator[str]:
     url, said = f"http://127.0.0.1:{port}", log.with_suffix(".stderr")
     command = [sys.executable, "-m", "serving.paced", "--port", str(port), "--log", str(log)]
     with said.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=stream, start_new_session=True)
+        endpoint = process.Child(command, cwd=ROOT, stderr=stream)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
+            if endpoint.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"the paced endpoint did not start:\n{_tail(said)}")
             time.sleep(0.05)
         _ask(url)
         yield url
     finally:
-        _end(process)
+        endpoint.end(STOP_SECONDS)
 
 
 def _healthy(url: str) -> bool:
@@ -275,17 +274,11 @@ def theirs(name: str, program: str, case: Case, url: str, *, tokenizer: Path, fo
     referee, report, said = REFEREES[name], folder / "report.json", folder / "referee.log"
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     command = referee.command(program, case, url=url, tokenizer=tokenizer, report=report)
-    with said.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=folder, env={**kept, **referee.environment}, stdin=subprocess.DEVNULL,
-            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        code: int | None = process.wait(TURN_SECONDS)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        _end(process)
+    kept |= referee.environment
+    code: int | None = None
+    with said.open("wb") as stream, suppress(subprocess.TimeoutExpired):
+        pipes = {"stdout": stream, "stderr": subprocess.STDOUT}
+        code = process.run(command, cwd=folder, env=kept, timeout=TURN_SECONDS, **pipes).returncode
     if code != 0 or not report.is_file():
         how = f"did not end in {TURN_SECONDS:.0f} s" if code is None else f"ended with exit code {code}"
         raise RunError(f"{name} {how}; its log ends:\n{_tail(said)}")
@@ -333,16 +326,6 @@ def quietest(take: Callable[[], Turn]) -> Turn:
     if best.lag is not None:
         best.lag.require(MOST_LAG_SECONDS)
     return best
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process, and what it started."""
-    with suppress(subprocess.TimeoutExpired):
-        process.terminate()
-        process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _tail(log: Path) -> str:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cluster import benchmark, cli, files, hardware, provenance
+from cluster import benchmark, cli, files, hardware, process, provenance
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.record import Record
@@ -381,10 +381,8 @@ def _ceilings(config: ServeConfig, model: dict[str, Any]) -> dict[str, Any] | No
     threads = ["--threads", str(config.engine.threads)] if config.engine.threads else []
     asked = ["--device", info["device"], "--dtype", info["dtype"], *threads]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.probe", *asked],
-            cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True,
-        )  # fmt: skip
+        done = process.run([sys.executable, "-m", "cluster.probe", *asked], cwd=ROOT, timeout=PROBE_SECONDS)
+        done.check_returncode()
         measured = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]

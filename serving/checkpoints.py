@@ -1,13 +1,12 @@
 """Which model to serve: a Hugging Face directory, or a run, exported first where needed. No torch."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import runs
+from cluster import process, runs
 from cluster.cli import UserError
 from cluster.session import ROOT
 from serving.config import ModelConfig
@@ -58,11 +57,8 @@ def export(served: Served, *, report: Callable[[str], None]) -> None:
         return
     report(f"exporting {run}")
     # A command, because serving imports nothing of training but shapes and model.
-    done = subprocess.run(
-        [sys.executable, "-m", "training.export", str(run)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    done = process.run(
+        [sys.executable, "-m", "training.export", str(run)], env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     if done.returncode != 0:
         raise UserError(f"{run}: cannot be exported: {done.stderr.strip().removeprefix('error: ')}")

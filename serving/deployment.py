@@ -28,6 +28,7 @@ from fastapi import FastAPI
 from prometheus_client import Histogram as Buckets
 
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
+from cluster.process import no_leftovers
 from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
 from serving import checkpoints
 from serving.checkpoints import Served
@@ -194,6 +195,7 @@ def serving(
     with (
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
+        no_leftovers(f"{folder}/"),  # HAProxy keeps its log open there
         environment(serve_environment(Path(folder), haproxy=options.haproxy)),
         session,
     ):

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from cluster.cli import RunError
+from cluster.process import Child
 from serving.checkpoints import Served
 from serving.config import ServeConfig
 from serving.engine import (
@@ -67,7 +68,7 @@ class _Child:
         with theirs:
             # Modules are found where this process finds them; all else of the environment is inherited.
             path = os.pathsep.join(filter(None, sys.path))
-            self.process = subprocess.Popen(
+            self.process = Child(
                 [sys.executable, "-m", "serving.engine_process", str(theirs.fileno())],
                 env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,

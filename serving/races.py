@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster import benchmark, files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
+from cluster.process import Child
 from cluster.session import ROOT, worker_environment
 from training.shapes import LlamaShape, resolve, to_hf_config
 
@@ -377,34 +378,30 @@ def running(name: str, python: str, *, threads: int, log: Path) -> "Iterator[Pro
     """A contender in a process group of its own, stopped but for its turns; it ends with the block."""
     with log.open("wb") as stream:
         # -P: else Python would look for the modules of libraries in serving/ first
-        child = subprocess.Popen(
+        child = Child(
             [python, "-P", str(SCRIPT), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
             env=environment_of(name, threads=threads),
-            start_new_session=True,
         )
     try:
         yield Process(name, child, log)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGCONT)
+        child.send_signal(signal.SIGCONT)
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
             child.stdin.close()  # on which it ends, and its own children with it
         with suppress(subprocess.TimeoutExpired):
             child.wait(STOP_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.end()
         child.stdout.close()
 
 
 class Process:
     """A contender, seen from here."""
 
-    def __init__(self, name: str, child: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, name: str, child: Child, log: Path) -> None:
         self._name, self._child, self._log = name, child, log
 
     def load(self, model: Path, settings: Mapping[str, Any], *, slots: int) -> dict[str, str]:
@@ -427,12 +424,12 @@ class Process:
         """Let the process group go on, send the command, wait for the line of its answer, stop the group."""
         assert self._child.stdin is not None
         try:
-            os.killpg(self._child.pid, signal.SIGCONT)
+            self._child.send_signal(signal.SIGCONT)
             self._child.stdin.write(json.dumps(command).encode() + b"\n")
             self._child.stdin.flush()
             line = self._line(time.monotonic() + within_seconds)
-            os.killpg(self._child.pid, signal.SIGSTOP)
-        except (BrokenPipeError, ProcessLookupError):
+            self._child.send_signal(signal.SIGSTOP)
+        except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
             raise self._failure(command["do"], within_seconds)

@@ -33,6 +33,7 @@ from serving.engine import (
     admit,
     check,
 )
+from serving.memory import says_what_does_not_fit
 from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
@@ -223,6 +224,7 @@ class TorchEngine:
         return "length" if len(request.tokens) == request.most_tokens else None
 
 
+@says_what_does_not_fit
 def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
     """The engine that the configuration asks for.
 
@@ -231,7 +233,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
         name: what the model is called.
 
     Raises:
-        UserError: the checkpoint cannot be read, the device is missing, or the cache does not fit.
+        UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
     """
     options = config.engine
     device = find_device(options.device)
@@ -272,6 +274,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             num_blocks=scheduler.num_blocks,
             slots=options.slots,
             graphs=device.type == "cuda" and options.compiled,
+            context_tokens=context,
         )
     details["compiled decoder"] = f"not used: {numbers.not_compiled}" if numbers.not_compiled else "used"
     info = describe(shape, options, numbers, device=device.type, name=name, context=context)

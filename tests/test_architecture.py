@@ -17,13 +17,14 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
     "cluster": (),
     "optim": (),
     "training": ("cluster", "optim"),
-    "serving": ("cluster", "training.shapes", "training.model"),
+    "serving": ("cluster", "training.attention", "training.shapes", "training.model"),
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
     "cluster.probe": ("optim.precision",),  # what a device multiplies in is decided there and nowhere else
     "serving.torch_engine": ("optim.precision",),
     "serving.races": ("optim.precision",),
     "optim.native": ("cluster.compiled",),
+    "optim.kernels": ("cluster.toolchain",),
     "optim.bench": (
         "cluster.benchmark",
         "cluster.cli",
@@ -40,6 +41,12 @@ HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
     "wandb": ("cluster.record",),
     "ray.init": ("cluster.session",),
+    # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
+    # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
+    "subprocess.Popen": ("cluster.process", "cluster.keeper"),
+    "os.fork": ("cluster.process",),
+    "multiprocessing.Process": (),
+    "torch.multiprocessing": ("optim.contenders",),
     "deepspeed": (
         "optim.contenders",
         "optim.quiet",
@@ -235,6 +242,7 @@ def test_the_rules_hold():
         ("training.model", "import deepspeed\ndeepspeed.initialize()", "training.model uses deepspeed.init"),
         ("training.a", "import torch\ntorch.distributed.barrier()", "training.a uses torch.distributed"),
         ("optim.a", "from torch import distributed", "optim.a uses torch.distributed"),
+        ("serving.a", "from subprocess import PIPE, Popen", "serving.a uses subprocess.Popen"),
         ("optim.a", "class A:\n  def f(self):\n    import torch.distributed as d", "optim.a uses torch.dist"),
     ],
 )

@@ -20,12 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import benchmark, cli, files, hardware, inventory, probe, provenance, remote
+from cluster import benchmark, cli, files, hardware, inventory, probe, process, provenance, remote
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.probe import LINK_PEAK, PEAKS
 from cluster.progress import Progress
-from cluster.reap import descendants
 from cluster.record import Record
 from cluster.session import ROOT
 from cluster.usage import out_of_memory
@@ -195,7 +194,7 @@ def _probe(products_of: Mapping[str, int]) -> dict[str, Any]:
     """`training.ceilings.measure` in a process of its own. Raises `RunError`."""
     asked = [f"{name}:{num_rows}" for name, num_rows in products_of.items()]
     command = [sys.executable, "-m", "training.ceilings", *asked]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = process.run(command, cwd=ROOT)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"torch does not run on this machine's device: {last}")
@@ -263,18 +262,13 @@ def _measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, An
 def _once(cell: Cell) -> None:
     """Run a cell's command once; its last line joins the rounds, or its problem is noted."""
     limit = START_SECONDS + TOLERANCE * cell.floor_seconds
-    process = subprocess.Popen(
-        [sys.executable, *cell.command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=limit)
+        done = process.run([sys.executable, *cell.command], cwd=ROOT, timeout=limit)
     except subprocess.TimeoutExpired:
         cell.problem = ("failed", f"did not end within {limit:.0f} s")
         return
-    finally:
-        _end(process)
-    found = _last_object(out) if process.returncode == 0 else None
+    out, err = done.stdout, done.stderr
+    found = _last_object(out) if done.returncode == 0 else None
     if found is not None:
         if (nodes := found.get("num_nodes", 1)) == cell.about.get("nodes", 1):
             cell.rounds.append(found)
@@ -284,20 +278,10 @@ def _once(cell: Cell) -> None:
     errors = [line for line in err.splitlines() if "error: " in line]
     said = (errors or err.strip().splitlines() or ["no message"])[-1].partition("error: ")
     reason = (said[2] or said[0])[:300]
-    killed = process.returncode == -signal.SIGKILL or "exitcode  : -9" in err
+    killed = done.returncode == -signal.SIGKILL or "exitcode  : -9" in err
     if killed:
         reason = "killed, as the kernel does when memory runs out"
     cell.problem = ("out of memory" if killed or out_of_memory(err) else "failed", reason)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Kill a cell that is left before its end, and its descendants: torchrun's ranks are no group of its."""
-    if process.poll() is not None:
-        return
-    for pid in (*descendants(process.pid), process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def _last_object(out: str) -> dict[str, Any] | None:

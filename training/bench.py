@@ -11,9 +11,7 @@ cores, as two do on two, that comes off the step; workers.count=1 there leaves t
 """
 
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from typing import Any
 from cluster import benchmark, cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record import follow
 from cluster.session import free_ports
@@ -170,23 +169,14 @@ def command_line(name: str, given: Sequence[str], *, num_workers: int, folder: P
 
 
 @contextmanager
-def child(command: Sequence[str], *, log: Path, ray_folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process group of its own, which is ended if the block is left before it is done."""
-    with log.open("wb") as stream:
-        environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # on which both launchers end their workers
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def child(command: Sequence[str], *, log: Path, ray_folder: Path) -> Iterator[Child]:
+    """The running command, which is ended if the block is left before it is done."""
+    environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
+    with log.open("wb") as stream, Child(command, stdout=stream, stderr=stream, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.end(STOP_SECONDS)  # on SIGTERM both launchers end their workers
 
 
 def steady_step_seconds(rows: Iterable[dict[str, Any]]) -> float:

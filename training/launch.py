@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan, run_identity
 from training.plots import plot_losses
+from training.spent import Spent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,17 +74,22 @@ def _on_cluster(cluster: Path) -> tuple[str, ...]:
 
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
+    spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     print(plan.describe(), flush=True)
     with Progress(plan.num_steps) as progress:
-        start = prepare_run(config, plan, report=progress.note)
+        with spent.part("data"):
+            start = prepare_run(config, plan, report=progress.note)
         if start is None:
             return
-        following = _Follower(config, progress, start=start)
-        with workers.session(config), following, _NodeWatch(config, report=progress.note):
+        with ExitStack() as stack:
+            with spent.part("Ray"):
+                stack.enter_context(workers.session(config))
+            stack.enter_context(_Follower(config, progress, start=start))
+            stack.enter_context(_NodeWatch(config, report=progress.note))
             _fit(config, start.data)
-    finish_run(config)
+    finish_run(config, spent, rest="workers")
 
 
 def _fit(config: TrainConfig, data: Path) -> None:
@@ -114,7 +121,8 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
     """Train in this process, as one rank of torchrun or alone."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    spent = Spent()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != config.workers.count:
         raise UserError(
             f"workers.count: {config.workers.count}, but torchrun started {world_size} processes; "
@@ -123,36 +131,24 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     set_defaults(worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus))))
     import torch
 
-    from training.context import torch_context
+    from training.context import Ranks, torch_context
     from training.loop import train
 
     if not config.workers.gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
-    with torch_context(gpu=config.workers.gpu) as context, Progress(plan.num_steps) as progress:
-        if context.is_main:
+    ranks = Ranks.meet()
+    with Progress(plan.num_steps) as progress:
+        if ranks.rank == 0:
             progress.note(plan.describe())
-        start = _attempt_on_main(context, lambda: prepare_run(config, plan, report=progress.note))
-        if start is not None:
+        with spent.part("data"):
+            start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
+        if start is None:
+            return
+        with torch_context(ranks, gpu=config.workers.gpu) as context:
             show = _Show(config, progress)
             train(config, data=start.data, command=sys.argv, context=context, observe=show)
-    if rank == 0 and start is not None:
-        finish_run(config)
-
-
-def _attempt_on_main(context: Any, work: Any) -> Any:
-    """The result of `work` on rank 0, on every rank; its error ends every rank, and rank 0 explains it."""
-    result, problem = None, None
-    if context.is_main:
-        try:
-            result = work()
-        except ValueError as error:
-            problem = error
-    result, failed = context.gather((result, problem is not None))[0]
-    if problem is not None:
-        raise problem
-    if failed:
-        sys.exit(cli.BAD_INPUT)
-    return result
+    if ranks.rank == 0:
+        finish_run(config, spent, rest="other")
 
 
 @dataclass(frozen=True)
@@ -204,8 +200,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     return Start(data, step=saved.state["step"] if saved else 0)
 
 
-def finish_run(config: TrainConfig) -> None:
-    """Plot the run and print what it came to."""
+def finish_run(config: TrainConfig, spent: Spent, *, rest: str) -> None:
+    """Plot the run, and print its result and where the time went. `rest`: see `Spent.describe`."""
     directory = config.run_directory
     plot_losses(directory)
     summary = files.read_json(directory / "summary.json")
@@ -213,6 +209,7 @@ def finish_run(config: TrainConfig) -> None:
     for prompt, text in summary["samples"].items():
         print(f"sample {prompt!r}: {text!r}")
     print(f"W&B: {summary['wandb_status']}")
+    print(spent.describe(summary, rest=rest))
     print(f"run directory: {directory}")
 
 

@@ -24,6 +24,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training import checkpoint
+from training.attention import for_changing_lengths
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.context import Context
@@ -33,6 +34,7 @@ from training.meter import Meter
 from training.model import IGNORED_TARGET, Llama, generate, initialize
 from training.noise_probe import measure_noise
 from training.plan import Plan, make_plan, run_identity
+from training.spent import Spent, spent_on
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
@@ -80,6 +82,11 @@ class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(self, config: TrainConfig, *, data: Path, context: Context) -> None:
+        self.spent = Spent()
+        with self.spent.part("start"):
+            self._build(config, data=data, context=context)
+
+    def _build(self, config: TrainConfig, *, data: Path, context: Context) -> None:
         self.config = config
         self.context = context
         self.plan: Plan = make_plan(config, num_workers=context.world_size)
@@ -144,6 +151,7 @@ class Trainer:
             "flops_per_token": self.plan.flops_per_token,
             **self.meter.summary(),
             "samples": self.sample(),
+            **self.spent.summary(),
         }
 
     def take_step(self, *, phase: Phase = nullcontext) -> Tensor:
@@ -208,6 +216,7 @@ class Trainer:
             context=self.context,
         )
 
+    @spent_on("evaluation")
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean losses in nats per token over held-out sequences, the same ones every time.
@@ -242,13 +251,14 @@ class Trainer:
         self.context.sum(totals := totals.to(self.context.device))
         return (totals[0] / totals[1]).item()
 
+    @spent_on("sample")
     @torch.no_grad()
     def sample(self) -> dict[str, str]:
         """Prompt -> text that the model writes after it. Every rank takes part."""
         if not self.config.evaluation.sample_tokens:
             return {}
         self.engine.eval()
-        with self.optimizer.at_weights():
+        with self.optimizer.at_weights(), for_changing_lengths():
             return {prompt: self._continued(prompt) for prompt in self.config.evaluation.prompts}
 
     def _continued(self, prompt: str) -> str:
@@ -264,6 +274,7 @@ class Trainer:
 
     # --- checkpoints and the record -----------------------------------------------------------------------
 
+    @spent_on("checkpoint")
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the ones that are no longer kept."""
         root = self.config.run_directory / "checkpoints"

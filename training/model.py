@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optim.precision import product_dtype
 from training import shapes
+from training.attention import sdpa
 from training.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
@@ -97,29 +98,9 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ/√C) v, in q's dtype, with products in `optim.precision.product_dtype`.
-
-    Args:
-        q: [B, H, T, C].
-        k, v: [B, K, S, C]; H is a multiple of K.
-        visible: bool, broadcast to [B, H, T, S]: which keys a query sees; None: its past and itself.
-    """
-    wide = product_dtype(q.dtype, q.device)
-    mixed = F.scaled_dot_product_attention(
-        q.to(wide),
-        k.to(wide),
-        v.to(wide),
-        attn_mask=visible,
-        is_causal=visible is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return mixed.to(q.dtype)
-
-
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
-    return attention(q, k, v)
+    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+    return sdpa(q, k, v)
 
 
 class Attention(nn.Module):

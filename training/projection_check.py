@@ -11,7 +11,6 @@ what its workers reach; a round takes about five minutes on two quiet cores.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from cluster import benchmark, cli
+from cluster import benchmark, cli, process
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from training import config as training_config
@@ -239,28 +238,17 @@ def _launcher(workers: int) -> list[str]:
 
 def _last_line(command: Sequence[str]) -> dict[str, Any]:
     """The JSON that a command prints last. Raises `RunError` with the end of what it said."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
     try:
-        said, problem = process.communicate(timeout=LIMIT_SECONDS)
+        done = process.run(command, timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
         raise RunError(f"{' '.join(command)}: did not end within {LIMIT_SECONDS:.0f} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if process.returncode:
-        tail = "\n".join((said + problem).strip().splitlines()[-12:])
-        raise RunError(f"{' '.join(command)}: ended with exit code {process.returncode}:\n{tail}")
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise RunError(f"{' '.join(command)}: ended with exit code {done.returncode}:\n{tail}")
     try:
-        return json.loads(said.strip().splitlines()[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"{' '.join(command)}: its last line is no JSON:\n{said[-500:]}") from None
+        raise RunError(f"{' '.join(command)}: its last line is no JSON:\n{done.stdout[-500:]}") from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from cluster import cli, files, provenance
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.process import Child
 from cluster.progress import Progress
 from cluster.provenance import commit_environment
 from cluster.session import ROOT, ray_session, worker_environment
@@ -39,12 +39,6 @@ from training.study_results import Failure, Outcome, Result, read_result, write_
 POLL_SECONDS = 1.0
 LAST_LINES = 8  # of a failed run's log, in the report
 LOST_RUN_RETRIES = 2  # by Ray, of a run whose node or worker died; a resumed run continues from a checkpoint
-# The run's process ends with the task: the kernel kills it (1 is PR_SET_PDEATHSIG, 9 SIGKILL) when the Ray
-# worker dies, however it dies. Set between fork and exec this would be code in a copy of a threaded process.
-END_WITH_PARENT = (
-    "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,31 +229,18 @@ class _Scheduler:
 
 
 def train_in_process(arguments: Sequence[str], log: str) -> tuple[int, str]:
-    """In a Ray task: one run in a process group of its own, which ends with the task.
+    """In a Ray task: one run in a process of its own, which ends with the task, also when that is cancelled.
 
     Returns its exit code, and the last lines of its log.
     """
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
     launch = [sys.executable, "-m", "training.launch", *arguments]
-    command = [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *launch]
     with path.open("ab") as stream:
         stream.write(f"--- {json.dumps(launch)}\n".encode())
         stream.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-        try:
+        with Child(launch, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream) as process:
             exit_code = process.wait()
-        finally:  # cancelled
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     return exit_code, last_lines(path)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import psutil
@@ -46,8 +47,12 @@ def counting() -> Iterator[EngineProcess]:
 
 
 def processes() -> list[psutil.Process]:
-    """Those of engines."""
-    return [p for p in psutil.Process().children() if "serving.engine_process" in p.cmdline()]
+    """Those of engines, each below its guard."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [process] if "serving.engine_process" in process.cmdline() else []
+    return found
 
 
 def test_tokens_and_scores_are_those_of_the_engine_in_this_process(tmp_path):
@@ -177,7 +182,8 @@ EngineProcess(factories.dawdle, config, Served(None, "counting"))
 def test_it_ends_with_its_parent_even_while_it_makes_the_engine():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None and parent.stdout.readline() == "dawdling\n"
-    [child] = psutil.Process(parent.pid).children()
+    below = psutil.Process(parent.pid).children(recursive=True)
+    assert len(below) == 2  # the engine's process and its guard (cluster/process.py)
     parent.kill()
     parent.communicate()
-    child.wait(5)
+    assert psutil.wait_procs(below, timeout=5)[1] == []

@@ -31,7 +31,7 @@ from tests.integration.test_endpoint import BODIES
 from training.model import Llama, initialize
 from training.shapes import LlamaShape, to_hf_config
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.ray]
 NAME = "llama-5m-random"
 SLOTS, WAITING = 3, 3
 

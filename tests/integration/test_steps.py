@@ -8,7 +8,7 @@ from tests.commands import python, tiny, write_corpus
 from training import config as training_config
 from training.plan import make_plan
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.ray]
 OWN = ("launcher=", "run.directory=", "schedule.tokens=", "record.wandb=")  # keys that the command sets
 
 

@@ -15,7 +15,7 @@ from cluster.record import read_metrics
 from tests.commands import ROOT, TINY, command, python, write_corpus
 from training.study_config import OWN_KEYS
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.ray]
 
 SESSION = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}", "WANDB_API_KEY": ""}
 

@@ -17,7 +17,7 @@ from training import config as training_config
 from training.checkpoint import Checkpoint
 from training.export import export
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.ray]
 
 NUM_STEPS = 60
 

@@ -1,13 +1,11 @@
 """Our LLaMA under real ZeRO-3 ranks: the tied head and zero.Init are where partitioned weights go wrong."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+from optim.quiet import quiet_deepspeed
+from tests.ranks import spawn
+from training.context import Context
 from training.model import Llama, generate, initialize
 from training.shapes import resolve
 
@@ -28,15 +26,11 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(tokens[:, :-1], tokens[:, 1:]) for tokens in batch]
 
 
-def train_on_rank(rank: int, directory: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+def train(context: Context) -> list[tuple[list[float], list[int]]]:
+    """Losses of this rank's micro-batches, and a sample at the end, of each case."""
     import deepspeed
-    import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at first use, for nothing
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    quiet_deepspeed()
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 0.0,  # the default of DeepSpeed 0.19.8 is 1.0
@@ -53,14 +47,13 @@ def train_on_rank(rank: int, directory: Path) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         losses = []
         for step in range(STEPS):
-            loss = engine(*micro_batches(step)[rank])
+            loss = engine(*micro_batches(step)[context.rank])
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
         sample = generate(engine, torch.arange(4), num_tokens=3, seed=1)
         outcomes.append((losses, sample.tolist()))
-    (directory / f"rank-{rank}.json").write_text(json.dumps(outcomes))
-    torch.distributed.destroy_process_group()
+    return outcomes
 
 
 def train_in_one_process(*, tied: bool) -> tuple[list[list[float]], list[int]]:
@@ -79,10 +72,8 @@ def train_in_one_process(*, tied: bool) -> tuple[list[list[float]], list[int]]:
 
 
 @pytest.mark.stack
-def test_zero_3_trains_and_samples_as_one_process_does(tmp_path: Path) -> None:
-    mp.spawn(train_on_rank, args=(tmp_path,), nprocs=WORLD_SIZE)
-    for rank in range(WORLD_SIZE):
-        outcomes = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+def test_zero_3_trains_and_samples_as_one_process_does() -> None:
+    for rank, outcomes in enumerate(spawn(train, world_size=WORLD_SIZE)):
         for (tied, _), (losses, sample) in zip(CASES, outcomes, strict=True):
             expected, expected_sample = train_in_one_process(tied=tied)
             assert losses == pytest.approx([step[rank] for step in expected], rel=1e-6)

@@ -107,7 +107,7 @@ def job(keys: tuple[str, ...], distance: int | None) -> Job:
 def test_a_rank_sends_what_the_projection_counts_in_every_stage() -> None:
     from tests.ranks import spawn
 
-    measured = spawn(count, world_size=RANKS)
+    measured = spawn(count, world_size=RANKS, before_deepspeed=True)
     jobs = {name: job(*case) for name, case in CASES.items()}
     for name, each in jobs.items():
         counted = sent_bytes(each)

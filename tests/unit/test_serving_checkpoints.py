@@ -108,7 +108,7 @@ def test_a_stale_export_is_made_again_by_the_exporter_s_command(outputs, monkeyp
         touch(run / "export" / "config.json", at=300.0)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(checkpoints.subprocess, "run", done)
+    monkeypatch.setattr(checkpoints.process, "run", done)
     export(find(ModelConfig()), report=notes.append)
     export(find(ModelConfig()), report=notes.append)  # it is fresh now
     assert commands == [[sys.executable, "-m", "training.export", str(run)]]

@@ -1,0 +1,63 @@
+"""Where a run's time went: seconds of named parts, in the summary and in the command's last lines."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+SUFFIX = "_seconds"
+# A run's parts on rank 0, in the order of its summary's keys.
+PARTS = ("start", "training", "evaluation", "checkpoint", "sample")
+
+
+class Spent:
+    """Adds up the seconds of parts that do not overlap, from the moment when it is made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """The block's time belongs to this part."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+
+    def summary(self) -> dict[str, float]:
+        """`<part>_seconds` of every one of `PARTS`, for summary.json; training is what the others leave."""
+        seconds = {name: self._seconds.get(name, 0.0) for name in PARTS}
+        seconds["training"] = time.monotonic() - self._started - sum(seconds.values())
+        return {f"{name}{SUFFIX}": value for name, value in seconds.items()}
+
+    def describe(self, run: Mapping[str, Any], *, rest: str) -> str:
+        """One line: all seconds until now, and the parts that took one or more.
+
+        Args:
+            run: the summary of the run, whose parts come after those of this process.
+            rest: the name of what neither has counted.
+        """
+        total = time.monotonic() - self._started
+        parts = {**self._seconds, **{name: run[f"{name}{SUFFIX}"] for name in PARTS}}
+        parts[rest] = total - sum(parts.values())
+        return f"time: {total:.0f} s, " + ", ".join(
+            f"{name} {seconds:.0f}" for name, seconds in parts.items() if seconds >= 0.5
+        )
+
+
+def spent_on(part: str) -> Callable[[T], T]:
+    """A method of an object with a `Spent` in `spent`, whose time belongs to this part."""
+
+    def decorate(method: T) -> T:
+        @functools.wraps(method)
+        def timed(self: Any, *arguments: Any, **options: Any) -> Any:
+            with self.spent.part(part):
+                return method(self, *arguments, **options)
+
+        return timed  # type: ignore[return-value]
+
+    return decorate
