@@ -9,8 +9,6 @@ a GPU that is lent for fifteen minutes.
 """
 
 import argparse
-import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -30,6 +28,7 @@ from typing import Any
 
 from cluster import cli, files, hardware, provenance
 from cluster.cli import RunError, UserError
+from cluster.process import Child
 from cluster.session import ROOT, set_defaults, worker_environment
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
@@ -37,7 +36,6 @@ LIMIT_SECONDS = 570.0  # of all blocks: a command on a lent machine ends after 6
 POLL_SECONDS = 0.25
 LOG_LINES = 25  # of a failed block's output that the result keeps
 UNKNOWN = "unknown gpu"
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Rows = list[dict[str, Any]]
 
@@ -198,23 +196,19 @@ def run_block(
         command = [sys.executable, "-m", "tests.gpu", "--device", device, "--ceilings", json.dumps(ceilings)]
         command += ["--child", ",".join(block.modules), str(rows)]
         started = time.monotonic()
-        with log.open("w") as output:
-            # A group of its own, so that the compilers it starts end with it.
-            process = subprocess.Popen(
+        with (
+            log.open("w") as output,
+            Child(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, process_group=0,
-            )  # fmt: skip
-            try:
-                while process.poll() is None and (taken := time.monotonic() - started) < limit:
-                    time.sleep(POLL_SECONDS)
-                    if len(found := read_rows(rows)) > len(entry["rows"]):
-                        entry |= {"rows": found, "seconds": taken}
-                        changed()
-            finally:
-                code = process.poll()
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                stderr=subprocess.STDOUT,
+            ) as process,
+        ):  # fmt: skip
+            while process.poll() is None and (taken := time.monotonic() - started) < limit:
+                time.sleep(POLL_SECONDS)
+                if len(found := read_rows(rows)) > len(entry["rows"]):
+                    entry |= {"rows": found, "seconds": taken}
+                    changed()
+            code = process.poll()
         entry |= {"rows": read_rows(rows), "seconds": time.monotonic() - started}
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     problem = end_of(code, lines, limit) or problem_of(entry["rows"])
@@ -268,7 +262,6 @@ def _cell(value: Any) -> str:
 
 def be_a_block(modules: Sequence[str], rows: Path, *, device: str, ceilings: Mapping[str, float]) -> None:
     """Run the modules one after the other; each one's rows go to the file. Raises what they raise."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # to die with the parent, however it dies
     set_defaults(worker_environment(gpu=device == "cuda", threads=1))
     import torch
 
