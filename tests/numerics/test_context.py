@@ -56,6 +56,9 @@ def refuse() -> str:
 
 def results(how: str, folder: Path) -> list[str]:
     [port] = free_ports(1)
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["tests.ranks", "tests.rank_imports"]
+    )  # as `spawn` does
     mp.start_processes(one_rank, (how, port, str(folder)), nprocs=WORLD_SIZE, start_method="forkserver")
     return [(folder / str(rank)).read_text() for rank in range(WORLD_SIZE)]
 
