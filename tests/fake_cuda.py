@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -136,15 +137,19 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         return SegmentTable(**made)
 
     def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None if device.type == "cuda" and dtype in kernels.PRODUCT_DTYPES else "not there"
+        known = with_kernels and device.type == "cuda" and dtype in kernels.PRODUCT_DTYPES
+        return None if known else "not in this test"
 
     with ExitStack() as stack:
         stack.enter_context(_guard())
+        stack.enter_context(
+            patch("torch.cuda.is_available", lambda: False)
+        )  # a real one is not to be touched
+        stack.enter_context(patch.object(kernels, "unsupported", unsupported))
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch("torch.cuda.Event", Event))
         stack.enter_context(patch("torch.cuda.synchronize", lambda *_: traffic.note("wait")))
         if with_kernels:
-            stack.enter_context(patch.object(kernels, "unsupported", unsupported))
             stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY))
             stack.enter_context(patch.object(kernels.Call, "launch", launch))
             stack.enter_context(patch.object(SegmentTable, "build", classmethod(build_table)))
@@ -167,27 +172,15 @@ def _guard() -> Iterator[None]:
         library.set_guard(False)
 
 
-_loaded: list[ctypes.CDLL] = []
-
-
+@cache
 def _library() -> ctypes.CDLL:
-    if not _loaded:
-        compiler = shutil.which("g++")
-        if compiler is None:
-            pytest.skip(
-                "fake CUDA tensors in a CPU build of torch need a C++ compiler: g++ is not on the path"
-            )
-        torch_folder = Path(torch.__file__).parent
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "fake_cuda.so"
-            command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
-            command += [
-                "-o",
-                str(path),
-                str(ROOT / "tests/fake_cuda.cpp"),
-                f"-L{torch_folder / 'lib'}",
-                "-lc10",
-            ]
-            subprocess.run(command, check=True, capture_output=True)
-            _loaded.append(ctypes.CDLL(str(path)))
-    return _loaded[0]
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("fake CUDA tensors in a CPU build of torch need a C++ compiler: g++ is not on the path")
+    source, torch_folder = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fake_cuda.so"
+        command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
+        command += ["-o", str(path), str(source), f"-L{torch_folder / 'lib'}", "-lc10"]
+        subprocess.run(command, check=True, capture_output=True)
+        return ctypes.CDLL(str(path))

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
     "cluster.probe": ("optim.precision",),  # what a device multiplies in is decided there and nowhere else
+    "serving.memory": ("optim.precision",),
     "serving.torch_engine": ("optim.precision",),
     "serving.races": ("optim.precision",),
     "optim.native": ("cluster.compiled",),

@@ -16,7 +16,7 @@ from training.context import Context, Ranks, torch_context
 
 pytestmark = pytest.mark.stack
 
-WORLD_SIZE, TIMEOUT_SECONDS = 3, 1.0
+WORLD_SIZE, TIMEOUT_SECONDS = 3, 3.0
 
 
 def one_rank(rank: int, how: str, port: int, folder: str) -> None:
@@ -28,7 +28,7 @@ def one_rank(rank: int, how: str, port: int, folder: str) -> None:
 
 
 def slow() -> str:
-    time.sleep(3 * TIMEOUT_SECONDS)
+    time.sleep(2 * TIMEOUT_SECONDS)
     return "the data"
 
 
@@ -50,12 +50,14 @@ def how_it_ends(how: str) -> str:
 
 
 def refuse() -> str:
-    time.sleep(3 * TIMEOUT_SECONDS)
     raise UserError("data.source: missing")
 
 
 def results(how: str, folder: Path) -> list[str]:
     [port] = free_ports(1)
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["tests.ranks", "tests.rank_imports"]
+    )  # as `spawn` does
     mp.start_processes(one_rank, (how, port, str(folder)), nprocs=WORLD_SIZE, start_method="forkserver")
     return [(folder / str(rank)).read_text() for rank in range(WORLD_SIZE)]
 

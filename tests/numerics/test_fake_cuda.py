@@ -1,4 +1,7 @@
-"""The hot paths on fake CUDA tensors: every device is right, and nothing waits for the host unsaid."""
+"""The hot paths on fake CUDA tensors: every device is right, and every wait for the host is listed here.
+
+Not here: the backward pass, for which autograd asks for a real device; what kernels compute; errors of CUDA.
+"""
 
 import random
 from collections.abc import Iterator
