@@ -3,6 +3,8 @@
 DeepSpeed's engine takes torch's compiler along, in all 3 s of CPU time in every rank.
 """
 
+import gc
+
 from cluster.session import set_defaults, worker_environment
 
 set_defaults(worker_environment(gpu=False, threads=1))  # DeepSpeed reads some of it when it is imported
@@ -13,3 +15,6 @@ import torch._dynamo  # noqa: E402, F401
 
 import optim.zero  # noqa: E402, F401
 import training.engine  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()  # DeepSpeed collects garbage when it builds stage 3: not among all that is imported here

@@ -14,23 +14,17 @@ from cluster.session import set_defaults, worker_environment
 from training.context import Context
 
 
-def spawn(
-    function: Callable[..., Any], *arguments: Any, world_size: int, before_deepspeed: bool = False
-) -> list[Any]:
+def spawn(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
     """Call `function(context, *arguments)` on every rank; return the results in rank order.
 
     `function` must be importable. A rank that raises fails the test with its traceback. Each rank is a new
     process, so nothing that one leaves behind reaches the next test; it is forked from a process that has
     imported DeepSpeed (`tests.rank_imports`), so 8 ranks start in 0.3 s.
-
-    Args:
-        before_deepspeed: `function` replaces what DeepSpeed keeps references to when it is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.get_context("forkserver").set_forkserver_preload([__name__, "tests.rank_imports"])
         given = (function, arguments, world_size, Path(folder))
-        method = "spawn" if before_deepspeed else "forkserver"
-        mp.start_processes(_rank, given, nprocs=world_size, start_method=method)
+        mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 

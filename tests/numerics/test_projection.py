@@ -52,7 +52,7 @@ def count(context: Any) -> dict[str, float]:
     """Case -> bytes that this rank sends in its fourth step; stage 3 knows its modules' order by then."""
     from optim.contenders import Traffic
 
-    traffic = Traffic()  # before DeepSpeed is imported, which keeps references to collectives
+    traffic = Traffic()
     return {name: _count_one(traffic, keys, distance) for name, (keys, distance) in CASES.items()}
 
 
@@ -107,7 +107,7 @@ def job(keys: tuple[str, ...], distance: int | None) -> Job:
 def test_a_rank_sends_what_the_projection_counts_in_every_stage() -> None:
     from tests.ranks import spawn
 
-    measured = spawn(count, world_size=RANKS, before_deepspeed=True)
+    measured = spawn(count, world_size=RANKS)
     jobs = {name: job(*case) for name, case in CASES.items()}
     for name, each in jobs.items():
         counted = sent_bytes(each)
