@@ -278,4 +278,6 @@ float widen(uint16_t bf16) {
   return value;
 }
 
+float widen(float x) { return x; }
+
 }  // namespace
