@@ -182,7 +182,11 @@ __m128i rounded(Vec x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 Vec as_bf16(Vec x) { return _mm256_castsi256_ps(_mm256_and_si256(rounded_in_place(x), _mm256_set1_epi32(0xffff0000))); }
-uint16_t rounded(float x) { return _mm_extract_epi16(rounded(spread(x)), 0); }
+uint16_t rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16;
+}
 
 // Part of a vector of bf16 goes through memory: AVX2 has no mask for 16-bit words.
 __m128i load_some(const uint16_t* from, long count) {

@@ -51,9 +51,10 @@ struct Span {  // rows of one request, at consecutive positions
 };
 
 struct Step {
-  long num_rows, num_spans, num_outputs, threads;
+  long num_rows, num_kept, num_spans, num_outputs, threads;
   const int *tokens, *positions, *outputs, *blocks;
   const Span* spans;
+  const Span* kept;  // of each span the last rows, whose logits may be asked for: as rows of the kept ones; or none
   Activation *x, *normed, *qkv, *mixed, *inner;  // [rows, hidden], the same, [rows, q + 2 kv], [rows, q], [rows, ffn]
   float* logits;                                 // [outputs, vocab]
 };
@@ -101,13 +102,14 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
     for (int z = 0; z < Z; z++) total[r][z] = sums[r][v + z];
   }
   panel += v * WIDTH;
-  for (long kk = 0; kk < pairs; kk++)
+  for (long place = 0; place < pairs * PARTS; place += PARTS, panel += stride) {
+    asm("" : "+r"(place));  // one index for all rows: GCC would count up a pointer to each
 #pragma GCC unroll 2
     for (long part = 0; part < PARTS; part++) {
       // Kept in registers is what there is less of: elements of rows, or columns.
       Operand elements[R], columns[Z];
-      auto element = [&](int r) { return broadcast(row[r] + kk * PARTS + part); };
-      auto column = [&](int z) { return load_operand(panel + kk * stride + z * WIDTH, part); };
+      auto element = [&](int r) { return broadcast(row[r] + place + part); };
+      auto column = [&](int z) { return load_operand(panel + z * WIDTH, part); };
       if constexpr (R < Z) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) elements[r] = element(r);
@@ -128,6 +130,7 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
         }
       }
     }
+  }
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -347,10 +350,10 @@ struct Task {
   int span, kv, first, count;
 };
 
-std::vector<Task> attention_tasks(const Model& m, const Step& s) {
+std::vector<Task> attention_tasks(const Model& m, const Span* spans, long num_spans) {
   std::vector<Task> tasks;
-  for (int i = 0; i < s.num_spans; i++) {
-    long pairs = s.spans[i].num_rows * (m.heads / m.kv_heads), tiles = (pairs + ROWS - 1) / ROWS;
+  for (int i = 0; i < num_spans; i++) {
+    long pairs = spans[i].num_rows * (m.heads / m.kv_heads), tiles = (pairs + ROWS - 1) / ROWS;
     for (int kv = 0; kv < m.kv_heads; kv++)
       for (long t = 0; t < tiles; t++) {
         long first = cut(pairs, tiles, t);
@@ -360,7 +363,19 @@ std::vector<Task> attention_tasks(const Model& m, const Step& s) {
   return tasks;
 }
 
-// Of the rows `outputs`, when `x` holds what the last layer left.
+// Moves the kept rows of `x` and `qkv` to the front.
+void keep_rows(const Model& m, const Step& s) {
+  long width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+#pragma omp single
+  for (long i = 0; i < s.num_spans; i++) {
+    const Span &from = s.spans[i], &to = s.kept[i];
+    long first = from.first_row + from.num_rows - to.num_rows;
+    std::memmove(s.x + to.first_row * m.hidden, s.x + first * m.hidden, to.num_rows * m.hidden * sizeof(Activation));
+    std::memmove(s.qkv + to.first_row * width, s.qkv + first * width, to.num_rows * width * sizeof(Activation));
+  }
+}
+
+// Of the rows `outputs` of the kept ones, when `x` holds what the last layer left.
 void output_logits(const Model& m, const Step& s) {
 #pragma omp for schedule(static)
   for (long i = 0; i < s.num_outputs; i++)
@@ -368,24 +383,29 @@ void output_logits(const Model& m, const Step& s) {
   logits(s.normed, s.num_outputs, m.hidden, m.head, m.vocab, s.logits);
 }
 
-void forward(const Model& m, const Step& s, const std::vector<Task>& tasks) {
+void forward(const Model& m, const Step& s, const std::vector<Task>& tasks, const std::vector<Task>& kept_tasks) {
   Scratch scratch;
-  long q = m.heads * m.head_dim, width = q + 2 * m.kv_heads * m.head_dim;
+  long q = m.heads * m.head_dim, width = q + 2 * m.kv_heads * m.head_dim, num_rows = s.num_rows;
 #pragma omp for schedule(static)
-  for (long row = 0; row < s.num_rows; row++)
+  for (long row = 0; row < num_rows; row++)
     copy(m.embedding + s.tokens[row] * m.hidden, s.x + row * m.hidden, m.hidden);
   for (long l = 0; l < m.num_layers; l++) {
     const Layer& layer = m.layers[l];
-    norms(s.x, layer.attention_norm, s.num_rows, m.hidden, m.eps, s.normed);
-    linear(s.normed, s.num_rows, m.hidden, layer.qkv, width, s.qkv, false);
+    norms(s.x, layer.attention_norm, num_rows, m.hidden, m.eps, s.normed);
+    linear(s.normed, num_rows, m.hidden, layer.qkv, width, s.qkv, false);
     remember(m, layer, s);
+    bool last = l + 1 == m.num_layers;  // of the other rows it has to leave nothing but keys and values
+    if (last && s.num_kept < num_rows) keep_rows(m, s);
+    if (last) num_rows = s.num_kept;
+    const Span* spans = last ? s.kept : s.spans;
+    const std::vector<Task>& now = last ? kept_tasks : tasks;
 #pragma omp for schedule(dynamic, 4)
-    for (size_t t = 0; t < tasks.size(); t++)
-      attend(m, layer, s, s.spans[tasks[t].span], tasks[t].kv, tasks[t].first, tasks[t].count, scratch);
-    linear(s.mixed, s.num_rows, q, layer.out, m.hidden, s.x, true);
-    norms(s.x, layer.mlp_norm, s.num_rows, m.hidden, m.eps, s.normed);
-    gated(s.normed, s.num_rows, m.hidden, layer.gate_up, m.ffn, s.inner);
-    linear(s.inner, s.num_rows, m.ffn, layer.down, m.hidden, s.x, true);
+    for (size_t t = 0; t < now.size(); t++)
+      attend(m, layer, s, spans[now[t].span], now[t].kv, now[t].first, now[t].count, scratch);
+    linear(s.mixed, num_rows, q, layer.out, m.hidden, s.x, true);
+    norms(s.x, layer.mlp_norm, num_rows, m.hidden, m.eps, s.normed);
+    gated(s.normed, num_rows, m.hidden, layer.gate_up, m.ffn, s.inner);
+    linear(s.inner, num_rows, m.ffn, layer.down, m.hidden, s.x, true);
   }
   output_logits(m, s);
 }
@@ -393,12 +413,13 @@ void forward(const Model& m, const Step& s, const std::vector<Task>& tasks) {
 }  // namespace
 
 extern "C" void decoder_step(const Model* model, const Step* step) {
-  std::vector<Task> tasks = attention_tasks(*model, *step);
+  std::vector<Task> tasks = attention_tasks(*model, step->spans, step->num_spans);
+  std::vector<Task> kept_tasks = attention_tasks(*model, step->kept, step->num_spans);
 #pragma omp parallel num_threads(step->threads)
-  forward(*model, *step, tasks);
+  forward(*model, *step, tasks, kept_tasks);
 }
 
-// Logits of further rows of the step that ran last: `outputs`, `x`, `normed`, `logits` and two counts are read.
+// Logits of further kept rows of the step that ran last: `outputs`, `x`, `normed`, `logits` and two counts are read.
 extern "C" void decoder_logits(const Model* model, const Step* step) {
 #pragma omp parallel num_threads(step->threads)
   output_logits(*model, *step);

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ _Model: Any = _struct(
 _Span: Any = _struct("Span", int="first_row num_rows first_position first_block")
 _Step: Any = _struct(
     "Step",
-    long="num_rows num_spans num_outputs threads",
-    pointer="tokens positions outputs blocks spans x normed qkv mixed inner logits",
+    long="num_rows num_kept num_spans num_outputs threads",
+    pointer="tokens positions outputs blocks spans kept x normed qkv mixed inner logits",
 )
 
 
@@ -155,26 +156,33 @@ class NativeDecoder:
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The logits are overwritten by the next step."""
         counts = [span.stop - span.start for span in spans]
-        firsts = [0]
-        for count in counts:
-            firsts.append(firsts[-1] + count)
-        num_rows = firsts.pop()
+        # What the last layer makes is wanted of a span's last row, of all of its rows, or of none.
+        kept = [
+            count if span.num_scored else int(span.samples) for count, span in zip(counts, spans, strict=True)
+        ]
+        firsts, kept_firsts = ([0, *accumulate(numbers)] for numbers in (counts, kept))
+        num_rows, num_kept = firsts[-1], kept_firsts[-1]
         texts = (span.sequence.tokens[span.start : span.stop] for span in spans)
         tokens = (_INT * num_rows)(*(token for text in texts for token in text))
         positions = (_INT * num_rows)(*(p for span in spans for p in range(span.start, span.stop)))
-        last = [first + count - 1 for first, count in zip(firsts, counts, strict=True)]
-        rows = [row for row, span in zip(last, spans, strict=True) if span.samples]
+        rows = [after - 1 for after, span in zip(kept_firsts[1:], spans, strict=True) if span.samples]
         outputs = (_INT * max(1, len(rows)))(*rows)
         self._scored = [
-            first + row for first, span in zip(firsts, spans, strict=True) for row in range(span.num_scored)
+            first + row
+            for first, span in zip(kept_firsts[:-1], spans, strict=True)
+            for row in range(span.num_scored)
         ]
         block_ids, first_blocks = table(spans)
         blocks = (_INT * len(block_ids))(*block_ids)
-        about = zip(firsts, counts, (span.start for span in spans), first_blocks, strict=True)
-        described = (_Span * len(spans))(*about)
+
+        def describe(firsts: Sequence[int], counts: Sequence[int]) -> Any:
+            starts = (span.stop - count for span, count in zip(spans, counts, strict=True))
+            return (_Span * len(spans))(*zip(firsts[:-1], counts, starts, first_blocks, strict=True))
+
+        described, described_kept = describe(firsts, counts), describe(kept_firsts, kept)
         step = _Step(
-            *(num_rows, len(spans), len(rows), self._num_threads),
-            *map(ctypes.addressof, (tokens, positions, outputs, blocks, described)),
+            *(num_rows, num_kept, len(spans), len(rows), self._num_threads),
+            *map(ctypes.addressof, (tokens, positions, outputs, blocks, described, described_kept)),
             *(buffer.data_ptr() for buffer in self._rows.values()),
             self._logits.data_ptr(),
         )
