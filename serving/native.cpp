@@ -102,8 +102,11 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
     for (int z = 0; z < Z; z++) total[r][z] = sums[r][v + z];
   }
   panel += v * WIDTH;
+  long next = pairs * stride;  // panels lie one after another: the memory works while this one is multiplied
   for (long place = 0; place < pairs * PARTS; place += PARTS, panel += stride) {
     asm("" : "+r"(place));  // one index for all rows: GCC would count up a pointer to each
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; z += 64 / (4 * WIDTH)) _mm_prefetch((const char*)(panel + next + z * WIDTH), _MM_HINT_T1);
 #pragma GCC unroll 2
     for (long part = 0; part < PARTS; part++) {
       // Kept in registers is what there is less of: elements of rows, or columns.
