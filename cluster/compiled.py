@@ -1,5 +1,7 @@
-"""C++ beside a module: compiled at first use, or not with a reason. A CPU with AVX-512 BF16 is needed.
+"""C++ beside a module: compiled at first use, or not with a reason. An x86-64 CPU with AVX2 is needed.
 
+One source serves two tiers of vectors (cluster/simd.h). The better one that the CPU has is chosen, unless
+torch itself is held to less: ATEN_CPU_CAPABILITY=avx2 gives the lower tier, ATEN_CPU_CAPABILITY=default none.
 A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name that changes with source,
 compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 """
@@ -7,6 +9,7 @@ compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -15,27 +18,64 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-)
+HEADER = Path(__file__).with_name("simd.h")  # the only one of ours that a source may include
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+TIERS = {  # best first: name -> the compiler's flags
+    "AVX-512 BF16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+ALLOWED = {"DEFAULT": (), "AVX2": ("AVX2",)}  # torch's CPU capability -> tiers; every other one allows all
 COMPILE_SECONDS = 120  # after which a compiler has failed; 2 s is usual
 
 
-@cache
-def load(source: Path, *, flags: Sequence[str] = ()) -> tuple[Any, str | None]:
-    """(the library of a .cpp file, None) or (None, why there is none, in one sentence)."""
+def load(source: Path, *, flags: Sequence[str] = (), tier: str | None = None) -> tuple[Any, str | None]:
+    """(the library of a .cpp file, None) or (None, why there is none, in one sentence).
+
+    Args:
+        tier: a name in `TIERS`; None takes `choose_tier`'s.
+    """
     if os.environ.get("ASUNCION_NATIVE") == "0":
         return None, "ASUNCION_NATIVE=0 turned it off"
+    tier, reason = choose_tier() if tier is None else (tier, lacks(tier))
+    if tier is None or reason is not None:
+        return None, reason
+    return _load(source, (*FLAGS, *TIERS[tier], *flags))
+
+
+@cache
+def choose_tier() -> tuple[str | None, str | None]:
+    """(the best tier that this CPU has and torch may use, None) or (None, why there is none)."""
     import torch
 
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None, "this CPU has no AVX-512 BF16"
+    capability = torch.backends.cpu.get_cpu_capability()
+    reasons = {tier: lacks(tier) for tier in TIERS}
+    for tier in ALLOWED.get(capability, TIERS):
+        if reasons[tier] is None:
+            return tier, None
+    lowest = list(TIERS)[-1]
+    return None, reasons[lowest] or f"torch's CPU capability is {capability}, below {lowest}"
+
+
+def lacks(tier: str) -> str | None:
+    """Why code of this tier cannot run on this CPU, in one sentence; None if it can."""
+    import torch
+
+    if (machine := platform.machine()) not in ("x86_64", "AMD64"):
+        return f"this CPU is {machine}, and the compiled code is for x86-64 with AVX2"
+    if tier == "AVX2":
+        has_tier = torch.cpu._is_avx2_supported() and torch.cpu.get_capabilities()["fma3"]
+    else:
+        has_tier = torch.cpu._is_avx512_bf16_supported()
+    return None if has_tier else f"this CPU has no {tier}"
+
+
+@cache
+def _load(source: Path, flags: Sequence[str]) -> tuple[Any, str | None]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, f"no C++ compiler: {os.environ.get('CXX', 'g++')} is not on the path"
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler, (*FLAGS, *flags)))), None
+        return ctypes.CDLL(str(_compiled(source, compiler, flags))), None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").splitlines()
         return None, f"{compiler} failed: {next((line for line in lines if 'error' in line), error)}"
@@ -48,12 +88,13 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run: Any = partial(subprocess.run, capture_output=True, check=True, timeout=COMPILE_SECONDS)
     version = run([compiler, "--version"])
-    key = hashlib.sha256(source.read_bytes() + version.stdout + " ".join(flags).encode()).hexdigest()[:16]
+    parts = (source.read_bytes(), HEADER.read_bytes(), version.stdout, " ".join(flags).encode())
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_root / "asuncion" / f"{source.parent.name}-{source.stem}-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            run([compiler, *flags, "-o", str(made), str(source)])
+            run([compiler, *flags, f"-I{HEADER.parent}", "-o", str(made), str(source)])
             made.replace(path)
     return path

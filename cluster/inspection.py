@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import probe, provenance
+from cluster import probe, provenance, toolchain
 
 GPU_QUERY = (
     "index,name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,persistence_mode,"
@@ -39,6 +39,7 @@ class Inspector:
                 "code": provenance.code_version()["commit"],
             },
             **gpus(),
+            "toolchain_problem": toolchain.missing(),
             "scratch": _folder(Path(scratch), disk_bytes),
             "storage": _folder(Path(storage), disk_bytes, mark=mark),
         }

@@ -102,6 +102,8 @@ def _gpus(node: str, facts: dict[str, Any], expected: int, expect: ExpectConfig)
     gpus = facts["gpus"]
     if facts["gpus_problem"]:
         yield Finding(node, f"{facts['gpus_problem']}; `dmesg | grep -i nvrm` there says more")
+    if gpus and facts["toolchain_problem"]:
+        yield Finding(node, facts["toolchain_problem"])
     if len(gpus) != expected:
         there = ", ".join(str(gpu["index"]) for gpu in gpus) or "none"
         yield Finding(

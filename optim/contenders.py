@@ -124,7 +124,7 @@ def race_steps(
             polynomials as in the peer, "torch_muon".
     """
     numel = sum(rows * cols for rows, cols in shapes)
-    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
+    gradient = torch.randn(numel, generator=torch.Generator(device).manual_seed(0), device=device)
     contenders = {name: _ours(shapes, gradient, method) for name, method in methods.items()}
     contenders["torch_muon"] = _torch_muon(shapes, gradient)
 

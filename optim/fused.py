@@ -8,7 +8,8 @@
                computes with, in its precision: the weights, or the point that the rule looks ahead to
 
 On a GPU with Triton the two passes are kernels (optim/kernels.py), on a CPU that can they are compiled
-(optim/native.cpp); elsewhere they go chunk by chunk, which stays in a CPU's cache. Nothing travels where
+(optim/native.cpp); elsewhere they go chunk by chunk, which stays in a CPU's cache. Of a shard that is
+offloaded the CPU runs the passes, and `_Staging` carries pieces to the GPU and back. Nothing travels where
 every matrix already lies whole on its owner. Nothing here knows DeepSpeed: fragments say where the weights
 lie, and gradients are found in the `.grad` of the flat tensors.
 """
@@ -29,6 +30,7 @@ from optim.ownership import Matrix, Plan, Segment, make_plan
 from optim.rules import DecayingRule, MomentumRule, Rule, State, new_state
 
 CHUNK_ELEMENTS = 1 << 16  # of a pass on the CPU: weights, gradient and state of one chunk fit its cache
+STRETCH_BYTES = 32 << 20  # of one copy of an offloaded shard, at the least: 1 to 2 ms on PCIe 4.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class FusedStep:
     Args:
         fragments: one for each parameter, in the same order on every rank, empty ones included. They tile
             each parameter over the ranks, or every rank holds all of it.
-        device: where whole matrices are computed; the flats may lie on the CPU (offload).
+        device: where whole matrices are computed; all flats may lie on the CPU instead (offload).
 
     Raises:
         ValueError: the fragments of a parameter neither tile nor replicate it.
@@ -195,6 +197,11 @@ class FusedStep:
 
     def _start(self, group: "_Group") -> None:
         """The raw updates of this rank's pieces, packed, and the squares of their norms."""
+        if group.staging is not None:
+            for pieces in group.staging.uploading():
+                for piece in pieces:
+                    self._direction(piece)
+            return
         for flat, pieces in group.by_flat:
             if flat.grad is not None and (table := group.table(flat)) is not None:
                 assert isinstance(self.rule, MomentumRule)
@@ -219,12 +226,17 @@ class FusedStep:
             else:
                 part = gradient.view(-1)[place]
             update = self.rule.direction(part, now, step=self.steps)
-            piece.buffer[chunk].copy_(update, non_blocking=True)
+            piece.buffer[chunk].copy_(update)
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
 
     def _finish(self, group: "_Group", *, lr: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""
+        if group.staging is not None:
+            for pieces in group.staging.downloading():
+                for piece in pieces:
+                    self._update(piece, lr=lr, scale=group.scale)
+            return
         for flat, pieces in group.by_flat:
             if (table := group.table(flat)) is not None:
                 assert isinstance(self.rule, DecayingRule)
@@ -236,10 +248,13 @@ class FusedStep:
                 )  # fmt: skip
             else:
                 for piece in pieces:
-                    for chunk in _chunks(piece.numel, flat.device):
-                        place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-                        update = piece.buffer[chunk].to(flat.device)
-                        self._apply(piece.fragment, place, update, lr=lr, scale=group.scale)
+                    self._update(piece, lr=lr, scale=group.scale)
+
+    def _update(self, piece: "_Piece", *, lr: float, scale: float) -> None:
+        """The end of the step of one piece, chunk by chunk."""
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+            self._apply(piece.fragment, place, piece.buffer[chunk], lr=lr, scale=scale)
 
     def _elementwise(self, run: "_Run", *, lr: float) -> None:
         flat, state = run.fragment.flat, self._state(run.fragment.flat)
@@ -285,7 +300,10 @@ def _runs(rule: Rule, fragments: Sequence[Fragment]) -> list[_Run]:
 
 @dataclass
 class _Piece:
-    """This rank's part of one matrix: its place in the flat tensor and in the packed buffer."""
+    """This rank's part of one matrix: its place in the flat tensor and in the packed buffer.
+
+    `buffer` and `square` are where the passes read and write it: on the device of the flat tensor.
+    """
 
     fragment: Fragment
     first_row: int  # of the matrix, counted in the parameter
@@ -298,12 +316,65 @@ class _Piece:
     square: Tensor = field(init=False)
 
 
+class _Staging:
+    """Pinned memory through which the pieces of an offloaded shard travel to the GPU and back.
+
+    They go in stretches, copied without waiting: while the CPU works on one, its neighbour travels.
+
+    Args:
+        local, squares: of the group, on the GPU; `packed` and `squares` here mirror them on the CPU.
+    """
+
+    def __init__(self, local: Tensor, squares: Tensor) -> None:
+        pin = local.device.type == "cuda"
+        self.packed = torch.empty_like(local, device="cpu", pin_memory=pin)
+        self.squares = torch.zeros_like(squares, device="cpu", pin_memory=pin)
+        self._local, self._local_squares = local, squares
+        self._stretches: list[list[_Piece]] = []
+
+    def divide(self, pieces: list[_Piece]) -> None:
+        """Divide all pieces, in the order of their positions, into stretches."""
+        least = STRETCH_BYTES // self.packed.itemsize
+        for piece in pieces:
+            last = self._stretches[-1] if self._stretches else None
+            if last is None or piece.position - last[0].position >= least:
+                self._stretches.append([piece])
+            else:
+                last.append(piece)
+
+    def uploading(self) -> Iterator[list[_Piece]]:
+        """Yield the pieces of each stretch, to be written, and then start it on its way to the GPU."""
+        self.squares.zero_()
+        for pieces in self._stretches:
+            yield pieces
+            place = self._place(pieces)
+            self._local[place].copy_(self.packed[place], non_blocking=True)
+        self._local_squares.copy_(self.squares, non_blocking=True)
+
+    def downloading(self) -> Iterator[list[_Piece]]:
+        """Start all stretches on their way back, and yield the pieces of each once it has arrived."""
+        arrivals = []
+        for pieces in self._stretches:
+            place = self._place(pieces)
+            self.packed[place].copy_(self._local[place], non_blocking=True)
+            arrivals.append(torch.cuda.Event() if self._local.device.type == "cuda" else None)
+            if arrivals[-1] is not None:
+                arrivals[-1].record()
+        for pieces, arrival in zip(self._stretches, arrivals, strict=True):
+            if arrival is not None:
+                arrival.synchronize()
+            yield pieces
+
+    def _place(self, pieces: list[_Piece]) -> slice:
+        return slice(pieces[0].position, pieces[-1].position + pieces[-1].numel)
+
+
 class _Group:
     """All matrices of one shape: the buffers through which they travel, and their transformation.
 
     `local` holds this rank's pieces, ordered by owner; `arrived` the pieces that this rank owns, ordered by
     source; `whole` the owned matrices. Each serves both ways. `passes` is the module with the two passes, or
-    None.
+    None; `staging` is there where the flats lie on another device than `local`.
     """
 
     def __init__(self, rule: Rule, plan: Plan, pieces: list[_Piece], *, device: torch.device) -> None:
@@ -331,6 +402,7 @@ class _Group:
         self.rows: State = {
             name: torch.zeros(len(self.owned), self.shape[0], device=device) for name in rule.row_state_names
         }
+        self._owned_index = torch.tensor(self.owned, dtype=torch.int64, device=device)
         own = slice(sum(self._held_sizes[:rank]), sum(self._held_sizes[: rank + 1]))
         arriving = sum(_sizes(self._in)) if self._travels_in else 0
         leaving = sum(_sizes(self._back)) if self._travels_back else 0
@@ -338,15 +410,24 @@ class _Group:
         if not self._travels_in:  # this rank's own pieces are whole matrices, in order
             self.whole = self.local[own].view(len(self.owned), numel)
 
+        elsewhere = {_lies_elsewhere(piece.fragment.flat, device) for piece in pieces}
+        assert len(elsewhere) == 1, "some flat tensors are offloaded, and some are not"
+        self.staging = _Staging(self.local, self.squares) if True in elsewhere else None
+        packed, squares = self.local, self.squares
+        if self.staging is not None:
+            packed, squares = self.staging.packed, self.staging.squares
+
         by_flat: dict[int, tuple[Tensor, list[_Piece]]] = {}
         position = 0
         for segment in _flat(held):
             piece = pieces[segment.matrix]
             piece.number, piece.position = segment.matrix, position
-            piece.buffer = self.local[position : position + segment.numel]
-            piece.square = self.squares[segment.matrix]
+            piece.buffer = packed[position : position + segment.numel]
+            piece.square = squares[segment.matrix]
             position += segment.numel
             by_flat.setdefault(id(piece.fragment.flat), (piece.fragment.flat, []))[1].append(piece)
+        if self.staging is not None:
+            self.staging.divide([pieces[segment.matrix] for segment in _flat(held)])
         self.by_flat = list(by_flat.values())
         self._tables = {id(flat): self._table(flat, own) for flat, own in self.by_flat}
         self._numbers = {
@@ -365,7 +446,7 @@ class _Group:
     def _table(self, flat: Tensor, pieces: list["_Piece"]) -> SegmentTable | None:
         if not (isinstance(self.rule, MomentumRule) and self.rule.in_kernels):
             return None
-        if flat.device != self.local.device or self.passes is None:
+        if self.staging is not None or self.passes is None:
             return None
         return SegmentTable.build(
             [piece.offset for piece in pieces],
@@ -400,7 +481,7 @@ class _Group:
     def transform(self, health: Health | None) -> None:
         """The rule on the owned matrices; `whole` then holds their updates."""
         if self.owned:
-            norms = self.squares[self.owned].sqrt().float()
+            norms = self.squares.index_select(0, self._owned_index).sqrt().float()
             update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms, rows=self.rows)
             if health is not None:
                 _inspect(update, self.scale, health, orthogonal=self.rule.orthogonal)
@@ -472,6 +553,11 @@ def _gather_ranges(fragments: list[Fragment]) -> list[tuple[tuple[int, int], ...
     if len(everyone) > 1:
         dist.all_gather_object(everyone, mine)
     return list(zip(*everyone, strict=True))
+
+
+def _lies_elsewhere(flat: Tensor, device: torch.device) -> bool:
+    """Whether a flat tensor is offloaded: it lies on another device than the matrices are computed on."""
+    return flat.device.type != device.type
 
 
 def _chunks(numel: int, device: torch.device) -> Iterator[slice]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster import toolchain
+
 try:
     import triton
     import triton.language as tl
@@ -96,7 +98,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability not in TILES:
         return f"there are tiles for compute capability {', '.join(map(str, TILES))}, not {capability}"
-    return None if dtype in PRODUCT_DTYPES else f"products of {dtype} stay with torch"
+    if dtype not in PRODUCT_DTYPES:
+        return f"products of {dtype} stay with torch"
+    return toolchain.missing()  # else the first launch would fail
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""optim/native.cpp, called: the step of bf16 updates. A CPU with AVX-512 BF16 and a C++ compiler needed.
+"""optim/native.cpp, called: the step of bf16 updates. A CPU with AVX2 or better and a C++ compiler needed.
 
 Without either everything runs on torch alone, and `unsupported` says why; see `cluster.compiled`.
 """
@@ -26,6 +26,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return f"products of {dtype} stay with torch"
     return _library()[1]
+
+
+def tier() -> str | None:
+    """Which vectors it computes with, such as "AVX2"; None if it cannot run on this CPU."""
+    return compiled.choose_tier()[0]
 
 
 def orthogonalize_(
@@ -111,20 +116,24 @@ def _checked(packed: Tensor) -> Any:
     return _library()[0]
 
 
-@cache
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
     # It finds torch's OpenMP, not the compiler's: another pool of threads would spin on this one's cores.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
-    if library is not None:
-        library.orthogonalize.argtypes = (_POINTER, _POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
-        table = (_POINTER, _POINTER, _POINTER, _LONG)
-        library.momentum_pass.argtypes = (
-            _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *table, _FLOAT, _LONG, _LONG
-        )  # fmt: skip
-        library.apply_pass.argtypes = (
-            _POINTER, _POINTER, _POINTER, _LONG, *table, _FLOAT, _FLOAT, _FLOAT, _LONG
-        )  # fmt: skip
-        for function in (library.orthogonalize, library.momentum_pass, library.apply_pass):
-            function.restype = None
-    return library, reason
+    return library and _declared(library), reason
+
+
+@cache
+def _declared(library: Any) -> Any:
+    """The library, with the types of its functions."""
+    library.orthogonalize.argtypes = (_POINTER, _POINTER, *[_LONG] * 3, _POINTER, *[_LONG] * 3)
+    table = (_POINTER, _POINTER, _POINTER, _LONG)
+    library.momentum_pass.argtypes = (
+        _POINTER, _LONG, _POINTER, _POINTER, _POINTER, *table, _FLOAT, _LONG, _LONG
+    )  # fmt: skip
+    library.apply_pass.argtypes = (
+        _POINTER, _POINTER, _POINTER, _LONG, *table, _FLOAT, _FLOAT, _FLOAT, _LONG
+    )  # fmt: skip
+    for function in (library.orthogonalize, library.momentum_pass, library.apply_pass):
+        function.restype = None
+    return library

@@ -107,7 +107,9 @@ def orthogonalize(
     by_kernels = (
         kernels.unsupported(matrices.device, product) is None
     )  # on a CPU: where a test interprets them
-    by_native = not by_kernels and native.unsupported(matrices.device, product) is None
+    by_native = not by_kernels and native.unsupported(matrices.device, dtype) is None
+    if by_native:  # it widens bf16 by itself where the CPU has no bf16 arithmetic
+        product = dtype
     if by_native and matrices.dtype == product:
         keep = not overwrite or not matrices.is_contiguous()
         x = matrices.clone(memory_format=torch.contiguous_format) if keep else matrices

@@ -1,7 +1,8 @@
 """A decoder step in torch, on any device: tokens of many requests in, logits out, keys and values kept.
 
 `serving.native.NativeDecoder` does the same on a CPU with AVX-512 BF16. On a GPU, steps that only decode
-replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run.
+replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run. All graphs
+are captured when the decoder is made, before there is traffic that a capture would hold up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from serving.scheduler import BLOCK_TOKENS, Span, num_blocks
-from training.model import Llama, attention
+from training.attention import for_changing_lengths, sdpa
+from training.model import Llama
 
+WARM_UPS = 2  # runs before a capture, in which libraries choose kernels and allocate workspaces
 SLICE_ROWS = 64  # of logits that are scored at a time: a tensor of 33 MB in fp32 at a vocabulary of 128k
 
 
@@ -39,25 +42,47 @@ class TorchDecoder:
         model: on its device.
         num_blocks: of the cache, of `BLOCK_TOKENS` tokens each. One more is kept for what padding writes.
         slots: most requests of a step.
-        graphs: use CUDA graphs for steps that only decode.
+        graphs: use CUDA graphs for steps that only decode, and capture them now (`graph_sizes`).
+        context_tokens: most tokens of a request; default: the model's.
+
+    Raises:
+        torch.OutOfMemoryError: the cache or the graphs do not fit.
     """
 
-    def __init__(self, model: Llama, *, num_blocks: int, slots: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        num_blocks: int,
+        slots: int,
+        graphs: bool,
+        context_tokens: int | None = None,
+    ) -> None:
         shape, weight = model.shape, model.model.norm.weight
         self.device = weight.device
         self._model = model
         self._spare = num_blocks
         size = (shape.num_layers, 2, num_blocks + 1, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
         self._cache = torch.zeros(size, dtype=weight.dtype, device=self.device)
-        self._graphs = _Graphs(self, slots=slots) if graphs else None
         self._scored = torch.empty(0)  # [rows, hidden], of the last step
+        self._graphs: _Graphs | None = None
+        if graphs:
+            context = context_tokens or shape.max_positions
+            sizes = graph_sizes(slots=slots, context_tokens=context, cache_blocks=num_blocks)
+            self._graphs = _Graphs(self, sizes)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
-        """See `StepDecoder`."""
-        num_decoding = sum(1 for span in spans if span.stop - span.start == 1)
+        """See `StepDecoder`. The next step may overwrite what this one returns."""
         if self._graphs is not None and all(span.samples and span.stop - span.start == 1 for span in spans):
-            return self._graphs.replay(spans)
+            logits = self._graphs.replay(spans)
+            if logits is not None:
+                return logits
+        with for_changing_lengths():
+            return self._eager(spans)
+
+    def _eager(self, spans: Sequence[Span]) -> Tensor:
+        num_decoding = sum(1 for span in spans if span.stop - span.start == 1)
         # Each span of several tokens attends by itself; those of one token attend together.
         ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
         decoding, prefilling = ordered[:num_decoding], ordered[num_decoding:]
@@ -99,6 +124,10 @@ class TorchDecoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
         """Logits [B, V] of a step that only decodes: tokens, positions [B] and blocks [B, N], all int64."""
+        with for_changing_lengths():
+            return self._step(tokens, positions, blocks)
+
+    def _step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
         block = blocks.gather(1, positions[:, None] // BLOCK_TOKENS)[:, 0]
         attention = _Attention(self._cache, block * BLOCK_TOKENS + positions % BLOCK_TOKENS)
         attention.add(blocks, _visible(blocks, positions[:, None]), 1)
@@ -162,51 +191,73 @@ class _Attention:
             num_rows = len(blocks) * num_tokens
             queries = q[0, :, row : row + num_rows].unflatten(1, (len(blocks), num_tokens)).transpose(0, 1)
             keys, values = (kept[blocks].flatten(1, 2).transpose(1, 2) for kept in cached)
-            part = attention(queries, keys, values, visible=visible)
+            part = sdpa(queries, keys, values, visible=visible)
             mixed.append(part.transpose(0, 1).flatten(1, 2))  # [H, rows, C]
             row += num_rows
         return torch.cat(mixed, dim=1)[None]
 
 
-class _Graphs:
-    """CUDA graphs of steps that only decode, one for each size of batch and of context, made when first met.
+def graph_sizes(*, slots: int, context_tokens: int, cache_blocks: int) -> list[tuple[int, int]]:
+    """(requests, blocks of each) of the steps to capture, the largest first.
 
-    Sizes are powers of two and what is left of a step is padding, so that few graphs serve all. Never run
-    here: there was no GPU (see README).
+    Powers of two, and all slots, so that few graphs serve every step: what is left of one is padding. Left
+    out are those for more than four times the cache: no requests of about equal length become these. The
+    largest come first, so that the others find room in the memory that it has left.
+    """
+    requests = {min(1 << i, slots) for i in range(slots.bit_length() + 1)}
+    widths = [1 << i for i in range(_power_of_two(num_blocks(context_tokens)).bit_length())]
+    found = [(n, width) for n in requests for width in widths if n * width <= 4 * cache_blocks]
+    return sorted(found, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
+
+
+class _Graphs:
+    """CUDA graphs of steps that only decode, one for each of `sizes`, captured as torch's documentation says:
+    warm-up and capture on one side stream, which waits for the current one and is waited for by it; all
+    graphs share one memory pool, since none runs beside another and logits are read before the next replay.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Not yet run on a GPU: the tests
+    see the order of the calls, on fake tensors.
     """
 
-    def __init__(self, decoder: TorchDecoder, *, slots: int) -> None:
-        self._decoder, self._slots = decoder, slots
-        self._made: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
-        self._pool: Any = None
+    def __init__(self, decoder: TorchDecoder, sizes: Sequence[tuple[int, int]]) -> None:
+        self._decoder = decoder
+        self._inputs = {
+            (n, width): tuple(
+                torch.tensor(each, dtype=torch.int64, device=decoder.device) for each in padding
+            )
+            for n, width in sizes
+            for padding in (decoder.inputs([], width=width, size=n),)
+        }
+        self._stream = torch.cuda.Stream(decoder.device)
+        self._stream.wait_stream(torch.cuda.current_stream(decoder.device))
+        with torch.cuda.stream(self._stream):
+            for inputs in self._inputs.values():
+                for _ in range(WARM_UPS):
+                    decoder.step(*inputs)
+        torch.cuda.current_stream(decoder.device).wait_stream(self._stream)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured = {size: self._capture(inputs) for size, inputs in self._inputs.items()}
 
-    def replay(self, spans: Sequence[Span]) -> Tensor:
-        """Logits [S, V]; S is the number of spans."""
-        size = min(_power_of_two(len(spans)), self._slots)
-        width = _power_of_two(max(num_blocks(span.stop) for span in spans))
-        values = self._decoder.inputs(spans, width=width, size=size)
-        if (size, width) not in self._made:
-            self._made[size, width] = self._capture(size, width)
-        graph, inputs, logits = self._made[size, width]
-        for tensor, value in zip(inputs, values, strict=True):
+    def replay(self, spans: Sequence[Span]) -> Tensor | None:
+        """Logits [S, V], S the number of spans; None if no graph is as large as this step."""
+        longest = num_blocks(max(span.stop for span in spans))
+        size = min(
+            (size for size in self._captured if size[0] >= len(spans) and size[1] >= longest), default=None
+        )
+        if size is None:
+            return None
+        graph, logits = self._captured[size]
+        values = self._decoder.inputs(spans, width=size[1], size=size[0])
+        for tensor, value in zip(self._inputs[size], values, strict=True):
             tensor.copy_(torch.tensor(value, dtype=torch.int64), non_blocking=True)
         graph.replay()
         return logits[: len(spans)]
 
-    def _capture(self, size: int, width: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
-        device = self._decoder.device
-        spare = self._decoder.inputs([], width=width, size=size)
-        inputs = tuple(torch.tensor(value, dtype=torch.int64, device=device) for value in spare)
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):  # the first runs choose kernels and allocate workspaces
-            for _ in range(2):
-                self._decoder.step(*inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = self._decoder.step(*inputs)
-        self._pool = self._pool or graph.pool()
-        return graph, inputs, logits
+        return graph, logits
 
 
 def _power_of_two(n: int) -> int:

@@ -1,8 +1,9 @@
-"""serving/native.cpp, called: a decoder step on a CPU with AVX-512 BF16. See `cluster.compiled`."""
+"""serving/native.cpp, called: a decoder step on a CPU with AVX2 or better. See `cluster.compiled`."""
 
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from serving.scheduler import BLOCK_TOKENS, Span, table
 from training.model import Llama, rotary
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-PANEL = 64  # rows of a weight that are packed together
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -38,8 +38,8 @@ _Model: Any = _struct(
 _Span: Any = _struct("Span", int="first_row num_rows first_position first_block")
 _Step: Any = _struct(
     "Step",
-    long="num_rows num_spans num_outputs threads",
-    pointer="tokens positions outputs blocks spans x normed qkv mixed inner logits",
+    long="num_rows num_kept num_spans num_outputs threads",
+    pointer="tokens positions outputs blocks spans kept x normed qkv mixed inner logits",
 )
 
 
@@ -52,28 +52,39 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return _library()[1]
 
 
-@functools.cache
+def tier() -> str | None:
+    """Which vectors it computes with, such as "AVX2"; None if it cannot run on this CPU."""
+    return compiled.choose_tier()[0]
+
+
 def _library() -> tuple[Any, str | None]:
+    """(the library, None) or (None, why there is none)."""
     # OpenMP: the same library, and so the same threads, that torch has loaded.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
-    if library is not None:
-        for function in (library.decoder_step, library.decoder_logits):
-            function.argtypes, function.restype = (_POINTER, _POINTER), None
-        library.pack_panels.argtypes, library.pack_panels.restype = (_POINTER, _LONG, _LONG, _POINTER), None
-    return library, reason
+    return library and _declared(library), reason
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A bf16 weight [rows, columns] as panels [⌈rows/64⌉, columns/2, 64] of pairs (int32)."""
-    rows, columns = weight.shape
-    panels = torch.empty(-(-rows // PANEL), columns // 2, PANEL, dtype=torch.int32)
-    _library()[0].pack_panels(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
+@functools.cache
+def _declared(library: Any) -> Any:
+    """The library, with the types of its functions."""
+    for function in (library.decoder_step, library.decoder_logits):
+        function.argtypes, function.restype = (_POINTER, _POINTER), None
+    library.pack_panels.argtypes, library.pack_panels.restype = (_POINTER, _LONG, _LONG, _POINTER), None
+    for function in (library.panel_rows, library.activation_bytes):
+        function.argtypes, function.restype = (), _LONG
+    return library
+
+
+def _pack(weight: Tensor, library: Any) -> Tensor:
+    """A bf16 weight [rows, columns] as panels [⌈rows/P⌉, columns/2, P] of pairs (int32); P = panel_rows()."""
+    (rows, columns), panel = weight.shape, library.panel_rows()
+    panels = torch.empty(-(-rows // panel), columns // 2, panel, dtype=torch.int32)
+    library.pack_panels(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
     return panels
 
 
-def _alternate(gate: Tensor, up: Tensor) -> Tensor:
-    """32 rows of gate, the same 32 of up, and so on; zeros fill the last of both."""
-    half = PANEL // 2
+def _alternate(gate: Tensor, up: Tensor, half: int) -> Tensor:
+    """`half` rows of gate, the same of up, and so on; zeros fill the last of both."""
     padded = (torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % half)) for weight in (gate, up))
     return torch.stack([weight.unflatten(0, (-1, half)) for weight in padded], dim=1).flatten(0, 2)
 
@@ -125,42 +136,53 @@ class NativeDecoder:
             *(shape.num_layers, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim),
             *(shape.ffn_size, shape.vocab_size, shape.norm_eps),
             *(self._keep(weights[f"model.{name}.weight"].detach()) for name in ("embed_tokens", "norm")),
-            self._keep(pack(head.detach())),
+            self._keep(_pack(head.detach(), library)),
             *(self._keep(cosines), self._keep(sines), ctypes.addressof(self._layers)),
         )
         self._logits = torch.empty(slots, shape.vocab_size)
         self._scored: list[int] = []  # rows of the last step
+        activation = torch.bfloat16 if library.activation_bytes() == 2 else torch.float32
+        widths = {
+            "x": shape.hidden_size,
+            "normed": shape.hidden_size,
+            "qkv": queries + 2 * keys,
+            "mixed": queries,
+            "inner": shape.ffn_size,
+        }
         self._rows = {
-            "x": torch.empty(step_tokens, shape.hidden_size, dtype=torch.bfloat16),
-            "normed": torch.empty(step_tokens, shape.hidden_size, dtype=torch.bfloat16),
-            "qkv": torch.empty(step_tokens, queries + 2 * keys, dtype=torch.bfloat16),
-            "mixed": torch.empty(step_tokens, queries, dtype=torch.bfloat16),
-            "inner": torch.empty(step_tokens, shape.ffn_size, dtype=torch.bfloat16),
+            name: torch.empty(step_tokens, width, dtype=activation) for name, width in widths.items()
         }
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The logits are overwritten by the next step."""
         counts = [span.stop - span.start for span in spans]
-        firsts = [0]
-        for count in counts:
-            firsts.append(firsts[-1] + count)
-        num_rows = firsts.pop()
+        # What the last layer makes is wanted of a span's last row, of all of its rows, or of none.
+        kept = [
+            count if span.num_scored else int(span.samples) for count, span in zip(counts, spans, strict=True)
+        ]
+        firsts, kept_firsts = ([0, *accumulate(numbers)] for numbers in (counts, kept))
+        num_rows, num_kept = firsts[-1], kept_firsts[-1]
         texts = (span.sequence.tokens[span.start : span.stop] for span in spans)
         tokens = (_INT * num_rows)(*(token for text in texts for token in text))
         positions = (_INT * num_rows)(*(p for span in spans for p in range(span.start, span.stop)))
-        last = [first + count - 1 for first, count in zip(firsts, counts, strict=True)]
-        rows = [row for row, span in zip(last, spans, strict=True) if span.samples]
+        rows = [after - 1 for after, span in zip(kept_firsts[1:], spans, strict=True) if span.samples]
         outputs = (_INT * max(1, len(rows)))(*rows)
         self._scored = [
-            first + row for first, span in zip(firsts, spans, strict=True) for row in range(span.num_scored)
+            first + row
+            for first, span in zip(kept_firsts[:-1], spans, strict=True)
+            for row in range(span.num_scored)
         ]
         block_ids, first_blocks = table(spans)
         blocks = (_INT * len(block_ids))(*block_ids)
-        about = zip(firsts, counts, (span.start for span in spans), first_blocks, strict=True)
-        described = (_Span * len(spans))(*about)
+
+        def describe(firsts: Sequence[int], counts: Sequence[int]) -> Any:
+            starts = (span.stop - count for span, count in zip(spans, counts, strict=True))
+            return (_Span * len(spans))(*zip(firsts[:-1], counts, starts, first_blocks, strict=True))
+
+        described, described_kept = describe(firsts, counts), describe(kept_firsts, kept)
         step = _Step(
-            *(num_rows, len(spans), len(rows), self._num_threads),
-            *map(ctypes.addressof, (tokens, positions, outputs, blocks, described)),
+            *(num_rows, num_kept, len(spans), len(rows), self._num_threads),
+            *map(ctypes.addressof, (tokens, positions, outputs, blocks, described, described_kept)),
             *(buffer.data_ptr() for buffer in self._rows.values()),
             self._logits.data_ptr(),
         )
@@ -192,8 +214,10 @@ class NativeDecoder:
             return weights[f"model.layers.{index}.{name}.weight"].detach()
 
         qkv = torch.cat([take(f"self_attn.{name}_proj") for name in "qkv"])
-        gate_up = _alternate(take("mlp.gate_proj"), take("mlp.up_proj"))
-        packed = map(pack, (qkv, take("self_attn.o_proj"), gate_up, take("mlp.down_proj")))
+        half = self._library.panel_rows() // 2
+        gate_up = _alternate(take("mlp.gate_proj"), take("mlp.up_proj"), half)
+        weights_in_order = (qkv, take("self_attn.o_proj"), gate_up, take("mlp.down_proj"))
+        packed = [_pack(weight, self._library) for weight in weights_in_order]
         norms = [self._keep(take(name)) for name in ("input_layernorm", "post_attention_layernorm")]
         panels = [self._keep(panel) for panel in packed]
         model.model.layers[index] = torch.nn.Identity()  # frees the unpacked weights

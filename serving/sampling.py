@@ -1,6 +1,5 @@
 """The next tokens of many requests from their logits, each drawn from its own source of chance; scores."""
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -40,8 +39,7 @@ def choose(
     if asked:
         for row, found in zip(asked, score(logits[asked], ids[asked]), strict=True):
             scores[row] = found
-    pairs = zip(ids.tolist(), largest.tolist(), strict=True)
-    return [token if math.isfinite(logit) else BROKEN for token, logit in pairs], scores
+    return torch.where(largest.isfinite(), ids, BROKEN).tolist(), scores
 
 
 def score(logits: Tensor, ids: Tensor) -> list[Score]:

@@ -80,7 +80,7 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
             device = torch.device(engine.info.device)
             points = []
             for batch in batches:
-                answer(engine, batch, num_prompt=num_prompt, num_new=4, seed=0)  # allocations, graphs
+                answer(engine, batch, num_prompt=num_prompt, num_new=4, seed=0)  # allocations
                 at_first: list[float | None] = []
                 with joules_of(device) as energy:
                     times = answer(

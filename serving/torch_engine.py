@@ -33,6 +33,7 @@ from serving.engine import (
     admit,
     check,
 )
+from serving.memory import says_what_does_not_fit
 from serving.sampling import BROKEN, choose, score
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from training import shapes
@@ -223,6 +224,7 @@ class TorchEngine:
         return "length" if len(request.tokens) == request.most_tokens else None
 
 
+@says_what_does_not_fit
 def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
     """The engine that the configuration asks for.
 
@@ -231,14 +233,14 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
         name: what the model is called.
 
     Raises:
-        UserError: the checkpoint cannot be read, the device is missing, or the cache does not fit.
+        UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
     """
     options = config.engine
     device = find_device(options.device)
     num_threads = options.threads or torch.get_num_threads()
     numbers = arithmetic(options, device)
     try:
-        model, eos_ids = _load(config, directory, dtype=numbers.dtype)
+        model, eos_ids = _load(config, directory, dtype=numbers.dtype, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
@@ -272,6 +274,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             num_blocks=scheduler.num_blocks,
             slots=options.slots,
             graphs=device.type == "cuda" and options.compiled,
+            context_tokens=context,
         )
     details["compiled decoder"] = f"not used: {numbers.not_compiled}" if numbers.not_compiled else "used"
     info = describe(shape, options, numbers, device=device.type, name=name, context=context)
@@ -341,8 +344,10 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) -> tuple[Llama, list[int]]:
-    """The model, on the CPU, and the ids of the tokens that end a text."""
+def _load(
+    config: ServeConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Llama, list[int]]:
+    """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
     if directory is not None:
         return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
     assert config.model.shape is not None
@@ -350,7 +355,8 @@ def _load(config: ServeConfig, directory: Path | None, *, dtype: torch.dtype) ->
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
     try:
-        model = Llama(shape)
+        with device:
+            model = Llama(shape)
     finally:
         torch.set_default_dtype(default)
     initialize(model, seed=config.model.seed)

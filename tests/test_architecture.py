@@ -17,13 +17,15 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
     "cluster": (),
     "optim": (),
     "training": ("cluster", "optim"),
-    "serving": ("cluster", "training.shapes", "training.model"),
+    "serving": ("cluster", "training.attention", "training.shapes", "training.model"),
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
     "cluster.probe": ("optim.precision",),  # what a device multiplies in is decided there and nowhere else
+    "serving.memory": ("optim.precision",),
     "serving.torch_engine": ("optim.precision",),
     "serving.races": ("optim.precision",),
     "optim.native": ("cluster.compiled",),
+    "optim.kernels": ("cluster.toolchain",),
     "optim.bench": (
         "cluster.benchmark",
         "cluster.cli",

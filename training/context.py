@@ -1,17 +1,30 @@
 """What the loop knows of its launcher: rank, world, device, and how to talk to the other ranks.
 
+What rank 0 does for all of them, such as preparing data, it does before there is a process group (`Ranks`):
+the others would wait in a collective, and NCCL ends the run when one takes longer than 10 minutes.
+
 Two implementations: `RayContext` inside a Ray Train worker, `TorchContext` under torchrun or in one process.
 The loop is the same under both, so the launcher's own cost can be measured.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from cluster.cli import BAD_INPUT
+
+LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
+Result = TypeVar("Result")
+PREPARED = "asuncion/prepared"  # key of the store
 
 
 @dataclass(frozen=True)
@@ -70,20 +83,60 @@ class RayContext(Context):
         ray.train.report(dict(metrics))
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks under torchrun, or a single process, before their process group exists."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+
+    @classmethod
+    def meet(cls) -> "Ranks":
+        """Find the other ranks. Collective."""
+        if "MASTER_ADDR" in os.environ:
+            store, rank, world_size = next(rendezvous("env://"))
+            return cls(rank, world_size, store)
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), dist.HashStore())
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank. Any picklable object. Collective, and once per run.
+
+        An error of `work` is raised on rank 0, which explains it; the other ranks end with its exit code.
+        """
+        if self.rank == 0:
+            try:
+                result = work()
+            except BaseException:
+                self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # bytes are what it takes
+                raise
+            self.store.set(PREPARED, pickle.dumps(result))  # type: ignore[arg-type]
+            return result
+        try:
+            self.store.wait([PREPARED], LONGEST_PREPARATION)
+            told = self.store.get(PREPARED)
+        except dist.DistNetworkError:  # without torchrun the store is in rank 0's process, and ends with it
+            told = b""
+        if not told:
+            sys.exit(BAD_INPUT)
+        return pickle.loads(told)
+
+
 @contextmanager
-def torch_context(*, gpu: bool) -> Iterator[Context]:
-    """The context of one rank under torchrun, or of a single process, with its process group."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def torch_context(ranks: Ranks | None = None, *, gpu: bool) -> Iterator[Context]:
+    """The context of one rank under torchrun, or of a single process, with its process group.
+
+    ranks: if they have met already. Collective.
+    """
+    ranks = ranks or Ranks.meet()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    backend = "nccl" if gpu else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "nccl" if gpu else "gloo", store=ranks.store, rank=ranks.rank, world_size=ranks.world_size
+    )
     try:
-        yield Context(rank, world_size, device, "torch")
+        yield Context(ranks.rank, ranks.world_size, device, "torch")
     finally:
         dist.destroy_process_group()

@@ -68,7 +68,20 @@ class Corpus:
 
 
 def _botocore() -> Corpus:
-    """The embedded corpus: the English API documentation inside the pinned botocore package (Apache-2.0)."""
+    """The embedded corpus: the English API documentation inside the pinned botocore package (Apache-2.0).
+
+    The package is needed for its texts alone: data that were prepared before are found without it.
+    """
+    return Corpus(
+        stem="botocore",
+        description=f"botocore {BOTOCORE_VERSION}",
+        identity=["botocore", BOTOCORE_VERSION],
+        texts=functools.cache(lambda: list(botocore_texts(_botocore_folder()))),  # 27 MB, asked for twice
+    )
+
+
+def _botocore_folder() -> Path:
+    """Where the pinned package keeps its services. Raises `DataError`: it is missing, or another version."""
     remedy = f"run `pip install --no-deps botocore=={BOTOCORE_VERSION}`"
     try:
         package = importlib.metadata.distribution("botocore")
@@ -76,13 +89,7 @@ def _botocore() -> Corpus:
         raise DataError(f"data.source: the package botocore is not installed; {remedy}") from error
     if package.version != BOTOCORE_VERSION:
         raise DataError(f"data.source: botocore {package.version} holds another text; {remedy}")
-    folder = Path(str(package.locate_file("botocore/data")))
-    return Corpus(
-        stem="botocore",
-        description=f"botocore {package.version}",
-        identity=["botocore", package.version],
-        texts=functools.cache(lambda: list(botocore_texts(folder))),  # 27 MB, asked for twice
-    )
+    return Path(str(package.locate_file("botocore/data")))
 
 
 def botocore_texts(folder: Path) -> Iterator[str]:

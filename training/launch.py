@@ -122,7 +122,7 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
 def run_torch(config: TrainConfig, plan: Plan) -> None:
     """Train in this process, as one rank of torchrun or alone."""
     spent = Spent()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != config.workers.count:
         raise UserError(
             f"workers.count: {config.workers.count}, but torchrun started {world_size} processes; "
@@ -131,37 +131,24 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     set_defaults(worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus))))
     import torch
 
-    from training.context import torch_context
+    from training.context import Ranks, torch_context
     from training.loop import train
 
     if not config.workers.gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
-    with torch_context(gpu=config.workers.gpu) as context, Progress(plan.num_steps) as progress:
-        if context.is_main:
+    ranks = Ranks.meet()
+    with Progress(plan.num_steps) as progress:
+        if ranks.rank == 0:
             progress.note(plan.describe())
         with spent.part("data"):
-            start = _attempt_on_main(context, lambda: prepare_run(config, plan, report=progress.note))
-        if start is not None:
+            start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
+        if start is None:
+            return
+        with torch_context(ranks, gpu=config.workers.gpu) as context:
             show = _Show(config, progress)
             train(config, data=start.data, command=sys.argv, context=context, observe=show)
-    if rank == 0 and start is not None:
+    if ranks.rank == 0:
         finish_run(config, spent, rest="other")
-
-
-def _attempt_on_main(context: Any, work: Any) -> Any:
-    """The result of `work` on rank 0, on every rank; its error ends every rank, and rank 0 explains it."""
-    result, problem = None, None
-    if context.is_main:
-        try:
-            result = work()
-        except ValueError as error:
-            problem = error
-    result, failed = context.gather((result, problem is not None))[0]
-    if problem is not None:
-        raise problem
-    if failed:
-        sys.exit(cli.BAD_INPUT)
-    return result
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training import checkpoint
+from training.attention import for_changing_lengths
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.context import Context
@@ -102,7 +103,7 @@ class Trainer:
             device_name=context.device_name,
             measured_tflops=_measured_tflops(config),
         )
-        with zero_init(config):
+        with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
             model = Llama(self.plan.shape, activation_checkpointing=config.model.activation_checkpointing)
         initialize(model, seed=config.run.seed)
         self.engine, self.optimizer, self.members = make_engine(
@@ -257,7 +258,7 @@ class Trainer:
         if not self.config.evaluation.sample_tokens:
             return {}
         self.engine.eval()
-        with self.optimizer.at_weights():
+        with self.optimizer.at_weights(), for_changing_lengths():
             return {prompt: self._continued(prompt) for prompt in self.config.evaluation.prompts}
 
     def _continued(self, prompt: str) -> str:

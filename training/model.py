@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optim.precision import product_dtype
 from training import shapes
+from training.attention import sdpa
 from training.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
@@ -97,29 +98,9 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ/√C) v, in q's dtype, with products in `optim.precision.product_dtype`.
-
-    Args:
-        q: [B, H, T, C].
-        k, v: [B, K, S, C]; H is a multiple of K.
-        visible: bool, broadcast to [B, H, T, S]: which keys a query sees; None: its past and itself.
-    """
-    wide = product_dtype(q.dtype, q.device)
-    mixed = F.scaled_dot_product_attention(
-        q.to(wide),
-        k.to(wide),
-        v.to(wide),
-        attn_mask=visible,
-        is_causal=visible is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return mixed.to(q.dtype)
-
-
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
-    return attention(q, k, v)
+    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+    return sdpa(q, k, v)
 
 
 class Attention(nn.Module):
@@ -230,9 +211,12 @@ def initialize(model: Llama, *, seed: int) -> None:
     """Set every weight of `model`, each as a pure function of `seed` and the parameter's name.
 
     So the result depends neither on world size nor on ZeRO stage, and weights partitioned by `zero.Init`
-    work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 on the CPU
-    and then cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2;
-    norms are 1.
+    work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 and then
+    cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2; norms
+    are 1.
+
+    A weight on a GPU is drawn there: one CPU thread takes 29 s for 1.4B weights. A GPU draws other numbers
+    than a CPU, and another model of GPU may again, so the result is a function of the kind of device too.
     """
     residual_std = INITIAL_STD / math.sqrt(2 * model.shape.num_layers)
     for name, parameter in model.named_parameters():
@@ -242,8 +226,9 @@ def initialize(model: Llama, *, seed: int) -> None:
                 continue
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INITIAL_STD
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             parameter.copy_(drawn.normal_(0.0, std, generator=generator))
 
 

@@ -91,15 +91,13 @@ def run(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, A
     set_defaults(worker_environment(gpu=config.workers.gpu, threads=threads))
     import torch
 
-    from training.context import torch_context
+    from training.context import Ranks, torch_context
 
     if not config.workers.gpu:
         torch.set_num_threads(threads)
-    with torch_context(gpu=config.workers.gpu) as context:
-        data = None
-        if context.is_main:
-            data = prepare(config.data, report=_tell).absolute()
-        data = context.gather(data)[0]
+    ranks = Ranks.meet()
+    data = ranks.on_main(lambda: prepare(config.data, report=_tell).absolute())
+    with torch_context(ranks, gpu=config.workers.gpu) as context:
         return _on_rank(config, data, context, num_steps=num_steps, num_warm_up=num_warm_up)
 
 

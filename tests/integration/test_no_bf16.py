@@ -13,7 +13,8 @@ import torch
 
 from tests.commands import ROOT, tiny, write_corpus
 from tests.guard import NO_BF16, Guard, LowPrecisionProduct
-from training.model import Linear, attention
+from training.attention import sdpa
+from training.model import Linear
 
 pytestmark = pytest.mark.stack
 
@@ -59,8 +60,8 @@ def test_the_guard_names_the_operator_and_our_caller(monkeypatch: pytest.MonkeyP
     with Guard(), pytest.raises(LowPrecisionProduct, match=r"bfloat16 .*training/model\.py:\d+, forward"):
         layer(x)
     head = torch.zeros(1, 1, 2, 8, dtype=torch.float16)
-    with Guard(), pytest.raises(LowPrecisionProduct, match=r"attention.* training/model\.py:\d+, attention"):
-        attention(head, head, head)
+    with Guard(), pytest.raises(LowPrecisionProduct, match=r"attention.* training/attention\.py:\d+, sdpa"):
+        sdpa(head, head, head)
     image = torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16)
     with Guard(), pytest.raises(LowPrecisionProduct, match=r"convolution .*not ours"):
         torch.nn.functional.conv2d(image, image)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serving import native
-from serving.decoder import TorchDecoder
+from serving.decoder import TorchDecoder, graph_sizes
 from serving.engine import Sampling
 from serving.sampling import BROKEN, choose
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
@@ -223,3 +223,33 @@ def test_a_token_without_a_chance_is_never_drawn():
     logits = torch.tensor([[0.0, -float("inf"), 1.0, -float("inf")]])
     assert choose(logits, [Sampling(max_tokens=1)], [AlmostOne()])[0] == [2]
     assert choose(logits, [Sampling(max_tokens=1, top_p=0.9999)], [AlmostOne()])[0] == [0]
+
+
+def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monkeypatch):
+    """cuDNN's is off in every step, also in one that a graph captures, and on again for whoever trains."""
+    allowed: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*arguments, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = make_model(SHAPES["odd"], torch.float32)
+    decoder = TorchDecoder(model, num_blocks=40, slots=8, graphs=False)
+    request = Request([1] * 40, 50)
+    request.blocks = [0, 1]
+    decoder.forward([Span(request, 0, 40)])
+    decoder.step(*(torch.tensor(each) for each in decoder.inputs([Span(request, 39, 40)], width=2, size=1)))
+    assert allowed == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_steps_that_are_captured_cover_every_batch_and_context():
+    sizes = graph_sizes(slots=6, context_tokens=200, cache_blocks=1000)
+    assert len(sizes) == 16 and sizes[0] == (6, 8)
+    assert {n for n, _ in sizes} == {1, 2, 4, 6} and {w for _, w in sizes} == {1, 2, 4, 8}
+    work = [n * width for n, width in sizes]
+    assert work == sorted(work, reverse=True)  # the largest first
+    assert graph_sizes(slots=1, context_tokens=1, cache_blocks=1) == [(1, 1)]
+    long = graph_sizes(slots=32, context_tokens=131_072, cache_blocks=1024)  # 32,768 tokens in the cache
+    assert max(n * width for n, width in long) == 4096 and (1, 4096) in long and (32, 128) in long

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim import fused, rules
+from optim import fused, native, rules
 from optim.fused import Fragment, FusedStep
 from optim.groups import attention_splits, partition
 from optim.rules import (
@@ -80,6 +80,7 @@ class Case:
         missing: parameters without a gradient.
         model: dtype of what the model computes with.
         chunk: elements of a pass; a small number puts many into one piece.
+        staged: as if the matrices were computed on another device, with a few elements in each copy there.
     """
 
     cut: str
@@ -90,6 +91,7 @@ class Case:
     chunk: int = fused.CHUNK_ELEMENTS
     inspect: bool = False
     model: torch.dtype = torch.float32
+    staged: bool = False
 
 
 TILED = ("random", "flat", "equal", "alone")
@@ -107,6 +109,8 @@ CASES = [
     ),
     *(Case("random", 7, rule, inspect=True) for rule in ("muon", "muon-bf16")),
     *(Case("flat", 9, rule, model=torch.bfloat16) for rule in ("muon", "adamw", "transported")),
+    *(Case("random", 10, rule, "many", staged=True, chunk=7) for rule in ("muon", "normuon", "ema_nesterov")),
+    Case("random", 11, staged=True, missing=tuple(PARAMETERS)),
 ]
 
 
@@ -220,6 +224,8 @@ class Wire:
 def run_case(context: Context, case: Case) -> dict:
     fragments = lay_out(case, context.world_size, context.rank)
     fused.CHUNK_ELEMENTS = case.chunk
+    fused._lies_elsewhere = lambda flat, device: case.staged
+    fused.STRETCH_BYTES = 400
     unit = FusedStep(RULES[case.rule], fragments, device=context.device)
     with Wire(context.rank) as wire:
         for step in range(NUM_STEPS):
@@ -539,3 +545,22 @@ def test_the_rule_sees_the_number_of_the_step():
     unit.steps = 0  # as a resumed run would be without its count: the correction is too strong
     unit.step(lr=0.1)
     assert (flat + 0.4).abs().min() > 0.05
+
+
+def test_a_staged_step_gives_the_same_bits(monkeypatch):
+    """The passes of an offloaded shard, on a CPU that plays both devices, against the passes in place."""
+    monkeypatch.setattr(native, "unsupported", lambda device, dtype: "off: it sums in another order")
+    monkeypatch.setattr(fused, "STRETCH_BYTES", 400)
+    for name, case in ((name, Case("alone", rule=name)) for name in RULES):
+        found = []
+        for staged in (False, True):
+            monkeypatch.setattr(fused, "_lies_elsewhere", lambda flat, device, staged=staged: staged)
+            fragments = lay_out(case, 1, 0)
+            unit = FusedStep(RULES[name], fragments, device=torch.device("cpu"))
+            for step in range(NUM_STEPS):
+                set_gradients(fragments, case, step)
+                unit.step(lr=LR)
+            assert [group.staging is not None for group in unit._groups] == [staged] * len(unit._groups)
+            states = [tensor for state in unit.states for tensor in state.values()]
+            found.append([fragments[0].flat.detach(), fragments[0].model, *states])
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*found, strict=True)), name

@@ -1,5 +1,6 @@
 """Our LLaMA against transformers' LlamaForCausalLM, and against itself in other precisions and paths."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -242,6 +243,14 @@ def test_initial_weights_are_a_function_of_seed_and_name() -> None:
     in_bf16 = Llama(TINY).bfloat16()
     initialize(in_bf16, seed=5)
     assert all(map(torch.equal, in_bf16.parameters(), again.parameters()))
+
+
+def test_a_weight_on_a_cpu_is_drawn_in_fp32_from_seed_and_name_alone() -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    digest = hashlib.sha256(f"5:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    drawn = torch.empty(tiny().get_parameter(name).shape).normal_(0.0, 0.02, generator=generator)
+    assert torch.equal(tiny(seed=5).get_parameter(name), drawn)
 
 
 def test_loss_is_the_mean_over_targets_that_count() -> None:

@@ -1,6 +1,7 @@
 """Round trips, splits and shards of small corpora; reuse, rebuild, kill, a full disk; every refusal."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
+from training import corpora
 from training import prepare as preparation
 from training.config import DataConfig
 from training.corpora import Corpus
@@ -213,6 +215,27 @@ def test_a_vocabulary_above_65536_is_kept_in_uint32(config: DataConfig, tmp_path
 
 
 # --- reuse, rebuild, interruption ---------------------------------------------------------------------
+
+
+def test_prepared_data_of_the_embedded_corpus_need_no_botocore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(directory=str(tmp_path), vocab_size=320, validation_fraction=0.1)
+    assert config.source == "botocore"
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "botocore_texts", lambda folder: texts(200))  # in place of its 27 MB
+        folder = prepare(config)
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    lines: list[str] = []
+    assert prepare(config, report=lines.append) == folder
+    assert lines == [f"reusing {folder}, from botocore {corpora.BOTOCORE_VERSION}"]
+    with pytest.raises(DataError, match="botocore is not installed; run `pip install --no-deps botocore=="):
+        prepare(dataclasses.replace(config, vocab_size=321))
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == [folder]
 
 
 def test_a_second_run_reuses_the_folder_and_a_changed_request_does_not(config: DataConfig) -> None:

@@ -35,6 +35,7 @@ def sound():
             "hostname": f"n{number}",
             "versions": {"torch": "2.13.0", "code": "abc"},
             "gpus_problem": None,
+            "toolchain_problem": None,
             "gpus": [gpu(0), gpu(1)],
             "scratch": folder(),
             "storage": {**folder(), "sees": ["n1", "n2", "n3"]},
@@ -65,6 +66,9 @@ def fall_off_the_bus(node):
 FAULTS = {  # what is done to the second node -> what is said of it
     "1 GPUs (index 0) and not 2": fall_off_the_bus,
     "nvidia-smi: it hangs": lambda node: node.update(gpus_problem="nvidia-smi: it hangs"),
+    "Triton needs a C compiler": lambda node: node.update(
+        toolchain_problem="Triton needs a C compiler: `apt install gcc`"
+    ),
     "GPU 1 is a NVIDIA H200 and no A40": lambda node: node["gpus"][1].update(
         name="NVIDIA H200", memory_gib=139
     ),

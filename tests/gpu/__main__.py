@@ -1,0 +1,5 @@
+import sys
+
+from tests.gpu.command import main
+
+sys.exit(main())

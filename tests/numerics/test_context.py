@@ -1,0 +1,87 @@
+"""Ranks that wait for rank 0 longer than a collective may take, as real processes with a gloo group."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
+
+from cluster.cli import BAD_INPUT, UserError
+from cluster.session import free_ports
+from training.context import Context, Ranks, torch_context
+
+pytestmark = pytest.mark.stack
+
+WORLD_SIZE, TIMEOUT_SECONDS = 3, 3.0
+
+
+def one_rank(rank: int, how: str, port: int, folder: str) -> None:
+    """Writes what came of it, as torchrun's environment tells it who it is."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
+    distributed_c10d.default_pg_timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    Path(folder, str(rank)).write_text(how_it_ends(how))
+
+
+def slow() -> str:
+    time.sleep(2 * TIMEOUT_SECONDS)
+    return "the data"
+
+
+def how_it_ends(how: str) -> str:
+    ranks = Ranks.meet()
+    try:
+        if how == "in the group":
+            with torch_context(ranks, gpu=False) as context:
+                return str(context.gather(slow() if context.is_main else None))
+        result = ranks.on_main(slow if how == "before the group" else refuse)
+        with torch_context(ranks, gpu=False) as context:
+            return str(context.gather((result, context.rank, Context.__name__)))
+    except RuntimeError as error:
+        return f"RuntimeError: {error}"
+    except UserError as error:
+        return f"UserError: {error}"
+    except SystemExit as error:
+        return f"exit {error.code}"
+
+
+def refuse() -> str:
+    raise UserError("data.source: missing")
+
+
+def results(how: str, folder: Path) -> list[str]:
+    [port] = free_ports(1)
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["tests.ranks", "tests.rank_imports"]
+    )  # as `spawn` does
+    mp.start_processes(one_rank, (how, port, str(folder)), nprocs=WORLD_SIZE, start_method="forkserver")
+    return [(folder / str(rank)).read_text() for rank in range(WORLD_SIZE)]
+
+
+def test_preparing_data_may_take_longer_than_a_collective(tmp_path):
+    told = str([("the data", rank, "Context") for rank in range(WORLD_SIZE)])
+    assert results("before the group", tmp_path) == [told] * WORLD_SIZE
+
+
+def test_in_the_group_the_same_wait_ends_the_run(tmp_path):
+    """So the timeout above is in force."""
+    waited = results("in the group", tmp_path)[1:]
+    assert all(each.startswith("RuntimeError") and "imed out" in each for each in waited), waited
+
+
+def test_an_error_of_rank_0_is_told_once_and_ends_every_rank(tmp_path):
+    first, *others = results("refused", tmp_path)
+    assert first == "UserError: data.source: missing"
+    assert others == [f"exit {BAD_INPUT}"] * (WORLD_SIZE - 1)
+
+
+def test_a_single_process_prepares_and_has_a_group_of_its_own(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    ranks = Ranks.meet()
+    assert ranks.on_main(lambda: 7) == 7 and not dist.is_initialized()
+    with torch_context(ranks, gpu=False) as context:
+        assert (context.rank, context.world_size, context.gather("a")) == (0, 1, ["a"])
