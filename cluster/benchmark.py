@@ -73,8 +73,10 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def baseline_path(host: Mapping[str, Any], what: str) -> Path:
-    """tests/baselines/<CPU model>-<number>-cores[-<GPU model>-<number>-gpus]_<what>.json."""
+    """tests/baselines/<CPU model>-<number>-cores[-held-to-<tier>][-<GPU model>-<number>-gpus]_<what>.json."""
     name = f"{host['cpu']} {host['cpu_cores']} cores"
+    if tier := host.get("cpu_held_to"):
+        name += f" held to {tier}"
     if gpus := host.get("gpus"):
         name += f" {gpus[0]} {len(gpus)} gpus"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

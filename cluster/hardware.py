@@ -165,12 +165,14 @@ def describe_host() -> dict[str, Any]:
     """Host name, operating system, CPU, memory (GiB) and GPUs of this machine, for the record of a run.
 
     `gpus` is empty where there is no `nvidia-smi`; where there is one that fails, `gpus_problem` says how.
+    `cpu_held_to` is the vector tier that torch is held to by ATEN_CPU_CAPABILITY, None where it is free.
     """
     return {
         "hostname": platform.node(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_cores": os.cpu_count(),
+        "cpu_held_to": os.environ.get("ATEN_CPU_CAPABILITY"),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / KIB**3, 1),
         **_nvidia_smi(),
     }

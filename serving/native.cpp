@@ -25,6 +25,7 @@ using Activation = std::conditional_t<PARTS == 1, uint16_t, float>;
 
 constexpr long VECTORS = 4;              // of a panel of weights
 constexpr long PANEL = VECTORS * WIDTH;  // its columns
+constexpr long STRIP = REGISTERS == 32 ? 4 : 2;  // vectors of a panel that lie together, to be read in one go
 constexpr long BLOCK = 32;               // tokens of a block of the cache
 constexpr long ROWS = 6;                 // rows that share a load of a panel
 constexpr long SUMS = REGISTERS == 32 ? 24 : 12;  // vectors of sums that are computed together
@@ -88,11 +89,11 @@ Vec exponential(Vec x) {
   return times_power(y, n);
 }
 
-// sums[r][v] += rows[r] · panel over `pairs` pairs, for Z vectors of columns from v on; a pair of the panel is
-// `stride` wide.
+// sums[r][v] += rows[r] · panel over `pairs` pairs, for Z vectors of columns from v on. A pair is `stride` behind the
+// one before it, a strip of vectors `next_strip` behind the one before it.
 template <int R, int Z>
 __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel,
-                            long stride, long pairs, int v) {
+                            long stride, long next_strip, long pairs, int v) {
   Vec total[R][Z];  // a copy, which the compiler keeps in registers
   const Scalar* row[R];
 #pragma GCC unroll 6
@@ -101,18 +102,19 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
 #pragma GCC unroll 4
     for (int z = 0; z < Z; z++) total[r][z] = sums[r][v + z];
   }
-  panel += v * WIDTH;
-  long next = pairs * stride;  // panels lie one after another: the memory works while this one is multiplied
+  panel += v / STRIP * next_strip + v % STRIP * WIDTH;
+  long next_panel = VECTORS / STRIP * next_strip;  // of weights: the memory works while this one is multiplied
+  auto at = [&](int z) { return z / STRIP * next_strip + z % STRIP * WIDTH; };
   for (long place = 0; place < pairs * PARTS; place += PARTS, panel += stride) {
     asm("" : "+r"(place));  // one index for all rows: GCC would count up a pointer to each
 #pragma GCC unroll 4
-    for (int z = 0; z < Z; z += 64 / (4 * WIDTH)) _mm_prefetch((const char*)(panel + next + z * WIDTH), _MM_HINT_T1);
+    for (int z = 0; z < Z; z += 64 / (4 * WIDTH)) _mm_prefetch((const char*)(panel + next_panel + at(z)), _MM_HINT_T1);
 #pragma GCC unroll 2
     for (long part = 0; part < PARTS; part++) {
       // Kept in registers is what there is less of: elements of rows, or columns.
       Operand elements[R], columns[Z];
       auto element = [&](int r) { return broadcast(row[r] + place + part); };
-      auto column = [&](int z) { return load_operand(panel + z * WIDTH, part); };
+      auto column = [&](int z) { return load_operand(panel + at(z), part); };
       if constexpr (R < Z) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) elements[r] = element(r);
@@ -143,21 +145,21 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
 // The same for V vectors, as many at a time as there are registers for.
 template <int R, int V>
 inline void accumulate(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel, long stride,
-                       long pairs) {
+                       long next_strip, long pairs) {
   constexpr int Z = R * V > SUMS ? V / 2 : V;
-  for (int v = 0; v < V; v += Z) accumulate_some<R, Z>(sums, rows, panel, stride, pairs, v);
+  for (int v = 0; v < V; v += Z) accumulate_some<R, Z>(sums, rows, panel, stride, next_strip, pairs, v);
 }
 
 template <int V>
 void accumulate(long num_rows, Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel,
-                long stride, long pairs) {
+                long stride, long next_strip, long pairs) {
   switch (num_rows) {
-    case 1: return accumulate<1, V>(sums, rows, panel, stride, pairs);
-    case 2: return accumulate<2, V>(sums, rows, panel, stride, pairs);
-    case 3: return accumulate<3, V>(sums, rows, panel, stride, pairs);
-    case 4: return accumulate<4, V>(sums, rows, panel, stride, pairs);
-    case 5: return accumulate<5, V>(sums, rows, panel, stride, pairs);
-    default: return accumulate<6, V>(sums, rows, panel, stride, pairs);
+    case 1: return accumulate<1, V>(sums, rows, panel, stride, next_strip, pairs);
+    case 2: return accumulate<2, V>(sums, rows, panel, stride, next_strip, pairs);
+    case 3: return accumulate<3, V>(sums, rows, panel, stride, next_strip, pairs);
+    case 4: return accumulate<4, V>(sums, rows, panel, stride, next_strip, pairs);
+    case 5: return accumulate<5, V>(sums, rows, panel, stride, next_strip, pairs);
+    default: return accumulate<6, V>(sums, rows, panel, stride, next_strip, pairs);
   }
 }
 
@@ -176,7 +178,7 @@ void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_
       rows[r] = x + (first + r) * inputs;
       for (auto& sum : sums[r]) sum = zeros();
     }
-    accumulate<VECTORS>(count, sums, rows, panel, PANEL, inputs / 2);
+    accumulate<VECTORS>(count, sums, rows, panel, STRIP * WIDTH, STRIP * WIDTH * inputs / 2, inputs / 2);
     for (long r = 0; r < count; r++) finish(first + r, sums[r]);
   }
 }
@@ -322,7 +324,7 @@ void attend(const Model& m, const Layer& layer, const Step& s, const Span& span,
   for (long b = 0; b < blocks; b++) {
     clear(sums, count);
     const uint32_t* keys = layer.keys + (table[b] * m.kv_heads + kv) * half * BLOCK;
-    accumulate<BLOCK / WIDTH>(count, sums, queries, keys, BLOCK, half);
+    accumulate<BLOCK / WIDTH>(count, sums, queries, keys, BLOCK, STRIP * WIDTH, half);
     for (long i = 0; i < count; i++)
       for (int v = 0; v < BLOCK / WIDTH; v++) store(scores + i * padded + b * BLOCK + v * WIDTH, sums[i][v]);
   }
@@ -339,9 +341,9 @@ void attend(const Model& m, const Layer& layer, const Step& s, const Span& span,
       const uint32_t* values = layer.values + (table[b] * m.kv_heads + kv) * BLOCK / 2 * c + column;
       long pairs = (std::min(BLOCK, longest - b * BLOCK) + 1) / 2;  // what lies beyond may be anything, NaN too
       if (columns == PANEL)
-        accumulate<VECTORS>(count, sums, rows, values, c, pairs);
+        accumulate<VECTORS>(count, sums, rows, values, c, STRIP * WIDTH, pairs);
       else
-        accumulate<16 / WIDTH>(count, sums, rows, values, c, pairs);
+        accumulate<16 / WIDTH>(count, sums, rows, values, c, STRIP * WIDTH, pairs);
     }
     for (long i = 0; i < count; i++)
       for (long v = 0; v < columns / WIDTH; v++)
@@ -432,13 +434,14 @@ extern "C" void decoder_logits(const Model* model, const Step* step) {
 extern "C" long panel_rows() { return PANEL; }
 extern "C" long activation_bytes() { return sizeof(Activation); }
 
-// weight [rows, columns] -> panels of panel_rows() rows, zeros beyond the last; `columns` is even.
+// weight [rows, columns] -> panels of panel_rows() rows, zeros beyond the last; `columns` is even. A panel is made
+// of strips, a strip of pairs.
 extern "C" void pack_panels(const uint16_t* weight, long rows, long columns, uint32_t* panels) {
-  const uint32_t* pairs = (const uint32_t*)weight;
-  for (long p = 0; p < (rows + PANEL - 1) / PANEL; p++)
-    for (long kk = 0; kk < columns / 2; kk++)
-      for (long i = 0; i < PANEL; i++) {
-        long row = p * PANEL + i;
-        panels[(p * columns / 2 + kk) * PANEL + i] = row < rows ? pairs[row * columns / 2 + kk] : 0;
-      }
+  constexpr long strip = STRIP * WIDTH;
+  const uint32_t* from = (const uint32_t*)weight;
+  long pairs = columns / 2;
+  for (long first = 0; first < (rows + PANEL - 1) / PANEL * PANEL; first += strip)
+    for (long kk = 0; kk < pairs; kk++)
+      for (long row = first; row < first + strip; row++)
+        *panels++ = row < rows ? from[row * pairs + kk] : 0;
 }

@@ -14,8 +14,7 @@ from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
 
-REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
-compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+in_each_tier = pytest.mark.usefixtures("tier")
 CONTEXT, SLOTS = 256, 6
 
 # Sizes that no panel divides, one query head and groups of several, values narrower and as wide as a panel.
@@ -79,7 +78,7 @@ def test_the_torch_decoder_continues_any_mix_of_texts(sizes):
     assert worst_error(decoder, model) < 1e-5
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
     """Against the same weights in fp32. Both round activations to bf16, a few times differently."""
@@ -94,7 +93,7 @@ def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
     assert worst_error(decoder, wide) < 1.5 * torch_error < 0.06
 
 
-@compiled
+@in_each_tier
 def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     """NaN, say, which no chance of zero would hide."""
     model = make_model(SHAPES["odd"], torch.bfloat16)
@@ -107,7 +106,7 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     assert worst_error(decoder, wide) < 0.06
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [

@@ -1,6 +1,9 @@
 """The compiled step against its formulas in fp64, and what happens without a compiler."""
 
+import ctypes
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster import compiled
 from optim import cost, native, polar
 from optim.kernels import SegmentTable
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-REASON = native.unsupported(CPU, torch.bfloat16)
-compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+in_each_tier = pytest.mark.usefixtures("tier")
 
 METHODS = polar.METHODS
 # Edges of the panels of 32 and of the tiles of 16 pairs; "long" ones get the Gram form.
@@ -44,7 +47,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return norm(found.double() - expected) / norm(expected)
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("tall", [False, True])
 @pytest.mark.parametrize("shape", SIZES + LONG)
 @pytest.mark.parametrize("method", METHODS)
@@ -58,7 +61,7 @@ def test_any_size_is_as_near_to_the_polynomials_as_torchs_own_bf16(method, shape
     assert distance(found, exact(x, method)).median() <= usual.median() + 0.002
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("shape", [(40, 40), (40, 70), (70, 40)])
 def test_each_matrix_of_a_batch_is_its_own_whatever_the_threads(shape):
     x, coefficients = random(7, *shape), METHODS["jordan"].coefficients
@@ -75,7 +78,7 @@ def test_each_matrix_of_a_batch_is_its_own_whatever_the_threads(shape):
     assert not together[3].any()
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("shape", [(40, 40), (40, 70), (70, 40)])
 def test_factors_are_those_of_matrices_rounded_once(shape):
     x, coefficients = random(3, *shape), METHODS["jordan"].coefficients
@@ -85,7 +88,7 @@ def test_factors_are_those_of_matrices_rounded_once(shape):
     assert torch.equal(native.orthogonalize_(x, coefficients, factors=factors, **form(shape)), expected)
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("shape", [(40, 40), (40, 70), (70, 40)])
 def test_not_a_number_goes_through_and_stays_in_its_matrix(shape):
     x, coefficients = random(3, *shape), METHODS["jordan"].coefficients
@@ -96,7 +99,7 @@ def test_not_a_number_goes_through_and_stays_in_its_matrix(shape):
     assert torch.equal(found[0], clean[0]) and torch.equal(found[2], clean[2])
 
 
-@compiled
+@in_each_tier
 def test_nothing_is_written_beside_the_matrices():
     space = torch.full((3, 33 * 70 + 200), 7.0).bfloat16()
     for shape in ((33, 34), (33, 70), (70, 33)):
@@ -108,7 +111,7 @@ def test_nothing_is_written_beside_the_matrices():
         assert (space == 7).all()
 
 
-@compiled
+@in_each_tier
 def test_operands_that_do_not_fit_are_an_error():
     x, coefficients = random(2, 4, 5), METHODS["jordan"].coefficients
     for wrong in (x.float(), x[0], x.mT, x[:, ::2]):
@@ -135,7 +138,7 @@ def values(size: int, *, seed: int, dtype: torch.dtype = torch.float32) -> torch
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 0.95])
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_the_momentum_pass(dtype, scale, beta, nesterov):
         assert torch.equal(momentum[flat], gradient.float()[flat])
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("ahead", [0.0, 19.0])
 def test_the_apply_pass(model_dtype, ahead):
@@ -186,7 +189,22 @@ def test_the_apply_pass(model_dtype, ahead):
         assert model[~flat].isnan().all()
 
 
-@compiled
+@in_each_tier
+def test_numbers_are_rounded_to_bf16_as_torch_rounds_them():
+    """Ties, values next to them, what rounds to infinity, and NaN; not numbers too small to be normal."""
+    exact = torch.tensor([1.0, -3.0, 2.0**-126, 1e30, torch.finfo(torch.bfloat16).max, torch.inf])
+    halfway = exact.view(torch.int32) | 0x8000  # of infinity: NaN, by bits that bf16 drops
+    patterns = torch.cat([halfway - 1, halfway, halfway + 1]).view(torch.float32)
+    weight = torch.cat([patterns, -patterns, values(10_000, seed=0)])
+    found, before = torch.empty(len(weight)).bfloat16(), weight.clone()
+    nothing = torch.zeros(len(weight)).bfloat16()
+    native.apply_pass(weight, nothing, build((0, 0, len(weight))), decay=1.0, factor=0.0, model=found)
+    expected = before.bfloat16()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@in_each_tier
 @pytest.mark.parametrize("threads", [1, 3])
 def test_where_a_shard_is_cut_changes_no_bit(threads):
     """Ranks cut matrices anywhere; a resumed run may cut them elsewhere."""
@@ -206,7 +224,7 @@ def test_where_a_shard_is_cut_changes_no_bit(threads):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@compiled
+@in_each_tier
 def test_passes_over_what_does_not_fit_are_an_error():
     table, flat, squares = build((1, 2, 3)), torch.zeros(4), torch.zeros(1, dtype=torch.float64)
     packed = torch.zeros(5).bfloat16()
@@ -230,13 +248,14 @@ def test_passes_over_what_does_not_fit_are_an_error():
             native.apply_pass(**{"weight": flat, "update": packed} | wrong, table=table, decay=1, factor=1)
 
 
-def without(**environment: str) -> str:
-    """In a process of its own: why there is no library, and the sum of an orthogonalised matrix."""
+def run_with(**environment: str) -> tuple[str, str, float]:
+    """In a process of its own: the tier, why there is no library, and the norm of orthogonalised matrices."""
     program = (
         "import torch; from optim import native, polar\n"
         "x = torch.randn(2, 40, 90, generator=torch.Generator().manual_seed(0))\n"
         "y = polar.orthogonalize(x, method='jordan', dtype=torch.bfloat16)\n"
-        "print(native.unsupported(torch.device('cpu'), torch.bfloat16)); print(y.float().norm().item())"
+        "reason = native.unsupported(torch.device('cpu'), torch.bfloat16)\n"
+        "print(native.tier(), reason, y.float().norm().item(), sep='\\n')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -246,27 +265,91 @@ def without(**environment: str) -> str:
         text=True,
         check=True,
     )
-    return done.stdout
+    tier, reason, norm = done.stdout.splitlines()
+    return tier, reason, float(norm)
 
 
 def test_what_is_missing_is_said_and_torch_does_the_work(tmp_path):
-    """No compiler, one that fails, a folder that cannot be made, and the switch."""
+    """No compiler, one that fails, a folder that cannot be made, the switch, and torch's own for its CPU."""
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
     file = tmp_path / "file"
     file.write_text("")
-    usual = float(without().splitlines()[1])
-    supported = torch.cpu._is_avx512_bf16_supported()
+    _, _, usual = run_with()
+    supported = compiled.lacks("AVX2") is None
     for environment, reason in (
         ({"ASUNCION_NATIVE": "0"}, "ASUNCION_NATIVE=0 turned it off"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler: no-such-compiler is not on the path"),
         ({"CXX": str(broken)}, "failed: x.cpp:1: error: no such flag"),
         ({"XDG_CACHE_HOME": str(file)}, "native.cpp cannot be compiled or loaded"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "torch's CPU capability is DEFAULT, below AVX2"),
     ):
-        said, norm = without(**environment).splitlines()
+        _, said, norm = run_with(**environment)
         assert reason in said or not supported
-        assert float(norm) == pytest.approx(usual, rel=0.05)
+        assert norm == pytest.approx(usual, rel=0.05)
+
+
+FORCED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def test_the_variables_that_make_torch_do_with_avx2_choose_that_tier():
+    if reason := compiled.lacks("AVX2"):
+        pytest.skip(reason)
+    tier, _, norm = run_with(**FORCED)
+    assert tier == "AVX2"
+    assert norm == pytest.approx(run_with()[2], rel=0.05)
+
+
+def test_another_kind_of_cpu_is_the_reason(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    reason = "this CPU is aarch64, and the compiled code is for x86-64 with AVX2"
+    assert {compiled.lacks(tier) for tier in compiled.TIERS} == {reason}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert compiled.choose_tier.__wrapped__() == (None, reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "tier"),
+    [
+        ("AVX512", ["AVX-512 BF16", "AVX2"], "AVX-512 BF16"),
+        ("AVX512", ["AVX2"], "AVX2"),  # AVX-512 without BF16
+        ("AVX2", ["AVX-512 BF16", "AVX2"], "AVX2"),
+        ("AVX2", ["AVX2"], "AVX2"),
+        ("AVX2", [], None),
+        ("DEFAULT", ["AVX-512 BF16", "AVX2"], None),
+    ],
+)
+def test_the_best_tier_is_chosen_that_the_cpu_has_and_torch_may_use(capability, has, tier, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(compiled, "lacks", lambda tier: None if tier in has else f"this CPU has no {tier}")
+    found, reason = compiled.choose_tier.__wrapped__()
+    assert found == tier and (reason is None) == (tier is not None)
+
+
+def test_a_library_is_compiled_anew_for_another_tier_or_header(tmp_path, monkeypatch):
+    """Else a machine would go on with what an older checkout, or a better CPU, left in the cache."""
+    if (compiler := shutil.which("g++")) is None or platform.machine() != "x86_64":
+        pytest.skip("no g++ for x86-64")
+    source, header = tmp_path / "lanes.cpp", tmp_path / "simd.h"
+    source.write_text('#include "simd.h"\nextern "C" long lanes_of_a_vector() { return WIDTH; }\n')
+    header.write_bytes(compiled.HEADER.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "HEADER", header)
+
+    def made() -> list[Path]:
+        return [
+            compiled._compiled(source, compiler, (*compiled.FLAGS, *each)) for each in compiled.TIERS.values()
+        ]
+
+    first = made()
+    assert made() == first and len(set(first)) == len(compiled.TIERS)
+    with header.open("a") as stream:
+        stream.write("// changed\n")
+    assert not set(made()) & set(first)
+    for path, tier in zip(first, compiled.TIERS, strict=True):
+        if compiled.lacks(tier) is None:
+            assert ctypes.CDLL(str(path)).lanes_of_a_vector() == {"AVX-512 BF16": 16, "AVX2": 8}[tier]
 
 
 def test_other_devices_and_dtypes_stay_with_torch():
@@ -274,7 +357,7 @@ def test_other_devices_and_dtypes_stay_with_torch():
     assert native.unsupported(CPU, torch.float32) == "products of torch.float32 stay with torch"
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("shape", [(33, 33), (33, 90), (90, 33)])
 def test_orthogonalize_uses_it_and_overwrites_only_what_it_may(shape, monkeypatch):
     calls = []

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from cluster.compiled import TIERS, lacks
 from cluster.config import walk
 from optim import cost, polar
 from optim.polar import METHODS, orthogonalize, polar_factor
@@ -26,16 +27,20 @@ IN_BASIN = 0.002
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-@pytest.fixture(params=["widened", "torch", "compiled"])
+@pytest.fixture(params=["widened", "torch", *TIERS])
 def bf16_products(request, monkeypatch):
-    """The ways of multiplying bf16 matrices: torch's whatever this CPU has, the compiled one where it can."""
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    if request.param == "compiled" and (reason := polar.native.unsupported(cpu, bf16)):
-        pytest.skip(reason)
-    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: request.param != "widened")
-    if request.param != "compiled":
+    """The ways of multiplying bf16 matrices: torch's whatever the CPU has, the compiled ones if they can."""
+    in_torch = request.param in ("widened", "torch")
+    if in_torch:
         monkeypatch.setattr(polar.native, "unsupported", lambda device, dtype: "for comparison")
-    return request.param
+    elif reason := lacks(request.param):
+        pytest.skip(reason)
+    else:
+        monkeypatch.setattr("cluster.compiled.choose_tier", lambda: (request.param, None))
+        if reason := polar.native.unsupported(torch.device("cpu"), torch.bfloat16):
+            pytest.skip(reason)
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: request.param not in ("widened", "AVX2"))
+    return request.param if in_torch else "compiled"
 
 
 def matrix(shape: str | tuple[int, int], spectrum: str, *, seed: int = 0) -> torch.Tensor:
@@ -190,6 +195,7 @@ def test_transposing_the_input_transposes_the_result(method, monkeypatch):
     widened products up to 3.1e-4, which is the last bit of one value in a hundred.
     """
     monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(polar.native, "unsupported", lambda device, dtype: "for comparison")
     for shape, tolerance in (("square", 5e-6), ("oblong", 5e-6), ("wide", 4e-5), ("tall", 4e-5)):
         x = matrix(shape, "half")[None]
         for dtype, bound in ((torch.float32, tolerance), (torch.bfloat16, 6e-4)):

@@ -20,6 +20,7 @@ from tests.reader import Reader
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
 compiled = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
+in_each_tier = pytest.mark.usefixtures("tier")
 VOCABULARY, CONTEXT = 512, 160
 
 
@@ -160,7 +161,7 @@ def test_a_prompt_may_be_given_up_while_it_is_scored(checkpoint):
     made.close()
 
 
-@compiled
+@in_each_tier
 def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint):
     """Both against the same weights in fp32: logits along whole texts, and the tokens that follow."""
     made = engine(checkpoint, dtype="bfloat16", step_tokens=200)
@@ -202,7 +203,7 @@ def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint):
     assert same["ours"] > same["transformers"] - 10  # of 480
 
 
-@compiled
+@in_each_tier
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_the_compiled_decoder_does_not_depend_on_threads_or_chunks(checkpoint, num_threads):
     def run(**options: object) -> list[list[int]]:

@@ -47,6 +47,8 @@ def test_the_table_has_a_dash_where_nothing_was_measured():
 def test_the_baseline_names_the_gpus_where_there_are_some():
     host = {"cpu": "AMD EPYC 7713", "cpu_cores": 64}
     assert benchmark.baseline_path(host, "optim").name == "amd-epyc-7713-64-cores_optim.json"
+    held = benchmark.baseline_path(host | {"cpu_held_to": "avx2"}, "optim").name
+    assert held == "amd-epyc-7713-64-cores-held-to-avx2_optim.json"
     host["gpus"] = ["NVIDIA A40"] * 8
     path = benchmark.baseline_path(host, "optim")
     assert path.name == "amd-epyc-7713-64-cores-nvidia-a40-8-gpus_optim.json"
