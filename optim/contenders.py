@@ -3,9 +3,9 @@
 race_steps  one process: whole steps of ours and of torch.optim.Muon, from the same gradients
 race_zero   gloo ranks of one thread: engines that differ in their optimizer only
 
-torch.optim.Muon and DeepSpeed's Muon multiply in bf16 on any device. A CPU without bf16 arithmetic takes about
-100 times as long for that as for fp32, so there they are left out, and whole steps are compared with our own
-in torch, in fp32 throughout.
+torch.optim.Muon and DeepSpeed's Muon multiply in bf16 on any device. A CPU without bf16 arithmetic takes
+about 100 times as long for that as for fp32, so there they are left out, and whole steps of ours are compared
+with our own in torch, in fp32 throughout.
 
 Every contender starts from zero weights, so that the first step leaves its bare update in them: by that the
 races make sure that contenders who should do the same work do.
