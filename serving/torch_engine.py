@@ -271,7 +271,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             slots=options.slots,
             graphs=device.type == "cuda" and options.compiled,
         )
-    details["compiled decoder"] = "used" if reason is None else f"not used: {reason}"
+    details["compiled decoder"] = f"used ({native.tier()})" if reason is None else f"not used: {reason}"
     info = describe(shape, options, device=device.type, name=name, context=context)
     info.details.update(details)
     return TorchEngine(
