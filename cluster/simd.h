@@ -2,14 +2,15 @@
 // with FMA, 8 lanes. The compiler's flags choose the tier. Code that uses only what is declared here is written
 // once, in terms of WIDTH and PARTS.
 //
-// Products. A bf16 matrix is kept as pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a column, the
-// first in the low half. AVX-512 BF16 multiplies and adds a pair in one instruction. AVX2 has no such
-// instruction: it widens one half of the pairs, multiplies, widens the other half. So a pair takes PARTS steps:
+// Products. Two elements that follow each other in a row or column are a pair: 2kk and 2kk + 1. AVX-512 BF16
+// multiplies the pairs of two vectors and adds them up in one instruction; AVX2 takes PARTS = 2 steps, one for each
+// element of the pair:
 //
-//   sum = add_product(sum, broadcast(left + kk * PARTS + part), columns(panel + ..., part))
+//   sum = add_product(sum, broadcast(row + kk * PARTS + part), columns)
 //
-// `left` is a row of Scalars: bf16 pairs with AVX-512, fp32 elements with AVX2, where a broadcast from memory is
-// free and a widened one is not.
+// What is broadcast is a Scalar: a bf16 pair with AVX-512, an fp32 element with AVX2, where to broadcast from
+// memory costs nothing and to widen after it would. `columns` is load_operand(pairs, part) of bf16 pairs, the first
+// element in the low half, which AVX2 widens in a register; or load_operand(scalars) of what is kept as Scalars.
 //
 // Counts. `count` is how many lanes hold data: all if it is WIDTH or more, none if it is 0 or less. Lanes beyond
 // it are read as 0 and not written; memory beyond it is not touched.
@@ -28,20 +29,20 @@ namespace {  // internal linkage: two libraries of different tiers may be loaded
 
 constexpr long WIDTH = 16;      // lanes of a Vec
 constexpr long REGISTERS = 32;  // vector registers
-constexpr long PARTS = 1;       // steps that multiply the pairs of a vector
+constexpr long PARTS = 1;       // steps that multiply a vector of pairs
 
-using Vec = __m512;         // WIDTH fp32
-using Words = __m512i;      // 2·WIDTH bf16, or WIDTH pairs
-using Operand = __m512bh;   // right side of a product, or its left side broadcast
-using Scalar = uint32_t;    // of the left side of a product
+using Vec = __m512;        // WIDTH fp32
+using Words = __m512i;     // WIDTH times 32 bits
+using Operand = __m512bh;  // either side of a product
+using Scalar = uint32_t;   // what is broadcast
 
 Vec spread(float x) { return _mm512_set1_ps(x); }
 Vec zeros() { return _mm512_setzero_ps(); }
-Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }                           // b if either is NaN
-Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }         // a·b + c
-Vec subtract_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }    // c - a·b
-Vec nearest(Vec x) { return _mm512_roundscale_ps(x, 0); }                          // integer, ties to even
-Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }                   // x·2ⁿ, n an integer
+Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b if either is NaN
+Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a·b + c
+Vec subtract_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a·b
+Vec nearest(Vec x) { return _mm512_roundscale_ps(x, 0); }  // integer, ties to even
+Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }  // x·2ⁿ, n an integer
 float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
 float largest_of(Vec x) { return _mm512_reduce_max_ps(x); }
 
@@ -67,15 +68,18 @@ void store_words(void* to, Words x) { _mm512_storeu_si512(to, x); }
 Vec as_floats(Words x) { return _mm512_castsi512_ps(x); }
 
 Operand load_operand(const Scalar* x) { return (Operand)load_words(x); }
-Operand load_operand(const uint32_t* pairs, long) { return (Operand)load_words(pairs); }
+Operand load_operand(const uint32_t* pairs, long /* part */) { return (Operand)load_words(pairs); }
 Operand broadcast(const Scalar* x) { return (Operand)_mm512_set1_epi32(*x); }
 Vec add_product(Vec sum, Operand left, Operand right) { return _mm512_dpbf16_ps(sum, left, right); }
 
+// As many Scalars as make a vector, from elements that follow each other.
 void store_scalars(Scalar* to, const float* x) { store_words(to, (Words)_mm512_cvtne2ps_pbh(load(x + 16), load(x))); }
+// Elements `i`, 0 or 1, of pairs that are kept as Scalars: with AVX2 the second ones are `stride` behind the first.
 Vec load_element(const Scalar* x, long, long i) {
   Words pairs = load_words(x);
   return as_floats(i ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
 }
+// Pairs of an element of `first` and the one below it in `second`, `size` of them, as load_element reads them.
 template <long size>
 void store_pairs(const Scalar* first, const Scalar* second, Scalar* to) {
   alignas(64) static const uint16_t ORDER[64] = {
@@ -127,7 +131,7 @@ struct Squares {  // a sum of squares in fp64
   double sum() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 };
 
-#else  // AVX2 and FMA
+#else  // AVX2 and FMA: as above, where nothing else is said
 
 constexpr long WIDTH = 8;
 constexpr long REGISTERS = 16;

@@ -2,7 +2,8 @@
 
     python -m optim.bench [--cases NAME,...] [--rounds N] [--output FILE] [--dry-run] [key=value ...]
 
-step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) and torch.optim.Muon.
+step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) and torch.optim.Muon; on a CPU
+        without bf16 arithmetic our own in torch and fp32 ("torch_fp32") in place of torch.optim.Muon.
 zero*   gloo ranks of one thread: ours, DeepSpeed's Muon, torch's AdamW (what an elementwise optimizer costs)
         and one that does nothing ("null"), under the same DeepSpeed configuration. See ADDED.
 plan    no measurement: the share of a 1.4B training step, by datasheet (optim/forecast.py has the formulas).
@@ -58,6 +59,8 @@ MAX_DIFFERENCE = 0.05  # of first updates that should be equal; bf16 in another 
 TARGETS = {  # speedup_<key>: at the least
     "torch_muon_step_10m": 1.2,
     "torch_muon_step_100m": 1.2,
+    "torch_fp32_step_10m": 1.3,
+    "torch_fp32_step_100m": 1.3,
     **{
         f"deepspeed_muon_zero{stage}_{world_size}ranks": target
         for stage, target in ((1, 1.5), (2, 1.5), (3, 2.5))
@@ -137,6 +140,11 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output
     }
     if (load := result["load_average_before"]) > MAX_LOAD * (os.cpu_count() or 1):
         print(f"this machine is busy (load average {load:.1f}): times will say little", file=sys.stderr)
+    if set(cases) - {"plan", "gpu"}:
+        from optim import contenders
+
+        result["compiled_step"] = contenders.compiled_step()
+        print(f"compiled step: {result['compiled_step']}")
     for case in cases:
         print(f"\n{case}: {CASES[case]}", flush=True)
         if case == "plan":
@@ -183,10 +191,15 @@ def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
         device = torch.device("cuda")
         where = torch.cuda.get_device_name(device)
         del methods["ours_polar_express"]  # memory for two contenders: 37 GB
-    found = ceiling(case, shapes, contenders.gemm_gflops(shapes, device), where)
+    dtype = "bf16" if contenders.multiplies_bf16(device) else "fp32"
+    found = ceiling(case, shapes, contenders.gemm_gflops(shapes, device), where, dtype=dtype)
     race = contenders.race_steps(shapes, methods, num_rounds=num_rounds, device=device)
-    require_same_work(case, {"torch_muon": race.difference})
-    found |= {f"update_difference_torch_muon_{case}": race.difference, **step_result(case, race)}
+    require_same_work(case, {race.peer: race.difference})
+    found |= {f"update_difference_{race.peer}_{case}": race.difference, **step_result(case, race)}
+    if race.peer == "torch_fp32":
+        print(
+            "torch_muon is left out: it multiplies in bf16, for which this CPU takes about 100 times as long"
+        )
     print(benchmark.table(found))
     if sheet := hardware.lookup(where):
         floor_ms = 1e3 * floor_seconds(_machine(sheet, link_gb_per_s=1.0), shapes)
@@ -197,24 +210,27 @@ def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
 
 
 def step_result(case: str, race: "StepRace") -> dict[str, Any]:
-    """Milliseconds of each contender, and torch.optim.Muon's time over each of ours, with spreads."""
+    """Milliseconds of each contender, and the peer's time over each of ours, with spreads."""
     samples = {f"ms_{name}_{case}": _ms(values) for name, values in race.seconds.items()}
-    peer = race.seconds["torch_muon"]
+    peer = race.seconds[race.peer]
     for name, ours in race.seconds.items():
         if name.startswith("ours"):
             variant = name.removeprefix("ours")
-            samples[f"speedup_torch_muon_{case}{variant}"] = benchmark.ratios(peer, ours)
+            samples[f"speedup_{race.peer}_{case}{variant}"] = benchmark.ratios(peer, ours)
     return benchmark.medians(samples)
 
 
-def ceiling(case: str, shapes: "Shapes", gflops: float, where: str) -> dict[str, Any]:
-    """Print and return what the machine can do, and the least that orthogonalising takes at that rate."""
+def ceiling(case: str, shapes: "Shapes", gflops: float, where: str, *, dtype: str) -> dict[str, Any]:
+    """Print and return what the machine can do, and the least that orthogonalising takes at that rate.
+
+    dtype: "bf16" or "fp32", what products are computed in there, and the ceiling was.
+    """
     flops = sum(orthogonalize_flops(*shape, symmetric=True) for shape in shapes)
     floor = flops / (gflops * 1e9)
-    print(f"ceiling: {gflops:.0f} GFLOP/s in bf16 products of these shapes, {where}")
+    print(f"ceiling: {gflops:.0f} GFLOP/s in {dtype} products of these shapes, {where}")
     work = f"{flops / 1e9:.1f} GFLOP, symmetric products at half their cost"
     print(f"floor:   {floor * 1e3:.1f} ms to orthogonalise = {work}, / that rate", flush=True)
-    return {f"gemm_gflops_{case}": gflops, f"floor_ms_{case}": floor * 1e3}
+    return {f"gemm_gflops_{case}": gflops, f"gemm_dtype_{case}": dtype, f"floor_ms_{case}": floor * 1e3}
 
 
 def require_same_work(case: str, differences: Mapping[str, float]) -> None:
@@ -233,10 +249,14 @@ def require_same_work(case: str, differences: Mapping[str, float]) -> None:
 
 def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]:
     """All contenders of one stage and world size: their ceiling, then their tables."""
+    import torch
+
     from optim import contenders
 
     case, shapes = f"zero{stage}_{world_size}ranks", SMALL.shapes
-    print(f"{case}: {num_rounds} rounds, after torch.compile for DeepSpeed: 1 to 3 minutes", file=sys.stderr)
+    bf16 = contenders.multiplies_bf16(torch.device("cpu"))
+    wait = ", after torch.compile for DeepSpeed: 1 to 3 minutes" if bf16 else ""
+    print(f"{case}: {num_rounds} rounds{wait}", file=sys.stderr)
     try:
         race = contenders.race_zero(
             shapes,
@@ -249,12 +269,13 @@ def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]
         raise RunError(f"{case}: {error}") from error
     cores = min(world_size, os.cpu_count() or 1)
     print(f"\n{case}")
-    found = ceiling(case, shapes, race.gflops, f"{world_size} ranks on {cores} cores")
+    where = f"{world_size} ranks on {cores} cores"
+    found = ceiling(case, shapes, race.gflops, where, dtype="bf16" if bf16 else "fp32")
     require_same_work(case, race.differences)
     everyone = contenders.contenders(stage)
     found |= zero_result(case, race, everyone)
     for name, reason in race.skipped.items():
-        print(f"{name} cannot run here: {reason}")
+        print(f"{name} does not run here: {reason}")
     if race.compiled:
         print(
             f"torch.compile built {race.compiled} graphs while the clock ran: DeepSpeed's times are too long"

@@ -3,6 +3,10 @@
 race_steps  one process: whole steps of ours and of torch.optim.Muon, from the same gradients
 race_zero   gloo ranks of one thread: engines that differ in their optimizer only
 
+torch.optim.Muon and DeepSpeed's Muon multiply in bf16 on any device. A CPU without bf16 arithmetic takes
+about 100 times as long for that as for fp32, so there they are left out, and whole steps of ours are compared
+with our own in torch, in fp32 throughout.
+
 Every contender starts from zero weights, so that the first step leaves its bare update in them: by that the
 races make sure that contenders who should do the same work do.
 """
@@ -26,6 +30,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException
 
+from optim import native
 from optim.fused import Fragment, FusedStep
 from optim.groups import partition
 from optim.precision import product_dtype
@@ -44,10 +49,16 @@ TIMEOUT = timedelta(minutes=10)  # of a collective: ranks that compile keep the 
 
 @dataclass
 class StepRace:
-    """Seconds of a whole step, by contender, one per round; and by how much first updates differ."""
+    """Seconds of a whole step, by contender, one per round; and by how much first updates differ.
+
+    Attributes:
+        peer: the contender that ours are compared with: "torch_muon", or "torch_fp32" where that is left out.
+        difference: ‖ours - peer‖ / ‖peer‖ over all matrices.
+    """
 
     seconds: dict[str, list[float]]
-    difference: float  # ‖ours - torch_muon‖ / ‖torch_muon‖ over all matrices
+    peer: str
+    difference: float
 
 
 @dataclass
@@ -94,6 +105,17 @@ def gemm_gflops(shapes: Shapes, device: torch.device, *, dtype: torch.dtype = to
     return flops / seconds / 1e9
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products are worth doing in bf16 there, so that peers who insist on it can take part."""
+    return product_dtype(torch.bfloat16, device) == torch.bfloat16
+
+
+def compiled_step() -> str:
+    """The tier of the compiled step that ours runs in on this CPU, such as "AVX2"; or why it does without."""
+    reason = native.unsupported(torch.device("cpu"), torch.bfloat16)
+    return str(native.tier()) if reason is None else f"not used: {reason}"
+
+
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:
     """Wall time of `action`, with what it leaves on the device's queue."""
     if device.type == "cuda":
@@ -121,19 +143,22 @@ def race_steps(
 
     Args:
         methods: contender -> its name in `optim.polar.METHODS`. One is "ours", by "jordan": the same
-            polynomials as in the peer, "torch_muon".
+            polynomials as in the peer.
     """
     numel = sum(rows * cols for rows, cols in shapes)
     gradient = torch.randn(numel, generator=torch.Generator(device).manual_seed(0), device=device)
     contenders = {name: _ours(shapes, gradient, method) for name, method in methods.items()}
-    contenders["torch_muon"] = _torch_muon(shapes, gradient)
+    if multiplies_bf16(device):
+        peer, contenders["torch_muon"] = "torch_muon", _torch_muon(shapes, gradient)
+    else:
+        peer, contenders["torch_fp32"] = "torch_fp32", _ours(shapes, gradient, "jordan", dtype=torch.float32)
 
     for step, _ in contenders.values():
         step()
-    [flat], peers = contenders["ours"][1], contenders["torch_muon"][1]
-    pieces = flat.split([peer.numel() for peer in peers])
-    differences = [(ours - peer.view(-1)).norm() for ours, peer in zip(pieces, peers, strict=True)]
-    difference = torch.stack(differences).norm() / torch.stack([peer.norm() for peer in peers]).norm()
+    [flat], theirs = contenders["ours"][1], contenders[peer][1]
+    pieces = flat.split([each.numel() for each in theirs])
+    differences = [(ours - each.view(-1)).norm() for ours, each in zip(pieces, theirs, strict=True)]
+    difference = torch.stack(differences).norm() / torch.stack([each.norm() for each in theirs]).norm()
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(-WARM_UP_ROUNDS, num_rounds):
@@ -141,21 +166,23 @@ def race_steps(
             taken = _seconds(contenders[name][0], device)
             if number >= 0:
                 seconds[name].append(taken)
-    return StepRace(seconds, difference.item())
+    return StepRace(seconds, peer, difference.item())
 
 
 Stepper = tuple[Callable[[], Any], Sequence[Tensor]]  # what takes a step, and the weights
 
 
-def _ours(shapes: Shapes, gradient: Tensor, method: str) -> Stepper:
-    """The matrices end to end in one flat tensor, as a shard holds them."""
+def _ours(shapes: Shapes, gradient: Tensor, method: str, *, dtype: torch.dtype = torch.bfloat16) -> Stepper:
+    """The matrices end to end in one flat tensor, as a shard holds them; updates and products in `dtype`."""
     flat, offset, fragments = torch.zeros_like(gradient), 0, []
     flat.grad = gradient
     for index, (rows, cols) in enumerate(shapes):
         numel = rows * cols
         fragments.append(Fragment(f"matrix {index}", (rows,), cols, 0, numel, flat, offset))
         offset += numel
-    rule = Muon(momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, method=method, update_scale="jordan")
+    rule = Muon(
+        momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, method=method, update_scale="jordan", dtype=dtype
+    )
     fused = FusedStep(rule, fragments, device=flat.device)
     return functools.partial(fused.step, lr=LR), [flat]
 
@@ -263,6 +290,9 @@ def _run(shapes: Shapes, stage: int, num_rounds: int, traffic: "Traffic") -> Zer
     race = ZeroRace(gflops=_total_gflops(shapes))
     entries: dict[str, _Entry] = {}
     for name, contender in contenders(stage).items():
+        if contender.kind.startswith("deepspeed_muon") and not multiplies_bf16(torch.device("cpu")):
+            race.skipped[name] = "it multiplies in bf16, for which this CPU takes about 100 times as long"
+            continue
         problem = _attempt(lambda c=contender: entries.update({c.name: _Entry(c, shapes, stage)}))  # type: ignore[misc]
         problem = problem or _attempt(entries[name].turn)  # in which torch.compile builds what it can
         if problem:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from optim import native
 from optim.fused import Fragment, FusedStep
 from optim.groups import Member
 from optim.noise import Noise
@@ -124,7 +125,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             f"  {self.bytes_sent:,} bytes of matrices sent per step over all ranks "
             f"(no plan sends less than {least * size:,})\n"
             f"  Triton kernels: {'not used, ' + '; '.join(sorted(unused)) if unused else 'used'}\n"
-            f"  compiled step (optim/native.cpp): {'; '.join(sorted(reasons)) or 'used'}"
+            f"  compiled step (optim/native.cpp): {'; '.join(sorted(reasons)) or f'used ({native.tier()})'}"
         )
 
     def health(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A decoder step in torch, on any device: tokens of many requests in, logits out, keys and values kept.
 
-`serving.native.NativeDecoder` does the same on a CPU with AVX-512 BF16. On a GPU, steps that only decode
+`serving.native.NativeDecoder` does the same on a CPU with AVX2 or better. On a GPU, steps that only decode
 replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run. All graphs
 are captured when the decoder is made, before there is traffic that a capture would hold up.
 """

@@ -91,9 +91,12 @@ Vec exponential(Vec x) {
 
 // sums[r][v] += rows[r] · panel over `pairs` pairs, for Z vectors of columns from v on. A pair is `stride` behind the
 // one before it, a strip of vectors `next_strip` behind the one before it.
+// Not inlined, or GCC runs out of registers. Of 3 rows by 4 vectors AVX2 has some on the stack all the same, which
+// is still faster than two times 3 by 2: too few sums to hide the latency of adding to one.
 template <int R, int Z>
-__attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel,
-                            long stride, long next_strip, long pairs, int v) {
+__attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows,
+                                               const uint32_t* panel, long stride, long next_strip, long pairs,
+                                               int v) {
   Vec total[R][Z];  // a copy, which the compiler keeps in registers
   const Scalar* row[R];
 #pragma GCC unroll 6

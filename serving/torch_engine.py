@@ -276,7 +276,8 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             graphs=device.type == "cuda" and options.compiled,
             context_tokens=context,
         )
-    details["compiled decoder"] = f"not used: {numbers.not_compiled}" if numbers.not_compiled else "used"
+    used = f"not used: {numbers.not_compiled}" if numbers.not_compiled else f"used ({native.tier()})"
+    details["compiled decoder"] = used
     info = describe(shape, options, numbers, device=device.type, name=name, context=context)
     info.details.update(details)
     return TorchEngine(
