@@ -227,22 +227,27 @@ def _kill(pid: int, status: int | None, whole_tree: bool) -> int:
             os.killpg(pid, signal.SIGKILL)
         elif status is None:
             os.kill(pid, signal.SIGKILL)
-    while whole_tree and (children := _children()):
-        for child in children:  # once it has ended, its own children are ours
+    while whole_tree or status is None:
+        for child in _children() if whole_tree else ():
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.005)
-        found = _reap(pid)
-        status = status if found is None else found
-    return os.waitpid(pid, 0)[1] if status is None else status
+        try:
+            ended, found = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # and nobody's children can become ours any more
+            break
+        if ended == pid:
+            status = found
+        if not ended:
+            time.sleep(0.005)
+    assert status is not None
+    return status
 
 
 def _children() -> list[int]:
-    """The children of this process, on Linux."""
+    """The children of this process, on Linux; also those that have ended and are not collected."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
-            state, parent = file.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
+            if int(file.read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(file.parent.name))
     return found
 

@@ -116,6 +116,28 @@ def test_what_a_command_leaves_running_ends_with_it():
     assert child.wait(5) == -signal.SIGKILL and alive(started) == []
 
 
+HEADLESS = """
+import ctypes, subprocess, threading, time
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+threading.Thread(target=time.sleep, args=(600,)).start()
+print(child.pid, flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.parametrize("attempt", range(12))  # a race: one in six showed the fault
+def test_a_process_whose_first_thread_has_ended_is_not_taken_for_ended(attempt):
+    """It looks like a zombie while its other threads live, and its children are orphans only after them."""
+    with Child([sys.executable, "-c", HEADLESS], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        orphan = psutil.Process(int(child.stdout.readline()))
+        [command] = psutil.Process(child.pid).children()
+        while command.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        child.kill()
+        assert child.wait(5) == -signal.SIGKILL and alive([orphan], within_seconds=0.0) == []
+
+
 def test_ssh_s_shared_connection_outlives_the_command_that_opened_it(tmp_path):
     file = tmp_path / "pid"
     with Child(
