@@ -60,8 +60,10 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
     assert training["shares"]["MFU of measured product"] == pytest.approx(mfu)
     assert training["ranks"] == 2
-    # an all-reduce and half of an all-gather in bf16; two ranks hold a layer each, so no matrix travels
-    sent = (1 + 1 / 2) * 2 * SHAPE.num_parameters
+    # an all-reduce and half of an all-gather; two ranks hold a layer each, so no matrix travels
+    width = {"bf16": 2, "fp32": 4}[training["precision"]]
+    assert (width == 2) == (found["ceilings"]["product_dtype"] == "bfloat16")
+    sent = (1 + 1 / 2) * width * SHAPE.num_parameters
     assert training["link_bytes"] == pytest.approx(sent / rows[0]["tokens_per_step"], rel=1e-3)
     link = found["ceilings"]["links"]["all_reduce_gb_per_s"]["best"] * 1e9
     shares = [value * training["link_bytes"] / link for value in training["values"]]

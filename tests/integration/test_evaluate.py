@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from cluster.config import to_yaml
 from cluster.session import free_ports
+from optim.precision import cpu_has_bf16
 from serving.config import load as load_serving
 from serving.endpoint import make_endpoint
 from serving.torch_engine import make_engine
@@ -298,7 +299,7 @@ def test_a_run_is_exported_where_needed_and_its_data_found(
     assert f"perplexity  {data_of(trained)}" in out and f"result      {trained}/outputs/tiny/eval.json" in out
     before = (trained / "outputs/tiny/eval.json").read_text() if result_exists(trained) else None
     result, _, _ = evaluate(capsys, "model=tiny", "sequences=5", "device=cpu")
-    assert result["model"]["dtype"] == "bfloat16"
+    assert result["model"]["dtype"] == ("bfloat16" if cpu_has_bf16() else "float32")
     entry = result["perplexity"]
     assert (entry["num_sequences"], entry["sequence_length"]) == (5, SEQUENCE_LENGTH)
     assert (trained / "outputs/tiny/eval.json").read_text() != before
