@@ -113,7 +113,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 def compiled_step() -> str:
     """The tier of the compiled step that ours runs in on this CPU, such as "AVX2"; or why it does without."""
     reason = native.unsupported(torch.device("cpu"), torch.bfloat16)
-    return str(native.tier()) if reason is None else f"not used: {reason}"
+    return native.describe() if reason is None else f"not used: {reason}"
 
 
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:

@@ -16,6 +16,7 @@ from cluster import compiled
 from optim.kernels import SegmentTable, check_apply_pass, check_momentum_pass
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+TIERS = tuple(name for name in compiled.TIERS if name != compiled.TILES)  # that it is compiled for
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -30,7 +31,18 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def tier() -> str | None:
     """Which vectors it computes with, such as "AVX2"; None if it cannot run on this CPU."""
-    return compiled.choose_tier()[0]
+    chosen = compiled.choose_tier()[0]
+    return "AVX-512 BF16" if chosen == compiled.TILES else chosen  # nothing here computes with tiles
+
+
+def products_by_onednn() -> bool:
+    """Whether torch multiplies faster: by AMX tiles. Then only the passes over the shard are compiled."""
+    return compiled.choose_tier()[0] == compiled.TILES
+
+
+def describe() -> str:
+    """What runs where `unsupported` is None, for the record."""
+    return f"used ({tier()}{', products by oneDNN with AMX' if products_by_onednn() else ''})"
 
 
 def orthogonalize_(
@@ -119,7 +131,7 @@ def _checked(packed: Tensor) -> Any:
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
     # It finds torch's OpenMP, not the compiler's: another pool of threads would spin on this one's cores.
-    library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
+    library, reason = compiled.load(SOURCE, flags=("-fopenmp",), tier=tier())
     return library and _declared(library), reason
 
 

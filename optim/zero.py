@@ -125,7 +125,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             f"  {self.bytes_sent:,} bytes of matrices sent per step over all ranks "
             f"(no plan sends less than {least * size:,})\n"
             f"  Triton kernels: {'not used, ' + '; '.join(sorted(unused)) if unused else 'used'}\n"
-            f"  compiled step (optim/native.cpp): {'; '.join(sorted(reasons)) or f'used ({native.tier()})'}"
+            f"  compiled step (optim/native.cpp): {'; '.join(sorted(reasons)) or native.describe()}"
         )
 
     def health(self) -> dict[str, float]:

@@ -1,5 +1,5 @@
 // A step of a LLaMA decoder on a CPU with AVX-512 BF16 or AVX2: tokens of many requests in, fp32 logits out.
-// cluster/simd.h has the vectors of both tiers.
+// cluster/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
 //
 // Weights and cache are bf16, kept as panels of pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a
 // column. One kernel, `accumulate`, does every product: the linear layers, queries by keys (a block of the cache is
@@ -169,9 +169,79 @@ void accumulate(long num_rows, Vec (&sums)[ROWS][VECTORS], const Activation* con
 // The n-th part of `total` cut into `parts` that differ by at most one.
 long cut(long total, long parts, long n) { return total * n / parts; }
 
+#ifdef __AMX_BF16__
+
+constexpr long TILE = 16;  // rows of a tile; a row holds 16 pairs, or 16 sums
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums of `count` rows, 16 columns each; 4 holds pairs of the rows, 5 and 6 those of columns.
+void configure_tiles(long count) {
+  TileConfig config;
+  for (int tile = 0; tile < 7; tile++) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = tile < 5 ? count : TILE;
+  }
+  _tile_loadconfig(&config);
+}
+
+// sums [count, PANEL] = x [count, inputs] · panel; `inputs` is a multiple of 32.
+void multiply_tiles(const uint16_t* x, long inputs, const uint32_t* panel, float* sums) {
+  asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler which memory they use
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long pair = 0; pair < inputs / 2; pair += TILE) {
+    const uint32_t* columns = panel + pair * PANEL;
+    _tile_loadd(4, x + 2 * pair, 2 * inputs);
+    _tile_loadd(5, columns, 4 * PANEL);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, columns + 16, 4 * PANEL);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, columns + 32, 4 * PANEL);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, columns + 48, 4 * PANEL);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  _tile_stored(0, sums, 4 * PANEL);
+  _tile_stored(1, sums + 16, 4 * PANEL);
+  _tile_stored(2, sums + 32, 4 * PANEL);
+  _tile_stored(3, sums + 48, 4 * PANEL);
+  asm volatile("" ::: "memory");
+}
+
+// As `linear_panel`, by tiles. For one row too: a row's sums must not depend on how many others there are.
+template <class Finish>
+void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
+  static_assert(PANEL == 4 * TILE && STRIP == VECTORS);
+  alignas(64) float results[TILE * PANEL];
+  long tiles = (num_rows + TILE - 1) / TILE, configured = 0;
+  for (long tile = 0; tile < tiles; tile++) {
+    long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
+    if (count != configured) configure_tiles(configured = count);
+    multiply_tiles(x + first * inputs, inputs, panel, results);
+    for (long r = 0; r < count; r++) {
+      Vec sums[VECTORS];
+      for (long v = 0; v < VECTORS; v++) sums[v] = load(results + r * PANEL + v * WIDTH);
+      finish(first + r, sums);
+    }
+  }
+  _tile_release();
+}
+
+#endif
+
 // One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row.
 template <class Finish>
 void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
+#ifdef __AMX_BF16__
+  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
+#endif
   long tiles = (num_rows + ROWS - 1) / ROWS;
   for (long tile = 0; tile < tiles; tile++) {
     long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,12 @@ from optim.kernels import SegmentTable
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-in_each_tier = pytest.mark.usefixtures("tier")
+
+
+def in_each_tier(test: Callable[..., None]) -> Callable[..., None]:
+    """In each that this code is compiled for."""
+    return pytest.mark.usefixtures("tier")(pytest.mark.parametrize("tier", native.TIERS, indirect=True)(test))
+
 
 METHODS = polar.METHODS
 # Edges of the panels of 32 and of the tiles of 16 pairs; "long" ones get the Gram form.
@@ -312,6 +318,7 @@ def test_another_kind_of_cpu_is_the_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "has", "tier"),
     [
+        ("AVX512", ["AMX BF16", "AVX-512 BF16", "AVX2"], "AMX BF16"),
         ("AVX512", ["AVX-512 BF16", "AVX2"], "AVX-512 BF16"),
         ("AVX512", ["AVX2"], "AVX2"),  # AVX-512 without BF16
         ("AVX2", ["AVX-512 BF16", "AVX2"], "AVX2"),
@@ -349,7 +356,7 @@ def test_a_library_is_compiled_anew_for_another_tier_or_header(tmp_path, monkeyp
     assert not set(made()) & set(first)
     for path, tier in zip(first, compiled.TIERS, strict=True):
         if compiled.lacks(tier) is None:
-            assert ctypes.CDLL(str(path)).lanes_of_a_vector() == {"AVX-512 BF16": 16, "AVX2": 8}[tier]
+            assert ctypes.CDLL(str(path)).lanes_of_a_vector() == (8 if tier == "AVX2" else 16)
 
 
 def test_other_devices_and_dtypes_stay_with_torch():
@@ -372,3 +379,13 @@ def test_orthogonalize_uses_it_and_overwrites_only_what_it_may(shape, monkeypatc
     over = polar.orthogonalize(x, method="jordan", dtype=torch.bfloat16, overwrite=True)
     assert over is x and torch.equal(over, found)
     assert [call["restart"] for call in calls] == [2 if max(shape) == 90 else None] * 3
+
+
+def test_with_amx_torch_multiplies_and_the_passes_are_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "choose_tier", lambda: (compiled.TILES, None))
+    monkeypatch.setattr(native, "orthogonalize_", None)
+    assert native.tier() == "AVX-512 BF16" and native.products_by_onednn()
+    assert native.describe() == "used (AVX-512 BF16, products by oneDNN with AMX)"
+    x = torch.randn(1, 16, 32).bfloat16()
+    found = polar.orthogonalize(x, method="polar_express", dtype=torch.bfloat16)
+    assert (found.float() @ found.float().mT - torch.eye(16)).norm() / 4 < 0.3

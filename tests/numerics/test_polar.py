@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cluster.compiled import TIERS, lacks
+from cluster.compiled import lacks
 from cluster.config import walk
 from optim import cost, polar
 from optim.polar import METHODS, orthogonalize, polar_factor
@@ -27,7 +27,7 @@ IN_BASIN = 0.002
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-@pytest.fixture(params=["widened", "torch", *TIERS])
+@pytest.fixture(params=["widened", "torch", *polar.native.TIERS])
 def bf16_products(request, monkeypatch):
     """The ways of multiplying bf16 matrices: torch's whatever the CPU has, the compiled ones if they can."""
     in_torch = request.param in ("widened", "torch")
