@@ -1,5 +1,6 @@
 """What follows from a configuration before anything runs: steps, accumulation, memory, FLOPs. No torch."""
 
+import platform
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
@@ -13,6 +14,7 @@ from training.shapes import LlamaShape
 GPU_RESERVE_BYTES = (
     2.0e9  # CUDA context, NCCL buffers and the allocator's fragmentation: an allowance, not a count
 )
+TESTED_MACHINES = ("x86_64", "AMD64")
 ASSUMED_MFU = 0.4  # for the time estimate only; the run measures its own
 
 
@@ -59,6 +61,8 @@ class Plan:
             ("memory per worker", f"{self.total_memory_bytes / 1e9:.2f} GB"),
         ]
         rows += [(f"  {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()]
+        if (machine := platform.machine()) not in TESTED_MACHINES:
+            rows.append(("not tested", f"nothing here has run on {machine} yet"))
         if self.device:
             rows.append(("memory available", f"{self.device.memory_gb:g} GB ({self.device.name})"))
         return "\n".join(f"{name:<24}{value}" for name, value in rows)

@@ -16,6 +16,7 @@ import torch
 from cluster import compiled
 from optim import cost, native, polar
 from optim.kernels import SegmentTable
+from tests.guard import NO_BF16
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -296,13 +297,10 @@ def test_what_is_missing_is_said_and_torch_does_the_work(tmp_path):
         assert norm == pytest.approx(usual, rel=0.05)
 
 
-FORCED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-
-
 def test_the_variables_that_make_torch_do_with_avx2_choose_that_tier():
     if reason := compiled.lacks("AVX2"):
         pytest.skip(reason)
-    tier, _, norm = run_with(**FORCED)
+    tier, _, norm = run_with(**NO_BF16)
     assert tier == "AVX2"
     assert norm == pytest.approx(run_with()[2], rel=0.05)
 

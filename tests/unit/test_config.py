@@ -70,7 +70,9 @@ def test_auto_is_the_precision_that_the_device_multiplies_in(has_bf16, keys, pre
     assert plan.is_bf16 == (precision == "bf16")
     assert plan.memory_bytes["weights"] == plan.shape.num_parameters * (2 if plan.is_bf16 else 4)
     named = "bf16, with fp32 master weights" if plan.is_bf16 else "fp32"
-    assert f"{'precision':<24}{named}\n" in plan.describe()
+    assert f"{'precision':<24}{named}\n" in plan.describe() and "not tested" not in plan.describe()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert f"{'not tested':<24}nothing here has run on aarch64 yet" in plan.describe()
 
 
 def test_yaml_overrides_defaults_and_the_dotlist_overrides_yaml(tmp_path):
