@@ -2,8 +2,8 @@
 
 One source serves two tiers of vectors (cluster/simd.h), and a third in which it may multiply by tiles. The
 best that the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the
-lowest tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name that
-changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
+lowest tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name
+that changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 """
 
 import ctypes
