@@ -145,7 +145,7 @@ def describe(config: ServeConfig) -> str:
         lines += [
             ("parameters", f"{shape.num_parameters:,} ({shape.num_parameters / 1e9:.4f}B)"),
             ("weights", f"{weights / 1e6:,.1f} MB in {kept}"),
-            ("decoder in torch", numbers.not_compiled or "not used: the compiled decoder runs"),
+            ("compiled decoder", numbers.compiled_decoder),
             ("read in each step", f"{info.weight_bytes / 1e6:,.1f} MB: all weights but the input embedding"),
         ]
         if engine.kind == "torch":

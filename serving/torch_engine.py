@@ -276,8 +276,7 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
             graphs=device.type == "cuda" and options.compiled,
             context_tokens=context,
         )
-    used = f"not used: {numbers.not_compiled}" if numbers.not_compiled else f"used ({native.tier()})"
-    details["compiled decoder"] = used
+    details["compiled decoder"] = numbers.compiled_decoder
     info = describe(shape, options, numbers, device=device.type, name=name, context=context)
     info.details.update(details)
     return TorchEngine(
@@ -302,6 +301,11 @@ class Arithmetic:
     dtype: torch.dtype
     weights: torch.dtype
     not_compiled: str | None
+
+    @property
+    def compiled_decoder(self) -> str:
+        """Such as "used (AVX2)", or why it is not used."""
+        return f"not used: {self.not_compiled}" if self.not_compiled else f"used ({native.tier()})"
 
 
 def arithmetic(options: EngineConfig, device: torch.device, *, not_compiled: str | None = None) -> Arithmetic:
