@@ -107,8 +107,8 @@ def orthogonalize(
     by_kernels = (
         kernels.unsupported(matrices.device, product) is None
     )  # on a CPU: where a test interprets them
-    by_native = not by_kernels and native.unsupported(matrices.device, dtype) is None
-    by_native = by_native and not native.products_by_onednn()
+    compiled = native.unsupported(matrices.device, dtype) is None and not native.products_by_onednn()
+    by_native = compiled and not by_kernels
     if by_native:  # it widens bf16 by itself where the CPU has no bf16 arithmetic
         product = dtype
     if by_native and matrices.dtype == product:

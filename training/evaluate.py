@@ -276,14 +276,14 @@ def _dtype(name: str, directory: Path, device: "torch.device") -> str:
     """
     from optim.precision import compute_dtype
 
-    widest = str(compute_dtype(device)).removeprefix("torch.")
-    if name == "bfloat16" and widest != name:
+    native = str(compute_dtype(device)).removeprefix("torch.")
+    if name == "bfloat16" and native != name:
         raise UserError("dtype: bfloat16, but this CPU has no bf16 arithmetic; use dtype=auto or float32")
     if name != "auto":
         return name
     config = files.read_json(directory / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
-    return widest if stored in ("bfloat16", "float16") else "float32"
+    return native if stored in ("bfloat16", "float16") else "float32"
 
 
 def _load(found: Subject, *, dtype: "torch.dtype") -> "Llama":
