@@ -225,7 +225,7 @@ def ceiling(case: str, shapes: "Shapes", gflops: float, where: str, *, dtype: st
 
     dtype: "bf16" or "fp32", what products are computed in there, and the ceiling was.
     """
-    flops = sum(orthogonalize_flops(*shape, symmetric=True) for shape in shapes)
+    flops = sum(orthogonalize_flops(*shape, symmetric=True, fp32=dtype == "fp32") for shape in shapes)
     floor = flops / (gflops * 1e9)
     print(f"ceiling: {gflops:.0f} GFLOP/s in {dtype} products of these shapes, {where}")
     work = f"{flops / 1e9:.1f} GFLOP, symmetric products at half their cost"

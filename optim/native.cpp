@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -29,6 +30,7 @@ constexpr long KEPT = PAIRS * PARTS;  // Scalars of a row of a tile
 constexpr long HALF = 16;           // rows and columns of a quarter of a tile
 constexpr long SUMS = REGISTERS == 32 ? 16 : 12;  // vectors of sums that are computed together
 constexpr long DEPTH = REGISTERS == 32 ? 1L << 40 : 64;  // pairs that are multiplied before the next columns
+constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs, into the second cache: saves 3% of the time
 constexpr long BAND = 4;  // panels of rows that are multiplied with a panel of columns in turn
 
 long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
@@ -76,7 +78,11 @@ void multiply_block(const Scalar* a, const Scalar* b, long pairs, bool more, lon
   for (long i = 0; i < rows; i++)
     for (long v = 0; v < vectors; v++)
       total[i][v] = more ? load(tile.sums[row + i] + column + v * WIDTH) : zeros();
+  // The next pairs of b and of a, fetched by the blocks of rows 6 and 12, whose own operands are cached by then.
+  const Scalar* next = (row == 6 ? b : a) + pairs * PARTS * PANEL + column;
+  const bool fetch = PREFETCH && (row == 6 || row == 12);
   for (long k = 0; k < pairs * PARTS; k++) {
+    if (fetch) _mm_prefetch((const char*)(next + k * PANEL), _MM_HINT_T1);
     Operand right[vectors];
     for (long v = 0; v < vectors; v++) right[v] = load_operand(b + k * PANEL + column + v * WIDTH);
 #pragma GCC unroll 16
@@ -180,8 +186,10 @@ void polynomial(const Panels& gram, const Panels& out, long n, float a, float b,
   });
 }
 
-// out = A·Bᵀ, all of it.
-void full(const Panels& a, const Panels& b, const Panels& out) {
+// out = A·Bᵀ of two polynomials of one matrix: symmetric but for their rounding, and in bf16 computed in full
+// (`_multiply_polynomials` in optim/polar.py says why). In fp32 half will do.
+void commuting(const Panels& a, const Panels& b, const Panels& out) {
+  if (std::is_same_v<Scalar, float>) return symmetric(a, b, out);
   Tile tile;
   each_tile(a.panels, b.panels, false, [&](long row, long col) {
     multiply_tile(a.at(row, 0), b.at(col, 0), a.pairs, tile);
@@ -263,7 +271,7 @@ class Iteration {
     }
   }
 
-  // As `_gram_form` in optim/polar.py: anew after `restart` steps.
+  // As `_multiply_polynomials` in optim/polar.py: anew after `restart` steps.
   void gram(const Matrix& y, float factor, const float* coefficients, long steps, long restart) {
     load(y, factor, by_rows_, by_columns_);
     for (long first = 0, end = restart; first < steps; first = end, end = steps) {
@@ -272,11 +280,11 @@ class Iteration {
         const float* abc = coefficients + 3 * step;
         polynomial(gram_, factor_, n_, abc[0], abc[1], abc[2]);
         if (step < end - 1) {
-          full(factor_, gram_, square_);
+          commuting(factor_, gram_, square_);
           symmetric(square_, factor_, gram_);
         }
         if (step > first) {
-          full(factor_, product_, last_);
+          commuting(factor_, product_, last_);
           std::swap(product_, last_);
         } else {
           std::swap(product_, factor_);

@@ -137,9 +137,6 @@ def _standard_form(x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def _gram_form(x: Tensor, coefficients: Coefficients) -> Tensor:
-    # Products of two different polynomials are symmetric but for their rounding, and are computed in full:
-    # mirroring half of one makes its rounding part of what the next step amplifies, and in bf16 matrices of
-    # low rank leave the band (3.9 in place of 1.15).
     for steps in (coefficients[:GRAM_RESTART], coefficients[GRAM_RESTART:]):
         gram, product = _gram_matrix(x), None
         for a, b, c in steps[:-1]:
@@ -152,7 +149,9 @@ def _gram_form(x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def _multiply_polynomials(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right.mT
+    # Symmetric but for their rounding, and in bf16 computed in full: to mirror half of one makes its rounding
+    # part of what the next step amplifies, and matrices of low rank leave the band (3.9 in place of 1.15).
+    return _symmetric(left, right) if left.dtype == torch.float32 else left @ right.mT
 
 
 def _gram_matrix(x: Tensor) -> Tensor:
