@@ -43,6 +43,8 @@ CPU_ENVIRONMENT = {
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
+HAPROXY = "haproxy"
+
 
 @dataclass(frozen=True)
 class SessionConfig:
@@ -58,6 +60,7 @@ def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
 
     Args:
         folder: for HAProxy's files, its admin socket among them: at Ray's default place anyone may use that.
+            The program itself is expected there, as HAPROXY (`serving.haproxy`).
         haproxy: Serve's ingress is HAProxy and not Serve's own proxy.
     """
     metrics, statistics, http, grpc, fallback_http, fallback_grpc = free_ports(6)
@@ -77,6 +80,11 @@ def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),  # its defaults collide with any other HAProxy
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / HAPROXY),
+        # A stalled client's connection is closed after so long; Serve's default is an hour.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        # By default HAProxy tells syslog each request's URL, secrets in it too. Nobody listens here.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "no-log.sock"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),

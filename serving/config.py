@@ -70,6 +70,14 @@ class EngineConfig:
 class DeploymentConfig:
     host: str = key("127.0.0.1", "address that the HTTP port is bound to")
     port: int = key(8000, "HTTP port; 0: any that is free")
+    allowed_hosts: tuple[str, ...] = key(
+        (),
+        "names that a request's Host and Origin may carry, without ports; default: if host is a loopback "
+        "address, the names of loopback, else any",
+    )
+    receive_seconds: float = key(
+        10.0, "a request's head must arrive within so many seconds, and its body within as many; else 408"
+    )
     replicas: int = key(1, "engines; with max_replicas above it, the least number")
     max_replicas: int | None = key(None, "autoscaling: most engines")
     target_waiting: float = key(
@@ -82,6 +90,7 @@ class DeploymentConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "deployment.port", "must lie between 0 and 65535")
+        require(self.receive_seconds > 0, "deployment.receive_seconds", "must be above 0")
         require(self.replicas >= 1, "deployment.replicas", "must be at least 1")
         most = self.max_replicas
         require(most is None or most >= self.replicas, "deployment.max_replicas", "must reach replicas")

@@ -29,18 +29,28 @@ from prometheus_client import Histogram as Buckets
 
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.process import no_leftovers
-from cluster.session import environment, free_ports, ray_session, serve_environment, worker_environment
-from serving import checkpoints
+from cluster.session import (
+    HAPROXY,
+    environment,
+    free_ports,
+    ray_session,
+    serve_environment,
+    worker_environment,
+)
+from serving import checkpoints, haproxy
 from serving.checkpoints import Served
-from serving.config import ServeConfig
+from serving.config import DeploymentConfig, ServeConfig
 from serving.endpoint import FIGURES, LATENCIES, make_endpoint
 from serving.engine import EngineStats
 from serving.engine_process import EngineProcess, Factory, make_engine
+from serving.hosts import allowed_hosts
 from serving.text import load_tokenizer, numbered_tokenizer
 from training import shapes
 
 NAME = "completions"
-MARGIN = 256  # requests at a replica beyond those that its engine takes: it answers them 429 itself
+# Requests at a replica at once. The endpoint limits them itself (`serving.bodies`, `Engine.submit`), so that
+# unfinished bodies hold up nobody; this exceeds what HAProxy lets in (4096 connections).
+MOST_REQUESTS = 8192
 READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
 POLL_SECONDS = 0.2
 STOP_SECONDS = 5.0
@@ -78,13 +88,20 @@ class Replica:
 
     def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
         self._engine, self._metrics = EngineProcess(factory, config, served), RayMetrics()
+        self._options = config.deployment
         if served.directory is None:
             self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)
         else:
             self._tokenizer = load_tokenizer(served.directory)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_endpoint(self._engine, self._tokenizer, observe=self._metrics.observe)
+        return make_endpoint(
+            self._engine,
+            self._tokenizer,
+            hosts=allowed_hosts(self._options.host, self._options.allowed_hosts),
+            body_seconds=self._options.receive_seconds,
+            observe=self._metrics.observe,
+        )
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; it replaces a replica that keeps raising."""
@@ -106,7 +123,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
-    options, engine = config.deployment, config.engine
+    options = config.deployment
     resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus}
     if options.accelerator is not None:
         resources["accelerator_type"] = options.accelerator
@@ -114,8 +131,8 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
     return deployment.options(
         name=NAME,
         ray_actor_options=resources,
-        max_ongoing_requests=engine.slots + engine.waiting + MARGIN,
-        max_queued_requests=engine.waiting + MARGIN,  # the second fence, before the replicas
+        max_ongoing_requests=MOST_REQUESTS,
+        max_queued_requests=MOST_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_constructor_retry_count=1,  # a checkpoint that cannot be read will not be readable soon
         graceful_shutdown_timeout_s=STOP_SECONDS,
@@ -196,7 +213,7 @@ def serving(
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
         no_leftovers(f"{folder}/"),  # HAProxy keeps its log open there
-        environment(serve_environment(Path(folder), haproxy=options.haproxy)),
+        environment(_serve_environment(Path(folder), options)),
         session,
     ):
         from ray import serve
@@ -212,6 +229,11 @@ def serving(
             url = f"http://{options.host}:{port}"
             _wait(url)
             yield url
+
+
+def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str]:
+    haproxy.install(folder / HAPROXY, head_seconds=options.receive_seconds)
+    return serve_environment(folder, haproxy=options.haproxy)
 
 
 @contextmanager

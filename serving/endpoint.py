@@ -3,20 +3,32 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from serving.engine import BrokenModel, Engine, EngineFailed, Finish, Overloaded, RequestError, Stream, Token
+from serving.bodies import Bodies
+from serving.engine import (
+    BrokenModel,
+    Engine,
+    EngineFailed,
+    Finish,
+    Overloaded,
+    RequestError,
+    Stream,
+    Token,
+    admit,
+)
+from serving.hosts import allowed_hosts, require_allowed
 from serving.openai_api import (
+    MOST_QUOTED,
     Answer,
     CompletionRequest,
     Refusal,
@@ -26,11 +38,12 @@ from serving.openai_api import (
     parse,
     usage,
 )
+from serving.prompts import Prompts
 from serving.text import Detokenizer, spell
 
-MOST_BODY_BYTES = 8 << 20
-LONG_PROMPT_CHARACTERS = 4_000  # about 2 ms; from here on a prompt is encoded beside the event loop
-
+MOST_BODY_BYTES, SPARE_BYTES = 8 << 20, 64 << 10
+LARGE_BODY_BYTES = 64 << 10
+BODY_SECONDS = 10.0
 
 LATENCIES = {
     "time_to_first_token_seconds": "From the request's arrival here",
@@ -48,18 +61,31 @@ FIGURES = {  # of EngineStats
 }
 
 Observe = Callable[[str, float], None]
+Answered = TypeVar("Answered")
 
 
 def make_endpoint(
-    engine: Engine, tokenizer: Tokenizer, *, observe: Observe = lambda name, seconds: None
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    hosts: frozenset[str] | None = allowed_hosts("localhost", ()),
+    body_seconds: float = BODY_SECONDS,
+    observe: Observe = lambda name, seconds: None,
 ) -> FastAPI:
     """POST /v1/completions; GET /v1/models, /health, /metrics.
 
     Args:
+        hosts: names that requests may carry as Host and Origin; None: any.
+        body_seconds: a body that takes longer to arrive is refused (408).
         observe: told each of LATENCIES, besides /metrics.
     """
-    app = FastAPI(openapi_url=None)
-    service = Service(engine, tokenizer, observe)
+
+    async def check_hosts(request: Request) -> None:
+        if hosts is not None:
+            require_allowed(request.headers, hosts)
+
+    app = FastAPI(openapi_url=None, dependencies=[Depends(check_hosts)])
+    service = Service(engine, tokenizer, body_seconds=body_seconds, observe=observe)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -82,14 +108,15 @@ def make_endpoint(
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
         service.metrics.refused.labels(str(refusal.status)).inc()
-        seconds = refusal.retry_after_seconds
-        headers = None if seconds is None else {"Retry-After": str(seconds)}
-        return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
+        return JSONResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers())
 
     @app.exception_handler(HTTPException)
-    async def unknown(_: Request, error: HTTPException) -> Response:
-        body = Refusal(error.status_code, str(error.detail)).body()
-        return JSONResponse(body, status_code=error.status_code)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return await refused(request, Refusal(error.status_code, str(error.detail), close=True))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, _: Exception) -> Response:
+        return await refused(request, Refusal(500, "the server failed; its log says why", close=True))
 
     return app
 
@@ -126,39 +153,52 @@ class Metrics:
 class Service:
     """Completions from one engine."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, observe: Observe) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, body_seconds: float, observe: Observe
+    ) -> None:
         self.since = int(time.time())
         self.metrics = Metrics(observe)
         self._engine, self._tokenizer = engine, tokenizer
+        context = engine.info.context_tokens
+        self._prompts = Prompts(tokenizer, context_tokens=context)
+        # In JSON a byte of text takes up to 6 bytes, and a token id with its spaces hardly more than 24.
+        largest = context * max(6 * self._prompts.longest_token, 24) + SPARE_BYTES
+        self._bodies = Bodies(most_bytes=min(largest, MOST_BODY_BYTES), seconds=body_seconds)
+        self._parsing = asyncio.Lock()
+        self._num_encoding = 0
 
     async def complete(self, http: Request) -> Response:
         """The answer to POST /v1/completions. Raises `Refusal`."""
         arrived = time.perf_counter()
-        request = parse(await _body(http))
+        async with self._bodies.receive(http) as body, self._turn(body):
+            request = parse(body)
         if request.model != self._engine.info.model:
+            name = request.model[:MOST_QUOTED]
             raise Refusal(
                 404,
-                f"model: {request.model!r} is not served here; {self._engine.info.model!r} is",
+                f"model: {name!r} is not served here; {self._engine.info.model!r} is",
                 param="model",
                 code="model_not_found",
             )
-        prompt = await self._encode(request.text_or_ids)
+        prompt = self._prompts.at_once(request.prompt)
+        if prompt is None:
+            prompt = await _unless_client_leaves(http, self._encode(str(request.prompt)))
         run = _Run(self, request, prompt, arrived=arrived)
         if request.stream:
             return _EventStream(run)
-        return JSONResponse(await _unless_client_leaves(http, run))
+        try:
+            return JSONResponse(await _unless_client_leaves(http, run.whole()))
+        finally:
+            run.cancel()
+
+    def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
+        """Large bodies are parsed one after another: between two of them others are served."""
+        return self._parsing if len(body) > LARGE_BODY_BYTES else nullcontext()
 
     def submit(self, request: CompletionRequest, prompt: list[int]) -> Stream:
         """Hand a request to the engine. Raises `Refusal`."""
-        try:
+        with _refusals():
             return Stream(self._engine, prompt, request.sampling())
-        except RequestError as error:
-            raise Refusal(400, str(error), param=str(error).partition(":")[0]) from error
-        except Overloaded as error:
-            seconds = error.retry_after_seconds
-            raise Refusal(429, str(error), code="overloaded", retry_after_seconds=seconds) from error
-        except EngineFailed as error:
-            raise _failed(error) from error
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
@@ -170,14 +210,15 @@ class Service:
         """`serving.text.spell`, beside the event loop: about 2 ms for 1,000 tokens."""
         return await asyncio.to_thread(spell, self._tokenizer, prompt)
 
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if len(prompt) < LONG_PROMPT_CHARACTERS:
-            return self._tokenizer.encode(prompt).ids
-        # Of `encode` and `encode_batch` only the second lets other threads run.
-        [encoded] = await asyncio.to_thread(self._tokenizer.encode_batch, [prompt])
-        return encoded.ids
+    async def _encode(self, prompt: str) -> list[int]:
+        """The ids of a long prompt. As many may wait for them as the engine takes, or `Refusal` (429)."""
+        with _refusals():
+            admit(self._num_encoding, self._engine.info)
+        self._num_encoding += 1
+        try:
+            return await self._prompts.encode(prompt)
+        finally:
+            self._num_encoding -= 1
 
 
 class _Piece(NamedTuple):
@@ -239,7 +280,7 @@ class _Run:
 
     async def _echo(self, tokens: Sequence[Token]) -> _Piece:
         """A prompt: its text as it was given, or of its ids."""
-        given = self._request.text_or_ids
+        given = self._request.prompt
         text, starts = await self._service.spell(self._prompt)
         return _Piece(tokens, given if isinstance(given, str) else text, starts, tokens[-1].finish)
 
@@ -302,6 +343,20 @@ class _EventStream(StreamingResponse):
             self._run.cancel()
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What an engine refuses, as `Refusal`."""
+    try:
+        yield
+    except RequestError as error:
+        raise Refusal(400, str(error), param=str(error).partition(":")[0]) from error
+    except Overloaded as error:
+        seconds = error.retry_after_seconds
+        raise Refusal(429, str(error), code="overloaded", retry_after_seconds=seconds) from error
+    except EngineFailed as error:
+        raise _failed(error) from error
+
+
 def _failed(error: EngineFailed) -> Refusal:
     if isinstance(error, BrokenModel):
         return Refusal(500, str(error), code="model_broken")
@@ -312,38 +367,20 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _body(http: Request) -> bytes:
-    """The body. Raises `Refusal` (415, 413)."""
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refusal(415, f"content-type: {kind!r} is not application/json")
-    parts, size = [], 0
-    try:
-        async for part in http.stream():
-            size += len(part)
-            if size > MOST_BODY_BYTES:
-                raise Refusal(413, f"the body exceeds {MOST_BODY_BYTES} bytes; shorten the prompt")
-            parts.append(part)
-    except ClientDisconnect as error:
-        raise Refusal(400, "the client left before its request was complete") from error
-    return b"".join(parts)
-
-
-async def _unless_client_leaves(http: Request, run: _Run) -> dict[str, Any]:
-    """The whole answer of `run`, which is given up when the client closes the connection."""
+async def _unless_client_leaves(http: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
+    """What `work` returns; it is cancelled when the client closes the connection. The body must be read."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    answer, left = asyncio.ensure_future(run.whole()), asyncio.ensure_future(gone())
+    answer, left = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise Refusal(499, "the client left")  # nginx's code; nobody reads it
         return answer.result()
     finally:
-        run.cancel()
         for task in (answer, left):
             task.cancel()
             with suppress(asyncio.CancelledError, Refusal):

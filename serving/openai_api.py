@@ -11,7 +11,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import from_json
 
 from serving.engine import EngineInfo, Finish, Sampling, Token
 
@@ -19,10 +20,21 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
 LARGEST_SEED = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1
+MOST_ITEMS = 100  # of a list or an object other than the prompt; each wrong one would be an error to be made
+MOST_QUOTED = 100  # characters of a client's words in an answer
 
-_Id = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
-# Else a body of wrong ids takes seconds: it makes an error for each.
-_Ids = Annotated[list[_Id], Field(fail_fast=True)]
+
+def _one_prompt(given: Any) -> str | list[int]:
+    """The one prompt. A list of millions of prompts is refused at the first, where a union tries each."""
+    nested = isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int)
+    prompt = given[0] if nested else given
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(one) is int and 0 <= one <= LARGEST_TOKEN for one in prompt):
+        return prompt
+    raise ValueError("not one prompt")
+
+
 _Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 _One = Annotated[float, Field(ge=1, le=1)] | None
@@ -35,6 +47,7 @@ class Refusal(Exception):
     Args:
         param: the request's field that is at fault, if any.
         retry_after_seconds: when to try again, if that can help.
+        close: end the connection: the rest of the request is not wanted.
     """
 
     def __init__(
@@ -45,10 +58,16 @@ class Refusal(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_seconds: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds, self.close = retry_after_seconds, close
+
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        retry = {} if self.retry_after_seconds is None else {"Retry-After": str(self.retry_after_seconds)}
+        return retry | ({"Connection": "close"} if self.close else {})
 
     def body(self) -> dict[str, Any]:
         """The error object that OpenAI's clients expect."""
@@ -77,7 +96,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
-    prompt: str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=1)]
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]  # OpenAI's lists of one are taken too
     max_tokens: Annotated[int, Field(ge=0, le=LARGEST_TOKEN)] | None = DEFAULT_MAX_TOKENS  # 0: with echo
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -97,13 +116,6 @@ class CompletionRequest(BaseModel):
     presence_penalty: _Zero = 0.0
     repetition_penalty: _One = 1.0  # vLLM's; its bench sends it
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-    @property
-    def text_or_ids(self) -> str | list[int]:
-        """The one prompt."""
-        prompt: Any = self.prompt
-        nested = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
-        return prompt[0] if nested else prompt
 
     @property
     def stops(self) -> list[str]:
@@ -137,11 +149,21 @@ def parse(body: bytes) -> CompletionRequest:
 
 def _validate(body: bytes) -> CompletionRequest:
     try:
-        return CompletionRequest.model_validate_json(body)
+        fields = from_json(body)
+    except ValueError as error:
+        raise Refusal(400, f"the body is no valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    for name, value in fields.items():
+        if name not in CompletionRequest.model_fields:
+            name, problem = name[:MOST_QUOTED], "this server does not know this parameter; leave it out"
+            raise Refusal(400, f"{name}: {problem}", param=name)
+        if name != "prompt" and isinstance(value, (list, dict)) and len(value) > MOST_ITEMS:
+            raise Refusal(400, f"{name}: has more than {MOST_ITEMS} items", param=name)
+    try:
+        return CompletionRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise Refusal(400, f"the body is no valid JSON: {first['msg']}") from error
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = str(first["loc"][0]) if first["loc"] else None
         problem = first["msg"].removeprefix("Input ")
         if field == "prompt":

@@ -54,7 +54,7 @@ def test_every_field_reaches_the_engine():
     ],
 )
 def test_one_prompt_in_every_form(prompt, expected):
-    assert understood(prompt=prompt).text_or_ids == expected
+    assert understood(prompt=prompt).prompt == expected
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_any_other_prompt_is_refused(prompt):
     ids=["vllm bench", "guidellm", "neutral", "neutral numbers", "null"],
 )  # fmt: skip
 def test_what_changes_nothing_is_accepted(fields):
-    assert understood(**fields).text_or_ids == "a"
+    assert understood(**fields).prompt == "a"
 
 
 @pytest.mark.parametrize(
