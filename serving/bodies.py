@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.openai_api import Refusal
 
+MOST_BODY_BYTES = 8 << 20  # whatever the model
 MOST_HELD_BYTES = 32 << 20
 
 

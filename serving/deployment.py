@@ -232,7 +232,7 @@ def serving(
 
 
 def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str]:
-    haproxy.install(folder / HAPROXY, head_seconds=options.receive_seconds)
+    haproxy.install(folder / HAPROXY, seconds=options.receive_seconds)
     return serve_environment(folder, haproxy=options.haproxy)
 
 

