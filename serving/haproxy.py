@@ -5,7 +5,8 @@ script of ours, which completes the configuration and then becomes HAProxy:
 
 - A request's head must arrive within a time, and so must the first 15 kB of its body (408). Only then is it
   passed on. Without this, half-sent requests hold connections for an hour.
-- A body larger than the endpoint takes from anybody is refused from its head alone (413).
+- A body that is announced as hopelessly large goes no further (413). Clients see the endpoint's own 413 more
+  reliably than HAProxy's, which closes the connection under them.
 - The statistics page and the metrics listen on loopback. Ray binds both to all interfaces.
 - HAProxy's own errors have OpenAI's format, but for those of a head (400, 408): its parser has a fixed text.
 """
@@ -19,10 +20,11 @@ from cluster.cli import UserError
 from serving.bodies import MOST_BODY_BYTES
 from serving.openai_api import Refusal
 
+HOPELESS_BYTES = 8 * MOST_BODY_BYTES
 ERRORS = {
     400: "the request is not valid HTTP",
     408: "the request did not arrive in time",
-    413: f"the body exceeds {MOST_BODY_BYTES} bytes; shorten the prompt",
+    413: f"the body exceeds {HOPELESS_BYTES} bytes; shorten the prompt",
     500: "no replica could answer; send the request again",
 }
 _SCRIPT = """#!/bin/sh
@@ -66,7 +68,7 @@ def install(script: Path, *, seconds: float) -> None:
     text = _SCRIPT.format(
         folder=script.parent,
         milliseconds=round(1e3 * seconds),
-        most_bytes=MOST_BODY_BYTES,
+        most_bytes=HOPELESS_BYTES,
         program=get_haproxy_binary(),
     )
     script.write_text(text)

@@ -157,12 +157,12 @@ def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(
     assert figure(url, "running") == figure(url, "waiting") == 0
 
 
-@pytest.mark.parametrize(("length", "status"), [(10, 408), (10**12, 413)])
-def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, status):
+@pytest.mark.parametrize(("length", "sent", "status"), [(100, 10, 408), (10**12, 20_000, 413)])
+def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, status):
     """Of an unfinished or invalid head it says so in its own words: its parser has no others."""
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as sock:
-        sock.sendall(head.encode())
+        sock.sendall(head.encode() + b" " * sent)
         answer = b""
         while part := sock.recv(65536):
             answer += part
