@@ -86,7 +86,11 @@ class DeploymentConfig:
     cpus: float = key(2, "CPU cores of a replica")
     gpus: float = key(0, "GPUs of a replica")
     accelerator: str | None = key(None, "Ray accelerator type of a replica's node, such as A40")
-    haproxy: bool = key(True, "Ray Serve's HAProxy ingress: a third of the default proxy's latency")
+    haproxy: bool = key(
+        True,
+        "embedded session: Ray Serve's HAProxy ingress. The default proxy has three times its latency and no "
+        "deadline for a request's head",
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "deployment.port", "must lie between 0 and 65535")

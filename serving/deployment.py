@@ -6,8 +6,8 @@ has delivered anything, fails the health check: Serve replaces the replica.
 
 The replica's own process, which holds no model, could die too (killed by hand, its node lost). Nobody is then
 left to write an error: its streams break off without [DONE] (a chunked body without its end, which clients
-raise at), its other requests get Serve's 500 in plain text or break off too, and later ones wait until Serve
-has started another. Its engine ends with it.
+raise at), its other requests get a 500 from HAProxy or break off too, and later ones wait until Serve has
+started another. Its engine ends with it.
 """
 
 import asyncio

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
@@ -47,7 +48,7 @@ class Seen:
         answers: how often each kind of client got which status; "closed": none, "open": not yet.
         health_seconds, completion_seconds: the slowest of those that others asked for meanwhile.
         failures: what they got instead of a 200.
-        idle_bytes, peak_bytes: memory of all the server's processes, before and at most.
+        idle_bytes, peak_bytes: memory of the server's processes, before and at most.
     """
 
     answers: dict[str, int] = field(default_factory=dict)
@@ -60,11 +61,11 @@ class Seen:
     peak_bytes: int = 0
 
 
-def measure(url: str, *, clients: int, seconds: float, server: psutil.Process) -> Seen:
+def measure(url: str, *, clients: int, seconds: float, server: Sequence[psutil.Process]) -> Seen:
     """`clients` clients of all KINDS, in a process of their own, and what others see meanwhile.
 
     Args:
-        server: whose memory, with that of its descendants, is measured.
+        server: the processes whose memory, with that of their descendants, is measured.
     """
     [model] = json.loads(_ask(url, "GET", "/v1/models")[1])["data"]
     completion = json.dumps({"model": model["id"], "prompt": [1], "max_tokens": 2})
@@ -109,12 +110,12 @@ def measure(url: str, *, clients: int, seconds: float, server: psutil.Process) -
     return seen
 
 
-def memory(server: psutil.Process) -> int:
-    """Bytes that a process and its descendants hold: proportional, so that shared pages count once."""
+def memory(server: Sequence[psutil.Process]) -> int:
+    """Bytes that processes and their descendants hold: proportional, so that shared pages count once."""
     total = 0
-    for process in [server, *server.children(recursive=True)]:
+    for top in server:
         with suppress(psutil.Error):
-            total += process.memory_full_info().pss
+            total += sum(one.memory_full_info().pss for one in [top, *top.children(recursive=True)])
     return total
 
 
@@ -196,12 +197,13 @@ def main() -> int:
     return int(seen.health_seconds > 1 or bool(seen.failures) or seen.peak_bytes > 2 * seen.idle_bytes)
 
 
-def _server(port: int | None) -> psutil.Process:
-    """The command whose descendant listens on this port of this machine."""
+def _server(port: int | None) -> list[psutil.Process]:
+    """What listens on this port of this machine (HAProxy), and the replicas of the same command."""
     [pid] = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
-    process = psutil.Process(pid)
-    above = [one for one in process.parents() if any("serving.app" in word for word in one.cmdline())]
-    return above[-1] if above else process
+    listener = psutil.Process(pid)
+    commands = [one for one in listener.parents() if any("serving.app" in word for word in one.cmdline())]
+    below = commands[-1].children(recursive=True) if commands else []
+    return [listener, *(one for one in below if any("ServeReplica" in word for word in one.cmdline()))]
 
 
 if __name__ == "__main__":

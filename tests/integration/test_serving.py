@@ -73,6 +73,11 @@ def replicas() -> list[psutil.Process]:
     return ours("ServeReplica")
 
 
+def haproxy() -> psutil.Process:
+    [process] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"]
+    return process
+
+
 def engines() -> list[psutil.Process]:
     return ours("serving.engine_process")
 
@@ -144,7 +149,7 @@ def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_lo
 
 
 def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(url):
-    seen = slow_clients.measure(url, clients=1000, seconds=8, server=psutil.Process())
+    seen = slow_clients.measure(url, clients=1000, seconds=8, server=[haproxy(), *replicas()])
     print(seen)  # `python -m tests.slow_clients` measures it for longer
     assert seen.failures == {} and seen.num_health >= 10 and seen.num_completions >= 10
     assert seen.health_seconds < 10  # a stop, not a target
@@ -172,10 +177,8 @@ def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, statu
 
 
 def test_http_is_served_on_loopback_alone(url):
-    [haproxy], [replica] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"], replicas()
-    sockets = [
-        each.laddr for one in (haproxy, replica) for each in one.net_connections() if each.status == "LISTEN"
-    ]
+    processes = (haproxy(), *replicas())
+    sockets = [each.laddr for one in processes for each in one.net_connections() if each.status == "LISTEN"]
     talks_http = []
     for address in sockets:
         try:
@@ -203,8 +206,8 @@ def test_secrets_of_clients_are_in_no_log(url):
                 method, f"{url}{path}?api_key={secret}", content=body, timeout=30,
                 headers=headers | {"content-type": "application/json"},
             )  # fmt: skip
-    [haproxy] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"]
-    config = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1])
+    words = haproxy().cmdline()
+    config = Path(words[words.index("-f") + 1])
     assert "127.0.0.1:514" not in config.read_text()  # by default each URL goes to syslog
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     logs = [*(session / "logs").rglob("*"), *config.parent.parent.rglob("*")]
