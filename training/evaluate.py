@@ -235,6 +235,8 @@ def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measure
     """Perplexity and tasks of the checkpoint, on this machine."""
     import torch
 
+    from training.attention import for_changing_lengths
+
     assert work.subject is not None
     device = _device(config.device)
     subject.update(work.subject)
@@ -251,7 +253,8 @@ def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measure
         theirs = harness.local_model(
             work.subject, device=str(device), dtype=dtype, batch_size=config.batch_size
         )
-        scores = _scores(config, theirs, tasks)
+        with for_changing_lengths():  # of requests, one prompt after another
+            scores = _scores(config, theirs, tasks)
     setting = {"parameters": shape.num_parameters, "dtype": dtype, "device": str(device)}
     return Measured(scores, held_out, setting)
 
