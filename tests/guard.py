@@ -8,7 +8,6 @@ such a CPU by `NO_BF16`, variables that torch, oneDNN and MKL read. A guard is i
 of the workers of a Ray that it starts, and of the modules of Python that it starts.
 """
 
-import importlib
 import os
 import runpy
 import sys
@@ -123,9 +122,7 @@ def commands(arguments: list[str]) -> Iterator[list[str]]:
 def main() -> None:
     """Run the commands one after another, each in a fork of this process, which has imported what is slow."""
     if sys.argv[1] == "--one":
-        sys.argv = sys.argv[2:]
-        watch()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        _become(sys.argv[2:])
         return
     import deepspeed  # noqa: F401
 
@@ -136,13 +133,18 @@ def main() -> None:
             sys.exit(f"guarded: {command[0]}: {found.read_text()}")
 
 
+def _become(command: list[str]) -> None:
+    sys.argv = command
+    watch()
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
 def _run(command: list[str]) -> None:
     print(f"guarded: {' '.join(command)}", flush=True)
     child = os.fork()
     if not child:
-        sys.argv = command
-        watch()
-        sys.exit(importlib.import_module(command[0]).main())
+        _become(command)
+        sys.exit()
     _, status = os.waitpid(child, 0)
     if status:
         sys.exit(f"guarded: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
