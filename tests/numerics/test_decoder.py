@@ -1,4 +1,4 @@
-"""The decoders step by step against whole sequences; draws; padding for CUDA graphs, without a GPU."""
+"""The decoders step by step against whole sequences; padding for CUDA graphs, without a GPU."""
 
 import copy
 import random
@@ -8,8 +8,6 @@ import torch
 
 from serving import native
 from serving.decoder import TorchDecoder, graph_sizes
-from serving.engine import Sampling
-from serving.sampling import BROKEN, choose
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
@@ -161,67 +159,6 @@ def test_a_graph_takes_steps_in_which_every_span_samples_and_no_other():
     going.blocks, alone.blocks = [0], [1]
     assert len(decoder.forward([Span(going, 0, 1), Span(alone, 0, 1)])) == 1 and not replayed
     assert len(decoder.forward([Span(going, 0, 1)])) == 1 and replayed == [1]
-
-
-LOGITS = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, -50.0, 2.0]])
-
-
-def draws(row: int, number: int = 4000, **sampling: object) -> torch.Tensor:
-    """How often each token is drawn, as a fraction."""
-    options = Sampling(max_tokens=1, **sampling)
-    chance = random.Random(0)
-    ids = choose(LOGITS[row].expand(number, -1), [options] * number, [chance] * number)[0]
-    return torch.bincount(torch.tensor(ids), minlength=4) / number
-
-
-def test_draws_follow_temperature_and_nucleus():
-    assert torch.allclose(draws(0), LOGITS[0].softmax(0), atol=0.03)
-    assert torch.allclose(draws(0, temperature=2.0), (LOGITS[0] / 2).softmax(0), atol=0.03)
-    kept = LOGITS[0].softmax(0)  # 0.032, 0.087, 0.237, 0.644
-    assert torch.allclose(
-        draws(0, top_p=0.7), torch.tensor([0, 0, kept[2], kept[3]]) / kept[2:].sum(), atol=0.03
-    )
-    assert draws(0, top_p=0.6).tolist() == draws(0, top_p=1e-9).tolist() == [0, 0, 0, 1]
-    assert draws(0, temperature=0.0, number=5).tolist() == draws(0, temperature=1e-9, number=5).tolist()
-
-
-def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one():
-    options = [
-        Sampling(max_tokens=1, temperature=5.0, top_p=0.99, logprobs=True),
-        Sampling(max_tokens=1, temperature=0.0),
-        Sampling(max_tokens=1, temperature=0.7),
-    ]
-    rows = torch.stack([LOGITS[0], LOGITS[1], LOGITS[0]])
-    ids, scores = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
-    assert ids[1] == 0 and scores[1:] == [None, None]
-    normed = LOGITS[0].log_softmax(0).tolist()
-    assert scores[0] == pytest.approx((normed[ids[0]], 3, normed[3]))
-    alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
-    assert alone == ids[:1]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"logprobs": True}])
-def test_a_row_that_is_not_numbers_has_no_token_and_the_others_keep_theirs(bad, sampling):
-    rows = LOGITS[:1].repeat(3, 1)
-    rows[1, 2] = bad
-    options = [Sampling(max_tokens=1, **sampling)] * 3
-    ids, scores = choose(rows, options, [random.Random(seed) for seed in range(3)])
-    whole, expected = choose(LOGITS[:1].repeat(3, 1), options, [random.Random(seed) for seed in range(3)])
-    assert ids == [whole[0], BROKEN, whole[2]]
-    assert (scores[0], scores[2]) == (expected[0], expected[2])
-    nothing = torch.full((1, 4), -float("inf"))
-    assert choose(nothing, options[:1], [random.Random(0)])[0] == [BROKEN]
-
-
-def test_a_token_without_a_chance_is_never_drawn():
-    class AlmostOne(random.Random):
-        def random(self) -> float:
-            return 1 - 2**-53
-
-    logits = torch.tensor([[0.0, -float("inf"), 1.0, -float("inf")]])
-    assert choose(logits, [Sampling(max_tokens=1)], [AlmostOne()])[0] == [2]
-    assert choose(logits, [Sampling(max_tokens=1, top_p=0.9999)], [AlmostOne()])[0] == [0]
 
 
 def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monkeypatch):
