@@ -13,7 +13,7 @@ from serving.engine import Sampling, Score
 
 BROKEN = -1  # in place of a token's id
 LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
-WEIGHT_OF_ONE = 2.0**48  # a probability of 1 as an integer; fp32 has 24 bits, a vocabulary at most 2**20 tokens
+WEIGHT_OF_ONE = 2.0**48  # a probability of 1 as an integer; sums stay below 2**53, exact in fp64 too
 
 
 def choose(
@@ -22,9 +22,8 @@ def choose(
     """One token for each row: its id, and its score where log-probabilities are asked for.
 
     A row's token and score depend on its own logits, sampling and source of chance alone, not on the other
-    rows: bit by bit on a CPU. Of equal logits the lowest id comes first. The token is BROKEN where the largest
-    logit is not a finite number: torch takes NaN for the largest, and softmax is then NaN, so that a draw
-    would mean nothing.
+    rows: bit by bit on a CPU. Of equal logits the lowest id comes first. The token is BROKEN where the
+    largest logit is not a finite number: torch takes NaN for the largest, and softmax is then NaN.
 
     Args:
         logits: [S, V], fp32, any device.

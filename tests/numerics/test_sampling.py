@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from serving.engine import Sampling, Score
 from serving.sampling import BROKEN, choose
 
+
 class AlmostOne(random.Random):
     """The largest number that `random` may return."""
 
