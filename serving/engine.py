@@ -139,7 +139,7 @@ class BrokenModel(EngineFailed):
 
 
 # Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
-# must return at once.
+# must return at once: the engine waits for it, holding a lock.
 Deliver = Callable[[Sequence[Token] | EngineFailed], None]
 
 

@@ -189,9 +189,6 @@ class NativeDecoder:
         self._library.decoder_step(ctypes.addressof(self._model), ctypes.addressof(step))
         return self._logits[: len(rows)]
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        """See `StepDecoder`. Nothing to do: only places that a request has written are read."""
-
     def scored(self) -> Iterator[Tensor]:
         """See `StepDecoder`."""
         logits = torch.empty(min(SLICE_ROWS, len(self._scored)), self._model.vocab)

@@ -33,7 +33,7 @@ def choose(
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
     if drawn:
         ids[drawn] = _draw(
-            logits[drawn] - largest[drawn, None],  # else dividing large logits could overflow
+            logits[drawn],
             temperatures=[samplings[row].temperature for row in drawn],
             top_ps=[samplings[row].top_p for row in drawn],
             uniforms=[chances[row].random() for row in drawn],
@@ -57,11 +57,13 @@ def score(logits: Tensor, ids: Tensor) -> list[Score]:
 def _draw(logits: Tensor, *, temperatures: list[float], top_ps: list[float], uniforms: list[float]) -> Tensor:
     """Ids [S], by inverting the cumulative weights of the tokens, in order of id, at u in [0, 1)."""
     device = logits.device
-    probabilities = (logits / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # else dividing large logits could overflow
+    probabilities = (below / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
     weights = (probabilities.double() * WEIGHT_OF_ONE).long()
-    cut = [row for row, top_p in enumerate(top_ps) if top_p < 1]
-    if cut:
-        weights[cut] = _nucleus(weights[cut], [top_ps[row] for row in cut])
+    rows = [row for row, top_p in enumerate(top_ps) if top_p < 1]
+    if rows:
+        cut = torch.tensor(rows, device=device)
+        weights[cut] = _nucleus(weights[cut], [top_ps[row] for row in rows])
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     targets = (torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * total).long()

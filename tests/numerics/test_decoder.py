@@ -156,9 +156,8 @@ def test_a_graph_takes_steps_in_which_every_span_samples_and_no_other():
 
     decoder._graphs = Graphs()  # type: ignore[assignment]
     going, alone = Request([1], 5), Request([2], 1, scored=True)  # of the second there is no more to know
-    going.blocks, alone.blocks = [0], [1]
-    assert len(decoder.forward([Span(going, 0, 1), Span(alone, 0, 1)])) == 1 and not replayed
-    assert len(decoder.forward([Span(going, 0, 1)])) == 1 and replayed == [1]
+    assert len(decoder.forward([Span(going, 0, 1, (0,)), Span(alone, 0, 1, (1,))])) == 1 and not replayed
+    assert len(decoder.forward([Span(going, 0, 1, (0,))])) == 1 and replayed == [1]
 
 
 def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monkeypatch):
@@ -174,9 +173,9 @@ def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monk
     model = make_model(SHAPES["odd"], torch.float32)
     decoder = TorchDecoder(model, num_blocks=40, slots=8, graphs=False)
     request = Request([1] * 40, 50)
-    request.blocks = [0, 1]
-    decoder.forward([Span(request, 0, 40)])
-    decoder.step(*(torch.tensor(each) for each in decoder.inputs([Span(request, 39, 40)], width=2, size=1)))
+    decoder.forward([Span(request, 0, 40, (0, 1))])
+    again = decoder.inputs([Span(request, 39, 40, (0, 1))], width=2, size=1)
+    decoder.step(*(torch.tensor(each) for each in again))
     assert allowed == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
