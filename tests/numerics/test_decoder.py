@@ -91,6 +91,79 @@ def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
     assert worst_error(decoder, wide) < 1.5 * torch_error < 0.06
 
 
+def logits_beside(
+    decoder: TorchDecoder | native.NativeDecoder, *others: int, step_tokens: int = 200
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits after a prompt of 70 tokens and 20 more, and along the prompt; `others` are prompts' lengths."""
+    scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=step_tokens)
+    draw = random.Random(0)
+    text = [draw.randrange(333) for _ in range(90)]
+    request = Request(text[:70], len(text), scored=True)
+    beside = [Request([size % 7] * size, size + 60) for size in others]
+    for each in [*beside[::2], request, *beside[1::2]]:
+        scheduler.add(each)
+    after, along = [], []
+    while len(request.tokens) < len(text):
+        spans = scheduler.next_step()
+        logits = decoder.forward(spans).clone()
+        sampled = [span.sequence for span in spans if span.samples]
+        along += [row.clone() for rows in decoder.scored() for row in rows]
+        after += [row for sequence, row in zip(sampled, logits, strict=True) if sequence is request]
+        for span in spans:
+            span.sequence.done = span.stop
+        for sequence in sampled:
+            sequence.tokens.append(text[len(request.tokens)] if sequence is request else 5)
+    return torch.stack(after), torch.stack(along)
+
+
+BESIDE = [((1, 3, 40, 2, 7), 200), ((1, 3), 20), ((64,), 9), ((), 11)]
+
+
+@in_each_tier
+@pytest.mark.parametrize("sizes", [SHAPES["odd"], SHAPES["tied"]], ids=["odd", "tied"])
+def test_the_compiled_decoder_s_logits_depend_on_no_other_request_and_no_chunk(sizes):
+    """Bit by bit."""
+    model = make_model(sizes, torch.bfloat16)
+
+    def decoder() -> native.NativeDecoder:
+        return native.NativeDecoder(
+            copy.deepcopy(model), num_blocks=40, slots=SLOTS, step_tokens=200, context_tokens=CONTEXT,
+            num_threads=2,
+        )  # fmt: skip
+
+    alone = logits_beside(decoder())
+    for others, step_tokens in BESIDE:
+        found = logits_beside(decoder(), *others, step_tokens=step_tokens)
+        assert all(map(torch.equal, found, alone))
+
+
+def test_the_torch_decoder_s_logits_depend_on_other_requests_by_rounding_alone():
+    """torch chooses a product's kernel, and so the order of its sums, by the number of rows."""
+    model = make_model(SHAPES["odd"], torch.float32)
+    alone, _ = logits_beside(TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False))
+    for others, step_tokens in BESIDE:
+        decoder = TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False)
+        found, _ = logits_beside(decoder, *others, step_tokens=step_tokens)
+        assert (found - alone).abs().max() < 5e-6 * alone.abs().max()
+
+
+def test_what_an_earlier_request_left_in_the_torch_decoder_s_cache_is_not_seen():
+    """Not by requests, and not by a step that is padded for a CUDA graph, whose padding may be NaN too."""
+    model = make_model(SHAPES["odd"], torch.float32)
+    alone = logits_beside(TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False), 1, 40)
+    decoder = TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False)
+    decoder._cache.fill_(float("nan"))
+    assert all(map(torch.equal, logits_beside(decoder, 1, 40), alone))
+
+    scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=200)
+    for token in (3, 4):
+        scheduler.add(Request([token], 50))
+    spans = scheduler.next_step()
+    expected = decoder.forward(spans)
+    padded = (torch.tensor(values) for values in decoder.inputs(spans, width=4, size=4))
+    assert torch.allclose(decoder.step(*padded)[:2], expected, atol=1e-5)
+
+
 @in_each_tier
 def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     """NaN, say, which no chance of zero would hide."""
