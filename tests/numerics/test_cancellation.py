@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,7 +123,7 @@ class Stepped(TorchEngine):
 
 
 class Interleaving:
-    """Requests that come and go at the moments that `choices` name: between steps, within them, in deliveries."""
+    """Requests that come and go as `choices` say, at any moment: between steps, within them, in deliveries."""
 
     def __init__(self, choices: bytes) -> None:
         self.engine = make_engine(self.act, Stepped)
@@ -184,8 +183,8 @@ def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
 
 
 def test_cancels_by_many_threads_change_nothing_for_the_others():
-    """Real threads that change over every few bytecodes; half of the requests are cancelled at some moment."""
-    engine = make_engine(lambda: None)
+    """Real threads, which take turns every few bytecodes; most requests are cancelled at some moment."""
+    engine = make_engine(lambda: time.sleep(1e-5))  # lets another thread run in the middle of a step
     clients: list[Client] = []
     failures: list[BaseException] = []
     stop = time.monotonic() + 2.0
@@ -200,10 +199,10 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
                 except Overloaded:
                     continue
                 clients.append(client)
-                leaves = draw.random() * 0.004 if draw.random() < 0.5 else 60.0
-                deadline = time.monotonic() + leaves
-                while not client.ended and time.monotonic() < deadline:
+                patience = draw.choice((0, 1, 5, 20, 1000))
+                while not client.ended and patience:
                     engine.stats()
+                    patience -= 1
                 if not client.ended:
                     client.cancel()
         except BaseException as error:
