@@ -123,7 +123,7 @@ class Stepped(TorchEngine):
 
 
 class Interleaving:
-    """Requests that come and go as `choices` say, at any moment: between steps, within them, in deliveries."""
+    """Requests that come and go as `choices` say: between steps, within them, in deliveries."""
 
     def __init__(self, choices: bytes) -> None:
         self.engine = make_engine(self.act, Stepped)
