@@ -38,6 +38,9 @@ class StepDecoder(Protocol):
 class TorchDecoder:
     """The decoder in torch operations.
 
+    A request's logits depend on the other requests of its steps by rounding: torch chooses a product's kernel
+    by the number of rows.
+
     Args:
         model: on its device.
         num_blocks: of the cache, of `BLOCK_TOKENS` tokens each. One more is kept for what padding writes.

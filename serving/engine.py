@@ -24,7 +24,9 @@ class Sampling:
         max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
-        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew.
+        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
+            the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
+            rounding, so a draw, or a greedy choice between two logits, that is as close can change.
         ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
         logprobs: report how likely each delivered token was.
         echo: deliver the prompt's tokens too, all of them before the first sampled one.

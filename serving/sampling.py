@@ -22,8 +22,8 @@ def choose(
     """One token for each row: its id, and its score where log-probabilities are asked for.
 
     A row's token and score depend on its own logits, sampling and source of chance alone, not on the other
-    rows: bit by bit on a CPU. Of equal logits the lowest id comes first. The token is BROKEN where the
-    largest logit is not a finite number: torch takes NaN for the largest, and softmax is then NaN.
+    rows: to the bit on a CPU; this is not checked on a GPU. Of equal logits the lowest id comes first. The
+    token is BROKEN where the largest logit is not a finite number: torch takes NaN for the largest.
 
     Args:
         logits: [S, V], fp32, any device.

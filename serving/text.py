@@ -149,7 +149,7 @@ class Detokenizer:
 
     def _is_byte(self, token_id: int) -> bool:
         """Whether it stands for one byte, as "<0xE4>" does. In other tokenizers such a token only waits."""
-        token = self._tokenizer.id_to_token(token_id)
+        token = self._tokenizer.id_to_token(token_id) or ""
         return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _take(self, length: int) -> str:
