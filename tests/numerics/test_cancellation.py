@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from serving.engine import EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
 from serving.scheduler import BLOCK_TOKENS, Scheduler, Span
 from serving.torch_engine import TorchEngine
+from tests.properties import CASES
 
 VOCABULARY, CONTEXT, SLOTS, WAITING, NUM_BLOCKS = 17, 100, 3, 3, 7
 
@@ -169,7 +170,7 @@ class Interleaving:
         return stats.running + stats.waiting > 0
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(choices=st.binary(min_size=12, max_size=24))
 def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
     run = Interleaving(choices)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from serving.engine import Sampling, Score
 from serving.sampling import BROKEN, choose
+from tests.properties import CASES
 
 
 class AlmostOne(random.Random):
@@ -130,7 +131,7 @@ ROWS = [
 ]
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(
     rows=st.lists(st.sampled_from(ROWS), min_size=2, max_size=5),
     vocabulary=st.sampled_from((1, 2, 3, 7, 16, 33, 64, 100)),

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cluster.cli import UserError
 from serving.text import Detokenizer, load_tokenizer, numbered_tokenizer, spell
+from tests.properties import CASES
 
 TOKENIZER = numbered_tokenizer(1000)
 
@@ -147,7 +148,7 @@ def drawn_ids(name: str) -> list[int]:
 DRAWN = {name: drawn_ids(name) for name in TOKENIZERS}
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(
     name=st.sampled_from(list(TOKENIZERS)),
     choices=st.binary(max_size=60),
