@@ -144,7 +144,10 @@ class TorchEngine:
         with self._lock:
             self._failure = reason
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
-                self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
+                try:
+                    self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
+                except Exception:  # of whom it tells, who may be the reason; the others are still to be told
+                    traceback.print_exc()
 
     def _step(self) -> bool:
         """One step, or a wait until there is something to do. False once the engine is closed."""

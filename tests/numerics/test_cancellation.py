@@ -1,27 +1,30 @@
-"""Requests that are cancelled at any moment: blocks, tokens and endings of the others, and their own."""
+"""Requests that are cancelled at any moment: blocks, tokens and ends of the others, and their own."""
 
+import math
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
+from serving.engine import BrokenModel, EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
 from serving.scheduler import BLOCK_TOKENS, Scheduler, Span
 from serving.torch_engine import TorchEngine
 from tests.properties import CASES
 
 VOCABULARY, CONTEXT, SLOTS, WAITING, NUM_BLOCKS = 17, 100, 3, 3, 7
+BAD = 13  # where a text has this token, the logits are not numbers
 
 
-def following(tokens: Sequence[int]) -> int:
-    """The next token of `Remembering`."""
-    return (sum(tokens) * 5 + len(tokens)) % VOCABULARY
+def following(tokens: Sequence[int]) -> int | None:
+    """The next token of `Remembering`; None where there is none."""
+    return None if BAD in tokens else (sum(tokens) * 5 + len(tokens)) % VOCABULARY
 
 
 class Remembering:
@@ -46,9 +49,8 @@ class Remembering:
         for span in spans:
             if span.samples:
                 found = [token for block in span.blocks for token in self._cache[block]][: span.stop]
-                row = [0.0] * VOCABULARY
-                row[following(found)] = 1.0
-                logits.append(row)
+                token = following(found)
+                logits.append([math.nan if token is None else float(i == token) for i in range(VOCABULARY)])
                 self._interrupt()
         return torch.tensor(logits).view(-1, VOCABULARY)
 
@@ -63,23 +65,24 @@ class Client:
     prompt: list[int]
     max_tokens: int
     interrupt: Callable[[], None]
+    echo: bool = False
     heard: list[Token] = field(default_factory=list)
     error: EngineFailed | None = None
     ended: bool = False
     cancelled: bool = False
     ticket: Ticket | None = None
 
-    def submit(self, engine: TorchEngine, *, echo: bool = False) -> None:
-        sampling = Sampling(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, echo=echo)
+    def submit(self, engine: TorchEngine) -> None:
+        sampling = Sampling(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, echo=self.echo)
         self.ticket = engine.submit(self.prompt, sampling, self.take)
 
     def take(self, outcome: Sequence[Token] | EngineFailed) -> None:
         assert not self.ended and not self.cancelled, "told after its end"
         if isinstance(outcome, EngineFailed):
             self.error, self.ended = outcome, True
-            return
-        self.heard += outcome
-        self.ended = outcome[-1].finish is not None
+        else:
+            self.heard += outcome
+            self.ended = outcome[-1].finish is not None
         self.interrupt()
 
     def cancel(self) -> None:
@@ -88,15 +91,20 @@ class Client:
         self.ticket.cancel()
         self.cancelled = self.cancelled or not self.ended
 
-    def check(self, *, echo: bool = False) -> None:
+    def check(self) -> None:
         """It ended once, and all that it heard is what it would have heard alone."""
-        assert self.error is None and self.ended != self.cancelled
-        text = list(self.prompt)
-        while len(text) < len(self.prompt) + self.max_tokens:
-            text.append(following(text))
-        expected = text if echo else text[len(self.prompt) :]
+        assert self.ended != self.cancelled
+        text, token = list(self.prompt), following(self.prompt)
+        while token is not None and len(text) < len(self.prompt) + self.max_tokens:
+            text.append(token)
+            token = following(text)
+        whole = len(text) == len(self.prompt) + self.max_tokens
+        expected = text if self.echo and text != self.prompt else text[len(self.prompt) :]
         heard = [token.id for token in self.heard]
-        assert heard == expected if self.ended else heard == expected[: len(heard)]
+        if self.ended and (self.error is None or isinstance(self.error, BrokenModel)):
+            assert heard == expected and whole == (self.error is None)
+        else:
+            assert heard == expected[: len(heard)]
 
 
 def make_engine(interrupt: Callable[[], None], kind: type[TorchEngine] = TorchEngine) -> TorchEngine:
@@ -150,7 +158,7 @@ class Interleaving:
 
     def submit(self, number: int) -> None:
         size, max_tokens = (1, 2, 31, 33, 45, 64)[number % 6], (1, 3, 6, 33)[number // 6 % 4]
-        client = Client([number % VOCABULARY] * size, max_tokens, self.act)
+        client = Client([number % VOCABULARY] * size, max_tokens, self.act, echo=number % 5 == 0)
         stats = self.engine.stats()
         try:
             client.submit(self.engine)
@@ -179,8 +187,28 @@ def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
         client.check()
     stats = run.engine.stats()
     assert stats.free_cache_tokens == NUM_BLOCKS * BLOCK_TOKENS
-    assert stats.finished == sum(client.ended for client in run.clients)
+    assert stats.finished == sum(client.ended and client.error is None for client in run.clients)
     assert stats.cancelled == sum(client.cancelled for client in run.clients)
+
+
+def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(capfd):
+    engine = make_engine(lambda: time.sleep(0.001))
+    clients = [Client([1], 60, lambda: None) for _ in range(SLOTS + WAITING - 1)]
+    told: list[object] = []
+
+    def broken(outcome: Sequence[Token] | EngineFailed) -> None:
+        told.append(outcome)
+        raise ZeroDivisionError("of the client")
+
+    engine.submit([1], Sampling(max_tokens=60), broken)
+    with suppress(EngineFailed):
+        for client in clients:
+            client.submit(engine)
+    engine.close()
+    for client in clients:
+        assert client.ticket is None or "of the client" in str(client.error)
+    assert len(told) == 2 and engine.stats().free_cache_tokens == NUM_BLOCKS * BLOCK_TOKENS
+    assert "of the client" in str(engine.failure()) and "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_cancels_by_many_threads_change_nothing_for_the_others():
@@ -204,7 +232,7 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
                 while not client.ended and patience:
                     engine.stats()
                     patience -= 1
-                if not client.ended:
+                if not client.ended and time.monotonic() < stop:  # the last ones are there when it closes
                     client.cancel()
         except BaseException as error:
             failures.append(error)
@@ -223,8 +251,9 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
     assert not failures and engine.failure() == "the engine was closed"
     for client in clients:
         client.check()
+        assert client.error is None or isinstance(client.error, BrokenModel) or "closed" in str(client.error)
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.free_cache_tokens) == (0, 0, NUM_BLOCKS * BLOCK_TOKENS)
-    assert stats.finished == sum(client.ended for client in clients)
+    assert stats.finished == sum(client.ended and client.error is None for client in clients)
     assert stats.cancelled == sum(client.cancelled for client in clients) > 20
     check_blocks(engine._scheduler)
