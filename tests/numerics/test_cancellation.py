@@ -204,7 +204,8 @@ def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(ca
     with suppress(EngineFailed):
         for client in clients:
             client.submit(engine)
-    engine.close()
+    while engine.failure() is None:
+        time.sleep(0.001)
     for client in clients:
         assert client.ticket is None or "of the client" in str(client.error)
     assert len(told) == 2 and engine.stats().free_cache_tokens == NUM_BLOCKS * BLOCK_TOKENS
