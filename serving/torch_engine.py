@@ -146,7 +146,7 @@ class TorchEngine:
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 try:
                     self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
-                except Exception:  # a client's; perhaps the one that ended the engine. The others must be told
+                except Exception:  # of one client; the others must be told
                     traceback.print_exc()
 
     def _step(self) -> bool:
