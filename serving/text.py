@@ -10,7 +10,7 @@ from cluster.cli import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # of decoders, for bytes that are no character, or not yet
-CONTEXT_TOKENS = 8  # decoded with new ones: decoders treat a text's first differently, and characters have 4
+CONTEXT_TOKENS = 4  # decoded with new ones: a text's first may lose a space; a character has up to 4 bytes
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -77,7 +77,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer, self._stops, self._special = tokenizer, stops, _special_tokens(tokenizer)
         self._ids = self._end_of(prompt)  # the last tokens that have text
-        self._in_bytes = bool(self._ids) and self._is_byte(self._ids[-1])
+        self._in_bytes = bool(self._ids) and _is_byte(tokenizer.id_to_token(self._ids[-1]))
         self._text = self._settled = tokenizer.decode(self._ids)  # when last decoded; what of it is settled
         self._num_settled = 0  # characters of the continuation
         self._held = ""  # the last of these, while they may begin a stop string
@@ -102,13 +102,13 @@ class Detokenizer:
     def _settle(self, token_id: int, *, last: bool) -> str:
         """The text that no later token can change."""
         self.start = self._num_settled
-        if has_text := self._has_text(token_id):
-            is_byte = self._is_byte(token_id)
-            if self._in_bytes and not is_byte:
+        token = self._token(token_id)
+        if token is not None:
+            in_bytes_before, self._in_bytes = self._in_bytes, _is_byte(token)
+            if in_bytes_before and not self._in_bytes:
                 self._text = self._tokenizer.decode(self._ids)  # the run of bytes ends before this token
             self._ids.append(token_id)
-            self._in_bytes = is_byte
-        if not last and (self._in_bytes or not has_text):
+        if not last and (token is None or self._in_bytes):
             return ""
         before, self._text = self._text, self._tokenizer.decode(self._ids)
         end = len(self._text)
@@ -135,22 +135,20 @@ class Detokenizer:
         """The last tokens of a prompt that have text: a run of bytes and CONTEXT_TOKENS before it."""
         found: list[int] = []
         num_bytes = 0
-        for token_id in filter(self._has_text, reversed(prompt)):
-            if len(found) == num_bytes and self._is_byte(token_id):
+        for token_id in reversed(prompt):
+            if (token := self._token(token_id)) is None:
+                continue
+            if len(found) == num_bytes and _is_byte(token):
                 num_bytes += 1
             found.append(token_id)
             if len(found) - num_bytes == CONTEXT_TOKENS:
                 break
         return found[::-1]
 
-    def _has_text(self, token_id: int) -> bool:
+    def _token(self, token_id: int) -> str | None:
+        """None if it has no text."""
         token = self._tokenizer.id_to_token(token_id)
-        return token is not None and token not in self._special
-
-    def _is_byte(self, token_id: int) -> bool:
-        """Whether it stands for one byte, as "<0xE4>" does. In other tokenizers such a token only waits."""
-        token = self._tokenizer.id_to_token(token_id) or ""
-        return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return None if token in self._special else token
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
@@ -172,6 +170,11 @@ def _special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
     """Tokens that `Tokenizer.decode` leaves out."""
     added = tokenizer.get_added_tokens_decoder().values()
     return frozenset(token.content for token in added if token.special)
+
+
+def _is_byte(token: str | None) -> bool:
+    """Whether a token stands for one byte, as "<0xE4>" does. In other tokenizers such a token only waits."""
+    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _num_common(first: str, second: str) -> int:
