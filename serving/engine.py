@@ -26,7 +26,7 @@ class Sampling:
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
         seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
             the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
-            rounding, so a draw, or a greedy choice between two logits, that is as close can change.
+            rounding: a draw, or a greedy choice, that is decided by less than that may differ.
         ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
         logprobs: report how likely each delivered token was.
         echo: deliver the prompt's tokens too, all of them before the first sampled one.

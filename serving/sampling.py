@@ -12,7 +12,7 @@ from torch import Tensor
 from serving.engine import Sampling, Score
 
 BROKEN = -1  # in place of a token's id
-LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken
 WEIGHT_OF_ONE = 2.0**48  # a probability of 1 as an integer; sums stay below 2**53, exact in fp64 too
 
 
