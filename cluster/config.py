@@ -62,12 +62,12 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
             problem = _misused_section(schema, layer) or _explain(error, schema)
             raise ConfigError(f"{origin}: {problem}") from error
     try:
-        found = OmegaConf.to_object(merged)
+        found: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
     for name, text in _texts(dataclasses.asdict(found)):
         require(mask(text) == text, name, _SECRET)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
