@@ -57,6 +57,25 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` in a folder that others may have made, such as a checkpoint.
+
+    In the Hugging Face hub's cache the files of models--X/snapshots/REVISION/ are links to models--X/blobs/.
+
+    Raises:
+        ValueError: the name is absolute, or it or a link leads out of the folder.
+    """
+    path = folder / name
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"{path}: leads nowhere ({error})") from error
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if Path(name).is_absolute() or not any(real.is_relative_to(each) for each in homes):
+        raise ValueError(f"{path}: leads out of {folder}, to {real}; put the file itself there")
+    return path
+
+
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """An empty folder for the block to fill with files; then, once they are on disk, it replaces `path`.

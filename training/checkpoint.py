@@ -126,7 +126,8 @@ class Checkpoint:
         state: what `save` was given.
 
     Raises:
-        CheckpointError: a file is missing, truncated or unreadable, or the format is another.
+        CheckpointError: a file is missing, truncated, unreadable or outside the checkpoint, or the format is
+            another.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,7 +144,11 @@ class Checkpoint:
             )
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name, size in self.state["files"].items():
-            self._index(path / name, size)
+            try:
+                file = files.inside(path, name)
+            except ValueError as error:
+                raise CheckpointError(f"{path / STATE}: {error}") from error
+            self._index(file, size)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 

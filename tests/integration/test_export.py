@@ -234,6 +234,21 @@ def missing_shard(run: Path) -> tuple[list[str], str]:
     return ["tiny"], f"{file}: missing shard; "
 
 
+def shard_outside(run: Path) -> tuple[list[str], str]:
+    folder = run / "checkpoints/step-0000004"
+    [file] = folder.glob("*.safetensors")
+    file.rename(folder.with_name("elsewhere"))
+    change_state(run, lambda state: state["files"].update({"../elsewhere": state["files"].pop(file.name)}))
+    return ["tiny"], f"{folder}/../elsewhere: leads out of {folder}"
+
+
+def shard_linked(run: Path) -> tuple[list[str], str]:
+    [file] = (run / "checkpoints/step-0000004").glob("*.safetensors")
+    file.rename(run / "elsewhere")
+    file.symlink_to(run / "elsewhere")
+    return ["tiny"], f"{file}: leads out of {file.parent}"
+
+
 def missing_piece(run: Path) -> tuple[list[str], str]:
     split_in_two(run / "checkpoints/step-0000004")
     change_state(run, lambda state: state["files"].pop("rank-00001-of-00002.safetensors"))
@@ -270,6 +285,8 @@ def damaged_config(run: Path) -> tuple[list[str], str]:
         no_export_there,
         output_below_a_file,
         missing_shard,
+        shard_outside,
+        shard_linked,
         missing_piece,
         data_gone,
         other_data,
