@@ -182,7 +182,8 @@ def run(config: EvaluateConfig, work: Work, *, report: Callable[[str], None]) ->
 
 
 def _with_tasks(config: EvaluateConfig, work: Work) -> Measured:
-    with harness.collected_notes() as notes:
+    confined = harness.confined(work.sources, code=config.task_code)
+    with harness.collected_notes() as notes, confined:
         tasks = harness.load(work.sources, num_fewshot=config.num_fewshot)
         try:
             measured = _asked(config, work, tasks) if work.endpoint else _here(config, work, tasks=tasks)
