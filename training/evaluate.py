@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.masking import masked
 from training import completions, evaluate_config, evaluate_report, harness, subject
 from training.completions import Endpoint
 from training.config import RunConfig
@@ -172,6 +173,7 @@ def run(config: EvaluateConfig, work: Work, *, report: Callable[[str], None]) ->
         left_out=work.data if isinstance(work.data, str) else None,
         config=layered.to_dict(config),
     )
+    result = masked(result)  # the notes are lm_eval's and an endpoint's own words
     try:
         files.write_json(work.output, result)
     except OSError as error:

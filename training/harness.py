@@ -100,8 +100,8 @@ class Sources:
 def confined(sources: Sources, *, code: bool) -> Iterator[None]:
     """For the length of a `with` block, task files run no code; lm_eval's own tasks run theirs.
 
-    lm_eval imports what a file's `!function` names, and Hugging Face's `evaluate` runs a metric's script; both
-    are a `UserError` here. A Jinja template can reach Python's internals; here it cannot.
+    lm_eval imports what a file's `!function` names, and Hugging Face's `evaluate` runs a metric's script;
+    both are a `UserError` here. A Jinja template can reach Python's internals; here it cannot.
 
     Args:
         code: the user trusts the files (the key `task_code`): only the templates are confined.
