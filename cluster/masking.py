@@ -30,7 +30,7 @@ _RULES = tuple(
         r"(\bbearer\s+)[\w.~+/=-]{8,}()",
         # parameters of a URL, in which "key" alone is a key
         r"([?&;][\w.%\[\]-]{0,64}(?:key|token|secret|passw(?:or)?d|pwd|credential|signature|sig|auth)=)"
-        r"[^&\s\"'#]+()",
+        r"[^&\s\"'#]*[^&\s\"'#,;:.)\]}]()",
         rf"((?<!\w)--?{_NAME}[ =]{_QUOTE}){_VALUE}()",
         rf"""(\b{_NAME}{_QUOTE}\s*(?:=>|[:=])\s*{_QUOTE})(?!{_NUMBER}){_VALUE}()""",
         # a W&B key of 40 hexadecimal digits, which a commit is too: only where a word says so
