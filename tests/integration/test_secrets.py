@@ -1,4 +1,4 @@
-"""Secrets are planted in the environment, in the home and beside the code, and looked for in all that comes out.
+"""Secrets are planted in the environment, in the home and beside the code, and looked for in what comes out.
 
 W&B is the real one, offline; Ray and training are real too.
 """
@@ -86,7 +86,10 @@ def test_nothing_that_a_run_leaves_holds_a_secret(
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", FAIL_AT_THE_END, *keys],
-        cwd=ROOT, env=environment, capture_output=True, timeout=180,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=180,
     )
     run = tmp_path / "outputs/run"
     assert done.returncode == 1, done.stderr.decode()
