@@ -57,6 +57,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
+def open_as_folder(path: Path) -> None:
+    """Let those read and write a file who may read and write its folder. safetensors makes its files 0600."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` in a folder that others may have made, such as a checkpoint.
 

@@ -46,11 +46,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "training.launch", *KEYS.split()],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        umask=0o002,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def modes(folder: Path) -> set[tuple[bool, str]]:
+    """(is a folder, permissions) of all below it."""
+    return {(path.is_dir(), f"{path.stat().st_mode & 0o777:o}") for path in folder.rglob("*")}
+
+
+def test_the_umask_says_who_may_read_and_write_a_run_and_its_export(trained: Path, run: Path) -> None:
+    assert modes(trained / "outputs") | modes(trained / "data") == {(True, "775"), (False, "664")}
+    before = os.umask(0o027)
+    try:
+        assert main(["tiny"]) == 0
+    finally:
+        os.umask(before)
+    assert modes(run / "export") == {(False, "640")}
 
 
 @pytest.fixture

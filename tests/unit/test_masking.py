@@ -144,6 +144,7 @@ def test_other_results_follow_the_umask(tmp_path):
             record.finish({})
     finally:
         os.umask(before)
+    # Checkpoints and exports: tests/integration/test_export.py
     modes = {path.name: path.stat().st_mode & 0o777 for path in [run, *Path(run).iterdir()]}
     assert modes.pop("run") == 0o775
     assert len(modes) == 4 and set(modes.values()) == {0o664}
