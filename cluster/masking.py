@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 MASK = "***"
+VARIABLES = ("_KEY", "_PASS", "_PAT", "_PWD")  # endings of secret environment variables, beside _NAME
 SHORTEST_VALUE = 8  # characters of an environment variable's value that is looked for in texts
 
 # Words that name a secret in every place, and "key" where a word beside it says which.
@@ -28,6 +29,7 @@ _RULES = tuple(
         # headers: all that follows on the line, or within the quotes
         rf"""((?:authorization|cookie){_QUOTE}\s*[:=,]\s*{_QUOTE})[^\r\n"'}}]+()""",
         r"(\bbearer\s+)[\w.~+/=-]{8,}()",
+        r"(\blogin\s+\S+\s+password\s+)\S+()",  # .netrc
         # parameters of a URL, in which "key" alone is a key
         r"([?&;][\w.%\[\]-]{0,64}(?:key|token|secret|passw(?:or)?d|pwd|credential|signature|sig|auth)=)"
         r"[^&\s\"'#]*[^&\s\"'#,;:.)\]}]()",
@@ -101,9 +103,6 @@ def _is_secret_argument(name: str) -> bool:
 
 def _own_secrets() -> list[str]:
     """Values of secret environment variables, the longest first: one may hold another."""
-    values = {
-        value.strip()
-        for name, value in os.environ.items()
-        if is_secret(name) or name.upper().endswith("_KEY")
-    }
+    names = [name for name in os.environ if is_secret(name) or name.upper().endswith(VARIABLES)]
+    values = {os.environ[name].strip() for name in names}
     return sorted((value for value in values if len(value) >= SHORTEST_VALUE), key=len, reverse=True)
