@@ -36,7 +36,7 @@ _RULES = tuple(
         rf"((?<!\w)--?{_NAME}[ =]{_QUOTE}){_VALUE}()",
         rf"""(\b{_NAME}{_QUOTE}\s*(?:=>|[:=])\s*{_QUOTE})(?!{_NUMBER}){_VALUE}()""",
         # a W&B key of 40 hexadecimal digits, which a commit is too: only where a word says so
-        r"(\b(?:key|token|secret|password)\b[^\r\n]{0,24}?\b)[0-9a-f]{40}\b()",
+        r"(\b(?:key|token|secret|password)\b(?s:.{0,24}?)\b)[0-9a-f]{40}\b()",
     )
 )
 _FORMATS = re.compile(

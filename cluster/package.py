@@ -21,7 +21,7 @@ SUFFIXES = (".py", ".cpp", ".h", ".sh", ".yaml")  # of the files in our rooms, w
 KEY_NAMES = re.compile(
     r"\.env.*|[._]?netrc|\.git-credentials|\.pypirc|\.npmrc|kubeconfig|.*\.(pem|key|p12|pfx|jks|kdbx|env)"
     r"|(.*[_.-])?(id_)?(rsa|dsa|ecdsa|ed25519)(_key)?(\.pub)?"
-    r"|(.*[_.-])?(api[_-]?keys?|tokens?|secrets?|passwords?|passwd|credentials?)"
+    r"|(.*[_.-])?(api[_-]?keys?|token|secrets?|passwords?|passwd|credentials?)"
     r"(\.(txt|ya?ml|json|toml|ini|cfg|conf|sh))?",
     re.IGNORECASE,
 )
@@ -49,14 +49,18 @@ def pack(*, more: dict[str, str] | None = None, root: Path = ROOT) -> Package:
     """The code under `root` (working tree, committed or not), and the texts of `more` by path.
 
     Raises:
-        UserError: git cannot list the files, one of them may hold a key or leads elsewhere, or they are
-            larger than MAX_BYTES. The message names the files.
+        UserError: git cannot list the files, there are none, one of them may hold a key or leads elsewhere,
+            or they are larger than MAX_BYTES. The message names the files.
     """
     if (root / ".git").exists():
         paths, untracked = _ls_files(root, "--cached"), _ls_files(root, "--others", "--exclude-standard")
     else:
         paths, untracked = _with_suffix(root), []
     content = _read(root, paths)
+    if not content:
+        raise UserError(
+            f"{root}: no code to send: {', '.join(CODE)} are not there, or git does not track them"
+        )
     content |= {path: text.encode() for path, text in (more or {}).items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -78,7 +82,9 @@ def pack(*, more: dict[str, str] | None = None, root: Path = ROOT) -> Package:
 
 def _ls_files(root: Path, *which: str) -> list[str]:
     """Paths of files in our rooms, as `git ls-files` tells them. Raises `UserError`: git does not."""
-    command = ["git", "ls-files", "-z", *which, "--", *CODE]
+    # The checkout may be another user's: its code runs here already, and these settings run no more of it.
+    settings = ("-c", "safe.directory=*", "-c", "core.fsmonitor=false")
+    command = ["git", *settings, "ls-files", "-z", *which, "--", *CODE]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:

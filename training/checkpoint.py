@@ -134,7 +134,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.state: dict[str, Any] = files.read_json(path / STATE)
+            self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path / STATE}: unreadable ({error}); delete {path} to use the one before"

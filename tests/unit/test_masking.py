@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, config, provenance
+from cluster import cli, config, provenance, record
 from cluster.masking import MASK, is_secret, mask, mask_secrets, masked
 from cluster.record import Record
 from training import workers
@@ -135,6 +135,12 @@ def test_a_failed_worker_s_log_says_no_secret_and_only_its_owner_reads_it(tmp_pa
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_the_record_says_of_wandb_holds_no_key():
+    assert (
+        record._reason(ValueError(f"API key\n  {HEX40} is wrong")) == f"ValueError: API key {MASK} is wrong"
+    )
+
+
 def test_other_results_follow_the_umask(tmp_path):
     before = os.umask(0o002)
     try:
@@ -142,9 +148,9 @@ def test_other_results_follow_the_umask(tmp_path):
         with Record.open(
             run, config={}, provenance={}, wandb_mode="disabled", project="p", group=None, name="n",
             resume_step=None,
-        ) as record:  # fmt: skip
-            record.log({"step": 1})
-            record.finish({})
+        ) as open_record:  # fmt: skip
+            open_record.log({"step": 1})
+            open_record.finish({})
     finally:
         os.umask(before)
     # Checkpoints and exports: tests/integration/test_export.py

@@ -1,6 +1,7 @@
 """The code that travels to a cluster."""
 
 import io
+import os
 import shutil
 import subprocess
 import zipfile
@@ -157,6 +158,26 @@ def test_our_own_code_is_well_below_the_cap():
     assert len(packed.data) < package.MAX_BYTES / 5
     assert {"cluster/setup.sh", "cluster/simd.h", "optim/native.cpp", "pyproject.toml"} <= set(names(packed))
     assert not any(name.startswith(("tests/", ".git", "outputs/", "data/")) for name in names(packed))
+
+
+def test_a_checkout_that_tracks_no_code_is_refused(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    rooms(tmp_path)
+    with pytest.raises(UserError, match=r"no code to send: cluster, .* git does not track them"):
+        package.pack(root=tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_a_checkout_of_another_user_is_listed_and_runs_nothing(tmp_path):
+    folder = checkout(tmp_path)
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    hook.chmod(0o755)
+    subprocess.run(["git", "config", "core.fsmonitor", hook], cwd=folder, check=True)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    assert names(package.pack(root=folder)) == ["cluster/tool.py"]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
