@@ -66,6 +66,9 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
     for name, text in _texts(dataclasses.asdict(found)):
+        require(
+            "${" not in text, name, f"{text!r}: in config.yaml, '${{' would be read as another key's value"
+        )
         require(mask(text) == text, name, _SECRET)
     return found
 

@@ -57,8 +57,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
-def open_as_folder(path: Path) -> None:
-    """Let those read and write a file who may read and write its folder. safetensors makes its files 0600."""
+def set_mode_of_folder(path: Path) -> None:
+    """Let those read and write a file who may do so with its folder: safetensors makes its files 0600."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

@@ -61,15 +61,14 @@ def masked(value: Any) -> Any:
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):
-        return {
-            (mask(key) if isinstance(key, str) else key): MASK
-            if isinstance(each, str) and each and is_secret(key)
-            else masked(each)
-            for key, each in value.items()
-        }
+        return {masked(key): _masked_under(key, each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [masked(each) for each in value]
     return value
+
+
+def _masked_under(name: object, value: Any) -> Any:
+    return MASK if value and isinstance(value, str) and is_secret(name) else masked(value)
 
 
 def mask_secrets(command: Sequence[str]) -> list[str]:

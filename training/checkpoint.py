@@ -107,7 +107,7 @@ def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor
         for name, tensor in named.items()
     }
     save_file(tensors, path)
-    files.open_as_folder(path)
+    files.set_mode_of_folder(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size

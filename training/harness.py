@@ -32,6 +32,7 @@ UNCOUNTED = {  # read by `datasets` and `evaluate` when they are imported
 }
 MOST_CHARACTERS = 400  # of another library's message in ours
 MOST_NOTES = 20
+_RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,6 @@ def confined(sources: Sources, *, code: bool) -> Iterator[None]:
         yield
     finally:
         utils.env, _yaml_loader._import_func_in_yml, task.get_metric = plain, load_function, get_metric
-
-
-_RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
 
 
 def require_installed() -> None:

@@ -435,6 +435,13 @@ def test_a_value_that_reads_something_outside_the_configuration_is_refused(value
         assert said.startswith(f"{file}: ") and "give the value itself" in said and "canary" not in said
 
 
+def test_a_value_that_config_yaml_could_not_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CANARY", "canary")
+    for name in ("\\${inner.size}", "${words[0]}{oc.env:CANARY}"):
+        said = refusal("words=[$]", f"name={name}", schema=Outer)
+        assert said.startswith("name: '${") and "config.yaml" in said and "canary" not in said
+
+
 def test_a_value_may_be_that_of_another_key(tmp_path):
     assert load_text(tmp_path, "name: ${inner.size} of ${ words[0] }\n").name == "1 of a"
 

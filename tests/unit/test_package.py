@@ -118,7 +118,9 @@ def rooms(folder):
 KEYS = ("secrets.yaml", "hf_token.sh", "api-key.yaml", "aws_credentials.yaml")
 
 
-@pytest.mark.parametrize("name", [*KEYS, ".env", "id_ed25519", "id_rsa.pub", "tls.pem", "token"])
+@pytest.mark.parametrize(
+    "name", [*KEYS, ".env", "id_ed25519", "id_rsa.pub", "id_rsa_work", "host_rsa_key", "tls.pem", "token"]
+)
 def test_a_tracked_file_whose_name_says_key_is_refused(tmp_path, name):
     folder = checkout(tmp_path)
     (folder / "cluster" / name).write_text("canary")
