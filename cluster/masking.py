@@ -15,10 +15,11 @@ SHORTEST_VALUE = 8  # characters of an environment variable's value that is look
 
 # Words that name a secret in every place, and "key" where a word beside it says which.
 _NAME = (
-    r"[\w.\[\]-]{0,64}(?:token|secret|passw(?:or)?d|passphrase|credentials?"
+    r"[\w.\[\]-]{0,40}(?:token|secret|passw(?:or)?d|passphrase|credentials?"
     r"|(?:api|access|account|auth|private|secret|signing|encryption|wandb)[ _.-]?key)"
 )
-_QUOTE = r"""\\?(?:b(?=['"]))?["']?"""
+_QUOTE = r"""\\*(?:b(?=['"]))?["']?"""  # with the backslashes of text within text
+_SPACE = r"(?:\s|\\+[nrt])*"
 _VALUE = r"""(?:(?<=")[^"\r\n]+|(?<=')[^'\r\n]+|[^\s"'&,;)}\]]+)"""
 _NUMBER = r"-?[\d.,]{1,12}(?:e[+-]?\d+)?(?![\w-])"  # "ms per token: 12.5" says no secret
 _RULES = tuple(
@@ -27,14 +28,14 @@ _RULES = tuple(
         r"()-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)()",
         r"(://)[^/?#\s\"']+(@)",
         # headers: all that follows on the line, or within the quotes
-        rf"""((?:authorization|cookie){_QUOTE}\s*[:=,]\s*{_QUOTE})[^\r\n"'}}]+()""",
+        rf"""((?:authorization|cookie){_QUOTE}{_SPACE}[:=,]{_SPACE}{_QUOTE})[^\r\n"'}}]+()""",
         r"(\bbearer\s+)[\w.~+/=-]{8,}()",
         r"(\blogin\s+\S+\s+password\s+)\S+()",  # .netrc
         # parameters of a URL, in which "key" alone is a key
         r"([?&;][\w.%\[\]-]{0,64}(?:key|token|secret|passw(?:or)?d|pwd|credential|signature|sig|auth)=)"
         r"[^&\s\"'#]*[^&\s\"'#,;:.)\]}]()",
-        rf"((?<!\w)--?{_NAME}[ =]{_QUOTE}){_VALUE}()",
-        rf"""(\b{_NAME}{_QUOTE}\s*(?:=>|[:=])\s*{_QUOTE})(?!{_NUMBER}){_VALUE}()""",
+        rf"((?<![\w-])--?{_NAME}[ =]{_QUOTE}){_VALUE}()",
+        rf"""(\b{_NAME}{_QUOTE}{_SPACE}(?:=>|[:=]){_SPACE}{_QUOTE})(?!{_NUMBER}){_VALUE}()""",
         # a W&B key of 40 hexadecimal digits, which a commit is too: only where a word says so
         r"(\b(?:key|token|secret|password)\b(?s:.{0,24}?)\b)[0-9a-f]{40}\b()",
     )

@@ -78,6 +78,25 @@ def test_a_secret_is_masked_wherever_it_stands(text):
     assert MASK in masked({"rows": [[text]]})["rows"][0][0]
 
 
+WITHIN = [  # how one text comes to stand within another
+    json.dumps,
+    repr,
+    lambda text: repr(ValueError(text)),
+    lambda text: repr(text.encode()),
+    lambda text: json.dumps(json.dumps({"error": text, "n": 1})),
+    lambda text: f"Traceback (most recent call last):\n  ...\nValueError: {text}\n",
+]
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_secret_is_masked_in_a_text_within_a_text(within):
+    for text in SAYS_A_SECRET:
+        found = mask(within(text))
+        assert not any(secret in found for secret in (SECRET, HEX40, "AbCdEfGhIj", "AKIA", "eyJ")), found
+    for text in SAYS_NONE:
+        assert mask(within(text)) == within(text)
+
+
 @pytest.mark.parametrize("text", SAYS_NONE)
 def test_text_without_a_secret_stays(text):
     assert mask(text) == text
