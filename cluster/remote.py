@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -90,22 +89,9 @@ def _submit(
         "digest": package.digest,
     }
     given = json.dumps(request).encode() + b"\n" + package.data
-    answer = _checked(site, ask(site, headside(site, "submit"), given=given))
+    answer = ask(site, headside(site, "submit"), given=given)
     note(f"run {answer['id']} {'is going: attached to it' if answer['going'] else 'submitted'}")
     return answer
-
-
-def _resolve(site: Inventory, run: str) -> dict[str, Any]:
-    """What the head remembers of a run. Raises `RunError`: it knows no such run."""
-    return _checked(site, ask(site, headside(site, "resolve", run)))
-
-
-def _checked(site: Inventory, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run, whose names become names of files here. Raises `RunError`: they cannot be."""
-    for name in (record["id"], record["run"], record["token"]):
-        if re.fullmatch(r"\w[\w.-]*", str(name), re.ASCII) is None:
-            raise RunError(f"{site.head}: answers with a run called {name!r}, which is no name of a run")
-    return record
 
 
 def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
@@ -241,7 +227,7 @@ def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | No
 def attach(cluster: Path, run: str) -> None:
     """Follow a run: by id, the newest of a name, or the newest of all."""
     site = inventory.load(cluster)
-    follow(site, _resolve(site, run), cluster=cluster)
+    follow(site, ask(site, headside(site, "resolve", run)), cluster=cluster)
 
 
 def stop(cluster: Path, run: str) -> None:
@@ -258,7 +244,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
         RunError: there is no such run, or rsync failed for another reason than the link.
     """
     site = inventory.load(cluster)
-    name = _resolve(site, run)["run"]
+    name = ask(site, headside(site, "resolve", run))["run"]
     (target / name).mkdir(parents=True, exist_ok=True)
     command = rsync(
         Ssh(site, site.head),

@@ -204,13 +204,11 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
 def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> list[str]:
     """The command that brings the folder `target` here up to date with the folder `source` of the node.
 
-    Only differences travel, and a file that broke off goes on where it stopped. A link that leads out of the
-    folder is left out.
+    Only differences travel, and a file that broke off goes on where it stopped.
     """
     remote = shlex.join(["ssh", *node.options()])
     return [
-        *("rsync", "--archive", "--safe-links", "--compress", "--partial-dir=.rsync-partial", "--stats"),
-        *("-e", remote),
+        *("rsync", "--archive", "--compress", "--partial-dir=.rsync-partial", "--stats", "-e", remote),
         *(f"--exclude={name}" for name in exclude),
         *(f"{node.user}@{node.host}:{source.rstrip('/')}/", f"{target}/"),
     ]
