@@ -129,7 +129,7 @@ def test_a_key_that_brings_a_secret_is_refused_in_words_without_it(
 
 def test_no_file_beside_the_code_travels_with_it(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    for name in inventory.CODE:
+    for name in (".gitignore", *inventory.CODE):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, checkout / name)
