@@ -7,12 +7,14 @@ import argparse
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster import config as layered
+from cluster.masking import mask
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -50,22 +52,28 @@ def make_parser(command: str, *, description: str, keys: Any, prefix: str = "") 
 
 
 def run(body: Callable[[], None]) -> int:
-    """Call `body`; turn the errors that users can act on into one message and an exit code."""
+    """Call `body`; turn the errors that users can act on into one message and an exit code.
+
+    Any other error is a traceback, as Python's own; secrets are masked in both.
+    """
     try:
         body()
     except (UserError, layered.ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {mask(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return FAILED
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        print(mask(traceback.format_exc()), file=sys.stderr, end="")
+        return FAILED
     return 0
 
 

@@ -4,6 +4,9 @@ One source serves two tiers of vectors (cluster/simd.h), and a third in which it
 best that the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the
 lowest tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name
 that changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
+
+Loading a library runs it. So the folder must belong to this user and is closed to all others; a library in
+it that another user owns or may write is compiled anew.
 """
 
 import ctypes
@@ -11,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -98,17 +102,37 @@ def _load(source: Path, flags: Sequence[str]) -> tuple[Any, str | None]:
 
 
 def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
-    """The shared library, made if it is not there. Processes that make it at once replace it by its like."""
+    """The shared library, made if it is not there. Processes that make it at once replace it by its like.
+
+    Raises:
+        OSError: the folder cannot be made or written, or belongs to another user.
+    """
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run: Any = partial(subprocess.run, capture_output=True, check=True, timeout=COMPILE_SECONDS)
     version = run([compiler, "--version"])
     parts = (source.read_bytes(), HEADER.read_bytes(), version.stdout, " ".join(flags).encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_root / "asuncion" / f"{source.parent.name}-{source.stem}-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _close_to_others(path.parent)
+    if not (path.exists() and _only_ours(path)):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             run([compiler, *flags, f"-I{HEADER.parent}", "-o", str(made), str(source)])
+            made.chmod(0o700)
             made.replace(path)
     return path
+
+
+def _close_to_others(folder: Path) -> None:
+    """Make the folder if it is missing, and let nobody else write it. Raises `OSError`: it is not ours."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (owner := folder.stat().st_uid) != os.geteuid():
+        raise PermissionError(f"{folder} belongs to uid {owner}; set XDG_CACHE_HOME to a folder of your own")
+    if not _only_ours(folder):
+        folder.chmod(0o700)
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether this user owns the file or folder, and no other may write it."""
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -3,6 +3,8 @@
 The only home of omegaconf. A schema is a frozen dataclass of frozen dataclasses whose fields are made
 with `key`, so that each key carries its own help text; `load` merges the three layers, and every typo,
 wrong type or refused value is a `ConfigError` that names the key.
+
+A configuration is recorded, printed and sent to W&B. So it reads nothing outside itself, and holds no secret.
 """
 
 import dataclasses
@@ -14,7 +16,11 @@ from typing import Any, TypeVar, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.masking import mask, mask_secrets
+
 T = TypeVar("T")
+# ${of.another.key}. All else after "${" calls a resolver, as ${oc.env:HOME} does, or may become such a call.
+_ANOTHER_KEY = re.compile(r"\$\{\s*[\w.\[\]-]+\s*\}")
 
 
 class ConfigError(ValueError):
@@ -43,19 +49,28 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
     """Merge the defaults of `schema`, the YAML `file` and the `dotlist` ("a.b=c"), in that order.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type, or a value that the schema refuses.
+        ConfigError: unreadable file, unknown key, wrong type, a value that the schema refuses, one that calls
+            a resolver, or one that looks like a secret.
     """
     merged = OmegaConf.structured(schema)
     for origin, layer in _layers(file, dotlist):
+        for name, text in _texts(OmegaConf.to_container(layer, resolve=False)):
+            require("${" not in _ANOTHER_KEY.sub("", text), f"{origin}: {name}", f"{text!r} {_OUTSIDE}")
         try:
             merged = OmegaConf.unsafe_merge(merged, layer)  # which copies nothing: both are ours alone
         except (OmegaConfBaseException, TypeError) as error:  # a TypeError: a list where a mapping belongs
             problem = _misused_section(schema, layer) or _explain(error, schema)
             raise ConfigError(f"{origin}: {problem}") from error
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        found: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
+    for name, text in _texts(dataclasses.asdict(found)):
+        require(
+            "${" not in text, name, f"{text!r}: in config.yaml, '${{' would be read as another key's value"
+        )
+        require(mask(text) == text, name, _SECRET)
+    return found
 
 
 def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
@@ -75,9 +90,33 @@ def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, Di
         if "=" not in argument or argument.startswith("="):
             raise ConfigError(f"{argument!r}: expected key=value, for example batch.tokens=16384")
         try:
-            yield argument, OmegaConf.from_dotlist([argument])
+            yield mask_secrets([argument])[0], OmegaConf.from_dotlist([argument])
         except Exception as error:
             raise ConfigError(f"{argument!r}: not a valid value: {' '.join(str(error).split())}") from error
+
+
+_OUTSIDE = (
+    "would read something outside the configuration, such as the environment, and is not resolved; "
+    "give the value itself, or ${another.key}"
+)
+_SECRET = (
+    "looks like a secret, and a configuration is recorded; set it as an environment variable (WANDB_API_KEY, "
+    "HF_TOKEN, OPENAI_API_KEY), or log in with the tool that needs it"
+)
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every value that is one, and of every key of a mapping."""
+    if isinstance(value, dict):
+        for part, each in value.items():
+            inner = f"{name}.{part}" if name else str(part)
+            yield inner, str(part)
+            yield from _texts(each, inner)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _texts(each, f"{name}[{index}]")
+    elif value is not None and not isinstance(value, bool | int | float):
+        yield name, value if isinstance(value, str) else str(value)
 
 
 def _misused_section(schema: type, layer: DictConfig, prefix: str = "") -> str | None:
@@ -111,7 +150,10 @@ def _explain(error: Exception, schema: type) -> str:
 def _keys_under(schema: type, path: str) -> list[str]:
     for name in filter(None, re.split(r"[.\[\]]", path)):
         if dataclasses.is_dataclass(schema):
-            schema = next(f.type for f in dataclasses.fields(schema) if f.name == name)  # type: ignore[assignment]
+            types = {field.name: field.type for field in dataclasses.fields(schema)}
+            if name not in types:  # a dot in a YAML's own key
+                break
+            schema = types[name]  # type: ignore[assignment]
         else:
             schema = _item_type(schema)
     return [field.name for field in dataclasses.fields(schema)]

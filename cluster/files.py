@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Replace `path` by `text` (UTF-8) atomically; on return it survives a loss of power.
+
+    Args:
+        mode: of the new file, less the umask; 0o600 for what may hold a secret.
 
     Raises:
         OSError: the folder is missing or the disk is full, say; it names `path`, and `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -51,6 +55,30 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON or malformed UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def set_mode_of_folder(path: Path) -> None:
+    """Let those read and write a file who may do so with its folder: safetensors makes its files 0600."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` in a folder that others may have made, such as a checkpoint.
+
+    In the Hugging Face hub's cache the files of models--X/snapshots/REVISION/ are links to models--X/blobs/.
+
+    Raises:
+        ValueError: the name is absolute, or it or a link leads out of the folder.
+    """
+    path = folder / name
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"{path}: leads nowhere ({error})") from error
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if Path(name).is_absolute() or not any(real.is_relative_to(each) for each in homes):
+        raise ValueError(f"{path}: leads out of {folder}, to {real}; put the file itself there")
+    return path
 
 
 @contextmanager

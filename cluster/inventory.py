@@ -311,9 +311,10 @@ max_workers: {len(inventory.workers)}   # and as many at least: Ray keeps all th
 upscaling_speed: 1.0
 idle_timeout_minutes: 525600      # a machine that is ours is not given back
 
-# Code only: no data, no checkpoints, no secrets.
+# Code only: no data, no checkpoints. `make up` sends what git tracks; this launcher sends whole folders.
 file_mounts:
 {mounts}rsync_exclude: ["__pycache__", ".*"]
+rsync_filter: ["/.gitignore"]     # names of keys are in there; other files are sent, tracked by git or not
 file_mounts_sync_continuously: false
 cluster_synced_files: ["~/.ray/auth_token"]   # made on the head; from there to the workers, not over the link
 

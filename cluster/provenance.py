@@ -1,7 +1,6 @@
 """Where a result comes from: code, versions, data, machine, time and command. Never a secret."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.hardware import describe_host
+from cluster.masking import mask_secrets
 
 NOT_CODE = ":(exclude)tests/baselines"  # a bench that has written its file leaves the code as it was
 COMMIT_VARIABLE = "ASUNCION_COMMIT"
 PACKAGES = ("torch", "deepspeed", "ray", "wandb", "numpy", "tokenizers", "safetensors")
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SECRET_ENDINGS = ("key", "token", "secret", "password", "passwd")  # 'batch.tokens' is none of them
-_MASK = "***"
 
 
 def collect(
@@ -70,32 +68,8 @@ def commit_environment() -> dict[str, str]:
     return {} if code["dirty"] is None else {COMMIT_VARIABLE: code["commit"] + "+dirty" * code["dirty"]}
 
 
-def mask_secrets(command: Sequence[str]) -> list[str]:
-    """The arguments with `***` in place of secrets.
-
-    A secret is the value in `name=value` or `--name value` whose name has a word that ends in key, token,
-    secret or password, and the user and password of a URL.
-    """
-    masked: list[str] = []
-    previous = ""
-    for argument in command:
-        name, equals, _ = argument.partition("=")
-        if equals and _is_secret(name):
-            masked.append(f"{name}={_MASK}")
-        elif previous.startswith("-") and "=" not in previous and _is_secret(previous):
-            masked.append(_MASK)
-        else:
-            masked.append(re.sub(r"://[^/@\s]+@", f"://{_MASK}@", argument))
-        previous = argument
-    return masked
-
-
 def _from_root(argument: str) -> str:
     return argument.removeprefix(f"{_ROOT}/")
-
-
-def _is_secret(name: str) -> bool:
-    return any(word.endswith(_SECRET_ENDINGS) for word in re.split(r"[^a-z0-9]+", name.lower()))
 
 
 def _git(*arguments: str) -> str:

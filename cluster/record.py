@@ -1,7 +1,8 @@
 """The record of a run: `metrics.jsonl` and `summary.json` always, Weights & Biases as their mirror.
 
 The only home of wandb. The files are the record, and everything downstream reads them; the mirror runs in
-a thread of its own, so that nothing W&B does or fails to do can block, slow down or kill a run.
+a thread of its own, so that nothing W&B does or fails to do can block, slow down or kill a run. Every string
+that either of them is given is masked (`cluster.masking`).
 """
 
 import errno
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster import files
+from cluster.masking import mask, masked
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
 FSYNC_SECONDS = 1.0
@@ -37,7 +39,7 @@ class Record:
         self._directory = directory
         self._mirror = mirror
         self._path = directory / "metrics.jsonl"
-        self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         files.fsync_folder(directory)
         self._fsync_at = time.monotonic() + FSYNC_SECONDS
 
@@ -58,7 +60,7 @@ class Record:
 
         Args:
             directory: the run directory; created if missing.
-            config: the resolved configuration, for W&B only; must hold no secret.
+            config: the resolved configuration, for W&B only.
             provenance: from `provenance.collect`; written to `provenance.json`. A resumed run keeps those of
                 its earlier starts, oldest first, under `earlier_starts`.
             wandb_mode: auto, offline, online or disabled. auto obeys WANDB_MODE or the mode in W&B's settings
@@ -75,13 +77,14 @@ class Record:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
         _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        provenance = masked(provenance)
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
         mirror = _Mirror(
             directory,
             mode=wandb_mode,
             run_id=_wandb_run_id(directory / "wandb_run_id", resume_step=resume_step),
-            config={**config, "provenance": provenance},
+            config={**masked(config), "provenance": provenance},
             project=project,
             group=group,
             name=name,
@@ -108,6 +111,7 @@ class Record:
         assert self._descriptor is not None, "log() on a closed record"
         if type(row.get("step")) is not int:
             raise ValueError(f"{self._path}: a row needs an int 'step'; got {row.get('step')!r}")
+        row = masked(row)
         line = f"{json.dumps(_encode(row), allow_nan=False)}\n".encode()
         _append(self._descriptor, line, path=self._path)
         if time.monotonic() >= self._fsync_at:
@@ -116,7 +120,7 @@ class Record:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show rows as a table in W&B; the run's files hold them already."""
-        self._mirror.table(name, columns, rows)
+        self._mirror.table(name, columns, masked(rows))
 
     def file(self, path: Path) -> None:
         """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
@@ -129,6 +133,7 @@ class Record:
         in `log`.
         """
         self._fsync()
+        summary = masked(summary)
         self._write_summary(summary)  # before W&B gets to take its time
         self._mirror.close(summary=summary, exit_code=0)
         self._write_summary(summary)
@@ -434,4 +439,4 @@ def _auto_mode(settings: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(mask(str(error)).split())[:200]}"

@@ -15,17 +15,13 @@ them in work until there are no more. Timed: when each new token was known in th
 before the first prompt is handed over. Tokens that come together share a time.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 Tokens = list[int]
 
@@ -204,8 +200,6 @@ KINDS: dict[str, Any] = {"ours": Ours, "transformers": Transformers, "vllm": Vll
 
 
 def main() -> None:
-    # Whoever starts us stops us between our turns: if it dies meanwhile, nobody else would end us.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries print; what they say belongs into the log, which is standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -20,7 +20,10 @@ SLICE_ROWS = 64  # of logits that are scored at a time: a tensor of 33 MB in fp3
 
 
 class StepDecoder(Protocol):
-    """Runs the model over the tokens of a step."""
+    """Runs the model over the tokens of a step.
+
+    What an earlier request left in a block, NaN too, changes nothing for the one that has it now.
+    """
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Logits [S, V], fp32, after the last token of each of the S spans that sample, in order."""
@@ -31,12 +34,12 @@ class StepDecoder(Protocol):
         In order, in slices [R, V], fp32, R at most SLICE_ROWS; the next may overwrite one.
         """
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        """Make what these blocks hold harmless to whoever gets them next, though it be NaN."""
-
 
 class TorchDecoder:
     """The decoder in torch operations.
+
+    A request's logits depend on the other requests of its steps by rounding: torch chooses a product's kernel
+    by the number of rows.
 
     Args:
         model: on its device.
@@ -74,6 +77,7 @@ class TorchDecoder:
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The next step may overwrite what this one returns."""
+        self._clear_begun(spans)
         if self._graphs is not None and all(span.samples and span.stop - span.start == 1 for span in spans):
             logits = self._graphs.replay(spans)
             if logits is not None:
@@ -93,7 +97,7 @@ class TorchDecoder:
         tokens = [t for span in ordered for t in span.sequence.tokens[span.start : span.stop]]
         positions = [p for span in ordered for p in range(span.start, span.stop)]
         places = [
-            span.sequence.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
+            span.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
             for span in ordered
             for p in range(span.start, span.stop)
         ]
@@ -117,11 +121,6 @@ class TorchDecoder:
             yield self._model.lm_head(rows).float()
 
     @torch.inference_mode()
-    def forget(self, blocks: Sequence[int]) -> None:
-        """See `StepDecoder`. A mask takes a place with weight 0, and 0 times NaN is NaN."""
-        self._cache[:, :, self._tensor(blocks)] = 0
-
-    @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
         """Logits [B, V] of a step that only decodes: tokens, positions [B] and blocks [B, N], all int64."""
         with for_changing_lengths():
@@ -137,12 +136,13 @@ class TorchDecoder:
     def inputs(
         self, spans: Sequence[Span], *, width: int, size: int
     ) -> tuple[list[int], list[int], list[list[int]]]:
-        """Tokens, positions [size] and blocks [size, width] of spans of one token, padded with the spare."""
+        """Tokens, positions [size] and blocks [size, width] of spans of one token, and of padding."""
         empty = size - len(spans)
         tokens = [span.sequence.tokens[span.start] for span in spans] + [0] * empty
         positions = [span.start for span in spans] + [0] * empty
-        rows = [span.sequence.blocks[: num_blocks(span.stop)] for span in spans] + [[]] * empty
-        return tokens, positions, [row + [self._spare] * (width - len(row)) for row in rows]
+        # A request is padded with a block of its own: the spare may hold NaN, which no mask hides.
+        rows = [span.blocks for span in spans] + [(self._spare,)] * empty
+        return tokens, positions, [[*row, *row[:1] * (width - len(row))] for row in rows]
 
     def _decoding(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, int]:
         width = max(num_blocks(span.stop) for span in spans)
@@ -151,9 +151,22 @@ class TorchDecoder:
         return found, _visible(found, self._tensor(positions)[:, None]), 1
 
     def _prefilling(self, span: Span) -> tuple[Tensor, Tensor, int]:
-        blocks = self._tensor(span.sequence.blocks[: num_blocks(span.stop)])[None]
+        blocks = self._tensor(span.blocks)[None]
         positions = torch.arange(span.start, span.stop, device=self.device)[None]
         return blocks, _visible(blocks, positions), span.stop - span.start
+
+    def _clear_begun(self, spans: Sequence[Span]) -> None:
+        """Clear the blocks that the step begins and does not fill, of what earlier requests left there.
+
+        A mask gives a place that is not written yet the weight 0, and 0 times NaN is NaN.
+        """
+        begun = [
+            span.blocks[-1]
+            for span in spans
+            if span.stop % BLOCK_TOKENS and span.start <= span.stop // BLOCK_TOKENS * BLOCK_TOKENS
+        ]
+        if begun:
+            self._cache.index_fill_(2, self._tensor(begun), 0)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -24,7 +24,9 @@ class Sampling:
         max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
-        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew.
+        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
+            the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
+            rounding: a draw, or a greedy choice, that is decided by less than that may differ.
         ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
         logprobs: report how likely each delivered token was.
         echo: deliver the prompt's tokens too, all of them before the first sampled one.
@@ -139,7 +141,7 @@ class BrokenModel(EngineFailed):
 
 
 # Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
-# must return at once.
+# must return at once: the engine waits for it, holding a lock.
 Deliver = Callable[[Sequence[Token] | EngineFailed], None]
 
 

@@ -92,6 +92,8 @@ def _alternate(gate: Tensor, up: Tensor, half: int) -> Tensor:
 class NativeDecoder:
     """The compiled decoder. It owns the packed weights and the cache; `model` is emptied as they are packed.
 
+    A request's logits are the same to the bit whatever else is in its steps, and wherever its prompt is cut.
+
     Args:
         model: bf16, on the CPU.
         num_blocks: of the cache, of `BLOCK_TOKENS` tokens each.
@@ -188,9 +190,6 @@ class NativeDecoder:
         )
         self._library.decoder_step(ctypes.addressof(self._model), ctypes.addressof(step))
         return self._logits[: len(rows)]
-
-    def forget(self, blocks: Sequence[int]) -> None:
-        """See `StepDecoder`. Nothing to do: only places that a request has written are read."""
 
     def scored(self) -> Iterator[Tensor]:
         """See `StepDecoder`."""

@@ -1,4 +1,7 @@
-"""The next tokens of many requests from their logits, each drawn from its own source of chance; scores."""
+"""The next tokens of many requests from their logits, each drawn from its own source of chance; scores.
+
+A row depends on nothing beside it: sums that decide a draw are of integers, and so exact in any order.
+"""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +12,8 @@ from torch import Tensor
 from serving.engine import Sampling, Score
 
 BROKEN = -1  # in place of a token's id
-LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: dividing by it would overflow
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken
+WEIGHT_OF_ONE = 2.0**48  # a probability of 1 as an integer; sums stay below 2**53, exact in fp64 too
 
 
 def choose(
@@ -17,9 +21,9 @@ def choose(
 ) -> tuple[list[int], list[Score | None]]:
     """One token for each row: its id, and its score where log-probabilities are asked for.
 
-    A row's token depends on its own logits, sampling and source of chance alone, not on the other rows. It is
-    BROKEN where the largest logit is no finite number: torch takes NaN for the largest, and softmax is then
-    NaN, so that a draw would mean nothing.
+    A row's token and score depend on its own logits, sampling and source of chance alone, not on the other
+    rows: to the bit on a CPU; this is not checked on a GPU. Of equal logits the lowest id comes first. The
+    token is BROKEN where the largest logit is not a finite number: torch takes NaN for the largest.
 
     Args:
         logits: [S, V], fp32, any device.
@@ -51,16 +55,26 @@ def score(logits: Tensor, ids: Tensor) -> list[Score]:
 
 
 def _draw(logits: Tensor, *, temperatures: list[float], top_ps: list[float], uniforms: list[float]) -> Tensor:
-    """Ids [S], by inverting the cumulative probabilities of the likeliest tokens at u in [0, 1)."""
+    """Ids [S], by inverting the cumulative weights of the tokens, in order of id, at u in [0, 1)."""
     device = logits.device
-    probabilities = (logits / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
-    nucleus = min(top_ps) < 1
-    order = None
-    if nucleus:
-        probabilities, order = probabilities.sort(dim=-1, descending=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= torch.tensor(top_ps, device=device)[:, None], 0)
-    cumulative = probabilities.double().cumsum(dim=-1)
-    targets = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, targets, right=True).clamp_max(logits.shape[-1] - 1)
-    return (places if order is None else order.gather(1, places))[:, 0]
+    below = logits - logits.amax(dim=-1, keepdim=True)  # else dividing large logits could overflow
+    probabilities = (below / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
+    weights = (probabilities.double() * WEIGHT_OF_ONE).long()
+    rows = [row for row, top_p in enumerate(top_ps) if top_p < 1]
+    if rows:
+        cut = torch.tensor(rows, device=device)
+        weights[cut] = _nucleus(weights[cut], [top_ps[row] for row in rows])
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    targets = (torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * total).long()
+    places = torch.searchsorted(cumulative, targets.minimum(total - 1), right=True)
+    return places.clamp_max(logits.shape[-1] - 1)[:, 0]  # beyond the last only where logits are not numbers
+
+
+def _nucleus(weights: Tensor, top_ps: list[float]) -> Tensor:
+    """`weights` [S, V], int64, with 0 for all but the likeliest tokens that first reach a share `top_ps`."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    shares = torch.tensor(top_ps, dtype=torch.float64, device=weights.device)[:, None]
+    reached = before >= shares * weights.sum(dim=-1, keepdim=True)
+    return weights.scatter(-1, order, ordered.masked_fill(reached, 0))

@@ -27,18 +27,22 @@ class Request:
         most_tokens: its length at the most.
         scored: it is to be told how likely each token of its prompt was.
         done: how many of `tokens` have gone through the model, and are in the cache.
-        blocks: of the cache; empty unless it runs.
+        blocks: of the cache, its own until it is removed; empty unless it runs.
     """
 
     tokens: list[int]
     most_tokens: int
     scored: bool = False
     done: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: tuple[int, ...] = ()
     prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Span:
     """Tokens [start, stop) of a sequence, in one step.
 
     Attributes:
+        blocks: those that hold tokens [0, stop). A copy: the sequence may be removed while the step runs.
         samples: the last of them is its newest token, and another is to follow.
         num_scored: how many of them, from the first on, are followed by one of a prompt that is scored.
     """
@@ -53,6 +58,7 @@ class Span:
     sequence: Request
     start: int
     stop: int
+    blocks: tuple[int, ...]
 
     @property
     def samples(self) -> bool:
@@ -65,7 +71,10 @@ class Span:
 
 
 class Scheduler:
-    """Slots, blocks and the queue of one engine. One thread calls it.
+    """Slots, blocks and the queue of one engine. Not thread-safe: callers hold one lock.
+
+    Only `next_step` hands out blocks. So a request may be removed while a step runs that still writes to its
+    blocks, provided that the next step is asked for after that one has ended.
 
     Args:
         cache_tokens: size of the cache; whole blocks of it are used.
@@ -89,27 +98,33 @@ class Scheduler:
         assert num_blocks(sequence.most_tokens) <= self.num_blocks
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Request) -> None:
-        """Take a sequence out, wherever it is: its slot and blocks are free at once."""
-        if sequence in self.running:
+    def remove(self, sequence: Request) -> bool:
+        """Take a sequence out: its slot and blocks are free at once. False if it neither runs nor waits."""
+        if sequence.is_running:
             self.running.remove(sequence)
             self._free += sequence.blocks
-            sequence.blocks = []
+            sequence.blocks = ()
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            return False
+        return True
 
     def next_step(self) -> list[Span]:
-        """Spans of the next step, those that decode first; empty if there is nothing to do."""
+        """Spans of the next step, those that decode first; empty if there is nothing to do.
+
+        The step before has ended, and the tokens that it sampled are in their sequences.
+        """
         while self.waiting and len(self.running) < self._slots and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
         ready = [s for s in self.running if len(s.tokens) - s.done == 1]
-        spans = [Span(s, s.done, s.done + 1) for s in ready]
+        spans = [_span(s, 1) for s in ready]
         room = self._step_tokens - len(spans)
         for sequence in self.running:
             left = len(sequence.tokens) - sequence.done
             if left > 1 and room > 0:
                 taken = min(left, room)
-                spans.append(Span(sequence, sequence.done, sequence.done + taken))
+                spans.append(_span(sequence, taken))
                 room -= taken
         return spans
 
@@ -117,8 +132,14 @@ class Scheduler:
         needed = num_blocks(sequence.most_tokens)
         if needed > len(self._free):
             return False
-        sequence.blocks = [self._free.pop() for _ in range(needed)]
+        sequence.blocks = tuple(self._free.pop() for _ in range(needed))
         return True
+
+
+def _span(sequence: Request, num_tokens: int) -> Span:
+    """The next tokens of a running sequence."""
+    stop = sequence.done + num_tokens
+    return Span(sequence, sequence.done, stop, sequence.blocks[: num_blocks(stop)])
 
 
 def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
@@ -127,5 +148,5 @@ def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
     first = []
     for span in spans:
         first.append(len(blocks))
-        blocks += span.sequence.blocks[: num_blocks(span.stop)]
+        blocks += span.blocks
     return blocks, first

@@ -1,6 +1,7 @@
 """Text to token ids and back, piece by piece, ending at stop strings. No torch, no HTTP."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -9,7 +10,7 @@ from cluster.cli import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # of decoders, for bytes that are no character, or not yet
-MOST_UNSETTLED = 8  # tokens: a character has 4 bytes at most, so after these the bytes are no character
+CONTEXT_TOKENS = 4  # decoded with new ones: a text's first may lose a space; a character has up to 4 bytes
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -41,67 +42,113 @@ def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
     """The text of token ids, and where each one's begins, in characters. See `Detokenizer`."""
     detokenizer = Detokenizer(tokenizer)
     texts, starts = [], []
-    for token_id in ids:
-        starts.append(detokenizer.num_characters)
-        texts.append(detokenizer.add(token_id))
+    for place, token_id in enumerate(ids):
+        texts.append(detokenizer.add(token_id, last=place + 1 == len(ids)))
+        starts.append(detokenizer.start)
     return "".join(texts), starts
 
 
 class Detokenizer:
     """The text of one continuation as its tokens come.
 
-    Text that may be the beginning of a stop string is held back, as are the first bytes of a character, so
-    that the pieces never take anything back; what is no character by the end is left out. Special tokens
-    have no text.
+    The pieces, joined, are what `Tokenizer.decode` makes of the prompt and the continuation together, without
+    what it makes of the prompt. Where the continuation changes the end of the prompt's text, as one does that
+    completes a character, the pieces begin with what has changed.
 
-    `tokenizers.DecodeStream` does not do: it raises "Invalid prefix" at invalid bytes with the byte fallback
-    of SentencePiece models (LLaMA 1 and 2), and so ends any request whose model says such bytes.
+    A piece is never taken back. Held back are therefore the first bytes of a character, text that may be the
+    beginning of a stop string, and tokens that stand for single bytes until one comes that does not:
+    SentencePiece's decoder (LLaMA 1 and 2) makes replacement characters of a whole run of them if any part of
+    it is invalid. Special tokens, and ids that have no token, have no text.
+
+    `tokenizers.DecodeStream` raises "Invalid prefix" at invalid bytes with that decoder.
 
     Args:
         prompt: token ids before the continuation: some decoders strip the space of a text's first word.
         stops: strings that end the text; of several, the one that is complete first.
+
+    Attributes:
+        start: where the text of the token that was added last begins, in characters; for all tokens of a
+            character, or of a run of bytes, where that begins.
+        stopped: a stop string is complete.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, prompt: Sequence[int] = (), stops: Sequence[str] = ()
     ) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        # A token's text depends on those before it, so the last settled ones are decoded with it.
-        self._settle(list(prompt[-MOST_UNSETTLED:]))
-        self._held = ""
-        self.num_characters = 0  # decoded so far, those held back too
+        self._tokenizer, self._stops, self._special = tokenizer, stops, _special_tokens(tokenizer)
+        self._ids = self._end_of(prompt)  # the last tokens that have text
+        self._in_bytes = bool(self._ids) and _is_byte(tokenizer.id_to_token(self._ids[-1]))
+        self._text = self._settled = tokenizer.decode(self._ids)  # when last decoded; what of it is settled
+        self._num_settled = 0  # characters of the continuation
+        self._held = ""  # the last of these, while they may begin a stop string
+        self.start = 0
         self.stopped = False
 
-    def add(self, token_id: int) -> str:
-        """The text that is settled by one more token; it ends before the first stop string."""
+    def add(self, token_id: int, *, last: bool = False) -> str:
+        """The text that is settled by one more token; it ends before the first stop string.
+
+        Args:
+            last: no more tokens come, so nothing is held back.
+        """
         if self.stopped:
             return ""
-        text = self._decode(token_id)
-        self._held += text
-        self.num_characters += len(text)
+        self._held += self._settle(token_id, last=last)
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self._take(min(found)[1])
-        return self._take(len(self._held) - self._num_at_risk())
+        return self._take(len(self._held) - (0 if last else self._num_at_risk()))
 
-    def finish(self) -> str:
-        """What is held back, when no more tokens come. Nothing after a stop string."""
-        return "" if self.stopped else self._take(len(self._held))
-
-    def _decode(self, token_id: int) -> str:
-        """The text of one more token, or of several at once where only the last completes a character."""
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        incomplete = text.endswith(REPLACEMENT) or len(text) <= len(self._settled)
-        if incomplete and len(self._ids) - self._num_settled <= MOST_UNSETTLED:
+    def _settle(self, token_id: int, *, last: bool) -> str:
+        """The text that no later token can change."""
+        self.start = self._num_settled
+        token = self._token(token_id)
+        if token is not None:
+            in_bytes_before, self._in_bytes = self._in_bytes, _is_byte(token)
+            if in_bytes_before and not self._in_bytes:
+                self._text = self._tokenizer.decode(self._ids)  # the run of bytes ends before this token
+            self._ids.append(token_id)
+        if not last and (token is None or self._in_bytes):
             return ""
-        new = text[len(self._settled) :]
-        self._settle(self._ids[self._num_settled :])
+        before, self._text = self._text, self._tokenizer.decode(self._ids)
+        end = len(self._text)
+        if not last and self._text.endswith(REPLACEMENT):
+            end -= 1  # perhaps the first bytes of a character
+        begin = _num_common(self._settled, self._text)
+        self.start += max(0, min(_num_common(before, self._text), end) - begin)
+        new = self._text[begin:end]
+        if new:
+            self._settled = self._text[:end]
+            self._num_settled += len(new)
+        self._forget()
         return new
 
-    def _settle(self, ids: list[int]) -> None:
-        self._ids, self._num_settled, self._settled = ids, len(ids), self._tokenizer.decode(ids)
+    def _forget(self) -> None:
+        """Drop tokens that no longer matter, so that each token costs the same."""
+        if len(self._ids) > 2 * CONTEXT_TOKENS:
+            num_pending = len(self._text) - len(self._settled)
+            del self._ids[:-CONTEXT_TOKENS]
+            self._text = self._tokenizer.decode(self._ids)
+            self._settled = self._text[: len(self._text) - num_pending]
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that have text: a run of bytes and CONTEXT_TOKENS before it."""
+        found: list[int] = []
+        num_bytes = 0
+        for token_id in reversed(prompt):
+            if (token := self._token(token_id)) is None:
+                continue
+            if len(found) == num_bytes and _is_byte(token):
+                num_bytes += 1
+            found.append(token_id)
+            if len(found) - num_bytes == CONTEXT_TOKENS:
+                break
+        return found[::-1]
+
+    def _token(self, token_id: int) -> str | None:
+        """None if it has no text."""
+        token = self._tokenizer.id_to_token(token_id)
+        return None if token in self._special else token
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
@@ -116,3 +163,23 @@ class Detokenizer:
                     longest = length
                     break
         return longest
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
+    """Tokens that `Tokenizer.decode` leaves out."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return frozenset(token.content for token in added if token.special)
+
+
+def _is_byte(token: str | None) -> bool:
+    """Whether a token stands for one byte, as "<0xE4>" does. In other tokenizers such a token only waits."""
+    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _num_common(first: str, second: str) -> int:
+    """Length of the beginning that both have."""
+    if second.startswith(first):
+        return len(first)
+    differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, len(second))

@@ -1,6 +1,8 @@
 """Our engine: continuous batching over `serving.decoder` or, on a CPU that can, the compiled decoder.
 
-One thread runs the steps. Requests come in and go out under one lock; tokens are delivered from that thread.
+One thread runs the steps and delivers tokens; any thread hands in requests and cancels them. One lock guards
+the scheduler, the counts and deliveries. It is not held while the model runs: the spans of a step carry all
+that a cancel changes.
 """
 
 import math
@@ -93,7 +95,8 @@ class TorchEngine:
             scored=sampling.echo and sampling.logprobs,
             sampling=sampling,
             deliver=deliver,
-            chance=random.Random(sampling.seed),
+            # As text: of an integer Python takes the absolute value, so that 3 and -3 would draw alike.
+            chance=random.Random(None if sampling.seed is None else str(sampling.seed)),
         )
         with self._lock:
             if self._closed or self._failure:
@@ -114,7 +117,8 @@ class TorchEngine:
             )
 
     def failure(self) -> str | None:
-        return self._failure
+        with self._lock:
+            return self._failure
 
     def close(self) -> None:
         with self._lock:
@@ -124,8 +128,7 @@ class TorchEngine:
 
     def _cancel(self, request: _Running) -> None:
         with self._lock:
-            if request in self._scheduler.running or request in self._scheduler.waiting:
-                self._scheduler.remove(request)
+            if self._scheduler.remove(request):
                 self._counts["cancelled"] += 1
 
     def _work(self) -> None:
@@ -140,11 +143,11 @@ class TorchEngine:
             traceback.print_exc()
         with self._lock:
             self._failure = reason
-            left = [*self._scheduler.running, *self._scheduler.waiting]
-            for request in left:
-                self._scheduler.remove(request)
-        for request in left:
-            request.deliver(EngineFailed(reason))  # type: ignore[attr-defined]
+            for request in [*self._scheduler.running, *self._scheduler.waiting]:
+                try:
+                    self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
+                except Exception:  # of one client; the others must be told
+                    traceback.print_exc()
 
     def _step(self) -> bool:
         """One step, or a wait until there is something to do. False once the engine is closed."""
@@ -157,45 +160,46 @@ class TorchEngine:
         sampled: list[_Running] = [span.sequence for span in spans if span.samples]  # type: ignore[misc]
         ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
         self._score_prompts(spans)
-        told: dict[_Running, list[Token]] = {}
-        broken: list[_Running] = []
+        drawn = dict(zip(sampled, zip(ids, scores, strict=True), strict=True))
         with self._lock:
             self._counts["steps"] += 1
-            for span in spans:
+            for span in reversed(spans):  # first tokens first: the others have had one
                 request: _Running = span.sequence  # type: ignore[assignment]
                 request.done = span.stop
                 if span.stop == request.prompt_tokens:
                     self._counts["prompt_tokens"] += span.stop
-                    if not all(math.isfinite(each.logprob) for each in request.scores):
-                        self._give_up(request, broken)
-                    elif request.sampling.echo and request.blocks:
-                        told[request] = self._prompt(request)
-            for request, token, found in zip(sampled, ids, scores, strict=True):
-                if not request.blocks:  # cancelled while the step ran
-                    continue
-                if token == BROKEN:
-                    told.pop(request, None)
-                    self._give_up(request, broken)
-                    continue
-                request.tokens.append(token)
-                self._counts["generated_tokens"] += 1
-                told.setdefault(request, []).append(Token(token, found, self._finish(request)))
-            for request, tokens in told.items():
-                if tokens[-1].finish is not None:
-                    self._scheduler.remove(request)
-                    self._counts["finished"] += 1
-        for request, tokens in reversed(told.items()):  # first tokens first: the others have had one
-            request.deliver(tokens)
-        for request in broken:
-            request.deliver(BrokenModel())
+                # Else it was cancelled while the step ran.
+                if request.is_running and (outcome := self._outcome(request, drawn.get(request))):
+                    self._tell(request, outcome)
         return True
 
-    def _give_up(self, request: _Running, broken: list[_Running]) -> None:
-        """Take out a request whose logits are not numbers, and add it to `broken`."""
-        if request.blocks:  # else cancelled while the step ran
-            self._decoder.forget(request.blocks)
+    def _outcome(
+        self, request: _Running, drawn: tuple[int, Score | None] | None
+    ) -> list[Token] | BrokenModel:
+        """What a step that has run gives a request: nothing where it was a part of the prompt."""
+        tokens: list[Token] = []
+        if request.done == request.prompt_tokens:
+            if not all(math.isfinite(each.logprob) for each in request.scores):
+                return BrokenModel()
+            if request.sampling.echo:
+                tokens += self._prompt(request)
+        if drawn is not None:
+            token, found = drawn
+            if token == BROKEN:
+                return BrokenModel()
+            request.tokens.append(token)
+            self._counts["generated_tokens"] += 1
+            tokens.append(Token(token, found, self._finish(request)))
+        return tokens
+
+    def _tell(self, request: _Running, outcome: list[Token] | EngineFailed) -> None:
+        """Deliver, under the lock: once a request is cancelled it hears nothing more."""
+        if isinstance(outcome, EngineFailed):
             self._scheduler.remove(request)
-            broken.append(request)
+        elif outcome[-1].finish is not None:
+            self._scheduler.remove(request)
+            self._counts["finished"] += 1
+        request.deliver(outcome)
 
     def _score_prompts(self, spans: Sequence[Span]) -> None:
         """Give each request that is scored what this step tells of its prompt."""

@@ -50,9 +50,6 @@ class Counting:
     def _last(self, tokens: Sequence[int]) -> int:
         return self._nan_from if self._nan_from in tokens else tokens[-1]
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        pass
-
 
 def counting_engine(
     *,

@@ -1,24 +1,28 @@
 """Commands for which a product of low-precision operands on the CPU is an error.
 
-    python -m tests.guard MODULE ARGUMENT ... -- MODULE ARGUMENT ...
+    GUARD_FOUND=FILE python -m tests.guard MODULE ARGUMENT ... -- MODULE ARGUMENT ...
+    python -m tests.guard --one MODULE ARGUMENT ...
 
 A CPU without bf16 arithmetic computes such products 40 to 100 times slower than in fp32. The caller forces
-such a CPU by `NO_BF16`, variables that torch, oneDNN and MKL read. Every thread of a command is watched;
-processes that it starts are not, so give the commands that they run.
+such a CPU by `NO_BF16`, variables that torch, oneDNN and MKL read. A guard is in every thread of a command,
+of the workers of a Ray that it starts, and of the modules of Python that it starts.
 """
 
-import importlib
 import os
+import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cluster import session
+from cluster.process import Child
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_BF16 = {
@@ -27,6 +31,7 @@ NO_BF16 = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
 LOW = (torch.bfloat16, torch.float16)
+FOUND = "GUARD_FOUND"  # variable: the file that says it too, as a command may go on when its child fails
 PRODUCTS = (  # parts of the names of torch's operators that multiply matrices
     *("::mm", "::bmm", "::mv", "::dot", "::vdot", "::addmm", "::addbmm", "::baddbmm", "::addmv", "::_addmm"),
     *("::linear", "::matmul", "::_int_mm", "convolution", "attention", "linear_pointwise"),
@@ -45,7 +50,10 @@ class Guard(TorchDispatchMode):
         if any(part in name for part in PRODUCTS):
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.dtype in LOW:
-                    raise LowPrecisionProduct(f"{name} of {leaf.dtype} on the CPU, called by {_caller()}")
+                    problem = f"{name} of {leaf.dtype} on the CPU, called by {_caller()}"
+                    if FOUND in os.environ:
+                        Path(os.environ[FOUND]).write_text(problem)
+                    raise LowPrecisionProduct(problem)
         return func(*args, **(kwargs or {}))
 
 
@@ -62,8 +70,15 @@ def _is_ours(file: Path) -> bool:
     return any(file.is_relative_to(room) for room in rooms)
 
 
-def watch_threads() -> None:
-    """Enter a guard in every thread that starts from now on."""
+def watch() -> None:
+    """Enter a guard in this thread and in all that this process starts from now on."""
+    _watch_threads()
+    _watch_children()
+    _watch_workers()
+    Guard().__enter__()
+
+
+def _watch_threads() -> None:
     run = threading.Thread.run
 
     def guarded(thread: threading.Thread) -> None:
@@ -71,6 +86,26 @@ def watch_threads() -> None:
             run(thread)
 
     threading.Thread.run = guarded  # type: ignore[method-assign]
+
+
+def _watch_children() -> None:
+    start = Child.__init__
+
+    def guarded(child: Child, command: Sequence[str], **options: Any) -> None:
+        if list(command[:2]) == [sys.executable, "-m"]:
+            command = [sys.executable, "-m", "tests.guard", "--one", *command[2:]]
+        start(child, command, **options)
+
+    Child.__init__ = guarded  # type: ignore[method-assign]
+
+
+def _watch_workers() -> None:
+    connect = session._connect
+
+    def guarded(config: Any, resources: Any, runtime_env: dict[str, Any]) -> None:
+        connect(config, resources, {**runtime_env, "worker_process_setup_hook": "tests.guard.watch"})
+
+    session._connect = guarded
 
 
 def commands(arguments: list[str]) -> Iterator[list[str]]:
@@ -86,20 +121,33 @@ def commands(arguments: list[str]) -> Iterator[list[str]]:
 
 def main() -> None:
     """Run the commands one after another, each in a fork of this process, which has imported what is slow."""
+    if sys.argv[1] == "--one":
+        _become(sys.argv[2:])
+        return
     import deepspeed  # noqa: F401
 
-    watch_threads()
+    found = Path(os.environ[FOUND])
     for command in commands(sys.argv[1:]):
-        print(f"guarded: {' '.join(command)}", flush=True)
-        child = os.fork()
-        if not child:
-            sys.argv = command
-            with Guard():
-                code = importlib.import_module(command[0]).main()
-            sys.exit(code)
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(f"guarded: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
+        _run(command)
+        if found.exists():
+            sys.exit(f"guarded: {command[0]}: {found.read_text()}")
+
+
+def _become(command: list[str]) -> None:
+    sys.argv = command
+    watch()
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _run(command: list[str]) -> None:
+    print(f"guarded: {' '.join(command)}", flush=True)
+    child = os.fork()
+    if not child:
+        _become(command)
+        sys.exit()
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(f"guarded: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor
         for name, tensor in named.items()
     }
     save_file(tensors, path)
+    files.set_mode_of_folder(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size
@@ -126,13 +127,14 @@ class Checkpoint:
         state: what `save` was given.
 
     Raises:
-        CheckpointError: a file is missing, truncated or unreadable, or the format is another.
+        CheckpointError: a file is missing, truncated, unreadable or outside the checkpoint, or the format is
+            another.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.state: dict[str, Any] = files.read_json(path / STATE)
+            self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path / STATE}: unreadable ({error}); delete {path} to use the one before"
@@ -143,7 +145,11 @@ class Checkpoint:
             )
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name, size in self.state["files"].items():
-            self._index(path / name, size)
+            try:
+                file = files.inside(path, name)
+            except ValueError as error:
+                raise CheckpointError(f"{path / STATE}: {error}") from error
+            self._index(file, size)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.masking import masked
 from training import completions, evaluate_config, evaluate_report, harness, subject
 from training.completions import Endpoint
 from training.config import RunConfig
@@ -172,6 +173,7 @@ def run(config: EvaluateConfig, work: Work, *, report: Callable[[str], None]) ->
         left_out=work.data if isinstance(work.data, str) else None,
         config=layered.to_dict(config),
     )
+    result = masked(result)  # the notes are lm_eval's and an endpoint's own words
     try:
         files.write_json(work.output, result)
     except OSError as error:
@@ -182,7 +184,8 @@ def run(config: EvaluateConfig, work: Work, *, report: Callable[[str], None]) ->
 
 
 def _with_tasks(config: EvaluateConfig, work: Work) -> Measured:
-    with harness.collected_notes() as notes:
+    confined = harness.confined(work.sources, code=config.task_code)
+    with harness.collected_notes() as notes, confined:
         tasks = harness.load(work.sources, num_fewshot=config.num_fewshot)
         try:
             measured = _asked(config, work, tasks) if work.endpoint else _here(config, work, tasks=tasks)
@@ -235,6 +238,8 @@ def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measure
     """Perplexity and tasks of the checkpoint, on this machine."""
     import torch
 
+    from training.attention import for_changing_lengths
+
     assert work.subject is not None
     device = _device(config.device)
     subject.update(work.subject)
@@ -251,7 +256,8 @@ def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measure
         theirs = harness.local_model(
             work.subject, device=str(device), dtype=dtype, batch_size=config.batch_size
         )
-        scores = _scores(config, theirs, tasks)
+        with for_changing_lengths():  # of requests, one prompt after another
+            scores = _scores(config, theirs, tasks)
     setting = {"parameters": shape.num_parameters, "dtype": dtype, "device": str(device)}
     return Measured(scores, held_out, setting)
 

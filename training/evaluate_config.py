@@ -24,6 +24,9 @@ class EvaluateConfig:
         "[name,file,folder,...]: lm-evaluation-harness's own tasks and groups by name, whose data come from "
         "the Hugging Face hub; task YAMLs; folders of them. None: perplexity alone",
     )
+    task_code: bool = key(
+        False, "let task files run the Python code that they name: !function, and metrics that are scripts"
+    )
     num_fewshot: int | None = key(
         None, "examples before each question; default: the task's own. A task that says 0 keeps it"
     )

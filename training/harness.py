@@ -32,6 +32,7 @@ UNCOUNTED = {  # read by `datasets` and `evaluate` when they are imported
 }
 MOST_CHARACTERS = 400  # of another library's message in ours
 MOST_NOTES = 20
+_RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,49 @@ class Sources:
         """One line for people."""
         inside = [f"{name} ({file})" for tasks in self.folders.values() for name, file in tasks.items()]
         return ", ".join([*self.names, *map(str, self.files), *inside])
+
+
+@contextmanager
+def confined(sources: Sources, *, code: bool) -> Iterator[None]:
+    """For the length of a `with` block, task files run no code; lm_eval's own tasks run theirs.
+
+    lm_eval imports what a file's `!function` names, and Hugging Face's `evaluate` runs a metric's script;
+    both are a `UserError` here. A Jinja template can reach Python's internals; here it cannot.
+
+    Args:
+        code: the user trusts the files (the key `task_code`): only the templates are confined.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+    from lm_eval.api import metrics as _  # noqa: F401  (fills the registry)
+    from lm_eval.api import registry, task
+    from lm_eval.tasks import _yaml_loader
+
+    plain, load_function, get_metric = utils.env, _yaml_loader._import_func_in_yml, task.get_metric
+    own = Path(_yaml_loader.__file__).resolve().parent
+
+    def own_function(name: str, folder: Path) -> Any:
+        if not folder.is_relative_to(own):
+            raise UserError(f"!function {name} in {folder} {_RUNS_CODE}")
+        return load_function(name, folder)
+
+    def registered_metric(name: str, hf_evaluate_metric: bool = False) -> Any:
+        if hf_evaluate_metric or name not in registry.metric_registry:
+            raise UserError(f"metric {name}, which is not one of lm_eval's, {_RUNS_CODE}")
+        return get_metric(name)
+
+    utils.env = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    utils.env.filters = plain.filters
+    try:
+        if not code:
+            _yaml_loader._import_func_in_yml = own_function
+            if sources.files or sources.folders or sources.beside_groups:
+                task.get_metric = registered_metric
+        yield
+    finally:
+        utils.env, _yaml_loader._import_func_in_yml, task.get_metric = plain, load_function, get_metric
 
 
 def require_installed() -> None:

@@ -47,6 +47,7 @@ def save_hf(
 
     with files.replace_folder(directory) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        files.set_mode_of_folder(folder / "model.safetensors")
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
         files.write_json(folder / "config.json", config)
         files.write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})

@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, C hea
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cluster import files
 from optim.precision import product_dtype
 from training import shapes
 from training.attention import sdpa
@@ -301,11 +301,12 @@ def load_hf(directory: Path, *, dtype: torch.dtype) -> Llama:
     only the RoPE buffers of old exports are ignored, and the copy of a tied head that some checkpoints carry.
 
     Raises:
-        ValueError: a file is missing or unreadable, the config asks for what the model does not do, or a
-            tensor is missing, unexpected, mis-shaped or not tied as the config says. Names file and tensor.
+        ValueError: a file is missing, unreadable or outside the directory, the config asks for what the model
+            does not do, or a tensor is missing, unexpected, mis-shaped or not tied as the config says. Names
+            file and tensor.
     """
     directory = Path(directory)
-    model = Llama(shapes.resolve(directory / "config.json"))
+    model = Llama(shapes.resolve(directory.absolute()))
     stored = _stored_tensors(directory)
     if model.shape.tied:
         _drop_tied_head(stored)
@@ -329,13 +330,13 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[Path, Tensor]]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
-        files = sorted({directory / file for file in json.loads(index.read_text())["weight_map"].values()})
+        shards = _indexed(index)
     elif single.is_file():
-        files = [single]
+        shards = [single]
     else:
         raise ValueError(f"{directory}: neither {single.name} nor {index.name} is here; is it safetensors?")
     stored: dict[str, tuple[Path, Tensor]] = {}
-    for file in files:
+    for file in shards:
         if not file.is_file():
             raise ValueError(f"{file}: listed in {index.name}, but missing; copy the checkpoint again")
         try:
@@ -344,6 +345,15 @@ def _stored_tensors(directory: Path) -> dict[str, tuple[Path, Tensor]]:
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
     return stored
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that a `model.safetensors.index.json` names. Raises `ValueError`: one is not beside it."""
+    try:
+        names = set(files.read_json(index)["weight_map"].values())
+        return [files.inside(index.parent, name) for name in sorted(names)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: has no weight_map of tensors to file names; copy it again") from error
 
 
 def _drop_tied_head(stored: dict[str, tuple[Path, Tensor]]) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import files
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -197,7 +199,8 @@ def resolve(name_or_path: str | Path, **overrides: Any) -> LlamaShape:
     num_kv_heads = num_heads stays one.
 
     Raises:
-        ValueError: no such name or file, a config that our model cannot follow, or sizes that fit no model.
+        ValueError: no such name or file, a config that our model cannot follow, sizes that fit no model, or a
+            link in the directory that leads out of it.
     """
     shape = SHAPES.get(str(name_or_path)) or _read(Path(name_or_path))
     changes = {name: value for name, value in overrides.items() if value is not None}
@@ -210,7 +213,11 @@ def resolve(name_or_path: str | Path, **overrides: Any) -> LlamaShape:
 
 
 def _read(path: Path) -> LlamaShape:
-    file = path / "config.json" if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):  # all, because vLLM and transformers read more than we do
+            files.inside(path, entry.name)
+        file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: no such config.json, nor a shape's name; those are {', '.join(SHAPES)}")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster import files
 from cluster.cli import RunError
+from cluster.masking import mask
 from cluster.provenance import commit_environment
 from cluster.session import ray_session, worker_environment
 from training.config import TrainConfig, WorkersConfig
@@ -70,9 +71,13 @@ def _each(workers: WorkersConfig) -> dict[str, float]:
 
 
 def _reason(error: Any, log: Path) -> str:
-    """The first worker's own message; the whole story goes into `log`."""
+    """The first worker's own message; the whole story goes into `log`.
+
+    Secrets are masked in both. Only the owner reads the log: an exception may say what no mask recognises.
+    """
     failures = getattr(error, "worker_failures", {})
     causes = [failures[rank] for rank in sorted(failures)] or [error]
-    files.write_text(log, "\n".join(f"--- {cause!r}\n{cause}" for cause in causes) + "\n")
-    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(causes[0])
+    story = mask("\n".join(f"--- {cause!r}\n{cause}" for cause in causes))
+    files.write_text(log, f"{story}\n", mode=0o600)
+    lines = [line.strip() for line in mask(str(causes[0])).splitlines() if line.strip()]
+    return lines[-1] if lines else mask(repr(causes[0]))

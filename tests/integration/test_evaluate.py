@@ -20,6 +20,7 @@ import uvicorn
 import yaml
 from tokenizers import Tokenizer
 
+from cluster.cli import UserError
 from cluster.config import to_yaml
 from cluster.session import free_ports
 from optim.precision import cpu_has_bf16
@@ -27,7 +28,7 @@ from serving.config import load as load_serving
 from serving.endpoint import make_endpoint
 from serving.torch_engine import make_engine
 from tests.commands import tiny, write_corpus
-from training import checkpoint
+from training import checkpoint, harness
 from training import config as training_config
 from training.data import Manifest
 from training.evaluate import main
@@ -579,3 +580,61 @@ def test_without_lm_eval_the_message_says_how_to_install_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     error = refusal(capsys, [f"tasks=[{tasks}]"])
     assert 'pip install -c constraints.txt -e ".[eval]"' in error and "lm_eval" in error
+
+
+CODE_IN_A_TASK = {
+    "a function": ({}, "process_docs: !function code.run\n"),
+    "by another spelling of the tag": ({}, "process_docs: !<%21function> code.run\n"),
+    "of the standard library": ({}, "process_docs: !function os.system\n"),
+    "as its class": ({}, "class: !function code.Task\n"),
+    "in a file that it includes": ({"include": "part.yaml"}, ""),
+    "as a metric that is a script": ({"metric_list": [metric("code.py") | {"hf_evaluate": True}]}, ""),
+    "as a metric that lm_eval does not have": ({"metric_list": [metric("code.py")]}, ""),
+}
+
+
+def task_with_code(folder: Path, keys: dict[str, Any], text: str) -> Path:
+    """A task beside code that leaves a mark when it runs."""
+    file = write_task(
+        folder, "task", [{"question": "a"}], output_type="generate_until", doc_to_target="a",
+        **{"metric_list": [metric("exact_match")], **keys},
+    )  # fmt: skip
+    file.write_text(file.read_text() + text)
+    (folder / "part.yaml").write_text("process_docs: !function code.run\n")
+    (folder / "code.py").write_text(
+        f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\ndef run(docs): return docs\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("place", ["the file", "its folder"])
+@pytest.mark.parametrize("how", CODE_IN_A_TASK)
+def test_a_task_file_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, place: str
+) -> None:
+    folder = tmp_path / "tasks"
+    file = task_with_code(folder, *CODE_IN_A_TASK[how])
+    monkeypatch.chdir(folder)
+    sources = harness.sort_out([str(file if place == "the file" else folder)])
+    message = r"cannot be loaded \(UserError: .* runs Python code; if you trust it, set task_code=true\)"
+    with harness.confined(sources, code=False), pytest.raises(UserError, match=message):
+        harness.load(sources, num_fewshot=None)
+    assert not (folder / "ran").exists()
+
+
+def test_a_task_file_that_is_trusted_runs_its_code(tmp_path: Path) -> None:
+    file = task_with_code(tmp_path / "tasks", *CODE_IN_A_TASK["a function"])
+    sources = harness.sort_out([str(file)])
+    with harness.confined(sources, code=True):
+        assert list(harness.load(sources, num_fewshot=None).requests) == ["task"]
+    assert (tmp_path / "tasks/ran").exists()
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_a_template_reaches_no_python(tmp_path: Path, code: bool) -> None:
+    mark = tmp_path / "ran"
+    text = f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
+    sources = harness.sort_out([str(task_with_code(tmp_path / "tasks", {"doc_to_text": text}, ""))])
+    with harness.confined(sources, code=code), pytest.raises(UserError, match="SecurityError"):
+        harness.load(sources, num_fewshot=None)
+    assert not mark.exists()

@@ -46,11 +46,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "training.launch", *KEYS.split()],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        umask=0o002,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def modes(folder: Path) -> set[tuple[bool, str]]:
+    """(is a folder, permissions) of all below it."""
+    return {(path.is_dir(), f"{path.stat().st_mode & 0o777:o}") for path in folder.rglob("*")}
+
+
+def test_the_umask_says_who_may_read_and_write_a_run_and_its_export(trained: Path, run: Path) -> None:
+    assert modes(trained / "outputs") | modes(trained / "data") == {(True, "775"), (False, "664")}
+    before = os.umask(0o027)
+    try:
+        assert main(["tiny"]) == 0
+    finally:
+        os.umask(before)
+    assert modes(run / "export") == {(False, "640")}
 
 
 @pytest.fixture
@@ -234,6 +250,21 @@ def missing_shard(run: Path) -> tuple[list[str], str]:
     return ["tiny"], f"{file}: missing shard; "
 
 
+def shard_outside(run: Path) -> tuple[list[str], str]:
+    folder = run / "checkpoints/step-0000004"
+    [file] = folder.glob("*.safetensors")
+    file.rename(folder.with_name("elsewhere"))
+    change_state(run, lambda state: state["files"].update({"../elsewhere": state["files"].pop(file.name)}))
+    return ["tiny"], f"{folder}/../elsewhere: leads out of {folder}"
+
+
+def shard_linked(run: Path) -> tuple[list[str], str]:
+    [file] = (run / "checkpoints/step-0000004").glob("*.safetensors")
+    file.rename(run / "elsewhere")
+    file.symlink_to(run / "elsewhere")
+    return ["tiny"], f"{file}: leads out of {file.parent}"
+
+
 def missing_piece(run: Path) -> tuple[list[str], str]:
     split_in_two(run / "checkpoints/step-0000004")
     change_state(run, lambda state: state["files"].pop("rank-00001-of-00002.safetensors"))
@@ -270,6 +301,8 @@ def damaged_config(run: Path) -> tuple[list[str], str]:
         no_export_there,
         output_below_a_file,
         missing_shard,
+        shard_outside,
+        shard_linked,
         missing_piece,
         data_gone,
         other_data,

@@ -12,13 +12,19 @@ import pytest
 import torch
 
 from tests.commands import ROOT, tiny, write_corpus
-from tests.guard import NO_BF16, Guard, LowPrecisionProduct
+from tests.guard import FOUND, NO_BF16, Guard, LowPrecisionProduct
 from training.attention import sdpa
 from training.model import Linear
 
 pytestmark = pytest.mark.stack
 
 STEPS = ("training.steps", "--steps", "1", "--warm-up", "1")
+SERVE_BENCH = (
+    "serving.bench", "model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1",
+    "load.concurrency=[1]", "load.requests=2", "load.warm_up=0", "load.prompt_tokens=8",
+    "load.output_tokens=4", "load.most_lag_ms=5000", "sweep.points=0", "bench.wandb=disabled",
+)  # fmt: skip
+OPTIM_BENCH = ("optim.bench", "--cases", "step_10m", "--rounds", "1")
 SERVED = ("serving.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "4")
 
 
@@ -38,9 +44,13 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
         ("training.ranks_probe", *tiny(tmp_path, precision="bf16")),
         (*SERVED, f"model.path={low}", "engine.dtype=bfloat16"),
         (*SERVED, f"model.path={low}"),
+        (*OPTIM_BENCH, "--output", tmp_path / "optim.json"),
+        (*SERVE_BENCH, f"bench.directory={tmp_path / 'outputs'}"),
     ]
     line = [str(part) for command in commands for part in ("--", *command)]
     environment = {**os.environ, **NO_BF16, "ASUNCION_NATIVE": "0", "OMP_NUM_THREADS": "1"}
+    environment[FOUND] = str(tmp_path / "found.txt")
+    environment["RAY_TMPDIR"] = f"/tmp/ray-{os.getpid()}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.guard", *line],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
@@ -49,6 +59,7 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
     assert done.stdout.count("guarded: ") == len(commands)
     said = done.stdout
     assert '"product_dtype": "float32"' in said and '"product_dtype": "bfloat16"' not in said
+    assert '"succeeded": 2' in said  # Ray Serve's engine, in a process of its own, answered under the guard
     # What a named bf16 keeps is wide already; the default is fp32 throughout.
     assert '"dtype": "bfloat16"' in said and '"dtype": "float32"' in said
 

@@ -1,4 +1,4 @@
-"""The decoders step by step against whole sequences; draws; padding for CUDA graphs, without a GPU."""
+"""The decoders step by step against whole sequences; padding for CUDA graphs, without a GPU."""
 
 import copy
 import random
@@ -8,8 +8,6 @@ import torch
 
 from serving import native
 from serving.decoder import TorchDecoder, graph_sizes
-from serving.engine import Sampling
-from serving.sampling import BROKEN, choose
 from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
 from training.model import Llama, initialize
 from training.shapes import LlamaShape
@@ -93,6 +91,79 @@ def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
     assert worst_error(decoder, wide) < 1.5 * torch_error < 0.06
 
 
+def logits_beside(
+    decoder: TorchDecoder | native.NativeDecoder, *others: int, step_tokens: int = 200
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits after a prompt of 70 tokens and 20 more, and along the prompt; `others` are prompts' lengths."""
+    scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=step_tokens)
+    draw = random.Random(0)
+    text = [draw.randrange(333) for _ in range(90)]
+    request = Request(text[:70], len(text), scored=True)
+    beside = [Request([size % 7] * size, size + 60) for size in others]
+    for each in [*beside[::2], request, *beside[1::2]]:
+        scheduler.add(each)
+    after, along = [], []
+    while len(request.tokens) < len(text):
+        spans = scheduler.next_step()
+        logits = decoder.forward(spans).clone()
+        sampled = [span.sequence for span in spans if span.samples]
+        along += [row.clone() for rows in decoder.scored() for row in rows]
+        after += [row for sequence, row in zip(sampled, logits, strict=True) if sequence is request]
+        for span in spans:
+            span.sequence.done = span.stop
+        for sequence in sampled:
+            sequence.tokens.append(text[len(request.tokens)] if sequence is request else 5)
+    return torch.stack(after), torch.stack(along)
+
+
+BESIDE = [((1, 3, 40, 2, 7), 200), ((1, 3), 20), ((64,), 9), ((), 11)]
+
+
+@in_each_tier
+@pytest.mark.parametrize("sizes", [SHAPES["odd"], SHAPES["tied"]], ids=["odd", "tied"])
+def test_the_compiled_decoder_s_logits_depend_on_no_other_request_and_no_chunk(sizes):
+    """Bit by bit."""
+    model = make_model(sizes, torch.bfloat16)
+
+    def decoder() -> native.NativeDecoder:
+        return native.NativeDecoder(
+            copy.deepcopy(model), num_blocks=40, slots=SLOTS, step_tokens=200, context_tokens=CONTEXT,
+            num_threads=2,
+        )  # fmt: skip
+
+    alone = logits_beside(decoder())
+    for others, step_tokens in BESIDE:
+        found = logits_beside(decoder(), *others, step_tokens=step_tokens)
+        assert all(map(torch.equal, found, alone))
+
+
+def test_the_torch_decoder_s_logits_depend_on_other_requests_by_rounding_alone():
+    """torch chooses a product's kernel, and so the order of its sums, by the number of rows."""
+    model = make_model(SHAPES["odd"], torch.float32)
+    alone, _ = logits_beside(TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False))
+    for others, step_tokens in BESIDE:
+        decoder = TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False)
+        found, _ = logits_beside(decoder, *others, step_tokens=step_tokens)
+        assert (found - alone).abs().max() < 5e-6 * alone.abs().max()
+
+
+def test_what_an_earlier_request_left_in_the_torch_decoder_s_cache_is_not_seen():
+    """Not by requests, and not by a step that is padded for a CUDA graph, whose padding may be NaN too."""
+    model = make_model(SHAPES["odd"], torch.float32)
+    alone = logits_beside(TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False), 1, 40)
+    decoder = TorchDecoder(model, num_blocks=40, slots=SLOTS, graphs=False)
+    decoder._cache.fill_(float("nan"))
+    assert all(map(torch.equal, logits_beside(decoder, 1, 40), alone))
+
+    scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=200)
+    for token in (3, 4):
+        scheduler.add(Request([token], 50))
+    spans = scheduler.next_step()
+    expected = decoder.forward(spans)
+    padded = (torch.tensor(values) for values in decoder.inputs(spans, width=4, size=4))
+    assert torch.allclose(decoder.step(*padded)[:2], expected, atol=1e-5)
+
+
 @in_each_tier
 def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     """NaN, say, which no chance of zero would hide."""
@@ -158,70 +229,8 @@ def test_a_graph_takes_steps_in_which_every_span_samples_and_no_other():
 
     decoder._graphs = Graphs()  # type: ignore[assignment]
     going, alone = Request([1], 5), Request([2], 1, scored=True)  # of the second there is no more to know
-    going.blocks, alone.blocks = [0], [1]
-    assert len(decoder.forward([Span(going, 0, 1), Span(alone, 0, 1)])) == 1 and not replayed
-    assert len(decoder.forward([Span(going, 0, 1)])) == 1 and replayed == [1]
-
-
-LOGITS = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, -50.0, 2.0]])
-
-
-def draws(row: int, number: int = 4000, **sampling: object) -> torch.Tensor:
-    """How often each token is drawn, as a fraction."""
-    options = Sampling(max_tokens=1, **sampling)
-    chance = random.Random(0)
-    ids = choose(LOGITS[row].expand(number, -1), [options] * number, [chance] * number)[0]
-    return torch.bincount(torch.tensor(ids), minlength=4) / number
-
-
-def test_draws_follow_temperature_and_nucleus():
-    assert torch.allclose(draws(0), LOGITS[0].softmax(0), atol=0.03)
-    assert torch.allclose(draws(0, temperature=2.0), (LOGITS[0] / 2).softmax(0), atol=0.03)
-    kept = LOGITS[0].softmax(0)  # 0.032, 0.087, 0.237, 0.644
-    assert torch.allclose(
-        draws(0, top_p=0.7), torch.tensor([0, 0, kept[2], kept[3]]) / kept[2:].sum(), atol=0.03
-    )
-    assert draws(0, top_p=0.6).tolist() == draws(0, top_p=1e-9).tolist() == [0, 0, 0, 1]
-    assert draws(0, temperature=0.0, number=5).tolist() == draws(0, temperature=1e-9, number=5).tolist()
-
-
-def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one():
-    options = [
-        Sampling(max_tokens=1, temperature=5.0, top_p=0.99, logprobs=True),
-        Sampling(max_tokens=1, temperature=0.0),
-        Sampling(max_tokens=1, temperature=0.7),
-    ]
-    rows = torch.stack([LOGITS[0], LOGITS[1], LOGITS[0]])
-    ids, scores = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
-    assert ids[1] == 0 and scores[1:] == [None, None]
-    normed = LOGITS[0].log_softmax(0).tolist()
-    assert scores[0] == pytest.approx((normed[ids[0]], 3, normed[3]))
-    alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
-    assert alone == ids[:1]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"logprobs": True}])
-def test_a_row_that_is_not_numbers_has_no_token_and_the_others_keep_theirs(bad, sampling):
-    rows = LOGITS[:1].repeat(3, 1)
-    rows[1, 2] = bad
-    options = [Sampling(max_tokens=1, **sampling)] * 3
-    ids, scores = choose(rows, options, [random.Random(seed) for seed in range(3)])
-    whole, expected = choose(LOGITS[:1].repeat(3, 1), options, [random.Random(seed) for seed in range(3)])
-    assert ids == [whole[0], BROKEN, whole[2]]
-    assert (scores[0], scores[2]) == (expected[0], expected[2])
-    nothing = torch.full((1, 4), -float("inf"))
-    assert choose(nothing, options[:1], [random.Random(0)])[0] == [BROKEN]
-
-
-def test_a_token_without_a_chance_is_never_drawn():
-    class AlmostOne(random.Random):
-        def random(self) -> float:
-            return 1 - 2**-53
-
-    logits = torch.tensor([[0.0, -float("inf"), 1.0, -float("inf")]])
-    assert choose(logits, [Sampling(max_tokens=1)], [AlmostOne()])[0] == [2]
-    assert choose(logits, [Sampling(max_tokens=1, top_p=0.9999)], [AlmostOne()])[0] == [0]
+    assert len(decoder.forward([Span(going, 0, 1, (0,)), Span(alone, 0, 1, (1,))])) == 1 and not replayed
+    assert len(decoder.forward([Span(going, 0, 1, (0,))])) == 1 and replayed == [1]
 
 
 def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monkeypatch):
@@ -237,9 +246,9 @@ def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monk
     model = make_model(SHAPES["odd"], torch.float32)
     decoder = TorchDecoder(model, num_blocks=40, slots=8, graphs=False)
     request = Request([1] * 40, 50)
-    request.blocks = [0, 1]
-    decoder.forward([Span(request, 0, 40)])
-    decoder.step(*(torch.tensor(each) for each in decoder.inputs([Span(request, 39, 40)], width=2, size=1)))
+    decoder.forward([Span(request, 0, 40, (0, 1))])
+    again = decoder.inputs([Span(request, 39, 40, (0, 1))], width=2, size=1)
+    decoder.step(*(torch.tensor(each) for each in again))
     assert allowed == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()
 
 

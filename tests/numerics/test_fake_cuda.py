@@ -222,7 +222,7 @@ def spans_of(*sizes: int, slots: int = 8) -> list[Span]:
 
 
 def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
-    """Lists of tokens, positions, places and blocks, and which rows are wanted; nothing comes back."""
+    """Lists of tokens, positions, places and blocks, which are cleared, and which rows are wanted."""
     with fake_cuda() as traffic:
         decoder = make_decoder()
         spans = spans_of(1, 1, 40)
@@ -230,12 +230,16 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
         logits = decoder.forward(spans)
         assert logits.shape == (3, 333) and logits.device.type == "cuda"
         assert traffic.counts == {
-            ("to device", "serving/decoder.py TorchDecoder._tensor"): 6,
+            ("to device", "serving/decoder.py TorchDecoder._tensor"): 7,
             ("to device", "serving/decoder.py TorchDecoder._eager"): 1,
         }
 
 
 DRAWS = {("to device", "serving/sampling.py choose"): 2, ("to device", "serving/sampling.py _draw"): 2}
+NUCLEUS = {
+    ("to device", "serving/sampling.py _draw"): 3,
+    ("to device", "serving/sampling.py _nucleus"): 1,
+}
 SCORES = {
     ("to host", "serving/sampling.py score"): 1,
     ("to host", "serving/sampling.py score.<locals>.<genexpr>"): 2,
@@ -247,7 +251,7 @@ SCORES = {
     [
         ({"temperature": 0.0}, {}),
         ({}, DRAWS),
-        ({"top_p": 0.5}, DRAWS | {("to device", "serving/sampling.py _draw"): 3}),
+        ({"top_p": 0.5}, DRAWS | NUCLEUS),
         ({"temperature": 0.0, "logprobs": True}, SCORES | {("to device", "serving/sampling.py choose"): 2}),
     ],
     ids=["greedy", "drawn", "nucleus", "scored"],
@@ -345,7 +349,10 @@ def test_graphs_are_captured_when_the_decoder_is_made_and_never_later():
         for tokens, size in (((1,), (1, 1)), ((1, 1), (2, 1)), ((1, 1, 1), (3, 1))):
             assert decoder.forward(spans_of(*tokens, slots=3)).shape == (len(tokens), 333)
             assert streams.log.pop() == ("replay", graphs[size]) and not streams.log
-        assert set(streams.traffic.counts) == {("to device", "serving/decoder.py _Graphs.replay")}
+        assert set(streams.traffic.counts) == {
+            ("to device", "serving/decoder.py TorchDecoder._tensor"),  # the blocks that these steps begin
+            ("to device", "serving/decoder.py _Graphs.replay"),
+        }
         assert len(ran) == (WARM_UPS + 1) * len(sizes)  # no step ran outside a graph
 
 
@@ -354,5 +361,4 @@ def test_a_step_larger_than_every_graph_runs_without_one():
         decoder = TorchDecoder(make_model(), num_blocks=40, slots=8, graphs=True, context_tokens=32)
         streams.log.clear()
         request = Request([1] * 70, 80)
-        request.blocks, request.done = [0, 1, 2], 69
-        assert decoder.forward([Span(request, 69, 70)]).shape == (1, 333) and not streams.log
+        assert decoder.forward([Span(request, 69, 70, (0, 1, 2))]).shape == (1, 333) and not streams.log

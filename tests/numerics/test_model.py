@@ -1,6 +1,7 @@
 """Our LLaMA against transformers' LlamaForCausalLM, and against itself in other precisions and paths."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -209,6 +210,40 @@ def test_load_errors_name_tensor_and_file(tmp_path: Path, tokenizer_file: Path) 
         load_hf(directory, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"no such config\.json"):
         load_hf(tmp_path, dtype=torch.float32)
+
+
+def test_a_checkpoint_is_read_within_its_directory_or_the_hubs_blobs(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    secret = export(tiny(seed=1), tmp_path / "secret", tokenizer_file) / "model.safetensors"
+    snapshot = export(tiny(seed=2), tmp_path / "hub/models--a--b/snapshots/0123", tokenizer_file)
+    blobs = tmp_path / "hub/models--a--b/blobs"
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):  # as the hub's cache is laid out
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    names = list(tiny().shape.parameters())
+    index = snapshot / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    loaded, expected = load_hf(snapshot, dtype=torch.float32), tiny(seed=2)
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
+    for name in (str(secret), "../../../../secret/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+        with pytest.raises(ValueError, match=r"leads out of .*0123, to .*secret"):
+            load_hf(snapshot, dtype=torch.float32)
+    for content in ("[]", "{}", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": ["a"]}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json: has no weight_map"):
+            load_hf(snapshot, dtype=torch.float32)
+    index.unlink()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        file = snapshot / name
+        file.unlink()
+        file.symlink_to(secret.with_name(name))
+        with pytest.raises(ValueError, match=rf"{name}: leads out of"):
+            load_hf(snapshot, dtype=torch.float32)
+        file.unlink()
+        file.symlink_to(f"../../blobs/{name}")
 
 
 def test_old_rope_buffers_are_ignored_and_a_tied_head_must_be_tied(

@@ -4,7 +4,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from serving import native
 from serving.config import EngineConfig, ModelConfig, ServeConfig
-from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling
+from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
+from serving.scheduler import Span
 from serving.torch_engine import TorchEngine, make_engine
 from tests.reader import Reader
 
@@ -245,6 +246,34 @@ def test_a_seed_draws_the_same_whatever_else_runs(exact):
         other.wait()
 
 
+@compiled
+def test_with_the_compiled_decoder_a_seed_s_tokens_and_scores_are_the_same_to_the_bit(checkpoint):
+    """Alone, and beside requests that are sampled otherwise, with other chunks of their prompts."""
+    kinds = [{"temperature": 0.0}, {"top_p": 0.5}, {}, {"temperature": 2.0, "top_p": 0.99}]
+    requests = [
+        (prompt, Sampling(max_tokens=12, seed=seed, logprobs=True, ignore_eos=True, **kinds[seed % 4]))
+        for seed, prompt in enumerate(prompts(16))
+    ]
+
+    def run(concurrency: int, **options: int) -> list[list[Token]]:
+        made = engine(checkpoint, dtype="bfloat16", **options)
+        found = []
+        for start in range(0, len(requests), concurrency):
+            readers = [Reader(made, *request) for request in requests[start : start + concurrency]]
+            found += [reader.wait() and reader.tokens for reader in readers]
+        made.close()
+        return found
+
+    assert run(1, step_tokens=400) == run(16, step_tokens=9)
+
+
+@pytest.mark.parametrize("seeds", [(3, -3), (0, 1), (0, -1), (2**63 - 1, 1 - 2**63), (-1, -2)])
+def test_different_seeds_draw_differently(exact, seeds):
+    sampling = Sampling(max_tokens=30, temperature=2.0, ignore_eos=True)
+    first, second = (Reader(exact, [5, 6], replace(sampling, seed=seed)).wait() for seed in seeds)
+    assert first != second
+
+
 def test_of_the_tokens_of_a_step_first_ones_are_told_first(exact):
     told: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # who, and in which step
 
@@ -279,6 +308,36 @@ def test_a_cancelled_request_frees_its_slot_within_a_step_and_hears_nothing_more
     assert (stats.cancelled, stats.running, stats.free_cache_tokens) == (1, 0, 2048)
     time.sleep(0.02)
     assert len(first.tokens) == heard
+    made.close()
+
+
+@pytest.mark.parametrize("decoder", ["torch", pytest.param("compiled", marks=compiled)])
+def test_a_cancel_in_the_middle_of_a_step_changes_nothing_for_the_others(checkpoint, decoder, monkeypatch):
+    """After the step has been planned, before the decoder has read which blocks it writes to."""
+    made = engine(checkpoint, dtype="bfloat16" if decoder == "compiled" else "float32", slots=6)
+    assert made.info.details["compiled decoder"].startswith("used (") == (decoder == "compiled")
+    texts = prompts(6)
+    alone = [Reader(made, text, GREEDY).wait() for text in texts]
+    leaving: list[Reader] = []
+    forward = made._decoder.forward
+
+    def interrupted(spans: Sequence[Span]) -> torch.Tensor:
+        for reader in leaving:
+            reader.ticket.cancel()
+        return forward(spans)
+
+    monkeypatch.setattr(made._decoder, "forward", interrupted)
+    for first in range(4):
+        readers = [Reader(made, text, GREEDY) for text in [*texts[first:], *texts[:first]]]
+        while not readers[first].tokens:
+            time.sleep(0.001)
+        leaving += readers[:first]
+        expected = [*alone[first:], *alone[:first]]
+        assert [reader.wait() for reader in readers[first:]] == expected[first:]
+        leaving.clear()
+    stats = made.stats()
+    assert stats.free_cache_tokens == 2048 and made.failure() is None
+    assert stats.cancelled + stats.finished == 6 + 4 * 6 and stats.cancelled > 0
     made.close()
 
 
@@ -347,7 +406,7 @@ BAD = 7
 
 
 def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_trace(partly_broken):
-    """Its keys and values are NaN, in blocks that later requests get."""
+    """Its keys and values are NaN, in blocks that later requests get, also where it left before its end."""
     good = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
     before = Reader(partly_broken, [3, 4, 5], good).wait()
     for _ in range(3):
@@ -357,6 +416,11 @@ def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_trace(partly_
             reader.wait()
             assert isinstance(reader.error, BrokenModel) and reader.tokens == []
         assert beside.wait() == before and beside.error is None
+        long = Reader(partly_broken, [BAD] * 120, good)  # three steps
+        steps = partly_broken.stats().steps
+        while partly_broken.stats().steps == steps:
+            time.sleep(0.0005)
+        long.ticket.cancel()
     readers = [Reader(partly_broken, [3, 4, 5], good) for _ in range(4)]
     assert [reader.wait() for reader in readers] == [before] * 4
     assert partly_broken.failure() is None and partly_broken.stats().running == 0

@@ -61,6 +61,40 @@ def test_a_folder_is_replaced_whole_and_leftovers_of_a_killed_process_go(tmp_pat
     assert os.listdir(target) == ["new"]
 
 
+def test_a_name_stays_in_its_folder(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for place in (folder / "sub", outside):
+        place.mkdir(parents=True)
+        (place / "x").touch()
+    (folder / "good").symlink_to("sub/x")
+    (folder / "bad").symlink_to("../outside/x")
+    (folder / "absolute").symlink_to(outside / "x")
+    (folder / "away").symlink_to(outside)
+    (folder / "loop").symlink_to("loop")
+    for name in ("sub/x", "good", "absent", "sub/../good"):
+        assert files.inside(folder, name) == folder / name
+    for name in ("../outside/x", "bad", "absolute", "away/x", str(outside / "x"), str(folder / "good"), ".."):
+        with pytest.raises(ValueError, match=r": leads out of .*folder, to .*; put the file itself there"):
+            files.inside(folder, name)
+    with pytest.raises(ValueError, match="leads nowhere"):
+        files.inside(folder, "loop")
+    (tmp_path / "linked").symlink_to(folder)  # how one comes to the folder does not matter
+    assert files.inside(tmp_path / "linked", "good").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs_and_nowhere_else(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
+    for place in (blobs, snapshot, tmp_path / "models--c--d/blobs"):
+        place.mkdir(parents=True)
+        (place / "abc").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert files.inside(snapshot, "config.json").is_file()
+    for number, target in enumerate(("../../../models--c--d/blobs/abc", "../../refs", "../../../x")):
+        (snapshot / f"bad{number}").symlink_to(target)
+        with pytest.raises(ValueError, match="leads out of"):
+            files.inside(snapshot, f"bad{number}")
+
+
 def fill(target, *, before_leaving):
     with files.replace_folder(target) as folder:
         (folder / "new").touch()

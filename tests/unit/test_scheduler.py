@@ -117,7 +117,7 @@ def test_the_table_lists_each_span_s_blocks_up_to_its_end():
     spans = scheduler.next_step()
     blocks, first = table(spans)
     assert first == [0, 2]
-    assert blocks == spans[0].sequence.blocks[:2] + spans[1].sequence.blocks[:2]
+    assert blocks == [*spans[0].sequence.blocks[:2], *spans[1].sequence.blocks[:2]]
 
 
 def test_a_request_that_can_never_fit_is_not_taken():
