@@ -206,7 +206,7 @@ class OptimConfig:
     noise: NoiseConfig = key(NoiseConfig, "heavy-tailed noise, injected and measured")
     clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
     inspect_every_steps: int = key(
-        10, "steps between measurements of the optimizer itself, in lines that are logged: updates and phases"
+        10, "steps between measurements of the optimizer itself: updates and phases"
     )
 
     def __post_init__(self) -> None:
@@ -310,7 +310,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    every_steps: int = key(1, "steps between lines of metrics.jsonl")
+    every_steps: int = key(
+        1,
+        "steps between lines of metrics.jsonl with a loss, the mean over them; evaluations that fall "
+        "between have lines of their own",
+    )
     ceilings: str | None = key(
         None,
         "report of cluster.preflight; mfu_of_measured is a share of what its GPUs reached in a product",
