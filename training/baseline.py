@@ -374,7 +374,6 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = cell["rounds"]
     info = rows[0]["info"]
     shape = shapes.resolve(cell["model"])
-    width = {"bfloat16": 2, "float32": 4}[info["dtype"]]
     for place, point in enumerate(rows[0]["points"]):
         points = [row["points"][place] for row in rows]
         batch, prompt, context = point["batch"], point["prompt_tokens"], point["mean_context"]
@@ -404,7 +403,8 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "values": [p["decode_tokens_per_second"] for p in points],
                 "joules_per_token": _known([p["joules_per_token_decode"] for p in points]),
                 "flops": shape.decode_flops(context),
-                "bytes": shape.decode_bytes(batch=batch, context_tokens=context, width_bytes=width) / batch,
+                # of the weights as they lie in memory, which may be wider than what is computed in
+                "bytes": info["weight_bytes"] / batch + context * info["kv_bytes_per_token"],
                 "itl_ms": [p["itl_ms"] for p in points],
             },
         ]
