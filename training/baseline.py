@@ -109,6 +109,9 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     )
     for name, reason in found["problems"].items():
         print(f"{name} could not be measured, and figures have no share of it: {reason}")
+    load = os.getloadavg()[0]
+    if busy := benchmark.busy(load, cores=host["cpu_cores"]):
+        print(f"this machine was {busy}: figures of a CPU will decide nothing (serving.parity)")
     print(describe(cells, rounds=config.rounds), flush=True)
     if dry_run:
         return
@@ -119,7 +122,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         "hardware": about,
         "ceilings": found,
         "config": layered.to_dict(config),
-        "load_average_before": os.getloadavg()[0],
+        "load_average_before": load,
         "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
         "cells": [cell.as_json() for cell in cells],
         "figures": [],
