@@ -152,8 +152,8 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield ""
     yield (
         f"Supported: the whole interval lies within {tolerance:.0%} of what is claimed. Contradicted: all of "
-        "it lies outside. Not decided: the runs are too few or too scattered to tell, a ceiling is exceeded, or "
-        "the machine had other work."
+        "it lies outside. Not decided: the runs are too few or too scattered to tell, a ceiling is exceeded, "
+        "or the machine had other work."
     )
     yield from ("", "## Figures", "")
     yield "| figure | A tokens/s | B tokens/s | A / B absolute | bound | A's share | B's share | **parity** |"

@@ -93,7 +93,8 @@ class TorchEngine:
             scored=sampling.echo and sampling.logprobs,
             sampling=sampling,
             deliver=deliver,
-            chance=random.Random(sampling.seed),
+            # as text: Python's generator takes the absolute value of a number
+            chance=random.Random(None if sampling.seed is None else str(sampling.seed)),
         )
         with self._lock:
             if self._closed or self._failure:

@@ -15,6 +15,7 @@ from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")
+SEEDS = range(1 << 63)  # that every generator takes, each for a stream of its own
 PRECISIONS = ("auto", "bf16", "fp32")
 DECAYS = ("linear", "cosine")
 MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
@@ -39,7 +40,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None
         require(plain, "run.name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
-        require(0 <= self.seed < 2**63, "run.seed", "must lie in [0, 2^63)")
+        require(self.seed in SEEDS, "run.seed", f"{self.seed} must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)
