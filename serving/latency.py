@@ -9,6 +9,7 @@ token - scheduled arrival. These are vLLM's and MLPerf's definitions; GuideLLM c
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 PERCENTILES = (50, 90, 99)
@@ -136,12 +137,15 @@ def _decoding(outcomes: Sequence[Outcome]) -> dict[str, float]:
     Keys: `decode_seconds`, in which any request decoded; `decode_steps`, of one engine that decodes them all
     together; `decode_context_tokens`, tokens in the cache before each decoded token, summed over these.
     """
-    edges = []
+    edges = []  # (when, change of the number that decode, change of the sum of their tokens per second)
     context_tokens = 0.0
     for outcome in outcomes:
         if outcome.tpot:
-            begin, end = outcome.tokens[0], outcome.tokens[-1]
-            edges += [(begin, 1, 1 / outcome.tpot), (end, -1, -1 / outcome.tpot)]
+            times = Counter(outcome.tokens)
+            per_event = (outcome.output_tokens - 1) / (len(outcome.tokens) - 1)
+            for (begin, _), (end, events) in pairwise(sorted(times.items())):
+                rate = per_event * events / (end - begin)
+                edges += [(begin, 1, rate), (end, -1, -rate)]
             mean = outcome.prompt_tokens + outcome.output_tokens / 2
             context_tokens += (outcome.output_tokens - 1) * mean
     seconds = steps = rates = last = 0.0

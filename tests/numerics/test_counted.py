@@ -111,9 +111,10 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
     numbers = arithmetic(options, META)
     info = asdict(describe(shape, options, numbers, device="meta", name="m", context=512))
     model = model_of(shape, numbers.dtype)
-    blocks = sum(num_blocks(length + 20) for length in lengths)
+    answer = 200  # longer than it takes to prefill all prompts
+    blocks = sum(num_blocks(length + answer) for length in lengths)
     decoder = TorchDecoder(model, num_blocks=blocks, slots=len(lengths), graphs=False)
-    requests = [Request([1] * length, length + 20) for length in lengths]
+    requests = [Request([1] * length, length + answer) for length in lengths]
     scheduler = Scheduler(slots=len(lengths), cache_tokens=blocks * BLOCK_TOKENS, step_tokens=step_tokens)
     for request in requests:
         scheduler.add(request)
