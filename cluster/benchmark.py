@@ -43,6 +43,14 @@ def busy(load_average: float, *, cores: int | None) -> str | None:
     return f"busy before it was measured (load average {load_average:.1f} on {cores} cores)"
 
 
+def load_average() -> float:
+    """Of this machine, for `load_average_before`: over the last minute. Says on stderr if it is busy."""
+    load = os.getloadavg()[0]
+    if found := busy(load, cores=None):
+        print(f"this machine was {found}: times will say little", file=sys.stderr)
+    return load
+
+
 def require_rounds(num_rounds: int) -> None:
     """Refuse a number of rounds from which there is no median."""
     if num_rounds < 1:

@@ -135,10 +135,8 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output
         "bench": "optim",
         "cases": list(cases),
         "rounds": num_rounds,
-        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+        "load_average_before": benchmark.load_average(),
     }
-    if busy := benchmark.busy(result["load_average_before"], cores=None):
-        print(f"this machine was {busy}: times will say little", file=sys.stderr)
     if set(cases) - {"plan", "gpu"}:
         from optim import contenders
 

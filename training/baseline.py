@@ -9,7 +9,6 @@ after every cell; `serving.parity` compares two such files, `training.projection
 
 import contextlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -109,9 +108,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     )
     for name, reason in found["problems"].items():
         print(f"{name} could not be measured, and figures have no share of it: {reason}")
-    load = os.getloadavg()[0]
-    if busy := benchmark.busy(load, cores=host["cpu_cores"]):
-        print(f"this machine was {busy}: figures of a CPU will decide nothing (serving.parity)")
+    load = benchmark.load_average()
     print(describe(cells, rounds=config.rounds), flush=True)
     if dry_run:
         return

@@ -88,11 +88,9 @@ def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: 
         "steps": steps,
         "cores": os.cpu_count(),
         "tokens_per_worker": config.batch.tokens,
-        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+        "load_average_before": benchmark.load_average(),
         "aim_percent": AIM_PERCENT,
     }
-    if busy := benchmark.busy(result["load_average_before"], cores=None):
-        print(f"this machine was {busy}: times will say little", file=sys.stderr)
     samples: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
     for number, stage in ((number, stage) for number in range(num_rounds) for stage in STAGES):
