@@ -117,7 +117,7 @@ class Side:
     @property
     def disturbed(self) -> str | None:
         """That what was measured here decides nothing: on the cores that had other work."""
-        return self.busy if self.content and self.content["hardware"]["kind"] == "cpu" else None
+        return self.busy if self.content and self.content["hardware"].get("kind") == "cpu" else None
 
     def peaks(self, *, datasheet: bool) -> Peaks:
         """Of the datasheet, or as measured on this machine."""
@@ -246,10 +246,15 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     for name, rate in rates.items():
         if rate is None and name in problems:
             return f"ceilings.{name} could not be measured ({problems[name]})"
-        if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
+        values = [rate.get("best"), *rate.get("spread", ())] if isinstance(rate, dict) else []
+        if len(values) != 3 or not all(map(_positive, values)):
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
     if not content.get("peaks_of_rounds"):
         return "has no peaks_of_rounds"
+    if not all(_positive(value) for row in content["peaks_of_rounds"] for value in row.values()):
+        return "peaks_of_rounds must be positive numbers"
+    if not isinstance(content.get("load_average_before") or 0.0, int | float):
+        return f"load_average_before: {content['load_average_before']!r} is no number"
     for figure in content["figures"]:
         name = figure.get("id", "a figure without id")
         if figure.get("kind") not in KINDS:

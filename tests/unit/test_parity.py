@@ -480,6 +480,12 @@ def edited(**changes):
     [
         (edited(format=1), "format 1, not 2"),
         (edited(ceilings={}), "ceilings.product_tflops"),
+        (edited(load_average_before="busy"), "load_average_before: 'busy' is no number"),
+        (lambda content: content["peaks_of_rounds"][1].update(read_gb_per_s=0.0), "peaks_of_rounds must be"),
+        (
+            lambda content: content["ceilings"]["read_gb_per_s"].update(spread=[0.0, 1.0]),
+            "ceilings.read_gb_per_s",
+        ),
         (lambda content: content["figures"][0].update(values=[0.0]), "values and flops must be positive"),
         (lambda content: content["figures"][0].pop("bytes"), "has no bytes"),
         (lambda content: content["figures"][0].update(link_bytes=1.0), "link_bytes need a positive number"),
