@@ -1,6 +1,6 @@
 """Every seed that a user may give draws its own stream, also beside its negative; others are refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from training.shapes import LlamaShape
 SHAPE = LlamaShape(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32
 )
-SEEDS = (0, 1, 3, 1000, 2**62)
-NEGATIVE = (-1, -3, -(2**62))
+SEEDS = (0, 1, 3, 1000, 2**62, -1, -3, -(2**62))
 SIZE = {"vocab_size": 1000, "context_tokens": 100}
 
 
@@ -67,20 +66,13 @@ def engine():
 
 
 @pytest.mark.parametrize(
-    ("what", "seeds"),
+    "what",
     [
-        ("prompts", (*SEEDS, *NEGATIVE)),
-        ("arrivals", (*SEEDS, *NEGATIVE)),
-        ("a trace's prompts", (*SEEDS, *NEGATIVE)),
-        ("conversations", (*SEEDS, *NEGATIVE)),
-        ("a request's draws", (*SEEDS, *NEGATIVE)),
-        ("weights", (*SEEDS, *NEGATIVE)),
-        ("paced tokens", (*SEEDS, *NEGATIVE)),
-        ("noise", SEEDS),  # run.seed, which is not negative
-        ("order of samples", SEEDS),
+        *("prompts", "arrivals", "a trace's prompts", "conversations", "paced tokens"),
+        *("a request's draws", "weights", "noise", "order of samples"),
     ],
 )
-def test_two_seeds_draw_two_streams_and_one_seed_one(what: str, seeds: Sequence[int], engine, tmp_path):
+def test_two_seeds_draw_two_streams_and_one_seed_one(what: str, engine, tmp_path):
     noise = Noise("gaussian", moment=2.0, scale=1.0)
     draw = {
         "prompts": prompts,
@@ -93,9 +85,9 @@ def test_two_seeds_draw_two_streams_and_one_seed_one(what: str, seeds: Sequence[
         "noise": lambda seed: noise.sample("w", start=0, stop=8, seed=seed, step=0).tolist(),
         "order of samples": lambda seed: SampleOrder(100, seed=seed).ids(0, count=100).tolist(),
     }[what]
-    drawn = [repr(draw(seed)) for seed in seeds]
-    assert len(set(drawn)) == len(seeds)
-    assert drawn == [repr(draw(seed)) for seed in seeds]
+    drawn = [repr(draw(seed)) for seed in SEEDS]
+    assert len(set(drawn)) == len(SEEDS)
+    assert drawn == [repr(draw(seed)) for seed in SEEDS]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
