@@ -522,12 +522,11 @@ def _known(text: str, found: Interval, num_runs: int, tolerance: float, *, void:
     """A claim that says a figure: supported if it is known to the tolerance, and nothing makes it void."""
     if void:
         return Claim(text, "not decided", void)
-    if found.low is None:
+    if found.low is None or found.high is None:
         return Claim(text, "not decided", "what was measured once shows no scatter")
-    because = f"{num_runs} runs scatter more"
-    if found.low is not None and found.high is not None and found.high <= found.low * (1 + tolerance) ** 2:
+    if found.high <= found.low * (1 + tolerance) ** 2:
         return Claim(text, "supported", f"{num_runs} runs; known to within {tolerance:.0%}")
-    return Claim(text, "not decided", because)
+    return Claim(text, "not decided", f"{num_runs} runs scatter more")
 
 
 def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: float) -> Claim:
