@@ -309,6 +309,7 @@ class Trainer:
             state={
                 "step": self.step,
                 "applied_steps": self.optimizer.applied_steps,
+                "consecutive_skips": self.consecutive_skips,
                 "identity": self.identity,
                 "world_size": self.context.world_size,
                 "zero_stage": self.config.zero.stage,
@@ -329,6 +330,7 @@ class Trainer:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
+        self.consecutive_skips = saved.state.get("consecutive_skips", 0)
         self._wall_seconds = saved.state.get("wall_seconds", 0.0)
         self._losses = [float(loss) for loss in saved.state.get("losses_since_line", ())]
 
