@@ -28,7 +28,7 @@ from training.model import Llama
 from training.shapes import SHAPES, LlamaShape
 
 CASES = int(os.environ.get("PROPERTY_CASES", "0"))
-few = settings(max_examples=CASES or 12, deadline=None, database=None, phases=[Phase.generate])
+few = settings(max_examples=CASES or 8, deadline=None, database=None, phases=[Phase.generate])
 many = settings(few, max_examples=CASES or 100)  # of those that run no model
 META = torch.device("meta")
 ATTENTION = ("bmm", "baddbmm")  # every other product is one with weights
