@@ -6,6 +6,7 @@ round, so above 1 where ours is faster; beside it stands `spread_<peer>_<case>`,
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -18,6 +19,7 @@ from cluster.cli import RunError, UserError
 from cluster.session import ROOT
 
 BASELINE_FORMAT = 2  # of the file that `make baseline` writes
+MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
 
 
 def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, rounds_help: str) -> None:
@@ -28,6 +30,25 @@ def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, roun
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"default: tests/baselines/<hardware>_{what}.json"
     )
+
+
+def busy(load_average: float, *, cores: int | None) -> str | None:
+    """That a machine was too busy to measure, by its load average before, or None.
+
+    cores: of the machine; None: of this one.
+    """
+    cores = cores or os.cpu_count() or 1
+    if load_average <= MAX_LOAD * cores:
+        return None
+    return f"busy before it was measured (load average {load_average:.1f} on {cores} cores)"
+
+
+def load_average() -> float:
+    """Of this machine, for `load_average_before`: over the last minute. Says on stderr if it is busy."""
+    load = os.getloadavg()[0]
+    if found := busy(load, cores=None):
+        print(f"this machine was {found}: times will say little", file=sys.stderr)
+    return load
 
 
 def require_rounds(num_rounds: int) -> None:

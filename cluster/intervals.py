@@ -1,7 +1,9 @@
 """Intervals from repeated runs: of a rate, and of the ratio of two. Pure.
 
-Rates are compared by ratio, so everything happens in logarithms. An interval covers the true centre in 95 of
-100 cases if the runs scatter independently and log-normally; with three runs it is honest and wide.
+Rates are compared by ratio, so everything happens in logarithms. An interval covers the true value in at
+least 95 of 100 cases if the runs scatter independently and log-normally, however many there are; with two or
+three it is wide. What was measured once has no interval, and neither has anything divided by it. Ceilings
+scatter to one side only; there an interval of two measurements covers at least 93 (tests/unit).
 """
 
 import math
@@ -19,7 +21,7 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """The centre and its bounds; both are None where one run shows nothing.
+    """The centre and its bounds; both are None where something was measured once, which shows no scatter.
 
     Attributes:
         exact: it is arithmetic, and its bounds are its centre.
@@ -31,7 +33,7 @@ class Interval:
     exact: bool = False
 
     def within(self, share: float) -> bool:
-        """Whether all of it lies in [1/(1 + share), 1 + share]. One run shows nothing."""
+        """Whether all of it lies in [1/(1 + share), 1 + share]; False without bounds."""
         if self.low is None or self.high is None:
             return False
         return 1 / (1 + share) <= self.low and self.high <= 1 + share
@@ -49,34 +51,32 @@ def of_ratio(
     exact: tuple[bool, bool] = (False, False),
     divisors: Sequence[Sequence[float]] = (),
 ) -> Interval:
-    """Of ours / theirs, from independent runs of each (Welch).
+    """Of ours / theirs, from independent runs of each: times or divided by exp(√Σ(t_i·s_i)²).
+
+    s_i is the standard error of part i, and t_i Student's t at that part's own degrees of freedom. This never
+    covers less than 95 of 100 cases; Welch's interval covers 89 with 2 runs against 10.
 
     Args:
         exact: which side is arithmetic, and adds no uncertainty. A measured side of one run leaves no bounds.
-        divisors: what the sides were divided by, as measured several times each. The best was used, so its
-            uncertainty is that of one measurement, and not of their mean.
+        divisors: what the sides were divided by, as measured; empty where that is exact. A single measurement
+            leaves no bounds. The best was used, so its uncertainty is that of one, and not of their mean.
 
-    Source: B. L. Welch, Biometrika 34 (1947), 28-35.
+    Source: S. K. Banerjee, Sankhya 22 (1960), 357-358.
     """
     sides = [[math.log(value) for value in side] for side in (ours, theirs)]
     centre = statistics.mean(sides[0]) - statistics.mean(sides[1])
-    measured = [side for side, certain in zip(sides, exact, strict=True) if not certain]
-    if any(len(side) < 2 for side in measured):
+    means = [side for side, certain in zip(sides, exact, strict=True) if not certain]
+    singles = [[math.log(value) for value in values] for values in divisors if values]
+    if any(len(part) < 2 for part in (*means, *singles)):
         return Interval(math.exp(centre), None, None)
-    if not measured:
+    if not means and not singles:
         return Interval(math.exp(centre), math.exp(centre), math.exp(centre), exact=True)
-    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in measured]
-    for values in divisors:
-        if len(values) > 1:
-            parts.append((statistics.variance(map(math.log, values)), len(values) - 1))
-    variance = sum(part for part, _ in parts)
-    spread = sum(part**2 / freedom for part, freedom in parts)
-    freedom = variance**2 / spread if spread else 1.0
-    half = _t(freedom) * math.sqrt(variance)
+    squares = [_t(len(side)) ** 2 * statistics.variance(side) / len(side) for side in means]
+    squares += [_t(len(values)) ** 2 * statistics.variance(values) for values in singles]
+    half = math.sqrt(sum(squares))
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
-def _t(freedom: float) -> float:
-    """Of the next lower whole number of degrees, and of 30 beyond 30: the wider."""
-    whole = int(freedom + 1e-9)  # Welch's formula gives 2 as 1.9999999999999998
-    return _T[min(max(1, whole), len(_T)) - 1]
+def _t(number: int) -> float:
+    """Of so many values' degrees of freedom, and of 30 beyond 30: the wider."""
+    return _T[min(number - 1, len(_T)) - 1]

@@ -53,7 +53,6 @@ CASES = {  # name -> what it is
 }
 STEP_MODELS = {"step_10m": SMALL, "step_100m": MEDIUM, "gpu": LLAMA_1B4}
 WORLD_SIZES = (2, 3)
-MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
 MAX_DIFFERENCE = 0.05  # of first updates that should be equal; bf16 in another order makes 0.02
 
 TARGETS = {  # speedup_<key>: at the least
@@ -136,10 +135,8 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output
         "bench": "optim",
         "cases": list(cases),
         "rounds": num_rounds,
-        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+        "load_average_before": benchmark.load_average(),
     }
-    if (load := result["load_average_before"]) > MAX_LOAD * (os.cpu_count() or 1):
-        print(f"this machine is busy (load average {load:.1f}): times will say little", file=sys.stderr)
     if set(cases) - {"plan", "gpu"}:
         from optim import contenders
 

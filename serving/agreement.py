@@ -456,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         found = {name: _program(name, program) for name, program in programs.items()}
         output = benchmark.prepare_output(options.output, WHAT)
-        load = os.getloadavg()[0]
+        load = benchmark.load_average()
         result = {"load_average_before": load, **measure(found, num_rounds=options.rounds)}
         print(table(result))
         benchmark.publish(result, output, data_fingerprint=None)

@@ -315,7 +315,7 @@ def _at_rate(bench: Bench, rate: float) -> dict[str, Any]:
 def _plan(bench: Bench, number: int, *, due: Sequence[float] | None = None) -> list[Planned]:
     """New prompts for every measurement, so that none finds those of an earlier one in a cache."""
     load, model = bench.config.load, bench.model
-    seed = load.seed + 1000 * len(bench.points)
+    seed = f"{load.seed}:{len(bench.points)}"
     if load.conversations is not None:
         tokenizer = _tokenizer(bench.config)
         return from_conversations(

@@ -9,6 +9,9 @@ one device (tokens/s), the FLOPs and the least bytes that one token takes, and o
                the link does
     parity     A's share / B's share, with an interval from the runs of both (`cluster.intervals`)
 
+A peak that a figure of its side exceeds is none, and two peaks that like machines measured far apart are not
+both right: nothing that rests on these is decided. Nor is anything that was measured on a busy CPU.
+
 Peaks are the datasheet's where both sides have one, else those that `cluster.probe` measured on each. The
 link is that between the ranks of a node, or the network between nodes where a figure is of several. Its peak
 is always the measured one; where a side has none that its figure could be set against, that figure's link is
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import files, hardware
+from cluster import benchmark, files, hardware
 from cluster.benchmark import BASELINE_FORMAT
 from cluster.cli import UserError
 from cluster.hardware import Device
@@ -32,6 +35,7 @@ from cluster.probe import LINK_PEAK, PEAKS
 KINDS = ("training", "prefill", "decode")
 DATASHEET = "datasheet:"
 VERDICTS = ("supported", "contradicted", "not decided")
+CEILINGS = ("compute", "bandwidth", "link", "network")
 SHARE = {"compute": "MFU", "bandwidth": "MBU", "link": "share of link"}
 FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
 SAME_FLOPS = 1e-6  # relative; more apart, and the two did not do the same work
@@ -51,7 +55,8 @@ class Link:
 
     Attributes:
         ends: ranks, or nodes with one rank on each, that it was measured with.
-        bytes_per_s_of_rounds: of each; of a network, which is measured once, the slowest and the fastest.
+        bytes_per_s_of_rounds: of each; of a network, which is measured once, the slowest and the fastest, and
+            one value where these are the same.
     """
 
     bytes_per_s: float
@@ -103,6 +108,17 @@ class Side:
         """By id."""
         return {figure["id"]: figure for figure in self.content.get("figures", ())}
 
+    @property
+    def busy(self) -> str | None:
+        """That this machine had other work, or None; also where its load was not recorded."""
+        load, about = self.content.get("load_average_before"), self.content.get("hardware", {})
+        return None if load is None else benchmark.busy(load, cores=about.get("cpu_cores"))
+
+    @property
+    def disturbed(self) -> str | None:
+        """That what was measured here decides nothing: on the cores that had other work."""
+        return self.busy if self.content and self.content["hardware"].get("kind") == "cpu" else None
+
     def peaks(self, *, datasheet: bool) -> Peaks:
         """Of the datasheet, or as measured on this machine."""
         if datasheet or self.is_roofline:
@@ -134,7 +150,7 @@ class Side:
             return None
         peak, rounds = links[LINK_PEAK], self._of_rounds(LINK_PEAK)
         if key == "links_between_nodes":
-            rounds = tuple(peak["spread"])
+            rounds = tuple(dict.fromkeys(peak["spread"]))
         return Link(peak["best"] * 1e9, links["num_ranks"], rounds)
 
     def _of_rounds(self, name: str) -> tuple[float, ...]:
@@ -152,6 +168,7 @@ class Comparison:
         parity: A's share / B's share.
         divisors: name of a divisor -> A's rate per unit of it / B's.
         link: whether the link counts among what may bound it.
+        voids: on A and on B, why its share decides nothing; empty where it does.
     """
 
     id: str
@@ -164,6 +181,7 @@ class Comparison:
     parity: Interval
     divisors: Mapping[str, float]
     link: bool
+    voids: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -228,10 +246,15 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     for name, rate in rates.items():
         if rate is None and name in problems:
             return f"ceilings.{name} could not be measured ({problems[name]})"
-        if not isinstance(rate, dict) or not _positive(rate.get("best")) or len(rate.get("spread", ())) != 2:
+        values = [rate.get("best"), *rate.get("spread", ())] if isinstance(rate, dict) else []
+        if len(values) != 3 or not all(map(_positive, values)):
             return f"ceilings.{name}: {rate!r} is no rate with its spread"
     if not content.get("peaks_of_rounds"):
         return "has no peaks_of_rounds"
+    if not all(_positive(value) for row in content["peaks_of_rounds"] for value in row.values()):
+        return "peaks_of_rounds must be positive numbers"
+    if not isinstance(content.get("load_average_before") or 0.0, int | float):
+        return f"load_average_before: {content['load_average_before']!r} is no number"
     for figure in content["figures"]:
         name = figure.get("id", "a figure without id")
         if figure.get("kind") not in KINDS:
@@ -262,13 +285,16 @@ def compare(a: Side, b: Side, *, tolerance: float) -> Parity:
         raise UserError(f"{a.origin} and {b.origin}: two datasheets have nothing measured; give one file")
     datasheets = a.datasheet is not None and b.datasheet is not None
     peaks = (a.peaks(datasheet=datasheets), b.peaks(datasheet=datasheets))
+    apart = _ceilings_apart((a, b), peaks, tolerance)
+    voids = (apart | _voids(peaks[0], a), apart | _voids(peaks[1], b))
     missing: list[str] = []
     comparisons = []
     for name, *figures in _pairs(a, b, peaks, missing.append):
         without = _link_reasons(figures, peaks, (a, b))
         if without:
             missing.append(f"{name}: the link, left out of both rooflines: {'; '.join(without)}")
-        comparisons.append(_comparison(name, (figures[0], figures[1]), peaks, (a, b), link=not without))
+        pair = (figures[0], figures[1])
+        comparisons.append(_comparison(name, pair, peaks, (a, b), link=not without, voids=voids))
     if not comparisons:
         raise UserError(f"{a.origin} and {b.origin} have no figure in common: {'; '.join(missing[:3])}")
     comparisons.sort(key=lambda each: KINDS.index(each.kind))
@@ -357,6 +383,44 @@ def _roofline(figure: Mapping[str, Any], peaks: Peaks, *, link: bool) -> tuple[f
     )
 
 
+def _voids(peaks: Peaks, side: Side) -> dict[str, str]:
+    """Of CEILINGS -> why no share of it decides anything, where that is so.
+
+    All figures of a side speak of its ceilings, also those that the other side has not.
+    """
+    if side.is_roofline:
+        return {}
+    found = {}
+    for figure in side.figures.values():
+        counted = not _link_reasons([figure], [peaks], [side])
+        seconds, bound = _roofline(figure, peaks, link=counted)
+        share = statistics.geometric_mean(figure["values"]) * seconds
+        if share > 1:
+            ceiling = _ceiling(figure, bound)
+            found[ceiling] = f"{figure['id']} reaches {share:.0%} of its ceiling, {ceiling}"
+    return found | dict.fromkeys(CEILINGS, side.disturbed) if side.disturbed else found
+
+
+def _ceilings_apart(sides: tuple[Side, Side], peaks: tuple[Peaks, Peaks], tolerance: float) -> dict[str, str]:
+    """Ceilings that machines of the same name measured further apart than the tolerance."""
+    named = [side.content.get("hardware", {}) for side in sides]
+    like = all(named) and all(named[0].get(key) == named[1].get(key) for key in ("name", "cpu_cores"))
+    if not like or any(peak.is_datasheet for peak in peaks):
+        return {}
+    measured = {"compute": [p.flops for p in peaks], "bandwidth": [p.bytes_per_s for p in peaks]}
+    factors = {name: max(pair) / min(pair) for name, pair in measured.items()}
+    return {
+        name: f"both are {named[0]['name']}, and measured ceilings of {name} that differ {factor:.3g} times"
+        for name, factor in factors.items()
+        if factor > 1 + tolerance
+    }
+
+
+def _ceiling(figure: Mapping[str, Any], bound: str) -> str:
+    """Of CEILINGS: what a figure is set against where this bounds it."""
+    return "network" if bound == "link" and figure.get("nodes", 1) > 1 else bound
+
+
 def _comparison(
     name: str,
     figures: tuple[Mapping[str, Any], Mapping[str, Any]],
@@ -364,6 +428,7 @@ def _comparison(
     sides: tuple[Side, Side],
     *,
     link: bool,
+    voids: tuple[Mapping[str, str], Mapping[str, str]],
 ) -> Comparison:
     floors = [_roofline(figure, peak, link=link) for figure, peak in zip(figures, peaks, strict=True)]
     values = [list(figure["values"]) for figure in figures]
@@ -406,6 +471,10 @@ def _comparison(
         parity=of_ratio(*shares, exact=exact, divisors=divided),
         divisors=found,
         link=link,
+        voids=(
+            voids[0].get(_ceiling(figures[0], floors[0][1]), ""),
+            voids[1].get(_ceiling(figures[1], floors[1][1]), ""),
+        ),
     )
 
 
@@ -433,6 +502,8 @@ def _claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], toleran
                 found += [_of_one(each, tolerance) for each in group]
     for letter, side in zip("AB", sides, strict=True):
         found += _scaling(letter, side, tolerance)
+        if side.busy:
+            found.append(Claim(f"{letter} had nothing else to do", "contradicted", side.busy))
     return [*found, *(caveat for each in comparisons for caveat in _caveats(each))]
 
 
@@ -443,15 +514,19 @@ def _scaling(letter: str, side: Side, tolerance: float) -> Iterator[Claim]:
         if figure.get("nodes", 1) > 1 and alone is not None:
             kept = of_ratio(figure["values"], alone["values"])
             text = f"{name}: a device of {letter} keeps {show(kept)} of its rate on one node"
-            yield _known(text, kept, len(figure["values"]), tolerance)
+            num_runs = min(len(figure["values"]), len(alone["values"]))
+            yield _known(text, kept, num_runs, tolerance, void=side.disturbed or "")
 
 
-def _known(text: str, found: Interval, num_runs: int, tolerance: float) -> Claim:
-    """A claim that says a figure: supported if it is known to the tolerance."""
-    because = "one run shows nothing" if num_runs == 1 else f"{num_runs} runs scatter more"
-    if found.low is not None and found.high is not None and found.high <= found.low * (1 + tolerance) ** 2:
+def _known(text: str, found: Interval, num_runs: int, tolerance: float, *, void: str) -> Claim:
+    """A claim that says a figure: supported if it is known to the tolerance, and nothing makes it void."""
+    if void:
+        return Claim(text, "not decided", void)
+    if found.low is None or found.high is None:
+        return Claim(text, "not decided", "what was measured once shows no scatter")
+    if found.high <= found.low * (1 + tolerance) ** 2:
         return Claim(text, "supported", f"{num_runs} runs; known to within {tolerance:.0%}")
-    return Claim(text, "not decided", because)
+    return Claim(text, "not decided", f"{num_runs} runs scatter more")
 
 
 def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: float) -> Claim:
@@ -459,9 +534,8 @@ def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: flo
     measured = 1 if sides[0].is_roofline else 0
     share = each.shares[measured]
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
-    if share.centre > 1:
-        return Claim(text, "not decided", "above 100%: the ceiling, or the count of the work, is wrong")
-    return _known(text, share, len(each.figures[measured]["values"]), tolerance)
+    num_runs = len(each.figures[measured]["values"])
+    return _known(text, share, num_runs, tolerance, void=each.voids[measured])
 
 
 def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:
@@ -481,13 +555,12 @@ def _of_one(each: Comparison, tolerance: float) -> Claim:
 
 
 def _decided(each: Comparison, tolerance: float) -> str:
-    """The verdict on a figure's parity. A ceiling that it exceeds is none, so nothing rests on its share."""
-    return "not decided" if _void(each) else verdict(each.parity, tolerance)
+    """The verdict on a figure's parity, which rests on both of its shares."""
+    return "not decided" if any(each.voids) else verdict(each.parity, tolerance)
 
 
 def _void(each: Comparison) -> str:
-    above = [f"{'AB'[place]} above 100% of its ceiling" for place in (0, 1) if each.shares[place].centre > 1]
-    return "".join(f"; {what}" for what in above)
+    return "".join(f"; {letter}: {void}" for letter, void in zip("AB", each.voids, strict=True) if void)
 
 
 def _caveats(each: Comparison) -> list[Claim]:
@@ -496,7 +569,9 @@ def _caveats(each: Comparison) -> list[Claim]:
     if each.bounds[0] != each.bounds[1]:
         shares = " with ".join(SHARE[bound] for bound in each.bounds)
         because = f"{each.bounds[0]} on A, {each.bounds[1]} on B: parity here compares {shares}"
-        found.append(Claim(f"{each.id}: the same resource bounds it on both", "contradicted", because))
+        verdict = "not decided" if any(each.voids) else "contradicted"
+        text = f"{each.id}: the same resource bounds it on both"
+        found.append(Claim(text, verdict, f"{because}{_void(each)}"))
     for key, name in LIKE_SETTING.items():
         ours, theirs = (figure.get(key) for figure in each.figures)
         if None not in (ours, theirs) and ours != theirs:
@@ -511,7 +586,7 @@ def _caveats(each: Comparison) -> list[Claim]:
             because = f"{sending:.0%} of a step is communication: {because}"
             text = f"{each.id}: compute bounds it on {'AB'[place]}"
             found.append(Claim(text, "contradicted", because))
-        if each.shares[place].centre > 1.0:
+        if not each.shares[place].exact and each.shares[place].centre > 1:
             because = (
                 f"a share of {each.shares[place].centre:.0%}: the ceiling was measured while something "
                 "disturbed it, or the work takes fewer bytes or FLOPs than counted"
@@ -540,6 +615,8 @@ def _unmeasured(side: Side) -> list[str]:
     found = []
     if not side.content.get("complete"):
         found.append(f"{side.origin}: `make baseline` was broken off; rounds are missing")
+    if side.content.get("load_average_before") is None:
+        found.append(f"{side.name}: whether it had other work")
     for cell in side.content.get("cells", ()):
         if cell["status"] != "measured":
             found.append(f"{side.name}, {cell['id']}: {cell['status']}: {cell['reason']}")
@@ -570,6 +647,7 @@ def as_json(parity: Parity) -> dict[str, Any]:
                 "share_a": plain(each.shares[0]),
                 "share_b": plain(each.shares[1]),
                 "bounds": list(each.bounds),
+                "voids": list(each.voids),
             }
             for each in parity.comparisons
         },

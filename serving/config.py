@@ -122,11 +122,11 @@ class LoadConfig:
     def __post_init__(self) -> None:
         require_choice("load.arrivals", self.arrivals, ("poisson", "constant"))
         require(all(c >= 1 for c in self.concurrency), "load.concurrency", "must be at least 1")
-        require(all(r > 0 for r in self.rates), "load.rates", "must be above 0")
+        require(all(0 < r < 1e9 for r in self.rates), "load.rates", "must be above 0, and below 1e9")
         require(self.requests >= 1, "load.requests", "must be at least 1")
         require(self.warm_up >= 0, "load.warm_up", "must be 0 or more")
         for name in ("seconds", "timeout_seconds", "most_lag_ms"):
-            require(getattr(self, name) > 0, f"load.{name}", "must be above 0")
+            require(0 < getattr(self, name) < 1e9, f"load.{name}", "must be above 0, and below 1e9")
 
 
 @dataclass(frozen=True)

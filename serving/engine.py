@@ -78,7 +78,9 @@ class EngineInfo:
         most_waiting: requests that may wait for a slot.
         weight_bytes: read in each decoding step: all weights but the input embedding.
         kv_bytes_per_token: keys and values of one token in all layers, bytes.
-        flops_per_token: 2 FLOPs for each weight that a token is multiplied with; attention is not in it.
+        flops_per_token: 2 FLOPs for each weight that a decoded token is multiplied with, the head included.
+        head_flops: those of the head, which a prefilled prompt takes once, for its last token.
+        attention_flops: for a token and each token that it sees: 4 * layers * heads * head_dim.
         details: anything else that a reader of a report wants to know, such as why a kernel is not used.
     """
 
@@ -94,6 +96,8 @@ class EngineInfo:
     weight_bytes: int
     kv_bytes_per_token: int
     flops_per_token: int
+    head_flops: int
+    attention_flops: int
     details: dict[str, str]
 
 

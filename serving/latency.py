@@ -9,6 +9,7 @@ token - scheduled arrival. These are vLLM's and MLPerf's definitions; GuideLLM c
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 PERCENTILES = (50, 90, 99)
@@ -89,7 +90,7 @@ def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
 
     Rates are over the time from the first scheduled arrival to the last end. Percentiles are over requests
     that succeeded; how many did not, and why, stands beside them in `errors`. `goodput_per_second` counts
-    those that meet `slo`, and `attainment` is their share of all.
+    those that meet `slo`, and `attainment` is their share of all. The `decode_` keys: see `_decoding`.
 
     Raises:
         ValueError: there are no outcomes.
@@ -111,6 +112,8 @@ def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
         "total_tokens_per_second": (prompt + output) / seconds,
         "mean_prompt_tokens": prompt / len(good) if good else None,
         "mean_output_tokens": output / len(good) if good else None,
+        "prompt_tokens_p50": percentile([o.prompt_tokens for o in good], 50),
+        **_decoding(good),
         "goodput_per_second": meeting / seconds,
         "attainment": meeting / len(outcomes),
     }
@@ -126,3 +129,34 @@ def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
             value = percentile(values, percent)
             found[f"{name}_p{percent}_ms"] = None if value is None else 1e3 * value
     return found
+
+
+def _decoding(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What was decoded, and in what time. A request decodes from its first token to its last.
+
+    Keys: `decode_seconds`, in which any request decoded; `decode_steps`, of one engine that decodes them all
+    together; `decode_context_tokens`, tokens in the cache before each decoded token, summed over these.
+    """
+    edges = []  # (when, change of the number that decode, change of the sum of their tokens per second)
+    context_tokens = 0.0
+    for outcome in outcomes:
+        if outcome.tpot:
+            times = Counter(outcome.tokens)
+            per_event = (outcome.output_tokens - 1) / (len(outcome.tokens) - 1)
+            for (begin, _), (end, events) in pairwise(sorted(times.items())):
+                rate = per_event * events / (end - begin)
+                edges += [(begin, 1, rate), (end, -1, -rate)]
+            mean = outcome.prompt_tokens + outcome.output_tokens / 2
+            context_tokens += (outcome.output_tokens - 1) * mean
+    seconds = steps = rates = last = 0.0
+    number = 0
+    for at, change, rate in sorted(edges):
+        if number:
+            seconds += at - last
+            steps += (at - last) * rates / number  # a step gives each of them a token
+        number, rates, last = number + change, rates + rate, at
+    return {
+        "decode_seconds": seconds,
+        "decode_steps": steps,
+        "decode_context_tokens": context_tokens,
+    }

@@ -92,7 +92,7 @@ class PacedEngine:
         self.info = EngineInfo(
             engine="paced", model=MODEL, device="none", dtype="none", context_tokens=CONTEXT,
             vocab_size=VOCABULARY, num_parameters=0, num_slots=1 << 16, most_waiting=0, weight_bytes=0,
-            kv_bytes_per_token=0, flops_per_token=0, details={},
+            kv_bytes_per_token=0, flops_per_token=0, head_flops=0, attention_flops=0, details={},
         )  # fmt: skip
         self._pace, self._observe = pace, observe
         self._changed = threading.Condition()

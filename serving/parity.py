@@ -58,7 +58,7 @@ FORMULAS = (  # name, formula, where it stands
     ("share of link during communication alone", "sent bytes of a step / seconds in which collectives ran "
      "and nothing else / link", "training/baseline.py"),
     ("parity", "A's share / B's share", "serving/comparison.py"),
-    ("interval", "95%, from the logarithms of the runs' values: Student's t, Welch for ratios",
+    ("interval", "at least 95%, from the logarithms of the runs' values: Student's t, Banerjee's for ratios",
      "cluster/intervals.py"),
 )  # fmt: skip
 FORMULAS_HEAD = ("name", "formula", "stands in")
@@ -152,7 +152,8 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
     yield ""
     yield (
         f"Supported: the whole interval lies within {tolerance:.0%} of what is claimed. Contradicted: all of "
-        "it lies outside. Not decided: the runs are too few or too scattered to tell."
+        "it lies outside. Not decided: the runs are too few or too scattered to tell, a ceiling is exceeded, "
+        "or the machine had other work."
     )
     yield from ("", "## Figures", "")
     yield "| figure | A tokens/s | B tokens/s | A / B absolute | bound | A's share | B's share | **parity** |"
@@ -163,7 +164,8 @@ def _lines(parity: Parity, plots: dict[str, str], tolerance: float) -> Iterator[
         ]
         rates = [show(rate) for rate in each.rates]
         cells = [each.id, *rates, show(each.absolute), " / ".join(dict.fromkeys(each.bounds)), *shares]
-        yield f"| {' | '.join(cells)} | **{show(each.parity)}** |"
+        void = "; decides nothing, see above" if any(each.voids) else ""
+        yield f"| {' | '.join(cells)} | **{show(each.parity)}**{void} |"
     yield ""
     yield (
         "Rates are of one device; in brackets 95% intervals from the rounds of one session, where rates and "

@@ -29,8 +29,8 @@ COLUMNS = (  # header, key of a point, format
 
 
 FORMULAS = """\
-MBU: (weight bytes + sequences per engine * mean context * KV bytes per token) / TPOT p50 / bandwidth
-MFU: mean prompt * FLOPs per token / TTFT p50 / peak, of prefilling at concurrency 1"""
+MBU: (steps * weight bytes + cached tokens that each step reads * KV bytes) / seconds of decoding / bandwidth
+MFU: FLOPs of prefilling the median prompt, the head once / TTFT p50 / peak, at concurrency 1"""
 
 
 def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
     Returns:
         `product_dtype`, `product_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a
         decoding step with an empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence
-        at that; and `prefill_tokens_per_second`: peak / flops_per_token, attention left out.
+        at that; and `prefill_tokens_per_second`: peak / FLOPs of the hidden matrices, which no prompt can
+        exceed, since attention and the head of its last token come to these.
     """
     device = hardware.lookup(str(measured["device"]))
     if device is not None:
@@ -63,8 +64,15 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
         "source": source,
         "step_ms": 1e3 * step_seconds,
         "decode_tokens_per_second": 1 / step_seconds,
-        "prefill_tokens_per_second": tflops * 1e12 / info["flops_per_token"],
+        "prefill_tokens_per_second": tflops * 1e12 / (info["flops_per_token"] - info["head_flops"]),
     }
+
+
+def prefill_flops(info: Mapping[str, Any], prompt_tokens: float) -> float:
+    """FLOPs of prefilling a prompt: `LlamaShape.prefill_flops`, from what an engine says of its model."""
+    head = info["head_flops"]
+    attention = info["attention_flops"] * prompt_tokens**2 / 2
+    return (info["flops_per_token"] - head) * prompt_tokens + head + attention
 
 
 def shares(
@@ -72,31 +80,30 @@ def shares(
 ) -> dict[str, Any]:
     """MBU of decoding and MFU of prefilling at a closed-loop point; empty for an open loop.
 
-    mbu = (weight_bytes + concurrency/replicas · mean context · kv_bytes_per_token) / TPOT p50 / bandwidth,
-    where the mean context is prompt + output/2. It is that of steps with so many sequences, and so too high
-    where fewer are decoding.
-    prefill_mfu = mean prompt · flops_per_token / TTFT p50 / peak, at concurrency 1 alone, where the time to
-    the first token is that of one prompt and what the endpoint adds to it.
+    mbu = (decode_steps · weight_bytes + decode_context_tokens/engines · kv_bytes_per_token)
+    / decode_seconds / bandwidth: of the requests that were really decoding (`serving.latency`), since slots
+    and cache may hold fewer than are in flight. The time of prompts that are prefilled meanwhile counts.
+    prefill_mfu = `prefill_flops` of the median prompt / TTFT p50 / peak, at concurrency 1 alone, where the
+    time to the first token is that of one prompt and what the endpoint adds to it.
+
+    Args:
+        replicas: engines that share the load evenly.
     """
     concurrency = point.get("concurrency")
-    if concurrency is None or not point["tpot_p50_ms"]:
+    if concurrency is None or not point["decode_seconds"]:
         return {}
-    context = point["mean_prompt_tokens"] + point["mean_output_tokens"] / 2
-    num_bytes = info["weight_bytes"] + concurrency / replicas * context * info["kv_bytes_per_token"]
+    context_tokens = point["decode_context_tokens"] / min(replicas, concurrency)
+    num_bytes = point["decode_steps"] * info["weight_bytes"] + context_tokens * info["kv_bytes_per_token"]
     found = {
         "mbu": hardware.mbu(
             bytes_per_step=num_bytes,
-            step_seconds=point["tpot_p50_ms"] / 1e3,
+            step_seconds=point["decode_seconds"],
             gb_per_s=ceiling["gb_per_s"],
         )
     }
     if concurrency == 1:
-        found["prefill_mfu"] = hardware.mfu(
-            tokens_per_second=point["mean_prompt_tokens"] / (point["ttft_p50_ms"] / 1e3),
-            flops_per_token=info["flops_per_token"],
-            num_devices=1,
-            peak_tflops=ceiling["product_tflops"],
-        )
+        flops_per_s = prefill_flops(info, point["prompt_tokens_p50"]) / (point["ttft_p50_ms"] / 1e3)
+        found["prefill_mfu"] = flops_per_s / (ceiling["product_tflops"] * 1e12)
     return found
 
 
@@ -121,7 +128,8 @@ def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
             f"({ceiling['source']})",
             f"decoding     {info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
             f"{ceiling['step_ms']:.3g} ms, at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
-            f"prefilling   {info['flops_per_token'] / 1e6:,.1f} MFLOP a token: at most "
+            f"prefilling   {(info['flops_per_token'] - info['head_flops']) / 1e6:,.1f} MFLOP a token, and "
+            f"{info['head_flops'] / 1e6:,.1f} for the last: at most "
             f"{ceiling['prefill_tokens_per_second']:,.0f} tok/s",
         ]
     )

@@ -340,6 +340,8 @@ def describe(
         weight_bytes=numbers.weights.itemsize * shape.num_matmul_parameters,
         kv_bytes_per_token=shape.kv_bytes_per_token(numbers.dtype.itemsize),
         flops_per_token=2 * shape.num_matmul_parameters,
+        head_flops=2 * shape.vocab_size * shape.hidden_size,
+        attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
         details={},
     )
 

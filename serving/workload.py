@@ -1,4 +1,4 @@
-"""Which requests a load consists of, and when they are due. Pure, and a function of its seed.
+"""Which requests a load consists of, and when they are due. Pure, and a function of a seed (number or text).
 
 Prompts are lists of random token ids, so that lengths are exact and no cache of an earlier prompt helps; or
 the texts of a ShareGPT-style file.
@@ -16,6 +16,7 @@ from typing import Any
 from cluster.config import ConfigError
 
 Draw = Callable[[random.Random], float]
+MOST_TOKENS, MOST_SIGMA = 1_000_000_000, 10
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,32 @@ def lengths(text: str, *, key: str) -> Draw:
     Raises:
         ConfigError: it is none of these; names `key`.
     """
-    number = r"\s*([0-9.]+)\s*"
+    number = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
     if match := re.fullmatch(number, text):
         size = float(match[1])
-        return _checked(lambda draw: size, size, key)
+        return _checked(lambda draw: size, size, size, key)
     if match := re.fullmatch(rf"uniform\({number},{number}\)", text):
-        low, high = int(float(match[1])), int(float(match[2]))
+        low, high = float(match[1]), float(match[2])
         if low > high:
             raise ConfigError(f"{key}: {text!r}: the smaller length comes first")
-        return _checked(lambda draw: draw.randint(low, high), low, key)
+        if low % 1 or high % 1:
+            raise ConfigError(f"{key}: {text!r}: the bounds must be whole numbers")
+        return _checked(lambda draw: draw.randint(int(low), int(high)), low, high, key)
     if match := re.fullmatch(rf"lognormal\({number},{number}\)", text):
         median, sigma = float(match[1]), float(match[2])
-        return _checked(lambda draw: draw.lognormvariate(math.log(median), sigma), median, key)
+        if sigma > MOST_SIGMA:
+            raise ConfigError(f"{key}: {text!r}: sigma must be at most {MOST_SIGMA}")
+        return _checked(lambda draw: draw.lognormvariate(math.log(median), sigma), median, median, key)
     raise ConfigError(f"{key}: {text!r} is none of 64, uniform(16,128), lognormal(64,0.5)")
 
 
-def _checked(draw: Draw, smallest: float, key: str) -> Draw:
-    if smallest < 1:
-        raise ConfigError(f"{key}: lengths must be at least 1")
+def _checked(draw: Draw, smallest: float, largest: float, key: str) -> Draw:
+    if smallest < 1 or largest > MOST_TOKENS:
+        raise ConfigError(f"{key}: lengths must be at least 1, and at most {MOST_TOKENS}")
     return draw
 
 
-def arrivals(kind: str, *, rate: float, number: int, seed: int) -> list[float]:
+def arrivals(kind: str, *, rate: float, number: int, seed: int | str) -> list[float]:
     """Seconds at which `number` requests are due, on average `rate` a second.
 
     Args:
@@ -82,7 +87,7 @@ def synthetic(
     output_tokens: Draw,
     vocab_size: int,
     context_tokens: int,
-    seed: int,
+    seed: int | str,
     due: Sequence[float] | None = None,
 ) -> list[Planned]:
     """Requests of random token ids. Lengths are cut so that prompt and output fit `context_tokens`."""
@@ -96,7 +101,7 @@ def synthetic(
     return found
 
 
-def from_trace(file: Path, *, vocab_size: int, context_tokens: int, seed: int) -> list[Planned]:
+def from_trace(file: Path, *, vocab_size: int, context_tokens: int, seed: int | str) -> list[Planned]:
     """An arrival trace: JSONL of {"at_seconds", "prompt_tokens", "output_tokens"}, in order of arrival.
 
     Raises:
@@ -106,11 +111,17 @@ def from_trace(file: Path, *, vocab_size: int, context_tokens: int, seed: int) -
     draw = random.Random(f"{seed}:prompts")
     for number, row in _rows(file):
         try:
-            at, size, more = float(row["at_seconds"]), int(row["prompt_tokens"]), int(row["output_tokens"])
-        except (KeyError, TypeError, ValueError) as error:
+            at, size, more = (
+                float(row["at_seconds"]),
+                _whole(row["prompt_tokens"]),
+                _whole(row["output_tokens"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{file}, line {number}: needs numbers at_seconds, prompt_tokens, output_tokens"
+                f"{file}, line {number}: needs numbers at_seconds, prompt_tokens, output_tokens (whole)"
             ) from error
+        if not math.isfinite(at):
+            raise ConfigError(f"{file}, line {number}: at_seconds must be finite")
         if size < 1 or more < 1 or at < (found[-1].at or 0.0 if found else 0.0):
             raise ConfigError(
                 f"{file}, line {number}: lengths must be at least 1, and times must not go back"
@@ -125,13 +136,20 @@ def from_trace(file: Path, *, vocab_size: int, context_tokens: int, seed: int) -
     return found
 
 
+def _whole(value: Any) -> int:
+    """Raises `ValueError` or `TypeError` for what is no whole number."""
+    if isinstance(value, bool) or value % 1:
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def from_conversations(
     file: Path,
     number: int,
     *,
     count_tokens: Callable[[str], int],
     context_tokens: int,
-    seed: int,
+    seed: int | str,
     due: Sequence[float] | None = None,
 ) -> list[Planned]:
     """`number` first turns of a ShareGPT-style JSONL, drawn with replacement; the reply sets the length.

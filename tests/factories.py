@@ -42,7 +42,7 @@ class Silent:
     info = EngineInfo(
         engine="silent", model="silent", device="cpu", dtype="none", context_tokens=9, vocab_size=9,
         num_parameters=0, num_slots=1, most_waiting=1, weight_bytes=1, kv_bytes_per_token=1,
-        flops_per_token=1, details={},
+        flops_per_token=1, head_flops=0, attention_flops=0, details={},
     )  # fmt: skip
 
     def submit(self, prompt: object, sampling: object, deliver: object) -> Ticket:

@@ -63,7 +63,7 @@ def counting_engine(
     info = EngineInfo(
         engine="fake", model=name, device="cpu", dtype="none", context_tokens=CONTEXT, vocab_size=VOCABULARY,
         num_parameters=0, num_slots=slots, most_waiting=waiting, weight_bytes=1, kv_bytes_per_token=1,
-        flops_per_token=1, details={},
+        flops_per_token=1, head_flops=0, attention_flops=0, details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
     decoder = Counting(step_seconds, nan_from=nan_from)

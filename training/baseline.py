@@ -9,7 +9,6 @@ after every cell; `serving.parity` compares two such files, `training.projection
 
 import contextlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -109,6 +108,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     )
     for name, reason in found["problems"].items():
         print(f"{name} could not be measured, and figures have no share of it: {reason}")
+    load = benchmark.load_average()
     print(describe(cells, rounds=config.rounds), flush=True)
     if dry_run:
         return
@@ -119,7 +119,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         "hardware": about,
         "ceilings": found,
         "config": layered.to_dict(config),
-        "load_average_before": os.getloadavg()[0],
+        "load_average_before": load,
         "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
         "cells": [cell.as_json() for cell in cells],
         "figures": [],
@@ -374,7 +374,6 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = cell["rounds"]
     info = rows[0]["info"]
     shape = shapes.resolve(cell["model"])
-    width = {"bfloat16": 2, "float32": 4}[info["dtype"]]
     for place, point in enumerate(rows[0]["points"]):
         points = [row["points"][place] for row in rows]
         batch, prompt, context = point["batch"], point["prompt_tokens"], point["mean_context"]
@@ -404,7 +403,8 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "values": [p["decode_tokens_per_second"] for p in points],
                 "joules_per_token": _known([p["joules_per_token_decode"] for p in points]),
                 "flops": shape.decode_flops(context),
-                "bytes": shape.decode_bytes(batch=batch, context_tokens=context, width_bytes=width) / batch,
+                # of the weights as they lie in memory, which may be wider than what is computed in
+                "bytes": info["weight_bytes"] / batch + context * info["kv_bytes_per_token"],
                 "itl_ms": [p["itl_ms"] for p in points],
             },
         ]

@@ -107,7 +107,7 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
         "num_parameters": plan.shape.num_parameters,
         "tokens_per_step": plan.tokens_per_step,
         "steps_per_run": plan.num_steps,
-        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+        "load_average_before": benchmark.load_average(),
     }
     data = prepare(config.data, report=lambda line: print(line, file=sys.stderr))
     gflops, dtype = gemm_gflops(config, plan)

@@ -15,6 +15,7 @@ from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")
+SEEDS = range(1 << 63)  # that every generator takes, each for a stream of its own
 PRECISIONS = ("auto", "bf16", "fp32")
 DECAYS = ("linear", "cosine")
 MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
@@ -39,7 +40,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None
         require(plain, "run.name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
-        require(0 <= self.seed < 2**63, "run.seed", "must lie in [0, 2^63)")
+        require(self.seed in SEEDS, "run.seed", f"{self.seed} must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class OptimConfig:
     noise: NoiseConfig = key(NoiseConfig, "heavy-tailed noise, injected and measured")
     clip: float = key(1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off")
     inspect_every_steps: int = key(
-        10, "steps between measurements of the optimizer itself, in lines that are logged: updates and phases"
+        10, "steps between measurements of the optimizer itself: updates and phases"
     )
 
     def __post_init__(self) -> None:
@@ -310,7 +311,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    every_steps: int = key(1, "steps between lines of metrics.jsonl")
+    every_steps: int = key(
+        1,
+        "steps between lines of metrics.jsonl with a loss, the mean over them; evaluations that fall "
+        "between have lines of their own",
+    )
     ceilings: str | None = key(
         None,
         "report of cluster.preflight; mfu_of_measured is a share of what its GPUs reached in a product",

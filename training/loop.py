@@ -4,6 +4,7 @@ Everything it leaves behind is in the run directory: the record, the checkpoints
 starts where checkpoints are resumes from the newest complete one.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -112,40 +113,52 @@ class Trainer:
         self.step = 0  # optimizer steps taken, skipped ones included
         self.consecutive_skips = 0
         self.resumed_from: int | None = None
+        # Of the steps since the last line with a loss: means over the ranks, then those of this rank alone.
+        self._losses: list[float] = []
+        self._own_losses: list[Tensor] = []
+        self._wall_seconds = 0.0  # of the loop, up to the step that this start continues
         self._resume()
 
     # --- the run ------------------------------------------------------------------------------------------
 
     def run(self, output: Output) -> dict[str, Any]:
         """All remaining steps. Returns the summary of the run."""
-        started = time.time()
+        started = time.monotonic()
         held_out: dict[str, float] = {}
         if self.step == 0:
             output.row({"step": 0, "tokens": 0, **self.validate()})
         self._start_meter()
-        losses: list[Tensor] = []
         while self.step < self.plan.num_steps:
-            losses.append(self.take_step())
+            self._own_losses.append(self.take_step())
+            self.meter.count_step()
             last = self.step == self.plan.num_steps
-            if self._due(self.config.record.every_steps) or last:
-                row = self.row(losses)
-                losses = []
-                if self._due(self.config.evaluation.every_steps) or last:
-                    row |= (held_out := self.validate())
-                if (every := self.config.optim.noise.measure_every_steps) and self._due(every):
-                    row |= self.measure_noise()
-                output.row(row)
-                self._start_meter()
-            if self._due(self.config.checkpoint.every_steps) or last:
-                self.save()
+            logging, evaluating, saving = (
+                last or self._due(section.every_steps)
+                for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
+            )
+            probing = self._due(self.config.optim.noise.measure_every_steps)
+            if not (logging or evaluating or saving or probing or self.optimizer.inspect):
+                continue
+            self._pause_meter()
+            row = self.row() if logging else {}
+            if self.optimizer.inspect:
+                row |= self.optimizer_health()
+            if evaluating:
+                row |= (held_out := self.validate())
+            if probing:
+                row |= self.measure_noise()
+            if row:
+                output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
+            if saving:
+                self.save(wall_seconds=self._wall_seconds + time.monotonic() - started)
                 self.context.report({"step": self.step})
-                self._start_meter()
+            self._start_meter()
         return {
             "step": self.step,
             "tokens": self.step * self.plan.tokens_per_step,
             "skipped_steps": self.step - self.optimizer.applied_steps,
             **(held_out or self.validate()),
-            "wall_seconds": time.time() - started,
+            "wall_seconds": self._wall_seconds + time.monotonic() - started,
             "resumed_from_step": self.resumed_from,
             "num_parameters": self.plan.shape.num_parameters,
             "flops_per_token": self.plan.flops_per_token,
@@ -180,27 +193,36 @@ class Trainer:
         self._count_skips(skipped=self.optimizer.applied_steps == applied)
         return total / self.plan.accumulation
 
-    def row(self, losses: list[Tensor]) -> dict[str, Any]:
-        """The line of metrics.jsonl for the steps since the last line."""
-        loss = self.context.sum(torch.stack(losses).mean()) / self.context.world_size
-        loss_value = loss.item()  # the device has finished here
+    def row(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of the steps since the last such line, and of the newest."""
+        losses, self._losses = self._losses_since_line(), []
         return {
-            "step": self.step,
-            "tokens": self.step * self.plan.tokens_per_step,
-            "loss": loss_value,
+            "loss": statistics.fmean(losses),
             "gradient_norm": self.optimizer.gradient_norm,
             "lr": self.optimizer.lr("matrix"),
             "lr_vector": self.optimizer.lr("vector"),
             "skipped_steps": self.step - self.optimizer.applied_steps,
-            **self.meter.stop(num_steps=len(losses)),
-            **(self.optimizer_health() if self.optimizer.inspect else {}),
+            **self.meter.line(),
         }
+
+    def _losses_since_line(self) -> list[float]:
+        """Mean losses, over all ranks, of the steps since the last line with a loss. Collective.
+
+        The sums are in float64, so that the same steps give the same mean whether a checkpoint came between
+        them or not.
+        """
+        if self._own_losses:
+            own = torch.stack(self._own_losses).double()
+            self._losses += (self.context.sum(own) / self.context.world_size).tolist()
+            self._own_losses = []
+        return self._losses
 
     def optimizer_health(self) -> dict[str, float | None]:
         """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
         health = self.optimizer.health()
         return {f"optimizer_{name}": value for name, value in health.items()}
 
+    @spent_on("noise")
     def measure_noise(self) -> dict[str, Any]:
         """The noise of the gradients at this point, on the micro-batches that come next."""
         config = self.config.optim.noise
@@ -275,8 +297,11 @@ class Trainer:
     # --- checkpoints and the record -----------------------------------------------------------------------
 
     @spent_on("checkpoint")
-    def save(self) -> None:
-        """Write a checkpoint of the current step and drop the ones that are no longer kept."""
+    def save(self, *, wall_seconds: float) -> None:
+        """Write a checkpoint of the current step and drop the ones that are no longer kept.
+
+        wall_seconds: that the loop has taken until now, in this and in earlier starts.
+        """
         root = self.config.run_directory / "checkpoints"
         checkpoint.save(
             checkpoint.step_directory(root, self.step),
@@ -284,9 +309,13 @@ class Trainer:
             state={
                 "step": self.step,
                 "applied_steps": self.optimizer.applied_steps,
+                "consecutive_skips": self.consecutive_skips,
                 "identity": self.identity,
                 "world_size": self.context.world_size,
                 "zero_stage": self.config.zero.stage,
+                "wall_seconds": wall_seconds,
+                # as text: JSON has no way to write those of a run that diverges
+                "losses_since_line": [str(loss) for loss in self._losses_since_line()],
             },
             context=self.context,
         )
@@ -301,6 +330,9 @@ class Trainer:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
+        self.consecutive_skips = saved.state.get("consecutive_skips", 0)
+        self._wall_seconds = saved.state.get("wall_seconds", 0.0)
+        self._losses = [float(loss) for loss in saved.state.get("losses_since_line", ())]
 
     def open_record(self, command: list[str]) -> Record:
         """The record of this run, on rank 0."""
@@ -339,12 +371,20 @@ class Trainer:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _due(self, every_steps: int) -> bool:
-        return self.step % every_steps == 0
+        """Whether something falls on this step; 0: it never does."""
+        return every_steps > 0 and self.step % every_steps == 0
+
+    def _pause_meter(self) -> None:
+        self._synchronize()
+        self.meter.pause()
 
     def _start_meter(self) -> None:
+        self._synchronize()
+        self.meter.start()
+
+    def _synchronize(self) -> None:
         if self.context.device.type == "cuda":
             torch.cuda.synchronize()
-        self.meter.start()
 
     def _count_skips(self, *, skipped: bool) -> None:
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0

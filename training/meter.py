@@ -10,7 +10,7 @@ from cluster import hardware
 
 @dataclass
 class Meter:
-    """Times optimizer steps. Evaluation and checkpoints are left out: the caller starts anew after them.
+    """Times optimizer steps. The caller pauses it for what is no step, such as evaluation and checkpoints.
 
     Attributes:
         tokens_per_step: over all workers.
@@ -18,6 +18,7 @@ class Meter:
         num_devices: accelerators over all workers.
         device_name: as the driver names it, or the CPU's model name.
         measured_tflops: what a device reached in a product (`cluster.preflight`), or None.
+        step_seconds: of every step in a line, the mean of its line.
     """
 
     tokens_per_step: int
@@ -27,15 +28,26 @@ class Meter:
     measured_tflops: float | None = None
     step_seconds: list[float] = field(default_factory=list)
     _started: float = 0.0
+    _seconds: float = 0.0  # of the steps since the last line, and their number
+    _num_steps: int = 0
 
     def start(self) -> None:
-        """Begin to time. Call once the device has finished what came before."""
+        """Begin to time, or go on. Call once the device has finished what came before."""
         self._started = time.perf_counter()
 
-    def stop(self, *, num_steps: int) -> dict[str, Any]:
-        """Seconds per step, tokens per second and MFU of the `num_steps` steps since `start`."""
-        seconds = (time.perf_counter() - self._started) / num_steps
-        self.step_seconds += [seconds] * num_steps
+    def pause(self) -> None:
+        """Stop the clock. Call once the device has finished the steps that were counted."""
+        self._seconds += time.perf_counter() - self._started
+
+    def count_step(self) -> None:
+        """One more step has been taken while the clock ran."""
+        self._num_steps += 1
+
+    def line(self) -> dict[str, Any]:
+        """Seconds per step, tokens per second and MFU of the steps that were timed since the last line."""
+        seconds = self._seconds / self._num_steps
+        self.step_seconds += [seconds] * self._num_steps
+        self._seconds, self._num_steps = 0.0, 0
         return {"step_seconds": seconds, **self.rates(seconds)}
 
     def summary(self) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
     rule = config.optim.matrix.rule
     whole, scion = rule in MUON_RULES + SCION_RULES, rule in SCION_RULES
     state = 4 if scion or rule in ("muon", "normuon", "muon_plus", "sgd", "signum") else 8
+    row_state = 4 * sum(rows * count for (rows, _), count in shape.matrices().items())
     shard = 1 if stage == 0 else num_workers
     bf16 = low == 2
     gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
@@ -217,7 +218,10 @@ def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) ->
         "weights": weights,
         "gradients": gradients,
         "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
-        "momentum and moments": (matrix * state + (n - matrix) * (4 if scion else 8)) // shard,
+        "momentum and moments": (
+            matrix * state + (n - matrix) * (4 if scion else 8) + (row_state if rule == "normuon" else 0)
+        )
+        // shard,
         # fp32 gradient of the shard; its packed pieces; arrived, whole and iterated matrices of the owner
         "optimizer step": 4 * n // shard
         + (((n if scion else matrix) // shard + 5 * owned) * exchange if whole else 0),

@@ -30,7 +30,6 @@ from training.traffic import job_of
 
 WHAT = "projection"  # in the baseline's name
 AIM_PERCENT = 15  # error of a prediction
-MAX_LOAD = 0.25  # per core, above which times say little
 STAGES = (1, 2, 3)
 WORKERS = (1, 2, 3)
 DEFAULTS = (  # replace those of training.config: about a second a step, a sixth of it in collectives
@@ -89,11 +88,9 @@ def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: 
         "steps": steps,
         "cores": os.cpu_count(),
         "tokens_per_worker": config.batch.tokens,
-        "load_average_before": os.getloadavg()[0],  # well below 1 if the machine was quiet
+        "load_average_before": benchmark.load_average(),
         "aim_percent": AIM_PERCENT,
     }
-    if (load := result["load_average_before"]) > MAX_LOAD * (os.cpu_count() or 1):
-        print(f"this machine is busy (load average {load:.1f}): times will say little", file=sys.stderr)
     samples: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
     for number, stage in ((number, stage) for number in range(num_rounds) for stage in STAGES):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=Callable[..., Any])
 SUFFIX = "_seconds"
 # A run's parts on rank 0, in the order of its summary's keys.
-PARTS = ("start", "training", "evaluation", "checkpoint", "sample")
+PARTS = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
 
 
 class Spent:

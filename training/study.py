@@ -257,15 +257,14 @@ class _Steps:
     def __init__(self, plan: StudyPlan, results: dict[Run, Result]) -> None:
         self._plan = plan
         self._results = results
-        self._started = time.monotonic()
-        self._first: int | None = None
+        self._began: tuple[float, int] | None = None  # when the first row was asked for, and its steps
 
     def row(self, running: Iterable[Run]) -> dict[str, Any]:
-        """Steps, and since this command began tokens per second and seconds per step, of all runs at once."""
+        """Steps, and since the first row tokens per second and seconds per step, of all runs at once."""
         ended = sum(self._plan.plan_of(run).num_steps for run in self._results)
         steps = ended + sum(last_step(self._plan.directory_of(run) / "metrics.jsonl") for run in running)
-        self._first = steps if self._first is None else self._first
-        done, seconds = steps - self._first, time.monotonic() - self._started
+        self._began = self._began or (time.monotonic(), steps)
+        seconds, done = time.monotonic() - self._began[0], steps - self._began[1]
         if done <= 0:
             return {"step": steps}
         tokens_per_step = self._plan.plan_of(self._plan.tuning_runs()[0]).tokens_per_step

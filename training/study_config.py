@@ -16,6 +16,7 @@ from cluster.config import ConfigError, key, require, require_choice
 from cluster.record import WANDB_MODES
 from cluster.session import ROOT, SessionConfig
 from training import synthetic
+from training.config import SEEDS
 from training.synthetic import SyntheticConfig
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "study.yaml"
@@ -190,6 +191,9 @@ def _check_grids(config: StudyConfig) -> None:
 
 def _check_seeds(config: StudyConfig) -> None:
     require(bool(config.seeds), "seeds", "is empty; at least 3 make a band")
+    for name, seeds in (("seeds", config.seeds), ("tuning_seed", (config.tuning_seed,))):
+        for seed in seeds:
+            require(seed in SEEDS, name, f"{seed} must lie in [0, 2^63)")
     require(len(set(config.seeds)) == len(config.seeds), "seeds", f"{list(config.seeds)} names one twice")
     require(
         config.tuning_seed not in config.seeds,

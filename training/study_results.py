@@ -40,7 +40,7 @@ class Result:
     """What one run came to. Losses are means in nats per token, over all evaluations' same sequences.
 
     Attributes:
-        seconds: of the training loop, in the last start of the run.
+        seconds: of the training loop, in all starts of the run, without steps that were taken again.
         error: why it failed or counts as diverged; its last lines.
     """
 

@@ -1,12 +1,17 @@
 """The plan's activation count against what autograd keeps."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from cluster.config import ConfigError
+from tests.ranks import spawn
 from training import config as training_config
+from training.context import Context
+from training.engine import make_engine
 from training.model import Llama, initialize
-from training.plan import activation_bytes, make_plan, resolve_shape
+from training.plan import activation_bytes, make_plan, memory_bytes, resolve_shape
 
 SMALL = (
     "model.num_layers=3",
@@ -53,6 +58,34 @@ def test_activation_bytes_are_what_autograd_keeps(precision: str, monkeypatch) -
     low = {"fp32": 4, "bf16": 2}[precision]
     planned = activation_bytes(config, shape) - logits * (low + 4)
     assert planned == pytest.approx(found, rel=0.02)
+
+
+def kept_bytes(context: Context, rules: tuple[str, ...]) -> list[dict[str, int]]:
+    """By rule: bytes of this rank's weights, masters, and other state of the optimizer."""
+    found = []
+    for rule in rules:
+        config = training_config.load(dotlist=[*SMALL, "precision=bf16", f"optim.matrix.rule={rule}"])
+        model = Llama(resolve_shape(config))
+        initialize(model, seed=1)
+        engine, optimizer, _ = make_engine(model, config, micro_batch=2, accumulation=1)
+        counts: Counter[str] = Counter()
+        for _, _, tensors in optimizer.shards():
+            for name, tensor in tensors.items():
+                counts["master" if name == "master" else "state"] += tensor.nbytes * (name != "point")
+        found.append({"weights": sum(p.nbytes for p in engine.module.parameters()), **counts})
+    return found
+
+
+def test_weights_masters_and_state_are_those_of_the_engine() -> None:
+    """A point ahead lies where the weights do, and takes no memory of its own."""
+    rules = ("muon", "normuon", "transported_scion", "adamw")
+    ranks = spawn(kept_bytes, rules, world_size=2)
+    for rule, kept in zip(rules, zip(*ranks, strict=True), strict=True):
+        config = training_config.load(dotlist=[*SMALL, "precision=bf16", f"optim.matrix.rule={rule}"])
+        planned = memory_bytes(config, resolve_shape(config), num_workers=2)
+        assert all(rank["weights"] == planned["weights"] for rank in kept)
+        for name, part in (("master", "master weights (fp32)"), ("state", "momentum and moments")):
+            assert abs(sum(rank[name] for rank in kept) - 2 * planned[part]) <= 2, (rule, part)
 
 
 def test_the_1b4_run_fits_an_a40_and_says_so_exactly() -> None:

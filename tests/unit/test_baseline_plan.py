@@ -6,6 +6,7 @@ import pytest
 
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.session import ROOT
 from training import baseline, baseline_plan, steps, traffic
 from training import config as training_config
 from training.baseline_plan import Machine, describe, make_cells
@@ -299,3 +300,18 @@ def test_on_a_gpu_a_collective_counts_where_no_kernel_runs_and_annotations_are_n
 def test_on_a_cpu_a_collective_counts_while_it_runs():
     events = [event("part:compute", 0, 10), event("gloo:all_reduce", 4, 6), event("aten::mm", 0, 10)]
     assert exposed(events, gpu=False) == {"compute": pytest.approx(2)}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests/baselines").glob("*_baseline.json")), ids=lambda f: f.stem
+)
+def test_the_serving_figures_of_a_committed_baseline_are_what_its_rounds_come_to(file):
+    content = json.loads(file.read_text())
+    committed = {figure["id"]: figure for figure in content["figures"]}
+    cells = [cell for cell in content["cells"] if cell["kind"] == "serving" and cell["rounds"]]
+    for figure in baseline.figures(cells, content, baseline_plan.load()):
+        for key in ("values", "flops", "bytes"):
+            assert figure[key] == pytest.approx(committed[figure["id"]][key]), (figure["id"], key)
+        for name, shares in figure["shares"].items():
+            assert shares == pytest.approx(committed[figure["id"]]["shares"][name])
+    assert baseline.faults(content["figures"]) == content.get("ceiling_faults", [])

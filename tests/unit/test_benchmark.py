@@ -68,3 +68,16 @@ def test_what_is_published_is_the_last_line_and_the_file_adds_its_origin(tmp_pat
     about = written.pop("provenance")
     assert written == {"speedup_a_b": 2.0}
     assert about["data_fingerprint"] == "f00d" and about["packages"]["torch"].startswith("2.13")
+
+
+def test_a_busy_machine_is_said_by_its_cores(monkeypatch, capsys):
+    assert benchmark.busy(0.5, cores=2) is None and benchmark.busy(15.9, cores=64) is None
+    assert benchmark.busy(0.6, cores=2) == "busy before it was measured (load average 0.6 on 2 cores)"
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 2)
+    for load, said in (
+        (0.4, ""),
+        (3.0, "this machine was busy before it was measured (load average 3.0 on 2"),
+    ):
+        monkeypatch.setattr(benchmark.os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
+        assert benchmark.load_average() == load
+        assert capsys.readouterr().err.startswith(said)

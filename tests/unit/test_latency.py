@@ -97,3 +97,18 @@ def test_when_all_fail_there_are_no_latencies_but_still_a_summary():
     assert found["ttft_p50_ms"] is None and found["output_tokens_per_second"] == 0
     with pytest.raises(ValueError, match="no request was measured"):
         summarise([], slo=NONE)
+
+
+def test_what_was_decoded_and_in_what_time_by_hand():
+    """A answers 1 s to 5 s alone until 3 s, in steps of 1 s; B 3 s to 5 s; nothing until C, 9 s to 10 s."""
+    outcomes = [
+        outcome(0, tokens=(1.0, 2.0, 3.0, 4.0, 5.0)),
+        outcome(1, tokens=(3.0, 4.0, 5.0)),
+        outcome(2, tokens=(9.0, 9.5, 10.0)),
+        outcome(3, tokens=(6.0,)),  # decodes nothing
+        outcome(4, tokens=(1.0, 9.0), error="timeout"),
+    ]
+    found = summarise(outcomes, slo=NONE)
+    assert found["decode_seconds"] == 5.0 and found["decode_steps"] == pytest.approx(4 + 2)
+    assert found["decode_context_tokens"] == 4 * 12.5 + 2 * 11.5 + 2 * 11.5
+    assert found["prompt_tokens_p50"] == 10

@@ -1,7 +1,10 @@
 """Rates of a run: MFU against the datasheet and against what was measured."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from training import meter as module
 from training.meter import Meter
 
 
@@ -30,3 +33,26 @@ def test_an_unknown_device_has_no_mfu_but_a_reason_and_may_have_a_measured_one()
 
 def test_what_was_not_measured_is_not_said():
     assert "mfu_of_measured" not in meter("NVIDIA A40").rates(step_seconds=0.01)
+
+
+def test_a_pause_between_two_lines_takes_neither_time_nor_steps(monkeypatch):
+    """3 steps, a checkpoint of 50 s, 2 steps, each of 1 s; then a line, and one of 4 steps of 2 s."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    timed = meter("NVIDIA A40")
+    for seconds, num_steps in ((1.0, 3), (1.0, 2)):
+        timed.start()
+        for _ in range(num_steps):
+            clock.now += seconds
+            timed.count_step()
+        timed.pause()
+        clock.now += 50
+    assert timed.line()["step_seconds"] == 1.0
+    timed.start()
+    for _ in range(4):
+        clock.now += 2.0
+        timed.count_step()
+    timed.pause()
+    assert timed.line() == {"step_seconds": 2.0, **timed.rates(2.0)}
+    assert timed.step_seconds == [1.0] * 5 + [2.0] * 4
+    assert timed.summary()["median_step_seconds"] == 1.0

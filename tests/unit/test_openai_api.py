@@ -164,7 +164,7 @@ def test_the_list_of_models_says_what_is_served():
     info = EngineInfo(
         engine="torch", model="m", device="cpu", dtype="float32", context_tokens=64, vocab_size=9,
         num_parameters=1, num_slots=2, most_waiting=6, weight_bytes=3, kv_bytes_per_token=4,
-        flops_per_token=5, details={"a": "b"},
+        flops_per_token=5, head_flops=6, attention_flops=7, details={"a": "b"},
     )  # fmt: skip
     listed = models(info, since=12)
     assert (

@@ -180,6 +180,101 @@ def test_what_would_mislead_is_said(tmp_path):
     assert "a share of 120%" in said["decode/llama-1b4/batch 1: the ceiling of A is one"]
 
 
+def claims(found):
+    return {claim.text: claim for claim in found.claims}
+
+
+def against_itself(tmp_path, shares, **ceilings):
+    """A CPU's file with these shares of its ceilings, and the same file with its ceilings scaled."""
+    file = write(
+        tmp_path, A40, [figure(A40, kind, 0.8 * share) for kind, share in shares.items()], name="CPU X1"
+    )
+    content = json.loads(file.read_text())
+    content["hardware"] |= {"kind": "cpu", "cpu_cores": 2}
+    content["ceilings"]["read_gb_per_s"]["best"] = A40.memory_gb_per_s * 0.8
+    file.write_text(json.dumps(content))
+    other = tmp_path / "other.json"
+    for name, factor in ceilings.items():
+        content["ceilings"][name]["best"] *= factor
+        for row in content["peaks_of_rounds"]:
+            row[name] *= factor
+    other.write_text(json.dumps(content))
+    return [read_side(str(file)), read_side(str(other))]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("names", [["product_tflops"], ["product_tflops", "read_gb_per_s"]])
+def test_a_file_against_itself_with_its_ceilings_halved_decides_nothing_that_rests_on_them(
+    tmp_path, names, reverse
+):
+    sides = against_itself(
+        tmp_path, {"training": 0.4, "prefill": 0.9, "decode": 0.45}, **dict.fromkeys(names, 0.5)
+    )
+    found = compare(*sides[:: -1 if reverse else 1], tolerance=0.1)
+    verdicts = {text: claim.verdict for text, claim in claims(found).items() if ": parity" in text}
+    bandwidth = "not decided" if "read_gb_per_s" in names else "supported"
+    assert len(verdicts) == 6
+    for text, verdict in verdicts.items():
+        assert verdict == (bandwidth if text.startswith("decode") else "not decided"), text
+    assert claims(found)["prefill/llama-1b4/batch 1: the ceiling of " + "BA"[reverse] + " is one"]
+    against = compare(sides[1], read_side("datasheet:a40"), tolerance=0.1)
+    [training] = [claim for text, claim in claims(against).items() if text.startswith("training")]
+    assert training.verdict == "not decided" and "prefill/llama-1b4/batch 1 reaches 180%" in training.because
+
+
+def test_a_ceiling_is_void_for_figures_that_do_not_exceed_it_and_whatever_they_are_compared_with(tmp_path):
+    """B's prefill, which A has not measured, exceeds B's peak: nothing is known of B's training either."""
+    a = write(tmp_path, A40, [figure(A40, "training", 0.4), figure(A40, "decode", 0.4)])
+    b = write(tmp_path, H100, [figure(H100, kind, share) for kind, share in
+                               (("training", 0.4), ("decode", 0.4), ("prefill", 1.1))])  # fmt: skip
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    training, decode = found.comparisons
+    assert training.voids == ("", "prefill/llama-1b4/batch 1 reaches 110% of its ceiling, compute")
+    assert decode.voids == ("", "")
+    verdicts = {text: claim.verdict for text, claim in claims(found).items()}
+    assert verdicts["training: parity within 10% throughout"] == "not decided"
+    assert verdicts["decode: parity within 10% throughout"] == "supported"
+
+
+def test_like_machines_whose_ceilings_are_far_apart_decide_nothing(tmp_path):
+    """Without a figure that exceeds any: halved, the shares of half reach all of it."""
+    found = compare(*against_itself(tmp_path, {"decode": 0.4}, read_gb_per_s=0.5), tolerance=0.1)
+    assert "both are CPU X1" in found.comparisons[0].voids[0]
+    assert claims(found)["decode: parity within 10% throughout"].verdict == "not decided"
+    found = compare(*against_itself(tmp_path, {"decode": 0.4}, read_gb_per_s=0.99), tolerance=0.1)
+    assert claims(found)["decode: parity within 10% throughout"].verdict == "supported"
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("cpu", "not decided"), ("gpu", "supported")])
+def test_a_busy_machine_is_said_and_decides_nothing_on_its_cpu(tmp_path, kind, verdict):
+    about = {"name": "CPU X1", "num_devices": 1, "kind": kind, "cpu_cores": 2}
+    load = {"hardware": about, "load_average_before": 1.5}
+    busy = read_side(str(write(tmp_path, A40, [figure(A40, "decode", 0.4)], name="CPU X1", **load)))
+    load["load_average_before"] = 0.4
+    load["hardware"]["name"] = "CPU X2"
+    quiet = read_side(str(write(tmp_path, A40, [figure(A40, "decode", 0.4)], name="CPU X2", **load)))
+    found = claims(compare(quiet, busy, tolerance=0.1))
+    assert found["B had nothing else to do"].verdict == "contradicted"
+    assert "load average 1.5 on 2 cores" in found["B had nothing else to do"].because
+    assert "A had nothing else to do" not in found
+    assert found["decode: parity within 10% throughout"].verdict == verdict
+    against = claims(compare(busy, read_side("datasheet:h100"), tolerance=0.1))
+    [share] = [claim for text, claim in against.items() if text.startswith("decode/")]
+    assert share.verdict == verdict
+
+
+def test_a_network_that_was_measured_once_leaves_its_share_without_bounds(tmp_path):
+    a, b = (several_nodes(tmp_path, device, rate=2500.0, gb_per_s=10.0) for device in (A40, H100))
+    content = json.loads(a.read_text())
+    content["ceilings"]["links_between_nodes"]["all_reduce_gb_per_s"]["spread"] = [10.0, 10.0]
+    a.write_text(json.dumps(content))
+    found = compare(read_side(str(a)), read_side(str(b)), tolerance=0.1)
+    across = found.comparisons[1]
+    assert across.shares[0].low is None and across.shares[1].low is not None and across.parity.low is None
+    claim = claims(found)["training/llama-1b4/muon/2 nodes: parity of share of link within 10%"]
+    assert claim.verdict == "not decided"
+
+
 def linked(folder, device, *, rate, gb_per_s=10.0, num_ranks=8, **changes):
     """A file with one training figure of 8 ranks that send 2 MB per token, and a link of this speed or none.
 
@@ -385,6 +480,12 @@ def edited(**changes):
     [
         (edited(format=1), "format 1, not 2"),
         (edited(ceilings={}), "ceilings.product_tflops"),
+        (edited(load_average_before="busy"), "load_average_before: 'busy' is no number"),
+        (lambda content: content["peaks_of_rounds"][1].update(read_gb_per_s=0.0), "peaks_of_rounds must be"),
+        (
+            lambda content: content["ceilings"]["read_gb_per_s"].update(spread=[0.0, 1.0]),
+            "ceilings.read_gb_per_s",
+        ),
         (lambda content: content["figures"][0].update(values=[0.0]), "values and flops must be positive"),
         (lambda content: content["figures"][0].pop("bytes"), "has no bytes"),
         (lambda content: content["figures"][0].update(link_bytes=1.0), "link_bytes need a positive number"),

@@ -4,7 +4,10 @@ import pytest
 
 from serving.report import ceilings, faults, plot, shares, table
 
-INFO = {"weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000}
+INFO = {
+    "weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000,
+    "head_flops": 500_000_000, "attention_flops": 40_000,
+}  # fmt: skip
 
 
 def test_a_known_gpu_has_its_datasheet_s_ceilings():
@@ -12,7 +15,7 @@ def test_a_known_gpu_has_its_datasheet_s_ceilings():
     assert (found["product_tflops"], found["gb_per_s"]) == (149.7, 696)
     assert found["step_ms"] == pytest.approx(2000 / 696)
     assert found["decode_tokens_per_second"] == pytest.approx(348)
-    assert found["prefill_tokens_per_second"] == pytest.approx(74_850)
+    assert found["prefill_tokens_per_second"] == pytest.approx(149.7e12 / 1.5e9)
     assert "a40-nvidia" in found["source"] or "a40" in found["source"]
 
 
@@ -27,20 +30,22 @@ def test_any_other_device_has_measured_ones_and_says_so():
 
 
 def test_shares_of_a_closed_loop():
+    """50 steps of 40 ms that give 50 tokens, each after 120; a prompt of 100 in 400 ms."""
     ceiling = {"gb_per_s": 100, "product_tflops": 1.0}
     point = {
-        "concurrency": 1, "tpot_p50_ms": 40.0, "ttft_p50_ms": 400.0,
-        "mean_prompt_tokens": 100, "mean_output_tokens": 40,
+        "concurrency": 1, "ttft_p50_ms": 400.0, "prompt_tokens_p50": 100,
+        "decode_seconds": 2.0, "decode_steps": 50.0, "decode_context_tokens": 50 * 120,
     }  # fmt: skip
     found = shares(point, INFO, ceiling)
     assert found["mbu"] == pytest.approx((2e9 + 120 * 1e5) / 0.04 / 100e9)
-    assert found["prefill_mfu"] == pytest.approx(100 / 0.4 * 2e9 / 1e12)
-    eight = shares(point | {"concurrency": 8}, INFO, ceiling)
-    assert eight == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
-    over_two = shares(point | {"concurrency": 8}, INFO, ceiling, replicas=2)
+    assert found["prefill_mfu"] == pytest.approx((100 * 1.5e9 + 0.5e9 + 100**2 / 2 * 40_000) / 0.4 / 1e12)
+    eight = point | {"concurrency": 8, "decode_context_tokens": 8 * 50 * 120}
+    assert shares(eight, INFO, ceiling) == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
+    over_two = shares(eight, INFO, ceiling, replicas=2)
     assert over_two == {"mbu": pytest.approx((2e9 + 4 * 120 * 1e5) / 0.04 / 100e9)}
+    assert shares(point, INFO, ceiling, replicas=2) == found  # one of them is idle
     assert shares(point | {"concurrency": None}, INFO, ceiling) == {}
-    assert shares(point | {"tpot_p50_ms": None}, INFO, ceiling) == {}
+    assert shares(point | {"decode_seconds": 0.0}, INFO, ceiling) == {}
 
 
 POINTS = [

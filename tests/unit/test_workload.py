@@ -39,7 +39,13 @@ def test_lengths(text, least, most, median):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-5", "0", "uniform(30,10)", "uniform(0,10)", "normal(5,1)", "lognormal(0,1)"]
+    "text",
+    [
+        *("", "-5", "0", "uniform(30,10)", "uniform(0,10)", "normal(5,1)", "lognormal(0,1)"),
+        *("1.2.3", ".", "1..2", "1e3", "nan", "uniform(1.2.3,4)", "uniform(1,4.)(", "lognormal(64,0.5.1)"),
+        *("9" * 400, "uniform(1,1e99)", f"uniform(1,{'9' * 400})", "lognormal(64,1000)", "uniform(1.5,2.5)"),
+        *("1_000", "6\u0664", "uniform(1.9,1.2)", "uniform(.,.)"),
+    ],
 )
 def test_lengths_that_are_none_name_the_key(text):
     with pytest.raises(ConfigError, match=r"^load.prompt_tokens: "):
@@ -72,6 +78,14 @@ def test_a_trace_is_sent_as_it_is(tmp_path: Path):
         ("{", "line 2: no JSON"),
         ("[1]", "line 2: no JSON object"),
         ('{"at_seconds": 1}', "line 2: needs numbers at_seconds, prompt_tokens, output_tokens"),
+        ('{"at_seconds": NaN, "prompt_tokens": 1, "output_tokens": 1}', "line 2: at_seconds must be finite"),
+        ('{"at_seconds": 1, "prompt_tokens": 1.5, "output_tokens": 1}', "line 2: needs numbers .*whole"),
+        (
+            '{"at_seconds": 1, "prompt_tokens": 1, "output_tokens": Infinity}',
+            "line 2: needs numbers .*whole",
+        ),
+        ('{"at_seconds": 1, "prompt_tokens": true, "output_tokens": 1}', "line 2: needs numbers .*whole"),
+        (f'{{"at_seconds": 1{"0" * 400}, "prompt_tokens": 1, "output_tokens": 1}}', "line 2: needs numbers"),
         ('{"at_seconds": 0.1, "prompt_tokens": 1, "output_tokens": 1}', "line 2: .* must not go back"),
         ('{"at_seconds": 1, "prompt_tokens": 0, "output_tokens": 1}', "line 2: lengths must be at least 1"),
         (

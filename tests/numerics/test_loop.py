@@ -1,0 +1,110 @@
+"""The record of a run: every line that is due, of the steps that it names, interrupted or not."""
+
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import files
+from cluster.record import read_metrics
+from tests.commands import tiny, write_corpus
+from tests.ranks import spawn
+from training import config as training_config
+from training.config import TrainConfig
+from training.context import Context
+from training.loop import Output, Trainer
+from training.prepare import prepare
+
+pytestmark = pytest.mark.stack
+
+NUM_STEPS = 20
+STEP_SECONDS = 0.06  # the least: the steps below sleep so long
+EVERY = {  # no two fall together but at the end
+    "record__every_steps": 4,
+    "checkpoint__every_steps": 3,
+    "evaluation__every_steps": 5,
+    "optim__noise__measure_every_steps": 6,
+    "optim__inspect_every_steps": 7,
+}
+TIMES = ("step_seconds", "tokens_per_second", "mfu")
+
+
+class Interrupted(Exception):
+    """The end of a run before its last step."""
+
+
+def start(context: Context, config: TrainConfig, data: Path, *, stop_after: int = NUM_STEPS) -> None:
+    """Start or resume a run, whose steps sleep, and end it after a step."""
+    trainer = Trainer(config, data=data, context=context)
+    take_step = trainer.take_step
+
+    def take(**options: Any) -> Any:
+        if trainer.step == stop_after:
+            raise Interrupted
+        time.sleep(STEP_SECONDS)
+        return take_step(**options)
+
+    trainer.take_step = take  # type: ignore[method-assign]
+    with trainer.open_record([]) if context.is_main else nullcontext() as record, suppress(Interrupted):
+        summary = trainer.run(Output(record, lambda row: None))
+        if record is not None:
+            record.finish(summary)
+
+
+def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) -> tuple[Path, Path]:
+    """The folders of a run without and of one with interruptions."""
+    of = {
+        name: training_config.load(dotlist=tiny(folder, run__name=f"{name}-{context.world_size}", **keys))
+        for name in ("whole", "broken")
+    }
+    start(context, of["whole"], data)
+    for stop in (11, 13, NUM_STEPS):  # checkpoints at 9, after the line at 8, and at 12, with that line
+        start(context, of["broken"], data, stop_after=stop)
+    return of["whole"].run_directory, of["broken"].run_directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[tuple[list[dict], dict]]:
+    """Rows and summary of the run without and of the one with interruptions, on two ranks."""
+    folder = tmp_path_factory.mktemp("loop")
+    write_corpus(folder)
+    data = prepare(training_config.load(dotlist=tiny(folder)).data, report=lambda _: None).absolute()
+    keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, **EVERY}
+    folders = spawn(both, folder, data, keys, world_size=2)[0]
+    return [(read_metrics(f / "metrics.jsonl"), files.read_json(f / "summary.json")) for f in folders]
+
+
+def steps_with(rows: list[dict], name: str) -> list[int]:
+    return [row["step"] for row in rows if name in row]
+
+
+def test_everything_comes_as_often_as_asked_whatever_else_is_due(runs):
+    (rows, _), _ = runs
+    assert steps_with(rows, "loss") == [4, 8, 12, 16, 20]
+    assert steps_with(rows, "validation_loss") == [0, 5, 10, 15, 20]
+    assert steps_with(rows, "noise") == [6, 12, 18]
+    assert steps_with(rows, "optimizer_update_rms") == [7, 14]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert all(row["tokens"] == 512 * row["step"] for row in rows)
+
+
+def test_an_interrupted_run_records_line_for_line_what_an_uninterrupted_one_does(runs):
+    (whole, _), (broken, _) = runs
+
+    def timeless(row: dict) -> dict:
+        return {key: value for key, value in row.items() if key not in TIMES and not key.endswith("seconds")}
+
+    assert [timeless(row) for row in broken] == [timeless(row) for row in whole]
+
+
+def test_the_time_of_a_step_is_that_of_the_steps_it_is_divided_by(runs):
+    """Checkpoints, evaluations and measurements come between the steps of every line here."""
+    for rows, summary in runs:
+        times = [row["step_seconds"] for row in rows if "loss" in row]
+        assert len(times) == 5 and min(times) >= STEP_SECONDS
+        assert summary["median_step_seconds"] >= STEP_SECONDS
+        assert summary["tokens_per_second"] == pytest.approx(512 / summary["median_step_seconds"])
+        assert summary["wall_seconds"] >= NUM_STEPS * STEP_SECONDS  # of all starts, as `tokens` is
+        assert summary["noise_seconds"] > 0
