@@ -214,8 +214,8 @@ def _start(
     from ray._private import ray_constants
 
     _forget_token()
-    # `_node_ip_address=` takes no loopback address. Ray's own switch for a machine without a cluster, which it
-    # has for Windows and macOS, binds every port to 127.0.0.1.
+    # `_node_ip_address=` takes no loopback address. With this switch, which Ray has for Windows and macOS,
+    # every port is bound to 127.0.0.1.
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         ray.init(
