@@ -1,6 +1,6 @@
 """Folders and Ray's token, kept from the other users of a machine, who are not trusted.
 
-    python3 private.py folder PATH   make the folder, or require that nobody else can write to it
+    python3 private.py folder PATH   make the folder, or require that it is ours; nobody else may enter it
     python3 private.py token [-]     make ~/.ray/auth_token, or require that it is ours; -: of standard input
 
 Runs by itself on a node before there is an environment, on any Python 3.8 or later.
@@ -17,12 +17,13 @@ import tempfile
 from pathlib import Path
 
 
-def make_folder(path: Path, *, mode: int = 0o755) -> None:
-    """Make the folder `path` with `mode`, or require that it is safe: see `require_safe`."""
+def make_folder(path: Path) -> None:
+    """Make the folder `path` (0700), or require that it is safe (`require_safe`) and close it to others."""
     require_safe(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=mode, exist_ok=True)  # whoever was faster is found out by the next line
+    path.mkdir(mode=0o700, exist_ok=True)  # whoever was faster is found out by the next line
     require_safe(path)
+    path.chmod(0o700)
 
 
 def require_safe(path: Path) -> None:

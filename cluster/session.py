@@ -275,7 +275,7 @@ def _options(runtime_env: dict[str, Any]) -> dict[str, Any]:
 
 def _forget_token() -> None:
     """A process that has been in another Ray remembers that one's token."""
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
     AuthenticationTokenLoader.instance().reset_cache()
 

@@ -20,7 +20,7 @@ class GroupConfig(TorchConfig):
 
 
 class _Group(TorchConfig().backend_cls):  # type: ignore[misc]  # a property that returns a class
-    def on_start(self, worker_group, backend_config: GroupConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
         """Make the group on all workers, as Ray's does; called on the driver's side."""
         address, port = worker_group.execute_single(0, free_place)
         worker_group.execute(_set_torch_distributed_env_vars)
