@@ -68,13 +68,16 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.gpus <= 64, "node.gpus", "must lie in 0..64")
-        plain = re.fullmatch(r"[A-Za-z0-9-]+", self.accelerator) is not None
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", self.accelerator) is not None
         require(plain, "node.accelerator", f"{self.accelerator!r} is no accelerator type of Ray, such as A40")
         require(self.cpus is None or self.cpus >= 1, "node.cpus", "must be at least 1")
         require(self.memory_gb is None or self.memory_gb >= 0.5, "node.memory_gb", "must be at least 0.5")
         enough = self.object_store_gb is None or self.object_store_gb >= 0.08
         require(enough, "node.object_store_gb", "must be at least 0.08, which Ray insists on")
-        plain = self.interface is None or re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", self.interface) is not None
+        plain = (
+            self.interface is None
+            or re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{,14}", self.interface) is not None
+        )
         require(plain, "node.interface", f"{self.interface!r} is no name of a network interface")
 
 
@@ -347,7 +350,7 @@ cluster_synced_files: ["~/.ray/auth_token"]   # made on the head; from there to 
 # The pinned environment: once, and skipped while constraints.txt and pyproject.toml are unchanged.
 initialization_commands: []
 setup_commands:
-  - |
+  - |-
     {inventory.setup_command()}
 head_setup_commands:
   - {inventory.token_command()}
@@ -355,12 +358,12 @@ worker_setup_commands:
   - {inventory.token_command()}
 
 head_start_ray_commands:
-  - |
+  - |-
     {inventory.reap_command()}
   - |
 {_indented(inventory.start_head_command(autoscaler=True))}
 worker_start_ray_commands:
-  - |
+  - |-
     {inventory.reap_command()}
   - |
 {_indented(inventory.start_worker_command())}"""

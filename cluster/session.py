@@ -126,12 +126,17 @@ def set_defaults(environment: Mapping[str, str]) -> None:
 def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
     """The environment of a process that computes; on CPU, `threads` compute threads.
 
-    What the user has set of the GPU's memory allocator, in this process's environment, stays.
+    What the user has set of the GPU's memory allocator and of torch's compiler, in this process's
+    environment, stays.
     """
+    # torch's own choice, /tmp/torchinductor_<user>, can be another user's: what lies in it is loaded and run
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(home / "asuncion" / "torchinductor")
+    common = {**WORKER_ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": compiled}
     if gpu:
         own = {name: os.environ[name] for name in ALLOCATOR_NAMES if name in os.environ}
-        return {**WORKER_ENVIRONMENT, **(own or GPU_ENVIRONMENT)}
-    return {**WORKER_ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        return {**common, **(own or GPU_ENVIRONMENT)}
+    return {**common, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
 
 
 @contextmanager

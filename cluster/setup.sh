@@ -30,9 +30,10 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
 fi
 echo "$hash" > "$scratch/env/current"
 # RAY_AUTH_MODE: with token and without it Ray's commands cannot talk, and its default differs between them.
-# RAY_TMPDIR: Ray opens its own folder to everyone; in SCRATCH nobody else reaches it.
+# RAY_TMPDIR, TORCHINDUCTOR_CACHE_DIR: in /tmp others could put code there that runs as us; in SCRATCH nobody.
 cat > "$scratch/activate.new" <<ACTIVATE
-export PATH=$env/bin:\$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_TMPDIR=$scratch
+export PATH=$env/bin:\$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+export RAY_TMPDIR=$scratch TORCHINDUCTOR_CACHE_DIR=$scratch/torchinductor
 ACTIVATE
 mv "$scratch/activate.new" "$scratch/activate"
 # Ray's own launcher runs plain \`ray\` and \`python\` through ~/.bashrc.
