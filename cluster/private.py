@@ -84,9 +84,6 @@ def make_token(given: bytes = b"") -> None:
     """
     place = token_file()
     place.parent.mkdir(mode=0o700, exist_ok=True)
-    if not place.parent.is_symlink() and place.parent.stat().st_uid == os.getuid():
-        place.parent.chmod(0o700)
-    require_safe(place.parent)
     content = read_token()
     if content and given in (b"", content):
         return
@@ -112,8 +109,12 @@ def token_file() -> Path:
 
 
 def read_token() -> bytes:
-    """Ray's token, whose mode is mended to 0600; empty if there is none. Raises as `make_token` does."""
+    """Ray's token; empty if there is none. Mends its mode and its folder's. Raises as `make_token` does."""
     place = token_file()
+    folder = place.parent
+    if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
+        folder.chmod(0o700)
+    require_safe(folder)
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
