@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def listening(root: int | None = None) -> set[Place]:
                     if (link := os.readlink(file)) in sockets:
                         found.add((name, *sockets[link]))
     return found
+
+
+def listening_there(python: list[str]) -> set[Place]:
+    """`listening` of another network namespace; `python`: command line of a Python there, as root."""
+    done = subprocess.run([*python, __file__], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return {(name, address, port) for name, address, port in json.loads(done.stdout)}
 
 
 def processes(root: int | None) -> set[int]:

@@ -3,7 +3,6 @@
 The run has a network namespace of its own, so that nothing else's sockets are in the way. Root only.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, command, tiny, write_corpus
-from tests.listening import compare, documented
+from tests.intruder import attack
+from tests.listening import compare, documented, listening_there
 
 pytestmark = [
     pytest.mark.stack,
@@ -24,45 +24,6 @@ pytestmark = [
 START_SECONDS = 120
 LEAKED = "0123456789abcdef" * 4
 WITHOUT_CLUSTER = "What listens without a cluster"
-
-# Reads {"paths": {path: kind}, "url": ..., "tokens": [...], "user": ...}; prints what that user could do, and
-# the HTTP status of a job for each token.
-ATTACK = """
-import encodings.idna, json, os, socket, sys, urllib.error, urllib.request
-plan = json.load(sys.stdin)
-if plan["user"]:
-    os.setgroups([]); os.setgid(plan["user"]); os.setuid(plan["user"])
-done, statuses = [], []
-def attempt(what, action):
-    try:
-        action()
-    except OSError:
-        return
-    done.append(what)
-def connect(path):
-    with socket.socket(socket.AF_UNIX) as one:
-        one.connect(path)
-for path, kind in plan["paths"].items():
-    if kind == "folder":
-        attempt(f"list {path}", lambda: os.listdir(path))
-        attempt(f"plant {path}", lambda: os.close(os.open(path + "/planted.py", os.O_CREAT | os.O_WRONLY)))
-    elif kind == "socket":
-        attempt(f"connect {path}", lambda: connect(path))
-    else:
-        attempt(f"read {path}", lambda: open(path).close())
-        attempt(f"write {path}", lambda: open(path, "a").close())
-for token in plan["tokens"]:
-    request = urllib.request.Request(plan["url"], data=json.dumps({"entrypoint": "true"}).encode())
-    request.add_header("Content-Type", "application/json")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            statuses.append(answer.status)
-    except urllib.error.HTTPError as error:
-        statuses.append(error.code)
-print(json.dumps([done, statuses]))
-"""
 
 
 class Run:
@@ -101,22 +62,9 @@ class Run:
         links = Path(f"/proc/{self._process.pid}/fd").iterdir()
         return any(os.readlink(link).startswith(f"{folder}/") for link in links)
 
-    def inside(self, *arguments: str, given: str = "") -> str:
-        """The output of a Python in the run's network namespace."""
-        enter = ["nsenter", "-t", str(self._process.pid), "-n", sys.executable, "-I", *arguments]
-        done = subprocess.run(enter, input=given, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def attack(
-        self, paths: list[Path], tokens: list[str | None], *, user: int
-    ) -> tuple[list[str], list[int]]:
-        """What `user` could do with `paths`, and the status that asking for a job had with each token."""
-        kinds = {str(p): "folder" if p.is_dir() else "socket" if p.is_socket() else "file" for p in paths}
-        url = "http://127.0.0.1:52365/api/job_agent/jobs/"
-        plan = {"paths": kinds, "url": url, "tokens": tokens, "user": user}
-        done, statuses = json.loads(self.inside("-c", ATTACK, given=json.dumps(plan)))
-        return done, statuses
+    def python(self) -> list[str]:
+        """A Python in the run's network namespace."""
+        return ["nsenter", "-t", str(self._process.pid), "-n", sys.executable, "-I"]
 
     def end(self) -> None:
         """As Ctrl-C does."""
@@ -132,15 +80,20 @@ def run(tmp_path_factory):
     made.end()
 
 
+def kinds(paths: list[Path]) -> dict[str, str]:
+    return {str(path): "d" if path.is_dir() else "s" if path.is_socket() else "f" for path in paths}
+
+
 def test_another_user_reaches_no_file_and_no_socket_of_ray_and_runs_no_job(run):
     """Not even with a token that an earlier version has let it read."""
     paths = [run.folder, run.token, *run.folder.rglob("*")]
     assert sum(path.is_socket() for path in paths) >= 2
     assert any(path.name == "working_dir_files" for path in paths)
-    done, statuses = run.attack(paths, [None, LEAKED], user=65534)
+    done, statuses = attack(run.python(), kinds(paths), [None, LEAKED])
     assert done == [] and set(statuses) <= {401, 403} and len(statuses) == 2
     # the same attack as the run's own user, to see that it can succeed
-    done, statuses = run.attack([run.folder], [(run.folder / "token").read_text()], user=0)
+    token = (run.folder / "token").read_text()
+    done, statuses = attack(run.python(), {str(run.folder): "d"}, [token], user=0)
     assert len(done) == 2 and statuses == [200]
 
 
@@ -153,8 +106,7 @@ def test_what_listens_is_what_the_readmes_say(run):
     rows = documented("cluster/README.md", WITHOUT_CLUSTER) | documented(
         "training/README.md", WITHOUT_CLUSTER
     )
-    found = {tuple(place) for place in json.loads(run.inside(f"{ROOT}/tests/listening.py"))}
-    assert compare(found, rows) == {}
+    assert compare(listening_there(run.python()), rows) == {}
 
 
 def test_nothing_is_left_of_a_run_that_was_interrupted(run):
