@@ -21,7 +21,7 @@ from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import key, require
-from cluster.session import LONGEST_FOLDER, NO_METRICS
+from cluster.session import LONGEST_FOLDER
 
 HEADER = "# sha256 of all below: "
 PRIVATE = Path(__file__).with_name("private.py")
@@ -226,8 +226,8 @@ class Inventory:
             "export RAY_enable_autoscaler_v2=0",
             "# Ray lowers its workers' priority by 15, which starves them beside anything else",
             "export RAY_worker_niceness=0",
-            "# nobody reads Ray's metrics, which would be open to all",
-            f"export {' '.join(f'{name}={value}' for name, value in NO_METRICS.items())}",
+            "# Ray offers its metrics on every address, without a token; to two of them 65536 means off",
+            "export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=65536 DASHBOARD_METRIC_PORT=65536",
             "# say what is wrong, such as a link that fell back to sockets, and no more",
             "export NCCL_DEBUG=WARN",
             "# the interface between the nodes; without it NCCL may take docker's",

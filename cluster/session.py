@@ -23,13 +23,6 @@ from cluster.reap import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Nobody reads Ray's metrics, which its processes offer to all on a node. Two of them know no other "off" than
-# a port that cannot be.
-NO_METRICS = {
-    "RAY_enable_metrics_collection": "0",
-    "AUTOSCALER_METRIC_PORT": "65536",
-    "DASHBOARD_METRIC_PORT": "65536",
-}
 # Set before Ray starts; each keeps a value that the user has set.
 DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no report leaves the cluster
@@ -38,7 +31,6 @@ DRIVER_ENVIRONMENT = {
     # Ray Train polls its workers this often. At its default of 2 s each ray.train.report costs about 1.5 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; said aloud, so that 2.60 does not warn
-    **NO_METRICS,
 }
 # Of an embedded Ray's folder: Linux allows 107 bytes for the path of a socket.
 LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
