@@ -37,3 +37,77 @@ def test_torch_reads_these_names_and_no_other(name):
     environment = {**os.environ, name: value}
     found = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == (value if name in ALLOCATOR_NAMES else "") and found.returncode == 0
+
+
+def test_an_embedded_ray_has_a_folder_and_a_token_that_nobody_else_can_open(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "new"))
+    monkeypatch.setattr("cluster.session.LONGEST_FOLDER", 1000)
+    before = os.umask(0)
+    try:
+        with _ray_folder() as folder:
+            token = _make_token(folder)
+            assert folder.parent == tmp_path / "new"
+            assert (folder.stat().st_mode & 0o777, token.stat().st_mode & 0o777) == (0o700, 0o600)
+            assert len(token.read_text()) == 64
+    finally:
+        os.umask(before)
+    assert not folder.exists()
+
+
+def test_rays_folder_stays_after_an_error_for_its_logs_and_after_nothing_else(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    for error, stays in ((RunError("x"), True), (ConfigError("x"), False), (KeyboardInterrupt(), False)):
+        with pytest.raises(type(error)), _ray_folder() as folder:
+            raise error
+        assert folder.exists() == stays
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_folder_for_ray_that_is_unsafe_or_too_deep_is_refused(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 60)
+    monkeypatch.setenv("RAY_TMPDIR", str(deep))
+    with pytest.raises(ConfigError, match=f"RAY_TMPDIR: {deep} is too long"), _ray_folder():
+        pass
+    assert list(deep.iterdir()) == []
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    monkeypatch.setenv("RAY_TMPDIR", str(open_to_all))
+    with pytest.raises(PermissionError, match="others can write to it"), _ray_folder():
+        pass
+
+
+def test_the_longest_allowed_folder_leaves_room_for_every_socket_of_ray():
+    """107 bytes: Linux's sockaddr_un. Ray's longest names, with the largest process id of Linux."""
+    sockets = ("plasma_store", "raylet")
+    session = "session_2026-11-26_05-34-43_075141_4194304"
+    assert LONGEST_FOLDER + max(len(f"/{session}/sockets/{name}") for name in sockets) == 107
+
+
+@pytest.mark.parametrize(
+    ("commands", "told"),
+    [
+        ([], "no Ray clusters of yours run"),
+        (["/x/raylet --gcs-address=10.0.0.1:6379 --a", "/x/raylet --gcs-address=10.0.0.2:6379"], "2 Ray clusters"),
+        (["/x/raylet --gcs-address=10.0.0.1:6379 --a", "grep raylet --gcs-address=10.0.0.2:1"], None),
+    ],
+)
+def test_auto_means_the_one_cluster_of_this_user(commands, told, monkeypatch):
+    rows = {pid: Process(1, command, b"") for pid, command in enumerate(commands)}
+    monkeypatch.setattr("cluster.session.processes", lambda: rows)
+    if told is None:
+        assert _own_address() == "10.0.0.1:6379"
+        return
+    with pytest.raises(ConfigError, match=told):
+        _own_address()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_auto_does_not_see_another_users_ray(tmp_path):
+    """A program that looks like a raylet, in the process table of this machine: the real one is read."""
+    fake = tmp_path / "raylet"
+    command = [str(fake), "-c", "import time; time.sleep(60)", "--gcs-address=127.0.0.1:9"]
+    for user, seen in ((0, True), (65534, False)):
+        with subprocess.Popen(command, executable="/bin/sleep", user=user) as process:
+            process.kill()
+            del seen
