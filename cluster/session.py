@@ -187,10 +187,10 @@ def _ray_folder() -> Iterator[Path]:
         ConfigError: the folder for temporary files has too long a path.
         PermissionError: others can write to it.
     """
-    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    base.mkdir(parents=True, exist_ok=True)
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    base.mkdir(mode=0o755, parents=True, exist_ok=True)
     private.require_safe_above(base / "ray")
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base.absolute()))
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base))
     try:
         if len(os.fsencode(folder / "r")) > LONGEST_FOLDER:
             raise ConfigError(

@@ -1,12 +1,24 @@
-"""The environment of processes that compute."""
+"""The environment of processes that compute; the folder, the token and the cluster of a session."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from cluster.session import ALLOCATOR_NAMES, GPU_ENVIRONMENT, worker_environment
+from cluster.cli import RunError
+from cluster.config import ConfigError
+from cluster.reap import Process, processes
+from cluster.session import (
+    ALLOCATOR_NAMES,
+    GPU_ENVIRONMENT,
+    LONGEST_FOLDER,
+    _make_token,
+    _own_address,
+    _ray_folder,
+    worker_environment,
+)
 
 NAME, OLDER_NAME = ALLOCATOR_NAMES
 
@@ -66,7 +78,7 @@ def test_rays_folder_stays_after_an_error_for_its_logs_and_after_nothing_else(mo
 def test_a_folder_for_ray_that_is_unsafe_or_too_deep_is_refused(tmp_path, monkeypatch):
     deep = tmp_path / ("x" * 60)
     monkeypatch.setenv("RAY_TMPDIR", str(deep))
-    with pytest.raises(ConfigError, match=f"RAY_TMPDIR: {deep} is too long"), _ray_folder():
+    with pytest.raises(ConfigError, match=f"RAY_TMPDIR: the path of {deep} is too long"), _ray_folder():
         pass
     assert list(deep.iterdir()) == []
     open_to_all = tmp_path / "open"
@@ -88,7 +100,10 @@ def test_the_longest_allowed_folder_leaves_room_for_every_socket_of_ray():
     ("commands", "told"),
     [
         ([], "no Ray clusters of yours run"),
-        (["/x/raylet --gcs-address=10.0.0.1:6379 --a", "/x/raylet --gcs-address=10.0.0.2:6379"], "2 Ray clusters"),
+        (
+            ["/x/raylet --gcs-address=10.0.0.1:6379 --a", "/x/raylet --gcs-address=10.0.0.2:6379"],
+            "2 Ray clusters",
+        ),
         (["/x/raylet --gcs-address=10.0.0.1:6379 --a", "grep raylet --gcs-address=10.0.0.2:1"], None),
     ],
 )
@@ -103,11 +118,13 @@ def test_auto_means_the_one_cluster_of_this_user(commands, told, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
-def test_auto_does_not_see_another_users_ray(tmp_path):
-    """A program that looks like a raylet, in the process table of this machine: the real one is read."""
-    fake = tmp_path / "raylet"
-    command = [str(fake), "-c", "import time; time.sleep(60)", "--gcs-address=127.0.0.1:9"]
-    for user, seen in ((0, True), (65534, False)):
-        with subprocess.Popen(command, executable="/bin/sleep", user=user) as process:
-            process.kill()
-            del seen
+@pytest.mark.parametrize(("user", "seen"), [(0, True), (65534, False)])
+def test_auto_sees_the_process_table_of_this_user_alone(user, seen):
+    """A program that looks like a raylet: Ray's own search takes every user's."""
+    address = f"127.0.0.1:{os.getpid() % 60000 + 1}"
+    script = "read line; exit # "  # waits for its input
+    command = ["sh", "-c", script, "/x/raylet ", f"--gcs-address={address}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, user=user) as process:
+        rows = [row for row in processes().values() if f"--gcs-address={address}" in row.command]
+        assert bool(rows) == seen
+        process.communicate(b"\n")
