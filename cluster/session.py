@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -161,7 +161,6 @@ def ray_session(
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
 
-    private.read_token()  # and mend what Ray or an earlier version of ours has left
     runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
     with ExitStack() as stack:
         if config.address == "local":
@@ -184,23 +183,31 @@ def _ray_folder() -> Iterator[Path]:
     Ray opens all of its own folders to everyone (0777), its sessions and the code of workers among them.
 
     Raises:
-        ConfigError: the folder for temporary files has too long a path.
-        PermissionError: others can write to it.
+        ConfigError: RAY_TMPDIR is too long.
+        PermissionError: others can write to the folder for temporary files.
     """
-    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    base = _temporary()
     base.mkdir(mode=0o755, parents=True, exist_ok=True)
     private.require_safe_above(base / "ray")
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base))
     try:
-        if len(os.fsencode(folder / "r")) > LONGEST_FOLDER:
-            raise ConfigError(
-                f"RAY_TMPDIR: the path of {base} is too long for Ray's sockets; set it to /tmp, say"
-            )
         yield folder
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    """What RAY_TMPDIR names; else Ray's default, or /tmp where that is too deep. Raises `ConfigError`."""
+    from ray._common.utils import get_default_system_temp_dir
+
+    base = Path(get_default_system_temp_dir()).absolute()
+    if len(os.fsencode(base / "ray-12345678/r")) <= LONGEST_FOLDER:
+        return base
+    if "RAY_TMPDIR" in os.environ:
+        raise ConfigError(f"RAY_TMPDIR: {base} is too long a path for Ray's sockets; set it to /tmp, say")
+    return Path("/tmp")
 
 
 def _make_token(folder: Path) -> Path:
@@ -218,6 +225,8 @@ def _start(
     import ray
     from ray._private import ray_constants
 
+    with suppress(PermissionError):  # it is not this Ray's; mend only what an earlier version has left
+        private.read_token()
     _forget_token()
     # `_node_ip_address=` takes no loopback address. With this switch, which Ray has for Windows and macOS,
     # every port is bound to 127.0.0.1.
@@ -239,6 +248,7 @@ def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:
     """A running cluster."""
     import ray
 
+    private.read_token()
     _forget_token()
     address = config.address
     if address == "auto":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import private
+from tests.commands import ROOT
 
 OTHER = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
@@ -188,3 +189,16 @@ def test_the_command_runs_from_its_source_alone_and_names_what_it_refuses(tmp_pa
     done = subprocess.run([*command, str(tmp_path / "open")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(f"{tmp_path}/open: others can write to it")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_container_that_shows_root_as_nobody_is_no_reason_to_refuse(tmp_path):
+    """Rootless containers have no root of their own: `/` belongs to 65534 there."""
+    script = f"""import os, sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from cluster import private
+from tests.commands import ROOT
+private.require_safe_above(Path("/tmp/x")); print(Path("/").stat().st_uid)"""
+    done = subprocess.run(["unshare", "-U", sys.executable, "-c", script], capture_output=True, text=True)
+    if "unshare" in done.stderr:
+        pytest.skip("this machine forbids user namespaces")
+    assert (done.stdout, done.stderr) == (f"{OTHER}\n", "")
