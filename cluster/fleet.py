@@ -111,6 +111,8 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
         remedy = f"install {site.python} (3.11 or 3.12), or set python in the inventory"
     elif "Permission denied" in error.output or "Read-only" in error.output:
         remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
+    elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
+        remedy = "or set scratch in the inventory"
     else:
         return error
     return RunError(f"{error}; {remedy}")

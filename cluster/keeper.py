@@ -210,7 +210,7 @@ class Keeper:
                 "not run; install the same, or set python in the inventory"
             )
         if "refused" in found:
-            raise Failure(found["refused"])
+            raise Failure(f"{found['refused']}, or set scratch in the inventory")
         if "rsync" not in found:
             raise Failure("has no rsync; install it")
         if "env" not in found:
