@@ -166,7 +166,7 @@ def ray_session(
         if config.address == "local":
             folder = stack.enter_context(_ray_folder())
             stack.enter_context(no_leftovers(f"{folder}/"))
-            stack.enter_context(environment({"RAY_AUTH_TOKEN_PATH": str(_make_token(folder))}))
+            stack.enter_context(environment(_embedded_environment(folder)))
         stack.callback(ray.shutdown)
         if config.address == "local":
             _start(config, resources, folder, runtime_env)
@@ -210,6 +210,13 @@ def _temporary() -> Path:
     return Path("/tmp")
 
 
+def _embedded_environment(folder: Path) -> dict[str, str]:
+    return {
+        "RAY_AUTH_TOKEN_PATH": str(_make_token(folder)),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `_start`: for the processes that Ray starts
+    }
+
+
 def _make_token(folder: Path) -> Path:
     """The token of one embedded Ray, which no other Ray accepts. Ray would share ~/.ray/auth_token, 0644."""
     place = folder / "token"
@@ -230,7 +237,7 @@ def _start(
     _forget_token()
     # `_node_ip_address=` takes no loopback address. With this switch, which Ray has for Windows and macOS,
     # every port is bound to 127.0.0.1.
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         ray.init(
             address="local",
@@ -241,7 +248,7 @@ def _start(
             _temp_dir=str(folder / "r"),
         )
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = True
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:

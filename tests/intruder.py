@@ -4,6 +4,7 @@ import json
 import subprocess
 
 NOBODY = 65534
+JOB = {"entrypoint": "true"}
 AGENT = "http://127.0.0.1:52365/api/job_agent/jobs/"  # on every machine with a Ray
 
 # It runs by itself: user 65534 may not be able to read our modules, nor Python's own.
@@ -32,7 +33,7 @@ for path, kind in plan["paths"].items():
         attempt(f"read {path}", lambda: open(path).close())
         attempt(f"write {path}", lambda: open(path, "a").close())
 for token in plan["tokens"]:
-    request = urllib.request.Request(plan["url"], data=json.dumps({"entrypoint": "true"}).encode())
+    request = urllib.request.Request(plan["url"], data=json.dumps(plan["job"]).encode())
     request.add_header("Content-Type", "application/json")
     if token:
         request.add_header("Authorization", f"Bearer {token}")
@@ -46,7 +47,12 @@ print(json.dumps([done, statuses]))
 
 
 def attack(
-    python: list[str], paths: dict[str, str], tokens: list[str | None], *, user: int = NOBODY
+    python: list[str],
+    paths: dict[str, str],
+    tokens: list[str | None],
+    *,
+    user: int = NOBODY,
+    job: dict[str, str] = JOB,
 ) -> tuple[list[str], list[int]]:
     """What a user could do with `paths`, and the HTTP status that asking for a job had with each token.
 
@@ -54,7 +60,7 @@ def attack(
         python: command line of a Python on that machine, as root.
         paths: path -> "d" for a folder, "s" for a socket, else a file.
     """
-    plan = {"paths": paths, "url": AGENT, "tokens": tokens, "user": user}
+    plan = {"paths": paths, "url": AGENT, "tokens": tokens, "user": user, "job": job}
     done = subprocess.run([*python, "-c", ATTACK], input=json.dumps(plan), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     could, statuses = json.loads(done.stdout)
