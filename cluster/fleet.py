@@ -52,6 +52,7 @@ def headside(site: Inventory, *arguments: str) -> str:
     verb, *rest = arguments
     down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
     return (
+        f"[ ! -e {site.scratch} ] || {site.owned()} || exit {REFUSED}\n"
         f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
         f"exec {site.python} -m cluster.headside {shlex.join([verb, 'site.json', *rest])}"
     )
@@ -93,7 +94,7 @@ def up(cluster: Path, *, report: Callable[[str], None]) -> None:
 def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
     """Code and site to the head, whose keeper then starts. Returns the head's public key."""
     script = (
-        f"set -e\nmkdir -p {site.scratch}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
+        f"set -e\n{site.claim_command()}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
         f"cd {site.code}\n{site.python} -m cluster.keeper start site.json"
     )
     try:
@@ -110,6 +111,8 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
         remedy = f"install {site.python} (3.11 or 3.12), or set python in the inventory"
     elif "Permission denied" in error.output or "Read-only" in error.output:
         remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
+    elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
+        remedy = "or set scratch in the inventory"
     else:
         return error
     return RunError(f"{error}; {remedy}")
@@ -263,7 +266,7 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
         f"[ ! -e {site.code}/site.json ] || "
-        f"{{ cd {site.code} && {site.python} -m cluster.keeper stop site.json; }}"
+        f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.keeper stop site.json; }}"
     )
     patiently(lambda: head.run(stop), patience=60, report=report)
     reap = (Path(__file__).parent / "reap.py").read_bytes()

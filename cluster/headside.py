@@ -148,7 +148,7 @@ class Head:
         """What is remembered of a run; a run that Ray knows and we do not is remembered from now on."""
         place = self.runs / f"{run_id}.json"
         if not place.exists():
-            log = Path("/tmp/ray", self.ray.session(), "logs", f"job-driver-{run_id}.log")
+            log = Path(self.site["scratch"], "ray", self.ray.session(), "logs", f"job-driver-{run_id}.log")
             token = uuid.uuid4().hex[:8]  # another cluster, or this one before a wipe, may have the same id
             files.write_json(place, {"id": run_id, "run": name, "log": str(log), "token": token})
         return json.loads(place.read_text())

@@ -77,16 +77,22 @@ class Rank:
     """One end of a collective. A Ray actor with one GPU, or none."""
 
     def place(self) -> tuple[str, int]:
-        """An address and a free port of this node."""
-        import ray
-
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        """See `free_place`."""
+        return free_place()
 
     def links(self, **arguments: Any) -> dict[str, Any]:
         """See `probe.measure_links`."""
         return asdict(probe.measure_links(**arguments))
+
+
+def free_place() -> tuple[str, int]:
+    """The address of this node, of a process of Ray, and a port that is free there."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return address, free.getsockname()[1]
 
 
 def gpus() -> dict[str, Any]:

@@ -9,6 +9,7 @@ set-up and start commands, so that there is one description of a node.
 import argparse
 import hashlib
 import ipaddress
+import json
 import re
 import shlex
 import sys
@@ -20,8 +21,10 @@ from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import key, require
+from cluster.session import LONGEST_FOLDER
 
 HEADER = "# sha256 of all below: "
+PRIVATE = Path(__file__).with_name("private.py")
 AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
 CODE = ("cluster", "optim", "training", "serving", "pyproject.toml", "constraints.txt")  # what nodes need
 
@@ -37,6 +40,8 @@ class SshConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", self.user) is not None
         require(plain, "ssh.user", f"{self.user!r} is no user name")
+        plain = re.fullmatch(r"[\w./~@+=,][\w./~@+=,-]*", self.key) is not None
+        require(plain, "ssh.key", f"{self.key!r} must be a path of letters, digits and . / ~ @ + = , _ -")
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,16 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.gpus <= 64, "node.gpus", "must lie in 0..64")
-        plain = re.fullmatch(r"[A-Za-z0-9-]+", self.accelerator) is not None
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", self.accelerator) is not None
         require(plain, "node.accelerator", f"{self.accelerator!r} is no accelerator type of Ray, such as A40")
         require(self.cpus is None or self.cpus >= 1, "node.cpus", "must be at least 1")
         require(self.memory_gb is None or self.memory_gb >= 0.5, "node.memory_gb", "must be at least 0.5")
         enough = self.object_store_gb is None or self.object_store_gb >= 0.08
         require(enough, "node.object_store_gb", "must be at least 0.08, which Ray insists on")
-        plain = self.interface is None or re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", self.interface) is not None
+        plain = (
+            self.interface is None
+            or re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{,14}", self.interface) is not None
+        )
         require(plain, "node.interface", f"{self.interface!r} is no name of a network interface")
 
 
@@ -108,10 +116,17 @@ class Inventory:
         for name in ("scratch", "storage"):
             path = getattr(self, name)
             plain = re.fullmatch(r"/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", path) is not None
+            plain = plain and not {".", ".."} & set(path.split("/"))
             require(plain, name, f"{path!r} must be an absolute path of letters, digits, '_', '.' and '-'")
+        short = len(f"{self.scratch}/ray") <= LONGEST_FOLDER
+        require(
+            short, "scratch", f"must be at most {LONGEST_FOLDER - 4} bytes long: Ray's sockets lie below it"
+        )
         require(self.scratch != self.storage, "storage", "must be another folder than scratch")
-        plain = re.fullmatch(r"[A-Za-z0-9_./-]+", self.python) is not None
+        plain = re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", self.python) is not None
         require(plain, "python", f"{self.python!r} is no command")
+        for text in self.preflight:
+            require(text.isprintable(), "preflight", f"{text!r} has characters that cannot be printed")
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -150,20 +165,27 @@ class Inventory:
             "start_worker": self.start_worker_command(),
         }
 
+    def claim_command(self) -> str:
+        """Make the scratch folder, or fail where it is not safe; runs before the code is there."""
+        return f"{self.python} -c {shlex.quote(PRIVATE.read_text())} folder {self.scratch}"
+
+    def owned(self) -> str:
+        """A test before what lies in the scratch folder is run or read: it is not another user's."""
+        problem = f"{self.scratch} is not yours: set scratch in the inventory"
+        return f"{{ test -O {self.scratch} -a ! -L {self.scratch} || {{ echo '{problem}' >&2; false; }}; }}"
+
     def setup_command(self) -> str:
         """Install the pinned environment on a node, unless it is there."""
-        return f"bash {self.code}/cluster/setup.sh {self.code} {self.scratch} {self.python}"
+        setup = f"bash {self.code}/cluster/setup.sh {self.code} {self.scratch} {self.python}"
+        return f"{self.owned()} && {setup}"
 
     def reap_command(self) -> str:
         """End what this cluster runs on a node."""
-        return f"{self.python} {self.code}/cluster/reap.py {self.name}"
+        return f"{self.owned()} && {self.python} {self.code}/cluster/reap.py {self.name}"
 
     def token_command(self) -> str:
-        """Make Ray's token, on the head, unless it is there."""
-        return (
-            "umask 077; mkdir -p ~/.ray; test -s ~/.ray/auth_token || "
-            f"{self.python} -c 'import secrets; print(secrets.token_hex(32), end=\"\")' > ~/.ray/auth_token"
-        )
+        """Make Ray's token, on the head, or mend what is unsafe about the one that is there."""
+        return f"{self.python} {self.code}/cluster/private.py token"
 
     def start_head_command(self, *, autoscaler: bool) -> str:
         """Start Ray on the head. With its autoscaler, Ray itself starts the workers, as `ray up` wants."""
@@ -171,7 +193,9 @@ class Inventory:
             self._environment()
             + f"ray start --head --node-ip-address={self.head} --port={self.ports.gcs}"
             + f" --dashboard-host=127.0.0.1 --dashboard-port={self.ports.dashboard}"
-            + f"{self._resources()} --disable-usage-stats{AUTOSCALER if autoscaler else ''}\n"
+            + f"{self._resources()} --disable-usage-stats{AUTOSCALER if autoscaler else ''} || exit 1\n"
+            + "# nobody uses Ray's client server, which can neither be left out nor bound to loopback\n"
+            + f"pkill -u $(id -u) -f '[r]ay.util.client.server .*{self.head}:{self.ports.gcs}' || true\n"
         )
 
     def start_worker_command(self) -> str:
@@ -202,6 +226,8 @@ class Inventory:
             "export RAY_enable_autoscaler_v2=0",
             "# Ray lowers its workers' priority by 15, which starves them beside anything else",
             "export RAY_worker_niceness=0",
+            "# Ray offers its metrics on every address, without a token; to two of them 65536 means off",
+            "export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=65536 DASHBOARD_METRIC_PORT=65536",
             "# say what is wrong, such as a link that fell back to sockets, and no more",
             "export NCCL_DEBUG=WARN",
             "# the interface between the nodes; without it NCCL may take docker's",
@@ -223,6 +249,8 @@ class Inventory:
             "# NCCL_P2P_DISABLE=1 only makes it slow",
             "# Ray holds a connection and some files per worker",
             "ulimit -n 65536 2> /dev/null || ulimit -n $(ulimit -Hn)",
+            "# Ray keeps what its earlier sessions have left; here the newest five stay",
+            f"ls -dt {self.scratch}/ray/session_2* 2> /dev/null | tail -n +6 | xargs -r rm -rf",
         ]
         return "".join(f"{line}\n" for line in lines)
 
@@ -260,6 +288,8 @@ def load(cluster: Path) -> Inventory:
         UserError: there is no inventory, or the YAML was edited by hand.
     """
     file = beside(cluster)
+    if not cluster.name.isprintable():  # it stands in the YAML
+        raise UserError(f"{str(cluster)!r}: the name has characters that cannot be printed; rename it")
     if cluster.name.endswith(".inventory.yaml") or cluster.suffix != ".yaml" or not file.exists():
         raise UserError(
             f"{file}: no such file; CLUSTER names a Ray YAML, such as cluster/asuncion.yaml, beside whose "
@@ -292,11 +322,11 @@ def ray_yaml(inventory: Inventory, *, origin: str) -> str:
     """The cluster YAML of `ray up`, with the digest of its text in the first line."""
     mounts = "".join(f'  "{inventory.code}/{name}": {name}\n' for name in CODE)
     workers = ", ".join(inventory.workers)
-    external = f"  external_head_ip: {inventory.external_head}\n" if inventory.external_head else ""
+    external = f"  external_head_ip: {_text(inventory.external_head)}\n" if inventory.external_head else ""
     body = f"""\
 # The cluster for Ray's own launcher: `ray up cluster/asuncion.yaml`, from the root of the repository.
 # Made from {origin}, and again whenever that changes: edit there. `make up` does more (README).
-cluster_name: {inventory.name}
+cluster_name: {_text(inventory.name)}
 
 provider:
   type: local                     # on premise: these addresses, and no cloud
@@ -304,8 +334,8 @@ provider:
   worker_ips: [{workers}]
 {external}
 auth:
-  ssh_user: {inventory.ssh.user}
-  ssh_private_key: {inventory.ssh.key}   # Ray copies it to the head, to reach the workers; `make up` does not
+  ssh_user: {_text(inventory.ssh.user)}
+  ssh_private_key: {_text(inventory.ssh.key)}   # Ray copies it to the head, to reach the workers
 
 max_workers: {len(inventory.workers)}   # and as many at least: Ray keeps all that provider.worker_ips names
 upscaling_speed: 1.0
@@ -321,20 +351,29 @@ cluster_synced_files: ["~/.ray/auth_token"]   # made on the head; from there to 
 # The pinned environment: once, and skipped while constraints.txt and pyproject.toml are unchanged.
 initialization_commands: []
 setup_commands:
-  - mkdir -p {inventory.scratch} && {inventory.setup_command()}
+  - |-
+    {inventory.setup_command()}
 head_setup_commands:
   - {inventory.token_command()}
-worker_setup_commands: []
+worker_setup_commands:
+  - {inventory.token_command()}
 
 head_start_ray_commands:
-  - {inventory.reap_command()}
+  - |-
+    {inventory.reap_command()}
   - |
 {_indented(inventory.start_head_command(autoscaler=True))}
 worker_start_ray_commands:
-  - {inventory.reap_command()}
+  - |-
+    {inventory.reap_command()}
   - |
 {_indented(inventory.start_worker_command())}"""
     return f"{HEADER}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+
+
+def _text(value: str) -> str:
+    """As YAML. Quoted, because plain `no`, `null` and `1e3` are no text."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _indented(text: str) -> str:

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster import files
+from cluster import files, private
 from cluster.reap import descendants, of_cluster
 from cluster.rest import FINAL, Ray, RayDown
 
@@ -41,6 +41,7 @@ JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
 PROBE = """
 cd / || exit 9
 echo "python $({python} -c '{identity}' 2>&1 | tail -1)"
+refused=$({python} - folder {scratch} 2>&1) || {{ echo "refused $refused"; exit 0; }}
 mkdir -p {scratch}/env {code} || exit 8
 echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
 test -e {env}/ready && echo "env ready"
@@ -49,9 +50,6 @@ true
 """
 # of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
 IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
-# homes may be shared: the token that others read is not touched where it is right
-GIVE_TOKEN = """umask 077; mkdir -p ~/.ray; new=$(mktemp ~/.ray/auth_token.XXXXXX); cat > $new
-cmp -s $new ~/.ray/auth_token && rm $new || mv $new ~/.ray/auth_token"""
 
 
 class Failure(Exception):
@@ -151,7 +149,8 @@ class Keeper:
         while not self._answers():
             if time.monotonic() > deadline:
                 raise Failure(
-                    "Ray was started and its dashboard does not answer; see /tmp/ray/session_latest/logs"
+                    "Ray was started and its dashboard does not answer; see "
+                    f"{self.scratch}/ray/session_latest/logs"
                 )
             time.sleep(0.5)
 
@@ -202,7 +201,7 @@ class Keeper:
             return
         self._set(worker, "connecting", "")
         probe = PROBE.format(**site, env=env, identity=IDENTITY)
-        answer = self._ssh(worker, probe, patience=20)
+        answer = self._ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
         found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
         mine = _bash(f"{site['python']} -c '{IDENTITY}'")
         if found.get("python") != mine:
@@ -210,13 +209,14 @@ class Keeper:
                 f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
                 "not run; install the same, or set python in the inventory"
             )
+        if "refused" in found:
+            raise Failure(f"{found['refused']}, or set scratch in the inventory")
         if "rsync" not in found:
             raise Failure("has no rsync; install it")
         if "env" not in found:
             self._copy_environment(worker, env, free=int(found.get("free") or 0))
         self._rsync(worker, self.scratch / "code")
-        token = Path("~/.ray/auth_token").expanduser().read_bytes()
-        self._ssh(worker, GIVE_TOKEN, given=token)
+        self._ssh(worker, f"{site['token']} -", given=private.read_token())
         self._set(worker, "starting", "Ray")
         first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
         named = f"export ASUNCION_CLUSTER={site['name']} ASUNCION_NODE={worker}\n"

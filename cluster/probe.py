@@ -281,12 +281,15 @@ def measure_links(
     import torch
     import torch.distributed as dist
 
+    from cluster.rendezvous import meet
+
     gpu = device == "cuda"
-    dist.init_process_group(
+    meet(
         "nccl" if gpu else "gloo",
-        init_method=f"tcp://{address}:{port}",
         rank=rank,
         world_size=num_ranks,
+        address=address,
+        port=port,
         timeout=timedelta(minutes=2),
     )
     try:

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -209,7 +210,7 @@ def _copy(
 @contextmanager
 def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | None]:
     """This laptop's copy of the log, at its end; None if another process here is writing it."""
-    place = site.home / "logs" / f"{record['id']}-{record['token']}.log"
+    place = site.home / "logs" / _plain(f"{record['id']}-{record['token']}.log")
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("ab", buffering=0) as log:
         try:
@@ -222,6 +223,13 @@ def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | No
             return
         log.seek(0, os.SEEK_END)
         yield log
+
+
+def _plain(name: str) -> str:
+    """A name that the head has told, for a file of this laptop. Raises `RunError` if it leads elsewhere."""
+    if re.fullmatch(r"\w[\w.-]*", name) is None:
+        raise RunError(f"the head tells {name!r} as a name, which is none of a run; nothing was written")
+    return name
 
 
 def attach(cluster: Path, run: str) -> None:
@@ -244,7 +252,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
         RunError: there is no such run, or rsync failed for another reason than the link.
     """
     site = inventory.load(cluster)
-    name = ask(site, headside(site, "resolve", run))["run"]
+    name = _plain(ask(site, headside(site, "resolve", run))["run"])
     (target / name).mkdir(parents=True, exist_ok=True)
     command = rsync(
         Ssh(site, site.head),

@@ -5,12 +5,15 @@ link. Source: https://docs.ray.io/en/latest/cluster/running-applications/job-sub
 """
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+from cluster.private import read_token, token_file
 
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")  # states of a job that has ended
 
@@ -22,9 +25,9 @@ class RayDown(RuntimeError):
 class Ray:
     """The Ray whose dashboard listens on a loopback port of this machine."""
 
-    def __init__(self, dashboard_port: int, *, token_file: Path = Path("~/.ray/auth_token")) -> None:
+    def __init__(self, dashboard_port: int) -> None:
+        self._port = dashboard_port
         self._base = f"http://127.0.0.1:{dashboard_port}"
-        self._token_file = token_file.expanduser()
 
     def is_up(self) -> bool:
         """Whether it answers."""
@@ -35,7 +38,7 @@ class Ray:
         return True
 
     def session(self) -> str:
-        """Name of its session; its logs lie in /tmp/ray/<session>. `session_latest` may be another Ray's."""
+        """Name of its session; its logs lie in <scratch>/ray/<session>."""
         return self._ask("GET", "/api/version")["session_name"]
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -79,9 +82,16 @@ class Ray:
         binary: bool = False,
         absent: tuple[int, ...] = (),
     ) -> Any:
+        owner = listener(self._port)
+        if owner is None:
+            raise RayDown(f"Ray does not answer at {self._base}")
+        if owner != os.getuid():  # who would be given the token
+            raise ValueError(
+                f"port {self._port} is user {owner}'s, not your Ray's; set ports.dashboard in the inventory"
+            )
         request = urllib.request.Request(self._base + path, data=data, method=method)
-        if self._token_file.exists():
-            request.add_header("Authorization", f"Bearer {self._token_file.read_text().strip()}")
+        if token := read_token():
+            request.add_header("Authorization", f"Bearer {token.decode()}")
         request.add_header("Content-Type", "application/octet-stream" if binary else "application/json")
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
@@ -92,7 +102,7 @@ class Ray:
                 return None
             if error.code == 401:
                 raise ValueError(
-                    f"Ray refuses the token in {self._token_file}; `make down`, then `make up`"
+                    f"Ray refuses the token in {token_file()}; `make down`, then `make up`"
                 ) from error
             if error.code >= 500 and "already exists" not in said:
                 raise RayDown(f"Ray's job server: {_reason(said) or error}") from error
@@ -105,6 +115,16 @@ class Ray:
             return json.loads(body)
         except ValueError as error:
             raise RayDown(f"what answers at {self._base} is not Ray's job server") from error
+
+
+def listener(port: int) -> int | None:
+    """The user who listens on this TCP port of 127.0.0.1, or on every address; None: nobody."""
+    loopback, every = "0100007F", "00000000"
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, _, _, _, user, *_ = line.split()
+        if state == "0A" and local in (f"{loopback}:{port:04X}", f"{every}:{port:04X}"):
+            return int(user)
+    return None
 
 
 def _reason(traceback: str) -> str:

@@ -5,16 +5,21 @@ Nothing else in the project calls `ray.init` or sets an environment variable of 
 
 import logging
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from cluster import private
 from cluster.config import ConfigError, key, require
 from cluster.process import no_leftovers
+from cluster.reap import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +32,8 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; said aloud, so that 2.60 does not warn
 }
+# Of an embedded Ray's folder: Linux allows 107 bytes for the path of a socket.
+LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 # Set in every training process, under Ray and under torchrun alike.
 WORKER_ENVIRONMENT = {
@@ -126,12 +133,17 @@ def set_defaults(environment: Mapping[str, str]) -> None:
 def worker_environment(*, gpu: bool, threads: int) -> dict[str, str]:
     """The environment of a process that computes; on CPU, `threads` compute threads.
 
-    What the user has set of the GPU's memory allocator, in this process's environment, stays.
+    What the user has set of the GPU's memory allocator and of torch's compiler, in this process's
+    environment, stays.
     """
+    # torch's own choice, /tmp/torchinductor_<user>, can be another user's: what lies in it is loaded and run
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(home / "asuncion" / "torchinductor")
+    common = {**WORKER_ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": compiled}
     if gpu:
         own = {name: os.environ[name] for name in ALLOCATOR_NAMES if name in os.environ}
-        return {**WORKER_ENVIRONMENT, **(own or GPU_ENVIRONMENT)}
-    return {**WORKER_ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        return {**common, **(own or GPU_ENVIRONMENT)}
+    return {**common, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
 
 
 @contextmanager
@@ -157,42 +169,144 @@ def ray_session(
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
 
-    local = config.address == "local"
-    # The folder of an embedded Ray's logs ends with this process's id.
-    with no_leftovers(f"_{os.getpid()}/logs/") if local else nullcontext():
-        _connect(config, resources, {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}})
-        try:
-            _check_resources(ray.cluster_resources(), resources, smaller=smaller)
-            yield
-        finally:
-            ray.shutdown()
+    runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
+    with ExitStack() as stack:
+        if config.address == "local":
+            folder = stack.enter_context(_ray_folder())
+            stack.enter_context(no_leftovers(f"{folder}/"))
+            stack.enter_context(environment(_embedded_environment(folder)))
+        stack.callback(ray.shutdown)
+        if config.address == "local":
+            _start(config, resources, folder, runtime_env)
+        else:
+            _join(config, runtime_env)
+        _check_resources(ray.cluster_resources(), resources, smaller=smaller)
+        yield
 
 
-def _connect(config: SessionConfig, resources: Mapping[str, float], runtime_env: dict[str, Any]) -> None:
-    import ray
+@contextmanager
+def _ray_folder() -> Iterator[Path]:
+    """A folder for an embedded Ray that nobody else can enter; after an error it stays, for Ray's logs.
 
-    options: dict[str, Any] = {
-        "address": config.address,
-        "log_to_driver": False,  # workers report through the run's files
-        "logging_level": logging.WARNING,
-        "runtime_env": runtime_env,
+    Ray opens all of its own folders to everyone (0777), its sessions and the code of workers among them.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is too long.
+        PermissionError: others can write to the folder for temporary files.
+    """
+    base = _temporary()
+    base.mkdir(mode=0o755, parents=True, exist_ok=True)
+    private.require_safe_above(base / "ray")
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base))
+    try:
+        yield folder
+    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    """What RAY_TMPDIR names; else Ray's default, or /tmp where that is too deep. Raises `ConfigError`."""
+    from ray._common.utils import get_default_system_temp_dir
+
+    base = Path(get_default_system_temp_dir()).absolute()
+    if len(os.fsencode(base / "ray-12345678/r")) <= LONGEST_FOLDER:
+        return base
+    if "RAY_TMPDIR" in os.environ:
+        raise ConfigError(f"RAY_TMPDIR: {base} is too long a path for Ray's sockets; set it to /tmp, say")
+    return Path("/tmp")
+
+
+def _embedded_environment(folder: Path) -> dict[str, str]:
+    return {
+        "RAY_AUTH_TOKEN_PATH": str(_make_token(folder)),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `_start`: for the processes that Ray starts
     }
-    if config.address == "local":
+
+
+def _make_token(folder: Path) -> Path:
+    """The token of one embedded Ray, which no other Ray accepts. Ray would share ~/.ray/auth_token, 0644."""
+    place = folder / "token"
+    place.touch(mode=0o600, exist_ok=False)
+    place.write_text(secrets.token_hex(32))
+    return place
+
+
+def _start(
+    config: SessionConfig, resources: Mapping[str, float], folder: Path, runtime_env: dict[str, Any]
+) -> None:
+    """An embedded Ray, reachable from this machine alone."""
+    import ray
+    from ray._private import ray_constants
+
+    with suppress(PermissionError):  # it is not this Ray's; mend only what an earlier version has left
+        private.read_token()
+    _forget_token()
+    # `_node_ip_address=` takes no loopback address. With this switch, which Ray has for Windows and macOS,
+    # every port is bound to 127.0.0.1.
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
         ray.init(
-            **options,
+            address="local",
+            **_options(runtime_env),
             num_cpus=ceil(resources["CPU"]),
             object_store_memory=config.object_store_megabytes * 1_000_000,
             include_dashboard=False,
+            _temp_dir=str(folder / "r"),
         )
-        return
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:
+    """A running cluster."""
+    import ray
+
+    private.read_token()
+    _forget_token()
+    address = config.address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _own_address()
     try:
-        ray.init(**options)
+        ray.init(address=address, **_options(runtime_env))
     except ConnectionError as error:
         raise ConfigError(
             f"session.address: no Ray cluster answers at {config.address!r} "
             f"({str(error).splitlines()[0]}); start one with `ray up` or `ray start --head`, "
             "or use session.address=local"
         ) from error
+
+
+def _own_address() -> str:
+    """The cluster that this machine is a node of. Ray's own search would join another user's Ray too.
+
+    Raises:
+        ConfigError: no Ray of this user runs here, or several do.
+    """
+    words = [process.command.split() for process in processes().values() if "/raylet " in process.command]
+    found = {word.partition("=")[2] for line in words for word in line if word.startswith("--gcs-address=")}
+    if len(found) != 1:
+        raise ConfigError(
+            f"session.address: 'auto', but {len(found) or 'no'} Ray clusters of yours run on this machine "
+            f"({', '.join(sorted(found)) or 'start one with `ray start --head`'}); set host:port, or local"
+        )
+    return found.pop()
+
+
+def _options(runtime_env: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "log_to_driver": False,  # workers report through the run's files
+        "logging_level": logging.WARNING,
+        "runtime_env": runtime_env,
+    }
+
+
+def _forget_token() -> None:
+    """A process that has been in another Ray remembers that one's token."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
+
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _check_resources(available: Mapping[str, float], needed: Mapping[str, float], *, smaller: str) -> None:

@@ -3,7 +3,10 @@
 # pinned and of the Python that it is made from. SCRATCH/activate puts it on the PATH.
 #   setup.sh CODE SCRATCH PYTHON
 set -euo pipefail
+umask 022
 code=$1 scratch=$2 python=$3
+
+"$python" "$code/cluster/private.py" folder "$scratch"
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || {
   echo "$(hostname): $python is $("$python" -V 2>&1), and 3.11 or 3.12 is needed: set python in the inventory" >&2
@@ -27,10 +30,14 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
 fi
 echo "$hash" > "$scratch/env/current"
 # RAY_AUTH_MODE: with token and without it Ray's commands cannot talk, and its default differs between them.
+# RAY_TMPDIR, TORCHINDUCTOR_CACHE_DIR: in /tmp others could put code there that runs as us; in SCRATCH nobody.
 cat > "$scratch/activate.new" <<ACTIVATE
 export PATH=$env/bin:\$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+export RAY_TMPDIR=$scratch TORCHINDUCTOR_CACHE_DIR=$scratch/torchinductor
 ACTIVATE
 mv "$scratch/activate.new" "$scratch/activate"
 # Ray's own launcher runs plain \`ray\` and \`python\` through ~/.bashrc.
-line="[ -f $scratch/activate ] && . $scratch/activate  # asuncion"
+# SCRATCH may be another user's by then.
+line="[ -O $scratch -a -O $scratch/activate ] && . $scratch/activate  # asuncion"
+[ ! -e ~/.bashrc ] || sed -i --follow-symlinks "\|^\[ -f $scratch/activate \]|d" ~/.bashrc
 grep -qsxF "$line" ~/.bashrc || echo "$line" >> ~/.bashrc

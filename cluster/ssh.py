@@ -208,7 +208,16 @@ def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> li
     """
     remote = shlex.join(["ssh", *node.options()])
     return [
-        *("rsync", "--archive", "--compress", "--partial-dir=.rsync-partial", "--stats", "-e", remote),
+        *(
+            "rsync",
+            "--archive",
+            "--safe-links",
+            "--compress",
+            "--partial-dir=.rsync-partial",
+            "--stats",
+            "-e",
+            remote,
+        ),
         *(f"--exclude={name}" for name in exclude),
         *(f"{node.user}@{node.host}:{source.rstrip('/')}/", f"{target}/"),
     ]

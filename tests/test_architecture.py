@@ -59,6 +59,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "deepspeed.initialize": ("optim.contenders", "training.engine"),
     "torch.distributed": (
         "cluster.probe",
+        "cluster.rendezvous",
         "optim.contenders",
         "optim.fused",
         "optim.zero",
@@ -133,7 +134,14 @@ TORCH_FREE = (
 
 
 # What runs on a node before there is an environment.
-STANDARD_ONLY = ("cluster.files", "cluster.headside", "cluster.keeper", "cluster.reap", "cluster.rest")
+STANDARD_ONLY = (
+    "cluster.files",
+    "cluster.headside",
+    "cluster.keeper",
+    "cluster.private",
+    "cluster.reap",
+    "cluster.rest",
+)
 
 
 def module_name(path: Path, root: Path) -> str:

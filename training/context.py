@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from cluster.cli import BAD_INPUT
+from cluster.rendezvous import interface_of
+from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
 Result = TypeVar("Result")
@@ -133,6 +135,8 @@ def torch_context(ranks: Ranks | None = None, *, gpu: bool) -> Iterator[Context]
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) == ranks.world_size:  # one machine
+        set_defaults({"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo"})
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=ranks.store, rank=ranks.rank, world_size=ranks.world_size
     )

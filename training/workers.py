@@ -39,8 +39,10 @@ def run(
         RunError: a worker failed; its own message. The traceback is in `directory`/failure.log.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.process_group import GroupConfig
 
     elastic = (workers.min_count, workers.count)
     trainer = TorchTrainer(
@@ -52,7 +54,7 @@ def run(
             resources_per_worker=_each(workers),
             accelerator_type=workers.accelerator,
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        torch_config=GroupConfig(backend="nccl" if workers.gpu else "gloo"),
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(directory),

@@ -5,7 +5,9 @@ import time
 
 import pytest
 
-from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, Lab, missing
+from tests.intruder import attack
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, PYTHON, SCRATCH, Lab, missing
+from tests.listening import compare, documented, listening_there
 
 pytestmark = [
     pytest.mark.stack,
@@ -17,6 +19,7 @@ OUTAGE_SECONDS = 12  # the full minute is in test_cluster_at_length.py
 def test_a_run_survives_the_link_and_the_laptop(tmp_path):
     with Lab(tmp_path) as lab:
         lab.link(**lab.slow)
+        _require_no_scratch_of_another(lab)
         lab.seed_environment()
         up = lab.up()
         assert up.returncode == 0, up.stdout + up.stderr
@@ -29,6 +32,8 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         command = lab.train(run__name="night", schedule__tokens=512 * 20_000, checkpoint__every_steps=200)
         first = lab.start(*command)
         first.until(r"^step [1-9]", seconds=120)
+        _require_nothing_for_others(lab)
+        _require_what_listens_is_documented(lab)
         lab.link(down=True)
         first.until("link lost", seconds=30)
         time.sleep(OUTAGE_SECONDS)
@@ -71,3 +76,38 @@ def _require_no_key_of_the_laptop(lab):
     assert all(ADDRESSES[name] in pinned for name in CLUSTER)
     state = json.loads(lab.run("head", "cat /scratch/lab/keeper.json").stdout)
     assert set(state["nodes"]) == {ADDRESSES[name] for name in CLUSTER}
+
+
+def _require_no_scratch_of_another(lab):
+    """A folder that somebody else has put there is refused, and nothing in it is run."""
+    plant = f"""mkdir -p {SCRATCH}/code/cluster && cd {SCRATCH} && echo 'touch /tmp/ran' > activate
+    echo 'open("/tmp/ran", "w")' | tee code/cluster/keeper.py > code/cluster/headside.py
+    echo {{}} > code/site.json && chown -R 65534 ."""
+    assert lab.run("head", plant).returncode == 0
+    for verb in ("up", "status", "down"):
+        done = lab.call("cluster.fleet", verb, CLUSTER_FILE)
+        assert done.returncode == 1
+        assert f"{SCRATCH}: belongs to user 65534" in done.stderr or f"{SCRATCH} is not yours" in done.stderr
+    assert lab.run("head", f"ls /tmp/ran; rm -r {SCRATCH}").stdout == ""
+
+
+def _require_nothing_for_others(lab):
+    """Another user of a node reads no file of Ray's, plants none, and runs no job."""
+    places = f"{SCRATCH} {SCRATCH}/ray /root/.ray"
+    for name in ("head", "worker1"):
+        listed = lab.run(name, f"find {places} -maxdepth 4 -type d,s,f -printf '%y%p\\n'").stdout
+        paths = {line[1:]: line[0] for line in listed.splitlines()}
+        assert any(path.endswith("working_dir_files") for path in paths) and "s" in paths.values()
+        could, statuses = attack(lab.command(name, PYTHON, "-I"), paths, [None, "0" * 64])
+        assert could == [] and set(statuses) <= {401, 403} and len(statuses) == 2
+
+
+def _require_what_listens_is_documented(lab):
+    """On all hosts together: each row of the tables, and nothing else but sshd."""
+    heading, found = "What listens on a node", set()
+    for name in CLUSTER:
+        for process, address, port in listening_there(lab.command(name, PYTHON)):
+            if process != "sshd:":
+                found.add((process, "node" if address == ADDRESSES[name] else address, port))
+    rows = documented("cluster/README.md", heading) | documented("training/README.md", heading)
+    assert compare(found, rows) == {}

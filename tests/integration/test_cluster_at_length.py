@@ -308,7 +308,7 @@ def test_a_port_in_use_is_named(bare):
 
 
 def test_a_full_disk_is_named(bare):
-    full = f"mkdir -p {SCRATCH} && mount -t tmpfs -o size=64k tmpfs {SCRATCH}"
+    full = f"mkdir -p {SCRATCH} && mount -t tmpfs -o size=64k,mode=755 tmpfs {SCRATCH}"
     assert bare.run("head", full).returncode == 0
     up = bare.up()
     assert up.returncode == 1
@@ -316,12 +316,39 @@ def test_a_full_disk_is_named(bare):
 
 
 def test_a_full_disk_on_a_worker_is_named_and_the_other_joins(bare):
-    full = f"mkdir -p {SCRATCH} && mount -t tmpfs -o size=64k tmpfs {SCRATCH}"
+    full = f"mkdir -p {SCRATCH} && mount -t tmpfs -o size=64k,mode=755 tmpfs {SCRATCH}"
     assert bare.run("worker1", full).returncode == 0
     up = bare.up()
     assert up.returncode == 1 and "2 of 3 nodes joined" in up.stderr
     assert re.search(rf"{ADDRESSES['worker1']}: .*make room, or set scratch in the inventory", up.stderr)
     assert bare.run("worker1", f"umount {SCRATCH}").returncode == 0
+    assert bare.up().returncode == 0
+
+
+def test_a_worker_whose_scratch_is_another_users_is_named_and_the_other_joins(bare):
+    plant = f"""mkdir -p {SCRATCH}/code/cluster && cd {SCRATCH}
+    echo 'touch /tmp/ran' | tee activate code/cluster/setup.sh && chown -R 65534 ."""
+    assert bare.run("worker1", plant).returncode == 0
+    up = bare.up()
+    assert up.returncode == 1 and "2 of 3 nodes joined" in up.stderr
+    assert f"{ADDRESSES['worker1']}: {SCRATCH}: belongs to user 65534" in up.stderr
+    assert bare.run("worker1", f"ls /tmp/ran; rm -r {SCRATCH}").stdout == ""
+    assert bare.up().returncode == 0
+
+
+def test_a_worker_whose_token_was_planted_is_named(bare):
+    """And a home that others can read gets closed."""
+    plant = "mkdir -m 755 ~/.ray && echo planted > ~/.ray/auth_token"
+    assert bare.run("worker1", f"{plant} && chown 65534 ~/.ray/auth_token").returncode == 0
+    assert bare.run("worker2", f"{plant} && chmod 644 ~/.ray/auth_token").returncode == 0
+    up = bare.up()
+    assert up.returncode == 1 and "2 of 3 nodes joined" in up.stderr
+    assert f"{ADDRESSES['worker1']}: /root/.ray/auth_token: may be the token of another user" in up.stderr
+    said = bare.run(
+        "worker2", "stat -c '%a %u' ~/.ray ~/.ray/auth_token; cat ~/.ray/auth_token"
+    ).stdout.split()
+    assert said[:4] == ["700", "0", "600", "0"] and said[4] != "planted"
+    assert bare.run("worker1", "rm ~/.ray/auth_token").returncode == 0
     assert bare.up().returncode == 0
 
 

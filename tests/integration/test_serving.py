@@ -28,6 +28,7 @@ from serving.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.integration.test_endpoint import BODIES
+from tests.listening import compare, documented, listening
 from training.model import Llama, initialize
 from training.shapes import LlamaShape, to_hf_config
 
@@ -53,6 +54,14 @@ def url() -> Iterator[str]:
 def post(url: str, **fields: object) -> httpx.Response:
     body = {"model": NAME, "prompt": [1], "max_tokens": 3} | fields
     return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+
+
+def test_what_listens_beside_haproxy_is_what_the_readmes_say(url):
+    found = {place for place in listening(os.getpid()) if place[0] != "haproxy"}
+    assert {name for name, _, _ in found} >= {"driver", "raylet", "ray worker"}
+    rows = documented("cluster/README.md", "What listens without a cluster")
+    rows |= documented("serving/README.md", "What listens besides")
+    assert compare(found, rows).get("untold") is None
 
 
 def figure(url: str, name: str) -> float:

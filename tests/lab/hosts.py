@@ -238,7 +238,7 @@ class Lab:
 
     def log_on_head(self, run: str) -> bytes:
         """The log of a run, as Ray wrote it."""
-        done = self.run("head", f"cat /tmp/ray/session_latest/logs/job-driver-{run}.log")
+        done = self.run("head", f"cat {SCRATCH}/ray/session_latest/logs/job-driver-{run}.log")
         assert done.returncode == 0, done.stderr
         return done.stdout.encode()
 

@@ -83,7 +83,7 @@ def head(server, tmp_path):
 def test_a_run_that_is_going_is_found_and_not_started_twice(head, server):
     first, again = head.submit(REQUEST, b"code"), head.submit(REQUEST, b"code")
     assert first == {**again, "going": False} and again["going"] and first["id"] == "night-1"
-    assert first["log"] == "/tmp/ray/session_now/logs/job-driver-night-1.log"
+    assert first["log"] == f"{head.site['scratch']}/ray/session_now/logs/job-driver-night-1.log"
     assert list(server.jobs) == ["night-1"] and server.uploads == {"x.zip": b"code"}
     with pytest.raises(Refused, match="another configuration"):
         head.submit({**REQUEST, "config": "b"}, b"code")

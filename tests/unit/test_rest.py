@@ -1,4 +1,14 @@
-from cluster.rest import _reason
+"""Ray's REST interface: whom it talks to, and what it makes of an error."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.private import make_token
+from cluster.rest import Ray, _reason, listener
+from cluster.session import free_ports
 
 TRACEBACK = """Traceback (most recent call last):
   File "job_head.py", line 1, in submit_job
@@ -14,3 +24,30 @@ def test_the_reason_is_the_last_error_and_not_the_last_line():
     assert _reason(TRACEBACK) == "FileNotFoundError: [Errno 2] No such file or directory ."
     assert _reason("No available agent\n") == "No available agent"
     assert _reason("") == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can listen as another user")
+def test_the_token_is_not_given_to_another_users_port(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_token()
+    script = """
+import os, socket
+os.setuid(65534); one = socket.socket(); one.bind(("127.0.0.1", 0)); one.listen()
+print(one.getsockname()[1], flush=True)
+one.settimeout(2)
+try:
+    print(one.accept()[0].recv(4096))
+except TimeoutError:
+    print("nothing")
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as squatter:
+        port = int(squatter.stdout.readline())
+        assert listener(port) == 65534
+        with pytest.raises(ValueError, match=f"port {port} is user 65534's"):
+            Ray(port).is_up()
+        assert squatter.stdout.readline() == "nothing\n"
+
+
+def test_a_port_on_which_nobody_listens_is_a_ray_that_is_down():
+    assert listener(free_ports(1)[0]) is None
+    assert not Ray(free_ports(1)[0]).is_up()
