@@ -20,7 +20,7 @@ train: $(VENV)/ready
 	  $(if $(SKIP_PREFLIGHT),--skip-preflight) $(ARGS)
 
 prepare: $(VENV)/ready
-	$(PY) training.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+	$(PY) training.data.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 study: $(VENV)/ready
 	$(PY) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -32,7 +32,7 @@ baseline: $(VENV)/ready
 	$(PY) training.baseline $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
 parity: $(VENV)/ready
-	$(PY) serving.parity $(or $(A),$(error say A=FILE and B=FILE, of make baseline, or B=datasheet:h100)) $(B) $(ARGS)
+	$(PY) cluster.parity $(or $(A),$(error say A=FILE and B=FILE, of make baseline, or B=datasheet:h100)) $(B) $(ARGS)
 
 projection: $(VENV)/ready
 	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -44,14 +44,14 @@ serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 up status down: $(VENV)/ready
-	$(PY) cluster.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
 
 attach stop pull: $(VENV)/ready
-	$(PY) cluster.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
+	$(PY) cluster.laptop.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
 	  $(if $(RUN),--run $(RUN))
 
 preflight: $(VENV)/ready
-	$(PY) $(if $(CLUSTER),cluster.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
+	$(PY) $(if $(CLUSTER),cluster.laptop.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
 
 # Two workers, which divide the files as tests/conftest.py says.
 test: $(VENV)/ready

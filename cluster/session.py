@@ -18,8 +18,8 @@ from typing import Any
 
 from cluster import private
 from cluster.config import ConfigError, key, require
+from cluster.head.reap import processes
 from cluster.process import no_leftovers
-from cluster.reap import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +67,7 @@ def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
 
     Args:
         folder: for HAProxy's files, its admin socket among them: at Ray's default place anyone may use that.
-            The program itself is expected there, as HAPROXY (`serving.haproxy`).
+            The program itself is expected there, as HAPROXY (`serving.endpoint.haproxy`).
         haproxy: Serve's ingress is HAProxy and not Serve's own proxy.
     """
     metrics, statistics, http, grpc, fallback_http, fallback_grpc = free_ports(6)

@@ -26,7 +26,7 @@ def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False, fp32: 
     """FLOPs to orthogonalise one matrix.
 
     Args:
-        symmetric: symmetric products cost half (optim/kernels.py, optim/native.cpp).
+        symmetric: symmetric products cost half (optim/kernels/gpu.py, optim/kernels/native.cpp).
         fp32: so do products of two polynomials of the Gram matrix; only with `symmetric`.
     """
     short, long = sorted((rows, cols))

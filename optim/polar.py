@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim import kernels, native
 from optim.cost import GRAM_RESTART, uses_gram
+from optim.kernels import gpu as kernels
+from optim.kernels import native
 from optim.precision import gram_dtype, product_dtype
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -129,8 +130,8 @@ def orthogonalize(
 
 def _standard_form(x: Tensor, coefficients: Coefficients) -> Tensor:
     # The identity goes onto the polynomial's diagonal, where bf16 rounds it: 2% from the exact polynomials on
-    # Gaussian matrices. a·X apart, as torch.optim.Muon and optim/native.cpp have it, gives 1.1%, and in torch
-    # a dearer product with X.
+    # Gaussian matrices. a·X apart, as torch.optim.Muon and optim/kernels/native.cpp have it, gives 1.1%, and
+    # in torch a dearer product with X.
     for a, b, c in coefficients:
         x = _multiply(_polynomial(_gram_matrix(x), a, b, c), x)
     return x

@@ -2,14 +2,14 @@
 
 A rule is three functions. `direction` is elementwise, so it runs on any shard of the parameter;
 `transform` needs whole matrices, and only a rule with `whole` has it; `apply` is elementwise again.
-`step` composes them on one whole parameter: the single-process oracle. `optim.fused` runs the same three
+`step` composes them on one whole parameter: the single-process oracle. `optim.step.fused` runs the same three
 functions on shards, with an exchange on either side of `transform`.
 
 The gradient is taken at a point that `apply` returns. It is the new weights, except for rules that look
 ahead of them: there the model computes with the point and the fp32 masters hold the weights, so the point
 costs no state of its own.
 
-To add a rule, write its class here and a line in `training.engine.make_rules`; the tests of every rule
+To add a rule, write its class here and a line in `training.run.engine.make_rules`; the tests of every rule
 (tests/numerics/test_rules.py, test_fused.py) then want its oracle.
 """
 
@@ -38,7 +38,7 @@ LINES = {"row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-
 
 
 class Rule(Protocol):
-    """What `optim.fused` needs of a rule. State, gradients and weights are fp32."""
+    """What `optim.step.fused` needs of a rule. State, gradients and weights are fp32."""
 
     state_names: ClassVar[tuple[str, ...]]  # laid out as the weights
     row_state_names: ClassVar[tuple[str, ...]]  # one number per row of a whole matrix, kept by its owner
@@ -323,7 +323,7 @@ class TransportedScion(Scion):
         cap: the largest c·β/(1-β), in steps.
         ramp_steps: over how many steps the factor rises from 0. Momentum that starts at zero makes
             β/(1-β)·(1-β^t) the exact factor after step t; 1/(1-β) comes close, and 0 overshoots at first
-            (training/synthetic.py measures it).
+            (training/study/synthetic.py measures it).
     """
 
     transport: float = 1.0

@@ -10,8 +10,8 @@ from cluster import process, runs
 from cluster.cli import UserError
 from cluster.session import ROOT
 from serving.config import ModelConfig
-from training import shapes
-from training.shapes import LlamaShape
+from training.model import shapes
+from training.model.shapes import LlamaShape
 
 NEWEST = "newest"
 INSTEAD = "name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"

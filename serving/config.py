@@ -23,7 +23,7 @@ class ModelConfig:
         "newest",
         "a Hugging Face LLaMA directory; a run's name or directory, exported where needed; or 'newest'",
     )
-    shape: str | None = key(None, "weights=random: a name from training/shapes.py, or a config.json")
+    shape: str | None = key(None, "weights=random: a name from training/model/shapes.py, or a config.json")
     weights: str = key("checkpoint", "'checkpoint', or 'random' for speed work on a shape alone")
     seed: int = key(0, "weights=random: of the weights")
     name: str | None = key(None, "what clients call the model; default: the run's or the shape's name")
@@ -51,7 +51,7 @@ class EngineConfig:
         32_768, "torch: tokens whose keys and values fit the cache, all requests together; vllm sizes its own"
     )
     step_tokens: int = key(256, "most tokens of a step: one of each running request, then prompts")
-    compiled: bool = key(True, "CPU: use serving/native.cpp where it can run; GPU: CUDA graphs")
+    compiled: bool = key(True, "CPU: use serving/engine/native.cpp where it can run; GPU: CUDA graphs")
 
     def __post_init__(self) -> None:
         require_choice("engine.kind", self.kind, ENGINES)

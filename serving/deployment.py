@@ -37,19 +37,20 @@ from cluster.session import (
     serve_environment,
     worker_environment,
 )
-from serving import checkpoints, haproxy
+from serving import checkpoints
 from serving.checkpoints import Served
 from serving.config import DeploymentConfig, ServeConfig
-from serving.endpoint import FIGURES, LATENCIES, make_endpoint
-from serving.engine import EngineStats
-from serving.engine_process import EngineProcess, Factory, make_engine
-from serving.hosts import allowed_hosts
-from serving.text import load_tokenizer, numbered_tokenizer
-from training import shapes
+from serving.endpoint import haproxy
+from serving.endpoint.hosts import allowed_hosts
+from serving.endpoint.service import FIGURES, LATENCIES, make_endpoint
+from serving.endpoint.text import load_tokenizer, numbered_tokenizer
+from serving.engine.process import EngineProcess, Factory, make_engine
+from serving.engine.protocol import EngineStats
+from training.model import shapes
 
 NAME = "completions"
-# Requests at a replica at once. The endpoint limits them itself (`serving.bodies`, `Engine.submit`), so that
-# unfinished bodies hold up nobody; this exceeds what HAProxy lets in (4096 connections).
+# Requests at a replica at once. The endpoint limits them itself (`serving.endpoint.bodies`, `Engine.submit`),
+# so that unfinished bodies hold up nobody; this exceeds what HAProxy lets in (4096 connections).
 MOST_REQUESTS = 8192
 READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
 POLL_SECONDS = 0.2
@@ -143,7 +144,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
 
 def describe(config: ServeConfig) -> str:
     """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
-    from serving import torch_engine
+    from serving.engine import torch_engine
 
     served, engine = checkpoints.find(config.model), config.engine
     lines = [("model", f"{served.name}, from {served.directory or 'random weights'}")]

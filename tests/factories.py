@@ -7,7 +7,7 @@ import time
 from cluster.cli import UserError
 from serving.checkpoints import Served
 from serving.config import ServeConfig
-from serving.engine import Engine, EngineInfo, EngineStats, Ticket
+from serving.engine.protocol import Engine, EngineInfo, EngineStats, Ticket
 
 
 class Peculiar(Exception):

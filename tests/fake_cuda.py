@@ -26,8 +26,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from optim import kernels
-from optim.kernels import SegmentTable
+from optim.kernels import gpu as kernels
+from optim.kernels.gpu import SegmentTable
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("cluster", "optim", "training", "serving")

@@ -7,9 +7,9 @@ import torch
 
 from serving.checkpoints import Served
 from serving.config import ServeConfig
-from serving.engine import Engine, EngineInfo
-from serving.scheduler import Scheduler, Span
-from serving.torch_engine import TorchEngine
+from serving.engine.protocol import Engine, EngineInfo
+from serving.engine.scheduler import Scheduler, Span
+from serving.engine.torch_engine import TorchEngine
 
 VOCABULARY, CONTEXT = 400, 512
 FAILING = [397, 211, 389]  # a prompt that begins with these tokens breaks the engine; no chance draws it

@@ -13,8 +13,8 @@ import deepspeed.runtime.engine  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
 
-import optim.zero  # noqa: E402, F401
-import training.engine  # noqa: E402, F401
+import optim.step.zero  # noqa: E402, F401
+import training.run.engine  # noqa: E402, F401
 
 gc.collect()
 gc.freeze()  # DeepSpeed collects garbage when it builds stage 3: not among all that is imported here

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.session import set_defaults, worker_environment
-from training.context import Context
+from training.run.context import Context
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:

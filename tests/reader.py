@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from serving.engine import Engine, EngineFailed, Sampling, Token
+from serving.engine.protocol import Engine, EngineFailed, Sampling, Token
 
 
 class Reader:

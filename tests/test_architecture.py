@@ -17,26 +17,28 @@ MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
     "cluster": (),
     "optim": (),
     "training": ("cluster", "optim"),
-    "serving": ("cluster", "training.attention", "training.shapes", "training.model"),
+    "serving": ("cluster", "training.model"),
 }
 BESIDES = {  # module -> what it alone of its room may import too: a bench and a compiler are no mathematics
-    "cluster.probe": ("optim.precision",),  # what a device multiplies in is decided there and nowhere else
-    "serving.memory": ("optim.precision",),
-    "serving.torch_engine": ("optim.precision",),
-    "serving.races": ("optim.precision",),
-    "optim.native": ("cluster.compiled",),
-    "optim.kernels": ("cluster.toolchain",),
+    "cluster.measure.probe": (
+        "optim.precision",
+    ),  # what a device multiplies in is decided there and nowhere else
+    "serving.engine.memory": ("optim.precision",),
+    "serving.engine.torch_engine": ("optim.precision",),
+    "serving.peers.races": ("optim.precision",),
+    "optim.kernels.native": ("cluster.compiled",),
+    "optim.kernels.gpu": ("cluster.toolchain",),
     "optim.bench": (
-        "cluster.benchmark",
+        "cluster.measure.benchmark",
         "cluster.cli",
         "cluster.config",
-        "cluster.usage",
-        "cluster.hardware",
-        "cluster.intervals",
+        "cluster.measure.usage",
+        "cluster.measure.hardware",
+        "cluster.measure.intervals",
         "cluster.session",
     ),
 }
-NOT_IMPORTED = ("launch", "bench", "app", "study")  # entry points: only `python -m` runs them
+NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` runs them
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
@@ -44,103 +46,103 @@ HOMES = {  # library or call -> the only modules that may use it
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
-    "subprocess.Popen": ("cluster.process", "cluster.keeper"),
+    "subprocess.Popen": ("cluster.process", "cluster.head.keeper"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
-    "torch.multiprocessing": ("optim.contenders",),
+    "torch.multiprocessing": ("optim.bench.contenders",),
     "deepspeed": (
-        "optim.contenders",
-        "optim.quiet",
-        "optim.zero",
-        "training.context",
-        "training.engine",
-        "training.model",
+        "optim.bench.contenders",
+        "optim.step.quiet",
+        "optim.step.zero",
+        "training.run.context",
+        "training.run.engine",
+        "training.model.llama",
     ),
-    "deepspeed.initialize": ("optim.contenders", "training.engine"),
+    "deepspeed.initialize": ("optim.bench.contenders", "training.run.engine"),
     "torch.distributed": (
-        "cluster.probe",
+        "cluster.measure.probe",
         "cluster.rendezvous",
-        "optim.contenders",
-        "optim.fused",
-        "optim.zero",
-        "training.engine",
-        "training.context",
-        "training.model",
-        "training.ranks_probe",
+        "optim.bench.contenders",
+        "optim.step.fused",
+        "optim.step.zero",
+        "training.run.engine",
+        "training.run.context",
+        "training.model.llama",
+        "training.projection.ranks",
     ),
 }
 
 TORCH_FREE = (
-    "cluster.benchmark",
-    "cluster.hardware",
-    "cluster.probe",
+    "cluster.measure.benchmark",
+    "cluster.measure.hardware",
+    "cluster.measure.probe",
     "cluster.progress",
     "cluster.record",
     "optim.bench",
     "optim.cost",
-    "optim.forecast",
-    "optim.ownership",
+    "optim.bench.forecast",
+    "optim.step.ownership",
     "optim.schedule",
     "training.baseline",
-    "training.baseline_plan",
-    "training.ceilings",
-    "training.completions",
-    "training.data",
+    "training.baseline.plan",
+    "training.baseline.ceilings",
+    "training.evaluate.endpoint",
+    "training.data.dataset",
     "training.evaluate",
-    "training.evaluate_report",
-    "training.harness",
+    "training.evaluate.report",
+    "training.evaluate.harness",
     "training.plan",
-    "training.prepare",
+    "training.data.prepare",
     "training.projection",
-    "training.projection_check",
-    "training.shapes",
-    "training.step_model",
-    "training.steps",
+    "training.projection.check",
+    "training.model.shapes",
+    "training.projection.step_model",
+    "training.baseline.steps",
     "training.study",
-    "training.study_config",
-    "training.study_plan",
-    "training.study_plots",
-    "training.study_report",
-    "training.study_results",
-    "training.subject",
-    "training.traffic",
-    "serving.agreement",
+    "training.study.config",
+    "training.study.plan",
+    "training.study.plots",
+    "training.study.report",
+    "training.study.results",
+    "training.evaluate.checkpoint",
+    "training.projection.traffic",
+    "serving.peers.agreement",
     "serving.app",
     "serving.bench",
-    "serving.bodies",
+    "serving.endpoint.bodies",
     "serving.checkpoints",
-    "serving.comparison",
+    "cluster.parity.comparison",
     "serving.deployment",
-    "serving.endpoint",
-    "serving.engine",
-    "serving.engine_process",
-    "serving.haproxy",
-    "serving.hosts",
-    "serving.latency",
-    "serving.loadgen",
-    "serving.openai_api",
-    "serving.overhead",
-    "serving.paced",
-    "serving.parity",
-    "serving.parity_plots",
-    "serving.prompts",
-    "serving.races",
-    "serving.report",
-    "serving.scheduler",
-    "serving.steps",
-    "serving.text",
-    "serving.workload",
+    "serving.endpoint.service",
+    "serving.engine.protocol",
+    "serving.engine.process",
+    "serving.endpoint.haproxy",
+    "serving.endpoint.hosts",
+    "serving.bench.latency",
+    "serving.bench.loadgen",
+    "serving.endpoint.openai_api",
+    "serving.peers.overhead",
+    "serving.peers.paced",
+    "cluster.parity",
+    "cluster.parity.plots",
+    "serving.endpoint.prompts",
+    "serving.peers.races",
+    "serving.bench.report",
+    "serving.engine.scheduler",
+    "serving.bench.steps",
+    "serving.endpoint.text",
+    "serving.bench.workload",
 )
 
 
 # What runs on a node before there is an environment.
 STANDARD_ONLY = (
     "cluster.files",
-    "cluster.headside",
-    "cluster.keeper",
+    "cluster.head.answers",
+    "cluster.head.keeper",
     "cluster.private",
-    "cluster.reap",
-    "cluster.rest",
+    "cluster.head.reap",
+    "cluster.head.ray_rest",
 )
 
 
@@ -204,8 +206,14 @@ def imports_of_ours(names: set[str], modules: set[str]) -> set[str]:
             while name not in modules and "." in name:
                 name = name.rpartition(".")[0]
             found.add(name)
-    # `from training import shapes` names the package on the way; that is the room itself only if alone.
-    return {name for name in found if name not in ROOMS or not any(within(o, name) for o in found - {name})}
+    # `from training import launch` names the package on the way; that is the room itself only if alone.
+    return {name for name in found if not any(within(other, name) for other in found - {name})}
+
+
+def besides(module: str) -> Iterator[str]:
+    for name, others in BESIDES.items():
+        if within(module, name):
+            yield from others
 
 
 def violations(modules: dict[str, Path]) -> Iterator[str]:
@@ -214,9 +222,9 @@ def violations(modules: dict[str, Path]) -> Iterator[str]:
         room = module.partition(".")[0]
         names = used(file.read_text(), module, is_package=file.name == "__init__.py")
         for other in sorted(imports_of_ours(names, set(modules))):
-            if not any(within(other, own) for own in (room, *MAY_IMPORT[room], *BESIDES.get(module, ()))):
+            if not any(within(other, own) for own in (room, *MAY_IMPORT[room], *besides(module))):
                 yield f"{module} imports {other}"
-            if other.rpartition(".")[2] in NOT_IMPORTED and other != module:
+            if other.rpartition(".")[2] in NOT_IMPORTED and file.name != "__main__.py" and other != module:
                 yield f"{module} imports the entry point {other}"
         for library, homes in HOMES.items():
             if module not in homes and any(within(name, library) for name in names):
@@ -235,15 +243,23 @@ def test_the_rules_hold():
 @pytest.mark.parametrize(
     ("module", "source", "breach"),
     [
-        ("cluster.a", "import optim.zero", "cluster.a imports optim.zero"),
-        ("cluster.a", "def f():\n    from training import shapes", "cluster.a imports training.shapes"),
+        ("cluster.a", "import optim.step.zero", "cluster.a imports optim.step.zero"),
+        (
+            "cluster.a",
+            "def f():\n    from training.model import shapes",
+            "cluster.a imports training.model.shapes",
+        ),
         ("optim.a", "from cluster.config import key", "optim.a imports cluster.config"),
         ("optim.a", "from ..cluster import config", "optim.a imports cluster.config"),
-        ("optim.contenders", "from cluster import config", "optim.contenders imports cluster.config"),
+        (
+            "optim.step.a",
+            "from cluster import config",
+            "optim.step.a imports cluster.config",
+        ),
         ("optim.bench", "from cluster import record", "optim.bench imports cluster.record"),
-        ("optim.bench", "from training import shapes", "optim.bench imports training.shapes"),
+        ("optim.bench", "from training.model import shapes", "optim.bench imports training.model.shapes"),
         ("training.a", "import serving", "training.a imports serving"),
-        ("serving.a", "from training.loop import train", "serving.a imports training.loop"),
+        ("serving.a", "from training.run.loop import train", "serving.a imports training.run.loop"),
         ("serving.a", "import training", "serving.a imports training"),
         ("serving.a", "from optim import polar", "serving.a imports optim.polar"),
         ("training.a", "from training import launch", "training.a imports the entry point training.launch"),
@@ -252,7 +268,11 @@ def test_the_rules_hold():
         ("cluster.a", "from wandb.sdk import x", "cluster.a uses wandb"),
         ("training.a", "import ray as r\nr.init()", "training.a uses ray.init"),
         ("training.a", "from ray import init", "training.a uses ray.init"),
-        ("training.model", "import deepspeed\ndeepspeed.initialize()", "training.model uses deepspeed.init"),
+        (
+            "training.model.llama",
+            "import deepspeed\ndeepspeed.initialize()",
+            "training.model.llama uses deepspeed.init",
+        ),
         ("training.a", "import torch\ntorch.distributed.barrier()", "training.a uses torch.distributed"),
         ("optim.a", "from torch import distributed", "optim.a uses torch.distributed"),
         ("serving.a", "from subprocess import PIPE, Popen", "serving.a uses subprocess.Popen"),
@@ -260,8 +280,9 @@ def test_the_rules_hold():
     ],
 )
 def test_a_breach_of_any_rule_is_seen(module, source, breach, tmp_path):
-    for name in (*ROOMS, "cluster.config", "cluster.record", "optim.zero", "optim.polar", "training.shapes",
-                 "training.loop", "training.launch", module):  # fmt: skip
+    for name in (*ROOMS, "cluster.config", "cluster.record", "optim.step.zero", "optim.polar",
+    "training.model.shapes",
+                 "training.run.loop", "training.launch", module):  # fmt: skip
         folder = tmp_path.joinpath(*name.split("."))
         file = folder / "__init__.py" if name in ROOMS else folder.with_suffix(".py")
         file.parent.mkdir(exist_ok=True)
@@ -271,8 +292,8 @@ def test_a_breach_of_any_rule_is_seen(module, source, breach, tmp_path):
 
 
 def test_what_is_allowed_is_not_reported():
-    names = used("from training import shapes\nfrom training.model import Llama", "serving.a")
-    assert imports_of_ours(names, set(MODULES)) == {"training.shapes", "training.model"}
+    names = used("from training.model import shapes\nfrom training.model.llama import Llama", "serving.a")
+    assert imports_of_ours(names, set(MODULES)) == {"training.model.shapes", "training.model.llama"}
     assert not any(within(name, "ray.init") for name in used("import ray\nray.init_hook", "training.a"))
 
 
@@ -333,7 +354,7 @@ def test_what_runs_on_a_node_before_its_environment_needs_the_standard_library_a
 def test_some_modules_run_without_torch():
     """In one process in which torch, DeepSpeed and Triton cannot be imported."""
     named = [name for name in MODULES if name in TORCH_FREE or name.endswith(".config")]
-    assert {"cluster.config", "training.config", "training.plan", "optim.ownership"} <= set(named)
+    assert {"cluster.config", "training.config", "training.plan", "optim.step.ownership"} <= set(named)
     missing = [name for name in TORCH_FREE if name not in MODULES]
     assert missing == []  # a renamed module must be renamed here
     command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *named, "optim.polar"]

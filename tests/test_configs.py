@@ -8,8 +8,8 @@ import pytest
 from cluster.config import to_yaml, walk
 from training.config import TrainConfig, settled
 from training.plan import make_plan
-from training.study_config import StudyConfig
-from training.study_plan import StudyPlan
+from training.study.config import StudyConfig
+from training.study.plan import StudyPlan
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*/configs/**/*.y*ml"))

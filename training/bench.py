@@ -22,18 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import benchmark, cli
+from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.measure import benchmark
 from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record import follow
 from cluster.session import free_ports
 from training import config as training_config
 from training.config import TrainConfig
-from training.data import Manifest
+from training.data.dataset import Manifest
+from training.data.prepare import prepare
 from training.plan import Plan, make_plan
-from training.prepare import prepare
 
 WHAT = "train_launcher"  # in the baseline's name
 LAUNCHERS = {"ray": "ray", "torchrun": "torch"}  # name here -> value of the key `launcher`

@@ -64,7 +64,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     shape: str = key(
-        "llama-5m", "a name from training/shapes.py, or a Hugging Face LLaMA directory's config.json"
+        "llama-5m", "a name from training/model/shapes.py, or a Hugging Face LLaMA directory's config.json"
     )
     num_layers: int | None = key(None, "replaces the shape's number of layers")
     hidden_size: int | None = key(None, "replaces the shape's hidden size")

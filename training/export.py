@@ -17,13 +17,13 @@ from torch import Tensor
 
 from cluster import cli
 from cluster.cli import UserError
-from training import checkpoint
 from training import config as training_config
-from training.checkpoint import Checkpoint
 from training.config import RunConfig, TrainConfig
-from training.data import MANIFEST_FILE, DataError, Manifest, sha256_of
-from training.hf import save_hf
-from training.shapes import LlamaShape, RopeScaling
+from training.data.dataset import MANIFEST_FILE, DataError, Manifest, sha256_of
+from training.model.hf import save_hf
+from training.model.shapes import LlamaShape, RopeScaling
+from training.run import checkpoint
+from training.run.checkpoint import Checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CONFIG_FILE = "config.yaml"
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.export",
         description=(
             "Write a checkpoint of a run as a Hugging Face LLaMA directory (config.json, model.safetensors,\n"
-            "tokenizer), which transformers, vLLM and training.model.load_hf load. The directory appears\n"
+            "tokenizer), which transformers, vLLM and training.model.llama load. The directory appears\n"
             "whole or not at all, and replaces an earlier export."
         ),
         epilog="examples:\n  python -m training.export first-light\n"
@@ -164,7 +164,7 @@ def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path
     raise UserError(
         f"{root}: holds no usable prepared data with the run's fingerprint {fingerprint[:12]}…, whose "
         f"tokenizer the export needs; start in the folder where the run was started, or make it again with "
-        f"`python -m training.prepare --config {run / CONFIG_FILE}`{''.join(unusable)}"
+        f"`python -m training.data.prepare --config {run / CONFIG_FILE}`{''.join(unusable)}"
     )
 
 

@@ -15,18 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, inventory, remote
+from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.laptop import inventory, remote
 from cluster.progress import Progress
 from cluster.record import follow
 from cluster.session import set_defaults, worker_environment
-from training import checkpoint, workers
 from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan, run_identity
-from training.plots import plot_losses
-from training.spent import Spent
+from training.run import checkpoint, workers
+from training.run.plots import plot_losses
+from training.run.spent import Spent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,8 +107,8 @@ def _fit(config: TrainConfig, data: Path) -> None:
 
 
 def _ray_worker(arguments: dict[str, Any]) -> None:
-    from training.context import RayContext
-    from training.loop import train
+    from training.run.context import RayContext
+    from training.run.loop import train
 
     config: TrainConfig = arguments["config"]
     train(
@@ -131,8 +132,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     set_defaults(worker_environment(gpu=config.workers.gpu, threads=max(1, int(config.workers.cpus))))
     import torch
 
-    from training.context import Ranks, torch_context
-    from training.loop import train
+    from training.run.context import Ranks, torch_context
+    from training.run.loop import train
 
     if not config.workers.gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
@@ -164,8 +165,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
 
     Returns None if the run is already complete.
     """
-    from training.data import TokenDataset, require_tuning_sequences
-    from training.prepare import prepare
+    from training.data.dataset import TokenDataset, require_tuning_sequences
+    from training.data.prepare import prepare
 
     directory = config.run_directory
     newest = checkpoint.newest_complete(directory / "checkpoints", report=report)

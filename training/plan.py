@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
 
-from cluster import hardware
 from cluster.config import ConfigError
-from training import shapes
+from cluster.measure import hardware
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
-from training.shapes import LlamaShape
+from training.model import shapes
+from training.model.shapes import LlamaShape
 
 GPU_RESERVE_BYTES = (
     2.0e9  # CUDA context, NCCL buffers and the allocator's fragmentation: an allowance, not a count
@@ -126,7 +126,7 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
 
 
 def _require_room_ahead(config: TrainConfig) -> None:
-    """Refuse what `optim.zero.ZeroOptimizer.bind` would: no copy of the weights beside the masters."""
+    """Refuse what `optim.step.zero.ZeroOptimizer.bind` would: no copy of the weights beside the masters."""
     if not config.optim.looks_ahead:
         return
     rule, zero = config.optim.matrix.rule, config.zero

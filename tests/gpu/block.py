@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 import torch
 
-from cluster import hardware
-from training import shapes
-from training.shapes import LlamaShape
+from cluster.measure import hardware
+from training.model import shapes
+from training.model.shapes import LlamaShape
 
 TINY = LlamaShape(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_size=160,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cluster import hardware, probe, provenance
-from optim import kernels
+from cluster import provenance
+from cluster.measure import hardware, probe
+from optim.kernels import gpu as kernels
 from optim.precision import product_dtype
 from tests.gpu.block import Run
 from tests.gpu.command import PACKAGES
@@ -56,14 +57,14 @@ def versions(run: Run) -> None:
 
 
 def ceilings(run: Run) -> None:
-    """`cluster.probe`, whose rates are the ceilings of all blocks."""
+    """`cluster.measure.probe`, whose rates are the ceilings of all blocks."""
     small = {} if run.gpu else {"size": 512, "repeats": 2}
     for name, value in asdict(probe.measure(device=run.device.type, **small)).items():
         if isinstance(value, dict) and "best" in value:
             ceiling = "product_tflops" if name.endswith("_tflops") else name
             lowest, highest = value["spread"]
             spread = {f"lowest_{ceiling}": lowest, f"highest_{ceiling}": highest}
-            run.row("cluster.probe", ceiling=ceiling, **{ceiling: value["best"]}, **spread)
+            run.row("cluster.measure.probe", ceiling=ceiling, **{ceiling: value["best"]}, **spread)
 
 
 def products(run: Run) -> None:

@@ -26,8 +26,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, hardware, provenance
+from cluster import cli, files, provenance
 from cluster.cli import RunError, UserError
+from cluster.measure import hardware
 from cluster.process import Child
 from cluster.session import ROOT, set_defaults, worker_environment
 

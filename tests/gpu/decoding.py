@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serving import config as serving_config
-from serving.steps import answer, come_to
-from serving.torch_engine import TorchEngine, make_engine
+from serving.bench.steps import answer, come_to
+from serving.engine.torch_engine import TorchEngine, make_engine
 from tests.gpu.block import Run
-from training.shapes import to_hf_config
+from training.model.shapes import to_hf_config
 
 BATCHES = {"cuda": (1, 8, 32), "cpu": (1, 4)}
 PROMPTS = {"cuda": (512, 2000), "cpu": (24, 100)}  # tokens

@@ -12,8 +12,9 @@ from math import nan
 import torch
 from torch import Tensor
 
-from optim import kernels, polar
-from optim.kernels import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
+from optim import polar
+from optim.kernels import gpu as kernels
+from optim.kernels.gpu import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
 from optim.precision import gram_dtype
 from tests.gpu.block import Run, error_of, worst_of
 

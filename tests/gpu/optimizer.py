@@ -4,9 +4,10 @@ import statistics
 
 import torch
 
-from optim import contenders, kernels
+from optim.bench import contenders
+from optim.bench.forecast import LLAMA_1B4, PASS_BYTES, num_elements
 from optim.cost import orthogonalize_flops
-from optim.forecast import LLAMA_1B4, PASS_BYTES, num_elements
+from optim.kernels import gpu as kernels
 from tests.gpu.block import TINY, Run
 
 METHODS = {"ours": "jordan", "ours_polar_express": "polar_express"}  # the first is the peer's

@@ -10,11 +10,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from serving.decoder import TorchDecoder
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler
+from serving.engine.decoder import TorchDecoder
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler
 from tests.gpu.block import Run
 from tests.gpu.train_step import trainer_of
-from training.model import Llama, initialize
+from training.model.llama import Llama, initialize
 
 LIMIT = 12  # kernels that are named
 

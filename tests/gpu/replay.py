@@ -5,11 +5,11 @@ import random
 
 import torch
 
-from serving.decoder import TorchDecoder
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from serving.engine.decoder import TorchDecoder
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from tests.gpu.block import TINY, Run, error_of, worst_of
-from training.model import Llama, initialize
-from training.shapes import LlamaShape
+from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape
 
 MEDIUM = LlamaShape(
     vocab_size=4096, hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=64, ffn_size=1376,

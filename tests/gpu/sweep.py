@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from tests.gpu.block import OUT_OF_MEMORY, Run
-from training.model import IGNORED_TARGET, Llama, initialize
+from training.model.llama import IGNORED_TARGET, Llama, initialize
 
 MICRO = {"cuda": (1, 2, 4, 8, 12), "cpu": (1, 2)}  # sequences
 COMPILED_MICRO = {"cuda": (4, 8), "cpu": (2,)}

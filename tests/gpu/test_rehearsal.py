@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import contenders, kernels
-from serving.decoder import TorchDecoder
+from optim.bench import contenders
+from optim.kernels import gpu as kernels
+from serving.engine.decoder import TorchDecoder
 from tests.commands import ROOT, python
 from tests.gpu import command, replay, sweep, wheels
 from tests.gpu import kernels as kernel_checks
 from tests.gpu.block import TINY, Run
 from tests.gpu.command import BLOCKS, Block
-from training.model import Llama, initialize
+from training.model.llama import Llama, initialize
 
 UNIT = re.compile(
     r"(^|_)(ms|gb|gb_per_s|tflops|nats|seconds_to_build|tokens_per_second|joules_per_step|elements|elements_beside"

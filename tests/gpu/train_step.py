@@ -14,13 +14,13 @@ from cluster import files
 from cluster.session import ROOT, free_ports
 from tests.gpu.block import OUT_OF_MEMORY, TINY, Run
 from training import config as training_config
-from training import steps
+from training.baseline import steps
 from training.config import TrainConfig
-from training.context import torch_context
-from training.loop import Trainer
-from training.prepare import prepare
+from training.data.prepare import prepare
+from training.run.context import torch_context
+from training.run.loop import Trainer
 
-WARM_UP, TIMED = 2, 4  # optimizer steps of `training.steps.measure`
+WARM_UP, TIMED = 2, 4  # optimizer steps of `training.baseline.steps.measure`
 STEPS = 1 + WARM_UP + TIMED + steps.NUM_PHASED  # and one before, for its loss
 KEYS = {
     "data.tokenizer": "train",
@@ -98,7 +98,7 @@ def _documents(*, num_tokens: int) -> str:
 
 
 def train(run: Run, trainer: Trainer) -> None:
-    """One step for its loss, then `training.steps.measure`, then one that measures its updates."""
+    """One step for its loss, then `training.baseline.steps.measure`, then one that measures its updates."""
     plan = trainer.plan
     first = trainer.take_step().item()
     found = steps.measure(trainer, num_steps=TIMED, num_warm_up=WARM_UP)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.commands import ROOT, TINY, command, python, write_corpus
-from training.shapes import LlamaShape, to_hf_config
+from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = pytest.mark.stack
 SHAPE = LlamaShape(
@@ -84,7 +84,7 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     assert json.loads(copy.read_text()) == found
 
     report = folder / "report"
-    compared = python("serving.parity", output, output, "--output", report, "--wandb", "disabled")
+    compared = python("cluster.parity", output, output, "--output", report, "--wandb", "disabled")
     assert compared.returncode == 0, compared.stderr
     last = json.loads(compared.stdout.strip().splitlines()[-1])
     assert {name: round(each["parity"][0], 9) for name, each in last.items()} == dict.fromkeys(figures, 1.0)
@@ -109,7 +109,7 @@ def test_one_that_is_killed_leaves_what_it_had_measured(machine):
     assert not found["complete"] and len(found["figures"]) >= 1
     assert running(f"model.shape={folder}") == []  # nothing that it started goes on
     compared = python(
-        "serving.parity", partial, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
+        "cluster.parity", partial, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
     )
     assert compared.returncode == 0 and "broken off" in (folder / "r/report.md").read_text()
 

@@ -25,7 +25,7 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         assert up.returncode == 0, up.stdout + up.stderr
         assert "3 of 3 nodes joined" in up.stdout
         _require_no_key_of_the_laptop(lab)
-        status = lab.call("cluster.fleet", "status", CLUSTER_FILE)
+        status = lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE)
         assert status.returncode == 0 and "3 of 3 nodes in Ray" in status.stdout
 
         # far longer than the test: `stop` ends it
@@ -45,21 +45,21 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         again = lab.start(*command)  # the same command finds the run that is going
         again.until("night-1 is going: attached", seconds=30)
         again.until(r"^step [1-9]", seconds=60)
-        stopped = lab.call("cluster.remote", "stop", CLUSTER_FILE)
+        stopped = lab.call("cluster.laptop.remote", "stop", CLUSTER_FILE)
         assert stopped.returncode == 0 and "night-1: stopped" in stopped.stderr
         assert again.wait(seconds=30) == 1 and "night-1 was stopped" in again.err
         there = lab.log_on_head("night-1")
         assert lab.log_on_laptop("night-1") == there
         assert (first.out + again.out).encode() == there  # no line lost, none repeated
 
-        pulled = lab.call("cluster.remote", "pull", CLUSTER_FILE, "--to", "/root/outputs")
+        pulled = lab.call("cluster.laptop.remote", "pull", CLUSTER_FILE, "--to", "/root/outputs")
         assert pulled.returncode == 0, pulled.stderr
         ours = tmp_path / "hosts/nyc/disk/home/outputs/night"
         theirs = lab.storage / "lab/outputs/night"
         assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
         assert not (ours / "checkpoints").exists() and any((theirs / "checkpoints").iterdir())
 
-        down = lab.call("cluster.fleet", "down", CLUSTER_FILE)
+        down = lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE)
         assert down.returncode == 0, down.stdout + down.stderr
         assert down.stdout.count("none left") == len(CLUSTER)
         assert {name: lab.rays(name) for name in CLUSTER} == {name: [] for name in CLUSTER}
@@ -81,11 +81,11 @@ def _require_no_key_of_the_laptop(lab):
 def _require_no_scratch_of_another(lab):
     """A folder that somebody else has put there is refused, and nothing in it is run."""
     plant = f"""mkdir -p {SCRATCH}/code/cluster && cd {SCRATCH} && echo 'touch /tmp/ran' > activate
-    echo 'open("/tmp/ran", "w")' | tee code/cluster/keeper.py > code/cluster/headside.py
+    echo 'open("/tmp/ran", "w")' | tee code/cluster/head/keeper.py > code/cluster/head/answers.py
     echo {{}} > code/site.json && chown -R 65534 ."""
     assert lab.run("head", plant).returncode == 0
     for verb in ("up", "status", "down"):
-        done = lab.call("cluster.fleet", verb, CLUSTER_FILE)
+        done = lab.call("cluster.laptop.fleet", verb, CLUSTER_FILE)
         assert done.returncode == 1
         assert f"{SCRATCH}: belongs to user 65534" in done.stderr or f"{SCRATCH} is not yours" in done.stderr
     assert lab.run("head", f"ls /tmp/ran; rm -r {SCRATCH}").stdout == ""

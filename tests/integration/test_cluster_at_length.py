@@ -9,7 +9,7 @@ import pytest
 
 from tests.commands import ROOT
 from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, STORAGE, Lab, missing
-from training.shapes import LlamaShape, to_hf_config
+from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = [
     pytest.mark.cluster,
@@ -39,7 +39,7 @@ def cluster(lab):
     assert up.returncode == 0, up.stdout + up.stderr
     yield lab
     lab.link()
-    lab.call("cluster.remote", "stop", CLUSTER_FILE)
+    lab.call("cluster.laptop.remote", "stop", CLUSTER_FILE)
 
 
 def follow(lab, name, **changes):
@@ -60,7 +60,7 @@ def test_an_outage_of_a_minute_costs_no_line(cluster):
     seen = len(run.out)
     time.sleep(5)
     assert len(run.out) > seen
-    cluster.call("cluster.remote", "stop", CLUSTER_FILE)
+    cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE)
     assert run.wait(seconds=60) == 1
     assert run.out.encode() == cluster.log_on_head("minute-1") == cluster.log_on_laptop("minute-1")
 
@@ -70,7 +70,7 @@ def test_ctrl_c_detaches_and_the_run_goes_on(cluster):
     run.kill(2)
     assert run.wait(seconds=20) == 130
     assert "detached-1 goes on" in run.err and "make attach" in run.err and "make stop" in run.err
-    status = cluster.call("cluster.fleet", "status", CLUSTER_FILE).stdout
+    status = cluster.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout
     assert re.search(r"detached-1 +running", status)
     other = cluster.call(*cluster.train(run__name="detached", **{**LONG, "optim__clip": 0.5}))
     assert other.returncode == 1 and "another configuration" in other.stderr
@@ -79,8 +79,8 @@ def test_ctrl_c_detaches_and_the_run_goes_on(cluster):
 def test_an_outage_while_up_works_is_waited_out(lab):
     lab.link(**lab.slow)
     lab.write_inventory(name="lab")
-    assert lab.call("cluster.fleet", "down", CLUSTER_FILE).returncode == 0
-    up = lab.start("cluster.fleet", "up", CLUSTER_FILE)
+    assert lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE).returncode == 0
+    up = lab.start("cluster.laptop.fleet", "up", CLUSTER_FILE)
     up.until("starting Ray", seconds=60)
     lab.link(down=True)
     up.until("link lost", seconds=60)
@@ -103,7 +103,7 @@ def test_a_lost_worker_is_waited_for(cluster):
 def test_an_elastic_run_starts_as_soon_as_another_was_stopped(cluster):
     """Ray Train would wait for 3 minutes, if the stopped run had not given its resources back."""
     follow(cluster, "before", **THREE)
-    assert cluster.call("cluster.remote", "stop", CLUSTER_FILE).returncode == 0
+    assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE).returncode == 0
     after = cluster.start(*cluster.train(run__name="elastic", **{**LONG, **THREE}, workers__min_count=1))
     after.until(r"^step [1-9]", seconds=90)
 
@@ -164,7 +164,7 @@ def test_up_does_not_restart_ray_under_a_run(cluster):
 
 
 def test_preflight_opens_and_closes_the_gate(cluster):
-    passed = cluster.call("cluster.remote", "preflight", CLUSTER_FILE)
+    passed = cluster.call("cluster.laptop.remote", "preflight", CLUSTER_FILE)
     assert passed.returncode == 0, passed.stdout + passed.stderr
     assert "preflight passed on 3 nodes" in passed.stdout
     report = json.loads((cluster.storage / "lab/preflight.json").read_text())
@@ -173,7 +173,7 @@ def test_preflight_opens_and_closes_the_gate(cluster):
     trained = cluster.call(*command)
     assert trained.returncode == 0 and "preflight passed" not in trained.stdout  # once is enough
 
-    failed = cluster.call("cluster.remote", "preflight", CLUSTER_FILE, "expect.gpus=8")
+    failed = cluster.call("cluster.laptop.remote", "preflight", CLUSTER_FILE, "expect.gpus=8")
     assert failed.returncode == 1
     assert failed.stdout.count("0 GPUs (index none) and not 8") == 3
     refused = cluster.call(*command[:1], *command[1:], "run.name=refused")
@@ -233,11 +233,11 @@ def test_a_worker_without_its_ray_is_named(cluster):
 def test_rays_own_launcher_brings_up_every_worker(lab):
     lab.link()
     lab.write_inventory()
-    assert lab.call("cluster.fleet", "down", CLUSTER_FILE).returncode == 0
+    assert lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE).returncode == 0
     for name in ("worker1", "worker2"):
         if not lab.run(name, f"ls {SCRATCH}/env/*/ready").stdout:
             lab.seed_environment(name)
-    lab.call("cluster.inventory", CLUSTER_FILE)
+    lab.call("cluster.laptop.inventory", CLUSTER_FILE)
     up = lab.run("nyc", f"cd {ROOT} && ray up -y {CLUSTER_FILE}")
     assert up.returncode == 0, up.stdout + up.stderr
     deadline = time.monotonic() + 90
@@ -260,7 +260,7 @@ def test_rays_own_launcher_brings_up_every_worker(lab):
 def _until_status(lab, pattern):
     """Wait until `make status` says so: Ray takes a while to miss a node."""
     deadline = time.monotonic() + 120
-    while not re.search(pattern, said := lab.call("cluster.fleet", "status", CLUSTER_FILE).stdout):
+    while not re.search(pattern, said := lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout):
         assert time.monotonic() < deadline, said
         time.sleep(2)
 
@@ -327,7 +327,7 @@ def test_a_full_disk_on_a_worker_is_named_and_the_other_joins(bare):
 
 def test_a_worker_whose_scratch_is_another_users_is_named_and_the_other_joins(bare):
     plant = f"""mkdir -p {SCRATCH}/code/cluster && cd {SCRATCH}
-    echo 'touch /tmp/ran' | tee activate code/cluster/setup.sh && chown -R 65534 ."""
+    echo 'touch /tmp/ran' | tee activate code/cluster/head/setup.sh && chown -R 65534 ."""
     assert bare.run("worker1", plant).returncode == 0
     up = bare.up()
     assert up.returncode == 1 and "2 of 3 nodes joined" in up.stderr
@@ -358,6 +358,6 @@ def test_a_changed_host_key_is_refused(bare):
     new = "rm /etc/ssh/host_key*; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/host_key"
     assert bare.run("head", f"{new}; kill -HUP $(pgrep -o sshd)").returncode == 0
     time.sleep(1)
-    status = bare.call("cluster.fleet", "status", CLUSTER_FILE)
+    status = bare.call("cluster.laptop.fleet", "status", CLUSTER_FILE)
     assert status.returncode == 1
     assert "its host key is not the pinned one" in status.stderr and "ssh-keygen -R" in status.stderr

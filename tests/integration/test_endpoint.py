@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 
 from cluster.session import free_ports
-from serving import bodies, endpoint, prompts
-from serving.bodies import MOST_BODY_BYTES
-from serving.endpoint import make_endpoint
-from serving.prompts import Prompts
-from serving.text import numbered_tokenizer
-from serving.torch_engine import TorchEngine
+from serving.endpoint import bodies, prompts
+from serving.endpoint import service as endpoint
+from serving.endpoint.bodies import MOST_BODY_BYTES
+from serving.endpoint.prompts import Prompts
+from serving.endpoint.service import make_endpoint
+from serving.endpoint.text import numbered_tokenizer
+from serving.engine.torch_engine import TorchEngine
 from tests.fake_engine import CONTEXT, FAILING, VOCABULARY, counting_engine, idle
 
 pytestmark = pytest.mark.stack

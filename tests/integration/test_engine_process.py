@@ -15,13 +15,13 @@ import pytest
 from cluster.cli import RunError, UserError
 from serving.checkpoints import Served
 from serving.config import ServeConfig, load
-from serving.engine import BrokenModel, Engine, EngineFailed, Overloaded, RequestError, Sampling
-from serving.engine_process import EngineProcess, make_engine
+from serving.engine.process import EngineProcess, make_engine
+from serving.engine.protocol import BrokenModel, Engine, EngineFailed, Overloaded, RequestError, Sampling
 from tests import factories, fake_engine
 from tests.commands import ROOT
 from tests.fake_engine import FAILING, VOCABULARY, idle
 from tests.reader import Reader
-from training.shapes import LlamaShape, to_hf_config
+from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = pytest.mark.stack
 SERVED = Served(None, "counting")
@@ -51,7 +51,7 @@ def processes() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
-            found += [process] if "serving.engine_process" in process.cmdline() else []
+            found += [process] if "serving.engine.process" in process.cmdline() else []
     return found
 
 
@@ -172,7 +172,7 @@ def test_an_engine_that_cannot_be_made_says_why_as_it_would_in_this_process(capf
 PARENT = """
 from serving.checkpoints import Served
 from serving.config import load
-from serving.engine_process import EngineProcess
+from serving.engine.process import EngineProcess
 from tests import factories
 config = load(dotlist=["model.weights=random", "model.shape=llama-5m"])
 EngineProcess(factories.dawdle, config, Served(None, "counting"))

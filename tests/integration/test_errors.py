@@ -11,7 +11,7 @@ from cluster.cli import BAD_INPUT
 from cluster.record import read_metrics
 from tests.commands import python, tiny, write_corpus
 from training import launch
-from training.checkpoint import COMPLETE, Checkpoint, newest_complete
+from training.run.checkpoint import COMPLETE, Checkpoint, newest_complete
 
 pytestmark = pytest.mark.stack
 

@@ -25,17 +25,18 @@ from cluster.config import to_yaml
 from cluster.session import free_ports
 from optim.precision import cpu_has_bf16
 from serving.config import load as load_serving
-from serving.endpoint import make_endpoint
-from serving.torch_engine import make_engine
+from serving.endpoint.service import make_endpoint
+from serving.engine.torch_engine import make_engine
 from tests.commands import tiny, write_corpus
-from training import checkpoint, harness
 from training import config as training_config
-from training.data import Manifest
-from training.evaluate import main
+from training.data.dataset import Manifest
+from training.data.prepare import prepare
+from training.evaluate import harness
+from training.evaluate.command import main
 from training.export import export
-from training.model import Llama, generate, initialize, load_hf
+from training.model.llama import Llama, generate, initialize, load_hf
 from training.plan import resolve_shape
-from training.prepare import prepare
+from training.run import checkpoint
 
 pytestmark = pytest.mark.stack
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import shapes
-from training.checkpoint import Checkpoint
-from training.data import Manifest, TokenDataset, validation_batches
+from training.data.dataset import Manifest, TokenDataset, validation_batches
 from training.export import main
-from training.model import Llama, load_hf
+from training.model import shapes
+from training.model.llama import Llama, load_hf
+from training.run.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.stack
 

@@ -15,8 +15,8 @@ import pytest
 from cluster.session import free_ports
 from tests.commands import ROOT, TINY, command, write_corpus
 from tests.unit.test_process import alive
-from training.shapes import LlamaShape, to_hf_config
-from training.study_config import OWN_KEYS
+from training.model.shapes import LlamaShape, to_hf_config
+from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
 
@@ -76,7 +76,7 @@ def lines(processes: list[psutil.Process]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("make", "grandchild"),
-    [(study, "training.launch"), (app, "haproxy.cfg"), (baseline, "training.ceilings")],
+    [(study, "training.launch"), (app, "haproxy.cfg"), (baseline, "training.baseline.ceilings")],
     ids=["study", "app", "baseline"],
 )
 def test_what_a_killed_command_has_started_ends(make, grandchild, tmp_path):

@@ -18,11 +18,19 @@ import pytest
 import torch
 
 from cluster.cli import RunError
-from serving import bench
+from serving.bench import command as bench
+from serving.bench.latency import Outcome, percentile
+from serving.bench.loadgen import (
+    Endpoint,
+    Lag,
+    over_http,
+    run_closed,
+    run_open,
+    server_sent_events,
+    to_engine,
+)
+from serving.bench.workload import Planned
 from serving.config import load
-from serving.latency import Outcome, percentile
-from serving.loadgen import Endpoint, Lag, over_http, run_closed, run_open, server_sent_events, to_engine
-from serving.workload import Planned
 from tests.commands import ROOT
 from tests.fake_engine import counting_engine
 

@@ -13,19 +13,19 @@ import torch
 
 from tests.commands import ROOT, tiny, write_corpus
 from tests.guard import FOUND, NO_BF16, Guard, LowPrecisionProduct
-from training.attention import sdpa
-from training.model import Linear
+from training.model.attention import sdpa
+from training.model.llama import Linear
 
 pytestmark = pytest.mark.stack
 
-STEPS = ("training.steps", "--steps", "1", "--warm-up", "1")
+STEPS = ("training.baseline.steps", "--steps", "1", "--warm-up", "1")
 SERVE_BENCH = (
     "serving.bench", "model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1",
     "load.concurrency=[1]", "load.requests=2", "load.warm_up=0", "load.prompt_tokens=8",
     "load.output_tokens=4", "load.most_lag_ms=5000", "sweep.points=0", "bench.wandb=disabled",
 )  # fmt: skip
 OPTIM_BENCH = ("optim.bench", "--cases", "step_10m", "--rounds", "1")
-SERVED = ("serving.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "4")
+SERVED = ("serving.bench.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "4")
 
 
 def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
         ("training.export", low),
         ("training.evaluate", f"model={low}", f"output={tmp_path / 'scores'}"),
         (*STEPS, *measured, "precision=bf16"),
-        ("training.ceilings", "llama-5m:64"),
-        ("training.ranks_probe", *tiny(tmp_path, precision="bf16")),
+        ("training.baseline.ceilings", "llama-5m:64"),
+        ("training.projection.ranks", *tiny(tmp_path, precision="bf16")),
         (*SERVED, f"model.path={low}", "engine.dtype=bfloat16"),
         (*SERVED, f"model.path={low}"),
         (*OPTIM_BENCH, "--output", tmp_path / "optim.json"),

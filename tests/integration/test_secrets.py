@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import inventory, package
+from cluster.laptop import inventory, package
 from tests.commands import ROOT, tiny, write_corpus
 
 pytestmark = pytest.mark.stack

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from cluster.session import free_ports
 from serving.config import load
 from serving.deployment import serving
-from serving.text import numbered_tokenizer
+from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.integration.test_endpoint import BODIES
 from tests.listening import compare, documented, listening
-from training.model import Llama, initialize
-from training.shapes import LlamaShape, to_hf_config
+from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = pytest.mark.stack
 NAME = "llama-5m-random"
@@ -88,7 +88,7 @@ def haproxy() -> psutil.Process:
 
 
 def engines() -> list[psutil.Process]:
-    return ours("serving.engine_process")
+    return ours("serving.engine.process")
 
 
 def test_the_openai_client_streams_token_by_token(url):
@@ -351,7 +351,7 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
     below = psutil.Process(process.pid).children(recursive=True)
     with_torch = [one for one in below if "libtorch" in Path(f"/proc/{one.pid}/maps").read_text()]
-    assert ["serving.engine_process" in one.cmdline() for one in with_torch] == [True]  # HTTP needs none
+    assert ["serving.engine.process" in one.cmdline() for one in with_torch] == [True]  # HTTP needs none
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off

@@ -1,4 +1,4 @@
-"""`python -m training.steps` on workers of Ray Train, as `make baseline` runs it on several nodes."""
+"""`python -m training.baseline.steps` on Ray Train's workers, as `make baseline` runs it on several nodes."""
 
 import json
 
@@ -15,7 +15,7 @@ OWN = ("launcher=", "run.directory=", "schedule.tokens=", "record.wandb=")  # ke
 def test_workers_of_ray_train_measure_a_step(tmp_path):
     write_corpus(tmp_path)
     keys = [key for key in tiny(tmp_path, workers__cpus=1) if not key.startswith(OWN)]
-    done = python("training.steps", "--steps", "2", "--warm-up", "1", *keys, "--ray")
+    done = python("training.baseline.steps", "--steps", "2", "--warm-up", "1", *keys, "--ray")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     plan = make_plan(training_config.load(dotlist=[*keys, "schedule.tokens=5120"]))

@@ -13,7 +13,7 @@ import pytest
 from cluster.cli import FAILED, INTERRUPTED
 from cluster.record import read_metrics
 from tests.commands import ROOT, TINY, command, python, write_corpus
-from training.study_config import OWN_KEYS
+from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
 

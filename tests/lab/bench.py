@@ -16,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster import benchmark, cli
+from cluster import cli
 from cluster.cli import RunError, UserError
+from cluster.measure import benchmark
 from tests.lab.hosts import CLUSTER_FILE, SCRATCH, Lab, Running, missing
 
 NUM_TICKS, TICK_SECONDS = 40, 0.25
@@ -27,7 +28,7 @@ TICKER = f"""
 import hashlib, json, io, sys, zipfile
 from pathlib import Path
 sys.path.insert(0, "{SCRATCH}/code")
-from cluster.headside import Head
+from cluster.head.answers import Head
 buffer = io.BytesIO()
 with zipfile.ZipFile(buffer, "w") as archive:
     archive.writestr("tick.py", '''
@@ -47,7 +48,7 @@ print(Head(site).submit(request, buffer.getvalue())["id"])
 def measure(lab: Lab, name: str, link: dict[str, float], *, number: int) -> dict[str, float]:
     """One round over a link: seconds of each command, and milliseconds of the log's lag."""
     found: dict[str, float] = {}
-    _require(lab.call("cluster.fleet", "down", CLUSTER_FILE))
+    _require(lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE))
     lab.run("nyc", "pkill -x ssh; rm -f /root/.asuncion/lab/[0-9a-f]*")  # no connection is open
     begin = time.monotonic()
     _require(lab.up())
@@ -55,7 +56,7 @@ def measure(lab: Lab, name: str, link: dict[str, float], *, number: int) -> dict
     waits = []
     for _ in range(NUM_STATUS):
         begin = time.monotonic()
-        _require(lab.call("cluster.fleet", "status", CLUSTER_FILE))
+        _require(lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE))
         waits.append(time.monotonic() - begin)
     found["status_seconds"] = statistics.median(waits)
     begin = time.monotonic()
@@ -75,7 +76,7 @@ def _log(lab: Lab, link: dict[str, float]) -> dict[str, float]:
     (lab.storage / "ticker.py").write_text(TICKER)
     started = lab.run("head", "python3 /storage/ticker.py")
     _require(started)
-    run = lab.start("cluster.remote", "attach", CLUSTER_FILE, "--run", started.stdout.strip())
+    run = lab.start("cluster.laptop.remote", "attach", CLUSTER_FILE, "--run", started.stdout.strip())
     lags: list[float] = []
     while len(lags) < NUM_TICKS:
         time.sleep(0.005)
@@ -91,7 +92,7 @@ def _log(lab: Lab, link: dict[str, float]) -> dict[str, float]:
     while len(_ticks(run)) == seen:
         time.sleep(0.005)
     resumed = time.monotonic() - begin
-    _require(lab.call("cluster.remote", "stop", CLUSTER_FILE))
+    _require(lab.call("cluster.laptop.remote", "stop", CLUSTER_FILE))
     run.wait(seconds=60)
     return {
         "log_lag_ms": statistics.median(lags),
@@ -133,7 +134,7 @@ def main() -> int:
                     for key, value in found.items():
                         samples.setdefault(f"{key}_{name}", []).append(value)
             lab.link()
-            _require(lab.call("cluster.fleet", "down", CLUSTER_FILE))
+            _require(lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE))
         result = benchmark.medians(samples)
         print(benchmark.table(result))
         benchmark.publish(result, output, data_fingerprint=None)

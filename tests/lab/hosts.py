@@ -219,7 +219,7 @@ class Lab:
 
     def up(self) -> subprocess.CompletedProcess[str]:
         """`make up`."""
-        return self.call("cluster.fleet", "up", CLUSTER_FILE)
+        return self.call("cluster.laptop.fleet", "up", CLUSTER_FILE)
 
     def train(self, **changes: Any) -> list[str]:
         """Arguments of a tiny run of two workers on the cluster. Keyword a__b sets the key a.b."""
@@ -245,7 +245,7 @@ class Lab:
     def rays(self, name: str) -> list[str]:
         """The processes of Ray, and those it started, on a host."""
         said = self.run(name, "ps axww -o args").stdout.splitlines()
-        marks = ("ray/", "ray::", "training.launch", "cluster.keeper")
+        marks = ("ray/", "ray::", "training.launch", "cluster.head.keeper")
         return [line for line in said if any(mark in line for mark in marks)]
 
     def write_inventory(self, **changes: Any) -> None:

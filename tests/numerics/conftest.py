@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cluster import compiled
-from optim import native
+from optim.kernels import native
 
 
 @pytest.fixture(params=compiled.TIERS)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import BrokenModel, EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
-from serving.scheduler import BLOCK_TOKENS, Scheduler, Span
-from serving.torch_engine import TorchEngine
+from serving.engine.protocol import BrokenModel, EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
+from serving.engine.scheduler import BLOCK_TOKENS, Scheduler, Span
+from serving.engine.torch_engine import TorchEngine
 from tests.properties import CASES
 
 VOCABULARY, CONTEXT, SLOTS, WAITING, NUM_BLOCKS = 17, 100, 3, 3, 7

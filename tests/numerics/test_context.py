@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from cluster.cli import BAD_INPUT, UserError
 from cluster.session import free_ports
-from training.context import Context, Ranks, torch_context
+from training.run.context import Context, Ranks, torch_context
 
 pytestmark = pytest.mark.stack
 

@@ -18,14 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from serving import report
+from serving.bench import report
+from serving.bench.latency import Outcome, Slo, summarise
 from serving.config import EngineConfig
-from serving.decoder import TorchDecoder
-from serving.latency import Outcome, Slo, summarise
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
-from serving.torch_engine import arithmetic, describe
-from training.model import Llama
-from training.shapes import SHAPES, LlamaShape
+from serving.engine.decoder import TorchDecoder
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
+from serving.engine.torch_engine import arithmetic, describe
+from training.model.llama import Llama
+from training.model.shapes import SHAPES, LlamaShape
 
 CASES = int(os.environ.get("PROPERTY_CASES", "0"))
 few = settings(max_examples=CASES or 8, deadline=None, database=None, phases=[Phase.generate])

@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 
-from serving import native
-from serving.decoder import TorchDecoder, graph_sizes
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
-from training.model import Llama, initialize
-from training.shapes import LlamaShape
+from serving.engine import native
+from serving.engine.decoder import TorchDecoder, graph_sizes
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
+from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape
 
 in_each_tier = pytest.mark.usefixtures("tier")
 CONTEXT, SLOTS = 256, 6

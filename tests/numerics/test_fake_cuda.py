@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from optim import fused
-from optim.fused import Fragment, FusedStep
 from optim.groups import partition
-from optim.zero import ZeroOptimizer
-from serving.decoder import WARM_UPS, TorchDecoder, graph_sizes
-from serving.engine import Sampling
-from serving.sampling import choose
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from optim.step import fused
+from optim.step.fused import Fragment, FusedStep
+from optim.step.zero import ZeroOptimizer
+from serving.engine.decoder import WARM_UPS, TorchDecoder, graph_sizes
+from serving.engine.protocol import Sampling
+from serving.engine.sampling import choose
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
 from tests.fake_cuda import fake_cuda
 from tests.numerics.test_fused import NUM_MATRICES, PARAMETERS, RULES, numel
-from training.model import Llama
-from training.shapes import LlamaShape
+from training.model.llama import Llama
+from training.model.shapes import LlamaShape
 
 CUDA = torch.device("cuda")
 SHAPE = LlamaShape(
@@ -159,9 +159,9 @@ def test_only_measuring_the_updates_waits_for_them():
         traffic.counts.clear()
         unit.step(lr=0.1, inspect=True)
         shapes = len(unit._groups)
-        assert traffic.counts == {("to host", "optim/fused.py _inspect"): 2 * shapes}
+        assert traffic.counts == {("to host", "optim/step/fused.py _inspect"): 2 * shapes}
         unit.health.read()
-        assert traffic.counts["wait", "optim/fused.py Health.read"] == 6 * shapes
+        assert traffic.counts["wait", "optim/step/fused.py Health.read"] == 6 * shapes
 
 
 @pytest.mark.parametrize("elements", [1, 150, 10**6])
@@ -175,9 +175,10 @@ def test_an_offloaded_step_travels_in_stretches(elements, monkeypatch):
         traffic.counts.clear()
         unit.step(lr=0.1)
         assert traffic.counts == {
-            ("async to device", "optim/fused.py _Staging.uploading"): stretches + shapes,  # and the norms
-            ("async to host", "optim/fused.py _Staging.downloading"): stretches,
-            ("wait", "optim/fused.py _Staging.downloading"): stretches,
+            ("async to device", "optim/step/fused.py _Staging.uploading"): stretches
+            + shapes,  # and the norms
+            ("async to host", "optim/step/fused.py _Staging.downloading"): stretches,
+            ("wait", "optim/step/fused.py _Staging.downloading"): stretches,
         }
 
 
@@ -192,7 +193,7 @@ def test_clipping_waits_once_to_know_whether_the_gradient_is_finite():
             master.grad = torch.empty_like(master)
         traffic.counts.clear()
         optimizer._clip_replicated(masters)
-        assert traffic.counts == {("number", "optim/zero.py ZeroOptimizer._clip_replicated"): 1}
+        assert traffic.counts == {("number", "optim/step/zero.py ZeroOptimizer._clip_replicated"): 1}
 
 
 # --- serving ------------------------------------------------------------------------------------------------
@@ -230,19 +231,22 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
         logits = decoder.forward(spans)
         assert logits.shape == (3, 333) and logits.device.type == "cuda"
         assert traffic.counts == {
-            ("to device", "serving/decoder.py TorchDecoder._tensor"): 7,
-            ("to device", "serving/decoder.py TorchDecoder._eager"): 1,
+            ("to device", "serving/engine/decoder.py TorchDecoder._tensor"): 7,
+            ("to device", "serving/engine/decoder.py TorchDecoder._eager"): 1,
         }
 
 
-DRAWS = {("to device", "serving/sampling.py choose"): 2, ("to device", "serving/sampling.py _draw"): 2}
+DRAWS = {
+    ("to device", "serving/engine/sampling.py choose"): 2,
+    ("to device", "serving/engine/sampling.py _draw"): 2,
+}
 NUCLEUS = {
-    ("to device", "serving/sampling.py _draw"): 3,
-    ("to device", "serving/sampling.py _nucleus"): 1,
+    ("to device", "serving/engine/sampling.py _draw"): 3,
+    ("to device", "serving/engine/sampling.py _nucleus"): 1,
 }
 SCORES = {
-    ("to host", "serving/sampling.py score"): 1,
-    ("to host", "serving/sampling.py score.<locals>.<genexpr>"): 2,
+    ("to host", "serving/engine/sampling.py score"): 1,
+    ("to host", "serving/engine/sampling.py score.<locals>.<genexpr>"): 2,
 }
 
 
@@ -252,7 +256,10 @@ SCORES = {
         ({"temperature": 0.0}, {}),
         ({}, DRAWS),
         ({"top_p": 0.5}, DRAWS | NUCLEUS),
-        ({"temperature": 0.0, "logprobs": True}, SCORES | {("to device", "serving/sampling.py choose"): 2}),
+        (
+            {"temperature": 0.0, "logprobs": True},
+            SCORES | {("to device", "serving/engine/sampling.py choose"): 2},
+        ),
     ],
     ids=["greedy", "drawn", "nucleus", "scored"],
 )
@@ -260,7 +267,7 @@ def test_sampling_waits_once_for_the_tokens(sampling, more):
     with fake_cuda() as traffic:
         logits = torch.empty(4, 333, device=CUDA)
         choose(logits, [Sampling(max_tokens=1, **sampling)] * 4, [random.Random(0)] * 4)
-        assert traffic.counts == {("to host", "serving/sampling.py choose"): 1} | more
+        assert traffic.counts == {("to host", "serving/engine/sampling.py choose"): 1} | more
 
 
 # --- CUDA graphs --------------------------------------------------------------------------------------------
@@ -350,8 +357,11 @@ def test_graphs_are_captured_when_the_decoder_is_made_and_never_later():
             assert decoder.forward(spans_of(*tokens, slots=3)).shape == (len(tokens), 333)
             assert streams.log.pop() == ("replay", graphs[size]) and not streams.log
         assert set(streams.traffic.counts) == {
-            ("to device", "serving/decoder.py TorchDecoder._tensor"),  # the blocks that these steps begin
-            ("to device", "serving/decoder.py _Graphs.replay"),
+            (
+                "to device",
+                "serving/engine/decoder.py TorchDecoder._tensor",
+            ),  # the blocks that these steps begin
+            ("to device", "serving/engine/decoder.py _Graphs.replay"),
         }
         assert len(ran) == (WARM_UPS + 1) * len(sizes)  # no step ran outside a graph
 

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster import hardware
-from training.model import Llama, initialize
-from training.shapes import SHAPES, LlamaShape
+from cluster.measure import hardware
+from training.model.llama import Llama, initialize
+from training.model.shapes import SHAPES, LlamaShape
 
 SMALL = LlamaShape(
     vocab_size=160, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim import fused, native, rules
-from optim.fused import Fragment, FusedStep
+from optim import rules
 from optim.groups import attention_splits, partition
+from optim.kernels import native
 from optim.rules import (
     AdamW,
     EmaNesterov,
@@ -25,10 +25,12 @@ from optim.rules import (
     Signum,
     TransportedScion,
 )
+from optim.step import fused
+from optim.step.fused import Fragment, FusedStep
 from tests.ranks import spawn
-from training.context import Context
-from training.model import Llama
-from training.shapes import resolve
+from training.model.llama import Llama
+from training.model.shapes import resolve
+from training.run.context import Context
 
 pytestmark = pytest.mark.stack
 

@@ -18,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from cluster import toolchain
-from optim import fused, kernels, polar, rules
-from optim.kernels import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
+from optim import polar, rules
+from optim.kernels import gpu as kernels
+from optim.kernels.gpu import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
+from optim.step import fused
 
 ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {(8, 6): 101_376, (9, 0): 232_448}  # most per block: CUDA C++ programming guide, appendix
@@ -156,7 +158,7 @@ class WithoutTriton:
 
 sys.meta_path[:] = map(WithoutTriton, sys.meta_path)
 import torch
-from optim import fused, kernels, polar, rules
+from optim import polar, rules; from optim.step import fused; from optim.kernels import gpu as kernels
 
 print(kernels.unsupported(torch.device("cuda"), torch.bfloat16))
 print(polar.orthogonalize(torch.eye(2)[None], method="cans", dtype=torch.float32).shape)

@@ -13,9 +13,9 @@ from tests.commands import tiny, write_corpus
 from tests.ranks import spawn
 from training import config as training_config
 from training.config import TrainConfig
-from training.context import Context
-from training.loop import Output, Trainer
-from training.prepare import prepare
+from training.data.prepare import prepare
+from training.run.context import Context
+from training.run.loop import Output, Trainer
 
 pytestmark = pytest.mark.stack
 

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from training.hf import save_hf
-from training.model import IGNORED_TARGET, Llama, generate, initialize, load_hf, rotary
-from training.shapes import LlamaShape, RopeScaling
+from training.model.hf import save_hf
+from training.model.llama import IGNORED_TARGET, Llama, generate, initialize, load_hf, rotary
+from training.model.shapes import LlamaShape, RopeScaling
 
 TINY = LlamaShape(
     vocab_size=320,

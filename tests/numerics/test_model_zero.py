@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from optim.quiet import quiet_deepspeed
+from optim.step.quiet import quiet_deepspeed
 from tests.ranks import spawn
-from training.context import Context
-from training.model import Llama, generate, initialize
-from training.shapes import resolve
+from training.model.llama import Llama, generate, initialize
+from training.model.shapes import resolve
+from training.run.context import Context
 
 CASES = [(tied, zero_init) for tied in (False, True) for zero_init in (False, True)]
 STEPS = 3

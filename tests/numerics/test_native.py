@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cluster import compiled
-from optim import cost, native, polar
-from optim.kernels import SegmentTable
+from optim import cost, polar
+from optim.kernels import native
+from optim.kernels.gpu import SegmentTable
 from tests.guard import NO_BF16
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +259,7 @@ def test_passes_over_what_does_not_fit_are_an_error():
 def run_with(**environment: str) -> tuple[str, str, float]:
     """In a process of its own: the tier, why there is no library, and the norm of orthogonalised matrices."""
     program = (
-        "import torch; from optim import native, polar\n"
+        "import torch; from optim import polar; from optim.kernels import native\n"
         "x = torch.randn(2, 40, 90, generator=torch.Generator().manual_seed(0))\n"
         "y = polar.orthogonalize(x, method='jordan', dtype=torch.bfloat16)\n"
         "reason = native.unsupported(torch.device('cpu'), torch.bfloat16)\n"

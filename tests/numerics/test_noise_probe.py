@@ -10,11 +10,11 @@ from optim.geometry import parse_norm
 from tests.commands import python, tiny, write_corpus
 from tests.ranks import spawn
 from training.config import TrainConfig
-from training.context import Context
-from training.engine import make_engine, zero_init
-from training.model import Llama, initialize
-from training.noise_probe import measure_noise
+from training.model.llama import Llama, initialize
 from training.plan import resolve_shape
+from training.run.context import Context
+from training.run.engine import make_engine, zero_init
+from training.run.noise_probe import measure_noise
 
 pytestmark = pytest.mark.stack
 

@@ -8,10 +8,10 @@ import torch
 from cluster.config import ConfigError
 from tests.ranks import spawn
 from training import config as training_config
-from training.context import Context
-from training.engine import make_engine
-from training.model import Llama, initialize
+from training.model.llama import Llama, initialize
 from training.plan import activation_bytes, make_plan, memory_bytes, resolve_shape
+from training.run.context import Context
+from training.run.engine import make_engine
 
 SMALL = (
     "model.num_layers=3",

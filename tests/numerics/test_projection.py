@@ -1,4 +1,4 @@
-"""The bytes of training/traffic.py against what real ranks hand to their collectives, under DeepSpeed."""
+"""training/projection/traffic.py against the bytes that real ranks hand to collectives under DeepSpeed."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from training import config as training_config
 from training.plan import make_plan
-from training.traffic import Job, by_name, job_of, sent_bytes
+from training.projection.traffic import Job, by_name, job_of, sent_bytes
 
 # Matrices above PERSISTENT, so that stage 3 gathers them; an odd number of layers, so that stage 1 cuts one.
 KEYS = (
@@ -50,7 +50,7 @@ CASES = {  # name -> (keys, stage 3's reuse distance in elements or None for its
 
 def count(context: Any) -> dict[str, float]:
     """Case -> bytes that this rank sends in its fourth step; stage 3 knows its modules' order by then."""
-    from optim.contenders import Traffic
+    from optim.bench.contenders import Traffic
 
     traffic = Traffic()
     return {name: _count_one(traffic, keys, distance) for name, (keys, distance) in CASES.items()}
@@ -59,8 +59,8 @@ def count(context: Any) -> dict[str, float]:
 def _count_one(traffic: Any, keys: tuple[str, ...], distance: int | None) -> float:
     import torch
 
-    from training import engine as engines
-    from training.model import Llama, initialize
+    from training.model.llama import Llama, initialize
+    from training.run import engine as engines
 
     config = training_config.load(dotlist=[*KEYS, *keys])
     plan = make_plan(config, num_workers=RANKS)

@@ -200,7 +200,7 @@ def test_a_step_moves_the_weight_by_lr_times_scale_times_the_orthogonal_factor(n
 
 
 def test_the_norm_is_of_the_raw_update_before_it_was_rounded():
-    """The oracle takes it there, because `optim.fused` has it there, in the pass that rounds."""
+    """The oracle takes it there, because `optim.step.fused` has it there, in the pass that rounds."""
     seen = {}
 
     class Spy(Muon):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import Sampling, Score
-from serving.sampling import BROKEN, choose
+from serving.engine.protocol import Sampling, Score
+from serving.engine.sampling import BROKEN, choose
 from tests.properties import CASES
 
 

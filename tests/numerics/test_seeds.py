@@ -8,17 +8,17 @@ import pytest
 
 from cluster.config import ConfigError
 from optim.noise import Noise
+from serving.bench.workload import arrivals, from_conversations, from_trace, lengths, synthetic
 from serving.config import EngineConfig, ModelConfig, ServeConfig
-from serving.engine import Sampling
-from serving.paced import Pace
-from serving.torch_engine import TorchEngine, make_engine
-from serving.workload import arrivals, from_conversations, from_trace, lengths, synthetic
+from serving.engine.protocol import Sampling
+from serving.engine.torch_engine import TorchEngine, make_engine
+from serving.peers.paced import Pace
 from tests.reader import Reader
 from training import config as training_config
-from training import study_config
-from training.data import SampleOrder
-from training.model import Llama, initialize
-from training.shapes import LlamaShape
+from training.data.dataset import SampleOrder
+from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape
+from training.study import config as study_config
 
 SHAPE = LlamaShape(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32

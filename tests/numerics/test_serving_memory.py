@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cluster.cli import BAD_INPUT, UserError
-from serving import memory, steps, torch_engine
+from serving.bench import steps
 from serving.config import load
-from serving.torch_engine import make_engine
+from serving.engine import memory, torch_engine
+from serving.engine.torch_engine import make_engine
 
 RANDOM = ("model.weights=random", "model.shape=llama-5m", "engine.device=cpu")
 

@@ -18,7 +18,7 @@ from optim.geometry import parse_norm
 from optim.noise import KINDS
 from optim.rules import TransportedScion, new_state
 from optim.rules import step as oracle_step
-from training.synthetic import (
+from training.study.synthetic import (
     CONTENDERS,
     NOISES,
     SPECTRAL,
@@ -542,6 +542,8 @@ def test_the_configuration_is_read_and_written_as_others():
 
 
 def test_the_configuration_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import training.synthetic as s; s.SyntheticConfig()"
+    code = (
+        "import sys; sys.modules['torch'] = None; import training.study.synthetic as s; s.SyntheticConfig()"
+    )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)

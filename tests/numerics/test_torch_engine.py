@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from serving import native
 from serving.config import EngineConfig, ModelConfig, ServeConfig
-from serving.engine import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
-from serving.scheduler import Span
-from serving.torch_engine import TorchEngine, make_engine
+from serving.engine import native
+from serving.engine.protocol import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
+from serving.engine.scheduler import Span
+from serving.engine.torch_engine import TorchEngine, make_engine
 from tests.reader import Reader
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)

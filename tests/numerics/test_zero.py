@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from cluster.config import load
 from optim import rules
 from optim.groups import Member, attention_splits
-from optim.zero import PHASES, ZeroOptimizer
+from optim.step.zero import PHASES, ZeroOptimizer
 from tests.ranks import spawn
-from training import checkpoint, engine
-from training.checkpoint import Checkpoint
 from training.config import MUON_RULES, TrainConfig
-from training.context import Context
-from training.engine import (
+from training.run import checkpoint, engine
+from training.run.checkpoint import Checkpoint
+from training.run.context import Context
+from training.run.engine import (
     DTYPES,
     assign,
     make_engine,
@@ -730,7 +730,7 @@ def test_what_deepspeed_has_moved_is_an_error_at_start_that_names_it_and_the_ver
     assert deepspeed.__version__ == "0.19.8"
     for (stage, _, attribute), message in zip(READ_AT_START, errors["start"], strict=True):
         assert message.startswith("RuntimeError: DeepSpeed 0.19.8 has no "), (stage, attribute, message)
-        assert f".{attribute}, from which optim/zero.py reads the shard layout" in message
+        assert f".{attribute}, from which optim/step/zero.py reads the shard layout" in message
         assert message.endswith("install deepspeed==0.19.8")
 
 

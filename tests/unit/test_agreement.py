@@ -1,6 +1,7 @@
 """The paced engine, the referees' reports, and the comparison of our load generator with theirs.
 
-The referees themselves do not go into this environment (`python -m serving.agreement`); a script stands in.
+The referees themselves do not go into this environment (`python -m serving.peers.agreement`); a script stands
+in.
 """
 
 import asyncio
@@ -15,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import RunError
-from serving import agreement
-from serving.agreement import FIGURES, Case, Turn
-from serving.engine import EngineFailed, RequestError, Sampling, Stream
-from serving.latency import Outcome
-from serving.loadgen import Lag
-from serving.paced import CONTEXT, Pace, PacedEngine
+from serving.bench.latency import Outcome
+from serving.bench.loadgen import Lag
+from serving.engine.protocol import EngineFailed, RequestError, Sampling, Stream
+from serving.peers import agreement
+from serving.peers.agreement import FIGURES, Case, Turn
+from serving.peers.paced import CONTEXT, Pace, PacedEngine
 
 CASE = Case(5, concurrency=2, output_tokens=4)
 QUICK = Pace(first=(0.02, 0.04), gap=(0.005, 0.01))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import benchmark, files
+from cluster import files
+from cluster.measure import benchmark
 from training import bench
 from training import config as training_config
 from training.bench import LAUNCHERS, SETTLING_STEPS, Run

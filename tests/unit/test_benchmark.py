@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from cluster import benchmark, files
+from cluster import files
 from cluster.cli import RunError, UserError
+from cluster.measure import benchmark
 
 
 def test_a_ratio_is_taken_within_its_round():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from training import corpora
 from training.config import DataConfig
-from training.corpora import Corpus
-from training.data import DataError
+from training.data import corpora
+from training.data.corpora import Corpus
+from training.data.dataset import DataError
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import pytest
 
 from optim.cost import GRAM_ASPECT, NUM_ITERATIONS, orthogonalize_flops, uses_gram
 from optim.polar import METHODS
-from training.shapes import SHAPES
+from training.model.shapes import SHAPES
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data import (
+from training.data.dataset import (
     FORMAT_VERSION,
     DataError,
     Manifest,
@@ -248,7 +248,7 @@ def test_too_small_a_split_for_tuning_sequences_says_what_to_change(folder: Path
 
 
 def test_a_missing_manifest_names_the_file_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json: missing.*python -m training\.prepare"):
+    with pytest.raises(DataError, match=r"manifest\.json: missing.*python -m training\.data\.prepare"):
         open_train(tmp_path)
 
 
@@ -288,7 +288,9 @@ def test_an_unreadable_manifest_is_refused(folder: Path) -> None:
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "train-1.bin").unlink()
-    with pytest.raises(DataError, match=r"train-1\.bin: missing shard; run `python -m training\.prepare`"):
+    with pytest.raises(
+        DataError, match=r"train-1\.bin: missing shard; run `python -m training\.data\.prepare`"
+    ):
         open_train(folder)
 
 

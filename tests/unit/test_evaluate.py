@@ -13,11 +13,11 @@ from cluster.cli import UserError
 from cluster.config import ConfigError
 from tests.commands import ROOT
 from tests.test_architecture import IMPORT_WITHOUT_TORCH
-from training import harness
-from training.evaluate_config import load
-from training.evaluate_report import last_line, table
-from training.shapes import SHAPES, to_hf_config
-from training.subject import Subject, check, find, named
+from training.evaluate import harness
+from training.evaluate.checkpoint import Subject, check, find, named
+from training.evaluate.config import load
+from training.evaluate.report import last_line, table
+from training.model.shapes import SHAPES, to_hf_config
 
 
 def test_the_keys_and_the_report_load_without_torch():
@@ -27,8 +27,8 @@ def test_the_keys_and_the_report_load_without_torch():
         "-c",
         IMPORT_WITHOUT_TORCH,
         *modules,
-        "training.subject",
-        "training.completions",
+        "training.evaluate.checkpoint",
+        "training.evaluate.endpoint",
     ]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from optim.groups import KINDS, attention_splits, describe, full_shape, partition
-from training.model import Llama
-from training.shapes import SHAPES, LlamaShape
+from training.model.llama import Llama
+from training.model.shapes import SHAPES, LlamaShape
 
 
 def parameter(*shape: int, trained: bool = True) -> nn.Parameter:

@@ -1,6 +1,7 @@
 import pytest
 
-from cluster import hardware, provenance
+from cluster import provenance
+from cluster.measure import hardware
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cluster.headside import Head, Refused
-from cluster.rest import Ray, RayDown
+from cluster.head.answers import Head, Refused
+from cluster.head.ray_rest import Ray, RayDown
 
 REQUEST = {
     "run": "night",

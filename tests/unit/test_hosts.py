@@ -3,8 +3,8 @@
 import pytest
 from starlette.datastructures import Headers
 
-from serving.hosts import allowed_hosts, require_allowed
-from serving.openai_api import Refusal
+from serving.endpoint.hosts import allowed_hosts, require_allowed
+from serving.endpoint.openai_api import Refusal
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import inspection
+from cluster.preflight import inspection
 
 SOUND = "{0}, NVIDIA A40, 46068 MiB, 570.86.15, 0, Enabled, 4, 16"
 

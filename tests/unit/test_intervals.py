@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.intervals import Interval, of_rate, of_ratio
+from cluster.measure.intervals import Interval, of_rate, of_ratio
 
 
 def test_of_three_runs_it_is_students_t_worked_by_hand():

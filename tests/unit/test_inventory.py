@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import inventory
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.laptop import inventory
 
 ROOT = Path(__file__).parents[2]
 SITE = """\
@@ -175,7 +175,7 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
     marks = tmp_path / "ran"
     site = inventory.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh")
     scratch = tmp_path / "s"
-    for name in ("cluster/setup.sh", "cluster/reap.py"):
+    for name in ("cluster/head/setup.sh", "cluster/head/reap.py"):
         file = scratch / "code" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"echo {name} >> {marks}")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from serving.latency import Outcome, Slo, percentile, summarise
+from serving.bench.latency import Outcome, Slo, percentile, summarise
 
 
 def outcome(

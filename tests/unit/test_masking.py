@@ -9,7 +9,7 @@ import pytest
 from cluster import cli, config, provenance, record
 from cluster.masking import MASK, is_secret, mask, mask_secrets, masked
 from cluster.record import Record
-from training import workers
+from training.run import workers
 
 HEX40 = "0123456789abcdef" * 2 + "01234567"
 SECRET = "s3cr3t-Value"

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from training import meter as module
-from training.meter import Meter
+from training.run import meter as module
+from training.run.meter import Meter
 
 
 def meter(device_name, measured_tflops=None):

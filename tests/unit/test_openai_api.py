@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import EngineInfo, Sampling, Score, Token
-from serving.openai_api import Answer, CompletionRequest, Refusal, logprobs, models, parse, usage
+from serving.endpoint.openai_api import Answer, CompletionRequest, Refusal, logprobs, models, parse, usage
+from serving.engine.protocol import EngineInfo, Sampling, Score, Token
 
 
 def understood(**fields: Any) -> CompletionRequest:

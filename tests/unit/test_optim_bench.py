@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster import benchmark, files, hardware
+from cluster import files
 from cluster.cli import RunError
+from cluster.measure import benchmark, hardware
 from cluster.session import worker_environment
-from optim import bench, contenders, forecast
-from optim.contenders import StepRace, ZeroRace
-from optim.forecast import LLAMA_1B4, Machine, Model
+from optim.bench import command as bench
+from optim.bench import contenders, forecast
+from optim.bench.contenders import StepRace, ZeroRace
+from optim.bench.forecast import LLAMA_1B4, Machine, Model
 from tests.ranks import spawn
-from training.shapes import SHAPES
+from training.model.shapes import SHAPES
 
 SIMPLE = Machine(peak_flops=1000.0, memory_bytes_per_s=100.0, link_bytes_per_s=10.0)
 PLAIN = {"tokens_per_step": 3, "sequence_length": 5, "mfu": 0.5, "fraction_of_peak": 0.25}

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from cluster.cli import RunError
-from serving import overhead
-from serving.overhead import Case
+from serving.peers import overhead
+from serving.peers.overhead import Case
 from tests.fake_engine import FAILING, counting_engine
 
 CASE = Case(2, 7, prompt_tokens="8", output_tokens="uniform(3,6)")

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from optim.cost import orthogonalize_flops
-from optim.ownership import SLACK, Matrix, Plan, make_plan
-from training.shapes import SHAPES
+from optim.step.ownership import SLACK, Matrix, Plan, make_plan
+from training.model.shapes import SHAPES
 
 WORLDS = range(1, 9)
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from cluster import hardware
 from cluster.cli import UserError
-from serving import parity
-from serving.comparison import compare, read_side
+from cluster.measure import hardware
+from cluster.parity import command as parity
+from cluster.parity.comparison import compare, read_side
 
 A40, H100 = hardware.by_short_name("a40"), hardware.by_short_name("h100")
 FLOPS = {"training": 8.5e9, "prefill": 2.8e9, "decode": 2.7e9}
@@ -108,7 +108,7 @@ def test_a_machine_without_a_datasheet_is_measured_against_its_own_ceilings_on_b
     unknown = write(tmp_path, A40, [figure(A40, "decode", 0.7)], name="NVIDIA B9999")
     known = write(tmp_path, A40, [figure(A40, "decode", 0.7)])
     found = compare(read_side(str(unknown)), read_side(str(known)), tolerance=0.1)
-    assert all("measured by cluster.probe" in peaks.source for peaks in found.peaks)
+    assert all("measured by cluster.measure.probe" in peaks.source for peaks in found.peaks)
     assert found.comparisons[0].shares[0].centre == pytest.approx(0.7 / 0.9, rel=1e-3)
     assert "per watt of the power limit" not in found.comparisons[0].divisors
 
@@ -453,7 +453,7 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
     assert json.loads((folder / "summary.json").read_text())["figures"] == last
     text = (folder / "report.md").read_text()
     for needed in (
-        "python -m measure training", str(a), "6·N_matmul", "cluster/intervals.py", "0" * 12,
+        "python -m measure training", str(a), "6·N_matmul", "cluster/measure/intervals.py", "0" * 12,
         "Where the time of a training step goes", "0.8 [", "not measured",
     ):  # fmt: skip
         assert needed in text, needed

@@ -18,12 +18,12 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from training import corpora
-from training import prepare as preparation
 from training.config import DataConfig
-from training.corpora import Corpus
-from training.data import DataError, Manifest, TokenDataset
-from training.prepare import main, prepare, train_tokenizer
+from training.data import corpora
+from training.data import prepare as preparation
+from training.data.corpora import Corpus
+from training.data.dataset import DataError, Manifest, TokenDataset
+from training.data.prepare import main, prepare, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -270,7 +270,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(config: DataConfig)
     script = (
         "import os, signal, sys\n"
         "from training.config import DataConfig\n"
-        "from training.prepare import prepare\n"
+        "from training.data.prepare import prepare\n"
         "def report(line):\n"
         "    if line.startswith(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
         f"prepare({config!r}, report=report)\n"

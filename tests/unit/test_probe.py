@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from cluster import probe
+from cluster.measure import probe
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from cluster.cli import UserError
 from cluster.config import ConfigError
 from optim.geometry import NORMS, Entries, Lines
 from optim.groups import TABLE_BLOCK_ROWS
-from optim.ownership import make_plan
-from training import projection, projection_check, step_model, traffic
-from training.projection import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
-from training.shapes import SHAPES, LlamaShape
-from training.step_model import (
+from optim.step.ownership import make_plan
+from training.model.shapes import SHAPES, LlamaShape
+from training.projection import check as projection_check
+from training.projection import command as projection
+from training.projection import step_model, traffic
+from training.projection.command import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
+from training.projection.step_model import (
     Basis,
     Links,
     Network,
@@ -26,7 +28,7 @@ from training.step_model import (
     ring_seconds,
     step_seconds,
 )
-from training.traffic import (
+from training.projection.traffic import (
     Exchange,
     Job,
     collectives,
@@ -523,14 +525,14 @@ def test_the_check_refuses_a_rule_whose_products_are_not_modelled(capsys):
 def test_the_check_says_what_it_would_run(capsys):
     assert projection_check.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()[-9:]
-    assert all("training.steps" in line for line in lines)
+    assert all("training.baseline.steps" in line for line in lines)
     assert (
         "--nproc-per-node=3" in lines[-1] and "zero.stage=3" in lines[-1] and "batch.tokens=3072" in lines[-1]
     )
 
 
 def test_the_shares_are_those_that_the_optimizers_bench_counts():
-    contenders = pytest.importorskip("optim.contenders")
+    contenders = pytest.importorskip("optim.bench.contenders")
     for kind, share in traffic.SHARES.items():
         given = contenders.Traffic.SHARES[kind][1](4)
         assert (
@@ -547,7 +549,9 @@ def test_the_check_compares_prediction_and_measurement(monkeypatch, capsys):
     def answer(command):
         answers.append(command)
         return (
-            probe | rates if "training.ranks_probe" in command else row(num_workers=1, tokens_per_step=1024)
+            probe | rates
+            if "training.projection.ranks" in command
+            else row(num_workers=1, tokens_per_step=1024)
         )
 
     monkeypatch.setattr(projection_check, "_last_line", answer)

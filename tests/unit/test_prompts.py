@@ -7,9 +7,9 @@ import time
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from serving.openai_api import Refusal
-from serving.prompts import PIECE_CHARACTERS, SHORT_CHARACTERS, Prompts
-from serving.text import numbered_tokenizer
+from serving.endpoint.openai_api import Refusal
+from serving.endpoint.prompts import PIECE_CHARACTERS, SHORT_CHARACTERS, Prompts
+from serving.endpoint.text import numbered_tokenizer
 
 
 class Counted:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import benchmark
 from cluster.cli import RunError, UserError
-from serving import races
-from serving.races import CASES, Case, Race, Turn, decode_case
-from training.model import load_hf
-from training.shapes import LlamaShape
+from cluster.measure import benchmark
+from serving.peers import races
+from serving.peers.races import CASES, Case, Race, Turn, decode_case
+from training.model.llama import load_hf
+from training.model.shapes import LlamaShape
 
 MINI = LlamaShape(
     vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96,

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.cli import RunError
-from cluster.remote import _plain
+from cluster.laptop.remote import _plain
 
 
 @pytest.mark.parametrize("name", ["night", "night-1-0a1b2c3d.log", "v1.2_b", "7"])

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from cluster.head.ray_rest import Ray, _reason, listener
 from cluster.private import make_token
-from cluster.rest import Ray, _reason, listener
 from cluster.session import free_ports
 
 TRACEBACK = """Traceback (most recent call last):

@@ -5,7 +5,7 @@ import pytest
 from cluster.cli import UserError
 from serving import checkpoints
 from serving.config import ModelConfig
-from training import subject
+from training.evaluate import checkpoint as subject
 
 FINDERS = {
     "model": subject.find,

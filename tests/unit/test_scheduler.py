@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serving.scheduler import BLOCK_TOKENS, Request, Scheduler, table
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, table
 
 
 def advance(scheduler: Scheduler) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from cluster.cli import UserError
 from serving import checkpoints
 from serving.checkpoints import Served, export, find, shape_of
 from serving.config import ModelConfig
-from training.shapes import SHAPES, to_hf_config
+from training.model.shapes import SHAPES, to_hf_config
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.report import ceilings, faults, plot, shares, table
+from serving.bench.report import ceilings, faults, plot, shares, table
 
 INFO = {
     "weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000,

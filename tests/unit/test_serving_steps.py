@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.cli import RunError, UserError
-from serving.steps import come_to, joules, parse_batches
+from serving.bench.steps import come_to, joules, parse_batches
 
 
 def test_a_batch_by_hand():

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cli import RunError
 from cluster.config import ConfigError
-from cluster.reap import Process, processes
+from cluster.head.reap import Process, processes
 from cluster.session import (
     ALLOCATOR_NAMES,
     GPU_ENVIRONMENT,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training import shapes
-from training.shapes import SHAPES, LlamaShape, RopeScaling, from_hf_config, resolve, to_hf_config
+from training.model import shapes
+from training.model.shapes import SHAPES, LlamaShape, RopeScaling, from_hf_config, resolve, to_hf_config
 
 TINY = LlamaShape(
     vocab_size=11, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_size=10
@@ -149,8 +149,8 @@ def test_errors_name_the_shapes_or_the_file(tmp_path: Path) -> None:
 
 
 def test_shapes_run_without_torch() -> None:
-    code = "import sys; from training import shapes; assert 'torch' not in sys.modules"
-    root = Path(shapes.__file__).parents[1]
+    code = "import sys; from training.model import shapes; assert 'torch' not in sys.modules"
+    root = Path(shapes.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

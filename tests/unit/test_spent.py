@@ -1,9 +1,9 @@
-"""training/spent.py: parts that add up to the whole."""
+"""training/run/spent.py: parts that add up to the whole."""
 
 import pytest
 
-from training import spent as module
-from training.spent import PARTS, Spent, spent_on
+from training.run import spent as module
+from training.run.spent import PARTS, Spent, spent_on
 
 
 class Clock:

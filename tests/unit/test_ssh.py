@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.inventory import Inventory
-from cluster.ssh import LinkError, NodeError, Ssh, patiently
+from cluster.laptop.inventory import Inventory
+from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently
 
 SITE = Inventory(name="here", head="10.0.0.1", workers=("10.0.0.2",))
 
@@ -45,7 +45,7 @@ def test_a_worker_is_reached_through_the_head_by_the_same_pinned_keys(node, tmp_
 
 
 def test_a_lost_link_is_waited_for_and_told_once(monkeypatch):
-    monkeypatch.setattr("cluster.ssh.RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr("cluster.laptop.ssh.RETRY_SECONDS", (0.0,))
     answers = iter([LinkError("gone"), LinkError("gone"), "here"])
     said = []
 
@@ -60,7 +60,7 @@ def test_a_lost_link_is_waited_for_and_told_once(monkeypatch):
 
 
 def test_patience_ends(monkeypatch):
-    monkeypatch.setattr("cluster.ssh.RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr("cluster.laptop.ssh.RETRY_SECONDS", (0.01,))
 
     def attempt():
         raise LinkError("gone")

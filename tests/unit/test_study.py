@@ -11,11 +11,12 @@ import pytest
 from cluster import config as layered
 from cluster.config import ConfigError
 from training import config as training_config
-from training import study, study_config
-from training.study_config import RuleConfig, StudyConfig
-from training.study_plan import REPORT, TUNING, Run, StudyPlan, is_finished, label
-from training.study_plots import plot_study
-from training.study_report import (
+from training.study import command as study
+from training.study import config as study_config
+from training.study.config import RuleConfig, StudyConfig
+from training.study.plan import REPORT, TUNING, Run, StudyPlan, is_finished, label
+from training.study.plots import plot_study
+from training.study.report import (
     About,
     claim_of_difference,
     claim_of_tokens,
@@ -24,7 +25,7 @@ from training.study_report import (
     edge_text,
     transfer_text,
 )
-from training.study_results import (
+from training.study.results import (
     DIVERGED,
     FAILED,
     FINISHED,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cluster.cli import UserError
-from serving.text import Detokenizer, load_tokenizer, numbered_tokenizer, spell
+from serving.endpoint.text import Detokenizer, load_tokenizer, numbered_tokenizer, spell
 from tests.properties import CASES
 
 TOKENIZER = numbered_tokenizer(1000)

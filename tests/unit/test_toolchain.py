@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import inspection, toolchain
+from cluster import toolchain
+from cluster.preflight import inspection
 
 
 @pytest.fixture

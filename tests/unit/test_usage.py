@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 
-from cluster.usage import joules_of, peak_memory_bytes
+from cluster.measure.usage import joules_of, peak_memory_bytes
 
 
 class NVMLError(Exception):

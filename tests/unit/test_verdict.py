@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from cluster.verdict import ExpectConfig, LimitsConfig, judge, measured_tflops, table
+from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, measured_tflops, table
 
 NODES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
 EXPECT = ExpectConfig(nodes=3, gpus=2, accelerator="A40")

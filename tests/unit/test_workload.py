@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError
-from serving.workload import arrivals, from_conversations, from_trace, lengths, synthetic
+from serving.bench.workload import arrivals, from_conversations, from_trace, lengths, synthetic
 
 SIZE = {"vocab_size": 100, "context_tokens": 64}
 

@@ -1,0 +1,454 @@
+"""Keeps a cluster up, from its head: environment and Ray on the head and on every worker, for ever.
+
+    python3 -m cluster.head.keeper start SITE.json      replace the keeper that runs, print the head's key
+    python3 -m cluster.head.keeper stop SITE.json       end it
+    python3 -m cluster.head.keeper state SITE.json      one JSON object: the nodes, and whether it runs
+    python3 -m cluster.head.keeper run SITE.json        be it
+
+`make up` starts it and reads SCRATCH/keeper.json, where the state of every node stands; a lost link between
+the two disturbs neither. A worker that was rebooted, or whose Ray died, is brought back; one that was
+installed anew has lost the head's key, and `make up` gives it to it again. Standard library only: it runs
+before there is an environment.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluster import files, private
+from cluster.head.ray_rest import FINAL, Ray, RayDown
+from cluster.head.reap import descendants, of_cluster
+
+JOINED, FAILED = "joined", "failed"
+BUSY = ("installing", "copying", "starting")  # states that may last
+ALIVE_POLL_SECONDS = 2.0
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
+NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before anything is done
+JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
+PROBE = """
+cd / || exit 9
+echo "python $({python} -c '{identity}' 2>&1 | tail -1)"
+refused=$({python} - folder {scratch} 2>&1) || {{ echo "refused $refused"; exit 0; }}
+mkdir -p {scratch}/env {code} || exit 8
+echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
+test -e {env}/ready && echo "env ready"
+command -v rsync > /dev/null && echo "rsync yes"
+true
+"""
+# of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
+IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
+
+
+class Failure(Exception):
+    """A node cannot join, now; the message says why and what to do."""
+
+
+class Keeper:
+    """Brings up and watches the nodes of a site (`cluster.laptop.inventory.Inventory.site`)."""
+
+    def __init__(self, site: dict[str, Any]) -> None:
+        self.site = site
+        self.scratch = Path(site["scratch"])
+        self.ray = Ray(site["dashboard_port"])
+        self._lock = threading.Lock()
+        self._states: dict[str, dict[str, Any]] = {}
+        self._alive: set[str] | None = None  # addresses of the nodes that Ray lists; None: it is not up
+        self._env = ""  # hash of the environment
+        for address in (site["head"], *site["workers"]):
+            self._set(address, "waiting", "for the head" if address != site["head"] else "")
+
+    def run(self) -> NoReturn:
+        """Bring the head up, then the workers, and keep them up until SIGTERM."""
+        for worker in self.site["workers"]:
+            threading.Thread(target=self._keep_worker, args=(worker,), daemon=True).start()
+        self._keep_head()
+
+    # --- the head
+
+    def _keep_head(self) -> NoReturn:
+        head, retry = self.site["head"], FIRST_RETRY_SECONDS
+        while True:
+            try:
+                self._bring_up_head()
+                retry = FIRST_RETRY_SECONDS
+                self._watch()
+                self._set(head, "waiting", "its Ray does not answer")
+            except Exception as failure:  # whatever it is: it stands in the state, and is tried again
+                self._set(head, FAILED, str(failure) or repr(failure))
+                time.sleep(retry)
+                retry = min(2 * retry, LAST_RETRY_SECONDS)
+            self._alive = None
+
+    def _watch(self) -> None:
+        """Follow which nodes are alive, until Ray has not answered for some time."""
+        misses = 0
+        while misses < NUM_MISSES:
+            try:
+                self._alive = {node["node_ip"] for node in self.ray.nodes()}
+                self._set(self.site["head"], JOINED, "")
+                misses = 0
+            except (RayDown, ValueError, KeyError, TypeError):
+                misses += 1
+            time.sleep(ALIVE_POLL_SECONDS)
+
+    def _bring_up_head(self) -> None:
+        site, head = self.site, self.site["head"]
+        self._set(head, "installing", "environment")
+        _bash(site["setup"], on_line=lambda line: self._set(head, "installing", line[:100]))
+        self._env = (self.scratch / "env/current").read_text().strip()
+        _bash(site["token"])
+        try:
+            Path(site["storage"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Failure(
+                f"storage {site['storage']}: {error.strerror}; set storage in the inventory"
+            ) from error
+        marker = self.scratch / "started"
+        settings = hashlib.sha256(
+            f"{site['start_head']}{site['start_worker']}{self._env}".encode()
+        ).hexdigest()
+        if self._answers():
+            if marker.exists() and marker.read_text() == settings:
+                return
+            going = [job["submission_id"] for job in self.ray.jobs() if job["status"] not in FINAL]
+            if going:
+                raise Failure(
+                    f"{', '.join(going)} is going on a Ray with other settings than the inventory's: `make "
+                    "stop` first, or wait for its end; nothing was changed"
+                )
+        elif any("gcs_server" in command for command in of_cluster(site["name"]).values()):
+            raise Failure(
+                "Ray runs and its dashboard does not answer; it is not restarted, because of what runs on "
+                "it. If this stays so, `make down` and `make up`"
+            )
+        self._set(head, "starting", "Ray")
+        _bash(site["reap"])
+        for name in ("gcs_port", "dashboard_port"):
+            if _is_taken(site[name]):
+                raise Failure(
+                    f"port {site[name]} is in use{_by_whom(site[name])}; end that, or set "
+                    f"ports.{name.removesuffix('_port')} in the inventory"
+                )
+        marker.unlink(missing_ok=True)
+        _bash(site["start_head"])
+        marker.write_text(settings)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while not self._answers():
+            if time.monotonic() > deadline:
+                raise Failure(
+                    "Ray was started and its dashboard does not answer; see "
+                    f"{self.scratch}/ray/session_latest/logs"
+                )
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            return self.ray.is_up()
+        except ValueError as error:
+            raise Failure(str(error)) from error
+
+    # --- a worker
+
+    def _keep_worker(self, worker: str) -> NoReturn:
+        retry, misses = FIRST_RETRY_SECONDS, NUM_MISSES
+        while True:
+            alive = self._alive
+            if alive is not None and worker in alive:
+                self._set(worker, JOINED, "")
+                retry, misses = FIRST_RETRY_SECONDS, 0
+            elif alive is not None and misses < NUM_MISSES:  # it was there a moment ago
+                misses += 1
+            elif alive is not None:
+                try:
+                    self._bring_up_worker(worker)
+                except Exception as failure:
+                    self._set(worker, FAILED, str(failure) or repr(failure))
+                    self._sleep_until_told(worker, retry)
+                    retry = min(2 * retry, LAST_RETRY_SECONDS)
+                continue
+            time.sleep(ALIVE_POLL_SECONDS)
+
+    def _sleep_until_told(self, worker: str, seconds: float) -> None:
+        """Sleep; `make up` wakes it by pinning a key, because then what failed may not any more."""
+        known = self.scratch / "known_hosts"
+        before = known.stat().st_mtime_ns if known.exists() else 0
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and worker not in (self._alive or ()):
+            if known.exists() and known.stat().st_mtime_ns != before:
+                return
+            time.sleep(0.5)
+
+    def _bring_up_worker(self, worker: str) -> None:
+        site = self.site
+        env = self.scratch / "env" / self._env
+        known = self.scratch / "known_hosts"
+        if not known.exists() or worker not in known.read_text().split():
+            self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
+            time.sleep(0.5)
+            return
+        self._set(worker, "connecting", "")
+        probe = PROBE.format(**site, env=env, identity=IDENTITY)
+        answer = self._ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
+        found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
+        mine = _bash(f"{site['python']} -c '{IDENTITY}'")
+        if found.get("python") != mine:
+            raise Failure(
+                f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
+                "not run; install the same, or set python in the inventory"
+            )
+        if "refused" in found:
+            raise Failure(f"{found['refused']}, or set scratch in the inventory")
+        if "rsync" not in found:
+            raise Failure("has no rsync; install it")
+        if "env" not in found:
+            self._copy_environment(worker, env, free=int(found.get("free") or 0))
+        self._rsync(worker, self.scratch / "code")
+        self._ssh(worker, f"{site['token']} -", given=private.read_token())
+        self._set(worker, "starting", "Ray")
+        first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
+        named = f"export ASUNCION_CLUSTER={site['name']} ASUNCION_NODE={worker}\n"
+        self._ssh(worker, named + first + site["start_worker"], patience=90)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while worker not in (self._alive or ()):
+            if time.monotonic() > deadline:
+                raise Failure(
+                    f"its Ray started and does not join {site['head']}:{site['gcs_port']}: is a firewall "
+                    f"between the nodes? See {site['scratch']}/ray-start.log there"
+                )
+            time.sleep(0.3)
+
+    def _copy_environment(self, worker: str, env: Path, *, free: int) -> None:
+        size = int(_bash(f"du -sb {env}").split()[0])
+        self._set(worker, "copying", f"environment, {size / 1e9:.2f} GB, from the head")
+        if free < 1.1 * size + 1e9:
+            raise Failure(
+                f"{self.site['scratch']} has {free / 1e9:.1f} GB free, and the environment needs "
+                f"{size / 1e9:.1f} and 1 to spare; make room, or set scratch in the inventory"
+            )
+        self._rsync(worker, env, "--exclude=/ready")
+        self._ssh(worker, f"sync -f {env}; touch {env}/ready")
+
+    # --- tools
+
+    def _ssh_command(self) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "IdentityFile": str(key_file(self.site)),
+            "IdentitiesOnly": "yes",
+            "StrictHostKeyChecking": "yes",
+            "UserKnownHostsFile": str(self.scratch / "known_hosts"),
+            "GlobalKnownHostsFile": "/dev/null",
+            "UpdateHostKeys": "no",
+            "ConnectTimeout": "5",
+            "ServerAliveInterval": "5",
+            "ServerAliveCountMax": "3",
+            "LogLevel": "ERROR",
+        }
+        return ["ssh", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
+
+    def _ssh(self, worker: str, script: str, *, given: bytes = b"", patience: float = 60) -> str:
+        command = [*self._ssh_command(), f"{self.site['user']}@{worker}", "bash", "-c", shlex.quote(script)]
+        return _run(command, given=given, patience=patience)
+
+    def _rsync(self, worker: str, folder: Path, *more: str) -> None:
+        target = f"{self.site['user']}@{worker}:{folder}/"
+        through = shlex.join(self._ssh_command())
+        _run(["rsync", "--archive", "--delete", *more, "-e", through, f"{folder}/", target], patience=3600)
+
+    def _set(self, address: str, state: str, detail: str) -> None:
+        with self._lock:
+            old = self._states.get(address, {})
+            if (old.get("state"), old.get("detail")) == (state, detail):
+                return
+            self._states[address] = {"state": state, "detail": detail, "since": time.time()}
+            print(time.strftime("%F %T"), address, state, detail, flush=True)
+            report = {"generation": self.site["generation"], "pid": os.getpid(), "nodes": self._states}
+            try:
+                files.write_json(self.scratch / "keeper.json", report)
+            except OSError as error:  # a full disk must not end the keeper
+                print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
+
+
+def key_file(site: dict[str, Any]) -> Path:
+    """The head's own private key, made there and never anywhere else."""
+    return Path("~/.ssh").expanduser() / f"asuncion_{site['name']}"
+
+
+def _run(command: list[str], *, given: bytes = b"", patience: float) -> str:
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=patience)
+    except subprocess.TimeoutExpired as error:
+        raise Failure(f"did not answer within {patience:g} s") from error
+    except FileNotFoundError as error:
+        raise Failure(f"{command[0]}: no such command on the head; install it") from error
+    said = done.stderr.decode(errors="replace").strip()
+    if "Permission denied (" in said:
+        raise Failure("does not accept the head's key (installed anew?): run `make up` again")
+    if "Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said:
+        raise Failure("has another host key than the pinned one: `make up` from the laptop says what to do")
+    if other := re.search(r"Version mismatch.*Ray: (\S+).*Ray: (\S+)", said, re.DOTALL):
+        raise Failure(
+            f"has Ray {other[2]}, and the head has {other[1]}: its environment was changed by hand; rm -r "
+            "the folder env in its scratch, and it is copied again"
+        )
+    if done.returncode:
+        text = said or done.stdout.decode(errors="replace").strip()
+        if "No space left" in text:
+            raise Failure(f"{_last_line(text)}; make room, or set scratch in the inventory")
+        raise Failure(_last_line(text) or f"exit code {done.returncode}")
+    return done.stdout.decode(errors="replace")
+
+
+def _bash(script: str, *, on_line: Any = None) -> str:
+    """Output of a script on this machine; `on_line` is told each line as it comes."""
+    process = subprocess.Popen(
+        ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.decode(errors="replace").rstrip())
+        if on_line:
+            on_line(lines[-1])
+        if "Ray runtime started" in lines[-1]:  # what it leaves running keeps this pipe open
+            break
+    if process.wait():
+        raise Failure(_last_line("\n".join(lines)) or f"exit code {process.returncode}")
+    return "\n".join(lines)
+
+
+def _last_line(text: str) -> str:
+    """The last line that says something: not a frame of pip's or a pointer of Python's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
+    errors = [line for line in lines if "rror" in line or "No space left" in line]
+    return (errors or lines or [""])[-1][:300]
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return True
+    return False
+
+
+def _by_whom(port: int) -> str:
+    if shutil.which("ss") is None:
+        return ""
+    said = subprocess.run(["ss", "-Hltnp", f"sport = :{port}"], capture_output=True, text=True).stdout
+    _, found, user = said.partition('users:(("')
+    return f" by {user.partition(chr(34))[0]}" if found else ""
+
+
+# --- the command
+
+
+def _pid(scratch: Path) -> int | None:
+    """The keeper that runs, or None."""
+    try:
+        with (scratch / "keeper.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or 0) or None
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _stop(scratch: Path, name: str) -> None:
+    """End the keeper with what it has under way (pip, rsync, ssh), but not the Ray that it has started."""
+    pid = _pid(scratch)
+    under_way = descendants(pid) - set(of_cluster(name)) if pid is not None else set()
+    deadline = time.monotonic() + 10
+    while pid := _pid(scratch):
+        os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
+        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the keeper, pid {pid}, does not end")
+    for child in under_way:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+
+def state(scratch: Path) -> dict[str, Any]:
+    """`keeper`, what it wrote of the nodes, or None; `runs`, whether it does; `said`, its last line."""
+    place, log = scratch / "keeper.json", scratch / "keeper.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return {
+        "now": time.time(),
+        "keeper": json.loads(place.read_text()) if place.exists() else None,
+        "runs": _pid(scratch) is not None,
+        "said": lines[-1] if lines else "",
+    }
+
+
+def _start(file: Path, site: dict[str, Any]) -> None:
+    scratch = Path(site["scratch"])
+    _stop(scratch, site["name"])
+    key = key_file(site)
+    if not key.exists():
+        key.parent.mkdir(mode=0o700, exist_ok=True)
+        comment = f"asuncion {site['name']} head"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", key], check=True)
+    with (scratch / "keeper.log").open("ab") as log:
+        # Not a `cluster.process.Child`: the keeper must outlive this command and the connection it came by.
+        subprocess.Popen(
+            [sys.executable, "-m", "cluster.head.keeper", "run", file],
+            cwd=site["code"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 10
+    while _pid(scratch) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    print(key.with_name(f"{key.name}.pub").read_text().strip())
+
+
+def _be(site: dict[str, Any]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # what it has started goes on
+    with (Path(site["scratch"]) / "keeper.lock").open("a+") as lock:
+        deadline = time.monotonic() + 5  # whoever asks whether a keeper runs holds it for an instant
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise SystemExit("a keeper runs already") from None
+                time.sleep(0.02)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        Keeper(site).run()
+
+
+def main(verb: str, file: Path) -> None:
+    """One of the commands above."""
+    site = json.loads(file.read_text())
+    scratch = Path(site["scratch"])
+    if verb == "start":
+        _start(file, site)
+    elif verb == "stop":
+        _stop(scratch, site["name"])
+    elif verb == "state":
+        print(json.dumps(state(scratch)))
+    elif verb == "run":
+        _be(site)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,321 @@
+"""`make up`, `make status` and `make down`: the nodes of a cluster, from the laptop.
+
+    python -m cluster.laptop.fleet up|status|down CLUSTER.yaml
+
+`up` gives the head the code and the site, starts the keeper there (`cluster.head.keeper`), lets the head's
+key in on every worker, and waits at the gate until every node has joined. What is done already is skipped, so
+running it again continues.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster import cli
+from cluster.cli import RunError
+from cluster.head.answers import REFUSED
+from cluster.head.keeper import BUSY, FAILED, JOINED
+from cluster.laptop import inventory
+from cluster.laptop.inventory import Inventory
+from cluster.laptop.package import pack
+from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
+
+FIRST_CONTACT_SECONDS = 40.0  # for a node that does not answer at all
+LINK_SECONDS = 600.0  # for a link that was there and is lost
+GATE_SECONDS = 55.0  # for a node that makes no progress
+FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
+POLL_SECONDS = 1.0
+
+UNPACK = """
+import io, os, shutil, sys, zipfile
+scratch = sys.argv[1]
+code, new, old = (scratch + end for end in ("/code", "/code.new", "/code.old"))
+archive = zipfile.ZipFile(io.BytesIO(sys.stdin.buffer.read()))
+for folder in (new, old):
+    shutil.rmtree(folder, ignore_errors=True)
+archive.extractall(new)
+if os.path.exists(code):
+    os.rename(code, old)
+os.rename(new, code)
+shutil.rmtree(old, ignore_errors=True)
+"""
+
+
+def headside(site: Inventory, *arguments: str) -> str:
+    """The script that asks `cluster.head.answers` on the head."""
+    verb, *rest = arguments
+    down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
+    return (
+        f"[ ! -e {site.scratch} ] || {site.owned()} || exit {REFUSED}\n"
+        f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
+        f"exec {site.python} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
+    )
+
+
+def up(cluster: Path, *, report: Callable[[str], None]) -> None:
+    """Bring the cluster up, or what of it is not.
+
+    Raises:
+        RunError: nodes that have not joined, each with the reason.
+    """
+    site = inventory.load(cluster)
+    begin = time.monotonic()
+    generation = uuid.uuid4().hex
+    package = pack(more={"site.json": json.dumps({**site.site(), "generation": generation}, indent=2)})
+    report(f"{site.name}: {len(site.nodes)} nodes; {package}")
+    head = Ssh(site, site.head, pin=True)
+    patiently(lambda: head.run("true", timeout=30), patience=FIRST_CONTACT_SECONDS, report=report)
+    key = _give_code(site, head, package.data, report=report)
+    refusals = _let_head_in(site, head, key, report=report)
+    known = (site.home / "known_hosts").read_bytes()
+    place = f"{site.scratch}/known_hosts"
+    patiently(
+        lambda: head.run(f"cat > {place}.new && mv {place}.new {place}", given=known),
+        patience=LINK_SECONDS,
+        report=report,
+    )
+    problems = _gate(site, head, generation, refusals, report=report)
+    if problems:
+        lines = "\n".join(f"  {node}: {why}" for node, why in problems.items())
+        joined = len(site.nodes) - len(problems)
+        raise RunError(
+            f"{joined} of {len(site.nodes)} nodes joined; not these:\n{lines}\n"
+            "the others work, and a node that can join later will; `make up` again continues"
+        )
+    report(f"{len(site.nodes)} of {len(site.nodes)} nodes joined, in {time.monotonic() - begin:.0f} s")
+
+
+def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
+    """Code and site to the head, whose keeper then starts. Returns the head's public key."""
+    script = (
+        f"set -e\n{site.claim_command()}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
+        f"cd {site.code}\n{site.python} -m cluster.head.keeper start site.json"
+    )
+    try:
+        answer = patiently(lambda: head.run(script, given=package), patience=LINK_SECONDS, report=report)
+    except CommandError as error:
+        raise _explained(error, site) from error
+    return answer.decode().strip().splitlines()[-1]
+
+
+def _explained(error: CommandError, site: Inventory) -> RunError:
+    if "No space left" in error.output:
+        remedy = f"make room in {site.scratch}, or set scratch in the inventory"
+    elif "command not found" in error.output:
+        remedy = f"install {site.python} (3.11 or 3.12), or set python in the inventory"
+    elif "Permission denied" in error.output or "Read-only" in error.output:
+        remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
+    elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
+        remedy = "or set scratch in the inventory"
+    else:
+        return error
+    return RunError(f"{error}; {remedy}")
+
+
+def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str], None]) -> dict[str, str]:
+    """The head's public key to every worker, all at once. Returns address -> why it could not be given."""
+    place = "~/.ssh/authorized_keys"
+    script = (
+        f"umask 077; mkdir -p ~/.ssh; touch {place}; grep -qF {shlex.quote(key)} {place} || "
+        f'{{ [ -z "$(tail -c1 {place})" ] || echo >> {place}; echo {shlex.quote(key)} >> {place}; }}'
+    )
+
+    def one(worker: str) -> str | None:
+        deadline = time.monotonic() + FIRST_CONTACT_SECONDS
+        while True:
+            try:
+                Ssh(site, worker, pin=True).run(script, timeout=30)
+                return None
+            except (NodeError, CommandError) as error:
+                return str(error).removeprefix(f"{worker}: ")
+            except LinkError as error:
+                asked = time.monotonic()
+                patiently(lambda: head.run("true", timeout=30), patience=LINK_SECONDS, report=report)
+                # time without the head is not the worker's
+                deadline += max(0.0, time.monotonic() - asked - 1)
+                if time.monotonic() > deadline:
+                    return f"{str(error).removeprefix(f'{worker}: ')}; is it on, and on the head's network?"
+                time.sleep(1)
+
+    if not site.workers:
+        return {}
+    with ThreadPoolExecutor(min(32, len(site.workers))) as pool:
+        found = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
+    return {worker: why for worker, why in found.items() if why is not None}
+
+
+def _gate(
+    site: Inventory, head: Ssh, generation: str, refusals: dict[str, str], *, report: Callable[[str], None]
+) -> dict[str, str]:
+    """Wait until all nodes have joined. Returns address -> reason of those that have not."""
+    shown: dict[str, tuple[str, str]] = {}
+    progress = {node: time.monotonic() for node in site.nodes}  # when it last did something
+    script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
+    while True:
+        answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
+        keeper = answer["keeper"] or {}
+        states = keeper["nodes"] if keeper.get("generation") == generation else {}
+        if not answer["runs"]:
+            raise RunError(
+                f"the keeper on {site.head} ended: {answer['said']}; see {site.scratch}/keeper.log"
+            )
+        problems: dict[str, str] = {}
+        waiting = False
+        for node in site.nodes:
+            state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
+            told = (state["state"], state["detail"])
+            if told != shown.get(node):
+                shown[node] = told
+                progress[node] = time.monotonic()
+                if state["state"] in (*BUSY, JOINED, FAILED):
+                    report(f"{node}: {' '.join(filter(None, told))}")
+            if state["state"] == JOINED:
+                continue
+            lasted = answer["now"] - state["since"]
+            if node in refusals and state["state"] not in BUSY:
+                problems[node] = refusals[node]
+            elif state["state"] == FAILED and (node == site.head or lasted > FAILED_SECONDS):
+                problems[node] = state["detail"]
+            elif state["state"] not in BUSY and time.monotonic() - progress[node] > GATE_SECONDS:
+                problems[node] = " ".join([*filter(None, told), f"for {GATE_SECONDS:g} s"])
+            else:
+                waiting = True
+        if site.head in problems:
+            raise RunError(f"head {site.head}: {problems[site.head]}")
+        if not waiting:
+            return problems
+        time.sleep(POLL_SECONDS)
+
+
+def status(cluster: Path) -> str:
+    """The nodes and runs of the cluster, as a table."""
+    site = inventory.load(cluster)
+    answer = ask(site, headside(site, "status"))
+    states = (answer["keeper"] or {"nodes": {}})["nodes"]
+    alive = {node["address"]: node for node in answer["alive"]}
+    lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
+    if answer["problem"]:
+        lines.append(f"{answer['problem']}; `make up` brings it up")
+    if not answer["runs"]:
+        lines.append("no keeper runs on the head: a node that falls out stays out; `make up` starts one")
+    for node in site.nodes:
+        state = states.get(node, {"state": "unknown", "detail": ""})
+        if node in alive:
+            found = alive[node]
+            resources = ", ".join(
+                f"{found['resources'].get(name, 0):g} {name}"
+                for name in ("GPU", "CPU")
+                if name in found["resources"]
+            )
+            lines.append(f"  {node:<16}{found['name']:<20}{resources}")
+        else:
+            lines.append(f"  {node:<16}{state['state']} {state['detail']}")
+    if check := answer.get("preflight"):
+        verdict = "passed" if check["passed"] else f"FAILED: {'; '.join(check['failures'])}"
+        lines.append(f"preflight of {check['time']}: {verdict}")
+    for job in answer["jobs"][-5:]:
+        lasted = ((job["end_time"] or answer["now"] * 1e3) - (job["start_time"] or answer["now"] * 1e3)) / 1e3
+        lines.append(f"  run {job['submission_id']:<24}{job['status'].lower():<12}{lasted:.0f} s")
+    return "\n".join(lines)
+
+
+def ask(site: Inventory, script: str, *, given: bytes = b"") -> dict[str, Any]:
+    """The head's answer to `headside`, in one round trip; a short loss of the link is waited out.
+
+    Raises:
+        RunError: the head refuses the request, in its own words.
+    """
+    head = Ssh(site, site.head)
+    try:
+        answer = patiently(lambda: head.run(script, given=given), patience=60, report=note)
+    except CommandError as error:
+        raise RunError(error.output.splitlines()[-1] if error.output else str(error)) from error
+    return _parsed(answer, head)
+
+
+def note(text: str) -> None:
+    """A line of ours beside a run's own, which alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
+    """The JSON object in the last line of an answer; what a login prints may stand before it."""
+    lines = answer.decode(errors="replace").strip().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (ValueError, IndexError) as error:
+        said = lines[-1][:200] if lines else "nothing"
+        raise RunError(
+            f"{node.address}: answered {said!r}; does the user's ~/.bashrc print there?"
+        ) from error
+
+
+def down(cluster: Path, *, report: Callable[[str], None]) -> None:
+    """End what the cluster runs on every node, and look that nothing is left.
+
+    Raises:
+        RunError: nodes that could not be reached, or on which something is left.
+    """
+    site = inventory.load(cluster)
+    head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
+    stop = (
+        f"[ ! -e {site.code}/site.json ] || "
+        f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.head.keeper stop site.json; }}"
+    )
+    patiently(lambda: head.run(stop), patience=60, report=report)
+    reap = (Path(__file__).parents[1] / "head/reap.py").read_bytes()
+
+    def one(node: str) -> tuple[bool, str]:
+        try:
+            script = f"{site.python} - {site.name}"
+            there = Ssh(site, node, pin=True)
+            found = _parsed(there.run(script, given=reap, timeout=60), there)
+        except CommandError as error:
+            try:
+                return False, f"still there: {'; '.join(json.loads(error.output)['left'])}"
+            except ValueError:
+                return False, str(error)
+        except RunError as error:
+            return False, str(error)
+        ended = found["ended"]
+        return True, f"{ended} processes ended, none left" if ended else "nothing was running"
+
+    with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
+        found = dict(zip(site.nodes, pool.map(one, site.nodes), strict=True))
+    for node, (_, said) in found.items():
+        report(f"{node}: {said}")
+    problems = [node for node, (clean, _) in found.items() if not clean]
+    if problems:
+        raise RunError(f"not down: {', '.join(problems)} (above); mend that and run `make down` again")
+
+
+def main() -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.laptop.fleet", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("verb", choices=("up", "status", "down"))
+    parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    options = parser.parse_args()
+
+    def note(text: str) -> None:
+        print(text, flush=True)
+
+    def body() -> None:
+        if options.verb == "status":
+            print(status(options.cluster))
+        else:
+            {"up": up, "down": down}[options.verb](options.cluster, report=note)
+
+    return cli.run(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Runs on a cluster, from a laptop: start, follow, attach, stop, pull. The run does not need the laptop.
+
+    python -m cluster.laptop.remote attach|stop|pull CLUSTER.yaml [--run NAME]
+    python -m cluster.laptop.remote preflight CLUSTER.yaml [key=value ...]
+
+`training.launch --cluster` starts runs through `start`. A start takes two round trips, one that carries the
+code and one that opens the log; what the laptop has seen of a log is kept in ~/.asuncion/NAME/logs, and its
+size says where to go on.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cluster import cli, process
+from cluster.cli import RunError, UserError
+from cluster.head import answers as there
+from cluster.laptop import inventory
+from cluster.laptop.fleet import ask, headside, note
+from cluster.laptop.inventory import Inventory, shell
+from cluster.laptop.package import Package, pack
+from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
+from cluster.provenance import commit_environment
+
+PREFLIGHT = "preflight"  # name of its runs
+RUN_FILE = "run.yaml"  # the resolved configuration, in the package
+PULL_PATIENCE_SECONDS = 600.0
+
+
+def start(cluster: Path, *, run: str, module: str, config: str, skip_preflight: bool = False) -> None:
+    """Start `python -m MODULE --config FILE` on the cluster, and follow it to its end.
+
+    If a run of this name and configuration is going, it is followed instead. Unless told, the preflight comes
+    first where it has not passed yet, and a failed one is in the way.
+
+    Args:
+        config: content of the file.
+
+    Raises:
+        UserError: the name is taken by the preflight.
+        RunError: the cluster refuses the run, or the run failed.
+        KeyboardInterrupt: Ctrl-C; the run goes on.
+    """
+    if run == PREFLIGHT:
+        raise UserError(f"run.name: {run!r} is what the preflight's own runs are called; take another")
+    site = inventory.load(cluster)
+    gate = None if skip_preflight else f"python -m cluster.preflight {_preflight_arguments(site)}"
+    package = pack(more={RUN_FILE: config})
+    note(f"{site.name}: {package}")
+    record = _submit(site, run, f"python -m {module} --config {RUN_FILE}", package, asked=config, gate=gate)
+    follow(site, record, cluster=cluster)
+
+
+def preflight(cluster: Path, more: Sequence[str]) -> None:
+    """Run the preflight on the cluster and follow it. Raises `RunError` if it fails."""
+    site = inventory.load(cluster)
+    arguments = _preflight_arguments(site, more)
+    record = _submit(site, PREFLIGHT, f"python -m cluster.preflight {arguments}", pack(), asked=arguments)
+    follow(site, record, cluster=cluster)
+
+
+def _submit(
+    site: Inventory, run: str, command: str, package: Package, *, asked: str, gate: str | None = None
+) -> dict[str, Any]:
+    """The record of a run that was started, or that is going already. One round trip.
+
+    Args:
+        asked: what makes it this run; one that is going with something else asked is an error.
+        gate: a command that has to succeed first, unless the preflight has passed.
+    """
+    environment = "".join(f"{name}={value} " for name, value in commit_environment().items())
+    request = {
+        "run": run,
+        "config": hashlib.sha256(asked.encode()).hexdigest(),
+        "entrypoint": f"{environment}exec {command}",
+        "preflight": f"{environment}{gate}",
+        "gated": gate is not None,
+        "package": f"_ray_pkg_{package.digest[:16]}.zip",
+        "digest": package.digest,
+    }
+    given = json.dumps(request).encode() + b"\n" + package.data
+    answer = ask(site, headside(site, "submit"), given=given)
+    note(f"run {answer['id']} {'is going: attached to it' if answer['going'] else 'submitted'}")
+    return answer
+
+
+def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
+    keys = {
+        "session.address": "auto",
+        "scratch": site.scratch,
+        "storage": site.storage,
+        "expect.nodes": len(site.nodes),
+        "expect.gpus": site.node.gpus,
+        "expect.accelerator": site.node.accelerator if site.node.gpus else "null",
+        "output": f"{site.storage}/preflight.json",
+    }
+    words = [*(f"{name}={value}" for name, value in keys.items()), *site.preflight, *more]
+    return " ".join(map(shlex.quote, words))
+
+
+def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
+    """Show the log of a run from where this laptop has read it to its end.
+
+    Args:
+        record: what the head remembers of the run (`headside.Head.resolve`).
+
+    Raises:
+        RunError: the run failed or was stopped, or Ray was restarted under it.
+        KeyboardInterrupt: Ctrl-C; the run goes on, and a message has said how to come back.
+    """
+    run_id = record["id"]
+    with _log_here(site, record) as log:
+        if log is not None and log.tell():
+            note(f"continuing at byte {log.tell():,} of the log; what came before is in {log.name}")
+        try:
+            outcome = _stream(site, run_id, log)
+        except KeyboardInterrupt:
+            end = f"CLUSTER={cluster} RUN={run_id}"
+            note(f"\ndetached; {run_id} goes on. `make attach {end}` comes back, `make stop {end}` ends it")
+            raise
+    resume = "run the same command again to resume from the newest checkpoint"
+    if run_id.startswith(f"{PREFLIGHT}-"):
+        resume = "run it again"
+    if outcome == there.SUCCEEDED:
+        note(f"{run_id} has ended")
+    elif outcome == there.RUN_STOPPED:
+        raise RunError(f"{run_id} was stopped; {resume}")
+    elif outcome == there.RUN_FAILED:
+        raise RunError(f"{run_id} failed (its log is above); {resume}")
+    elif outcome == there.RAY_RESTARTED:
+        raise RunError(f"Ray on the head was restarted, and {run_id} ended with it; {resume}")
+    elif outcome == there.RAY_DOWN:
+        raise RunError(f"Ray on the head does not answer any more; `make up`, and then {resume}")
+    else:
+        raise RunError(f"{run_id}: the head refuses to follow it")
+
+
+def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
+    """Copy the log to standard output, through every loss of the link. Returns the outcome."""
+    head = Ssh(site, site.head)
+    offset = log.tell() if log is not None else 0
+    outage = Outage(note)
+
+    def write(chunk: bytes) -> None:
+        nonlocal offset
+        offset += len(chunk)
+        if log is not None:
+            log.write(chunk)
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+
+    while True:
+        script = headside(site, "follow", run_id, str(offset))
+        code, said = _copy([*head.arguments(), shell(script)], write, on_attached=outage.end)
+        if code == there.REFUSED:
+            raise RunError(said.splitlines()[-1] if said else "the head refuses")
+        if code != TRANSPORT:
+            return code
+        error = head.explain(said)
+        if isinstance(error, NodeError):
+            raise error
+        outage.wait(str(error))
+
+
+def _copy(
+    command: list[str], write: Callable[[bytes], None], *, on_attached: Callable[[], None]
+) -> tuple[int, str]:
+    """Hand over what the command prints, as it comes. Returns its exit code and what it said on stderr."""
+    child = process.Child(
+        command,
+        whole_tree=False,  # the connection that ssh opens is shared, and outlives it
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None and child.stderr is not None
+    errors, said = child.stderr, []
+
+    def listen() -> None:
+        for line in errors:
+            text = line.decode(errors="replace").strip()
+            if text == there.ATTACHED:
+                on_attached()
+            else:
+                said.append(text)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        while chunk := os.read(child.stdout.fileno(), 1 << 16):
+            write(chunk)
+        code = child.wait()
+        listener.join()
+    finally:
+        child.kill()
+    return code, "\n".join(said)
+
+
+@contextmanager
+def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | None]:
+    """This laptop's copy of the log, at its end; None if another process here is writing it."""
+    place = site.home / "logs" / _plain(f"{record['id']}-{record['token']}.log")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("ab", buffering=0) as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(
+                f"another command on this machine follows {record['id']}; showing its log from the beginning"
+            )
+            yield None
+            return
+        log.seek(0, os.SEEK_END)
+        yield log
+
+
+def _plain(name: str) -> str:
+    """A name that the head has told, for a file of this laptop. Raises `RunError` if it leads elsewhere."""
+    if re.fullmatch(r"\w[\w.-]*", name) is None:
+        raise RunError(f"the head tells {name!r} as a name, which is none of a run; nothing was written")
+    return name
+
+
+def attach(cluster: Path, run: str) -> None:
+    """Follow a run: by id, the newest of a name, or the newest of all."""
+    site = inventory.load(cluster)
+    follow(site, ask(site, headside(site, "resolve", run)), cluster=cluster)
+
+
+def stop(cluster: Path, run: str) -> None:
+    """End a run. Its checkpoints stay."""
+    site = inventory.load(cluster)
+    answer = ask(site, headside(site, "stop", run))
+    note(f"{answer['id']}: {answer['status'].lower()}; its checkpoints are kept")
+
+
+def pull(cluster: Path, run: str, *, target: Path) -> None:
+    """Bring metrics, plots and the W&B files of a run here, all but its checkpoints; only what has changed.
+
+    Raises:
+        RunError: there is no such run, or rsync failed for another reason than the link.
+    """
+    site = inventory.load(cluster)
+    name = _plain(ask(site, headside(site, "resolve", run))["run"])
+    (target / name).mkdir(parents=True, exist_ok=True)
+    command = rsync(
+        Ssh(site, site.head),
+        f"{site.storage}/outputs/{name}",
+        target / name,
+        exclude=("checkpoints", "ray-train"),
+    )
+    begin = time.monotonic()
+    while True:
+        try:
+            done = process.run(command, whole_tree=False)
+        except FileNotFoundError as error:
+            raise RunError("rsync: no such command; install it on this machine and on the head") from error
+        if done.returncode == 0:
+            break
+        if done.returncode not in (10, 12, 30, 35, TRANSPORT):  # rsync's codes for a connection that broke
+            raise RunError(
+                f"rsync: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
+            )
+        if time.monotonic() - begin > PULL_PATIENCE_SECONDS:
+            raise LinkError(f"{site.head}: the link did not come back; `make pull` again continues")
+        note("link lost; what has arrived is kept; trying again")
+        time.sleep(2)
+    received = next((line for line in done.stdout.splitlines() if "Total bytes received" in line), "")
+    note(f"{target / name} is up to date ({received.rpartition(':')[2].strip() or '0'} bytes over the link)")
+
+
+def main() -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.laptop.remote", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("verb", choices=("attach", "stop", "pull", "preflight"))
+    parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("--run", default="", help="name or id of a run; default: the newest")
+    parser.add_argument("--to", type=Path, default=Path("outputs"), help="pull: folder for the runs")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="preflight: keys (cluster.preflight)"
+    )
+    options = parser.parse_args()
+
+    def body() -> None:
+        if options.verb == "attach":
+            attach(options.cluster, options.run)
+        elif options.verb == "stop":
+            stop(options.cluster, options.run)
+        elif options.verb == "pull":
+            pull(options.cluster, options.run, target=options.to)
+        else:
+            preflight(options.cluster, options.overrides)
+
+    return cli.run(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""From the laptop to the nodes: OpenSSH, one connection per node that all commands share, host keys pinned.
+
+The head is reached directly and the workers through it, so only the head needs to be reachable from outside.
+The first `make up` pins each node's host key in ~/.asuncion/NAME/known_hosts; from then on another key is an
+error. The private key stays on the laptop: there is no agent forwarding either.
+"""
+
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.cli import RunError
+from cluster.laptop.inventory import Inventory, shell
+
+CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only lengthen the gaps
+ALIVE_SECONDS, ALIVE_COUNT = 3, 3  # a dead link is noticed after 9 s
+PERSIST_SECONDS = 900  # for which the connection outlives the last command
+RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
+T = TypeVar("T")
+
+TRANSPORT = 255  # ssh's own exit code, for all that is not the remote command's
+
+
+class NodeError(RunError):
+    """A node refuses for good: trying again would not help. The message names the node and the remedy."""
+
+
+class LinkError(RunError):
+    """A node cannot be reached, now. The message names the node and the reason."""
+
+
+class CommandError(RunError):
+    """A command on a node failed. The message names the node; `code` and `output` are the command's."""
+
+    def __init__(self, message: str, *, code: int, output: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.output = output
+
+
+class Ssh:
+    """Commands on one node of a cluster.
+
+    Args:
+        address: of the inventory's nodes.
+        pin: accept and keep the key of a host that is met for the first time, as `make up` does.
+    """
+
+    def __init__(self, inventory: Inventory, address: str, *, pin: bool = False) -> None:
+        self.address = address
+        self._inventory = inventory
+        self._pin = pin
+
+    @property
+    def host(self) -> str:
+        """The node's address, as it is reached."""
+        return self._inventory.reached_at if self.address == self._inventory.head else self.address
+
+    @property
+    def user(self) -> str:
+        """The user on the node."""
+        return self._inventory.ssh.user
+
+    def arguments(self) -> list[str]:
+        """ssh with all options, for this node."""
+        inventory = self._inventory
+        arguments = ["ssh", *self.options()]
+        if self.address == inventory.head:
+            return [*arguments, f"{self.user}@{inventory.reached_at}"]
+        head = Ssh(inventory, inventory.head, pin=self._pin)
+        escaped = [part.replace("%", "%%") for part in head.arguments()]
+        proxy = shlex.join([*escaped[:-1], "-W", "%h:%p", escaped[-1]])
+        return [*arguments, "-o", f"ProxyCommand={proxy}", f"{self.user}@{self.address}"]
+
+    def options(self) -> list[str]:
+        """Options of ssh, the same for ssh and for rsync's ssh."""
+        inventory, home = self._inventory, self._inventory.home
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        options = {
+            "BatchMode": "yes",  # nothing may ask
+            "IdentityFile": str(Path(inventory.ssh.key).expanduser()),
+            "ForwardAgent": "no",
+            "StrictHostKeyChecking": "accept-new" if self._pin else "yes",
+            "UserKnownHostsFile": str(home / "known_hosts"),
+            "GlobalKnownHostsFile": "/dev/null",
+            "HashKnownHosts": "no",  # the head is given the workers' lines
+            "UpdateHostKeys": "no",
+            "ConnectTimeout": str(CONNECT_SECONDS),
+            "ServerAliveInterval": str(ALIVE_SECONDS),
+            "ServerAliveCountMax": str(ALIVE_COUNT),
+            "ControlMaster": "auto",
+            "ControlPath": str(home / "%C"),
+            "ControlPersist": str(PERSIST_SECONDS),
+            "LogLevel": "ERROR",
+        }
+        return [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+
+    def run(self, script: str, *, given: bytes = b"", timeout: float = 120) -> bytes:
+        """Run a bash script on the node, in one round trip, and return its standard output.
+
+        Args:
+            given: its standard input.
+            timeout: seconds after which it counts as unreachable.
+
+        Raises:
+            NodeError: wrong key, changed host key, unknown host name.
+            LinkError: no answer, or the connection broke.
+            CommandError: the script's exit code was not 0.
+        """
+        try:
+            done = subprocess.run(
+                [*self.arguments(), shell(script)], input=given, capture_output=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LinkError(f"{self.address}: no answer within {timeout:g} s") from error
+        except FileNotFoundError as error:
+            raise NodeError("ssh: no such command; install the OpenSSH client on this machine") from error
+        said = done.stderr.decode(errors="replace").strip()
+        if done.returncode == TRANSPORT:
+            raise self.explain(said)
+        if done.returncode:
+            output = said or done.stdout.decode(errors="replace").strip()
+            last = output.splitlines()[-1] if output else "it said nothing"
+            raise CommandError(
+                f"{self.address}: {last} (exit code {done.returncode})", code=done.returncode, output=output
+            )
+        return done.stdout
+
+    def explain(self, said: str) -> RunError:
+        """The error behind what ssh said when it ended with its own exit code."""
+        inventory, node = self._inventory, self.address
+        through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
+        if "Permission denied" in said:
+            return NodeError(
+                f"{node}: refuses the key {inventory.ssh.key} for user {self.user}; set ssh.user and ssh.key "
+                f"in the inventory, or `ssh-copy-id {through}-i {inventory.ssh.key} {self.user}@{self.host}`"
+            )
+        if "HOST IDENTIFICATION HAS CHANGED" in said or "Host key verification failed" in said:
+            known = inventory.home / "known_hosts"
+            if "CHANGED" in said:
+                return NodeError(
+                    f"{node}: its host key is not the pinned one. If the node was installed anew: "
+                    f"`ssh-keygen -R {self.host} -f {known}`, then `make up`; if not, somebody is in between"
+                )
+            return NodeError(
+                f"{node}: its host key is not pinned in {known}; run `make up` from this machine"
+            )
+        if "Could not resolve hostname" in said:
+            return NodeError(f"{node}: no such host; check the address in the inventory")
+        if "no such identity" in said.lower() or "invalid format" in said:
+            return NodeError(f"{inventory.ssh.key}: cannot be used as a key; set ssh.key in the inventory")
+        return LinkError(f"{node}: {said.splitlines()[-1] if said else 'the connection broke'}")
+
+
+class Outage:
+    """Backs off while a link is lost, and says once that it is lost and once that it is back."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._since: float | None = None
+        self._tries = 0
+
+    def wait(self, why: str) -> float:
+        """The link is lost, or still lost: sleep before the next attempt. Returns seconds since the loss."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._report(f"link lost: {why}; trying again until it is back")
+        time.sleep(RETRY_SECONDS[min(self._tries, len(RETRY_SECONDS) - 1)])
+        self._tries += 1
+        return time.monotonic() - self._since
+
+    def end(self) -> None:
+        """The link works."""
+        if self._since is not None:
+            self._report(f"link is back, {time.monotonic() - self._since:.0f} s after it was missed")
+        self._since, self._tries = None, 0
+
+
+def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[str], None]) -> T:
+    """The result of `attempt`, which is repeated while the link is lost.
+
+    Args:
+        patience: seconds for which it is repeated, from the first loss on.
+        report: is told of the loss and of the return, once each.
+
+    Raises:
+        LinkError: the link did not come back in this time.
+    """
+    outage = Outage(report)
+    while True:
+        try:
+            result = attempt()
+        except LinkError as error:
+            if outage.wait(str(error)) > patience:
+                raise LinkError(f"{error}; gave up after {patience:g} s") from error
+        else:
+            outage.end()
+            return result
+
+
+def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> list[str]:
+    """The command that brings the folder `target` here up to date with the folder `source` of the node.
+
+    Only differences travel, and a file that broke off goes on where it stopped.
+    """
+    remote = shlex.join(["ssh", *node.options()])
+    return [
+        *(
+            "rsync",
+            "--archive",
+            "--safe-links",
+            "--compress",
+            "--partial-dir=.rsync-partial",
+            "--stats",
+            "-e",
+            remote,
+        ),
+        *(f"--exclude={name}" for name in exclude),
+        *(f"{node.user}@{node.host}:{source.rstrip('/')}/", f"{target}/"),
+    ]

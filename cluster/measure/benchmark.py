@@ -1,0 +1,120 @@
+"""What every bench shares: medians with spreads, their table, the options, the baseline file, the last line.
+
+A comparison's key is `speedup_<peer>_<case>`, the median over the rounds of the peer's time / ours within one
+round, so above 1 where ours is faster; beside it stands `spread_<peer>_<case>`, [min, max].
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import files, provenance
+from cluster.cli import RunError, UserError
+from cluster.measure import hardware
+from cluster.session import ROOT
+
+BASELINE_FORMAT = 2  # of the file that `make baseline` writes
+MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
+
+
+def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, rounds_help: str) -> None:
+    """Add --rounds and --output to the command line of the bench `what`."""
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"{rounds_help} (default: {rounds})"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"default: tests/baselines/<hardware>_{what}.json"
+    )
+
+
+def busy(load_average: float, *, cores: int | None) -> str | None:
+    """That a machine was too busy to measure, by its load average before, or None.
+
+    cores: of the machine; None: of this one.
+    """
+    cores = cores or os.cpu_count() or 1
+    if load_average <= MAX_LOAD * cores:
+        return None
+    return f"busy before it was measured (load average {load_average:.1f} on {cores} cores)"
+
+
+def load_average() -> float:
+    """Of this machine, for `load_average_before`: over the last minute. Says on stderr if it is busy."""
+    load = os.getloadavg()[0]
+    if found := busy(load, cores=None):
+        print(f"this machine was {found}: times will say little", file=sys.stderr)
+    return load
+
+
+def require_rounds(num_rounds: int) -> None:
+    """Refuse a number of rounds from which there is no median."""
+    if num_rounds < 1:
+        raise UserError(f"--rounds: {num_rounds} must be at least 1")
+
+
+def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """The peer's seconds / ours of each round. Raises `RunError` if ours is not above 0 in every round."""
+    if min(ours) <= 0:
+        raise RunError(
+            f"a time of ours came out as {min(ours):.2g} s, the difference of two measurements: this machine "
+            "is too busy to measure it; stop what else runs, or use more --rounds"
+        )
+    return [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
+
+
+def medians(samples: Mapping[str, Sequence[float] | None]) -> dict[str, Any]:
+    """The median under each key, and its spread [min, max]; both None where nothing was measured."""
+    found: dict[str, Any] = {}
+    for key, values in samples.items():
+        found[key] = statistics.median(values) if values else None
+        found[spread_of(key)] = [min(values), max(values)] if values else None
+    return found
+
+
+def spread_of(key: str) -> str:
+    """The key of the spread that belongs to the median under `key`."""
+    return f"spread_{key.removeprefix('speedup_')}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Every median in `result`, with its spread, for people; a dash where nothing was measured."""
+    keys = [key for key in result if spread_of(key) in result]
+    width = max(map(len, keys), default=0)
+    lines = [f"{'':<{width}}{'median':>10}{'min':>10}{'max':>10}"]
+    for key in keys:
+        values = (result[key], *(result[spread_of(key)] or (None, None)))
+        cells = ("-" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"{key:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def baseline_path(host: Mapping[str, Any], what: str) -> Path:
+    """tests/baselines/<CPU model>-<number>-cores[-held-to-<tier>][-<GPU model>-<number>-gpus]_<what>.json."""
+    name = f"{host['cpu']} {host['cpu_cores']} cores"
+    if tier := host.get("cpu_held_to"):
+        name += f" held to {tier}"
+    if gpus := host.get("gpus"):
+        name += f" {gpus[0]} {len(gpus)} gpus"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return ROOT / "tests" / "baselines" / f"{slug}_{what}.json"
+
+
+def prepare_output(output: Path | None, what: str) -> Path:
+    """The file to write, `output` or the baseline of this machine, in a folder that exists."""
+    path = output or baseline_path(hardware.describe_host(), what)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def publish(result: Mapping[str, Any], output: Path, *, data_fingerprint: str | None) -> None:
+    """Write `result` and where it comes from to `output`; the last line on stdout is `result` as JSON."""
+    about = provenance.collect(command=sys.argv, data_fingerprint=data_fingerprint)
+    files.write_json(output, {**result, "provenance": about})
+    print(f"written to {output}")
+    print(json.dumps(result))

@@ -1,0 +1,133 @@
+"""The figures of a parity report: rooflines with both machines' points, parities, where time goes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.parity.comparison import Comparison, Parity
+
+COLORS = ("#1b6ca8", "#c8553d")  # A, B
+MARKS = {"training": "s", "prefill": "^", "decode": "o"}
+PARTS = {
+    "compute": "#1b6ca8",
+    "communication": "#c8553d",
+    "optimizer": "#e0a458",
+    "data": "#6a994e",
+    "other": "#c4c8cc",
+}
+
+
+def draw(parity: Parity, folder: Path) -> dict[str, Path]:
+    """Title -> PNG in `folder`, of every figure for which there is something to show."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"Parity of each figure": _parities(parity, folder / "parity.png")}
+    made["Rooflines"] = _rooflines(parity, folder / "roofline.png")
+    if times := [each for each in parity.comparisons if any("time_shares" in f for f in each.figures)]:
+        made["Where the time of a training step goes"] = _times(times, parity, folder / "time.png")
+    return made
+
+
+def _parities(parity: Parity, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    rows = list(reversed(parity.comparisons))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)), dpi=130)
+    for place, each in enumerate(rows):
+        for interval, color, offset, label in (
+            (each.parity, "#222222", 0.12, "normalised: A's share / B's"),
+            (each.absolute, "#a0a4a8", -0.18, "absolute: A's rate / B's"),
+        ):
+            low = interval.centre if interval.low is None else interval.low
+            high = interval.centre if interval.high is None else interval.high
+            axes.plot([low, high], [place + offset] * 2, color=color, lw=2, solid_capstyle="butt")
+            axes.plot(
+                interval.centre, place + offset, "o", color=color, ms=5, label=label if not place else None
+            )
+    axes.axvline(1.0, color="#c8553d", lw=1)
+    names = [f"{each.id} ({' / '.join(dict.fromkeys(each.bounds))})" for each in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(plt.FormatStrFormatter("%.3g"))
+    axes.xaxis.set_minor_formatter(plt.NullFormatter())
+    axes.set_xlabel("A / B (1: parity); bars: 95% intervals from the runs")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.6 + 0.32 * len(rows))), ncols=2
+    )
+    return _save(figure, path)
+
+
+def _rooflines(parity: Parity, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
+    points = [
+        (side, each, figure_["flops"] / figure_["bytes"])
+        for each in parity.comparisons
+        for side, figure_ in enumerate(each.figures)
+        if figure_["bytes"]
+    ]
+    places = [intensity for *_, intensity in points] or [1.0]
+    ridges = [peaks.flops / peaks.bytes_per_s for peaks in parity.peaks]
+    low, high = min([*places, *ridges]) / 3, max([*places, *ridges]) * 6
+    for side, (peaks, ridge) in enumerate(zip(parity.peaks, ridges, strict=True)):
+        xs = [low, ridge, high]
+        ys = [min(peaks.flops, x * peaks.bytes_per_s) / 1e12 for x in xs]
+        name = f"{'AB'[side]}: {parity.sides[side].name}"
+        axes.plot(xs, ys, color=COLORS[side], lw=1.8, label=name)
+    for side, each, intensity in points:
+        if not parity.sides[side].is_roofline:
+            rate = each.rates[side].centre * each.figures[side]["flops"] / 1e12
+            axes.plot(intensity, rate, MARKS[each.kind], color=COLORS[side], ms=6, alpha=0.75)
+    for each in parity.comparisons:  # no bytes are counted for training: at the right edge
+        for side, found in enumerate(each.figures):
+            if not found["bytes"] and not parity.sides[side].is_roofline:
+                rate = each.rates[side].centre * found["flops"] / 1e12
+                axes.plot(high / 1.5, rate, MARKS[each.kind], color=COLORS[side], ms=6, alpha=0.75)
+                if each.bounds[side] == "link":
+                    roof = rate / each.shares[side].centre
+                    axes.plot(high / 1.5, roof, "_", color=COLORS[side], ms=14, mew=2)
+    if any("link" in each.bounds for each in parity.comparisons):
+        axes.plot([], [], "_", color="#555555", ms=14, mew=2, label="what the measured link allows")
+    for kind, mark in MARKS.items():
+        if any(each.kind == kind for each in parity.comparisons):
+            place = " (right edge: bytes not counted)" if kind == "training" else ""
+            axes.plot([], [], mark, color="#555555", label=f"{kind}{place}")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s of one device")
+    axes.grid(alpha=0.3, which="both", lw=0.4)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    bars: list[tuple[str, dict[str, float]]] = []
+    for each in rows:
+        for side, found in zip("AB", each.figures, strict=True):
+            if "time_shares" in found and not parity.sides["AB".index(side)].is_roofline:
+                bars.append((f"{each.id.removeprefix('training/')} on {side}", found["time_shares"]))
+    bars.reverse()
+    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.32 * len(bars)), dpi=130)
+    for place, (_, times) in enumerate(bars):
+        left = 0.0
+        for part, color in PARTS.items():
+            axes.barh(place, times[part], left=left, color=color, label=None if place else part)
+            left += times[part]
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axes.set(xlim=(0, 1), xlabel="share of a step, each part waited for")
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.8 / (0.5 + 0.32 * len(bars))), ncols=4
+    )
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    return path

@@ -1,0 +1,221 @@
+"""Are the nodes sound? Every one is inspected and measured by Ray actors before a night is spent on them.
+
+    python -m cluster.preflight [--config FILE] [key=value ...]
+
+With session.address=auto on a cluster's head, otherwise on this machine alone. Prints a table and writes a
+JSON report; exit code 1 if a check failed. Without GPUs the same checks run on CPUs, whose timings are noisy:
+there an outlier is a warning and not a failure.
+"""
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster import cli, files
+from cluster import config as layered
+from cluster.cli import RunError
+from cluster.config import key, require
+from cluster.preflight.inspection import Inspector, Rank
+from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, table
+from cluster.session import SessionConfig, ray_session
+
+STEP_SECONDS = 300.0  # for each step of the preflight, on all nodes
+CLOCK_READINGS = 5  # of which the one with the shortest round trip counts
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    disk_megabytes: int = key(256, "file that is written and read on each disk")
+    link_megabytes: int | None = key(None, "buffer of a collective; null: 256 on GPUs, 16 on CPUs")
+    repeats: int = key(5, "of each measurement")
+
+    def __post_init__(self) -> None:
+        require(self.disk_megabytes >= 4, "size.disk_megabytes", "must be at least 4")
+        require(self.repeats >= 1, "size.repeats", "must be at least 1")
+        least = self.link_megabytes is None or self.link_megabytes >= 1
+        require(least, "size.link_megabytes", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    scratch: str = key("/tmp", "folder on each node's own disk")
+    storage: str = key("outputs", "folder on the storage that all nodes share")
+    output: str = key("outputs/preflight.json", "the report")
+    expect: ExpectConfig = key(ExpectConfig, "")
+    limits: LimitsConfig = key(LimitsConfig, "")
+    size: SizeConfig = key(SizeConfig, "")
+    session: SessionConfig = key(SessionConfig, "")
+
+
+def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[str, Any]:
+    """All that is known of the nodes of the running Ray.
+
+    Returns:
+        nodes: address -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
+        or None; links: between all nodes, or None; pairs: "address address" -> links between neighbours of
+        the ring, where there are three nodes or more. Links are `probe.Links`, or a `problem`.
+
+    Raises:
+        RunError: a node did not answer; the message names it.
+    """
+    import ray
+
+    alive = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["NodeManagerAddress"])
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+    num_gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
+    inspectors = {node: _actor(Inspector, node, num_gpus=num_gpus[node]) for node in addresses}
+    mark = f"preflight-{uuid.uuid4().hex[:8]}"
+
+    def everywhere(what: str, call: Callable[[str], Any]) -> dict[str, Any]:
+        report(f"{what} ...")
+        return _answers({node: call(node) for node in addresses}, addresses, num_gpus, what)
+
+    arguments = (config.scratch, config.storage, mark, config.size.disk_megabytes * 1_000_000)
+    facts = everywhere("versions, GPUs and disks", lambda node: inspectors[node].facts.remote(*arguments))
+    sees = everywhere("shared storage", lambda node: inspectors[node].sees.remote(config.storage, mark))
+    ceilings = everywhere(
+        "matrix products and memory",
+        lambda node: inspectors[node].ceilings.remote(num_gpus[node], config.size.repeats),
+    )
+    for node in addresses:
+        facts[node]["storage"]["sees"] = sees[node]
+        measured = ceilings[node]
+        facts[node]["ceilings"] = measured["ceilings"]
+        facts[node]["gpus_problem"] = facts[node]["gpus_problem"] or measured["problem"]
+        for gpu in facts[node]["gpus"]:
+            gpu["throttled"] = gpu["index"] in measured["throttled"]
+        readings = []
+        for _ in range(CLOCK_READINGS):
+            begin = time.time()
+            pending = {node: inspectors[node].clock.remote()}
+            there = _answers(pending, addresses, num_gpus, "clock")[node]
+            end = time.time()
+            readings.append((there - (begin + end) / 2, end - begin))  # the skew, and the round trip
+        facts[node]["clock_skew_seconds"] = min(readings, key=lambda reading: reading[1])[0]
+        ray.kill(inspectors[node])  # the ranks need its GPUs
+    for file in Path(config.storage).glob(f".{mark}-*"):
+        file.unlink(missing_ok=True)
+    report("links within and between nodes ...")
+    for node in addresses:
+        ranks = [node] * (num_gpus[node] or 2)
+        facts[node]["links"] = _links(ranks, gpu=num_gpus[node] > 0, size=config.size)
+    gpu, ring = all(num_gpus.values()), list(addresses)
+    neighbours = zip(ring, [*ring[1:], ring[0]], strict=True) if len(ring) > 2 else ()
+    return {
+        "nodes": {addresses[node]: found for node, found in facts.items()},
+        "links": _links(ring, gpu=gpu, size=config.size),
+        "pairs": {
+            f"{addresses[left]} {addresses[right]}": _links([left, right], gpu=gpu, size=config.size)
+            for left, right in neighbours
+        },
+    }
+
+
+def _actor(kind: type, node: str, *, num_gpus: int) -> Any:
+    """An actor on this node and no other. It takes no CPU, so that it never waits for one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(kind).options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place).remote()
+
+
+def _answers(
+    pending: dict[str, Any], addresses: dict[str, str], num_gpus: dict[str, int], what: str
+) -> dict[str, Any]:
+    import ray
+
+    deadline = time.monotonic() + STEP_SECONDS
+    found = {}
+    for node, reference in pending.items():
+        try:
+            found[node] = ray.get(reference, timeout=max(1.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            why = "its GPUs are in use by a run, or it hangs" if num_gpus[node] else "it hangs"
+            raise RunError(f"{addresses[node]}: {what}: no answer in {STEP_SECONDS:g} s; {why}") from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"{addresses[node]}: {what}: {_cause(error)}") from error
+    return found
+
+
+def _cause(error: Any) -> str:
+    """First line of the error inside a Ray error; CUDA's last line is an advice on debugging."""
+    inner = getattr(error, "cause", None) or error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[0] if lines else repr(inner)
+
+
+def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, Any] | None:
+    """Links between ranks on `nodes`, which may name a node several times; None for a single rank."""
+    import ray
+
+    if len(nodes) == 1:
+        return None
+    ranks = [_actor(Rank, node, num_gpus=int(gpu)) for node in nodes]
+    try:
+        address, port = ray.get(ranks[0].place.remote(), timeout=STEP_SECONDS)
+        common = {
+            "num_ranks": len(ranks),
+            "address": address,
+            "port": port,
+            "device": "cuda" if gpu else "cpu",
+            "num_bytes": (size.link_megabytes or (256 if gpu else 16)) * 1_000_000,
+            "repeats": size.repeats,
+        }
+        pending = [actor.links.remote(rank=rank, **common) for rank, actor in enumerate(ranks)]
+        return ray.get(pending, timeout=STEP_SECONDS)[0]
+    except ray.exceptions.RayError as error:
+        return {"problem": _cause(error)}
+    finally:
+        for actor in ranks:
+            ray.kill(actor)
+
+
+def _session() -> str:
+    """Name of the session of Ray: a verdict counts until Ray is restarted."""
+    import ray
+
+    return ray.get_runtime_context().get_session_name()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser("cluster.preflight", description=__doc__.splitlines()[0], keys=PreflightConfig())
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        config = layered.load(PreflightConfig, file=options.config, dotlist=options.overrides)
+        if options.dry_run:
+            print(layered.to_yaml(config))
+            return
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with ray_session(config.session, resources={"CPU": 1}, worker_env={}):
+            found = examine(config, report=lambda text: print(text, flush=True))
+            session = _session()
+        findings = judge(found, config.expect, config.limits)
+        failures = [str(finding) for finding in findings if finding.is_failure]
+        verdict = {
+            "passed": not failures,
+            "failures": failures,
+            "warnings": [str(finding) for finding in findings if not finding.is_failure],
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "session": session,
+            "nodes": sorted(found["nodes"]),
+        }
+        files.write_json(output, {**verdict, "found": found})
+        print(f"{table(found, findings)}\nreport: {output}")
+        if failures:
+            raise RunError(f"preflight failed: {len(failures)} of its checks, above")
+        print(f"preflight passed on {len(found['nodes'])} nodes")
+
+    return cli.run(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

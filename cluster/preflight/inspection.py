@@ -1,0 +1,155 @@
+"""What the preflight reads and measures on a node; it runs there, in Ray actors (`cluster.preflight`)."""
+
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster import provenance, toolchain
+from cluster.measure import probe
+
+GPU_QUERY = (
+    "index,name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,persistence_mode,"
+    "pcie.link.gen.max,pcie.link.width.max"
+)
+THROTTLE_QUERY = "index,clocks_throttle_reasons.hw_slowdown,clocks_throttle_reasons.sw_thermal_slowdown"
+CPU_GEMM_SIZE = 1024  # the nodes' CPUs are measured briefly; their GPUs are what counts
+
+
+class Inspector:
+    """One node. A Ray actor that holds all GPUs of its node."""
+
+    def facts(self, scratch: str, storage: str, mark: str, disk_bytes: int) -> dict[str, Any]:
+        """Versions, GPUs and disks, JSON-ready. What cannot be read is a `problem` in it, not an error.
+
+        Args:
+            mark: name of the file by which the other nodes see that the storage is one place.
+        """
+        import torch
+
+        return {
+            "hostname": platform.node(),
+            "versions": {
+                "python": platform.python_version(),
+                **provenance.versions(),
+                "cuda": torch.version.cuda or "none",
+                "code": provenance.code_version()["commit"],
+            },
+            **gpus(),
+            "toolchain_problem": toolchain.missing(),
+            "scratch": _folder(Path(scratch), disk_bytes),
+            "storage": _folder(Path(storage), disk_bytes, mark=mark),
+        }
+
+    def clock(self) -> float:
+        """Seconds since the epoch, here."""
+        return time.time()
+
+    def sees(self, storage: str, mark: str) -> list[str]:
+        """Hosts whose mark is on the storage, as seen from here."""
+        return sorted(file.name.removeprefix(f".{mark}-") for file in Path(storage).glob(f".{mark}-*"))
+
+    def ceilings(self, num_gpus: int, repeats: int) -> dict[str, Any]:
+        """`ceilings`, a `probe.Ceilings` of every GPU that works or of the CPU; `problem`; `throttled`.
+
+        `throttled` holds the indices of GPUs whose clocks were held down right after their products.
+        """
+        if num_gpus == 0:
+            measured = asdict(probe.measure(device="cpu", repeats=repeats, size=CPU_GEMM_SIZE))
+            return {"ceilings": [measured], "problem": None, "throttled": []}
+        import torch
+
+        found, problem, throttled = [], None, set()
+        for index in range(min(num_gpus, torch.cuda.device_count())):
+            try:
+                with torch.cuda.device(index):
+                    found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
+            except RuntimeError as error:
+                problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
+            throttled |= _throttled()
+        return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
+
+
+class Rank:
+    """One end of a collective. A Ray actor with one GPU, or none."""
+
+    def place(self) -> tuple[str, int]:
+        """See `free_place`."""
+        return free_place()
+
+    def links(self, **arguments: Any) -> dict[str, Any]:
+        """See `probe.measure_links`."""
+        return asdict(probe.measure_links(**arguments))
+
+
+def free_place() -> tuple[str, int]:
+    """The address of this node, of a process of Ray, and a port that is free there."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return address, free.getsockname()[1]
+
+
+def gpus() -> dict[str, Any]:
+    """`gpus` of this machine as its driver tells, and `gpus_problem` if the driver does not answer.
+
+    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return {"gpus": [], "gpus_problem": None}
+    try:
+        rows = _smi(GPU_QUERY)
+    except (subprocess.SubprocessError, OSError) as error:
+        said = getattr(error, "stdout", None) or str(error)
+        return {"gpus": [], "gpus_problem": f"nvidia-smi: {said.strip().splitlines()[-1]}"}
+    found, problem = [], None
+    for row in rows:
+        try:
+            index, name, memory, driver, ecc, persistence, generation, width = row
+            found.append(
+                {
+                    "index": int(index),
+                    "name": name,
+                    "memory_gib": round(float(memory.split()[0]) / 1024, 1),
+                    "driver": driver,
+                    "ecc_errors": int(ecc) if ecc.isdigit() else None,
+                    "persistence": persistence == "Enabled",
+                    "pcie": f"{generation}x{width}",
+                    "throttled": False,
+                }
+            )
+        except ValueError:  # '[GPU is lost]' in a field, or a sentence in place of a row
+            problem = f"nvidia-smi: {', '.join(row)}"
+    return {"gpus": found, "gpus_problem": problem}
+
+
+def _throttled() -> set[int]:
+    """Indices of the GPUs whose clocks heat or power hold down at this moment."""
+    try:
+        return {int(row[0]) for row in _smi(THROTTLE_QUERY) if "Active" in row[1:]}
+    except (subprocess.SubprocessError, OSError, ValueError):  # a driver that does not know these fields
+        return set()
+
+
+def _smi(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return [[part.strip() for part in line.split(",")] for line in said.splitlines() if line.strip()]
+
+
+def _folder(folder: Path, disk_bytes: int, *, mark: str | None = None) -> dict[str, Any]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mark is not None:
+            (folder / f".{mark}-{platform.node()}").write_text("seen")
+        write, read = probe.measure_disk(folder, num_bytes=disk_bytes)
+        free = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        return {"problem": f"{error.filename or folder}: {error.strerror}"}
+    return {"problem": None, "free_gb": free, "write_gb_per_s": write, "read_gb_per_s": read}

@@ -1,0 +1,7 @@
+"""`python -m optim.bench`."""
+
+import sys
+
+from optim.bench.command import main
+
+sys.exit(main())

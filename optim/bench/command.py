@@ -1,0 +1,396 @@
+"""The optimizer step against its peers on the same work, in turns; and what it should cost on GPUs.
+
+    python -m optim.bench [--cases NAME,...] [--rounds N] [--output FILE] [--dry-run] [key=value ...]
+
+step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) and torch.optim.Muon; on a CPU
+        without bf16 arithmetic our own in torch and fp32 ("torch_fp32") in place of torch.optim.Muon.
+zero*   gloo ranks of one thread: ours, DeepSpeed's Muon, torch's AdamW (what an elementwise optimizer costs)
+        and one that does nothing ("null"), under the same DeepSpeed configuration. See ADDED.
+plan    no measurement: the share of a 1.4B training step, by datasheet (optim/bench/forecast.py).
+gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. Nobody has run it:
+        no machine with a GPU was at hand.
+
+On two quiet cores the default takes about 10 minutes, the first time 5 more: torch.compile for DeepSpeed.
+"""
+
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import cli
+from cluster import config as layered
+from cluster.cli import RunError, UserError
+from cluster.config import key, require
+from cluster.measure import benchmark, hardware
+from cluster.measure.benchmark import spread_of
+from cluster.session import worker_environment
+from optim.bench.forecast import LLAMA_1B4, STAGES, Machine, Model, estimate, floor_seconds
+from optim.cost import orthogonalize_flops
+
+if TYPE_CHECKING:
+    from optim.bench.contenders import Contender, Shapes, StepRace, ZeroRace
+
+ADDED = """\
+added by the optimizer = engine.backward + engine.step of the contender - engine.backward of `null` in the
+same round, ranks starting together, the slowest rank counting. So computing and reducing the gradient is left
+out, and all that follows counts, also where DeepSpeed orthogonalises inside backward. Bytes: likewise, of all
+ranks (all_reduce 2(W-1)/W of the tensor, reduce_scatter (W-1)/W of the input, all_gather W-1 times the own
+shard)."""
+
+SMALL, MEDIUM = Model(256, 688, 10, 0), Model(768, 2048, 2, 0)
+CASES = {  # name -> what it is
+    "step_10m": "one process, 10 layers of 256/688 (8M elements in 70 matrices)",
+    "step_100m": "one process, 2 layers of a 100M model, 768/2048 (14M elements in 14 matrices)",
+    "zero1": "ZeRO-1 on 2 and on 3 ranks, the matrices of step_10m",
+    "zero2": "ZeRO-2 on 2 and on 3 ranks, the matrices of step_10m",
+    "zero3": "ZeRO-3 on 2 and on 3 ranks, the matrices of step_10m",
+    "plan": "no measurement: 1.4B on A40 and on H100, by datasheet",
+    "gpu": "one CUDA device, 24 layers of 2048/5504 (1.2B elements in 168 matrices)",
+}
+STEP_MODELS = {"step_10m": SMALL, "step_100m": MEDIUM, "gpu": LLAMA_1B4}
+WORLD_SIZES = (2, 3)
+MAX_DIFFERENCE = 0.05  # of first updates that should be equal; bf16 in another order makes 0.02
+
+TARGETS = {  # speedup_<key>: at the least
+    "torch_muon_step_10m": 1.2,
+    "torch_muon_step_100m": 1.2,
+    "torch_fp32_step_10m": 1.3,
+    "torch_fp32_step_100m": 1.3,
+    **{
+        f"deepspeed_muon_zero{stage}_{world_size}ranks": target
+        for stage, target in ((1, 1.5), (2, 1.5), (3, 2.5))
+        for world_size in WORLD_SIZES
+    },
+}
+TARGET_SHARE = 0.005  # of the training step, at the most
+PLANNED = {"NVIDIA A40": "a40_link_gb_per_s", "NVIDIA H100 80GB HBM3": "h100_link_gb_per_s"}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    num_gpus: int = key(8, "plan: GPUs that share the work")
+    tokens_per_step: int = key(524_288, "plan: batch")
+    sequence_length: int = key(2048, "plan: tokens per sequence")
+    mfu: float = key(0.4, "plan: of forward and backward, as a fraction of the datasheet's peak")
+    fraction_of_peak: float = key(0.6, "plan: that the products of the orthogonalisation reach")
+    a40_link_gb_per_s: float = key(20.0, "plan: what an A40 sends, GB/s (PCIe 4.0 x16: 31.5 at the most)")
+    h100_link_gb_per_s: float = key(360.0, "plan: what an H100 sends, GB/s (NVLink 4: 450 at the most)")
+
+    def __post_init__(self) -> None:
+        for name, value, _ in layered.walk(self):
+            require(value > 0, name, f"{value} must be above 0")
+        for name in ("mfu", "fraction_of_peak"):
+            require(getattr(self, name) <= 1, name, f"{getattr(self, name)} is a fraction, so at most 1")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser("optim.bench", description=__doc__.splitlines()[0], keys=Assumptions())
+    parser.add_argument(
+        "--cases",
+        metavar="NAME,...",
+        help=f"of {', '.join(CASES)} (default: all; gpu only where there is one)",
+    )
+    benchmark.add_options(parser, what="optim", rounds=11, rounds_help="timed steps per contender")
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        benchmark.require_rounds(options.rounds)
+        assumed = layered.load(Assumptions, file=options.config, dotlist=options.overrides)
+        cases = choose_cases(options.cases)
+        if options.dry_run:
+            print(layered.to_yaml(assumed), *(f"{case:<10}{CASES[case]}" for case in cases), sep="\n")
+            return
+        output = benchmark.prepare_output(options.output, "optim")
+        bench(cases, assumed, num_rounds=options.rounds, output=output)
+
+    return cli.run(body)
+
+
+def choose_cases(given: str | None) -> list[str]:
+    """The cases to run, in the order of CASES. Raises `UserError` for one that cannot be run."""
+    names = list(CASES) if given is None else given.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"--cases: {unknown[0]!r} is not one of: {', '.join(CASES)}")
+    if "gpu" in names and not has_cuda():
+        if given is not None:
+            raise UserError("--cases: gpu needs a CUDA device, and torch finds none; leave it out")
+        names.remove("gpu")
+    return [case for case in CASES if case in names]
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output: Path) -> None:
+    """Run the cases: for each its ceiling, then its table. Write `output`; print one JSON line."""
+    result: dict[str, Any] = {
+        "bench": "optim",
+        "cases": list(cases),
+        "rounds": num_rounds,
+        "load_average_before": benchmark.load_average(),
+    }
+    if set(cases) - {"plan", "gpu"}:
+        from optim.bench import contenders
+
+        result["compiled_step"] = contenders.compiled_step()
+        print(f"compiled step: {result['compiled_step']}")
+    for case in cases:
+        print(f"\n{case}: {CASES[case]}", flush=True)
+        if case == "plan":
+            result["plan"] = plan_case(assumed)
+        elif case in STEP_MODELS:
+            result |= step_case(case, num_rounds=num_rounds)
+        else:
+            print(ADDED)
+            for world_size in WORLD_SIZES:
+                result |= zero_case(int(case[-1]), world_size, num_rounds=num_rounds)
+    print(f"\n{target_table(result)}\n")
+    benchmark.publish(result, output, data_fingerprint=None)
+
+
+def target_table(result: Mapping[str, Any]) -> str:
+    """The speed-ups and shares in `result` that have a target, each with the verdict."""
+    lines = [f"{'':<40}{'measured':>10}{'[min':>8}{'max]':>8}{'target':>10}"]
+    for name, target in TARGETS.items():
+        if (speedup := result.get(f"speedup_{name}")) is not None:
+            low, high = result[f"spread_{name}"]
+            verdict = "met" if speedup >= target else "not met"
+            lines.append(f"{name:<40}{speedup:>10.2f}{low:>8.2f}{high:>8.2f}{f'>= {target}':>10}  {verdict}")
+    for device, found in result.get("plan", {}).items():
+        for stage in STAGES:
+            share = found[f"share_zero{stage}"]
+            verdict = "met" if share <= TARGET_SHARE else "not met"
+            name = f"planned share, {device}, ZeRO-{stage}"
+            lines.append(f"{name:<48}{share:>10.2%}{f'<= {TARGET_SHARE:.1%}':>18}  {verdict}")
+    return "\n".join(lines)
+
+
+# --- in one process ---------------------------------------------------------------------------------------
+
+
+def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
+    """Whole steps in one process: its ceiling, then its table."""
+    import torch
+
+    from optim.bench import contenders
+
+    shapes, methods = STEP_MODELS[case].shapes, {"ours": "jordan", "ours_polar_express": "polar_express"}
+    device, where = torch.device("cpu"), f"{torch.get_num_threads()} threads"
+    if case == "gpu":
+        device = torch.device("cuda")
+        where = torch.cuda.get_device_name(device)
+        del methods["ours_polar_express"]  # memory for two contenders: 37 GB
+    dtype = "bf16" if contenders.multiplies_bf16(device) else "fp32"
+    found = ceiling(case, shapes, contenders.gemm_gflops(shapes, device), where, dtype=dtype)
+    race = contenders.race_steps(shapes, methods, num_rounds=num_rounds, device=device)
+    require_same_work(case, {race.peer: race.difference})
+    found |= {f"update_difference_{race.peer}_{case}": race.difference, **step_result(case, race)}
+    if race.peer == "torch_fp32":
+        print(
+            "torch_muon is left out: it multiplies in bf16, for which this CPU takes about 100 times as long"
+        )
+    print(benchmark.table(found))
+    if sheet := hardware.lookup(where):
+        floor_ms = 1e3 * floor_seconds(_machine(sheet, link_gb_per_s=1.0), shapes)
+        found |= {f"datasheet_floor_ms_{case}": floor_ms}
+        times = found[f"ms_ours_{case}"] / floor_ms
+        print(f"least by datasheet: {floor_ms:.1f} ms; ours takes {times:.1f} times that")
+    return found
+
+
+def step_result(case: str, race: "StepRace") -> dict[str, Any]:
+    """Milliseconds of each contender, and the peer's time over each of ours, with spreads."""
+    samples = {f"ms_{name}_{case}": _ms(values) for name, values in race.seconds.items()}
+    peer = race.seconds[race.peer]
+    for name, ours in race.seconds.items():
+        if name.startswith("ours"):
+            variant = name.removeprefix("ours")
+            samples[f"speedup_{race.peer}_{case}{variant}"] = benchmark.ratios(peer, ours)
+    return benchmark.medians(samples)
+
+
+def ceiling(case: str, shapes: "Shapes", gflops: float, where: str, *, dtype: str) -> dict[str, Any]:
+    """Print and return what the machine can do, and the least that orthogonalising takes at that rate.
+
+    dtype: "bf16" or "fp32", what products are computed in there, and the ceiling was.
+    """
+    flops = sum(orthogonalize_flops(*shape, symmetric=True, fp32=dtype == "fp32") for shape in shapes)
+    floor = flops / (gflops * 1e9)
+    print(f"ceiling: {gflops:.0f} GFLOP/s in {dtype} products of these shapes, {where}")
+    work = f"{flops / 1e9:.1f} GFLOP, symmetric products at half their cost"
+    print(f"floor:   {floor * 1e3:.1f} ms to orthogonalise = {work}, / that rate", flush=True)
+    return {f"gemm_gflops_{case}": gflops, f"gemm_dtype_{case}": dtype, f"floor_ms_{case}": floor * 1e3}
+
+
+def require_same_work(case: str, differences: Mapping[str, float]) -> None:
+    """Print by how much first updates differ from ours. Raises `RunError` if that is more than rounding."""
+    for name, difference in differences.items():
+        print(f"first update of {name}: {difference:.3f} of its norm from ours (bf16: about 0.02)")
+        if not difference <= MAX_DIFFERENCE:
+            raise RunError(
+                f"{case}: the first updates of ours and of {name} differ by {difference:.3f} of their norm, "
+                f"over {MAX_DIFFERENCE}: they do not do the same work, so their times say nothing"
+            )
+
+
+# --- under ZeRO -------------------------------------------------------------------------------------------
+
+
+def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]:
+    """All contenders of one stage and world size: their ceiling, then their tables."""
+    import torch
+
+    from optim.bench import contenders
+
+    case, shapes = f"zero{stage}_{world_size}ranks", SMALL.shapes
+    bf16 = contenders.multiplies_bf16(torch.device("cpu"))
+    wait = ", after torch.compile for DeepSpeed: 1 to 3 minutes" if bf16 else ""
+    print(f"{case}: {num_rounds} rounds{wait}", file=sys.stderr)
+    try:
+        race = contenders.race_zero(
+            shapes,
+            stage=stage,
+            world_size=world_size,
+            num_rounds=num_rounds,
+            environment=worker_environment(gpu=False, threads=1),
+        )
+    except RuntimeError as error:
+        raise RunError(f"{case}: {error}") from error
+    cores = min(world_size, os.cpu_count() or 1)
+    print(f"\n{case}")
+    where = f"{world_size} ranks on {cores} cores"
+    found = ceiling(case, shapes, race.gflops, where, dtype="bf16" if bf16 else "fp32")
+    require_same_work(case, race.differences)
+    everyone = contenders.contenders(stage)
+    found |= zero_result(case, race, everyone)
+    for name, reason in race.skipped.items():
+        print(f"{name} does not run here: {reason}")
+    if race.compiled:
+        print(
+            f"torch.compile built {race.compiled} graphs while the clock ran: DeepSpeed's times are too long"
+        )
+    print(contest_table(case, found, everyone))
+    phases = (f"{phase} {1e3 * statistics.median(seconds):.1f}" for phase, seconds in race.phases.items())
+    print(f"ours by phase, ms on the slowest rank: {', '.join(phases)}")
+    return found
+
+
+def zero_result(case: str, race: "ZeroRace", everyone: Mapping[str, "Contender"]) -> dict[str, Any]:
+    """What `race` found, by key. A contender that could not run has None for every figure.
+
+    A speed-up compares what is added with what ours adds under the same configuration.
+    `speedup_deepspeed_muon` is that of the DeepSpeed contender that comes closest to ours.
+    """
+    added = {
+        name: [
+            whole - backward
+            for whole, backward in zip(values, race.backward[everyone[name].null], strict=True)
+        ]
+        for name, values in race.whole.items()
+    }
+    samples: dict[str, Sequence[float] | None] = {}
+    for name in everyone:
+        samples[f"ms_{name}_added_{case}"] = _ms(added.get(name))
+        samples[f"ms_{name}_backward_step_{case}"] = _ms(race.whole.get(name))
+    speedups = {
+        name: benchmark.ratios(added[name], added[contender.ours])
+        for name, contender in everyone.items()
+        if contender.is_peer and name in added
+    }
+    for name, contender in everyone.items():
+        if contender.is_peer:
+            samples[f"speedup_{name}_{case}"] = speedups.get(name)
+    muons = [name for name in speedups if name.startswith("deepspeed_muon")]
+    closest = min(muons, key=lambda name: statistics.median(speedups[name]), default=None)
+    samples[f"speedup_deepspeed_muon_{case}"] = speedups[closest] if closest else None
+    found = benchmark.medians(samples)
+    for name in everyone:
+        found[f"sent_bytes_{name}_{case}"] = race.sent.get(name)
+        found[f"newton_schulz_{name}_{case}"] = race.newton_schulz.get(name)
+    for phase, seconds in race.phases.items():
+        found[f"ms_{phase}_ours_{case}"] = 1e3 * statistics.median(seconds)
+    for name, difference in race.differences.items():
+        found[f"update_difference_{name}_{case}"] = difference
+    return found | {
+        f"closest_deepspeed_muon_{case}": closest,
+        f"skipped_{case}": race.skipped,
+        f"compiled_while_timed_{case}": race.compiled,
+    }
+
+
+def contest_table(case: str, found: Mapping[str, Any], everyone: Mapping[str, "Contender"]) -> str:
+    """One line for each contender that ran: what it adds, over what ours adds, and what that takes."""
+    head = f"{'':<40}{'added, ms':>10}{'[min':>9}{'max]':>9}{'/ ours':>8}{'[min':>7}{'max]':>7}"
+    lines = [f"{head}{'MB sent':>9}{'orthogonalised':>16}"]
+    for name in everyone:
+        added, speedup = f"ms_{name}_added_{case}", f"speedup_{name}_{case}"
+        if found[added] is None:
+            continue
+        line = f"{name:<40}{found[added]:>10.1f}" + "".join(f"{x:>9.1f}" for x in found[spread_of(added)])
+        ratios = (found[speedup], *found[spread_of(speedup)]) if speedup in found else ()
+        line += "".join(f"{x:>{8 - (i > 0)}.2f}" for i, x in enumerate(ratios)) or " " * 22
+        sent, calls = found[f"sent_bytes_{name}_{case}"], found[f"newton_schulz_{name}_{case}"]
+        lines.append(f"{line}{sent / 1e6:>9.2f}{calls:>16}")
+    return "\n".join(lines)
+
+
+def _ms(seconds: Sequence[float] | None) -> list[float] | None:
+    return None if seconds is None else [1e3 * value for value in seconds]
+
+
+# --- by datasheet -----------------------------------------------------------------------------------------
+
+
+def plan_case(assumed: Assumptions) -> dict[str, dict[str, float]]:
+    """The forecast of each GPU in PLANNED, printed term by term."""
+    batch = {field.name: getattr(assumed, field.name) for field in dataclasses.fields(assumed)}
+    links = {device: batch.pop(link) for device, link in PLANNED.items()}
+    plans = {}
+    for device, link in links.items():
+        sheet = hardware.lookup(device)
+        assert sheet is not None
+        plans[device] = estimate(_machine(sheet, link_gb_per_s=link), LLAMA_1B4, **batch)
+        print(plan_table(sheet, plans[device], assumed, link_gb_per_s=link))
+    return plans
+
+
+def _machine(sheet: hardware.Device, *, link_gb_per_s: float) -> Machine:
+    return Machine(sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, link_gb_per_s * 1e9)
+
+
+def plan_table(
+    sheet: hardware.Device, found: Mapping[str, float], assumed: Assumptions, *, link_gb_per_s: float
+) -> str:
+    """One line for each term of a forecast: milliseconds per step, and what they come from."""
+    peak, memory = f"{sheet.bf16_tflops:g} TFLOP/s", f"{sheet.memory_gb_per_s:g} GB/s"
+    elements, owned = f"{found['shard_elements'] / 1e6:.0f}M elements", found["owned_flops"] / 1e12
+    terms = {
+        "train": f"{found['train_flops'] / 1e12:.0f} TFLOP / ({assumed.mfu:.0%} of {peak})",
+        "orthogonalize": f"{owned:.2f} TFLOP / ({assumed.fraction_of_peak:.0%} of {peak})",
+        "passes": f"24 B x {elements} / {memory}",
+        "adamw": f"28 B x {elements} / {memory}: for comparison, AdamW on the same matrices",
+    }
+    for stage in STAGES:
+        sent = found[f"sent_bytes_zero{stage}"] / 1e6
+        terms[f"exchange_zero{stage}"] = f"{sent:.0f} MB / {link_gb_per_s:g} GB/s, nothing hidden"
+    batch = f"{assumed.num_gpus} of them, {assumed.tokens_per_step:,} tokens per step"
+    lines = [f"\n{sheet.name}, {batch}; the busiest one:"]
+    lines += [f"  {term:<16}{found[f'{term}_ms']:>10.1f} ms  {origin}" for term, origin in terms.items()]
+    for stage in STAGES:
+        share = found[f"share_zero{stage}"]
+        verdict = "met" if share <= TARGET_SHARE else "not met"
+        lines.append(f"  share, ZeRO-{stage}{share:>13.2%}     target {TARGET_SHARE:.1%}: {verdict}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

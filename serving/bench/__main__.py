@@ -1,0 +1,7 @@
+"""`python -m serving.bench`."""
+
+import sys
+
+from serving.bench.command import main
+
+sys.exit(main())

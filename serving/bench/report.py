@@ -1,0 +1,203 @@
+"""What a serving benchmark came to: ceilings, shares of them, a table, pictures. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.measure import hardware
+
+COLUMNS = (  # header, key of a point, format
+    ("load", "load", "{}"),
+    ("ok/all", "counts", "{}"),
+    ("out tok/s", "output_tokens_per_second", "{:.0f}"),
+    ("total tok/s", "total_tokens_per_second", "{:.0f}"),
+    ("TTFT p50", "ttft_p50_ms", "{:.1f}"),
+    ("p90", "ttft_p90_ms", "{:.1f}"),
+    ("p99", "ttft_p99_ms", "{:.1f}"),
+    ("TPOT p50", "tpot_p50_ms", "{:.2f}"),
+    ("p90", "tpot_p90_ms", "{:.2f}"),
+    ("p99", "tpot_p99_ms", "{:.2f}"),
+    ("ITL p50", "itl_p50_ms", "{:.2f}"),
+    ("p99", "itl_p99_ms", "{:.2f}"),
+    ("E2E p50", "e2e_p50_ms", "{:.0f}"),
+    ("p99", "e2e_p99_ms", "{:.0f}"),
+    ("goodput/s", "goodput_per_second", "{:.2f}"),
+    ("SLO met", "attainment", "{:.0%}"),
+    ("MBU", "mbu", "{:.1%}"),
+    ("MFU", "prefill_mfu", "{:.1%}"),
+)
+
+
+FORMULAS = """\
+MBU: (steps * weight bytes + cached tokens that each step reads * KV bytes) / seconds of decoding / bandwidth
+MFU: FLOPs of prefilling the median prompt, the head once / TTFT p50 / peak, at concurrency 1"""
+
+
+def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hardware allows a model, by its datasheet where there is one, else by measurement.
+
+    Args:
+        info: `serving.engine.protocol.EngineInfo` as a mapping.
+        measured: "device", and "product_dtype", "product_tflops" and "read_gb_per_s" of
+        `cluster.measure.probe`.
+
+    Returns:
+        `product_dtype`, `product_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a
+        decoding step with an empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence
+        at that; and `prefill_tokens_per_second`: peak / FLOPs of the hidden matrices, which no prompt can
+        exceed, since attention and the head of its last token come to these.
+    """
+    device = hardware.lookup(str(measured["device"]))
+    if device is not None:
+        tflops, gb_per_s, source = device.bf16_tflops, device.memory_gb_per_s, f"datasheet, {device.source}"
+        dtype = "bfloat16"
+    else:
+        dtype, tflops, gb_per_s = (
+            measured[name] for name in ("product_dtype", "product_tflops", "read_gb_per_s")
+        )
+        source = "measured here (cluster.measure.probe); no datasheet entry"
+    step_seconds = info["weight_bytes"] / (gb_per_s * 1e9)
+    return {
+        "device": measured["device"],
+        "product_dtype": dtype,
+        "product_tflops": tflops,
+        "gb_per_s": gb_per_s,
+        "source": source,
+        "step_ms": 1e3 * step_seconds,
+        "decode_tokens_per_second": 1 / step_seconds,
+        "prefill_tokens_per_second": tflops * 1e12 / (info["flops_per_token"] - info["head_flops"]),
+    }
+
+
+def prefill_flops(info: Mapping[str, Any], prompt_tokens: float) -> float:
+    """FLOPs of prefilling a prompt: `LlamaShape.prefill_flops`, from what an engine says of its model."""
+    head = info["head_flops"]
+    attention = info["attention_flops"] * prompt_tokens**2 / 2
+    return (info["flops_per_token"] - head) * prompt_tokens + head + attention
+
+
+def shares(
+    point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[str, Any], *, replicas: int = 1
+) -> dict[str, Any]:
+    """MBU of decoding and MFU of prefilling at a closed-loop point; empty for an open loop.
+
+    mbu = (decode_steps · weight_bytes + decode_context_tokens/engines · kv_bytes_per_token)
+    / decode_seconds / bandwidth: of the requests that were really decoding (`serving.bench.latency`), since
+    slots and cache may hold fewer than are in flight. The time of prompts that are prefilled meanwhile
+    counts. prefill_mfu = `prefill_flops` of the median prompt / TTFT p50 / peak, at concurrency 1 alone,
+    where the time to the first token is that of one prompt and what the endpoint adds to it.
+
+    Args:
+        replicas: engines that share the load evenly.
+    """
+    concurrency = point.get("concurrency")
+    if concurrency is None or not point["decode_seconds"]:
+        return {}
+    context_tokens = point["decode_context_tokens"] / min(replicas, concurrency)
+    num_bytes = point["decode_steps"] * info["weight_bytes"] + context_tokens * info["kv_bytes_per_token"]
+    found = {
+        "mbu": hardware.mbu(
+            bytes_per_step=num_bytes,
+            step_seconds=point["decode_seconds"],
+            gb_per_s=ceiling["gb_per_s"],
+        )
+    }
+    if concurrency == 1:
+        flops_per_s = prefill_flops(info, point["prompt_tokens_p50"]) / (point["ttft_p50_ms"] / 1e3)
+        found["prefill_mfu"] = flops_per_s / (ceiling["product_tflops"] * 1e12)
+    return found
+
+
+def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with ceilings of which a point reached more than 100%."""
+    found = []
+    for key, ceiling in (("mbu", "bandwidth"), ("prefill_mfu", "peak")):
+        reached = {str(point["load"]): point[key] for point in points if point.get(key) is not None}
+        found.append(hardware.ceiling_fault(reached, ceiling=ceiling))
+    return [fault for fault in found if fault]
+
+
+def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
+    """The ceilings, for people."""
+    details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
+    peak, bandwidth = ceiling["product_tflops"], ceiling["gb_per_s"]
+    return "\n".join(
+        [
+            f"model        {info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}",
+            f"engine       {info['engine']} on {info['device']}: {details}",
+            f"ceilings     {peak:.3g} TFLOP/s in {ceiling['product_dtype']}, {bandwidth:.3g} GB/s "
+            f"({ceiling['source']})",
+            f"decoding     {info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
+            f"{ceiling['step_ms']:.3g} ms, at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
+            f"prefilling   {(info['flops_per_token'] - info['head_flops']) / 1e6:,.1f} MFLOP a token, and "
+            f"{info['head_flops'] / 1e6:,.1f} for the last: at most "
+            f"{ceiling['prefill_tokens_per_second']:,.0f} tok/s",
+        ]
+    )
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> str:
+    """The measurements, one a line; latencies in milliseconds."""
+    shown = [
+        (header, key, form) for header, key, form in COLUMNS if any(p.get(key) is not None for p in points)
+    ]
+    rows = [[header for header, _, _ in shown]]
+    for point in points:
+        cells = ((point.get(key), form) for _, key, form in shown)
+        rows.append(["-" if value is None else form.format(value) for value, form in cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+def plot(
+    points: Sequence[Mapping[str, Any]], itls: Mapping[str, Sequence[float]], folder: Path
+) -> list[Path]:
+    """latency.png (against the rate of the open-loop points), itl.png (a histogram for each load).
+
+    Args:
+        itls: load -> gaps between tokens, seconds.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("latency.png", "itl.png"):  # an earlier run's would stand for this one's
+        (folder / name).unlink(missing_ok=True)
+    made = []
+    measured = [point for point in points if point.get("ttft_p50_ms") is not None]
+    rated = sorted((p for p in measured if p.get("rate") is not None), key=lambda p: p["rate"])
+    if rated:
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
+        for panel, name in zip(panels, ("ttft", "tpot"), strict=True):
+            for percent in (50, 90, 99):
+                values = [p[f"{name}_p{percent}_ms"] for p in rated]
+                panel.plot([p["rate"] for p in rated], values, marker="o", label=f"p{percent}")
+            panel.set(xlabel="requests per second", ylabel=f"{name.upper()} (ms)")
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.legend()
+        made.append(_save(figure, folder / "latency.png"))
+    filled = {load: gaps for load, gaps in itls.items() if gaps}
+    if filled:
+        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+        for load, gaps in filled.items():
+            milliseconds = [1e3 * gap for gap in gaps]
+            axes.hist(milliseconds, bins=60, histtype="step", density=True, label=load)
+        axes.set(xlabel="ITL (ms)", ylabel="density", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        made.append(_save(figure, folder / "itl.png"))
+    return made
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -1,0 +1,87 @@
+"""Prompts to token ids, beside the event loop and never more of a prompt than the model's context takes."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from tokenizers import Tokenizer
+
+from serving.endpoint.openai_api import Refusal
+
+SHORT_CHARACTERS = 4_000  # about 2 ms; from here on a prompt is encoded beside the event loop
+PIECE_CHARACTERS = 16_384
+NUM_THREADS = 2
+
+
+class Prompts:
+    """Encodes prompts for a model.
+
+    Args:
+        context_tokens: of the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, context_tokens: int) -> None:
+        self._tokenizer, self._context = tokenizer, context_tokens
+        self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prompts")
+
+    def at_once(self, prompt: str | list[int]) -> list[int] | None:
+        """The token ids of a prompt, or None for a long text, which `encode` takes.
+
+        Raises:
+            Refusal: 400, it exceeds the context. That a text does is seen from its length alone, as far as
+                no token has more characters than the longest.
+        """
+        if isinstance(prompt, list):
+            self._require(len(prompt), "token ids")
+            return prompt
+        self._require(-(-len(prompt) // self.longest_token), "tokens or more")
+        if len(prompt) >= SHORT_CHARACTERS:
+            return None
+        ids = self._tokenizer.encode(prompt).ids
+        self._require(len(ids), "tokens")
+        return ids
+
+    async def encode(self, prompt: str) -> list[int]:
+        """The token ids of a long text, encoded in another thread. Raises `Refusal` as `at_once` does.
+
+        A caller that is cancelled ends the work within a piece of the text.
+        """
+        stop = threading.Event()
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._encode, prompt, stop)
+        finally:
+            stop.set()
+
+    def _encode(self, prompt: str, stop: threading.Event) -> list[int]:
+        """Piece by piece first: all at once it would take 200 bytes a token, however many there are."""
+        least = 0
+        if len(prompt) > PIECE_CHARACTERS:
+            for piece in _pieces(prompt):
+                if stop.is_set():
+                    raise Refusal(499, "the client left")
+                # The tokens at a cut would be others in the whole; so many at most.
+                least += max(0, self._ids(piece) - 2 * self.longest_token)
+                self._require(least, "tokens or more")
+        ids = self._tokenizer.encode_batch([prompt])[0].ids  # `encode` would not let other threads run
+        self._require(len(ids), "tokens")
+        return ids
+
+    def _ids(self, piece: str) -> int:
+        return len(self._tokenizer.encode_batch([piece])[0].ids)
+
+    def _require(self, number: int, of_what: str) -> None:
+        if number > self._context:
+            raise Refusal(
+                400,
+                f"prompt: {number} {of_what} exceed the model's context of {self._context}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        yield text[start : start + PIECE_CHARACTERS]

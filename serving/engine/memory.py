@@ -1,0 +1,76 @@
+"""Does an engine fit its device's memory? Said in one message with the keys, not as a traceback."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.cli import UserError
+from cluster.measure.usage import out_of_memory
+from optim.precision import compute_dtype
+from serving.config import ServeConfig
+from training.model import shapes
+
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+def says_what_does_not_fit(make: Maker) -> Maker:
+    """A `make_engine(config, *, directory, ...)` that raises `UserError` where memory does not suffice.
+
+    Before it allocates, where weights and cache alone exceed all of the device's memory: a CPU would be given
+    what it asks for, and the process killed when it writes there. Else when an allocation fails.
+    """
+
+    @wraps(make)
+    def made(config: ServeConfig, *, directory: Path | None, **options: Any) -> Any:
+        free, total = _memory(config)
+        try:
+            weights, cache, dtype, what = _needed(config, directory)
+        except (ValueError, OSError):  # no such checkpoint: `make` says so
+            return make(config, directory=directory, **options)
+        needed = (
+            f"out of memory: {what} needs {weights / 1e9:,.2f} GB of weights, and "
+            f"engine.cache_tokens={config.engine.cache_tokens} needs {cache / 1e9:,.2f} GB of cache, both in "
+            f"{dtype} (engine.dtype={config.engine.dtype}), of {free / 1e9:,.2f} GB free of "
+            f"{total / 1e9:,.2f} GB; lower engine.cache_tokens, or serve a smaller model"
+        )
+        if weights + cache > total:
+            raise UserError(needed)
+        try:
+            return make(config, directory=directory, **options)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if isinstance(error, MemoryError) or out_of_memory(str(error)):
+                raise UserError(f"{needed} ({str(error).splitlines()[0]})") from error
+            raise
+
+    return made  # type: ignore[return-value]
+
+
+def _needed(config: ServeConfig, directory: Path | None) -> tuple[int, int, str, str]:
+    """Bytes of weights and of cache, their dtype, and what asks for the weights.
+
+    At the least: a CPU that widens bf16 matrices takes more for them. Raises `ValueError`, `OSError`.
+    """
+    named = config.engine.dtype
+    dtype = compute_dtype(_device(config)) if named == "auto" else getattr(torch, named)
+    source = config.model.shape if directory is None else directory / "config.json"
+    assert source is not None
+    shape = shapes.resolve(source)
+    what = f"model.shape={config.model.shape}" if directory is None else f"model.path={directory}"
+    cache = config.engine.cache_tokens * shape.kv_bytes_per_token(dtype.itemsize)
+    return dtype.itemsize * shape.num_parameters, cache, str(dtype).removeprefix("torch."), what
+
+
+def _memory(config: ServeConfig) -> tuple[int, int]:
+    """Bytes free and in all: of the GPU if the engine is to run on one, else of the machine."""
+    if _device(config).type == "cuda":
+        return torch.cuda.mem_get_info()
+    amounts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return tuple(int(amounts[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))  # type: ignore
+
+
+def _device(config: ServeConfig) -> torch.device:
+    """Where the engine will run. That a GPU is asked for and missing is for `make_engine` to say."""
+    return torch.device("cuda" if config.engine.device != "cpu" and torch.cuda.is_available() else "cpu")

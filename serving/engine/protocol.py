@@ -1,0 +1,285 @@
+"""What a serving engine is: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
+
+Ours is `serving.engine.torch_engine`, which a replica has in a process beside it (`serving.engine.process`);
+vLLM comes with an endpoint of its own (`serving.vllm_app`). Text is not an engine's matter:
+`serving.endpoint.text` turns it into token ids and back.
+"""
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Finish = Literal["stop", "length"]
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue a prompt.
+
+    Attributes:
+        max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
+        seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
+            the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
+            rounding: a draw, or a greedy choice, that is decided by less than that may differ.
+        ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
+        logprobs: report how likely each delivered token was.
+        echo: deliver the prompt's tokens too, all of them before the first sampled one.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    echo: bool = False
+
+
+class Score(NamedTuple):
+    """How likely a token was after those before it, under the model at temperature 1.
+
+    Attributes:
+        logprob: ln of its probability.
+        top_id, top_logprob: of the likeliest token there, which may be itself.
+    """
+
+    logprob: float
+    top_id: int
+    top_logprob: float
+
+
+class Token(NamedTuple):
+    """A token that was sampled, or one of an echoed prompt.
+
+    Attributes:
+        id: in the vocabulary.
+        score: None unless asked for, and of a prompt's first token, which follows nothing.
+        finish: None but for the last token: "stop" (it ends the text) or "length".
+    """
+
+    id: int
+    score: Score | None
+    finish: Finish | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine serves, and with what: for /v1/models, for ceilings and for the record.
+
+    Attributes:
+        context_tokens: most tokens of prompt and continuation together.
+        num_slots: most requests that run at once; others wait.
+        most_waiting: requests that may wait for a slot.
+        weight_bytes: read in each decoding step: all weights but the input embedding.
+        kv_bytes_per_token: keys and values of one token in all layers, bytes.
+        flops_per_token: 2 FLOPs for each weight that a decoded token is multiplied with, the head included.
+        head_flops: those of the head, which a prefilled prompt takes once, for its last token.
+        attention_flops: for a token and each token that it sees: 4 * layers * heads * head_dim.
+        details: anything else that a reader of a report wants to know, such as why a kernel is not used.
+    """
+
+    engine: str
+    model: str
+    device: str
+    dtype: str
+    context_tokens: int
+    vocab_size: int
+    num_parameters: int
+    num_slots: int
+    most_waiting: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    head_flops: int
+    attention_flops: int
+    details: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing, and has done since it started."""
+
+    running: int
+    waiting: int
+    free_cache_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: int
+    cancelled: int
+    steps: int
+
+
+class RequestError(ValueError):
+    """A request that this engine can never serve. The message names the parameter and the remedy."""
+
+
+class Overloaded(Exception):
+    """The queue is full. Try again after `retry_after_seconds`."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineFailed(RuntimeError):
+    """The engine broke while the request was with it; the request may be sent again elsewhere."""
+
+
+class BrokenModel(EngineFailed):
+    """The model's logits for the request are no numbers. Other requests go on; sending it again is vain."""
+
+    def __init__(
+        self,
+        message: str = (
+            "the model's logits are not finite numbers: its weights are broken, as after a diverged run; "
+            "serve an earlier checkpoint"
+        ),
+    ) -> None:
+        super().__init__(message)
+
+
+# Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
+# must return at once: the engine waits for it, holding a lock.
+Deliver = Callable[[Sequence[Token] | EngineFailed], None]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request that an engine has taken.
+
+    Attributes:
+        cancel: forget it: its slot is free within one step, and no more is delivered. Thread-safe.
+    """
+
+    cancel: Callable[[], None]
+
+
+class Engine(Protocol):
+    """See the module. Every method may be called from any thread."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Ticket:
+        """Take a request. Raises `RequestError`, `Overloaded`, or `EngineFailed` if the engine is broken."""
+
+    def stats(self) -> EngineStats:
+        """Never waits for a step. Raises `EngineFailed`: the engine does not answer."""
+
+    def failure(self) -> str | None:
+        """Why the engine can serve no more, or None while it can."""
+
+    def close(self) -> None:
+        """Stop, and end every request with `EngineFailed`."""
+
+
+def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
+    """Raises `RequestError`: the engine can never serve this."""
+    total = len(prompt) + sampling.max_tokens
+    if not prompt:
+        raise RequestError("prompt: is empty; give at least one token")
+    if not all(0 <= token < info.vocab_size for token in prompt):
+        raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
+    if sampling.max_tokens < (0 if sampling.echo else 1):
+        raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
+    if total > info.context_tokens:
+        raise RequestError(
+            f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
+            f"model's context of {info.context_tokens}; shorten the prompt or lower max_tokens"
+        )
+
+
+def admit(num_open: int, info: EngineInfo) -> None:
+    """Raises `Overloaded`: with so many requests in its slots and waiting, the engine takes no more."""
+    if num_open >= info.num_slots + info.most_waiting:
+        raise Overloaded(
+            f"{info.most_waiting} requests are waiting already, as many as may",
+            retry_after_seconds=RETRY_AFTER_SECONDS,
+        )
+
+
+def answer_all(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+    *,
+    concurrency: int,
+    note: Callable[[int, Sequence[Token]], None],
+) -> None:
+    """Answer every prompt greedily with so many tokens, past any end of text, `concurrency` of them at once.
+
+    Args:
+        note: told the number of a prompt and its new tokens, from the engine's thread.
+
+    Raises:
+        EngineFailed: and the rest is given up.
+    """
+    ended: queue.SimpleQueue[EngineFailed | None] = queue.SimpleQueue()
+
+    def submit(request: int) -> None:
+        def deliver(arrived: Sequence[Token] | EngineFailed) -> None:
+            if isinstance(arrived, EngineFailed):
+                ended.put(arrived)
+                return
+            note(request, arrived)
+            if arrived[-1].finish is not None:
+                ended.put(None)
+
+        sampling = Sampling(max_tokens=num_new[request], temperature=0.0, ignore_eos=True)
+        engine.submit(prompts[request], sampling, deliver)
+
+    for request in range(min(concurrency, len(prompts))):
+        submit(request)
+    for following in range(concurrency, concurrency + len(prompts)):
+        if (failure := ended.get()) is not None:
+            raise failure
+        if following < len(prompts):
+            submit(following)
+
+
+class Stream:
+    """A request's tokens as an asynchronous iterator over lists: what has come since the last look.
+
+    Make it in the event loop that reads it. Leaving it early means `cancel`.
+    """
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[Sequence[Token] | EngineFailed] = deque()
+        self._wake = asyncio.Event()
+        self._ticket = engine.submit(prompt, sampling, self._deliver)
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+
+    def _deliver(self, tokens: Sequence[Token] | EngineFailed) -> None:
+        self._arrived.append(tokens)
+        # A RuntimeError: the loop is closed, so that nobody reads any more.
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:
+            self._ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[list[Token]]:
+        """Raises `EngineFailed`."""
+        finished = False
+        while not finished:
+            await self._wake.wait()
+            self._wake.clear()
+            tokens: list[Token] = []
+            while self._arrived:
+                item = self._arrived.popleft()
+                if isinstance(item, EngineFailed):
+                    if tokens:
+                        yield tokens
+                    raise item
+                tokens += item
+            finished = bool(tokens) and tokens[-1].finish is not None
+            if tokens:
+                yield tokens

@@ -1,0 +1,374 @@
+"""Our engine: continuous batching over `serving.engine.decoder` or, on a CPU that can, the compiled decoder.
+
+One thread runs the steps and delivers tokens; any thread hands in requests and cancels them. One lock guards
+the scheduler, the counts and deliveries. It is not held while the model runs: the spans of a step carry all
+that a cancel changes.
+"""
+
+import math
+import random
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from cluster.cli import UserError
+from optim.precision import compute_dtype, product_dtype
+from serving.config import EngineConfig, ServeConfig
+from serving.engine import native
+from serving.engine.decoder import StepDecoder, TorchDecoder
+from serving.engine.memory import says_what_does_not_fit
+from serving.engine.protocol import (
+    BrokenModel,
+    Deliver,
+    EngineFailed,
+    EngineInfo,
+    EngineStats,
+    Finish,
+    Sampling,
+    Score,
+    Ticket,
+    Token,
+    admit,
+    check,
+)
+from serving.engine.sampling import BROKEN, choose, score
+from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from training.model import shapes
+from training.model.llama import Llama, initialize, load_hf, widen_products
+from training.model.shapes import LlamaShape
+
+
+@dataclass(eq=False)
+class _Running(Request):
+    """A request, how to sample it, and whom to tell; `scores` are of its prompt's tokens after the first."""
+
+    sampling: Sampling = field(kw_only=True)
+    deliver: Deliver = field(kw_only=True)
+    chance: random.Random = field(kw_only=True)
+    scores: list[Score] = field(default_factory=list)
+
+
+class TorchEngine:
+    """See `serving.engine.protocol.Engine`.
+
+    Args:
+        decoder: runs the model; called from the engine's thread alone.
+        scheduler: its cache is the decoder's.
+        eos_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        decoder: StepDecoder,
+        scheduler: Scheduler,
+        *,
+        info: EngineInfo,
+        eos_ids: Sequence[int],
+        num_threads: int | None = None,
+    ) -> None:
+        self._decoder, self._scheduler, self._info = decoder, scheduler, info
+        self._eos_ids = frozenset(eos_ids)
+        self._num_threads = num_threads
+        self._lock = threading.Condition()
+        self._closed = False
+        self._failure: str | None = None
+        counted = ("prompt_tokens", "generated_tokens", "finished", "cancelled", "steps")
+        self._counts = dict.fromkeys(counted, 0)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Ticket:
+        """See `Engine`. A request must fit the context and the cache with all of its `max_tokens`."""
+        check(prompt, sampling, self._info)
+        request = _Running(
+            list(prompt),
+            most_tokens=len(prompt) + sampling.max_tokens,
+            scored=sampling.echo and sampling.logprobs,
+            sampling=sampling,
+            deliver=deliver,
+            # As text: of an integer Python takes the absolute value, so that 3 and -3 would draw alike.
+            chance=random.Random(None if sampling.seed is None else str(sampling.seed)),
+        )
+        with self._lock:
+            if self._closed or self._failure:
+                raise EngineFailed(self._failure or "the engine is closed")
+            scheduler = self._scheduler
+            admit(len(scheduler.running) + len(scheduler.waiting), self._info)
+            scheduler.add(request)
+            self._lock.notify()
+        return Ticket(lambda: self._cancel(request))
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            return EngineStats(
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                free_cache_tokens=self._scheduler.num_free_blocks * BLOCK_TOKENS,
+                **self._counts,
+            )
+
+    def failure(self) -> str | None:
+        with self._lock:
+            return self._failure
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        self._thread.join()
+
+    def _cancel(self, request: _Running) -> None:
+        with self._lock:
+            if self._scheduler.remove(request):
+                self._counts["cancelled"] += 1
+
+    def _work(self) -> None:
+        if self._num_threads:
+            torch.set_num_threads(self._num_threads)  # OpenMP keeps this by thread
+        try:
+            while self._step():
+                pass
+            reason = "the engine was closed"
+        except Exception as error:
+            reason = f"the engine failed: {type(error).__name__}: {error}"
+            traceback.print_exc()
+        with self._lock:
+            self._failure = reason
+            for request in [*self._scheduler.running, *self._scheduler.waiting]:
+                try:
+                    self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
+                except Exception:  # of one client; the others must be told
+                    traceback.print_exc()
+
+    def _step(self) -> bool:
+        """One step, or a wait until there is something to do. False once the engine is closed."""
+        with self._lock:
+            while not self._closed and not (spans := self._scheduler.next_step()):
+                self._lock.wait()
+            if self._closed:
+                return False
+        logits = self._decoder.forward(spans)
+        sampled: list[_Running] = [span.sequence for span in spans if span.samples]  # type: ignore[misc]
+        ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
+        self._score_prompts(spans)
+        drawn = dict(zip(sampled, zip(ids, scores, strict=True), strict=True))
+        with self._lock:
+            self._counts["steps"] += 1
+            for span in reversed(spans):  # first tokens first: the others have had one
+                request: _Running = span.sequence  # type: ignore[assignment]
+                request.done = span.stop
+                if span.stop == request.prompt_tokens:
+                    self._counts["prompt_tokens"] += span.stop
+                # Else it was cancelled while the step ran.
+                if request.is_running and (outcome := self._outcome(request, drawn.get(request))):
+                    self._tell(request, outcome)
+        return True
+
+    def _outcome(
+        self, request: _Running, drawn: tuple[int, Score | None] | None
+    ) -> list[Token] | BrokenModel:
+        """What a step that has run gives a request: nothing where it was a part of the prompt."""
+        tokens: list[Token] = []
+        if request.done == request.prompt_tokens:
+            if not all(math.isfinite(each.logprob) for each in request.scores):
+                return BrokenModel()
+            if request.sampling.echo:
+                tokens += self._prompt(request)
+        if drawn is not None:
+            token, found = drawn
+            if token == BROKEN:
+                return BrokenModel()
+            request.tokens.append(token)
+            self._counts["generated_tokens"] += 1
+            tokens.append(Token(token, found, self._finish(request)))
+        return tokens
+
+    def _tell(self, request: _Running, outcome: list[Token] | EngineFailed) -> None:
+        """Deliver, under the lock: once a request is cancelled it hears nothing more."""
+        if isinstance(outcome, EngineFailed):
+            self._scheduler.remove(request)
+        elif outcome[-1].finish is not None:
+            self._scheduler.remove(request)
+            self._counts["finished"] += 1
+        request.deliver(outcome)
+
+    def _score_prompts(self, spans: Sequence[Span]) -> None:
+        """Give each request that is scored what this step tells of its prompt."""
+        scored = [span for span in spans if span.num_scored]
+        if not scored:
+            return
+        following = [t for s in scored for t in s.sequence.tokens[s.start + 1 : s.start + 1 + s.num_scored]]
+        ids, found = torch.tensor(following), list[Score]()
+        for logits in self._decoder.scored():
+            found += score(logits, ids[len(found) :][: len(logits)].to(logits.device))
+        rest = iter(found)
+        for span in scored:
+            span.sequence.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
+
+    def _prompt(self, request: _Running) -> list[Token]:
+        """All of a prompt, to be echoed; with nothing to follow its last token ends the request."""
+        scores = [None, *request.scores] if request.scored else [None] * request.prompt_tokens
+        tokens = [Token(token, found, None) for token, found in zip(request.tokens, scores, strict=True)]
+        if request.prompt_tokens == request.most_tokens:
+            tokens[-1] = tokens[-1]._replace(finish="length")
+        return tokens
+
+    def _finish(self, request: _Running) -> Finish | None:
+        if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:
+            return "stop"
+        return "length" if len(request.tokens) == request.most_tokens else None
+
+
+@says_what_does_not_fit
+def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
+    """The engine that the configuration asks for.
+
+    Args:
+        directory: a Hugging Face LLaMA directory; None with `model.weights=random`.
+        name: what the model is called.
+
+    Raises:
+        UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
+    """
+    options = config.engine
+    device = find_device(options.device)
+    num_threads = options.threads or torch.get_num_threads()
+    numbers = arithmetic(options, device)
+    try:
+        model, eos_ids = _load(config, directory, dtype=numbers.dtype, device=device)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    shape = model.shape
+    scheduler = Scheduler(
+        slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=options.step_tokens
+    )
+    context = min(
+        options.context_tokens or shape.max_positions,
+        shape.max_positions,
+        scheduler.num_blocks * BLOCK_TOKENS,
+    )
+    details = {"threads": str(num_threads)} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    decoder: StepDecoder
+    if numbers.not_compiled is None:
+        try:
+            decoder = native.NativeDecoder(
+                model,
+                num_blocks=scheduler.num_blocks,
+                slots=options.slots,
+                step_tokens=options.step_tokens,
+                context_tokens=context,
+                num_threads=num_threads,
+            )
+        except ValueError as error:
+            numbers = arithmetic(options, device, not_compiled=str(error))
+    if numbers.not_compiled is not None:
+        model = model.to(device, numbers.dtype)
+        widen_products(model)
+        decoder = TorchDecoder(
+            model,
+            num_blocks=scheduler.num_blocks,
+            slots=options.slots,
+            graphs=device.type == "cuda" and options.compiled,
+            context_tokens=context,
+        )
+    details["compiled decoder"] = numbers.compiled_decoder
+    info = describe(shape, options, numbers, device=device.type, name=name, context=context)
+    info.details.update(details)
+    return TorchEngine(
+        decoder,
+        scheduler,
+        info=info,
+        eos_ids=eos_ids,
+        num_threads=num_threads if device.type == "cpu" else None,
+    )
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What an engine computes in.
+
+    Attributes:
+        dtype: of activations and cache.
+        weights: of the matrices in memory; wider than `dtype` on a CPU that would widen them in each step.
+        not_compiled: why the compiled decoder is not used, or None.
+    """
+
+    dtype: torch.dtype
+    weights: torch.dtype
+    not_compiled: str | None
+
+    @property
+    def compiled_decoder(self) -> str:
+        """Such as "used (AVX2)", or why it is not used."""
+        return f"not used: {self.not_compiled}" if self.not_compiled else f"used ({native.tier()})"
+
+
+def arithmetic(options: EngineConfig, device: torch.device, *, not_compiled: str | None = None) -> Arithmetic:
+    """What `engine.dtype` comes to on this device; `not_compiled` rules the compiled decoder out."""
+    named = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    reason = not_compiled or (None if options.compiled else "engine.compiled=false")
+    reason = reason or native.unsupported(device, named or torch.bfloat16)
+    if reason is None:
+        return Arithmetic(named or torch.bfloat16, named or torch.bfloat16, None)
+    dtype = named or compute_dtype(device)
+    return Arithmetic(dtype, product_dtype(dtype, device), reason)
+
+
+def describe(
+    shape: LlamaShape, options: EngineConfig, numbers: Arithmetic, *, device: str, name: str, context: int
+) -> EngineInfo:
+    """What an engine of this shape reads and computes."""
+    return EngineInfo(
+        engine="torch",
+        model=name,
+        device=device,
+        dtype=str(numbers.dtype).removeprefix("torch."),
+        context_tokens=context,
+        vocab_size=shape.vocab_size,
+        num_parameters=shape.num_parameters,
+        num_slots=options.slots,
+        most_waiting=options.waiting,
+        weight_bytes=numbers.weights.itemsize * shape.num_matmul_parameters,
+        kv_bytes_per_token=shape.kv_bytes_per_token(numbers.dtype.itemsize),
+        flops_per_token=2 * shape.num_matmul_parameters,
+        head_flops=2 * shape.vocab_size * shape.hidden_size,
+        attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+        details={},
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `engine.device` names. Raises `UserError`: a GPU is asked for, and there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: 'cuda', but torch finds no GPU here; use engine.device=cpu")
+    return torch.device(name)
+
+
+def _load(
+    config: ServeConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Llama, list[int]]:
+    """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
+    if directory is not None:
+        return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
+    assert config.model.shape is not None
+    shape = shapes.resolve(config.model.shape)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
+    try:
+        with device:
+            model = Llama(shape)
+    finally:
+        torch.set_default_dtype(default)
+    initialize(model, seed=config.model.seed)
+    return model, []

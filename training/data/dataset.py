@@ -1,0 +1,319 @@
+"""Prepared token shards: their manifest, their samples, and the order in which a run consumes them.
+
+A prepared folder (made by `training.data.prepare`) holds flat little-endian token files, a tokenizer and
+`manifest.json`. Which sample a rank reads is a pure function of (seed, consumed samples): no loader
+state, so a run resumes exactly, at any number of ranks.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.cli import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SPLITS = ("train", "validation")
+DTYPES = ("uint16", "uint32")
+REMEDY = "run `python -m training.data.prepare` again"
+
+
+class DataError(UserError):
+    """A corpus or prepared folder that cannot be used. The message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file of a split."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of a split and the shards that hold their tokens, in order."""
+
+    documents: int
+    text_bytes: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all shards, the end-of-text token of each document included."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. `request` is the hash of everything that was asked of `prepare`."""
+
+    version: int
+    request: str
+    source: str
+    text_sha256: str
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    end_of_text_id: int
+    dtype: str
+    train: Split
+    validation: Split
+
+    def __post_init__(self) -> None:
+        shards = [shard for split in SPLITS for shard in self.split(split).shards]
+        files = [self.tokenizer_file, *(shard.file for shard in shards)]
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
+        if not 0 <= self.end_of_text_id < self.vocab_size <= np.iinfo(self.dtype).max + 1:
+            raise ValueError(f"end_of_text_id, vocab_size and {self.dtype} contradict each other")
+        if any(shard.tokens < 1 for shard in shards):
+            raise ValueError("a shard without tokens")
+        if any(Path(file).name != file for file in files):
+            raise ValueError("a file name that leaves the folder")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read and check `<directory>/manifest.json`; the shards are not looked at.
+
+        Raises:
+            DataError: missing, unreadable, of another format version, or not a manifest.
+        """
+        path = directory / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.get("version") != FORMAT_VERSION:
+                raise ValueError(f"format version {content.get('version')!r}, not {FORMAT_VERSION}")
+            return _decode(cls, content, "manifest")
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: missing, so this is no prepared folder; {REMEDY}") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check data.directory") from error
+        except ValueError as error:
+            raise DataError(f"{path}: not a usable manifest ({error}); {REMEDY}") from error
+
+    def to_json(self) -> str:
+        """The text that `read` reads back to an equal object."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def split(self, name: str) -> Split:
+        """The split 'train' or 'validation'."""
+        assert name in SPLITS, name
+        return getattr(self, name)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) of what the model sees: tokenizer, dtype, and the tokens of each shard."""
+        shards = {name: [(s.tokens, s.sha256) for s in self.split(name).shards] for name in SPLITS}
+        identity = [self.tokenizer_sha256, self.dtype, shards]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def check_sizes(self, directory: Path, *, split: str) -> None:
+        """Raise a `DataError` unless every shard of `split` is there with its exact size."""
+        for shard in self.split(split).shards:
+            path = directory / shard.file
+            expected = shard.tokens * np.dtype(self.dtype).itemsize
+            if not path.is_file():
+                raise DataError(f"{path}: missing shard; {REMEDY}")
+            if (size := path.stat().st_size) != expected:
+                raise DataError(f"{path}: {size} bytes, but the manifest says {expected}; {REMEDY}")
+
+    def verify(self, directory: Path) -> None:
+        """Raise a `DataError` unless every file is there with the SHA-256 of the manifest. Reads it all."""
+        hashes = {self.tokenizer_file: self.tokenizer_sha256}
+        for split in SPLITS:
+            self.check_sizes(directory, split=split)
+            hashes |= {shard.file: shard.sha256 for shard in self.split(split).shards}
+        for file, expected in hashes.items():
+            path = directory / file
+            if not path.is_file():
+                raise DataError(f"{path}: missing; {REMEDY}")
+            if sha256_of(path) != expected:
+                raise DataError(f"{path}: corrupt, its SHA-256 is not the manifest's; {REMEDY}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _decode(kind: Any, value: Any, name: str) -> Any:
+    """JSON `value` as the type `kind`: a dataclass, a tuple of one type, or a scalar; else a ValueError."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or set(value) != set(hints):
+            raise ValueError(f"{name} must have exactly the fields {', '.join(hints)}")
+        return kind(**{field: _decode(hints[field], value[field], field) for field in hints})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list")
+        return tuple(_decode(get_args(kind)[0], item, name) for item in value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """The samples of one split. Sample i of a shard is its tokens [i*L, i*L + L + 1), L = sequence_length.
+
+    Neighbours share one token: the last target of one is the first input of the next. No sample crosses
+    a shard, so the last tokens of each shard (fewer than L) are left out.
+    """
+
+    manifest: Manifest
+    sequence_length: int
+    shards: tuple[np.memmap, ...]  # uint16 or uint32 [tokens] each
+    first_samples: NDArray[np.int64]  # [num_shards + 1]: number of samples before each shard, then in all
+
+    @classmethod
+    def open(cls, directory: Path, *, split: str, sequence_length: int) -> "TokenDataset":
+        """Map the shards of `split` ('train' or 'validation') into memory.
+
+        Raises:
+            DataError: no usable manifest, a missing or truncated shard, or fewer tokens than one sample.
+        """
+        manifest = Manifest.read(directory)
+        manifest.check_sizes(directory, split=split)
+        shards = manifest.split(split).shards
+        samples = [(shard.tokens - 1) // sequence_length for shard in shards]
+        if sum(samples) == 0:
+            longest = max((shard.tokens for shard in shards), default=0)
+            raise DataError(
+                f"{directory}: the longest {split} shard has {longest} tokens, but one sample needs "
+                f"batch.sequence_length + 1 = {sequence_length + 1}; lower batch.sequence_length, or prepare "
+                "more text (data.source, data.validation_fraction, data.shard_tokens)"
+            )
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        maps = tuple(np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in shards)
+        return cls(manifest, sequence_length, maps, np.cumsum([0, *samples], dtype=np.int64))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split, over all shards."""
+        return int(self.first_samples[-1])
+
+    def sample(self, index: int) -> NDArray[np.int64]:
+        """Sample `index` of the split: int64 [sequence_length + 1]."""
+        return self.samples([index])[0]
+
+    def samples(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples `ids`, each in [0, num_samples): int64 [len(ids), sequence_length + 1]."""
+        tokens = np.empty((len(ids), self.sequence_length + 1), dtype=np.int64)
+        for row, index in zip(tokens, ids, strict=True):
+            assert 0 <= index < self.num_samples, index
+            shard = int(np.searchsorted(self.first_samples, index, side="right")) - 1
+            start = int(index - self.first_samples[shard]) * self.sequence_length
+            row[:] = self.shards[shard][start : start + len(row)]
+        return tokens
+
+
+class SampleOrder:
+    """The endless order of sample ids: epoch e is a permutation keyed by (seed, e).
+
+    The permutation sorts raw Philox words, because NumPy promises the bits of a bit generator for ever
+    but not the algorithm of `Generator.permutation`: a run resumes in the same order under a later NumPy.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int) -> None:
+        assert num_samples >= 1, num_samples
+        self.num_samples = num_samples
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def ids(self, start: int, *, count: int) -> NDArray[np.int64]:
+        """Sample ids at the positions [start, start + count): int64 [count]. Any start, in any sequence."""
+        ids = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            epoch, offset = divmod(start + filled, self.num_samples)
+            part = self._of_epoch(epoch)[offset : offset + count - filled]
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+        return ids
+
+    def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
+            words = np.random.Philox(key=key).random_raw(self.num_samples)
+            self._permutation = np.argsort(words, kind="stable")
+            self._epoch = epoch
+        return self._permutation
+
+
+def micro_batch(
+    dataset: TokenDataset,
+    order: SampleOrder,
+    *,
+    consumed_samples: int,
+    micro_step: int,
+    rank: int,
+    world_size: int,
+    micro_sequences: int,
+) -> NDArray[np.int64]:
+    """What `rank` reads in forward pass `micro_step` of the global batch that starts at `consumed_samples`.
+
+    Ranks take consecutive positions, micro step after micro step, so that a global batch is the same
+    samples whatever the world size.
+
+    Returns:
+        int64 [micro_sequences, sequence_length + 1]; inputs are [:, :-1], targets [:, 1:].
+    """
+    start = consumed_samples + (micro_step * world_size + rank) * micro_sequences
+    return dataset.samples(order.ids(start, count=micro_sequences))
+
+
+def validation_batches(
+    dataset: TokenDataset,
+    *,
+    sequences: int,
+    rank: int,
+    world_size: int,
+    micro_sequences: int,
+    apart_from: int = 0,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """min(sequences, num_samples) samples, evenly spaced over the split and dealt over the ranks once each.
+
+    Every rank yields the same number of batches, because the forward pass of ZeRO-3 is collective; rows
+    without a sample of their own repeat the first with weight 0.
+
+    Args:
+        apart_from: leave out the samples of `sequences=apart_from`, and space over the others.
+
+    Yields:
+        tokens int64 [micro_sequences, sequence_length + 1], weights float32 [micro_sequences], 1 or 0.
+    """
+    ids = np.arange(dataset.num_samples)
+    if apart_from:
+        ids = np.delete(ids, _evenly_spaced(ids, apart_from))
+    ids = _evenly_spaced(ids, sequences)
+    for first in range(0, len(ids), world_size * micro_sequences):
+        positions = first + rank * micro_sequences + np.arange(micro_sequences)
+        real = positions < len(ids)
+        yield dataset.samples(ids[np.where(real, positions, 0)]), real.astype(np.float32)
+
+
+def _evenly_spaced(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """min(count, len(ids)) of `ids`, in order, the first among them."""
+    count = min(count, len(ids))
+    return ids[np.arange(count) * len(ids) // count] if count else ids[:0]
+
+
+def require_tuning_sequences(dataset: TokenDataset, *, sequences: int, tuning_sequences: int) -> None:
+    """Raise a `DataError` unless the split holds both, disjoint; without tuning sequences anything goes."""
+    if tuning_sequences and sequences + tuning_sequences > dataset.num_samples:
+        raise DataError(
+            f"evaluation.tuning_sequences: {tuning_sequences} besides evaluation.sequences={sequences}, but "
+            f"the validation split has {dataset.num_samples} sequences of {dataset.sequence_length} tokens; "
+            "lower either, or raise data.validation_fraction"
+        )

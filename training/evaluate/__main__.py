@@ -1,0 +1,7 @@
+"""`python -m training.evaluate`."""
+
+import sys
+
+from training.evaluate.command import main
+
+sys.exit(main())

@@ -1,0 +1,434 @@
+"""EleutherAI's lm-evaluation-harness: its tasks, our checkpoints, its numbers. Imports it when called.
+
+https://github.com/EleutherAI/lm-evaluation-harness; of the extra `eval`. We call its `evaluate` and not
+`simple_evaluate`, which asks the hub about the model and lists everything that is installed.
+"""
+
+import difflib
+import importlib.util
+import io
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.cli import RunError, UserError
+from cluster.provenance import versions
+from cluster.session import environment
+from training.evaluate.checkpoint import Subject
+from training.evaluate.endpoint import KEY_VARIABLE, Endpoint
+
+INSTALL = 'pip install -c constraints.txt -e ".[eval]"'
+NEEDED = ("lm_eval", "transformers", "accelerate", "datasets", "requests", "tenacity")
+PACKAGES = ("lm_eval", "transformers", "accelerate", "datasets")
+UNCOUNTED = {  # read by `datasets` and `evaluate` when they are imported
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+MOST_CHARACTERS = 400  # of another library's message in ours
+MOST_NOTES = 20
+_RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task or group.
+
+    Attributes:
+        filter: what was made of the answers before they were scored; "none" is nothing.
+        value, stderr: None where the harness has none, or none that is finite.
+        samples: evaluated questions, of `of_samples`.
+    """
+
+    task: str
+    version: str | None
+    num_fewshot: int | None
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    samples: int | None
+    of_samples: int | None
+    group: bool
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that are loaded, data and all.
+
+    Attributes:
+        loaded: as lm_eval's `TaskManager.load` returns them.
+        requests: task -> the kinds of its requests, such as "loglikelihood" and "generate_until".
+    """
+
+    loaded: dict[str, Any]
+    requests: dict[str, set[str]]
+
+    def need_prompt_logprobs(self) -> list[str]:
+        """Those that ask for the probability of given text, and not for text alone."""
+        return [name for name, kinds in self.requests.items() if kinds != {"generate_until"}]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the items of the key `tasks` lead.
+
+    Attributes:
+        names: of tasks and groups, lm_eval's own or in the folders.
+        files: task YAMLs.
+        folders: folder -> its tasks, and the file of each.
+        beside_groups: folders of group YAMLs, whose groups are among `names` and find their tasks there too.
+    """
+
+    names: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    folders: dict[Path, dict[str, Path]] = field(default_factory=dict)
+    beside_groups: list[Path] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for people."""
+        inside = [f"{name} ({file})" for tasks in self.folders.values() for name, file in tasks.items()]
+        return ", ".join([*self.names, *map(str, self.files), *inside])
+
+
+@contextmanager
+def confined(sources: Sources, *, code: bool) -> Iterator[None]:
+    """For the length of a `with` block, task files run no code; lm_eval's own tasks run theirs.
+
+    lm_eval imports what a file's `!function` names, and Hugging Face's `evaluate` runs a metric's script;
+    both are a `UserError` here. A Jinja template can reach Python's internals; here it cannot.
+
+    Args:
+        code: the user trusts the files (the key `task_code`): only the templates are confined.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+    from lm_eval.api import metrics as _  # noqa: F401  (fills the registry)
+    from lm_eval.api import registry, task
+    from lm_eval.tasks import _yaml_loader
+
+    plain, load_function, get_metric = utils.env, _yaml_loader._import_func_in_yml, task.get_metric
+    own = Path(_yaml_loader.__file__).resolve().parent
+
+    def own_function(name: str, folder: Path) -> Any:
+        if not folder.is_relative_to(own):
+            raise UserError(f"!function {name} in {folder} {_RUNS_CODE}")
+        return load_function(name, folder)
+
+    def registered_metric(name: str, hf_evaluate_metric: bool = False) -> Any:
+        if hf_evaluate_metric or name not in registry.metric_registry:
+            raise UserError(f"metric {name}, which is not one of lm_eval's, {_RUNS_CODE}")
+        return get_metric(name)
+
+    utils.env = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    utils.env.filters = plain.filters
+    try:
+        if not code:
+            _yaml_loader._import_func_in_yml = own_function
+            if sources.files or sources.folders or sources.beside_groups:
+                task.get_metric = registered_metric
+        yield
+    finally:
+        utils.env, _yaml_loader._import_func_in_yml, task.get_metric = plain, load_function, get_metric
+
+
+def require_installed() -> None:
+    """Raise a `UserError` unless lm_eval is here, with what it needs."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"tasks: {', '.join(missing)} not installed; {INSTALL}")
+
+
+def sort_out(items: Sequence[str]) -> Sources:
+    """What each item of the key `tasks` is; files and folders are read, names are not looked up.
+
+    Raises:
+        UserError: a file is missing or no task YAML, or a folder holds none.
+    """
+    sources = Sources()
+    for item in dict.fromkeys(items):
+        path = Path(item).expanduser().absolute()
+        if path.is_dir():
+            sources.folders[path] = _tasks_in(path)
+        elif path.suffix in (".yaml", ".yml"):
+            content = _read(path)
+            if isinstance(content.get("group"), str):
+                sources.names.append(content["group"])  # lm_eval loads a group by its name alone
+                sources.beside_groups.append(path.parent)
+            elif "task" in content:
+                sources.files.append(path)
+            else:
+                raise UserError(f"tasks: {path} says neither task nor group; is it a task file?")
+        else:
+            sources.names.append(item)
+    return sources
+
+
+def _tasks_in(folder: Path) -> dict[str, Path]:
+    """Task -> its file. Groups are not among them, as they would run their tasks once more."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        name = _read(file).get("task")  # a group's is a list; a part that others include has none
+        if not isinstance(name, str):
+            continue
+        if name in found:
+            raise UserError(f"tasks: {file} and {found[name]} both say task: {name}; rename one")
+        found[name] = file
+    if not found:
+        raise UserError(f"tasks: {folder} holds no task YAML (*.yaml with the key task)")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a task file says, with what it includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from yaml import YAMLError
+
+    try:
+        return load_yaml(file, resolve_func=False)
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise UserError(f"tasks: {file} is no usable task YAML ({_short(error)}); mend the file") from error
+
+
+def load(sources: Sources, *, num_fewshot: int | None) -> Tasks:
+    """Load tasks and their data, and make the first request of each, which shows that they fit together.
+
+    Args:
+        num_fewshot: replaces the tasks' own number of examples, but for a task's explicit 0.
+
+    Raises:
+        UserError: an unknown name, a task file that cannot be used, data that cannot be had, or a task that
+            runs what a model writes. Names the task.
+    """
+    manager = _manager(sources)
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for spec in _specs(sources, manager):
+        try:
+            found = manager.load([spec])
+        except Exception as error:  # of YAML, Jinja, datasets, the network: all that a task file can say
+            raise UserError(
+                f"tasks: {spec} cannot be loaded ({_short(error)}); mend its YAML or its data. The data of "
+                "lm_eval's own tasks come from the Hugging Face hub: without a network, name task files "
+                "whose data are local"
+            ) from error
+        for part, objects in found.items():
+            loaded[part] |= objects
+    requests = {name: _prepare(name, task, num_fewshot) for name, task in loaded["tasks"].items()}
+    return Tasks(loaded, requests)
+
+
+def _manager(sources: Sources) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    local = set().union(*sources.folders.values())
+    # The index of its own tasks, of thousands of files, can take half a minute.
+    own = not set(sources.names) <= local
+    return TaskManager(include_path=[*sources.folders, *sources.beside_groups], include_defaults=own)
+
+
+def _specs(sources: Sources, manager: Any) -> list[str]:
+    """What to load, in the words of lm_eval: names, with those that patterns stand for, and files."""
+    specs = []
+    for name in sources.names:
+        known = manager.match_tasks([name])
+        if not known:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            guess = f"; is it {' or '.join(close)}?" if close else ""
+            raise UserError(
+                f"tasks: {name!r} is no file, no folder, and no task of lm_eval's{guess} "
+                "`.venv/bin/lm_eval ls tasks` lists those"
+            )
+        specs += known
+    inside = [name for tasks in sources.folders.values() for name in tasks]
+    return list(dict.fromkeys([*specs, *map(str, sources.files), *inside]))
+
+
+def _prepare(name: str, task: Any, num_fewshot: int | None) -> set[str]:
+    """Settle a task's examples; returns the kinds of its requests."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"tasks: {name} runs the code that a model writes, which this command does not do")
+    own = task.get_config("num_fewshot")
+    shots = own if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar of one step
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+    except Exception as error:  # a field that the data lack, a template that fails, too few examples
+        raise UserError(f"tasks: {name} makes no request of its data ({_short(error)}); mend it") from error
+    if not task.instances:
+        raise UserError(f"tasks: {name} has no questions; check its split and its data")
+    return {instance.request_type for instance in task.instances}
+
+
+def local_model(subject: Subject, *, device: str, dtype: str, batch_size: int) -> Any:
+    """lm_eval's own Hugging Face model. Raises `UserError`: transformers cannot load the checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        return HFLM(pretrained=str(subject.directory), device=device, dtype=dtype, batch_size=batch_size)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {subject.directory} cannot be loaded ({_short(error)})") from error
+
+
+def endpoint_model(
+    endpoint: Endpoint, subject: Subject | None, *, context_tokens: int | None, concurrency: int
+) -> Any:
+    """lm_eval's client of an endpoint. Prompts are token ids where there is a tokenizer, else text.
+
+    Args:
+        subject: the model that is served there, if it is known.
+        context_tokens: most tokens of prompt and continuation; longer prompts lose their beginning.
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    keys: dict[str, Any] = {"tokenizer_backend": "none", "tokenized_requests": False}
+    if subject is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(subject.directory)
+        begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]  # what the local model does too
+        keys = {
+            "tokenizer_backend": "huggingface",
+            "tokenizer": str(subject.directory),
+            "add_bos_token": begins,
+        }
+    return LocalCompletionsAPI(
+        base_url=f"{endpoint.url}/completions",
+        model=endpoint.model,
+        num_concurrent=concurrency,
+        max_length=context_tokens or 2048,
+        **keys,
+    )
+
+
+def run(model: Any, tasks: Tasks, *, limit: int | None, bootstrap_iters: int) -> list[Score]:
+    """Every metric of every task, and of groups that have their own.
+
+    Args:
+        limit: first questions of each task only.
+        bootstrap_iters: resamples for the standard error of a metric that is no mean, such as perplexity.
+
+    Raises:
+        UserError: an endpoint refuses a request.
+        RunError: it fails otherwise.
+    """
+    import aiohttp
+    import numpy as np
+    import requests
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    # It would resample in forks of this process, whose threads they lack; and it prints as it does so.
+    alone = environment({"DISABLE_MULTIPROC": "1"})
+    try:
+        with alone, redirect_stdout(sys.stderr):
+            results = evaluate(
+                model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap_iters
+            )
+    except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
+        print(file=sys.stderr)  # the progress bar is left where it was
+        raise _endpoint_failure(error) from error
+    assert results is not None  # of another rank
+    return list(_scores(results))
+
+
+def _endpoint_failure(error: Any) -> UserError | RunError:
+    response = getattr(error, "response", None)  # requests'; aiohttp's has the status itself
+    status = int(getattr(error, "status", None) or getattr(response, "status_code", None) or 0)
+    if 400 <= status < 500 and status != 429:
+        hint = f"; the key is taken from {KEY_VARIABLE}" if status in (401, 403) else ""
+        return UserError(f"endpoint: it refuses a request of these tasks ({_short(error)}){hint}")
+    return RunError(f"endpoint: it failed during the evaluation ({_short(error)}); run the same again")
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+    for kind in ("results", "groups"):
+        for task, entry in results.get(kind, {}).items():
+            if kind == "results" and task in results.get("groups", {}):
+                continue
+            counts = results["n-samples"].get(task, {})
+            version = results["versions"].get(task)
+            for name, value in entry.items():
+                metric, comma, chosen = name.partition(",")
+                if not comma or metric.endswith("_stderr"):
+                    continue
+                yield Score(
+                    task=task,
+                    version=None if version is None else str(version),
+                    num_fewshot=results["n-shot"].get(task),
+                    metric=metric,
+                    filter=chosen,
+                    value=_finite(value),
+                    stderr=_finite(entry.get(f"{metric}_stderr,{chosen}")),
+                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+                    samples=counts.get("effective"),
+                    of_samples=counts.get("original"),
+                    group=kind == "groups",
+                )
+
+
+def _finite(value: Any) -> float | None:
+    """The harness says "N/A" where it has no standard error."""
+    number = None if isinstance(value, str) or value is None else float(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """What lm_eval warns of in a `with` block, each once, in place of its lines on the terminal.
+
+    Inside, nothing is counted: at each load, of local files too, `datasets` tells a server what is loaded.
+    """
+    import datasets
+
+    notes: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note = _short(record.getMessage())
+            if note not in notes and len(notes) < MOST_NOTES:
+                notes.append(note)
+
+    logger, keep = logging.getLogger("lm_eval"), Keep(logging.WARNING)
+    propagated = logger.propagate
+    logger.addHandler(keep)
+    logger.propagate = False
+    bars, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        with environment(UNCOUNTED):
+            yield notes
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        logger.removeHandler(keep)
+        logger.propagate = propagated
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def installed() -> dict[str, str]:
+    """The versions that the numbers depend on, besides those of every provenance."""
+    return versions(PACKAGES)
+
+
+def _short(error: object) -> str:
+    """Another library's message in one line, with the exception's name before it."""
+    text = " ".join(str(error).split())
+    name = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
+    return f"{name}{text}"[:MOST_CHARACTERS]

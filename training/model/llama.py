@@ -1,0 +1,363 @@
+"""The LLaMA model in plain PyTorch, its initialisation, sampling, and loading from Hugging Face directories.
+
+Parameters are named as in transformers' LlamaForCausalLM, so checkpoints need no renaming. Each weight is
+read only in its own module's forward, which is where ZeRO-3 gathers it.
+
+Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, C head_dim, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cluster import files
+from optim.precision import product_dtype
+from training.model import shapes
+from training.model.attention import sdpa
+from training.model.shapes import LlamaShape
+
+Rotary = tuple[Tensor, Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+IGNORED_TARGET = -100
+INITIAL_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """A matrix without bias. Uninitialised: `initialize` or `load_hf` fills it, once.
+
+    Multiplies in `optim.precision.product_dtype` of the weight; the result has x's dtype.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = product_dtype(self.weight.dtype, x.device)
+        return F.linear(x.to(wide), self.weight.to(wide)).to(x.dtype)
+
+
+class Embedding(nn.Embedding):
+    """A lookup table. Uninitialised, as `Linear` is."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, times a weight (arXiv 1910.07467); it casts where transformers does."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary(shape: LlamaShape, positions: Tensor) -> Rotary:
+    """Cosines and sines of RoPE (arXiv 2104.09864), with Llama 3.1's scaling where the shape has it.
+
+    Args:
+        positions: integers [T] or [B, T].
+
+    Returns:
+        Two fp32 tensors [1 or B, 1, T, C], on the device of `positions`; dimensions i and i + C/2 pair up.
+    """
+    even = torch.arange(0, shape.head_dim, 2, device=positions.device).float()
+    frequency = 1.0 / shape.rope_theta ** (even / shape.head_dim)  # radians per token [C/2]
+    if (scaling := shape.rope_scaling) is not None:
+        turns = scaling.original_max_positions * frequency / (2 * math.pi)  # in the original context
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
+    angle = positions.float()[..., None] * frequency
+    angle = torch.cat((angle, angle), dim=-1).view(-1, 1, positions.shape[-1], shape.head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, by: Rotary) -> Tensor:
+    """RoPE applied to x [B, heads, T, C], in fp32; the result has x's dtype."""
+    cos, sin = by
+    x32 = x.float()
+    first, second = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
+    return sdpa(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: LlamaShape, *, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, shape.head_dim
+        self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim)
+        self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
+        self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+
+    def forward(self, x: Tensor, by: Rotary, attend: Attend) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = attend(self.layer, rotate(q, by), rotate(k, by), v)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.ffn_size)
+        self.up_proj = Linear(shape.hidden_size, shape.ffn_size)
+        self.down_proj = Linear(shape.ffn_size, shape.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: LlamaShape, *, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape, layer=layer)
+        self.mlp = SwiGLU(shape)
+        self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+
+    def forward(self, x: Tensor, by: Rotary, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), by, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything between token ids and the output head."""
+
+    def __init__(self, shape: LlamaShape, *, activation_checkpointing: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape, layer=index) for index in range(shape.num_layers))
+        self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+
+    def forward(
+        self, tokens: Tensor, *, positions: Tensor | None = None, attend: Attend = causal_attention
+    ) -> Tensor:
+        """Normed hidden states [B, T, D] of tokens [B, T] (int64).
+
+        `positions`, integers [T] or [B, T], and `attend` (layer, q, k, v -> mixed values, shaped as in
+        `causal_attention`) are the seam for decoding with a key/value cache; the defaults are whole
+        sequences from position 0.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        by = rotary(self.shape, positions)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, by, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, by, attend)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A LLaMA language model. Its weights are uninitialised until `initialize` or `load_hf` sets them.
+
+    With `activation_checkpointing` each layer keeps only its input and runs forward again in the backward
+    pass: activations shrink to about B·T·D per layer, for a third more computation.
+    """
+
+    def __init__(self, shape: LlamaShape, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape, activation_checkpointing=activation_checkpointing)
+        self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
+        if shape.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
+
+        The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
+        are not `IGNORED_TARGET`; it is NaN when all are.
+        """
+        logits = self.lm_head(self.model(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+
+
+@torch.no_grad()
+def initialize(model: Llama, *, seed: int) -> None:
+    """Set every weight of `model`, each as a pure function of `seed` and the parameter's name.
+
+    So the result depends neither on world size nor on ZeRO stage, and weights partitioned by `zero.Init`
+    work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 and then
+    cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2; norms
+    are 1.
+
+    A weight on a GPU is drawn there: one CPU thread takes 29 s for 1.4B weights. A GPU draws other numbers
+    than a CPU, and another model of GPU may again, so the result is a function of the kind of device too.
+    """
+    residual_std = INITIAL_STD / math.sqrt(2 * model.shape.num_layers)
+    for name, parameter in model.named_parameters():
+        with _whole(parameter):
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INITIAL_STD
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+            parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+@torch.no_grad()
+def widen_products(model: Llama) -> None:
+    """Keep each matrix in the dtype it is multiplied in, so that no forward pass widens it again.
+
+    On a CPU without bf16 arithmetic bf16 matrices become fp32: twice their memory, the same results. A tied
+    head becomes a copy, because a lookup needs no wide table. Anywhere else nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            wide = product_dtype(module.weight.dtype, module.weight.device)
+            if wide != module.weight.dtype:
+                module.weight = nn.Parameter(module.weight.to(wide), requires_grad=False)
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager:
+    """Inside, `parameter` is whole also when ZeRO-3 has partitioned it; on leaving, rank 0's value counts."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[[Tensor], Tensor],
+    prompt: Tensor,
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Continue a prompt by sampling, without a key/value cache: for short samples of a model in training.
+
+    Args:
+        model: int64 tokens [1, T] -> logits [1, T, V]. Under ZeRO-3 all ranks call together, and all draw
+            the same tokens.
+        prompt: int64 [T], not empty, on the model's device.
+        num_tokens: how many tokens to add.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among this many likeliest tokens only.
+
+    Returns:
+        int64 [T + num_tokens], prompt included.
+    """
+    if prompt.numel() == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prompt
+    for _ in range(num_tokens):
+        logits = model(tokens[None])[0, -1].float().cpu()
+        if temperature == 0:
+            chosen = logits.argmax(keepdim=True)
+        else:
+            likeliest = logits.topk(min(top_k or len(logits), len(logits)))
+            chances = (likeliest.values / temperature).softmax(-1)
+            chosen = likeliest.indices[torch.multinomial(chances, 1, generator=generator)]
+        tokens = torch.cat((tokens, chosen.to(tokens.device)))
+    return tokens
+
+
+def load_hf(directory: Path, *, dtype: torch.dtype) -> Llama:
+    """The model of a Hugging Face LLaMA directory: `config.json` and safetensors, one file or sharded.
+
+    The weights are cast to `dtype`, on the CPU. Every tensor must be there, of the right shape, and no other;
+    only the RoPE buffers of old exports are ignored, and the copy of a tied head that some checkpoints carry.
+
+    Raises:
+        ValueError: a file is missing, unreadable or outside the directory, the config asks for what the model
+            does not do, or a tensor is missing, unexpected, mis-shaped or not tied as the config says. Names
+            file and tensor.
+    """
+    directory = Path(directory)
+    model = Llama(shapes.resolve(directory.absolute()))
+    stored = _stored_tensors(directory)
+    if model.shape.tied:
+        _drop_tied_head(stored)
+    for name, parameter in model.named_parameters():
+        if name not in stored:
+            raise ValueError(f"{directory}: tensor {name} is missing from the checkpoint")
+        file, tensor = stored.pop(name)
+        if tensor.shape != parameter.shape:
+            expected, found = tuple(parameter.shape), tuple(tensor.shape)
+            raise ValueError(f"{file}: tensor {name} has shape {found}, config.json asks for {expected}")
+        # A copy, because the file may be replaced. The fp32 memory given up here was never touched.
+        parameter.data = tensor.to(dtype, copy=True)
+    for name, (file, _) in stored.items():
+        if not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"{file}: tensor {name} is unexpected; config.json has no place for it")
+    return model
+
+
+def _stored_tensors(directory: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Name -> (file, memory-mapped tensor) of every tensor in a Hugging Face directory."""
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.is_file():
+        shards = _indexed(index)
+    elif single.is_file():
+        shards = [single]
+    else:
+        raise ValueError(f"{directory}: neither {single.name} nor {index.name} is here; is it safetensors?")
+    stored: dict[str, tuple[Path, Tensor]] = {}
+    for file in shards:
+        if not file.is_file():
+            raise ValueError(f"{file}: listed in {index.name}, but missing; copy the checkpoint again")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                stored |= {name: (file, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+    return stored
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that a `model.safetensors.index.json` names. Raises `ValueError`: one is not beside it."""
+    try:
+        names = set(files.read_json(index)["weight_map"].values())
+        return [files.inside(index.parent, name) for name in sorted(names)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: has no weight_map of tensors to file names; copy it again") from error
+
+
+def _drop_tied_head(stored: dict[str, tuple[Path, Tensor]]) -> None:
+    if "lm_head.weight" in stored and "model.embed_tokens.weight" in stored:
+        file, head = stored.pop("lm_head.weight")
+        if not torch.equal(head, stored["model.embed_tokens.weight"][1]):
+            raise ValueError(f"{file}: lm_head.weight differs from the embedding that config.json ties it to")

@@ -1,0 +1,243 @@
+"""Seconds of one optimizer step, from what one GPU does and what the GPUs send through. Pure: no torch.
+
+Of the slowest rank, none hidden behind another:
+
+    compute      seconds per token x tokens of the rank
+    optimizer    orthogonalisation of the matrices that one rank owns, and passes over its shard, by FLOPs and
+                 bytes, times what that was measured to take longer
+    links        of each collective (traffic.py): sent bytes / B + steps x hop. Its ring crosses each
+                 node once each way, so B = min(bus bandwidth in the node, the node's network), and of
+                 k (W - 1) steps k (nodes - 1) cross the network; k is 2 for an all-reduce, else 1. The
+                 quicker protocol counts. Source of all that is NCCL's own model:
+                 https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
+                 An all-to-all takes what the busiest GPU or the busiest node's network takes.
+
+With `overlap_comm`, on GPUs, stage 2 reduces beside the backward pass, and stage 3 gathers and reduces beside
+both; stage 1 in bf16 hides nothing. So a step has two bounds: nothing is hidden, or all of that.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf, prod
+from typing import Any
+
+from optim.bench.forecast import ADAMW_BYTES, PASS_BYTES
+from optim.cost import orthogonalize_flops
+from optim.step.ownership import Plan
+from training.projection import traffic
+from training.projection.traffic import SHARES, Exchange, Job
+
+# BF16_Optimizer (stage 1) keeps the whole fp32 gradient on every rank: norm 4 bytes, clipping 8, zeroing 4 an
+# element. The other stages do the first two on the shard.
+WHOLE_GRADIENT_BYTES, SHARD_GRADIENT_BYTES = 16, 12
+BACKWARD_SHARE = 2 / 3  # of the compute: two products to the forward pass's one
+# (hop in the node, hop between nodes, share of the bandwidth) of NCCL's ring, protocols Simple and LL: its
+# tuning.cc, hwLat of PCI and NET in microseconds; LL's in a node times 1.8 where there are several.
+NCCL_PROTOCOLS = ((5.7e-6, 9.6e-6, 1.0), (1.8e-6, 2.7e-6, 0.25))
+PARTS = ("compute", "optimizer", "intra-node link", "inter-node link", "latency")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a node's network carries each way, and where that is known from, in words."""
+
+    bytes_per_s: float
+    source: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.bytes_per_s / 1e9:.3g} GB/s per node each way: {self.source}"
+
+
+NO_NETWORK = Network(inf, "one node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """What one GPU does, and where that is known from.
+
+    Attributes:
+        source: in words, for the output.
+        compute_seconds_per_token: forward and backward, and reading the data.
+        product_flops: FLOP/s of the orthogonalisation.
+        memory_bytes_per_s: of passes over memory.
+        optimizer_factor: measured seconds of the optimizer / those that FLOPs and bytes give.
+        peak_tflops: of the datasheet, for the MFU; None where there is none.
+        links: measured in the node, or None.
+        network: between nodes.
+    """
+
+    source: str
+    compute_seconds_per_token: float
+    product_flops: float
+    memory_bytes_per_s: float
+    optimizer_factor: float = 1.0
+    peak_tflops: float | None = None
+    links: "Links | None" = None
+    network: "Network" = NO_NETWORK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What ranks send through.
+
+    Attributes:
+        bytes_per_s: kind of collective -> bus bandwidth in the node.
+        node_bytes_per_s: of a node's network, each way; not used where there is one node.
+        protocols: (hop in the node in seconds, between nodes, share of the bandwidth); the quickest counts.
+    """
+
+    name: str
+    bytes_per_s: Mapping[str, float]
+    node_bytes_per_s: float
+    protocols: tuple[tuple[float, float, float], ...] = NCCL_PROTOCOLS
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a collective, by what they wait for."""
+
+    transfer: float
+    latency: float
+    crosses: bool  # whether the network between nodes bounds the transfer
+
+
+def ring_seconds(
+    kind: str, num_bytes: float, *, calls: int, num_ranks: int, num_nodes: int, links: Links
+) -> Spent:
+    """Of `calls` collectives over `num_bytes` in all: see this module's description."""
+    inner = links.bytes_per_s[kind]
+    crosses = num_nodes > 1 and links.node_bytes_per_s < inner
+    rate = links.node_bytes_per_s if crosses else inner
+    turns = 2 if kind == "all_reduce" else 1
+    between = turns * (num_nodes - 1)
+    choices = [
+        Spent(
+            SHARES[kind](num_ranks) * num_bytes / (share * rate),
+            calls * ((turns * (num_ranks - 1) - between) * hop + between * node_hop),
+            crosses,
+        )
+        for hop, node_hop, share in links.protocols
+    ]
+    return min(choices, key=lambda spent: spent.transfer + spent.latency)
+
+
+def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Links) -> Spent:
+    """To the owners and back: the busiest GPU's link or the busiest node's, and one hop for each peer."""
+    inner = travels.worst_rank_bytes / links.bytes_per_s["all_to_all"]
+    outer = travels.worst_node_bytes / links.node_bytes_per_s if num_nodes > 1 else 0.0
+    hop = min(node_hop if num_nodes > 1 else hop for hop, node_hop, _ in links.protocols)
+    return Spent(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
+
+
+def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
+    """(FLOPs, bytes of memory) of the rank that has most to do in the optimizer's step. Not under Scion."""
+    assert not job.norms
+    groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
+    total = sum(groups.values())
+    shard = (PASS_BYTES if plans else ADAMW_BYTES) * groups["matrix"] / job.num_ranks
+    shard += ADAMW_BYTES * (total - groups["matrix"]) / job.num_ranks
+    whole = job.stage == 1 and job.element_bytes == 2
+    shard += WHOLE_GRADIENT_BYTES * total if whole else SHARD_GRADIENT_BYTES * total / job.num_ranks
+    loads = [0] * job.num_ranks
+    for plan in plans:
+        for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
+            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=True)
+    return max(loads), shard
+
+
+def optimizer_seconds(job: Job, plans: Sequence[Plan], basis: Basis) -> float:
+    """Of the rank that has most to do."""
+    flops, num_bytes = optimizer_work(job, plans)
+    return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)
+
+
+# --- a step -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: seconds by part of PARTS, nothing hidden, and what overlap can hide at the most."""
+
+    seconds: Mapping[str, float]
+    hidden_seconds: float
+
+    @property
+    def longest(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def shortest(self) -> float:
+        return self.longest - self.hidden_seconds
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+
+def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Links) -> Step:
+    """Predict a step of the rank that has most to do."""
+    plans = traffic.ownership(job)
+    num_nodes = ceil(job.num_ranks / ranks_per_node)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    seconds["compute"] = basis.compute_seconds_per_token * tokens_per_rank
+    seconds["optimizer"] = optimizer_seconds(job, plans, basis)
+    beside = {"forward": 0.0, "backward": 0.0}
+
+    def add(spent: Spent) -> float:
+        seconds["inter-node link" if spent.crosses else "intra-node link"] += spent.transfer
+        seconds["latency"] += spent.latency
+        return spent.transfer + spent.latency
+
+    for each in traffic.collectives(job):
+        spent = ring_seconds(
+            each.kind,
+            each.num_bytes,
+            calls=each.calls,
+            num_ranks=job.num_ranks,
+            num_nodes=num_nodes,
+            links=links,
+        )
+        taken = add(spent)
+        if each.hidden_by is not None:
+            beside[each.hidden_by] += taken
+    add(
+        exchange_seconds(
+            traffic.exchange_of(job, ranks_per_node=ranks_per_node), num_nodes=num_nodes, links=links
+        )
+    )
+    backward = BACKWARD_SHARE * seconds["compute"]
+    hidden = min(beside["backward"], backward) + min(beside["forward"], seconds["compute"] - backward)
+    return Step(seconds, hidden)
+
+
+def basis_from_row(
+    rows: Sequence[Mapping[str, Any]],
+    ceilings: Mapping[str, Any],
+    *,
+    job: Job,
+    source: str,
+    flops_ratio: float = 1.0,
+) -> Basis:
+    """From what `training.baseline.steps` measured and `cluster.measure.probe`'s ceilings of the same device.
+
+    Args:
+        rows: of equal runs; medians count.
+        job: of these rows, so that the optimizer's measured time can be held against its modelled one.
+        flops_ratio: FLOPs per token of the model to predict / of the measured one.
+    """
+
+    def median(name: str) -> float:
+        return statistics.median(float(row[name]) for row in rows)
+
+    scale = median("step_seconds") / median("phased_step_seconds")
+    compute = (median("seconds_compute") + median("seconds_data")) * scale * flops_ratio
+    basis = Basis(
+        source=source,
+        compute_seconds_per_token=compute * rows[0]["num_workers"] / rows[0]["tokens_per_step"],
+        product_flops=ceilings["product_tflops"]["best"] * 1e12,
+        memory_bytes_per_s=ceilings["copy_gb_per_s"]["best"] * 1e9,
+    )
+    modelled = optimizer_seconds(job, traffic.ownership(job), basis)
+    return replace(basis, optimizer_factor=median("seconds_optimizer") * scale / modelled)

@@ -1,0 +1,372 @@
+"""What a rank sends in one optimizer step, by ZeRO stage, under our DeepSpeed configuration. Pure: no torch.
+
+N parameters of p bytes (2 in bf16), W ranks. Of a collective's buffer a rank sends the share in SHARES:
+
+    stage    gradients                               new weights             weights again
+    1        all-reduce N p, once, after backward    all-gather N p, once    -
+    2        all-reduce N p, in every micro-batch    all-gather N p, once    -
+    3        reduce-scatter N p, in every one        the small ones, once    all-gather in every one
+
+Read in DeepSpeed 0.19.8, and counted on ranks in tests/numerics/test_projection.py:
+    * Gradients accumulate in fp32 and travel in the model's precision (engine.communication_data_type).
+    * Stage 1 in bf16 is BF16_Optimizer, which reduces after the backward pass: `overlap_comm` hides nothing.
+    * Stage 2 all-reduces each bucket (use_multi_rank_bucket_allreduce), so it sends what an all-reduce does.
+    * Stage 3 gathers the weights in every forward pass. In the backward pass it gathers those again that it
+      released: a module is kept where fewer than REUSE_DISTANCE elements are used before it is used again, or
+      where prefetching, a bucket per call of a module, has found it gathered. With LIVE_BUCKETS buckets that
+      hold the model (the 1.4B's do) that leaves little but the embedding; with less, prefetching counts as
+      none, which is exact for small buckets and too much for those between.
+      A checkpointed layer is recomputed just before its backward pass, so recomputing gathers nothing more.
+    * Parameters of up to PERSISTENT elements stay whole in stage 3, and are gathered after the step.
+
+Matrices whose rule needs them whole travel to their owners and back (optim/step/ownership.py) in
+`exchange_bytes` per element, in two all-to-alls per matrix shape: the hidden ones under Muon, under Scion all
+but those whose norm is of single entries. Norms and flags, under 1 kB, are left out.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+from optim.step.ownership import Matrix, Plan, make_plan
+from training.config import MUON_RULES, SCION_RULES, TrainConfig
+from training.model.shapes import LlamaShape
+
+REUSE_DISTANCE = (
+    10**9
+)  # stage3_max_reuse_distance; with PERSISTENT a default that training/run/engine.py keeps
+PERSISTENT = 10**5  # stage3_param_persistence_threshold, elements
+LIVE_BUCKETS = 20  # of `zero.bucket_elements` in training/run/engine.py's stage3_max_live_parameters
+ENTRY_NORMS = ("sign", "sign:plain")  # of optim/geometry.py: those that need no whole matrix
+ROW_NORMS = ("column:embedding", "row", "row:plain")  # under which optim/groups.py cuts tables into blocks
+TABLE_BLOCK_ROWS = 512  # of optim/groups.py
+STAGE_1_BUCKET = 500_000_000  # elements of BF16_Optimizer's buckets; `zero.bucket_elements` is the others'
+
+# What a rank of W sends of the whole buffer. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+SHARES = {
+    "all_reduce": lambda w: 2 * (w - 1) / w,
+    "all_gather": lambda w: (w - 1) / w,
+    "reduce_scatter": lambda w: (w - 1) / w,
+}
+
+
+@dataclass
+class Group:
+    """Parameters under one rule, in the model's order.
+
+    Attributes:
+        whole: the rule needs whole matrices.
+        sizes: of the parameters.
+        blocks: rows of the matrices that each consists of.
+    """
+
+    whole: bool
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
+    blocks: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What decides the traffic of a step.
+
+    Attributes:
+        whole_matrices: the hidden matrices' rule needs them whole (Muon's family); else nothing is exchanged.
+        norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
+        element_bytes: of weights and gradients that travel, 2 in bf16.
+        exchange_bytes: per element of the matrices that go to their owners and back.
+    """
+
+    shape: LlamaShape
+    stage: int
+    num_ranks: int
+    accumulation: int
+    bucket_elements: int
+    whole_matrices: bool = True
+    norms: tuple[tuple[str, str], ...] = ()
+    element_bytes: int = 2
+    exchange_bytes: int = 2
+    reuse_distance: int = REUSE_DISTANCE
+
+    def groups(self) -> dict[str, Group]:
+        """By label of the rule (optim/groups.py)."""
+        found = {"table": Group(False), "vector": Group(False), "matrix": Group(self.whole_matrices)}
+        if self.norms:
+            norms = dict.fromkeys(label for _, label in self.norms)
+            found = {label: Group(label.partition("@")[0] not in ENTRY_NORMS) for label in norms}
+        for name, size in self.shape.parameters().items():
+            kind = "vector" if len(size) == 1 else "matrix" if ".layers." in name else "table"
+            blocks: tuple[int, ...] = size[:1]
+            if self.norms:
+                label = next(label for pattern, label in self.norms if fnmatchcase(name, pattern))
+                if kind == "table" and label.partition("@")[0] in ROW_NORMS:
+                    blocks = tuple(
+                        min(TABLE_BLOCK_ROWS, size[0] - row) for row in range(0, size[0], TABLE_BLOCK_ROWS)
+                    )
+                kind = label
+            found[kind].sizes.append(size)
+            found[kind].blocks.append(blocks)
+        return {label: group for label, group in found.items() if group.sizes}
+
+
+def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
+    """Of a run; None where this module does not know what travels: in stage 0, and with matrices per head."""
+    matrix = config.optim.matrix
+    if config.zero.stage == 0 or matrix.per_head:
+        return None
+    entries = config.optim.scion.norms if matrix.rule in SCION_RULES else ()
+    return Job(
+        shape=shape,
+        stage=config.zero.stage,
+        num_ranks=num_ranks,
+        accumulation=accumulation,
+        bucket_elements=config.zero.bucket_elements,
+        whole_matrices=matrix.rule in MUON_RULES,
+        norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
+        element_bytes=2 if config.is_bf16 else 4,
+        exchange_bytes=2 if matrix.dtype == "bf16" else 4,
+    )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All calls of one kind in a step.
+
+    Attributes:
+        name: what travels.
+        kind: of SHARES.
+        num_bytes: of the whole buffers of all calls together.
+        calls: how many there are.
+        hidden_by: the pass that it runs beside where `overlap_comm` is set (GPUs), or None.
+    """
+
+    name: str
+    kind: str
+    num_bytes: int
+    calls: int
+    hidden_by: str | None = None
+
+    def sent_bytes(self, num_ranks: int) -> float:
+        """That a rank sends."""
+        return SHARES[self.kind](num_ranks) * self.num_bytes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The way to the owners; the way back is its mirror. Bytes of all shapes together, one way.
+
+    Attributes:
+        sent_bytes: by rank, both ways.
+        worst_rank_bytes: that the busiest rank sends or receives, the larger, one way.
+        worst_node_bytes: that cross the busiest node's border, the larger direction, one way.
+        peers: ranks that the busiest rank talks to, summed over the shapes.
+    """
+
+    sent_bytes: tuple[int, ...]
+    worst_rank_bytes: int
+    worst_node_bytes: int
+    peers: int
+
+
+def collectives(job: Job) -> list[Collective]:
+    """The collectives of one optimizer step, but for `exchange`'s. Empty on one rank."""
+    if job.num_ranks == 1:
+        return []
+    return _stage_3(job) if job.stage == 3 else _stages_1_and_2(job)
+
+
+def _stages_1_and_2(job: Job) -> list[Collective]:
+    groups = job.groups().values()
+    num_elements = sum(_padded(group.sizes, job.num_ranks) for group in groups)
+    num_bytes = num_elements * job.element_bytes
+    weights = Collective("new weights", "all_gather", num_bytes, len(groups))
+    if job.stage == 1:
+        calls = math.ceil(num_elements / STAGE_1_BUCKET)
+        return [Collective("gradients", "all_reduce", num_bytes, calls), weights]
+    # without the padding: buckets hold the gradients themselves
+    num_bytes = job.shape.num_parameters * job.element_bytes * job.accumulation
+    calls = math.ceil(job.shape.num_parameters / job.bucket_elements) * job.accumulation
+    return [Collective("gradients", "all_reduce", num_bytes, calls, "backward"), weights]
+
+
+def _padded(sizes: list[tuple[int, ...]], num_ranks: int) -> int:
+    """Elements of a group's flat tensor, which 2 W divide."""
+    return math.ceil(sum(map(math.prod, sizes)) / (2 * num_ranks)) * 2 * num_ranks
+
+
+def _stage_3(job: Job) -> list[Collective]:
+    sizes = [math.prod(size) for size in job.shape.parameters().values()]
+    parts = {size: math.ceil(size / job.num_ranks) * job.num_ranks for size in sizes}
+    forward, backward = _gathers(sizes, job)
+    small = [size for size in sizes if size <= PERSISTENT]
+
+    def gathered(name: str, chosen: list[int], hidden_by: str) -> Collective:
+        num_bytes = sum(parts[size] for size in chosen) * job.element_bytes * job.accumulation
+        calls = min(len(chosen), math.ceil(sum(chosen) / job.bucket_elements) + 1) * job.accumulation
+        return Collective(name, "all_gather", num_bytes, calls, hidden_by)
+
+    num_bytes = sum(parts[size] for size in sizes) * job.element_bytes * job.accumulation
+    calls = math.ceil(sum(sizes) / job.bucket_elements) * job.accumulation
+    found = [
+        Collective("gradients", "reduce_scatter", num_bytes, calls, "backward"),
+        gathered("weights, forward", forward, "forward"),
+        gathered("weights, backward", backward, "backward"),
+        Collective(
+            "small weights", "all_gather", sum(parts[s] for s in small) * job.element_bytes, len(small)
+        ),
+    ]
+    return [each for each in found if each.num_bytes]
+
+
+def _gathers(sizes: list[int], job: Job) -> tuple[list[int], list[int]]:
+    """Sizes of the parameters that a micro-batch gathers, in its forward and in its backward pass."""
+    large = [size for size in sizes if size > PERSISTENT]
+    tied = sizes[0] if job.shape.tied else 0
+    # Between the two uses of a module lie the modules after it, forth and back. A tied embedding is used
+    # by the head as well, after the forward pass of all layers and before their backward pass.
+    after, far = sum(sizes) + tied, []
+    for size in sizes:
+        after -= size
+        far.append(size > PERSISTENT and 2 * after >= job.reuse_distance)
+    if tied:
+        far[0] = sizes[0] > PERSISTENT and sum(sizes[1:]) >= job.reuse_distance
+    if sum(large) > LIVE_BUCKETS * job.bucket_elements:
+        again = [size for size, released in zip(sizes, far, strict=True) if released]
+        return large + (again[:1] if tied and far[0] else []), again
+    # Prefetching runs through the forward pass by a bucket per call of a module, and then marks as kept all
+    # that it finds gathered. So only modules that were over by then are released.
+    early = _over_before_all_is_gathered(job)
+    again = [size for size, released in zip(sizes, far, strict=True) if released]
+    return large, again[: sum(size > PERSISTENT for size in early)]
+
+
+def _over_before_all_is_gathered(job: Job) -> list[int]:
+    """Sizes of the parameters whose modules had their turn before prefetching had gathered everything."""
+    calls = list(_calls(job.shape))
+    waiting = [size for size in calls if size > PERSISTENT]
+    for number, size in enumerate(calls):
+        if size > PERSISTENT and len(waiting) == sum(each > PERSISTENT for each in calls[number:]):
+            waiting.pop(0)  # its own, that nothing has fetched before
+        budget = job.bucket_elements
+        while waiting and budget > 0:
+            budget -= waiting.pop(0)
+        if not waiting:
+            return [each for each in calls[:number] if each]
+    return [each for each in calls if each]
+
+
+def _calls(shape: LlamaShape) -> Iterator[int]:
+    """Elements that each module of training/model/llama.py holds itself, in the order of the forward pass."""
+    sizes = {name: math.prod(size) for name, size in shape.parameters().items()}
+    yield from (0, 0, sizes["model.embed_tokens.weight"])
+    for layer in range(shape.num_layers):
+        for module in (
+            *("", "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            *("self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.gate_proj", "mlp.up_proj"),
+            "mlp.down_proj",
+        ):
+            yield sizes.get(f"model.layers.{layer}.{module}.weight", 0)
+    yield from (sizes["model.norm.weight"], sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"]))
+
+
+# --- the matrices' owners ---------------------------------------------------------------------------------
+
+
+def ownership(job: Job) -> list[Plan]:
+    """Who owns which matrix, for each rule that needs whole ones."""
+    return [
+        make_plan(_matrices(group, job), world_size=job.num_ranks)
+        for group in job.groups().values()
+        if group.whole
+    ]
+
+
+def _matrices(group: Group, job: Job) -> list[Matrix]:
+    """Its matrices, and what each rank holds of them."""
+    found: list[Matrix] = []
+    first = 0
+    part = _padded(group.sizes, job.num_ranks) // job.num_ranks
+    for size, blocks in zip(group.sizes, group.blocks, strict=True):
+        numel, cols = math.prod(size), math.prod(size[1:])
+        begin, width = (0, math.ceil(numel / job.num_ranks)) if job.stage == 3 else (first, part)
+        row = 0
+        for rows in blocks:
+            borders = [width * rank - begin - row * cols for rank in range(job.num_ranks + 1)]
+            inside = [min(max(border, 0), rows * cols) for border in borders]
+            holdings = tuple((a, b) if a < b else (0, 0) for a, b in pairwise(inside))
+            found.append(Matrix(f"matrix {len(found)}", rows, cols, holdings))
+            row += rows
+        first += numel
+    return found
+
+
+def exchange(plans: Sequence[Plan], *, element_bytes: int, num_ranks: int, ranks_per_node: int) -> Exchange:
+    """What travels by `plans`, if ranks are numbered node by node."""
+    sent = [0] * num_ranks
+    worst_rank = worst_node = peers = 0
+    groups = [(plan, indices) for plan in plans for indices, _ in plan.by_shape()]
+    for plan, indices in groups:
+        leaving, arriving = [0] * num_ranks, [0] * num_ranks
+        over, into = _zeros(num_ranks, ranks_per_node), _zeros(num_ranks, ranks_per_node)
+        meetings: dict[int, set[int]] = {}
+        for index in indices:
+            owner = plan.owners[index]
+            for rank, (start, stop) in enumerate(plan.matrices[index].holdings):
+                if start == stop or rank == owner:
+                    continue
+                leaving[rank] += stop - start
+                arriving[owner] += stop - start
+                meetings.setdefault(rank, set()).add(owner)
+                meetings.setdefault(owner, set()).add(rank)
+                if rank // ranks_per_node != owner // ranks_per_node:
+                    over[rank // ranks_per_node] += stop - start
+                    into[owner // ranks_per_node] += stop - start
+        sent = [total + a + b for total, a, b in zip(sent, leaving, arriving, strict=True)]
+        worst_rank += max(*leaving, *arriving)
+        worst_node += max(*over, *into)
+        peers += max(map(len, meetings.values()), default=0)
+    return Exchange(
+        tuple(number * element_bytes for number in sent),
+        worst_rank * element_bytes,
+        worst_node * element_bytes,
+        peers,
+    )
+
+
+def _zeros(num_ranks: int, ranks_per_node: int) -> list[int]:
+    return [0] * math.ceil(num_ranks / ranks_per_node)
+
+
+def exchange_of(job: Job, *, ranks_per_node: int) -> Exchange:
+    """What travels to the owners of a job's matrices."""
+    return exchange(
+        ownership(job),
+        element_bytes=job.exchange_bytes,
+        num_ranks=job.num_ranks,
+        ranks_per_node=ranks_per_node,
+    )
+
+
+def sent_bytes(job: Job) -> list[float]:
+    """Bytes that each rank sends in one step, matrices included."""
+    common = sum(each.sent_bytes(job.num_ranks) for each in collectives(job))
+    return [common + sent for sent in exchange_of(job, ranks_per_node=job.num_ranks).sent_bytes]
+
+
+def node_bytes(job: Job, *, ranks_per_node: int) -> float:
+    """Bytes that cross the border of the busiest node in one step, one way, if ranks are numbered by node.
+
+    A ring leaves and enters each node once, whatever its ranks (`training.projection.step_model`); matrices
+    go from each rank to their owners, and back the other way.
+    """
+    common = sum(each.sent_bytes(job.num_ranks) for each in collectives(job))
+    return common + 2 * exchange_of(job, ranks_per_node=ranks_per_node).worst_node_bytes
+
+
+def by_name(job: Job) -> Mapping[str, float]:
+    """Bytes that a rank sends, the largest over the ranks, by what travels."""
+    found = {each.name: each.sent_bytes(job.num_ranks) for each in collectives(job)}
+    if most := max(exchange_of(job, ranks_per_node=job.num_ranks).sent_bytes):
+        found["matrices, there and back"] = most
+    return found

@@ -1,0 +1,146 @@
+"""What the loop knows of its launcher: rank, world, device, and how to talk to the other ranks.
+
+What rank 0 does for all of them, such as preparing data, it does before there is a process group (`Ranks`):
+the others would wait in a collective, and NCCL ends the run when one takes longer than 10 minutes.
+
+Two implementations: `RayContext` inside a Ray Train worker, `TorchContext` under torchrun or in one process.
+The loop is the same under both, so the launcher's own cost can be measured.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from cluster.cli import BAD_INPUT
+from cluster.rendezvous import interface_of
+from cluster.session import set_defaults
+
+LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
+Result = TypeVar("Result")
+PREPARED = "asuncion/prepared"  # key of the store
+
+
+@dataclass(frozen=True)
+class Context:
+    """One rank of a run whose process group exists."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes the record."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name as its driver gives it, or the CPU's model name."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        from cluster.measure.hardware import describe_host
+
+        return describe_host()["cpu"]
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank. Any picklable object."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all ranks, in place."""
+        dist.all_reduce(value)
+        return value
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Tell the launcher how far the run is. Every rank calls it equally often."""
+
+
+class RayContext(Context):
+    """A rank inside a Ray Train worker; Ray has made the process group."""
+
+    @classmethod
+    def create(cls, *, gpu: bool) -> "RayContext":
+        """The context of the worker that calls."""
+        import ray.train
+
+        worker = ray.train.get_context()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return cls(worker.get_world_rank(), worker.get_world_size(), device, "ray")
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        import ray.train
+
+        ray.train.report(dict(metrics))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks under torchrun, or a single process, before their process group exists."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+
+    @classmethod
+    def meet(cls) -> "Ranks":
+        """Find the other ranks. Collective."""
+        if "MASTER_ADDR" in os.environ:
+            store, rank, world_size = next(rendezvous("env://"))
+            return cls(rank, world_size, store)
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), dist.HashStore())
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank. Any picklable object. Collective, and once per run.
+
+        An error of `work` is raised on rank 0, which explains it; the other ranks end with its exit code.
+        """
+        if self.rank == 0:
+            try:
+                result = work()
+            except BaseException:
+                self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # bytes are what it takes
+                raise
+            self.store.set(PREPARED, pickle.dumps(result))  # type: ignore[arg-type]
+            return result
+        try:
+            self.store.wait([PREPARED], LONGEST_PREPARATION)
+            told = self.store.get(PREPARED)
+        except dist.DistNetworkError:  # without torchrun the store is in rank 0's process, and ends with it
+            told = b""
+        if not told:
+            sys.exit(BAD_INPUT)
+        return pickle.loads(told)
+
+
+@contextmanager
+def torch_context(ranks: Ranks | None = None, *, gpu: bool) -> Iterator[Context]:
+    """The context of one rank under torchrun, or of a single process, with its process group.
+
+    ranks: if they have met already. Collective.
+    """
+    ranks = ranks or Ranks.meet()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) == ranks.world_size:  # one machine
+        set_defaults({"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo"})
+    dist.init_process_group(
+        "nccl" if gpu else "gloo", store=ranks.store, rank=ranks.rank, world_size=ranks.world_size
+    )
+    try:
+        yield Context(ranks.rank, ranks.world_size, device, "torch")
+    finally:
+        dist.destroy_process_group()

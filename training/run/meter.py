@@ -1,0 +1,87 @@
+"""Throughput and utilisation of a run, from its own clock."""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.measure import hardware
+
+
+@dataclass
+class Meter:
+    """Times optimizer steps. The caller pauses it for what is no step, such as evaluation and checkpoints.
+
+    Attributes:
+        tokens_per_step: over all workers.
+        flops_per_token: see `LlamaShape.flops_per_token`.
+        num_devices: accelerators over all workers.
+        device_name: as the driver names it, or the CPU's model name.
+        measured_tflops: what a device reached in a product (`cluster.preflight`), or None.
+        step_seconds: of every step in a line, the mean of its line.
+    """
+
+    tokens_per_step: int
+    flops_per_token: int
+    num_devices: int
+    device_name: str
+    measured_tflops: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    _started: float = 0.0
+    _seconds: float = 0.0  # of the steps since the last line, and their number
+    _num_steps: int = 0
+
+    def start(self) -> None:
+        """Begin to time, or go on. Call once the device has finished what came before."""
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock. Call once the device has finished the steps that were counted."""
+        self._seconds += time.perf_counter() - self._started
+
+    def count_step(self) -> None:
+        """One more step has been taken while the clock ran."""
+        self._num_steps += 1
+
+    def line(self) -> dict[str, Any]:
+        """Seconds per step, tokens per second and MFU of the steps that were timed since the last line."""
+        seconds = self._seconds / self._num_steps
+        self.step_seconds += [seconds] * self._num_steps
+        self._seconds, self._num_steps = 0.0, 0
+        return {"step_seconds": seconds, **self.rates(seconds)}
+
+    def summary(self) -> dict[str, Any]:
+        """The median step and its rates; empty if no step was timed."""
+        if not self.step_seconds:
+            return {}
+        median = statistics.median(self.step_seconds)
+        return {"median_step_seconds": median, **self.rates(median)}
+
+    def rates(self, step_seconds: float) -> dict[str, Any]:
+        """tokens_per_second over all workers, and `mfu` as a share of the datasheet peak, or null and why.
+
+        `mfu_of_measured` is the same share of what a product reached on these devices, where that is known.
+        Above 1 each comes with a reason to doubt its peak.
+        """
+        rate = self.tokens_per_step / step_seconds
+        rates: dict[str, Any] = {"tokens_per_second": rate}
+        device = hardware.lookup(self.device_name)
+        if device is None:
+            rates |= {"mfu": None, "mfu_reason": f"no datasheet peak for {self.device_name}"}
+        else:
+            rates["mfu"] = self._mfu(rate, device.bf16_tflops)
+        if self.measured_tflops is not None:
+            rates["mfu_of_measured"] = self._mfu(rate, self.measured_tflops)
+        named = {"mfu": "the datasheet's peak", "mfu_of_measured": "the preflight's product"}
+        for name, ceiling in named.items():
+            if fault := hardware.ceiling_fault({name: rates.get(name) or 0.0}, ceiling=ceiling):
+                rates[f"{name}_reason"] = fault
+        return rates
+
+    def _mfu(self, tokens_per_second: float, peak_tflops: float) -> float:
+        return hardware.mfu(
+            tokens_per_second=tokens_per_second,
+            flops_per_token=self.flops_per_token,
+            num_devices=self.num_devices,
+            peak_tflops=peak_tflops,
+        )

@@ -1,0 +1,85 @@
+"""Ray Train's workers: one function on each of them, to the end of all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import files
+from cluster.cli import RunError
+from cluster.masking import mask
+from cluster.provenance import commit_environment
+from cluster.session import ray_session, worker_environment
+from training.config import TrainConfig, WorkersConfig
+
+
+@contextmanager
+def session(config: TrainConfig) -> Iterator[None]:
+    """The Ray of `config.session` for the length of a `with` block. Raises `ConfigError`: it is too small."""
+    workers = config.workers
+    environment = worker_environment(gpu=workers.gpu, threads=max(1, int(workers.cpus)))
+    resources = {name: amount * workers.count for name, amount in _each(workers).items()}
+    with ray_session(config.session, resources=resources, worker_env=environment | commit_environment()):
+        yield
+
+
+def run(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    *,
+    workers: WorkersConfig,
+    directory: Path,
+) -> Any:
+    """Call `function(arguments)` on every worker, in a session; returns what rank 0's returned.
+
+    Args:
+        directory: for Ray Train's own folder; on storage that all nodes share, if there are several.
+
+    Raises:
+        RunError: a worker failed; its own message. The traceback is in `directory`/failure.log.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.run.process_group import GroupConfig
+
+    elastic = (workers.min_count, workers.count)
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if workers.min_count is None else elastic,  # type: ignore[arg-type]
+            use_gpu=workers.gpu,
+            resources_per_worker=_each(workers),
+            accelerator_type=workers.accelerator,
+        ),
+        torch_config=GroupConfig(backend="nccl" if workers.gpu else "gloo"),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(directory),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
+    except TrainingFailedError as error:
+        raise RunError(_reason(error, directory / "failure.log")) from error
+
+
+def _each(workers: WorkersConfig) -> dict[str, float]:
+    """Ray resources of one worker."""
+    return {"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {})
+
+
+def _reason(error: Any, log: Path) -> str:
+    """The first worker's own message; the whole story goes into `log`.
+
+    Secrets are masked in both. Only the owner reads the log: an exception may say what no mask recognises.
+    """
+    failures = getattr(error, "worker_failures", {})
+    causes = [failures[rank] for rank in sorted(failures)] or [error]
+    story = mask("\n".join(f"--- {cause!r}\n{cause}" for cause in causes))
+    files.write_text(log, f"{story}\n", mode=0o600)
+    lines = [line.strip() for line in mask(str(causes[0])).splitlines() if line.strip()]
+    return lines[-1] if lines else mask(repr(causes[0]))

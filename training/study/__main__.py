@@ -1,0 +1,7 @@
+"""`python -m training.study`."""
+
+import sys
+
+from training.study.command import main
+
+sys.exit(main())

@@ -1,0 +1,435 @@
+"""The report of a study, in Markdown: its findings in words, the numbers behind them, and their limits."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.measure.hardware import describe_host
+from training.study.config import StudyConfig
+from training.study.plan import StudyPlan
+from training.study.plots import figure_file
+from training.study.results import (
+    Choice,
+    Difference,
+    Outcome,
+    Result,
+    Spread,
+    TokenRatio,
+    difference,
+    losses,
+    token_ratio,
+)
+
+ENOUGH_SEEDS = 3  # for a band
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class About:
+    """Where the results come from: the command, the tokens trained on, code, versions and machine."""
+
+    command: str
+    data_fingerprint: str
+    provenance: dict[str, Any]
+
+
+def describe_study(outcome: Outcome, *, about: About, synthetic: str | None = None) -> str:
+    """The whole report. `synthetic`: the section on the synthetic problem, in Markdown."""
+    plan = outcome.plan
+    sections = [f"# Study {plan.config.full_name}", *_warnings(outcome)]
+    for noise in plan.config.noises:
+        ending = "" if len(plan.config.noises) == 1 else f" under noise {noise}"
+        sections += [
+            f"## Claims{ending}",
+            bullets(claims(outcome, noise=noise)),
+            f"## Final validation losses{ending}",
+            _losses(outcome, noise=noise),
+            f"## Learning rates{ending}",
+            _rates(outcome, noise=noise),
+            *_token_section(outcome, noise=noise, ending=ending),
+        ]
+    sections += ["## Runs that failed or diverged", _failures(outcome)]
+    if synthetic is not None:
+        sections += ["## Synthetic problem", synthetic, "![synthetic problem](figures/synthetic.png)"]
+    sections += ["## How it was measured", _method(outcome, about), "## To repeat it", _repeat(plan, about)]
+    sections += ["## What this does not show", bullets(_limits(outcome))]
+    return "\n\n".join(sections) + "\n"
+
+
+def _warnings(outcome: Outcome) -> list[str]:
+    """What a reader must know before the numbers."""
+    config = outcome.plan.config
+    found = []
+    if config.smoke:
+        found.append(
+            f"**This is the miniature (`smoke=true`): {len(config.seeds)} seeds, the middle rates of each "
+            f"grid, {' '.join(config.smoke_keys)}. It shows that the study runs, and nothing else.**"
+        )
+    if not config.equal_effort:
+        sizes = ", ".join(f"{config.title(name)} {rule.num_points}" for name, rule in config.rules.items())
+        found.append(f"**The tuning effort was allowed to be unequal: points per grid are {sizes}.**")
+    if len(config.seeds) < ENOUGH_SEEDS:
+        found.append(f"**{len(config.seeds)} seed(s) make no band; at least {ENOUGH_SEEDS} are needed.**")
+    commits = {result.commit for result in outcome.results.values() if result.commit}
+    if len(commits) > 1:
+        found.append(
+            f"**The runs were made by more than one state of the code: {', '.join(sorted(commits))}.**"
+        )
+    return found
+
+
+# --- claims -------------------------------------------------------------------------------------------
+
+
+def claims(outcome: Outcome, *, noise: str) -> list[str]:
+    """The claims in words, computed from the results."""
+    config = outcome.plan.config
+    asked, found = config.claims, []
+    if asked.reference and asked.rule:
+        ratio = token_ratio(
+            outcome.finished(asked.rule, noise=noise),
+            reference=outcome.finished(asked.reference, noise=noise),
+        )
+        names = config.title(asked.rule), config.title(asked.reference)
+        found.append(claim_of_tokens(ratio, *names, target=asked.token_ratio))
+    if asked.challenger and asked.baseline:
+        found_difference = difference(
+            outcome.finished(asked.challenger, noise=noise), outcome.finished(asked.baseline, noise=noise)
+        )
+        names = config.title(asked.challenger), config.title(asked.baseline)
+        found.append(claim_of_difference(found_difference, *names))
+    return found + _edges(outcome, noise=noise)
+
+
+def claim_of_tokens(ratio: TokenRatio | None, rule: str, reference: str, *, target: float) -> str:
+    """How many of the reference's tokens a rule needs to the reference's loss, held against the target."""
+    aim = f"the target, at most {target:g},"
+    if ratio is None:
+        return f"What share of {reference}'s tokens {rule} needs is not known: no report run of one finished."
+    spread, num = ratio.spread, len(ratio.tokens)
+    where = f"{reference}'s mean final validation loss, {ratio.target:.4f} nats per token"
+    if spread is None:
+        return f"{rule} never reaches {where}, within its budget; {aim} is missed."
+    if ratio.num_unreached:
+        return (
+            f"{rule} does not reach {where} in {ratio.num_unreached} of {num} seeds; the others need "
+            f"{_range(spread)} of {reference}'s tokens; {aim} is missed."
+        )
+    if spread.mean > target:
+        verdict = "is missed"
+    else:
+        verdict = "is reached" if spread.high <= target else "is reached in the mean, but not by every seed"
+    return (
+        f"{rule} needs {spread.mean:.3f} of {reference}'s tokens (seeds {_range(spread)}) to {where}; "
+        f"{aim} {verdict}."
+    )
+
+
+def claim_of_difference(found: Difference | None, challenger: str, baseline: str) -> str:
+    """Where the challenger's final loss lies, against the band of the baseline's seeds."""
+    if found is None:
+        return f"{challenger} minus {baseline} is not known: no seed finished under both."
+    verdict = {
+        "better": f"{challenger} is better than {baseline} by more than the seeds' band",
+        "within": f"{challenger} equals {baseline} within the seeds' band",
+        "worse": f"{challenger} is WORSE than {baseline} by more than the seeds' band",
+    }[found.verdict]
+    by_seed, base, mine = found.by_seed, found.baseline, found.challenger
+    return (
+        f"{challenger} minus {baseline}: {by_seed.mean:+.4f} nats per token in the mean (seed by seed "
+        f"{by_seed.low:+.4f} to {by_seed.high:+.4f}, {by_seed.num} seeds). {challenger}'s mean is "
+        f"{mine.mean:.4f}, {baseline}'s seeds lie between {base.low:.4f} and {base.high:.4f}: {verdict}."
+    )
+
+
+def _edges(outcome: Outcome, *, noise: str) -> list[str]:
+    """What must be said of rates at the end of their grid, and of grids without a finished run."""
+    config = outcome.plan.config
+    found = []
+    for of_noise, width in outcome.plan.settings:
+        for rule in config.rules if of_noise == noise else ():
+            choice = outcome.choice(rule, noise=noise, width=width)
+            if text := edge_text(choice, config.title(rule), width=width):
+                found.append(text)
+    return found
+
+
+def edge_text(choice: Choice | None, rule: str, *, width: str) -> str | None:
+    """The sentence that a rate at the end of its grid needs; None where it lies inside."""
+    if choice is None:
+        return f"{rule} at {width}: no tuning run finished, so no rate was chosen."
+    found = []
+    if choice.edge == "only":
+        found.append(f"its grid has one rate, {choice.lr:g}, so it was not tuned")
+    elif choice.edge:
+        where = f"is the {choice.edge} of its grid"
+        found.append(f"the best rate, {choice.lr:g}, {where}, so a better one may lie beyond it")
+    if choice.ratio_edge:
+        found.append(
+            f"the best vector ratio, {choice.vector_ratio:g}, is the {choice.ratio_edge} of those tried"
+        )
+    return f"{rule} at {width}: {'; '.join(found)}." if found else None
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def _losses(outcome: Outcome, *, noise: str) -> str:
+    config = outcome.plan.config
+    rows = []
+    for rule in config.rules:
+        results = outcome.report(rule, noise=noise)
+        spread = Spread.of(losses(results))
+        choice = outcome.choice(rule, noise=noise, width=config.widest)
+        by_seed = ", ".join(f"{r.validation_loss:.4f}" if r.ok else r.status for r in results)
+        band = (f"{spread.mean:.4f}", f"{spread.low:.4f}", f"{spread.high:.4f}") if spread else (DASH,) * 3
+        rate = rate_text(choice) if choice else DASH
+        rows.append([config.title(rule), rate, *band, by_seed or "no run"])
+    head = ["rule", "rate", "mean", "min", "max", f"seeds {', '.join(map(str, config.seeds))}"]
+    about = f"On {config.widest}, in nats per token, on validation sequences that chose no rate."
+    return "\n\n".join([about, table(head, rows), _picture("loss_tokens", config, noise=noise)])
+
+
+def _rates(outcome: Outcome, *, noise: str) -> str:
+    """Each grid with its tuning losses on each width, the lowest in bold; what that says about transfer."""
+    config = outcome.plan.config
+    parts = [
+        f"Tuning loss at the end, seed {config.tuning_seed}, on sequences that the claims do not use; the "
+        "lowest in bold. A column is optim.matrix.lr; the ratio is optim.vector.lr as a share of it, and "
+        "says nothing under Scion's rules."
+    ]
+    for rule in config.rules:
+        rows = [
+            [f"{width} x{ratio:g}", *_rate_cells(outcome, rule, ratio, noise=noise, width=width)]
+            for of_noise, width in outcome.plan.settings
+            for ratio in config.rules[rule].vector_ratios
+            if of_noise == noise
+        ]
+        grid = [f"{lr:g}" for lr in config.rules[rule].grid]
+        parts += [
+            table([f"{config.title(rule)}: width, ratio", *grid], rows),
+            transfer_text(outcome, rule, noise=noise),
+        ]
+    parts.append(_picture("loss_rate", config, noise=noise))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rate_cells(outcome: Outcome, rule: str, ratio: float, *, noise: str, width: str) -> list[str]:
+    results = outcome.tuning(rule, noise=noise, width=width)
+    by_rate = {r.run.lr: r for r in results if r.run.vector_ratio == ratio}
+    choice = outcome.choice(rule, noise=noise, width=width)
+    cells = []
+    for lr in outcome.plan.config.rules[rule].grid:
+        result = by_rate.get(lr)
+        if result is None or not result.ok or result.tuning_loss is None:
+            cells.append(result.status if result else "not run")
+        else:
+            cell = f"{result.tuning_loss:.4f}"
+            chosen = choice and (choice.lr, choice.vector_ratio) == (lr, ratio)
+            cells.append(f"**{cell}**" if chosen else cell)
+    return cells
+
+
+def transfer_text(outcome: Outcome, rule: str, *, noise: str) -> str:
+    """Whether the best rate is the same on every width; nothing to say of a single width."""
+    found = {
+        width: rate_text(choice)
+        for of_noise, width in outcome.plan.settings
+        if of_noise == noise and (choice := outcome.choice(rule, noise=noise, width=width))
+    }
+    if len(found) < 2:
+        return ""
+    if len(set(found.values())) == 1:
+        return f"The best rate is the same on every width: {next(iter(found.values()))}."
+    listed = ", ".join(f"{rate} on {width}" for width, rate in found.items())
+    return f"The best rate changes with the width: {listed}."
+
+
+def rate_text(choice: Choice) -> str:
+    """The rate of the matrices, and where it is another, the ratio of the vectors' to it."""
+    return f"{choice.lr:g}" if choice.vector_ratio == 1 else f"{choice.lr:g} x{choice.vector_ratio:g}"
+
+
+def _token_section(outcome: Outcome, *, noise: str, ending: str) -> list[str]:
+    """Tokens of every rule to the reference's loss; nothing without a reference."""
+    config = outcome.plan.config
+    reference = config.claims.reference
+    if reference is None:
+        return []
+    rows = []
+    for rule in config.rules:
+        ratio = token_ratio(
+            outcome.finished(rule, noise=noise), reference=outcome.finished(reference, noise=noise)
+        )
+        rows.append([config.title(rule), *_token_cells(ratio)])
+    name = config.title(reference)
+    about = (
+        f"Tokens at which the validation curve of each seed first reaches {name}'s mean final validation "
+        f"loss, linearly between evaluations, as shares of {name}'s budget. A seed that never reaches it "
+        "counts in no mean. The learning rate of every run falls towards the end of its own budget, so a "
+        "crossing before the end is one at a rate that is still high: a run planned for fewer tokens would "
+        "do better there."
+    )
+    head = ["rule", "mean", "min", "max", "tokens of each seed", "never"]
+    picture = _picture("tokens_to_reference", config, noise=noise)
+    return [f"## Tokens to {name}'s loss{ending}", "\n\n".join([about, table(head, rows), picture])]
+
+
+def _token_cells(ratio: TokenRatio | None) -> list[str]:
+    if ratio is None:
+        return [DASH] * 5
+    spread = ratio.spread
+    band = [f"{spread.mean:.3f}", f"{spread.low:.3f}", f"{spread.high:.3f}"] if spread else [DASH] * 3
+    each = ", ".join("never" if tokens is None else f"{tokens:,.0f}" for tokens in ratio.tokens)
+    return [*band, each, str(ratio.num_unreached)]
+
+
+def _failures(outcome: Outcome) -> str:
+    failed = outcome.failed()
+    if not failed:
+        return f"None of {len(outcome.results)}."
+    rows = [[result.name, result.run.phase, result.status, _one_cell(result.error)] for result in failed]
+    return f"{len(failed)} of {len(outcome.results)}.\n\n{table(['run', 'phase', 'how', 'why'], rows)}"
+
+
+def _one_cell(text: str | None) -> str:
+    return (text or DASH).replace("|", "/").replace("\n", " ")
+
+
+# --- method and limits --------------------------------------------------------------------------------
+
+
+def _method(outcome: Outcome, about: About) -> str:
+    """Model, budget, corpus, code, machine; and every fragment."""
+    plan, config = outcome.plan, outcome.plan.config
+    run = plan.tuning_runs()[0]
+    first, planned = plan.config_of(run), plan.plan_of(run)
+    widths = [_width(plan, width) for width in config.widths]
+    provenance = about.provenance
+    evaluation, schedule = first.evaluation, first.schedule
+    rows = [
+        ["phases", _phases(plan)],
+        ["effort", _effort(outcome.results.values())],
+        ["models", "; ".join(widths)],
+        [
+            "each run",
+            f"{planned.num_steps * planned.tokens_per_step:,} tokens, {planned.num_steps} steps of "
+            f"{planned.tokens_per_step:,}, sequences of {first.batch.sequence_length}, {first.precision}",
+        ],
+        [
+            "learning rate",
+            f"warm-up {schedule.warmup_fraction:.0%}, {schedule.decay} fall over the last "
+            f"{schedule.decay_fraction:.0%} to {schedule.final_fraction:g} of the peak",
+        ],
+        [
+            "held out",
+            f"{evaluation.sequences} validation sequences for the claims, {evaluation.tuning_sequences} "
+            "others for choosing rates",
+        ],
+        ["corpus", f"{first.data.source}, fingerprint {about.data_fingerprint}"],
+        ["code", f"{provenance['commit']}{' with uncommitted changes' * bool(provenance['dirty'])}"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in provenance["packages"].items())],
+        ["machine", _machine(provenance.get("host") or describe_host())],
+    ]
+    return (
+        f"{table(['what', 'value'], rows)}\n\nKeys of every run, and of each rule besides:\n\n{_keys(plan)}"
+    )
+
+
+def _phases(plan: StudyPlan) -> str:
+    config = plan.config
+    return (
+        f"1. tuning: every rule on every rate of its grid, seed {config.tuning_seed}, in the settings "
+        f"{', '.join(f'{width}/{noise}' for noise, width in plan.settings)}; 2. report: the best rate of "
+        f"each rule on {config.widest}, seeds {', '.join(map(str, config.seeds))}"
+    )
+
+
+def _effort(results: Iterable[Result]) -> str:
+    results = list(results)
+    tokens, seconds = sum(r.tokens or 0 for r in results), sum(r.seconds or 0 for r in results)
+    phases = [result.run.phase for result in results]
+    counts = " + ".join(f"{phases.count(phase)} {phase}" for phase in dict.fromkeys(phases))
+    return f"{len(results)} runs ({counts}), {tokens:,} tokens, {seconds / 60:.0f} minutes of training loops"
+
+
+def _width(plan: StudyPlan, width: str) -> str:
+    noise = next(iter(plan.config.noises))
+    shape = plan.plan_of(plan.tuning_of(noise=noise, width=width)[0]).shape
+    return (
+        f"{width}: {shape.num_parameters:,} parameters, {shape.num_layers} layers, hidden "
+        f"{shape.hidden_size}, FFN {shape.ffn_size}, {shape.num_heads} heads, vocabulary {shape.vocab_size}"
+    )
+
+
+def _machine(host: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in host.items() if value and name != "hostname")
+
+
+def _keys(plan: StudyPlan) -> str:
+    config = plan.config
+    lines = [f"all: {' '.join(config.common_keys)}"]
+    lines += [f"tuning runs: {' '.join(config.tuning_keys)}"] * bool(config.tuning_keys)
+    lines += [f"miniature: {' '.join(config.smoke_keys)}"] * (config.smoke and bool(config.smoke_keys))
+    for name, rule in config.rules.items():
+        ratios = " or ".join(f"{ratio:g}" for ratio in rule.vector_ratios)
+        rates = f"optim.matrix.lr in {list(rule.grid)}, optim.vector.lr = {ratios} of it"
+        lines.append(f"{name}: {' '.join(rule.keys)}; {rates}")
+    lines += [f"noise {name}: {' '.join(noise.keys) or 'none'}" for name, noise in config.noises.items()]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def _repeat(plan: StudyPlan, about: About) -> str:
+    runs = plan.config.study_directory / "runs"
+    return (
+        f"The whole study, or what is left of it:\n\n```\n{about.command}\n```\n\n"
+        "One run alone, into a directory of its own, from the configuration that it left:\n\n"
+        f"```\npython -m training.launch --config {runs}/RUN/config.yaml run.name=again\n```\n\n"
+        "`results.csv` has a row for every run; `results.json` has their curves too."
+    )
+
+
+def _limits(outcome: Outcome) -> list[str]:
+    """What a reader might take from the numbers and must not."""
+    plan, config = outcome.plan, outcome.plan.config
+    run = plan.tuning_runs()[0]
+    planned, first = plan.plan_of(run), plan.config_of(run)
+    tokens = planned.num_steps * planned.tokens_per_step
+    share = tokens / planned.shape.num_parameters
+    widths = len(config.widths)
+    return [
+        f"Models of {planned.shape.num_parameters:,} parameters and less, {share:.2g} tokens per parameter "
+        "(about 20 are usual): the order of optimizers at this size and horizon need not hold at another.",
+        f"One corpus ({first.data.source}), one tokenizer, one batch size, one form of schedule.",
+        f"{len(config.seeds)} seeds: the bands are their extremes, not confidence intervals.",
+        "Only learning rates were tuned, those of hidden matrices and of the other parameters in the ratios "
+        "listed above; momentum, decay, clipping and the rest may suit one rule better than another.",
+        f"A grid of {min(rule.num_points for rule in config.rules.values())} points and one tuning seed: a "
+        "choice between neighbours can be chance.",
+        f"Transfer of rates is seen on {widths} width(s)" + (", so nothing is." if widths == 1 else "."),
+        "Tuning and validation sequences are different ones of the same held-out documents: rates are not "
+        "chosen on the claims' sequences, but on text like them.",
+        "Tokens, not time: what a step costs is measured by the benches.",
+    ]
+
+
+# --- Markdown -----------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list; a dash if there is nothing to list."""
+    return "\n".join(f"- {line}" for line in lines) or "None were asked for."
+
+
+def _picture(name: str, config: StudyConfig, *, noise: str) -> str:
+    return f"![{name}](figures/{figure_file(name, config, noise=noise)})"
+
+
+def _range(spread: Spread) -> str:
+    return f"{spread.low:.3f} to {spread.high:.3f}"
