@@ -19,7 +19,7 @@ Sources: Hill 1975, https://doi.org/10.1214/aos/1176343247; Philox, Salmon et al
 https://doi.org/10.1145/2063384.2063405, and https://github.com/DEShawResearch/random123; Student-t, Bailey
 1994, https://doi.org/10.2307/2153537; stable, Chambers, Mallows and Stuck 1976,
 https://doi.org/10.1080/01621459.1976.10480344. The moments are derived where they stand, and
-tests/numerics/test_noise.py integrates them.
+tests/optim/test_noise.py integrates them.
 """
 
 import hashlib

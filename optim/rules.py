@@ -10,7 +10,7 @@ ahead of them: there the model computes with the point and the fp32 masters hold
 costs no state of its own.
 
 To add a rule, write its class here and a line in `training.run.engine.make_rules`; the tests of every rule
-(tests/numerics/test_rules.py, test_fused.py) then want its oracle.
+(tests/optim/test_rules.py, tests/optim/step/test_fused.py) then want its oracle.
 """
 
 from dataclasses import dataclass

@@ -6,11 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiers import tier
+
+__all__ = ["tier"]  # a fixture of every test
+
 # They start Ray or several commands at once, so one worker runs all of them: together they need more cores.
 # They come first, so that the other worker has everything else to choose from.
-ONE_AFTER_ANOTHER = tuple(
-    f"tests/integration/{name}.py"
-    for name in ("test_study", "test_serving", "test_steps", "test_killed_parents", "test_train")
+ONE_AFTER_ANOTHER = (
+    "tests/training/study/test_command.py",
+    "tests/serving/test_deployment.py",
+    "tests/training/baseline/test_steps.py",
+    "tests/cluster/test_killed_parents.py",
+    "tests/training/test_train.py",
 )
 
 

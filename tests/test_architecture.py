@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MOST_FILES = 16
 ROOMS = ("cluster", "optim", "training", "serving")
 
 MAY_IMPORT = {  # room -> modules or whole rooms of ours, besides itself
@@ -308,6 +309,11 @@ def test_no_module_is_named_like_a_standard_module_or_a_dependency():
     assert {"torch", "deepspeed", "ray", "wandb", "omegaconf", "pytest"} <= dependencies()
     taken = sys.stdlib_module_names | dependencies() | {"triton", "vllm"}
     assert [name for name in MODULES if name.rpartition(".")[2] in taken] == []
+
+
+def test_no_folder_of_code_holds_more_files_than_one_can_read_through():
+    folders = [file.parent for file in MODULES.values()]
+    assert {folder for folder in folders if folders.count(folder) > MOST_FILES} == set()
 
 
 def test_every_module_says_what_it_is_for():

@@ -13,6 +13,7 @@ import pytest
 from tests.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
+ROOMS = ("cluster", "optim", "training", "serving")
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
@@ -68,6 +69,15 @@ def test_the_file_tree_is_complete() -> None:
         for file in (ROOT / room).rglob("*.py"):
             if not file.name.startswith("__"):
                 assert f"  {file.name} " in tree, f"{room}/{file.name} is not in README's file tree"
+
+
+@pytest.mark.parametrize("readme", ["README.md", *(f"{room}/README.md" for room in ROOMS)])
+def test_every_file_that_a_readme_names_is_there(readme: str) -> None:
+    file = ROOT / readme
+    if not file.is_file():
+        pytest.skip("this room has none yet")
+    named = re.findall(r"`((?:tests|cluster|optim|training|serving)/[\w/.-]+\.\w+)`", file.read_text())
+    assert [name for name in named if "/mine" not in name and not (ROOT / name).exists()] == []
 
 
 # Stands for python3: the environment that it makes has a pip and a python that only say so.

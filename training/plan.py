@@ -238,7 +238,7 @@ def activation_bytes(config: TrainConfig, shape: LlamaShape) -> int:
 
     Per token and layer, p bytes an element: two norms at (4 + 2p)·h; q, k, v and their mix at
     (2·q + 2·kv)·p, and 4 per head for the softmax; the SwiGLU at 4·ffn·p.
-    `tests/numerics/test_plan.py` holds this against autograd's own count.
+    `tests/training/test_plan.py` holds this against autograd's own count.
     """
     low = 2 if config.is_bf16 else 4
     tokens = config.batch.micro_sequences * config.batch.sequence_length

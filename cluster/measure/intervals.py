@@ -3,7 +3,7 @@
 Rates are compared by ratio, so everything happens in logarithms. An interval covers the true value in at
 least 95 of 100 cases if the runs scatter independently and log-normally, however many there are; with two or
 three it is wide. What was measured once has no interval, and neither has anything divided by it. Ceilings
-scatter to one side only; there an interval of two measurements covers at least 93 (tests/unit).
+scatter to one side only; there an interval of two measurements covers at least 93 (tests/cluster/measure).
 """
 
 import math

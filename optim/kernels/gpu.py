@@ -1,7 +1,7 @@
 """Triton kernels of the optimizer step: products known to be symmetric, and the two passes over a shard.
 
 Written with plain pointers: a kernel with TMA descriptors compiled for an A40 (sm_86) loses its asynchronous
-copies and spills. Tiles are fixed per GPU, never tuned at run time: tests/numerics/test_kernels.py compiles
+copies and spills. Tiles are fixed per GPU, never tuned at run time: tests/optim/kernels/test_gpu.py compiles
 all of `variants` for every GPU in `TILES`, without one. The module imports anywhere, and `unsupported` says
 where its kernels run.
 

@@ -7,7 +7,7 @@ N parameters of p bytes (2 in bf16), W ranks. Of a collective's buffer a rank se
     2        all-reduce N p, in every micro-batch    all-gather N p, once    -
     3        reduce-scatter N p, in every one        the small ones, once    all-gather in every one
 
-Read in DeepSpeed 0.19.8, and counted on ranks in tests/numerics/test_projection.py:
+Read in DeepSpeed 0.19.8, and counted on ranks in tests/training/projection/test_traffic.py:
     * Gradients accumulate in fp32 and travel in the model's precision (engine.communication_data_type).
     * Stage 1 in bf16 is BF16_Optimizer, which reduces after the backward pass: `overlap_comm` hides nothing.
     * Stage 2 all-reduces each bucket (use_multi_rank_bucket_allreduce), so it sends what an all-reduce does.

@@ -1,0 +1,483 @@
+"""The Triton kernels without a GPU: compiled for each one that has tiles, and run by the interpreter.
+
+Triton decides at its import whether kernels are interpreted, so a second pytest in its own process runs the
+ functions named `interpreted_*`. The interpreter truncates where a GPU rounds a cast to bf16.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from cluster import toolchain
+from optim import polar, rules
+from optim.kernels import gpu as kernels
+from optim.kernels.gpu import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
+from optim.step import fused
+from tests.commands import ROOT
+
+SHARED_BYTES = {(8, 6): 101_376, (9, 0): 232_448}  # most per block: CUDA C++ programming guide, appendix
+INSTRUCTIONS = {  # of a product: tensor cores, rounding to nearest, asynchronous copies, wide stores
+    (8, 6): ("mma.sync", "cvt.rn", "cp.async", "st.global.v4"),
+    (9, 0): ("wgmma", "cvt.rn", "cp.async", "st.global.v4"),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+each_capability = pytest.mark.parametrize("capability", kernels.TILES)
+
+
+class AbsentDriver:
+    """What Triton asks of a driver in order to compile; all launches are warm-ups."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], warp_size=32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compiled(call: kernels.Call, capability: tuple[int, int]):
+    """The kernel that Triton would launch for this call: specialised to its arguments, with its options."""
+    with patch.object(triton.runtime.driver, "_active", AbsentDriver(capability)):
+        return call.kernel.warmup(grid=call.grid, **call.arguments, **call.options)
+
+
+def problems(kernel, capability: tuple[int, int], folder: Path) -> list[str]:
+    """What keeps a compiled kernel from running well: too much shared memory, or spilled registers."""
+    found = []
+    if kernel.metadata.shared > SHARED_BYTES[capability]:
+        found.append(f"{kernel.metadata.shared} bytes of shared memory")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sizes = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    assert 0 < int(sizes["REG"]) < 256
+    return found + [f"{sizes[kind]} bytes spilled" for kind in ("STACK", "LOCAL") if sizes[kind] != "0"]
+
+
+@pytest.mark.stack
+@each_capability
+def test_every_variant_fits_the_gpu_and_uses_its_tensor_cores(capability, tmp_path):
+    found = {}
+    for name, call in kernels.variants(capability).items():
+        kernel = compiled(call, capability)
+        found[name] = problems(kernel, capability, tmp_path)
+        if "TILE_K" in call.arguments:
+            wanted = INSTRUCTIONS[capability]
+            found[name] += [f"no {each}" for each in wanted if each not in kernel.asm["ptx"]]
+    assert len(found) == 42
+    assert {name: text for name, text in found.items() if text} == {}
+
+
+@each_capability
+def test_the_variants_have_every_tile(capability):
+    def tile(call):
+        sizes = [call.arguments[f"TILE_{side}"] for side in "NMK"]
+        return kernels.Tile(*sizes, warps=call.warps, stages=call.stages)
+
+    products = [call for call in kernels.variants(capability).values() if "TILE_K" in call.arguments]
+    tiles = kernels.TILES[capability]
+    for symmetric, pair in ((True, tiles.symmetric), (False, tiles.dense)):
+        assert {tile(c) for c in products if c.arguments["SYMMETRIC"] is symmetric} == set(pair)
+    assert all(tile.n == tile.m for tile in tiles.symmetric)
+
+
+def test_a_tile_that_does_not_fit_is_seen(tmp_path):
+    call = kernels.variants((8, 6))["PX, wide torch.bfloat16 4096"]
+    assert problems(compiled(replace(call, stages=5), (8, 6)), (8, 6), tmp_path) == [
+        "131072 bytes of shared memory"
+    ]
+    narrow = compiled(replace(call, warps=2), (8, 6))
+    assert re.fullmatch(r"\d+ bytes spilled", problems(narrow, (8, 6), tmp_path)[-1])
+
+
+# --- where the kernels run ----------------------------------------------------------------------------------
+
+
+def why_not(device: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    return kernels.unsupported.__wrapped__(torch.device(device), dtype)
+
+
+def test_a_cpu_is_named_as_the_reason():
+    assert why_not("cpu") == "cpu is no CUDA device"
+    x = torch.ones(1, 2, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="cpu is no CUDA device"):
+        symmetric_product(x, x)
+    with pytest.raises(ValueError, match="cpu is no CUDA device"):
+        add_product(x, x, beta=0.0)
+
+
+def test_a_machine_without_a_gpu_is_named_as_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not("cuda") == f"torch {torch.__version__} finds no CUDA device"
+
+
+def test_a_gpu_runs_half_precision_if_it_has_tiles(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(toolchain, "missing", lambda: None)
+    device = {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device["capability"])
+    for device["capability"] in kernels.TILES:
+        assert why_not("cuda") is why_not("cuda", torch.float16) is None
+        assert why_not("cuda", torch.float32) == "products of torch.float32 stay with torch"
+    monkeypatch.setattr(toolchain, "missing", lambda: "Triton needs a C compiler: `apt install gcc`")
+    assert why_not("cuda") == "Triton needs a C compiler: `apt install gcc`"
+    device["capability"] = (7, 5)
+    assert why_not("cuda") == "there are tiles for compute capability (8, 6), (9, 0), not (7, 5)"
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices "cuda", too
+    assert "finds no CUDA device" in why_not("cuda")
+
+
+IMPORT_WITHOUT_TRITON = '''
+import sys
+
+class WithoutTriton:
+    """As if it were not installed: importlib.util.find_spec, which torch asks, answers None."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(WithoutTriton, sys.meta_path)
+import torch
+from optim import polar, rules; from optim.step import fused; from optim.kernels import gpu as kernels
+
+print(kernels.unsupported(torch.device("cuda"), torch.bfloat16))
+print(polar.orthogonalize(torch.eye(2)[None], method="cans", dtype=torch.float32).shape)
+'''
+
+
+def test_the_module_imports_without_triton():
+    command = [sys.executable, "-c", IMPORT_WITHOUT_TRITON]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["triton cannot be imported: No module named 'triton'", "torch.Size([1, 2, 2])"]
+
+
+# --- what is checked before a launch ------------------------------------------------------------------------
+
+
+def build(*segments: tuple[int, int, int]) -> SegmentTable:
+    """Segments as (source, target, numel)."""
+    sources, targets, numels = zip(*segments, strict=True) if segments else ((), (), ())
+    return SegmentTable.build(sources, targets, numels, device=torch.device("cpu"))
+
+
+def test_segments_are_cut_into_blocks():
+    size = kernels.BLOCK
+    table = build((7, size, size + 3), (5, 9, 0), (0, 3, 2), (3 * size, 0, size))
+    assert table.sources.tolist() == [7, 7 + size, 0, 3 * size]
+    assert table.targets.tolist() == [size, 2 * size, 3, 0]
+    assert table.numels.tolist() == [size, 3, 2, size]
+    assert table.num_blocks.tolist() == [2, 0, 1, 1]
+    assert (table.source_stop, table.target_stop) == (4 * size, 2 * size + 3)
+    empty = build()
+    assert (len(empty.sources), len(empty.num_blocks), empty.source_stop) == (0, 0, 0)
+
+
+def test_a_table_that_cannot_be_is_an_error():
+    with pytest.raises(ValueError, match="one source, target and numel"):
+        SegmentTable.build([0, 1], [0], [1], device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="negative"):
+        build((0, -1, 4))
+
+
+def test_operands_that_do_not_fit_are_an_error():
+    meta = torch.device("meta")
+    x, p = torch.empty(2, 3, 5, device=meta), torch.empty(2, 3, 3, device=meta)
+
+    def product(a, b, c=None, out=p):
+        kernels._product(a, b, c, out, 1.0, 0.0, symmetric=False, capability=(8, 6))
+
+    product(x, x.mT)
+    for wrong in (
+        lambda: symmetric_product(x, p),
+        lambda: product(x, x),
+        lambda: product(x, x.mT, c=x),
+        lambda: product(x, x.mT, out=x),
+        lambda: product(x, x.mT, out=p[:1]),
+        lambda: product(x, x.mT, c=p.half()),
+        lambda: product(x, torch.empty(2, 5, 3)),
+    ):
+        with pytest.raises(ValueError, match=r"symmetric|no product|the product is|differ"):
+            wrong()
+
+
+def test_flat_tensors_that_do_not_fit_are_an_error():
+    table = build((1, 2, 3))
+    flat, packed, squares = torch.zeros(4), torch.zeros(5), torch.zeros(1, dtype=torch.float64)
+
+    def momentum(gradient=flat, momentum=flat, out=packed, squares=squares):
+        momentum_pass(gradient, momentum, out, squares, table, beta=0.9, nesterov=True)
+
+    def apply(weight=flat, update=packed, model=None):
+        apply_pass(weight, update, table, decay=1.0, factor=1.0, model=model)
+
+    for function, name, wrong, message in (
+        (momentum, "gradient", flat[:3], "gradient has 3 elements, the table needs 4"),
+        (momentum, "momentum", flat.double(), "momentum must be fp32"),
+        (momentum, "out", packed[:4], "out has 4 elements, the table needs 5"),
+        (momentum, "squares", squares.float(), "squares must be fp64"),
+        (momentum, "squares", squares[:0], "squares has 0 elements"),
+        (apply, "weight", flat.bfloat16(), "weight must be fp32"),
+        (apply, "weight", torch.zeros(8)[::2], "weight must be flat and contiguous"),
+        (apply, "update", packed.view(1, 5), "update must be flat and contiguous"),
+        (apply, "model", flat[1:], "model has 3 elements"),
+        (apply, "model", flat.half(), "model must be bf16 or fp32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(**{name: wrong})
+
+
+# --- by the interpreter -------------------------------------------------------------------------------------
+
+
+@pytest.mark.stack
+def test_the_kernels_compute_what_they_say():
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=interpreted_*"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^61 passed", result.stdout, re.MULTILINE), result.stdout
+
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+each_shape = pytest.mark.parametrize("shape", [(2, 96, 200), (1, 33, 70), (2, 1, 5)])
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def framed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer of NaN and, in the midst of it, a copy of x [B, r, c], laid out as x."""
+    tall = x.stride(-1) > x.stride(-2)
+    buffer = torch.full([size + 2 for size in (x.mT if tall else x).shape], torch.nan, dtype=x.dtype)
+    inside = buffer.mT[1:-1, 1:-1, 1:-1] if tall else buffer[1:-1, 1:-1, 1:-1]
+    return buffer, inside.copy_(x)
+
+
+def assert_rounded_once(result: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """`result` is `exact` [fp64] rounded once, but for fp32 sums of terms of `magnitude`."""
+    units = 1.0 if result.dtype == torch.bfloat16 else 0.5  # in the last place: the interpreter truncates
+    bound = exact.abs() * torch.finfo(result.dtype).eps * units + 1e-6 * magnitude
+    assert ((result.double() - exact).abs() <= bound).all()
+
+
+@each_dtype
+@each_shape
+def interpreted_symmetric_product(shape, dtype):
+    size, n, k = shape
+    a, b = random(size, n, k, dtype=dtype, seed=0), random(size, n, k, dtype=dtype, seed=1)
+    lower = random(size, n, n, dtype=dtype, seed=2).tril()
+    c = lower + torch.full_like(lower, torch.nan).triu(1)  # whose upper half is not read
+    for left, right in ((a, a), (b.mT.contiguous().mT, b.mT.contiguous().mT), (a, framed(b)[1])):
+        for alpha, addend, beta in ((1.0, None, 0.0), (0.5, c, -2.0)):
+            frame, out = framed(torch.zeros(size, n, n, dtype=dtype))
+            result = symmetric_product(left, right, alpha=alpha, c=addend, beta=beta, out=out)
+            assert result is out and torch.equal(result, result.mT)
+            assert frame.isnan().sum() == frame.numel() - out.numel()  # nothing was written beside it
+            plus = beta * lower.double()
+            exact = alpha * left.double() @ right.double().mT + plus
+            magnitude = left.double().abs() @ right.double().abs().mT + plus.abs()
+            assert_rounded_once(result.tril(), exact.tril(), magnitude)
+    assert torch.equal(symmetric_product(left, right, alpha=alpha, c=addend, beta=beta), result)
+
+
+@each_dtype
+@each_shape
+def interpreted_add_product(shape, dtype):
+    size, n, m = shape
+    p, wide = random(size, n, n, dtype=dtype, seed=0), random(size, n, m, dtype=dtype, seed=1)
+    for x in (wide, wide.mT.contiguous().mT, framed(wide)[1]):
+        for alpha, beta in ((1.0, 0.0), (-0.5, 3.0)):
+            frame, out = framed(x)
+            result = add_product(p, x, beta=beta, alpha=alpha, out=out)
+            assert result is out
+            assert frame.isnan().sum() == frame.numel() - out.numel()
+            exact = beta * x.double() + alpha * p.double() @ x.double()
+            magnitude = (beta * x.double()).abs() + p.double().abs() @ x.double().abs()
+            assert_rounded_once(result, exact, magnitude)
+    tall = wide.mT.contiguous().mT
+    fresh = add_product(p, tall, beta=beta, alpha=alpha)
+    assert torch.equal(fresh, result) and fresh.stride() == tall.stride()
+
+
+def interpreted_large_tiles(monkeypatch):
+    tiles = replace(kernels.TILES[8, 6], num_sms=1)
+    monkeypatch.setitem(kernels.TILES, (8, 6), tiles)
+    p, x = (random(1, 130, size, dtype=torch.float32, seed=size) for size in (130, 70))
+    call = kernels._product(p, x, None, x, 1.0, 0.0, symmetric=False, capability=(8, 6))
+    assert call.arguments["TILE_N"] == tiles.dense[1].n == 128
+    magnitude = p.double().abs() @ x.double().abs()
+    assert_rounded_once(add_product(p, x, beta=0.0), p.double() @ x.double(), magnitude)
+    magnitude = x.double().abs() @ x.double().abs().mT
+    assert_rounded_once(symmetric_product(x, x), x.double() @ x.double().mT, magnitude)
+
+
+def interpreted_tiles_in_groups():
+    """More rows of tiles than a group has, a ragged last group, and an odd number of them."""
+    n, m = (kernels.GROUP + 2) * 64 + 1, 70
+    p, x = (random(1, n, size, dtype=torch.float32, seed=size) for size in (n, m))
+    exact = p.double() @ x.double()
+    assert_rounded_once(add_product(p, x, beta=0.0), exact, p.double().abs() @ x.double().abs())
+    gram = x.double() @ x.double().mT
+    assert_rounded_once(symmetric_product(x, x), gram, x.double().abs() @ x.double().abs().mT)
+
+
+# Offsets in the flat tensor and in the packed buffer, in other orders, with gaps, at odd places; one empty.
+SEGMENTS = ((1, 5203, 5000), (5003, 3, 0), (5003, 0, 1), (5010, 1, 2048), (7300, 2051, 2049), (9349, 5200, 3))
+FLAT, PACKED = 9400, 10300
+
+
+def covered(length: int, place: int) -> torch.Tensor:
+    """Which elements of the flat tensor (place 0) or of the buffer (place 1) belong to a segment."""
+    mask = torch.zeros(length, dtype=torch.bool)
+    for segment in SEGMENTS:
+        mask[segment[place] : segment[place] + segment[2]] = True
+    return mask
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.95])
+@pytest.mark.parametrize(
+    ("dtypes", "scale"),
+    [
+        ((torch.float32, torch.bfloat16), 1.0),
+        ((torch.bfloat16, torch.float32), 1.0),
+        ((torch.float32, torch.float32), 1e-25),
+        ((torch.bfloat16, torch.bfloat16), 1e25),
+    ],
+)
+def interpreted_momentum_pass(dtypes, scale, beta, nesterov):
+    gradient = (random(FLAT, dtype=torch.float32, seed=0) * scale).to(dtypes[0])
+    before = random(FLAT, dtype=torch.float32, seed=1) * scale
+    momentum, out = before.clone(), torch.full((PACKED,), torch.nan, dtype=dtypes[1])
+    squares = torch.full((len(SEGMENTS),), torch.nan, dtype=torch.float64)
+    momentum_pass(gradient, momentum, out, squares, build(*SEGMENTS), beta=beta, nesterov=nesterov)
+
+    exact = beta * before.double() + (1 - beta) * gradient.double()
+    update = beta * exact + (1 - beta) * gradient.double() if nesterov else exact
+    mask = covered(FLAT, 0)
+    assert torch.equal(momentum[~mask], before[~mask])
+    assert ((momentum - exact)[mask].abs() <= 1e-6 * scale).all()
+    assert torch.equal(out.isnan(), ~covered(PACKED, 1))
+    for (source, target, numel), square in zip(SEGMENTS, squares, strict=True):
+        wanted = update[source : source + numel]
+        got = out[target : target + numel]
+        assert_rounded_once(got, wanted, torch.full_like(wanted, scale))
+        torch.testing.assert_close(square, wanted.square().sum(), rtol=1e-6, atol=0.0)
+    if beta == 0:
+        assert torch.equal(momentum[mask], gradient.float()[mask])
+
+
+def interpreted_momentum_pass_of_nothing():
+    flat, squares = torch.zeros(3), torch.full((2,), torch.nan, dtype=torch.float64)
+    momentum_pass(flat, flat, flat, squares, build((0, 0, 0), (3, 3, 0)), beta=0.9, nesterov=True)
+    assert squares.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("update_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("ahead", [0.0, 19.0])
+def interpreted_apply_pass(update_dtype, model_dtype, ahead):
+    before, update = random(FLAT, dtype=torch.float32, seed=0), random(PACKED, dtype=update_dtype, seed=1)
+    weight = before.clone()
+    model = None if model_dtype is None else torch.full((FLAT,), torch.nan, dtype=model_dtype)
+    apply_pass(weight, update, build(*SEGMENTS), decay=0.9, factor=0.3, ahead=ahead, model=model)
+
+    mask = covered(FLAT, 0)
+    assert torch.equal(weight[~mask], before[~mask])
+    for source, target, numel in SEGMENTS:
+        old, change = before[source : source + numel].double(), update[target : target + numel].double()
+        assert ((weight[source : source + numel] - (0.9 * old - 0.3 * change)).abs() <= 1e-6).all()
+    if model is not None:
+        new = weight[mask].double()
+        point = new + ahead * (new - before[mask].double())
+        assert_rounded_once(model[mask], point, torch.full_like(new, ahead))
+        assert model[~mask].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "model_dtype"),
+    [
+        (rules.Muon, None),
+        (rules.NorMuon, torch.bfloat16),
+        (rules.TransportedScion, torch.float32),
+        (rules.TransportedScion, torch.bfloat16),
+        (rules.EmaNesterov, torch.float32),
+    ],
+)
+def interpreted_fused_step(rule, model_dtype, monkeypatch):
+    """The step by kernels is the step chunk by chunk, which a rule with another end than theirs keeps."""
+
+    def stepped() -> dict[str, torch.Tensor]:
+        flat = random(700, dtype=torch.float32, seed=0).requires_grad_()
+        model = None if model_dtype is None else torch.zeros(700, dtype=model_dtype)
+        shapes, offsets = {"a": ((20,), 12), "b": ((6, 6), 30)}, {"a": 3, "b": 280}
+        unit = fused.FusedStep(
+            rule(weight_decay=0.1, dtype=torch.float32),
+            [
+                fused.Fragment(name, blocks, cols, 0, sum(blocks) * cols, flat, offsets[name], model)
+                for name, (blocks, cols) in shapes.items()
+            ],
+            device=torch.device("cpu"),
+        )
+        for step in range(3):
+            flat.grad = random(700, dtype=torch.float32, seed=1 + step)
+            unit.step(lr=0.1)
+        return {"flat": flat.detach(), **unit.states[0]} | ({} if model is None else {"model": model.float()})
+
+    passes = []
+    for name in ("momentum_pass", "apply_pass"):
+        launch = getattr(kernels, name)
+        counted = lambda *a, launch=launch, **k: passes.append(1) or launch(*a, **k)  # noqa: E731
+        monkeypatch.setattr(kernels, name, counted)
+    found = stepped()
+    assert len(passes) == (0 if rule is rules.EmaNesterov else 2 * 2 * 3)  # two shapes, three steps
+    monkeypatch.setattr(kernels, "unsupported", lambda device, dtype: "for comparison")
+    expected = stepped()
+    for name, tensor in expected.items():
+        bound = 2**-7 if name == "model" and model_dtype == torch.bfloat16 else 1e-5  # truncated
+        assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
+
+
+# Truncation doubles what test_polar measured between bf16 products that are rounded at different places.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("shape", [(72, 150), (150, 72), (72, 80)])
+def interpreted_orthogonalize(shape, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: True)
+    products = []
+    monkeypatch.setattr(
+        kernels, "symmetric_product", lambda *a, **k: products.append(1) or symmetric_product(*a, **k)
+    )
+    x = random(2, *shape, dtype=torch.float32, seed=0)
+    result = polar.orthogonalize(x, method="polar_express", dtype=dtype)
+    assert len(products) >= 10  # two in each of five iterations, and more in the Gram form
+    monkeypatch.setattr(kernels, "unsupported", lambda device, dtype: "for comparison")
+    expected = polar.orthogonalize(x, method="polar_express", dtype=dtype)
+    assert result.dtype == dtype and result.shape == x.shape
+    assert (result.double() - expected.double()).norm() < tolerance * expected.double().norm()
+
+
+def interpreted_support():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert why_not("cpu", dtype) is None
+    assert why_not("cpu", torch.float64) == "products of torch.float64 stay with torch"

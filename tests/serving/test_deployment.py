@@ -1,0 +1,361 @@
+"""The endpoint on a real Ray Serve: the protocol through its ingress, overload, clients that leave, death."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from openai import OpenAI
+from safetensors.torch import save_file
+
+from cluster.session import free_ports
+from serving.config import load
+from serving.deployment import serving
+from serving.endpoint.text import numbered_tokenizer
+from tests import fake_engine, slow_clients
+from tests.commands import ROOT
+from tests.listening import compare, documented, listening
+from tests.serving.endpoint.test_service import BODIES
+from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape, to_hf_config
+
+pytestmark = pytest.mark.stack
+NAME = "llama-5m-random"
+SLOTS, WAITING = 3, 3
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """An endpoint whose engine counts, 20 ms a token."""
+    config = load(
+        dotlist=[
+            *("model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1"),
+            *(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}", "deployment.receive_seconds=3"),
+        ]
+    )
+    with serving(config, report=print, factory=fake_engine.make) as url:
+        yield url
+    assert [p for p in psutil.Process().children(recursive=True) if "haproxy" in p.name()] == []
+
+
+def post(url: str, **fields: object) -> httpx.Response:
+    body = {"model": NAME, "prompt": [1], "max_tokens": 3} | fields
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+
+
+def test_what_listens_is_what_the_readmes_say(url):
+    found = listening(os.getpid())
+    assert {name for name, _, _ in found} >= {"driver", "raylet", "ray worker", "haproxy"}
+    rows = documented("cluster/README.md", "What listens without a cluster")
+    rows |= documented("serving/README.md", "What listens besides")
+    assert compare(found, rows).get("untold") is None
+
+
+def figure(url: str, name: str) -> float:
+    """A figure of the engine, from /metrics."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"asuncion_{name} "))
+
+
+def ours(part: str) -> list[psutil.Process]:
+    """Processes below this one with these words in their command lines."""
+    below = {child.pid for child in psutil.Process().children(recursive=True)}
+    # process_iter leaves out those that end meanwhile; a zombie's command line is None.
+    processes = [process for process in psutil.process_iter(["cmdline"]) if process.pid in below]
+    return [one for one in processes if part in " ".join(one.info["cmdline"] or [])]
+
+
+def replicas() -> list[psutil.Process]:
+    return ours("ServeReplica")
+
+
+def haproxy() -> psutil.Process:
+    [process] = [one for one in ours("haproxy.cfg") if one.name() == "haproxy"]
+    return process
+
+
+def engines() -> list[psutil.Process]:
+    return ours("serving.engine.process")
+
+
+def test_the_openai_client_streams_token_by_token(url):
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    list(client.completions.create(model=NAME, prompt="ab", max_tokens=2, stream=True))  # its first is slow
+    start, times, texts = time.monotonic(), [], []
+    for chunk in client.completions.create(
+        model=NAME, prompt="ab", max_tokens=12, temperature=0, stream=True
+    ):
+        times.append(time.monotonic() - start)
+        texts.append(chunk.choices[0].text)
+    assert "".join(texts) == "cdefghijklmn"
+    assert times[-1] - times[0] > 0.15  # 11 x 20 ms: they did not come all at once
+    assert sum(later - earlier > 0.005 for earlier, later in pairwise(times)) >= 6
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES)
+def test_no_body_is_a_server_error(url, body):
+    body = {**body, "model": NAME if body["model"] == "counting" else body["model"]}
+    if isinstance(body["max_tokens"], int):
+        body["max_tokens"] = min(body["max_tokens"], 2)
+    answer = httpx.post(
+        f"{url}/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code in (200, 400, 404)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(url, stream):
+    body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 500, "stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    cancelled = figure(url, "cancelled")
+    with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
+        sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        while figure(url, "running") == 0:
+            time.sleep(0.02)
+    deadline = time.monotonic() + 5
+    while figure(url, "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert figure(url, "running") == 0 and figure(url, "cancelled") == cancelled + 1
+
+
+def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url):
+    answers: list[tuple[httpx.Response, float]] = []
+
+    def ask() -> None:
+        start = time.monotonic()
+        answer = post(url, max_tokens=20)
+        answers.append((answer, time.monotonic() - start))
+
+    threads = [threading.Thread(target=ask) for _ in range(10 * (SLOTS + WAITING))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == len(threads)
+    assert {answer.status_code for answer, _ in answers} == {200, 429}
+    refused = [answer for answer, _ in answers if answer.status_code == 429]
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
+    admitted = [seconds for answer, seconds in answers if answer.status_code == 200]
+    assert len(admitted) >= SLOTS + WAITING
+    # Two turns of 20 tokens of 20 ms, and the ingress; unbounded queueing would take ten turns.
+    assert max(admitted) < 4.0
+    assert post(url).status_code == 200 and figure(url, "running") == 0
+
+
+def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(url):
+    seen = slow_clients.measure(url, clients=1000, seconds=8, server=[haproxy(), *replicas()])
+    print(seen)  # `python -m tests.slow_clients` measures it for longer
+    assert seen.failures == {} and seen.num_health >= 10 and seen.num_completions >= 10
+    assert seen.health_seconds < 10  # a stop, not a target
+    assert seen.peak_bytes < 2 * seen.idle_bytes
+    # One that sends at full speed may find its connection closed before it reads the answer.
+    ended = {status for answer in seen.answers for _, status in [answer.split(": ")]}
+    assert sum(seen.answers.values()) == 1000 and ended <= {"408", "413", "closed"}
+    slow = {answer for answer in seen.answers if "huge" not in answer and "endless" not in answer}
+    assert {answer.split(": ")[1] for answer in slow} == {"408"}
+    assert figure(url, "running") == figure(url, "waiting") == 0
+
+
+@pytest.mark.parametrize(("length", "sent", "status"), [(100, 10, 408), (10**12, 20_000, 413)])
+def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, status):
+    """Of an unfinished or invalid head it says so in its own words: its parser has no others."""
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as sock:
+        sock.sendall(head.encode() + b" " * sent)
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    assert int(head.split()[1]) == status and "application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_http_is_served_on_loopback_alone(url):
+    processes = (haproxy(), *replicas())
+    sockets = [each.laddr for one in processes for each in one.net_connections() if each.status == "LISTEN"]
+    talks_http = []
+    for address in sockets:
+        try:
+            httpx.get(f"http://127.0.0.1:{address.port}/", timeout=5)
+            talks_http.append(address.ip)
+        except httpx.TransportError:  # gRPC of Ray, which wants its token
+            pass
+    # HAProxy's endpoint, statistics and metrics, and the replica's endpoint.
+    assert talks_http == ["127.0.0.1"] * 4
+
+
+def test_secrets_of_clients_are_in_no_log(url):
+    import ray
+
+    secret = "canary-of-a-client"
+    headers = {"authorization": f"Bearer {secret}", "x-api-key": secret}
+    for method, path in (
+        ("GET", "/health"),
+        ("GET", "/none"),
+        ("POST", "/v1/completions"),
+        ("GET", "/stats"),
+    ):
+        for body in (b"", b"{", json.dumps({"model": NAME, "prompt": [1], "max_tokens": 1}).encode()):
+            httpx.request(
+                method, f"{url}{path}?api_key={secret}", content=body, timeout=30,
+                headers=headers | {"content-type": "application/json"},
+            )  # fmt: skip
+    words = haproxy().cmdline()
+    config = Path(words[words.index("-f") + 1])
+    assert "127.0.0.1:514" not in config.read_text()  # by default each URL goes to syslog
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [*(session / "logs").rglob("*"), *config.parent.parent.rglob("*")]
+    texts = [file.read_bytes() for file in logs if file.is_file()]
+    assert len(texts) > 10 and not any(secret.encode() in text for text in texts)
+
+
+def test_ray_exports_the_figures_of_each_replica(url):
+    import ray
+
+    def exported(name: str) -> list[float]:
+        text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith(f"ray_asuncion_{name}{{")]
+        assert all('deployment="completions"' in line and "replica=" in line for line in lines)
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
+    post(url)
+    tokens = figure(url, "generated_tokens")
+    deadline = time.monotonic() + 40
+    while exported("generated_tokens") != [tokens] and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert exported("generated_tokens") == [tokens] and exported("running") == [0]
+    assert exported("time_to_first_token_seconds_count")[0] > 0
+
+
+def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Exception | None]:
+    """Kill a process of ours while a request streams and another waits for its answer.
+
+    Returns:
+        What the stream said; the other's answer, or what it raised; what the stream raised, if anything.
+    """
+    body = {"model": NAME, "prompt": [1], "max_tokens": 400}
+    streaming = {"json": body | {"stream": True}, "timeout": 30}
+    outcomes: list[object] = []
+
+    def ask() -> None:
+        try:
+            outcomes.append(post(url, **body))
+        except httpx.TransportError as error:
+            outcomes.append(error)
+
+    whole = threading.Thread(target=ask)
+    whole.start()
+    while figure(url, "running") == 0:
+        time.sleep(0.02)
+    text, raised = b"", None
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", **streaming) as answer:
+            for part in answer.iter_raw():
+                text += part
+                if process.is_running() and text.count(b"data: ") == 3:
+                    process.kill()
+    except httpx.TransportError as error:
+        raised = error
+    whole.join()
+    return text.decode(), outcomes[0], raised
+
+
+def test_an_engine_that_is_killed_ends_its_streams_with_an_error_and_the_next_request_succeeds(url):
+    [replica], [engine] = replicas(), engines()
+    text, other, raised = kill_midway(url, engine)
+    assert post(url).status_code == 200  # it waited
+    *events, last, rest = text.split("\n\n")
+    assert raised is None and rest == "" and len(events) >= 3 and "[DONE]" not in text
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_failed")
+    assert "killed by signal 9" in error["message"] and "Send the request again" in error["message"]
+    assert isinstance(other, httpx.Response) and other.status_code == 503
+    assert other.json() == {"error": error}
+    assert replicas() == [replica] and engine not in engines() and len(engines()) == 1
+    assert httpx.get(f"{url}/health").status_code == 200 and figure(url, "running") == 0
+
+
+def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
+    [replica], [engine] = replicas(), engines()
+    text, other, raised = kill_midway(url, replica)
+    # The process that could write an error event is gone; what is left is a body without its end.
+    assert isinstance(raised, httpx.RemoteProtocolError)
+    assert text.count("data: ") >= 3 and "[DONE]" not in text
+    assert isinstance(other, httpx.TransportError) or other.status_code == 500
+    engine.wait(5)  # its engine is gone with it
+    deadline = time.monotonic() + 60
+    while (status := post(url).status_code) != 200 and time.monotonic() < deadline:
+        assert status in (429, 502, 503)
+        time.sleep(0.2)
+    assert status == 200 and replica not in replicas()
+
+
+def start(checkpoint: Path, *, port: int) -> subprocess.Popen[str]:
+    """`python -m serving.app`, beside the endpoint above."""
+    keys = [f"model.path={checkpoint}", f"deployment.port={port}", "deployment.cpus=1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving.app", *keys],
+        cwd=checkpoint.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """A Hugging Face directory of a model that fits a postage stamp."""
+    shape = LlamaShape(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=64
+    )
+    model = Llama(shape)
+    initialize(model, seed=0)
+    folder.mkdir()
+    tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf_config(shape, dtype="bfloat16")))
+    numbered_tokenizer(300).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_message(tmp_path):
+    file = tiny_checkpoint(tmp_path / "tiny") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    process = start(file.parent, port=free_ports(1)[0])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "model.safetensors" in line and "copy it again" in line
+    assert "Traceback" not in errors
+
+
+def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
+    [port] = free_ports(1)
+    process = start(tiny_checkpoint(tmp_path / "tiny"), port=port)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert next(line for line in lines if "serving at" in line).strip().endswith("until Ctrl-C")
+    answer = post(f"http://127.0.0.1:{port}", model="tiny", prompt="a ship", max_tokens=5, ignore_eos=True)
+    assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
+    below = psutil.Process(process.pid).children(recursive=True)
+    with_torch = [one for one in below if "libtorch" in Path(f"/proc/{one.pid}/maps").read_text()]
+    assert ["serving.engine.process" in one.cmdline() for one in with_torch] == [True]  # HTTP needs none
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert alive == []

@@ -1,0 +1,549 @@
+"""The synthetic problem: constants by probing, runs against the rules' oracle, statistics, text."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import atanh, log, sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import config as layered
+from cluster.config import ConfigError
+from optim.geometry import parse_norm
+from optim.noise import KINDS
+from optim.rules import TransportedScion, new_state
+from optim.rules import step as oracle_step
+from tests.commands import ROOT
+from training.study.synthetic import (
+    CONTENDERS,
+    NOISES,
+    SPECTRAL,
+    Problem,
+    Stream,
+    SyntheticConfig,
+    _best,
+    _scheduled,
+    batched_theory,
+    control_theory,
+    describe,
+    gain_verdict,
+    make_trial,
+    noise_bound,
+    noise_of,
+    plot,
+    ratio_with_interval,
+    resample,
+    run_synthetic,
+    simulate,
+    slope_verdict,
+    slope_with_interval,
+    slopes,
+    smoke,
+    step_together,
+    transported_theory,
+)
+
+TINY = SyntheticConfig(horizons=(4, 6), tuning_horizon=5, seeds=3, tuning_seeds=2)
+NORM = parse_norm(SPECTRAL)
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- theory ---
+
+
+@pytest.mark.parametrize(
+    ("p", "batched", "transported"),
+    [
+        (2.0, (1 / 2, 3 / 4, 1 / 4), (4 / 7, 5 / 7, 2 / 7)),
+        (1.5, (3 / 5, 4 / 5, 1 / 5), (2 / 3, 7 / 9, 2 / 9)),
+    ],
+)
+def test_exponents_by_hand(p, batched, transported):
+    assert batched_theory(p) == pytest.approx(batched)
+    assert transported_theory(p) == pytest.approx(transported)
+    assert control_theory(p).rate == pytest.approx(transported[2] / 2)
+
+
+@pytest.mark.parametrize("p", [1.01, 1.2, 1.5, 1.9, 2.0])
+def test_parameters_balance_the_terms_of_the_descent_lemma(p):
+    """Way down, lag and noise fall alike; the rates are the issue's powers of ε, half a power apart."""
+    for theory, order in ((batched_theory(p), 1), (transported_theory(p), 2)):
+        way_down, noise = 1 - theory.step, theory.average * (p - 1) / p
+        lag = order * (theory.step - theory.average)
+        assert way_down == pytest.approx(theory.rate) and lag == pytest.approx(theory.rate)
+        assert noise == pytest.approx(theory.rate)
+    assert 1 / batched_theory(p).rate == pytest.approx((3 * p - 2) / (p - 1))
+    assert 1 / transported_theory(p).rate == pytest.approx((5 * p - 3) / (2 * p - 2))
+    assert 1 / batched_theory(p).rate - 1 / transported_theory(p).rate == pytest.approx(1 / 2)
+
+
+# --- the problem ---
+
+PROBLEMS = [Problem(4, 16, 4.0), Problem(5, 3, 0.5), Problem(6, 6, 1.0)]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_gradient_is_that_of_autograd(problem):
+    points = normal(7, problem.rows, problem.cols, seed=0, scale=3 * problem.width).requires_grad_()
+    value = problem.value(points)
+    assert value.shape == (7,)
+    (expected,) = torch.autograd.grad(value.sum(), points)
+    torch.testing.assert_close(problem.gradient(points.detach()), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_value_is_log_cosh_and_does_not_overflow():
+    problem = Problem(1, 1, 2.0)
+    points = torch.tensor([[[0.0]], [[1.0]], [[-3.0]]], dtype=torch.float64)
+    expected = 4 * torch.log(torch.cosh(points / 2)).view(-1)
+    torch.testing.assert_close(problem.value(points), expected)
+    assert problem.value(torch.full((1, 1, 1), 1e6)).item() == pytest.approx(4 * (5e5 - log(2)), rel=1e-6)
+
+
+def curvature(problem: Problem, points: torch.Tensor) -> torch.Tensor:
+    """Entries of the diagonal Hessian."""
+    return 1 / torch.cosh(points / problem.width).square()
+
+
+def corner(problem: Problem, value: float = 1.0) -> torch.Tensor:
+    return value * torch.eye(problem.rows, problem.cols, dtype=torch.float64)[None]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_gradient_has_its_lipschitz_constant(problem):
+    shape = (500, problem.rows, problem.cols)
+    for scale in (0.01, 1.0, 5.0):
+        x = normal(*shape, seed=1, scale=scale * problem.width)
+        directions = normal(*shape, seed=2)
+        directions[::2] = NORM.direction(directions[::2])  # orthogonal ones come closest
+        y = x + scale * directions
+        rate = NORM.dual(problem.gradient(x) - problem.gradient(y)) / NORM.value(x - y)
+        assert rate.max() <= problem.gradient_lipschitz * (1 + 1e-9)
+    small = corner(problem, 1e-4 * problem.width)
+    attained = NORM.dual(problem.gradient(small)) / NORM.value(small)
+    assert attained.item() == pytest.approx(problem.gradient_lipschitz, rel=1e-6)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_hessian_has_its_lipschitz_constant(problem):
+    shape = (500, problem.rows, problem.cols)
+    x = normal(*shape, seed=3, scale=problem.width)
+    d, e = NORM.direction(normal(*shape, seed=4)), NORM.direction(normal(*shape, seed=5))
+    for scale in (0.01, 1.0):
+        y = x + scale * problem.width * normal(*shape, seed=6)
+        form = ((curvature(problem, x) - curvature(problem, y)) * d * e).sum((-2, -1)).abs()
+        assert (form / NORM.value(x - y)).max() <= problem.hessian_lipschitz * (1 + 1e-9)
+    steepest, tiny = problem.width * atanh(1 / sqrt(3)), 1e-5 * problem.width
+    x, y = corner(problem, steepest + tiny), corner(problem, steepest - tiny)
+    form = ((curvature(problem, x) - curvature(problem, y)) * corner(problem) ** 2).sum().abs()
+    assert (form / NORM.value(x - y)).item() == pytest.approx(problem.hessian_lipschitz, rel=1e-6)
+
+
+# --- noise ---
+
+
+def test_noise_laws_are_those_of_the_sampler():
+    assert tuple(KINDS) == NOISES
+    law = noise_of(replace(TINY, tail_margin=0.2, scale=3.0), 1.5)
+    assert (law.kind, law.tail, law.moment, law.scale) == ("student", 1.7, 1.5, 3.0)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5])
+@pytest.mark.parametrize("skewed", [True, False])
+def test_noise_has_mean_zero_and_keeps_its_bounds(p, skewed):
+    """Gaussian, because its sampled moments converge; the bounds hold for every law."""
+    config = replace(TINY, noise="gaussian", scale=2.0, skewed=skewed)
+    noise = Stream(config, "a").noise(p, begin=0, end=20_000).double()
+    assert noise.mean(0).abs().max() < 4.5 * noise.std() / sqrt(20_000)
+    moment = noise.abs().pow(p).mean().item()
+    assert moment <= (2 ** (2 - p) if skewed else 1.01) * config.scale**p
+    assert NORM.dual(noise).pow(p).mean() <= noise_bound(config, p) ** p
+    if not skewed:
+        assert moment == pytest.approx(config.scale**p, rel=0.01)
+
+
+def test_skewed_noise_misleads_most_of_the_time_and_averages_do_less():
+    config = replace(TINY, rows=1, cols=1)
+    stream = Stream(config, "a")
+    noise = stream.noise(1.5, begin=0, end=200_000).view(-1)
+    sign = stream._gaussian("signs", 1.0).sign().item()
+    medians = [sign * noise.view(-1, n).mean(1).median().item() for n in (1, 8, 64)]
+    assert medians[0] < 1.5 * medians[1] < 1.5**2 * medians[2] < 0
+    assert (sign * noise < 0).float().mean() > 0.6
+    plain = Stream(replace(config, skewed=False), "a").noise(1.5, begin=0, end=200_000)
+    assert plain.median().abs() < 0.01
+
+
+def test_a_stream_is_the_same_under_any_cut_and_another_elsewhere():
+    stream = Stream(TINY, "run0")
+    whole = stream.noise(2.0, begin=0, end=600)
+    assert torch.equal(whole[256:300], stream.noise(2.0, begin=256, end=300))
+    longer = Stream(replace(TINY, seeds=9, horizons=(5, 9)), "run0")
+    assert torch.equal(whole, longer.noise(2.0, begin=0, end=600))
+    assert torch.equal(stream.start(), longer.start())
+    for other in (Stream(TINY, "run1"), Stream(replace(TINY, seed=1), "run0")):
+        assert not torch.equal(stream.start(), other.start())
+        both = torch.stack([whole.flatten(), other.noise(2.0, begin=0, end=600).flatten()])
+        assert torch.corrcoef(both.clamp(-1, 1))[0, 1].abs() < 0.025  # of 38400 each
+    assert stream.start().std() == pytest.approx(TINY.distance, rel=0.3)
+
+
+# --- runs ---
+
+
+def trials(num_steps: int = 40, average: float = 8.0, lr: float = 0.1, p: float = 2.0):
+    return [
+        make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
+        for moved in (False, True)
+    ]
+
+
+def test_a_batched_step_has_the_bits_of_the_oracle():
+    config, num_streams = SyntheticConfig(), 9
+    pair = [*trials(average=8.0), *trials(average=1.0)]
+    weights = normal(4, num_streams, 4, 16, seed=0).float()
+    momenta = torch.zeros_like(weights)
+    alone = weights.clone()
+    states = [
+        [new_state(trial.rule, alone[i, s]) for s in range(num_streams)] for i, trial in enumerate(pair)
+    ]
+    for step in range(1, 26):
+        gradients = config.scale * normal(4, num_streams, 4, 16, seed=step).float()
+        if step == 7:
+            gradients[:, 0] = 0
+        points = step_together(pair, weights, gradients, momenta, step=step)
+        for i, trial in enumerate(pair):
+            for s in range(num_streams):
+                point = oracle_step(
+                    trial.rule, alone[i, s], gradients[i, s], states[i][s], lr=trial.lr, step=step
+                )
+                assert torch.equal(points[i, s], point)
+        assert torch.equal(weights, alone)
+        assert all(torch.equal(momenta[i, s], states[i][s]["momentum"]) for i in range(4) for s in range(9))
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5])
+def test_a_simulation_is_the_loop_written_out(p):
+    config, num_steps = replace(TINY, scale=2.0), 270  # more than one chunk of noise
+    problem = Problem(config.rows, config.cols, config.width)
+    streams = [Stream(config, f"s{i}") for i in range(3)]
+    pair = trials(num_steps, p=p)
+    for trial, found in zip(pair, simulate(config, pair, streams), strict=True):
+        assert found.shape == (68, 3) and found.dtype == torch.float64
+        for s, stream in enumerate(streams):
+            weight = stream.start()
+            state, point = new_state(trial.rule, weight), weight.clone()
+            noise = stream.noise(p, begin=0, end=num_steps)
+            for step in range(num_steps):
+                if step % 4 == 0:
+                    assert found[step // 4, s] == NORM.dual(problem.gradient(weight[None])).item()
+                gradient = problem.gradient(point) + noise[step]
+                point = oracle_step(trial.rule, weight, gradient, state, lr=trial.lr, step=step + 1).clone()
+
+
+def test_trials_do_not_notice_each_other():
+    """Other horizons, moments and rules in lock-step leave the bits alone, across chunks of noise too."""
+    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    many = [
+        *trials(num_steps=64),
+        *trials(num_steps=300, p=1.5, average=30),
+        *trials(num_steps=300, average=3),
+        *trials(num_steps=17),
+    ]
+    together = simulate(TINY, many, streams)
+    for trial, found in zip(many, together, strict=True):
+        assert torch.equal(found, simulate(TINY, [trial], streams)[0])
+    assert [len(found) for found in together] == [64, 64, 75, 75, 75, 75, 17, 17]
+
+
+def test_no_transport_is_scion_bit_for_bit():
+    scion, moved = trials(num_steps=100)
+    still = replace(moved, rule=replace(moved.rule, transport=0.0))
+    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    plain, none, full = simulate(TINY, [scion, still, moved], streams)
+    assert torch.equal(plain, none) and not torch.equal(plain, full)
+
+
+def test_transport_from_zero_momentum_is_exact_with_the_factor_of_the_text():
+    """The weighted mean of the points is the weights, on any path; the rule's ramp comes close."""
+    beta, steps = 0.9, 60
+    path = normal(steps + 1, 5, seed=0).cumsum(0)
+    ramped = TransportedScion(momentum=beta, ramp_steps=10)
+    plain = TransportedScion(momentum=beta)
+    errors = {}
+    for name, factor in {
+        "exact": lambda t: beta / (1 - beta) * (1 - beta**t),
+        "ramp": lambda t: ramped.finish(lr=1, scale=1, step=t).ahead if t else 0,
+        "full": lambda t: plain.finish(lr=1, scale=1, step=t).ahead if t else 0,
+    }.items():
+        mean, worst = torch.zeros(5, dtype=torch.float64), 0.0
+        for t in range(steps):
+            point = path[t] + factor(t) * (path[t] - path[max(t - 1, 0)])
+            mean = beta * mean + (1 - beta) * point
+            worst = max(worst, (mean / (1 - beta ** (t + 1)) - path[t]).norm().item())
+        errors[name] = worst
+    assert errors["exact"] < 1e-12
+    assert errors["ramp"] < 0.6 * errors["full"]
+
+
+def test_transport_removes_the_lag_of_long_averages():
+    """Where noise is small, only the lag is left; and on averages of one there is nothing to transport."""
+    config = replace(TINY, scale=0.1)
+    streams = [Stream(config, f"s{i}") for i in range(4)]
+    for average, better in ((64.0, 0.4), (1.0, None)):
+        scion, moved = simulate(config, trials(512, average, 0.1), streams)
+        if better is None:
+            assert torch.equal(scion, moved)
+        else:
+            assert moved[32:].mean() < better * scion[32:].mean()
+
+
+# --- tuning ---
+
+
+def test_the_best_of_a_grid_and_its_rim():
+    grid = torch.tensor([[1.0, 9, 9, 9], [9, 9, 2, 9], [9, 3, 9, 9], [9, 9, 9, 4]])
+    averages, lrs = [1, 2, 4, 8], [0.8, 0.4, 0.2, 0.1]
+    assert _best(grid, averages, lrs, shortest=1) == (1, 0.8, 1.0, True)
+    assert _best(grid, averages, lrs, shortest=2) == (2, 0.2, 2.0, True)  # shorter ones were not allowed
+    assert _best(grid, averages, lrs, shortest=8) == (8, 0.1, 4.0, True)
+    grid[0, 0] = 9
+    assert _best(grid, averages, lrs, shortest=1) == (2, 0.2, 2.0, False)
+    grid[0, 1] = 0
+    assert _best(grid, averages, lrs, shortest=1) == (1, 0.4, 0.0, False)  # no average is below one
+
+
+def test_constants_are_carried_to_other_horizons_by_the_theory():
+    grid = torch.full((5, 4), 9.0)
+    grid[4, 1], grid[0, 2] = 1.0, 0.5
+    picks = {
+        name: _best(grid, [1, 2, 4, 8, 16], [0.8, 0.4, 0.2, 0.1], shortest=1 if row.any_average else 8)
+        for name, row in CONTENDERS.items()
+    }
+    config, tuning = replace(TINY, tuning_horizon=5), {2.0: {"picks": picks}}
+    for name, factor in (("batched", batched_theory), ("transported", transported_theory)):
+        same, longer = (_scheduled(config, tuning, 2.0, name, horizon) for horizon in (32, 512))
+        average, step, _ = factor(2.0)
+        assert (same.rule.momentum, same.lr) == (pytest.approx(1 - 1 / 16), 0.4)
+        assert 1 - longer.rule.momentum == pytest.approx(16**-average / 16)
+        assert longer.lr == pytest.approx(0.4 * 16**-step) and longer.num_steps == 512
+        assert isinstance(same.rule, TransportedScion) == (name == "transported")
+    moved, control = (_scheduled(config, tuning, 2.0, name, 512) for name in ("transported", "control"))
+    assert (moved.lr, moved.rule.momentum) == (control.lr, control.rule.momentum)
+    assert moved.rule.ramp_steps == round(16 * 16 ** (4 / 7))
+    assert not isinstance(control.rule, TransportedScion)
+    free = _scheduled(config, tuning, 2.0, "any_average", 16)
+    assert (free.rule.momentum, free.lr) == (0.0, pytest.approx(0.2 * 2**0.75))  # less than one is one
+
+
+# --- statistics ---
+
+
+@pytest.mark.parametrize("power", [-0.25, -2 / 9, 0.5])
+def test_the_slope_of_a_power_law_is_its_power(power):
+    horizons = [64, 128, 512, 4096]
+    values = 3 * np.array(horizons, dtype=float)[:, None] ** power * np.array([1.0, 2.0, 0.5, 7.0, 1.5])
+    assert slopes(horizons, values.mean(1)) == pytest.approx(power)
+    fit = slope_with_interval(horizons, values, resample(5))
+    assert fit == pytest.approx([power] * 3)  # seeds differ by factors alone
+
+
+def test_intervals_hold_the_true_slope_as_often_as_the_text_says():
+    """Means of 16 seeds, errors of 30%, independent over horizons: 92% of intervals in 2000 trials."""
+    horizons, rng = [2**k for k in range(6, 12)], np.random.default_rng(1)
+    held, widths, found = 0, [], []
+    for _ in range(300):
+        errors = rng.lognormal(-0.045, 0.3, (len(horizons), 16))
+        values = np.array(horizons, dtype=float)[:, None] ** -0.25 * errors
+        slope, low, high = slope_with_interval(horizons, values, resample(16, count=500))
+        held += low <= -0.25 <= high
+        widths.append(high - low)
+        found.append(slope)
+    assert 0.88 <= held / 300 <= 0.965
+    assert np.mean(found) == pytest.approx(-0.25, abs=0.004)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(found), rel=0.15)
+
+
+def test_a_ratio_is_paired():
+    below = np.random.default_rng(0).lognormal(0, 1, 16)
+    above = 0.8 * below
+    assert ratio_with_interval(above, below, resample(16)) == pytest.approx([0.8] * 3)
+    value, low, high = ratio_with_interval(above[::-1], below, resample(16))
+    assert value == pytest.approx(0.8) and low < 0.6 and high > 1.1
+
+
+# --- the whole ---
+
+
+@pytest.fixture(scope="module")
+def result():
+    torch.set_num_threads(1)
+    return run_synthetic(smoke(SyntheticConfig()), report=lambda line: None)
+
+
+def test_the_result_is_complete_json_and_its_numbers_agree(result):
+    assert json.loads(json.dumps(result)) == result
+    assert result["horizons"] == [64, 128, 256, 512]
+    assert [moment["p"] for moment in result["moments"]] == [2.0, 1.5]
+    for moment in result["moments"]:
+        for name, row in moment["contenders"].items():
+            duals = np.array(row["duals"])
+            assert duals.shape == np.array(row["later_duals"]).shape == (4, 6)
+            assert (np.diff(duals.mean(1)) < 0).all()
+            assert (np.mean(row["later_duals"], 1) < duals.mean(1)).all()  # past the way down
+            assert row["slope"][0] == pytest.approx(slopes(result["horizons"], duals.mean(1)))
+            assert row["theory"] == pytest.approx(-CONTENDERS[name].theory(moment["p"]).rate)
+            for value, low, high in (row["slope"], row["later_slope"], *row["intervals"]):
+                assert low <= value <= high
+            assert 0 < row["travel_share"] < 1  # a lower bound of the mean, F being convex
+        moved, batched = (
+            np.array(moment["contenders"][name]["duals"]).mean(1) for name in ("transported", "batched")
+        )
+        np.testing.assert_allclose([ratio for ratio, *_ in moment["gain"]["batched"]], moved / batched)
+        assert moment["slope_difference"][0] == pytest.approx(
+            moment["contenders"]["transported"]["slope"][0] - moment["contenders"]["batched"]["slope"][0]
+        )
+
+
+def test_the_picks_are_the_best_of_what_was_allowed(result):
+    for moment in result["moments"]:
+        tuning = moment["tuning"]
+        picks, allowed = tuning["picks"], tuning["averages"].index(8)
+        assert picks["control"] == picks["transported"]
+        for rule, free in (("batched", "any_average"), ("transported", "transported_any_average")):
+            assert picks[rule]["dual"] == np.min(tuning[rule][allowed:])
+            assert picks[free]["dual"] == np.min(tuning[rule]) <= picks[rule]["dual"]
+        assert tuning["batched"][0] == tuning["transported"][0]  # averages of one
+
+
+def test_transport_wins_where_the_theory_says_so(result):
+    """Long averages at equal parameters; the slopes' order; and not against the best Scion at p = 1.5."""
+    for moment in result["moments"]:
+        rows = moment["contenders"]
+        assert moment["gain"]["control"][-1][2] < 0.7
+        assert rows["transported"]["slope"][0] < rows["batched"]["slope"][0] < rows["control"]["slope"][0]
+    assert result["moments"][1]["gain"]["any_average"][-1][2] > 0.95
+
+
+def test_runs_repeat_and_threads_are_given_back():
+    before, lines = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    one, two = (run_synthetic(TINY, report=lines.append) for _ in range(2))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+    assert one.pop("seconds") > 0 and two.pop("seconds") > 0
+    assert one == two
+    assert len(lines) == 4 and "2^5" in lines[0] and "2^6" in lines[1]
+    other = run_synthetic(replace(TINY, seed=1), report=lines.append)
+    assert other["moments"][0]["contenders"] != one["moments"][0]["contenders"]
+
+
+# --- text and picture ---
+
+
+def test_verdicts_on_a_slope():
+    assert (
+        slope_verdict([-0.30, -0.32, -0.28], -0.25) == "steeper than the bound, which is for the worst case"
+    )
+    assert slope_verdict([-0.20, -0.22, -0.18], -0.25) == "shallower than the bound at these horizons"
+    assert slope_verdict([-0.24, -0.27, -0.21], -0.25) == "as the theory says, within the interval"
+
+
+def test_verdicts_on_a_gain():
+    assert gain_verdict([0.8, 0.7, 0.9], "X") == "0.800 [0.700, 0.900]: Transported Scion is lower than X"
+    assert gain_verdict([1.2, 1.1, 1.3], "X") == "1.200 [1.100, 1.300]: Transported Scion is higher than X"
+    assert gain_verdict([1.0, 0.9, 1.1], "X").endswith(": no difference from X within the interval")
+
+
+def test_the_description_holds_every_row_and_says_what_it_does_not_show(result):
+    text = describe(result)
+    for row in (
+        "| 2 | Batched Scion | -0.250, ε^-4.00 |",
+        "| 2 | Transported Scion | -0.286, ε^-3.50 |",
+        "| 1.5 | Batched Scion | -0.200, ε^-5.00 |",
+        "| 1.5 | Transported Scion | -0.222, ε^-4.50 |",
+        "| 1.5 | control: Scion at Transported's parameters | -0.111, ε^-9.00 |",
+    ):
+        assert text.count(row) == 1
+    assert "T = 64, 128, 256, 512 gradients" in text and "tuned once at T = 64" in text
+    assert "What this does not show" in text and "upper bounds for the worst problem" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables[:10]}) == 1 and len(tables) == 10 + 6
+
+
+def test_the_description_follows_the_numbers(result):
+    changed = copy.deepcopy(result)
+    moment = changed["moments"][0]
+    moment["contenders"]["batched"]["slope"] = [-0.2, -0.21, -0.19]
+    moment["gain"]["any_average"][-1] = [1.1, 1.05, 1.15]
+    moment["slope_difference"] = [0.0001, -0.01, 0.01]
+    for entry in changed["moments"]:
+        entry["tuning"]["picks"]["any_average"] = entry["tuning"]["picks"]["batched"]
+    text = describe(changed)
+    assert "| -0.250, ε^-4.00 | -0.200 [-0.210, -0.190] | ε^-5.00 |" in text
+    assert "p = 2: 1.100 [1.050, 1.150]: Transported Scion is higher than Scion, any average." in text
+    assert "0.000 [-0.010, 0.010], not distinct; the theory says -0.036" in text
+    assert "for practice the fair comparison" in describe(result)
+    assert "for practice the fair comparison" not in text
+    moment["slope_difference"] = [-0.00001, -0.0002, -0.00005]
+    assert "is 0.000 [0.000, 0.000], distinct" in describe(changed)  # never -0.000
+
+
+def test_the_picture_is_written(result, tmp_path):
+    path = plot(result, tmp_path / "figures" / "rates.png")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, r"synthetic\.rows: must be at least 1"),
+        ({"width": 0.0}, r"synthetic\.width: must be positive"),
+        ({"distance": float("nan")}, r"synthetic\.distance: must be positive"),
+        ({"tail_margin": -0.1}, r"synthetic\.tail_margin: must be positive"),
+        ({"scale": -1.0}, r"synthetic\.scale: must not be negative"),
+        ({"seeds": 1}, r"synthetic\.seeds: must be at least 2"),
+        ({"tuning_seeds": 0}, r"synthetic\.tuning_seeds"),
+        ({"moments": ()}, r"synthetic\.moments: one or more"),
+        ({"moments": (2.0, 2.0)}, r"synthetic\.moments: .* all different"),
+        ({"moments": (2.0, 1.0)}, r"synthetic\.moments: each must lie in \(1, 2\]"),
+        ({"horizons": (8, 9)}, r"synthetic\.horizons: .* a slope needs three"),
+        ({"horizons": (8, 40)}, r"synthetic\.horizons"),
+        ({"tuning_horizon": 3}, r"synthetic\.tuning_horizon"),
+        ({"shortest_average": 6}, r"synthetic\.shortest_average: must be a power of two"),
+        ({"shortest_average": 64, "tuning_horizon": 6}, r"synthetic\.shortest_average: .* half"),
+        ({"noise": "levy"}, r"synthetic\.noise: 'levy' is not one of"),
+        ({"noise": "stable"}, r"synthetic\.noise: stable has tails up to 2"),
+    ],
+)
+def test_errors_name_the_key(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(SyntheticConfig(), **changes)
+
+
+def test_the_configuration_is_read_and_written_as_others():
+    dotlist = ["moments=[1.8,1.3]", "horizons=[6,9]", "noise=stable", "scale=2", "enabled=true"]
+    config = layered.load(SyntheticConfig, dotlist=dotlist)
+    assert tuple(config.moments) == (1.8, 1.3) and tuple(config.horizons) == (6, 9)
+    assert config.enabled and config.scale == 2.0
+    assert tuple(layered.to_dict(config)["horizons"]) == (6, 9) and "- 1.3" in layered.to_yaml(config)
+    with pytest.raises(ConfigError, match="seeds"):
+        layered.load(SyntheticConfig, dotlist=["seeds=many"])
+    assert smoke(replace(config, shortest_average=256)).shortest_average == 8
+
+
+def test_the_configuration_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; import training.study.synthetic as s; s.SyntheticConfig()"
+    )
+    root = ROOT
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
