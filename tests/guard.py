@@ -100,12 +100,12 @@ def _watch_children() -> None:
 
 
 def _watch_workers() -> None:
-    connect = session._connect
+    options = session._options
 
-    def guarded(config: Any, resources: Any, runtime_env: dict[str, Any]) -> None:
-        connect(config, resources, {**runtime_env, "worker_process_setup_hook": "tests.guard.watch"})
+    def guarded(runtime_env: dict[str, Any]) -> dict[str, Any]:
+        return options({**runtime_env, "worker_process_setup_hook": "tests.guard.watch"})
 
-    session._connect = guarded
+    session._options = guarded
 
 
 def commands(arguments: list[str]) -> Iterator[list[str]]:

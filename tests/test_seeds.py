@@ -13,6 +13,7 @@ from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine.protocol import Sampling
 from serving.engine.torch_engine import TorchEngine, make_engine
 from serving.peers.paced import Pace
+from tests.commands import ROOT
 from tests.reader import Reader
 from training import config as training_config
 from training.data.dataset import SampleOrder
@@ -92,7 +93,7 @@ def test_two_seeds_draw_two_streams_and_one_seed_one(what: str, engine, tmp_path
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
 def test_a_seed_that_no_generator_takes_is_refused_with_its_key(seed: int):
-    study = Path(study_config.__file__).parent / "configs" / "study.yaml"
+    study = ROOT / "training/configs/study.yaml"
     with pytest.raises(ConfigError, match=rf"^run.seed: {seed} must lie in"):
         training_config.load(dotlist=[f"run.seed={seed}"])
     for key, value in (("seeds", f"[1,{seed}]"), ("tuning_seed", seed)):

@@ -24,7 +24,7 @@ from cluster.config import key, require
 from cluster.session import LONGEST_FOLDER
 
 HEADER = "# sha256 of all below: "
-PRIVATE = Path(__file__).with_name("private.py")
+PRIVATE = Path(__file__).parents[1] / "private.py"
 AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
 CODE = ("cluster", "optim", "training", "serving", "pyproject.toml", "constraints.txt")  # what nodes need
 

@@ -111,7 +111,7 @@ def make_engine(interrupt: Callable[[], None], kind: type[TorchEngine] = TorchEn
     info = EngineInfo(
         engine="fake", model="remembering", device="cpu", dtype="none", context_tokens=CONTEXT,
         vocab_size=VOCABULARY, num_parameters=0, num_slots=SLOTS, most_waiting=WAITING, weight_bytes=1,
-        kv_bytes_per_token=1, flops_per_token=1, details={},
+        kv_bytes_per_token=1, flops_per_token=1, head_flops=0, attention_flops=0, details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=SLOTS, cache_tokens=NUM_BLOCKS * BLOCK_TOKENS, step_tokens=40)
     return kind(Remembering(interrupt), scheduler, info=info, eos_ids=[])
