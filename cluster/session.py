@@ -5,6 +5,7 @@ Nothing else in the project calls `ray.init` or sets an environment variable of 
 
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -101,12 +102,25 @@ def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
 
 
 def free_ports(number: int) -> list[int]:
-    """TCP ports of this machine that nothing listens on now."""
+    """TCP ports of this machine that nothing listens on now, for a process that will be told them.
+
+    They lie above Ray's own and below those that the system gives to whoever asks for any port: such a one
+    could be given away again before it is used.
+    """
+    asked = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    end = int(asked.read_text().split()[0]) if asked.exists() else 0
+    quiet = range(20_000, end)
+    tries = random.SystemRandom().sample(quiet, len(quiet))
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        found: list[int] = []
+        for port in [*tries, *[0] * number]:
+            each = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                each.bind(("127.0.0.1", port))
+                found.append(each.getsockname()[1])
+            if len(found) == number:
+                break
+        return found
 
 
 @contextmanager

@@ -20,7 +20,7 @@ each_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROO
 def load(file: Path, dotlist: tuple[str, ...] = ()):
     """The file, with the schema of its room; a study's has its own."""
     room = file.relative_to(ROOT).parts[0]
-    schema = "study_config" if file.name.startswith("study") else "config"
+    schema = "study.config" if file.name.startswith("study") else "config"
     return importlib.import_module(f"{room}.{schema}").load(file=file, dotlist=dotlist)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from cluster.session import (
     _make_token,
     _own_address,
     _ray_folder,
+    free_ports,
     worker_environment,
 )
 
@@ -134,3 +136,11 @@ def test_auto_sees_the_process_table_of_this_user_alone(user, seen):
         rows = [row for row in processes().values() if f"--gcs-address={address}" in row.command]
         assert bool(rows) == seen
         process.communicate(b"\n")
+
+
+def test_free_ports_are_free_and_none_that_the_system_gives_to_others():
+    ports = free_ports(5)
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(ports)) == 5 and all(20_000 <= port < first for port in ports)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", ports[0]))

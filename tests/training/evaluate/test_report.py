@@ -21,15 +21,8 @@ from training.model.shapes import SHAPES, to_hf_config
 
 
 def test_the_keys_and_the_report_load_without_torch():
-    modules = [f"training.{name}" for name in ("evaluate", "evaluate_config", "evaluate_report", "harness")]
-    command = [
-        sys.executable,
-        "-c",
-        IMPORT_WITHOUT_TORCH,
-        *modules,
-        "training.evaluate.checkpoint",
-        "training.evaluate.endpoint",
-    ]
+    names = ("command", "config", "report", "harness", "checkpoint", "endpoint")
+    command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *(f"training.evaluate.{name}" for name in names)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
 
 
