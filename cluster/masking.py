@@ -4,6 +4,7 @@ A mask recognises names ("api_key", "Authorization") and formats ("hf_...", a pr
 this process's own secret environment variables. A secret that has none of the three is not recognised.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -92,6 +93,7 @@ def mask_secrets(command: Sequence[str]) -> list[str]:
     return found
 
 
+@functools.lru_cache(4096)  # every text asks for each environment variable, every row for each key
 def is_secret(name: object) -> bool:
     """Whether this is the name of a secret: `api_key`, `HF_TOKEN`, `password`; not `tokens`, not `key`."""
     return isinstance(name, str) and re.fullmatch(_NAME, name, re.IGNORECASE) is not None

@@ -110,7 +110,7 @@ def free_ports(number: int) -> list[int]:
     asked = Path("/proc/sys/net/ipv4/ip_local_port_range")
     end = int(asked.read_text().split()[0]) if asked.exists() else 0
     quiet = range(20_000, end)
-    tries = random.SystemRandom().sample(quiet, len(quiet))
+    tries = random.Random().sample(quiet, len(quiet))
     with ExitStack() as stack:
         found: list[int] = []
         for port in [*tries, *[0] * number]:

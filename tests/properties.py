@@ -1,5 +1,10 @@
-"""How many cases a property test tries: `ASUNCION_PROPERTY_CASES`, or 1,000, which take about two seconds."""
+"""How many cases a property test tries."""
 
 import os
 
-CASES = int(os.environ.get("ASUNCION_PROPERTY_CASES", "1000"))
+USUAL = 1000  # of a property whose cases take about a millisecond
+
+
+def cases(usual: int = USUAL) -> int:
+    """`ASUNCION_PROPERTY_CASES`, of every property test, or else the usual number of this one."""
+    return int(os.environ.get("ASUNCION_PROPERTY_CASES", usual))

@@ -9,8 +9,8 @@ one device (tokens/s), the FLOPs and the least bytes that one token takes, and o
                the link does
     parity     A's share / B's share, with an interval from the runs of both (`cluster.measure.intervals`)
 
-A peak that a figure of its side exceeds is none, and two peaks that like machines measured far apart are not
-both right: nothing that rests on these is decided. Nor is anything that was measured on a busy CPU.
+A measured peak is void if a figure of its side exceeds it, or if a machine of the same name measured another
+one. Claims that rest on a void peak are not decided, nor are claims about a CPU that was busy.
 
 Peaks are the datasheet's where both sides have one, else those that `cluster.measure.probe` measured on each.
 The link is that between the ranks of a node, or the network between nodes where a figure is of several. Its

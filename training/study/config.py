@@ -146,7 +146,7 @@ def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfi
 
 
 def _shrunk(config: StudyConfig) -> StudyConfig:
-    """The miniature: the middle of each grid, the first seeds; `study_plan` adds `smoke_keys` to the runs."""
+    """In miniature: the middle of each grid, the first seeds. `training.study.plan` adds `smoke_keys`."""
     rules = {
         name: dataclasses.replace(rule, grid=_middle(rule.grid), vector_ratios=rule.vector_ratios[:1])
         for name, rule in config.rules.items()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from cluster.cli import UserError
 from serving.endpoint.text import Detokenizer, load_tokenizer, numbered_tokenizer, spell
-from tests.properties import CASES
+from tests.properties import cases
 
 TOKENIZER = numbered_tokenizer(1000)
 
@@ -148,7 +148,7 @@ def drawn_ids(name: str) -> list[int]:
 DRAWN = {name: drawn_ids(name) for name in TOKENIZERS}
 
 
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=cases(), deadline=None)
 @given(
     name=st.sampled_from(list(TOKENIZERS)),
     choices=st.binary(max_size=60),

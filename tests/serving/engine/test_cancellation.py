@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serving.engine.protocol import BrokenModel, EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
 from serving.engine.scheduler import BLOCK_TOKENS, Scheduler, Span
 from serving.engine.torch_engine import TorchEngine
-from tests.properties import CASES
+from tests.properties import cases
 
 VOCABULARY, CONTEXT, SLOTS, WAITING, NUM_BLOCKS = 17, 100, 3, 3, 7
 BAD = 13  # where a text has this token, the logits are not numbers
@@ -178,7 +178,7 @@ class Interleaving:
         return stats.running + stats.waiting > 0
 
 
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=cases(), deadline=None)
 @given(choices=st.binary(min_size=12, max_size=24))
 def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
     run = Interleaving(choices)

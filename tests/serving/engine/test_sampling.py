@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serving.engine.protocol import Sampling, Score
 from serving.engine.sampling import BROKEN, choose
-from tests.properties import CASES
+from tests.properties import cases
 
 
 class AlmostOne(random.Random):
@@ -131,7 +131,7 @@ ROWS = [
 ]
 
 
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=cases(), deadline=None)
 @given(
     rows=st.lists(st.sampled_from(ROWS), min_size=2, max_size=5),
     vocabulary=st.sampled_from((1, 2, 3, 7, 16, 33, 64, 100)),

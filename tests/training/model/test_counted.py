@@ -1,9 +1,8 @@
 """Formulas of FLOPs and bytes against what the real model and decoder do, counted on the meta device.
 
-PROPERTY_CASES=5000 runs so many cases of each instead of a few.
+ASUNCION_PROPERTY_CASES=5000 runs so many cases of each instead of a few.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,12 +23,12 @@ from serving.config import EngineConfig
 from serving.engine.decoder import TorchDecoder
 from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
 from serving.engine.torch_engine import arithmetic, describe
+from tests.properties import cases
 from training.model.llama import Llama
 from training.model.shapes import SHAPES, LlamaShape
 
-CASES = int(os.environ.get("PROPERTY_CASES", "0"))
-few = settings(max_examples=CASES or 8, deadline=None, database=None, phases=[Phase.generate])
-many = settings(few, max_examples=CASES or 100)  # of those that run no model
+few = settings(max_examples=cases(8), deadline=None, database=None, phases=[Phase.generate])
+many = settings(few, max_examples=cases(100))  # of those that run no model
 META = torch.device("meta")
 ATTENTION = ("bmm", "baddbmm")  # every other product is one with weights
 
