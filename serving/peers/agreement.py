@@ -6,7 +6,7 @@
 The endpoint is ours, over an engine whose tokens come at times known beforehand (`serving.peers.paced`), so
 that beside each figure stands the truth: the same figure of the tokens as the engine delivered them. Every
 turn has an endpoint of its own, which has answered one request before, and all requests of the tool count; a
-turn that other processes disturb is taken again, as in `serving.peers.races`. The percentiles are those that
+turn that other processes disturb is taken again (`cluster.measure.turns`). The percentiles are those that
 each tool itself reports, brought to one definition: from a request's sending to its tokens, TPOT without the
 first one.
 
@@ -38,15 +38,13 @@ from typing import Any
 
 from cluster import cli, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
-from cluster.measure import benchmark
+from cluster.measure import benchmark, turns
 from cluster.session import ROOT, free_ports
 from serving.bench.latency import PERCENTILES, Outcome, Slo, summarise
 from serving.bench.loadgen import Endpoint, Lag, over_http, run_closed, run_open
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
-from serving.peers import races
 from serving.peers.paced import CONTEXT, MODEL, VOCABULARY
-from serving.peers.races import busy_seconds, turns
 
 WHAT = "serve_agreement"  # in the baseline's name
 OURS = "ours"
@@ -307,14 +305,13 @@ def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenize
     """One turn: of ours, where there is no program. `place` is for its files. Raises `RunError`."""
     folder = Path(tempfile.mkdtemp(dir=place))
     log = folder / "engine.jsonl"
-    started, busy, own = time.monotonic(), busy_seconds(), _own_cpu_seconds()
+    bystanders, own = turns.Bystanders(), _own_cpu_seconds()
     with paced_endpoint(log) as url:
         if program is None:
             figures, lag = ours(case, url, seed=seed)
         else:
             figures, lag = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder), None
-    others = busy_seconds() - busy - (_own_cpu_seconds() - own)
-    return Turn(figures, truth(log, case), lag, max(0.0, others) / (time.monotonic() - started))
+    return Turn(figures, truth(log, case), lag, bystanders.cores(_own_cpu_seconds() - own))
 
 
 def _own_cpu_seconds() -> float:
@@ -324,8 +321,8 @@ def _own_cpu_seconds() -> float:
 
 
 def quietest(take: Callable[[], Turn]) -> Turn:
-    """As `races.quietest`. Raises `RunError`: our load generator lagged even then."""
-    best = races.quietest(take)
+    """As `turns.quietest`. Raises `RunError`: our load generator lagged even then."""
+    best = turns.quietest(take)
     if best.lag is not None:
         best.lag.require(MOST_LAG_SECONDS)
     return best
@@ -358,7 +355,7 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
         files.write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         for number, case_name in ((n, name) for n in range(num_rounds) for name in CASES):
             case = CASES[case_name]
-            for name in turns([OURS, *programs], number):
+            for name in turns.turns([OURS, *programs], number):
                 turn = quietest(
                     partial(
                         take_turn, name, programs.get(name), case,
