@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -133,27 +135,18 @@ def test_a_client_that_leaves_frees_its_slot(url, stream):
 
 
 def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url):
-    answers: list[tuple[httpx.Response, float]] = []
-
-    def ask() -> None:
-        start = time.monotonic()
-        answer = post(url, max_tokens=20)
-        answers.append((answer, time.monotonic() - start))
-
-    threads = [threading.Thread(target=ask) for _ in range(10 * (SLOTS + WAITING))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == len(threads)
-    assert {answer.status_code for answer, _ in answers} == {200, 429}
-    refused = [answer for answer, _ in answers if answer.status_code == 429]
+    with ThreadPoolExecutor(10 * (SLOTS + WAITING)) as clients:
+        asked = [clients.submit(post, url, max_tokens=20) for _ in range(10 * (SLOTS + WAITING))]
+        waiting = []
+        while not all(one.done() for one in asked):
+            waiting.append(figure(url, "waiting"))
+    answers = [one.result() for one in asked]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = [answer for answer in answers if answer.status_code == 429]
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
-    admitted = [seconds for answer, seconds in answers if answer.status_code == 200]
-    assert len(admitted) >= SLOTS + WAITING
-    # Two turns of 20 tokens of 20 ms, and the ingress; unbounded queueing would take ten turns.
-    assert max(admitted) < 4.0
+    assert len(answers) - len(refused) >= SLOTS + WAITING
+    assert max(waiting) <= WAITING  # in the engine: at most one turn of the slots
     assert post(url).status_code == 200 and figure(url, "running") == 0
 
 
@@ -267,7 +260,7 @@ def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Excepti
         with httpx.stream("POST", f"{url}/v1/completions", **streaming) as answer:
             for part in answer.iter_raw():
                 text += part
-                if process.is_running() and text.count(b"data: ") == 3:
+                if process.is_running() and text.count(b"data: ") >= 3:  # one read may bring two events
                     process.kill()
     except httpx.TransportError as error:
         raised = error
@@ -305,14 +298,32 @@ def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(ur
     assert status == 200 and replica not in replicas()
 
 
-def start(checkpoint: Path, *, port: int) -> subprocess.Popen[str]:
-    """`python -m serving.app`, beside the endpoint above."""
+@contextmanager
+def started(checkpoint: Path, *, port: int) -> Iterator[subprocess.Popen[str]]:
+    """`python -m serving.app`, beside the endpoint above. A test that fails leaves nothing of it."""
     keys = [f"model.path={checkpoint}", f"deployment.port={port}", "deployment.cpus=1"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "serving.app", *keys],
         cwd=checkpoint.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                below = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
+                psutil.wait_procs(below, timeout=30)
+                process.kill()
+
+
+def with_torch(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with suppress(OSError):  # it has ended since
+            found += [process] if "libtorch" in Path(f"/proc/{process.pid}/maps").read_text() else []
+    return found
 
 
 def tiny_checkpoint(folder: Path) -> Path:
@@ -333,8 +344,8 @@ def tiny_checkpoint(folder: Path) -> Path:
 def test_a_checkpoint_that_cannot_be_read_is_one_message(tmp_path):
     file = tiny_checkpoint(tmp_path / "tiny") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    process = start(file.parent, port=free_ports(1)[0])
-    _, errors = process.communicate(timeout=120)
+    with started(file.parent, port=free_ports(1)[0]) as process:
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "model.safetensors" in line and "copy it again" in line
@@ -343,19 +354,20 @@ def test_a_checkpoint_that_cannot_be_read_is_one_message(tmp_path):
 
 def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     [port] = free_ports(1)
-    process = start(tiny_checkpoint(tmp_path / "tiny"), port=port)
-    assert process.stdout is not None
-    lines = iter(process.stdout.readline, "")
-    assert next(line for line in lines if "serving at" in line).strip().endswith("until Ctrl-C")
-    answer = post(f"http://127.0.0.1:{port}", model="tiny", prompt="a ship", max_tokens=5, ignore_eos=True)
-    assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
-    below = psutil.Process(process.pid).children(recursive=True)
-    with_torch = [one for one in below if "libtorch" in Path(f"/proc/{one.pid}/maps").read_text()]
-    assert ["serving.engine.process" in one.cmdline() for one in with_torch] == [True]  # HTTP needs none
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
-    process.communicate(timeout=30)
+    with started(tiny_checkpoint(tmp_path / "tiny"), port=port) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert next(line for line in lines if "serving at" in line).strip().endswith("until Ctrl-C")
+        asked = {"model": "tiny", "prompt": "a ship", "max_tokens": 5, "ignore_eos": True}
+        answer = post(f"http://127.0.0.1:{port}", **asked)
+        assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
+        below = psutil.Process(process.pid).children(recursive=True)
+        # HTTP needs no torch.
+        assert ["serving.engine.process" in one.cmdline() for one in with_torch(below)] == [True]
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
+        process.communicate(timeout=30)
     assert process.returncode == 130
     _, alive = psutil.wait_procs(below, timeout=10)
     assert alive == []

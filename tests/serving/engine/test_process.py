@@ -47,11 +47,11 @@ def counting() -> Iterator[EngineProcess]:
 
 
 def processes() -> list[psutil.Process]:
-    """Those of engines, each below its guard."""
+    """Those of this process's engines, each below its guard. Ray's replicas have others, deeper down."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for guard in psutil.Process().children():
         with suppress(psutil.Error):  # it has just ended
-            found += [process] if "serving.engine.process" in process.cmdline() else []
+            found += [one for one in guard.children() if "serving.engine.process" in one.cmdline()]
     return found
 
 
