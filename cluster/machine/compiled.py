@@ -1,7 +1,6 @@
 """C++ beside a module: compiled at first use, or not with a reason. An x86-64 CPU with AVX2 is needed.
 
-One source serves two tiers of vectors (cluster/machine/simd.h), and a third in which it may multiply by tiles. The
-best that the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the
+One source serves two tiers of vectors (simd.h), and a third in which it may multiply by tiles. The best that the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the
 lowest tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name
 that changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 

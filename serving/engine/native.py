@@ -1,4 +1,4 @@
-"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better. See `cluster.machine.compiled`."""
+"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better (see `machine.compiled`)."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""The process group of Ray Train's workers: it listens on the node's address alone (`cluster.machine.rendezvous`)."""
+"""The process group of Ray Train's workers: it listens on the node's address alone."""
 
 from datetime import timedelta
 from typing import Any
