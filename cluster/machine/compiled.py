@@ -127,8 +127,8 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
 def _close_to_others(folder: Path) -> None:
     """Make the folder if it is missing, and let nobody else write it. Raises `OSError`: it is not ours.
 
-    Unlike `private.make_folder` it mends a folder that others can write to, and takes any folder above it: each
-    library is looked at before it is loaded.
+    Unlike `private.make_folder` it mends a folder that others can write to, and takes any folder above it:
+    each library is checked before it is loaded.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (owner := folder.stat().st_uid) != os.geteuid():
