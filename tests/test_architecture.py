@@ -74,6 +74,7 @@ HOMES = {  # library or call -> the only modules that may use it
 }
 
 TORCH_FREE = (
+    "cluster.endpoint_client",
     "cluster.measure.benchmark",
     "cluster.measure.hardware",
     "cluster.measure.probe",

@@ -13,27 +13,26 @@ import json
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cluster import cli, files, process, provenance
+from cluster import cli, endpoint_client, files, process, provenance
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark, hardware
 from cluster.record import Record
 from cluster.session import ROOT
 from serving import config as serving_config
 from serving.bench import report
 from serving.bench.latency import Outcome, Slo, summarise
-from serving.bench.loadgen import Endpoint, Lag, over_http, run_closed, run_open
+from serving.bench.loadgen import Lag, over_http, run_closed, run_open
 from serving.bench.workload import Planned, arrivals, from_conversations, from_trace, lengths, synthetic
 from serving.checkpoints import find
-from serving.config import ServeConfig
+from serving.config import LoadConfig, ServeConfig
 from serving.deployment import serving
 from serving.endpoint.text import TOKENIZER_FILE, load_tokenizer
 from serving.peers import overhead, races
@@ -119,7 +118,7 @@ class Bench:
     """What has been measured so far, and where it is written."""
 
     config: ServeConfig
-    url: str
+    endpoint: Endpoint
     model: dict[str, Any]
     requests: TextIO
     record: Record
@@ -177,9 +176,8 @@ class Bench:
             self.requests.write(json.dumps({**about, **asdict(outcome)}) + "\n")
             self.requests.flush()
 
-        endpoint = Endpoint(self.url, self.model["id"], load.timeout_seconds, greedy=load.greedy)
         began = time.process_time(), time.perf_counter()
-        lag = asyncio.run(_send(plan, endpoint, concurrency, observe))
+        lag = asyncio.run(_send(plan, self.endpoint, load, concurrency, observe))
         cores = (time.process_time() - began[0]) / (time.perf_counter() - began[1])
         counted = [outcome for outcome in outcomes if outcome.index >= load.warm_up]
         point: dict[str, Any] = {
@@ -204,8 +202,10 @@ class Bench:
         return point, counted
 
 
-async def _send(plan: Sequence[Planned], endpoint: Endpoint, concurrency: int | None, observe: Any) -> Lag:
-    async with over_http(endpoint) as send:
+async def _send(
+    plan: Sequence[Planned], endpoint: Endpoint, load: LoadConfig, concurrency: int | None, observe: Any
+) -> Lag:
+    async with over_http(endpoint, timeout_seconds=load.timeout_seconds, greedy=load.greedy) as send:
         if concurrency is None:
             return await run_open(plan, send, observe=observe)
         return await run_closed(plan, send, concurrency=concurrency, observe=observe)
@@ -220,12 +220,12 @@ def finish(summary: dict[str, Any]) -> None:
 
 def run(config: ServeConfig, url: str) -> dict[str, Any]:
     """Measure an endpoint, report, and return the summary."""
-    model = _model(url, config.bench.target_model)
+    endpoint, model = _find_model(url, config.bench.target_model)
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         print(report.describe(model["engine_info"], ceiling), flush=True)
     directory = (Path(config.bench.directory) / config.bench.name).absolute()
-    with _bench(config, url, model, directory) as bench:
+    with _bench(config, endpoint, model, directory) as bench:
         try:
             _measure_all(bench)
         except KeyboardInterrupt:  # what was measured is shown, but no summary.json: that is of whole runs
@@ -253,7 +253,9 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
 
 
 @contextmanager
-def _bench(config: ServeConfig, url: str, model: dict[str, Any], directory: Path) -> Iterator[Bench]:
+def _bench(
+    config: ServeConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path
+) -> Iterator[Bench]:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "config.yaml", layered.to_yaml(config))
     record = Record.open(
@@ -267,7 +269,7 @@ def _bench(config: ServeConfig, url: str, model: dict[str, Any], directory: Path
         resume_step=None,
     )
     with record, (directory / "requests.jsonl").open("w") as requests:
-        yield Bench(config, url, model, requests, record)
+        yield Bench(config, endpoint, model, requests, record)
 
 
 def _measure_all(bench: Bench) -> None:
@@ -346,24 +348,14 @@ def _tokenizer(config: ServeConfig) -> Any:
 # --- about the endpoint -----------------------------------------------------------------------------------
 
 
-def _model(url: str, name: str | None) -> dict[str, Any]:
-    """The endpoint's model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours)."""
-    try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
-            listed = json.load(answer)["data"]
-    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"bench.target: {url}/v1/models gives no list of models ({error})") from error
-    chosen = [model for model in listed if name in (None, model["id"])]
-    if not chosen:
-        raise UserError(
-            f"bench.target_model: {url} serves {', '.join(m['id'] for m in listed)}, not {name!r}"
-        )
-    model = chosen[0]
-    info = model.get("engine_info")
+def _find_model(url: str, name: str | None) -> tuple[Endpoint, dict[str, Any]]:
+    """The endpoint, and its model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours)."""
+    endpoint, listed = endpoint_client.find(url, model=name, key="bench.target")
+    info = listed.get("engine_info")
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
-    return {
-        "id": model["id"],
-        "max_model_len": model.get("max_model_len") or 2048,
+    return endpoint, {
+        "id": endpoint.model,
+        "max_model_len": endpoint.context_tokens or 2048,
         "vocab_size": info["vocab_size"] if info else 256,
         "engine_info": info,
     }

@@ -27,8 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -36,12 +34,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, process
+from cluster import cli, endpoint_client, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
+from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark
 from cluster.session import ROOT, free_ports
 from serving.bench.latency import PERCENTILES, Outcome, Slo, summarise
-from serving.bench.loadgen import Endpoint, Lag, over_http, run_closed, run_open
+from serving.bench.loadgen import Lag, over_http, run_closed, run_open
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
 from serving.peers import races
@@ -206,30 +205,15 @@ def paced_endpoint(log: Path) -> Iterator[str]:
         endpoint = process.Child(command, cwd=ROOT, stderr=stream)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _healthy(url):
+        while not endpoint_client.answers(f"{url}/health"):
             if endpoint.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"the paced endpoint did not start:\n{_tail(said)}")
             time.sleep(0.05)
-        _ask(url)
+        first = {"model": MODEL, "prompt": "hello", "max_tokens": 2, "stream": True}
+        endpoint_client.exchange(f"{url}/v1/completions", first, seconds=REQUEST_SECONDS)
         yield url
     finally:
         endpoint.end(STOP_SECONDS)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _ask(url: str) -> None:
-    body = {"model": MODEL, "prompt": "hello", "max_tokens": 2, "stream": True}
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
-        answer.read()
 
 
 def truth(log: Path, case: Case) -> Figures:
@@ -255,7 +239,7 @@ def ours(case: Case, url: str, *, seed: int) -> tuple[Figures, Lag]:
     outcomes: list[Outcome] = []
 
     async def load() -> Lag:
-        async with over_http(Endpoint(url, MODEL, REQUEST_SECONDS)) as send:
+        async with over_http(Endpoint(f"{url}/v1", MODEL), timeout_seconds=REQUEST_SECONDS) as send:
             if case.concurrency is None:
                 return await run_open(plan, send, observe=outcomes.append)
             return await run_closed(plan, send, concurrency=case.concurrency, observe=outcomes.append)

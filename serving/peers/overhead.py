@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.cli import RunError
+from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark
 from serving import checkpoints
 from serving.bench.latency import Outcome, Slo, summarise
-from serving.bench.loadgen import Endpoint, Send, over_http, run_closed, to_engine
+from serving.bench.loadgen import Send, over_http, run_closed, to_engine
 from serving.bench.workload import Planned, lengths, synthetic
 from serving.config import ServeConfig
 from serving.deployment import serving
@@ -106,7 +107,7 @@ async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, 
     if url is None:
         await run(to_engine(engine))
     else:
-        async with over_http(Endpoint(url, model, timeout_seconds=300.0)) as send:
+        async with over_http(Endpoint(f"{url}/v1", model), timeout_seconds=300.0) as send:
             await run(send)
     if errors := {outcome.error for outcome in outcomes if outcome.error is not None}:
         way = "directly" if url is None else "through Serve"
