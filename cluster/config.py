@@ -9,7 +9,7 @@ A configuration is recorded, printed and sent to W&B. So it reads nothing outsid
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -27,11 +27,78 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key or file and the remedy."""
 
 
-def key(default: Any, doc: str) -> Any:
-    """A dataclass field with a default (a class is its own default_factory) and a help text."""
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The values that a key allows: bounds of a number, choices, or the form of a text. Null always passes.
+
+    Of a list, each item is meant.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Collection[Any] = ()
+    pattern: tuple[str, str] | None = None  # a regular expression, and what a text that it refuses lacks
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is refused, or None. Null passes, NaN does not pass a bound."""
+        if isinstance(value, list | tuple):
+            return next(filter(None, map(self.problem, value)), None)
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return f"{value!r} is not one of: {_listed(self.choices)}"
+        if self.pattern and not re.fullmatch(self.pattern[0], value):
+            return f"{value!r} {self.pattern[1]}"
+        within = (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        return None if within else f"must {self._bounds()}, not {value}"
+
+    def _bounds(self) -> str:
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        if low is not None and high is not None:
+            if self.above is None and self.below is None:
+                return f"lie between {low} and {high}"
+            left, right = "[" if self.above is None else "(", "]" if self.below is None else ")"
+            return f"lie in {left}{low}, {high}{right}"
+        if low is None:
+            return f"be {'at most' if self.below is None else 'below'} {high}"
+        if self.above is None:
+            return f"be at least {low}" if low else "not be negative"
+        return f"be above {low}" if low else "be positive"
+
+    def __str__(self) -> str:
+        """For a help text: "at least 1", "one of: x, y"; empty where everything is allowed."""
+        if self.choices:
+            return f"one of: {_listed(self.choices)}"
+        bounded = any(bound is not None for bound in (self.least, self.most, self.above, self.below))
+        return re.sub(r"\b(be|lie) ", "", self._bounds()) if bounded else ""
+
+
+def _listed(choices: Collection[Any]) -> str:
+    return ", ".join(map(str, sorted(choices)))
+
+
+def key(default: Any, doc: str, **allowed: Any) -> Any:
+    r"""A dataclass field: a key of a configuration.
+
+    Args:
+        default: a class is its own default_factory.
+        doc: the help text. `--help` adds what is allowed.
+        allowed: fields of `Allowed`: least=1, above=0, most=1, below=1, choices=("x", "y"), or
+            pattern=(r"\w+", "must be letters"). `load` checks them before it makes any section, so that a
+            `__post_init__` sees allowed values only.
+    """
+    metadata = {"doc": doc, "allowed": Allowed(**allowed)}
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata={"doc": doc})
-    return dataclasses.field(default=default, metadata={"doc": doc})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def require(condition: bool, name: str, problem: str) -> None:
@@ -42,7 +109,20 @@ def require(condition: bool, name: str, problem: str) -> None:
 
 def require_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise a `ConfigError` unless `value` is one of `choices`."""
-    require(value in choices, name, f"{value!r} is not one of: {', '.join(sorted(choices))}")
+    require(value in choices, name, f"{value!r} is not one of: {_listed(choices)}")
+
+
+def check(schema: Any, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise a `ConfigError` about the first key of `values` whose value its schema does not allow."""
+    for field in dataclasses.fields(schema):
+        value, name = values[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            check(field.type, value, f"{name}.")
+        elif isinstance(value, dict) and dataclasses.is_dataclass(_item_type(field.type)):
+            for part, item in value.items():
+                check(_item_type(field.type), item, f"{name}.{part}.")
+        elif problem := field.metadata.get("allowed", Allowed()).problem(value):
+            raise ConfigError(f"{name}: {problem}")
 
 
 def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = ()) -> T:
@@ -62,6 +142,7 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
             problem = _misused_section(schema, layer) or _explain(error, schema)
             raise ConfigError(f"{origin}: {problem}") from error
     try:
+        check(schema, OmegaConf.to_container(merged, resolve=True))  # type: ignore[arg-type]
         found: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
@@ -171,7 +252,8 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{name}.")
         else:
-            yield name, value, field.metadata.get("doc", "")
+            doc, allowed = field.metadata.get("doc", ""), str(field.metadata.get("allowed", ""))
+            yield name, value, f"{doc} ({allowed})" if allowed else doc
 
 
 def to_dict(config: Any) -> dict[str, Any]:

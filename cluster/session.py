@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import private
-from cluster.config import ConfigError, key, require
+from cluster.config import ConfigError, key
 from cluster.head.reap import processes
 from cluster.process import no_leftovers
 
@@ -57,10 +57,7 @@ HAPROXY = "haproxy"
 @dataclass(frozen=True)
 class SessionConfig:
     address: str = key("local", "'local' starts an embedded Ray; 'auto' or host:port joins a running cluster")
-    object_store_megabytes: int = key(200, "local: size of the shared-memory object store")
-
-    def __post_init__(self) -> None:
-        require(self.object_store_megabytes >= 80, "session.object_store_megabytes", "must be at least 80")
+    object_store_megabytes: int = key(200, "local: size of the shared-memory object store", least=80)
 
 
 def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:

@@ -16,8 +16,6 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +25,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import Histogram as Buckets
 
+from cluster import endpoint_client
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.process import no_leftovers
 from cluster.session import (
@@ -297,19 +296,12 @@ def _wait(url: str) -> None:
                     raise RunError(f"the model cannot be served: {_reason(deployment.message)}")
             if application.status == "DEPLOY_FAILED":
                 raise RunError(f"the model cannot be served: {_reason(application.message)}")
-        if _answers(f"{url}/v1/models"):  # vLLM has no /health
+        # Until a replica is there, HAProxy says 404 or 503. vLLM has no /health.
+        if endpoint_client.answers(f"{url}/v1/models"):
             return
         if time.monotonic() > deadline:
             raise RunError(f"{url}: no answer within {READY_SECONDS:g} s; see Ray's logs of the replicas")
         time.sleep(POLL_SECONDS)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):  # not yet: HAProxy says 404 or 503 until a replica is there
-        return False
 
 
 def _reason(message: str) -> str:

@@ -63,12 +63,26 @@ def test_the_1b4_dry_run_says_what_readme_promises() -> None:
         assert part in done.stdout
 
 
-def test_the_file_tree_is_complete() -> None:
-    tree = README[README.index("## The files") :]
-    for room in ("cluster", "optim", "training"):
-        for file in (ROOT / room).rglob("*.py"):
-            if not file.name.startswith("__"):
-                assert f"  {file.name} " in tree, f"{room}/{file.name} is not in README's file tree"
+def mapped(readme: Path) -> set[str]:
+    """Paths without .py, from the first block: `a, b   what they do`, and `folder/   c, d: what they do`."""
+    paths = set()
+    for line in re.findall(r"```\n(.*?)```", readme.read_text(), flags=re.DOTALL)[0].splitlines():
+        first, _, rest = line.strip().partition(" ")
+        folder = first if first.endswith("/") else ""
+        names = rest.partition(":")[0] if folder else re.split(r"\s{2,}", line.strip())[0]
+        paths |= {f"{folder}{name.strip()}" for name in names.split(",")}
+    return paths
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_map_of_a_room_is_complete(room: str) -> None:
+    folder = ROOT / room
+    files = {str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.py")}
+    names = mapped(folder / "README.md")
+    missing = {file for file in files if not Path(file).name.startswith("__")} - names
+    assert missing == set(), f"{room}/README.md: name these files in the map at its top"
+    gone = {name for name in names - files if not (folder / name).is_file()}
+    assert gone == set(), f"{room}/README.md: its map names files that are not there"
 
 
 @pytest.mark.parametrize("readme", ["README.md", *(f"{room}/README.md" for room in ROOMS)])

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import ipaddress
 import json
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -27,104 +26,102 @@ HEADER = "# sha256 of all below: "
 PRIVATE = Path(__file__).parents[1] / "private.py"
 AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
 CODE = ("cluster", "optim", "training", "serving", "pyproject.toml", "constraints.txt")  # what nodes need
+ABSOLUTE = (  # without /./ and /../
+    r"(/(?!\.{1,2}(/|$))[A-Za-z0-9_.-]+)+",
+    "must be an absolute path of letters, digits, '_', '.' and '-'",
+)
 
 
 @dataclass(frozen=True)
 class SshConfig:
-    user: str = key("research", "user on every node; set-up needs no other rights")
+    user: str = key(
+        "research",
+        "user on every node; set-up needs no other rights",
+        pattern=(r"[A-Za-z_][A-Za-z0-9_.-]*", "is not a user name"),
+    )
     key: str = key(
         "~/.ssh/id_ed25519",
         "private key of this laptop. `make up` never copies it; Ray's own `ray up` copies it to the head",
+        pattern=(r"[\w./~@+=,][\w./~@+=,-]*", "must be a path of letters, digits and . / ~ @ + = , _ -"),
     )
-
-    def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", self.user) is not None
-        require(plain, "ssh.user", f"{self.user!r} is no user name")
-        plain = re.fullmatch(r"[\w./~@+=,][\w./~@+=,-]*", self.key) is not None
-        require(plain, "ssh.key", f"{self.key!r} must be a path of letters, digits and . / ~ @ + = , _ -")
 
 
 @dataclass(frozen=True)
 class PortsConfig:
-    gcs: int = key(6379, "Ray's control port on the head, which the workers reach")
-    dashboard: int = key(8265, "Ray's dashboard and job server on the head, bound to loopback")
-
-    def __post_init__(self) -> None:
-        for name in ("gcs", "dashboard"):
-            require(1024 <= getattr(self, name) <= 65535, f"ports.{name}", "must lie in 1024..65535")
+    gcs: int = key(6379, "Ray's control port on the head, which the workers reach", least=1024, most=65535)
+    dashboard: int = key(
+        8265, "Ray's dashboard and job server on the head, bound to loopback", least=1024, most=65535
+    )
 
 
 @dataclass(frozen=True)
 class NodeConfig:
-    gpus: int = key(8, "GPUs of every node; 0 for a site without")
-    accelerator: str = key("A40", "Ray accelerator type of the GPUs")
-    cpus: int | None = key(None, "CPUs that Ray hands out per node; null: all")
-    memory_gb: float | None = key(None, "memory that Ray hands out per node, GB; null: 70% of it")
-    object_store_gb: float | None = key(None, "Ray's object store per node, GB; null: 30% of the memory")
+    gpus: int = key(8, "GPUs of every node; 0 for a site without", least=0, most=64)
+    accelerator: str = key(
+        "A40",
+        "Ray accelerator type of the GPUs",
+        pattern=(r"[A-Za-z0-9][A-Za-z0-9-]*", "is not an accelerator type of Ray, such as A40"),
+    )
+    cpus: int | None = key(None, "CPUs that Ray hands out per node; null: all", least=1)
+    memory_gb: float | None = key(None, "memory that Ray hands out per node, GB; null: 70% of it", least=0.5)
+    object_store_gb: float | None = key(
+        None, "Ray's object store per node, GB; null: 30% of the memory. Ray itself needs 0.08", least=0.08
+    )
     interface: str | None = key(
-        None, "network interface between the nodes; null: NCCL takes any but loopback and docker"
+        None,
+        "network interface between the nodes; null: NCCL takes any but loopback and docker",
+        pattern=(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{,14}", "is not the name of a network interface"),
     )
     infiniband: bool = key(False, "whether the nodes have InfiniBand or RoCE")
-
-    def __post_init__(self) -> None:
-        require(0 <= self.gpus <= 64, "node.gpus", "must lie in 0..64")
-        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", self.accelerator) is not None
-        require(plain, "node.accelerator", f"{self.accelerator!r} is no accelerator type of Ray, such as A40")
-        require(self.cpus is None or self.cpus >= 1, "node.cpus", "must be at least 1")
-        require(self.memory_gb is None or self.memory_gb >= 0.5, "node.memory_gb", "must be at least 0.5")
-        enough = self.object_store_gb is None or self.object_store_gb >= 0.08
-        require(enough, "node.object_store_gb", "must be at least 0.08, which Ray insists on")
-        plain = (
-            self.interface is None
-            or re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{,14}", self.interface) is not None
-        )
-        require(plain, "node.interface", f"{self.interface!r} is no name of a network interface")
 
 
 @dataclass(frozen=True)
 class Inventory:
     """A site: its nodes, and where things lie on them."""
 
-    name: str = key("asuncion", "the cluster, in file names and in messages")
+    name: str = key(
+        "asuncion",
+        "the cluster, in file names and in messages",
+        pattern=(r"[A-Za-z0-9][A-Za-z0-9_-]{0,30}", "must be at most 31 letters, digits, '-' and '_'"),
+    )
     head: str = key("", "IPv4 address of the head node, as the workers reach it")
     external_head: str | None = key(
-        None, "address or name of the head as the laptop reaches it; null: the same"
+        None,
+        "address or name of the head as the laptop reaches it; null: the same",
+        pattern=(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "is neither an address nor a host name"),
     )
     workers: tuple[str, ...] = key((), "IPv4 addresses of the other nodes, as the head reaches them")
     ssh: SshConfig = key(SshConfig, "")
     ports: PortsConfig = key(PortsConfig, "")
     node: NodeConfig = key(NodeConfig, "")
-    scratch: str = key("/scratch/asuncion", "folder on each node's own disk: code, environment")
-    storage: str = key("/storage/asuncion", "folder on storage that all nodes share: data, runs, checkpoints")
+    scratch: str = key(
+        "/scratch/asuncion", "folder on each node's own disk: code, environment", pattern=ABSOLUTE
+    )
+    storage: str = key(
+        "/storage/asuncion",
+        "folder on storage that all nodes share: data, runs, checkpoints",
+        pattern=ABSOLUTE,
+    )
     preflight: tuple[str, ...] = key(
         (), "keys of cluster/preflight/command.py that differ here: limits.of_median=0.9"
     )
-    python: str = key("python3", "Python 3.11 or 3.12 on every node, from which the environment is made")
+    python: str = key(
+        "python3",
+        "Python 3.11 or 3.12 on every node, from which the environment is made",
+        pattern=(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", "is not a command"),
+    )
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,30}", self.name) is not None
-        require(plain, "name", f"{self.name!r} must be at most 31 letters, digits, '-' and '_'")
         require(bool(self.head), "head", "is missing: the address of the head node")
         for name, address in (("head", self.head), *(("workers", worker) for worker in self.workers)):
-            require(_is_ipv4(address), name, f"{address!r} is no IPv4 address")
-        plain = (
-            re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", self.external_head or "x") is not None
-        )
-        require(plain, "external_head", f"{self.external_head!r} is neither an address nor a host name")
+            require(_is_ipv4(address), name, f"{address!r} is not an IPv4 address")
         twice = {address for address in self.nodes if self.nodes.count(address) > 1}
         require(not twice, "workers", f"{', '.join(sorted(twice))} named twice (the head is no worker)")
-        for name in ("scratch", "storage"):
-            path = getattr(self, name)
-            plain = re.fullmatch(r"/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", path) is not None
-            plain = plain and not {".", ".."} & set(path.split("/"))
-            require(plain, name, f"{path!r} must be an absolute path of letters, digits, '_', '.' and '-'")
         short = len(f"{self.scratch}/ray") <= LONGEST_FOLDER
         require(
             short, "scratch", f"must be at most {LONGEST_FOLDER - 4} bytes long: Ray's sockets lie below it"
         )
         require(self.scratch != self.storage, "storage", "must be another folder than scratch")
-        plain = re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", self.python) is not None
-        require(plain, "python", f"{self.python!r} is no command")
         for text in self.preflight:
             require(text.isprintable(), "preflight", f"{text!r} has characters that cannot be printed")
 

@@ -19,7 +19,7 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
-from cluster.config import key, require
+from cluster.config import key
 from cluster.preflight.inspection import Inspector, Rank
 from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, table
 from cluster.session import SessionConfig, ray_session
@@ -30,15 +30,9 @@ CLOCK_READINGS = 5  # of which the one with the shortest round trip counts
 
 @dataclass(frozen=True)
 class SizeConfig:
-    disk_megabytes: int = key(256, "file that is written and read on each disk")
-    link_megabytes: int | None = key(None, "buffer of a collective; null: 256 on GPUs, 16 on CPUs")
-    repeats: int = key(5, "of each measurement")
-
-    def __post_init__(self) -> None:
-        require(self.disk_megabytes >= 4, "size.disk_megabytes", "must be at least 4")
-        require(self.repeats >= 1, "size.repeats", "must be at least 1")
-        least = self.link_megabytes is None or self.link_megabytes >= 1
-        require(least, "size.link_megabytes", "must be at least 1")
+    disk_megabytes: int = key(256, "file that is written and read on each disk", least=4)
+    link_megabytes: int | None = key(None, "buffer of a collective; null: 256 on GPUs, 16 on CPUs", least=1)
+    repeats: int = key(5, "of each measurement", least=1)
 
 
 @dataclass(frozen=True)

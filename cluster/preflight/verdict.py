@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config import key, require
+from cluster import display
+from cluster.config import key
 from cluster.measure import hardware
 
 RATES = {"product_tflops": "TFLOP/s", "copy_gb_per_s": "GB/s"}  # of `probe.Ceilings`
@@ -22,17 +23,15 @@ class ExpectConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    scratch_free_gb: float = key(20.0, "least free space on each node's own disk, GB")
-    storage_free_gb: float = key(50.0, "least free space on the shared storage, GB")
-    clock_skew_seconds: float = key(1.0, "largest difference to this machine's clock")
-    of_median: float = key(0.85, "a node below this share of the nodes' median is an outlier")
-    of_datasheet: float = key(0.6, "a GPU below this share of its datasheet's FLOP/s or GB/s is unsound")
-
-    def __post_init__(self) -> None:
-        for name in ("of_median", "of_datasheet"):
-            require(0 <= getattr(self, name) <= 1, f"limits.{name}", "must lie between 0 and 1")
-        for name in ("scratch_free_gb", "storage_free_gb", "clock_skew_seconds"):
-            require(getattr(self, name) >= 0, f"limits.{name}", "must not be negative")
+    scratch_free_gb: float = key(20.0, "least free space on each node's own disk, GB", least=0)
+    storage_free_gb: float = key(50.0, "least free space on the shared storage, GB", least=0)
+    clock_skew_seconds: float = key(1.0, "largest difference to this machine's clock", least=0)
+    of_median: float = key(
+        0.85, "a node below this share of the nodes' median is an outlier", least=0, most=1
+    )
+    of_datasheet: float = key(
+        0.6, "a GPU below this share of its datasheet's FLOP/s or GB/s is unsound", least=0, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -206,16 +205,13 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
 
 def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
     """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
-    rows: list[Sequence[str]] = [COLUMNS]
+    rows = []
     for node, facts in found["nodes"].items():
         rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
         cells = (node, str(len(facts["gpus"])), *(f"{min(each):.3g}" if each else "-" for each in rates))
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = [display.table(COLUMNS, rows)]
     for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
         if links and "problem" not in links:
             reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))

@@ -12,19 +12,21 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
+from cluster import endpoint_client
 from cluster.cli import RunError
-from serving.bench.latency import Outcome, percentile
+from cluster.endpoint_client import Endpoint
+from serving.bench.latency import RequestOutcome, percentile
 from serving.bench.workload import Planned
 from serving.engine.protocol import Engine, EngineFailed, Overloaded, Sampling, Stream
 
 HEARTBEAT_SECONDS = 0.005
 OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # what this machine has run out of
-Observe = Callable[[Outcome], None]
+Observe = Callable[[RequestOutcome], None]
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,9 @@ class Lag:
             )
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where requests go.
-
-    Attributes:
-        url: without /v1.
-        timeout_seconds: for one request, from its sending to its end.
-        greedy: temperature 0; else 1 with a seed for each request.
-    """
-
-    url: str
-    model: str
-    timeout_seconds: float
-    greedy: bool = True
-
-
 # Send a request that was due at `scheduled` and wait for its end; a clock's reading `start` is time 0 of the
 # outcome. Errors are outcomes, but for those of this machine: a `RunError`.
-Send = Callable[[Planned, int, float, float], Awaitable[Outcome]]
+Send = Callable[[Planned, int, float, float], Awaitable[RequestOutcome]]
 
 
 async def run_open(plan: Sequence[Planned], send: Send, *, observe: Observe) -> Lag:
@@ -107,17 +93,37 @@ async def run_closed(plan: Sequence[Planned], send: Send, *, concurrency: int, o
 
 
 @asynccontextmanager
-async def over_http(endpoint: Endpoint) -> AsyncIterator[Send]:
-    """What sends requests to an endpoint, over connections that are kept."""
+async def over_http(
+    endpoint: Endpoint, *, timeout_seconds: float, greedy: bool = True
+) -> AsyncIterator[Send]:
+    """What sends requests to an endpoint, over connections that are kept.
+
+    Args:
+        timeout_seconds: for one request, from its sending to its end.
+        greedy: temperature 0; else 1 with a seed for each request.
+    """
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),  # aiohttp would queue what exceeds 100 connections
-        timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
+        timeout=aiohttp.ClientTimeout(total=timeout_seconds),
+        headers=endpoint_client.headers(),
         read_bufsize=1 << 20,
     )
     async with session:
 
-        async def send(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
-            return await _post(session, endpoint, planned, index, scheduled, start)
+        async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
+            body = {
+                "model": endpoint.model,
+                "prompt": planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt),
+                "max_tokens": planned.max_tokens,
+                "temperature": 0 if greedy else 1,
+                "seed": index,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "ignore_eos": True,
+            }
+            sent = time.perf_counter()
+            answer = await _post(session, f"{endpoint.url}/completions", body)
+            return _outcome(planned, index, answer, scheduled=scheduled, sent=sent, start=start)
 
         yield send
 
@@ -125,7 +131,7 @@ async def over_http(endpoint: Endpoint) -> AsyncIterator[Send]:
 def to_engine(engine: Engine) -> Send:
     """What hands requests to an engine in this process, with nothing between."""
 
-    async def send(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
+    async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
         assert not isinstance(planned.prompt, str)
         sampling = Sampling(max_tokens=planned.max_tokens, temperature=0.0, ignore_eos=True)
         sent, tokens, error = time.perf_counter(), [], None
@@ -136,7 +142,7 @@ def to_engine(engine: Engine) -> Send:
             error = "overloaded"
         except EngineFailed:
             error = "engine failed"
-        return Outcome(
+        return RequestOutcome(
             index=index,
             scheduled=scheduled - start,
             sent=sent - start,
@@ -150,59 +156,58 @@ def to_engine(engine: Engine) -> Send:
     return send
 
 
-async def _post(
-    session: aiohttp.ClientSession,
-    endpoint: Endpoint,
-    planned: Planned,
-    index: int,
-    scheduled: float,
-    start: float,
-) -> Outcome:
-    body = {
-        "model": endpoint.model,
-        "prompt": planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt),
-        "max_tokens": planned.max_tokens,
-        "temperature": 0 if endpoint.greedy else 1,
-        "seed": index,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "ignore_eos": True,
-    }
-    sent = time.perf_counter()
-    tokens: list[float] = []
-    usage: dict[str, int] = {}
+@dataclass
+class _Streamed:
+    """An answer as it came: when each token arrived, the server's counts, what went wrong, when it ended."""
+
+    tokens: list[float] = field(default_factory=list)
+    usage: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    ended: float = 0.0
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> _Streamed:
+    """Send one request and read its answer. Raises `RunError`: this machine has no connection left."""
+    streamed = _Streamed()
     try:
-        async with session.post(f"{endpoint.url}/v1/completions", json=body) as answer:
+        async with session.post(url, json=body) as answer:
             if answer.status != 200:
-                error = f"HTTP {answer.status}"
+                streamed.error = f"HTTP {answer.status}"
             else:
-                error = await _read(answer, tokens, usage)
+                streamed.error = await _read(answer, streamed.tokens, streamed.usage)
     except TimeoutError:
-        error = "timeout"
+        streamed.error = "timeout"
     except (aiohttp.ClientPayloadError, ConnectionError):
-        error = "broken off"
+        streamed.error = "broken off"
     except (ValueError, KeyError):
-        error = "malformed event"
+        streamed.error = "malformed event"
     except aiohttp.ClientError as problem:
         if isinstance(problem, OSError) and problem.errno in OURS:
             raise RunError(
                 f"the load generator cannot open another connection ({problem.strerror}), which is no fault "
                 "of the server; raise the limit (ulimit -n), or lower the load"
             ) from problem
-        error = f"connection: {type(problem).__name__}"
-    asked, got = planned.max_tokens, usage.get("completion_tokens", planned.max_tokens)
-    if error is None and got != asked:  # ignore_eos was asked for, so that lengths are exact
+        streamed.error = f"connection: {type(problem).__name__}"
+    streamed.ended = time.perf_counter()
+    return streamed
+
+
+def _outcome(
+    planned: Planned, index: int, answer: _Streamed, *, scheduled: float, sent: float, start: float
+) -> RequestOutcome:
+    asked, got = planned.max_tokens, answer.usage.get("completion_tokens", planned.max_tokens)
+    error = answer.error
+    if error is None and got != asked:  # ignore_eos was set, so that lengths are exact
         error = f"{got} of {asked} tokens"
     size = len(planned.prompt) if not isinstance(planned.prompt, str) else 0
-    return Outcome(
+    return RequestOutcome(
         index=index,
         scheduled=scheduled - start,
         sent=sent - start,
-        tokens=tuple(moment - start for moment in tokens),
-        ended=time.perf_counter() - start,
-        prompt_tokens=usage.get("prompt_tokens", size),
-        output_tokens=usage.get("completion_tokens", len(tokens)),
+        tokens=tuple(moment - start for moment in answer.tokens),
+        ended=answer.ended - start,
+        prompt_tokens=answer.usage.get("prompt_tokens", size),
+        output_tokens=answer.usage.get("completion_tokens", len(answer.tokens)),
         error=error,
     )
 

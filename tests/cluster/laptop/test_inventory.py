@@ -91,7 +91,7 @@ def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_pa
     [
         (("10.0.0.3", "10.0.0.2"), "workers: 10.0.0.2 named twice"),
         (("10.0.0.3", "10.0.0.1"), "workers: 10.0.0.1 named twice"),
-        (("10.0.0.3", "10.0.0.300"), "workers: '10.0.0.300' is no IPv4 address"),
+        (("10.0.0.3", "10.0.0.300"), "workers: '10.0.0.300' is not an IPv4 address"),
         (("head: 10.0.0.1", "head: ''"), "head: is missing"),
         (("user: research", "user: 'a b'"), "ssh.user"),
         (("gpus: 4", "gpus: -1"), "node.gpus"),
