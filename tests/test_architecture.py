@@ -116,7 +116,7 @@ TORCH_FREE = (
     "serving.bench",
     "serving.endpoint.bodies",
     "serving.checkpoints",
-    "cluster.parity.comparison",
+    "cluster.parity.parity",
     "serving.deployment",
     "serving.endpoint.service",
     "serving.engine.protocol",
