@@ -56,7 +56,7 @@ def named(model: str) -> Subject | None:
 def update(subject: Subject) -> None:
     """Export the run again if it is stale. Raises `UserError`: it cannot be exported."""
     if subject.stale:
-        from training.export import export
+        from training.model.export import export
 
         assert subject.run is not None
         export(subject.run, dtype="bfloat16")

@@ -33,7 +33,7 @@ from training.data.dataset import Manifest
 from training.data.prepare import prepare
 from training.evaluate import harness
 from training.evaluate.command import main
-from training.export import export
+from training.model.export import export
 from training.model.llama import Llama, generate, initialize, load_hf
 from training.plan import resolve_shape
 from training.run import checkpoint
