@@ -58,10 +58,10 @@ def find_run(name_or_path: str) -> Path:
     for directory in candidates:
         if (directory / CONFIG_FILE).is_file():
             return directory
-    runs = ", ".join(sorted(file.parent.name for file in outputs.glob(f"*/{CONFIG_FILE}"))) or "none"
+    there = ", ".join(sorted(file.parent.name for file in outputs.glob(f"*/{CONFIG_FILE}"))) or "none"
     searched = " nor ".join(map(str, dict.fromkeys(candidates)))
     raise UserError(
-        f"{name_or_path}: no such run: no {CONFIG_FILE} in {searched}; runs in {outputs}/: {runs}"
+        f"{name_or_path}: no such run: no {CONFIG_FILE} in {searched}; runs in {outputs}/: {there}"
     )
 
 

@@ -1,5 +1,5 @@
 // A step of a LLaMA decoder on a CPU with AVX-512 BF16 or AVX2: tokens of many requests in, fp32 logits out.
-// cluster/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
+// cluster/machine/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
 //
 // Weights and cache are bf16, kept as panels of pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a
 // column. One kernel, `accumulate`, does every product: the linear layers, queries by keys (a block of the cache is

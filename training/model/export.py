@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cluster import runs
 from cluster.cli import UserError
 from training import config as training_config
 from training.config import TrainConfig
@@ -118,10 +119,7 @@ def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
         if newest is None:
             raise UserError(f"{root}: no complete checkpoint; train until the first one is written")
         return newest
-    complete = {
-        int(mark.parent.name.removeprefix("step-")): mark.parent
-        for mark in root.glob(f"step-*/{checkpoint.COMPLETE}")
-    }
+    complete = {int(path.name.removeprefix("step-")): path for path in runs.complete_checkpoints(root)}
     if step not in complete:
         steps = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(f"--step {step}: no complete checkpoint of that step in {root}; there are: {steps}")
