@@ -59,7 +59,7 @@ def to_json(
         "endpoint": endpoint,
         "perplexity": entry,
         "scores": [dataclasses.asdict(score) for score in measured.scores],
-        "lm_eval": harness.installed()["lm_eval"],
+        "lm_eval": provenance.versions(harness.PACKAGES)["lm_eval"],
         "notes": measured.notes,
         "config": config,
         "provenance": provenance.collect(
