@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from training.study.config import StudyConfig
-from training.study.results import Outcome, Result, mean_curve, token_ratio
+from training.study.results import Result, StudyResults, mean_curve, token_ratio
 
 PANEL_INCHES = (5.0, 4.0)
 
 
-def plot_study(outcome: Outcome, directory: Path) -> list[Path]:
+def plot_study(study: StudyResults, directory: Path) -> list[Path]:
     """Every figure for which there are results, for each noise: PNG files in `directory`."""
     directory.mkdir(exist_ok=True)
     paths: list[Path | None] = []
-    for noise in outcome.plan.config.noises:
+    for noise in study.plan.config.noises:
         for name, plot in FIGURES.items():
-            path = directory / figure_file(name, outcome.plan.config, noise=noise)
-            paths.append(plot(outcome, path, noise=noise))
+            path = directory / figure_file(name, study.plan.config, noise=noise)
+            paths.append(plot(study, path, noise=noise))
     return [path for path in paths if path is not None]
 
 
@@ -26,15 +26,15 @@ def figure_file(name: str, config: StudyConfig, *, noise: str) -> str:
     return f"{name}.png" if len(config.noises) == 1 else f"{name}-{noise}.png"
 
 
-def plot_losses(outcome: Outcome, path: Path, *, noise: str) -> Path:
+def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Validation loss against tokens: of each rule the mean over its seeds, in a band from min to max."""
     figure, [axes] = _panels(1)
-    for rule in outcome.plan.config.rules:
-        curve = [(t, s) for t, s in mean_curve(outcome.finished(rule, noise=noise)) if t > 0]
+    for rule in study.plan.config.rules:
+        curve = [(t, s) for t, s in mean_curve(study.finished(rule, noise=noise)) if t > 0]
         if not curve:
             continue
         tokens = [tokens for tokens, _ in curve]
-        [line] = axes.plot(tokens, [s.mean for _, s in curve], label=outcome.plan.config.title(rule))
+        [line] = axes.plot(tokens, [s.mean for _, s in curve], label=study.plan.config.title(rule))
         low, high = [s.low for _, s in curve], [s.high for _, s in curve]
         axes.fill_between(tokens, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)", title="band: all seeds")
@@ -42,13 +42,13 @@ def plot_losses(outcome: Outcome, path: Path, *, noise: str) -> Path:
     return _save(figure, path)
 
 
-def plot_rates(outcome: Outcome, path: Path, *, noise: str) -> Path:
+def plot_rates(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Tuning loss against learning rate: a panel for each rule, a line for each width, its lowest marked."""
-    config = outcome.plan.config
+    config = study.plan.config
     figure, panels = _panels(len(config.rules), share=True)
     for axes, rule in zip(panels, config.rules, strict=True):
-        for of_noise, width in outcome.plan.settings:
-            results = outcome.tuning(rule, noise=noise, width=width) if of_noise == noise else []
+        for of_noise, width in study.plan.settings:
+            results = study.tuning(rule, noise=noise, width=width) if of_noise == noise else []
             for ratio in config.rules[rule].vector_ratios:
                 name = width if len(config.rules[rule].vector_ratios) == 1 else f"{width} x{ratio:g}"
                 _plot_rates_of(axes, [r for r in results if r.run.vector_ratio == ratio], name)
@@ -68,16 +68,16 @@ def _plot_rates_of(axes: Any, results: Sequence[Result], name: str) -> None:
     axes.plot(rate, loss, marker="o", markersize=11, fillstyle="none", color=line.get_color())
 
 
-def plot_token_ratios(outcome: Outcome, path: Path, *, noise: str) -> Path | None:
+def plot_token_ratios(study: StudyResults, path: Path, *, noise: str) -> Path | None:
     """Tokens to the reference's mean final loss, as shares of its budget: over the seeds, min to max."""
-    config = outcome.plan.config
+    config = study.plan.config
     reference = config.claims.reference
     if reference is None:
         return None
     figure, [axes] = _panels(1)
-    others = outcome.finished(reference, noise=noise)
+    others = study.finished(reference, noise=noise)
     for position, rule in enumerate(config.rules):
-        ratio = token_ratio(outcome.finished(rule, noise=noise), reference=others)
+        ratio = token_ratio(study.finished(rule, noise=noise), reference=others)
         spread = ratio.spread if ratio else None
         if ratio and spread:
             errors = [[spread.mean - spread.low], [spread.high - spread.mean]]
