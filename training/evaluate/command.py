@@ -18,11 +18,11 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
+from cluster.runs import NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
 from training.evaluate import checkpoint, harness
-from training.evaluate.checkpoint import HfCheckpoint
-from training.evaluate.config import NEWEST, EvaluateConfig
+from training.evaluate.config import EvaluateConfig
 from training.evaluate.endpoint import echo_problem
 from training.evaluate.harness import Score, Sources, Tasks
 from training.evaluate.report import Measured, last_line, table, to_json
@@ -60,13 +60,13 @@ class Evaluation:
     """What an evaluation consists of.
 
     Attributes:
-        checkpoint: None for an endpoint whose model is not known here.
+        model: None for an endpoint whose model is not known here.
         endpoint: where to send requests; None evaluates here.
         data: the prepared folder for the perplexity, or why there is none.
         output: the file of the result.
     """
 
-    checkpoint: HfCheckpoint | None
+    model: ModelDirectory | None
     endpoint: Endpoint | None
     sources: Sources
     data: Path | str
@@ -75,8 +75,8 @@ class Evaluation:
     @property
     def name(self) -> str:
         """The model's, for people."""
-        if self.checkpoint is not None:
-            return self.checkpoint.name
+        if self.model is not None:
+            return self.model.name
         assert self.endpoint is not None
         return self.endpoint.model
 
@@ -86,7 +86,7 @@ class Evaluation:
         left_out = f"left out: {self.data}"
         return "\n".join(
             [
-                f"model       {self.checkpoint.describe() if self.checkpoint else self.name}",
+                f"model       {self.model.describe() if self.model else self.name}",
                 f"evaluated   {where}",
                 f"tasks       {self.sources.describe() or 'none'}",
                 f"perplexity  {self.data if isinstance(self.data, Path) else left_out}",
@@ -117,7 +117,7 @@ def plan(config: EvaluateConfig) -> Evaluation:
     return Evaluation(model, endpoint, sources, data, _output(config, model, endpoint))
 
 
-def _find_data(config: EvaluateConfig, model: HfCheckpoint | None) -> Path | str:
+def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | str:
     """The prepared folder for the perplexity, or why there is none. Raises `UserError`: `data` is not one."""
     if config.endpoint is not None:
         return "an endpoint is evaluated by tasks alone; evaluate the checkpoint here"
@@ -144,7 +144,7 @@ def _find_data(config: EvaluateConfig, model: HfCheckpoint | None) -> Path | str
         return str(error)
 
 
-def _output(config: EvaluateConfig, model: HfCheckpoint | None, endpoint: Endpoint | None) -> Path:
+def _output(config: EvaluateConfig, model: ModelDirectory | None, endpoint: Endpoint | None) -> Path:
     if config.output is not None:
         return Path(config.output).expanduser().absolute()
     if model is not None and model.run is not None:
@@ -163,7 +163,7 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
     _make_folder(evaluation.output)
     report(evaluation.describe())
     measure = _with_tasks if config.tasks else _here
-    measured, model = measure(config, evaluation), evaluation.checkpoint
+    measured, model = measure(config, evaluation), evaluation.model
     result = to_json(
         measured,
         model={
@@ -215,7 +215,7 @@ def _make_folder(output: Path) -> None:
 def _through_endpoint(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks) -> Measured:
     """The tasks through the endpoint. Raises `UserError`: they need what it cannot do."""
     assert evaluation.endpoint is not None
-    model, endpoint = evaluation.checkpoint, evaluation.endpoint
+    model, endpoint = evaluation.model, evaluation.endpoint
     if needy := tasks.need_prompt_logprobs():
         names = ", ".join(needy)
         if problem := echo_problem(endpoint):
@@ -231,8 +231,8 @@ def _through_endpoint(config: EvaluateConfig, evaluation: Evaluation, tasks: Tas
             )
     context = endpoint.context_tokens
     if model is not None:
-        model.export_if_stale()
-        context = context or model.shape().max_positions
+        checkpoint.export_if_stale(model)
+        context = context or checkpoint.shape_of(model).max_positions
     client = harness.endpoint_model(endpoint, model, context_tokens=context, concurrency=config.concurrency)
     return Measured(_scores(config, client, tasks))
 
@@ -243,11 +243,11 @@ def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = 
 
     from training.model.attention import for_changing_lengths
 
-    found = evaluation.checkpoint
+    found = evaluation.model
     assert found is not None
     device = _device(config.device)
-    found.export_if_stale()
-    shape = found.shape()
+    checkpoint.export_if_stale(found)
+    shape = checkpoint.shape_of(found)
     dtype = _dtype(config.dtype, found.directory, device)
     # transformers would fill the gaps of a damaged checkpoint with random numbers, and go on.
     model = _load(found, dtype=getattr(torch, dtype))
@@ -294,7 +294,7 @@ def _dtype(name: str, directory: Path, device: "torch.device") -> str:
     return native if stored in ("bfloat16", "float16") else "float32"
 
 
-def _load(found: HfCheckpoint, *, dtype: "torch.dtype") -> "Llama":
+def _load(found: ModelDirectory, *, dtype: "torch.dtype") -> "Llama":
     from training.model.llama import load_hf
 
     try:
@@ -304,7 +304,7 @@ def _load(found: HfCheckpoint, *, dtype: "torch.dtype") -> "Llama":
 
 
 def _perplexity(
-    config: EvaluateConfig, found: HfCheckpoint, data: Path, model: "Llama", *, device: "torch.device"
+    config: EvaluateConfig, found: ModelDirectory, data: Path, model: "Llama", *, device: "torch.device"
 ) -> "HeldOut":
     from training.evaluate import perplexity
 
@@ -319,7 +319,7 @@ def _perplexity(
     )
 
 
-def _sequence_length(found: HfCheckpoint, model: "Llama") -> int:
+def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
     from training.export import CONFIG_FILE
 
     if found.run is not None and (found.run / CONFIG_FILE).is_file():

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.config import key, require
-
-NEWEST = "newest"
+from cluster.runs import NEWEST
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import pytest
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.runs import ModelDirectory
 from tests.commands import ROOT
 from tests.test_architecture import IMPORT_WITHOUT_TORCH
 from training.evaluate import harness
-from training.evaluate.checkpoint import HfCheckpoint, find, named
+from training.evaluate.checkpoint import find, named, shape_of
 from training.evaluate.config import EvaluateConfig
 from training.evaluate.report import last_line, table
 from training.model.shapes import SHAPES, to_hf_config
@@ -66,11 +67,11 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_which_checkpoint_a_name_means(outputs):
-    b = HfCheckpoint(outputs / "b/export", "b", run=outputs / "b", stale=True)
+    b = ModelDirectory(outputs / "b/export", "b", run=outputs / "b", stale=True)
     assert find("newest") == find("b") == find(str(outputs / "b")) == named("b") == b
-    assert find("a") == HfCheckpoint(outputs / "a/export", "a", run=outputs / "a")
-    assert find("outputs/b/export") == HfCheckpoint(outputs / "b/export", "b", run=outputs / "b")
-    assert find("hf") == HfCheckpoint(outputs.parent / "hf", "hf")
+    assert find("a") == ModelDirectory(outputs / "a/export", "a", run=outputs / "a")
+    assert find("outputs/b/export") == ModelDirectory(outputs / "b/export", "b", run=outputs / "b")
+    assert find("hf") == ModelDirectory(outputs.parent / "hf", "hf")
     assert named("hf") is None
     with pytest.raises(UserError, match=r"model: 'c' is neither .* runs in .*: a, b; train one"):
         find("c")
@@ -79,11 +80,11 @@ def test_which_checkpoint_a_name_means(outputs):
 def test_a_checkpoint_without_a_tokenizer_or_of_another_architecture_is_refused(outputs):
     hf = outputs.parent / "hf"
     with pytest.raises(UserError, match=r"model: .*hf/tokenizer.json is missing"):
-        find("hf").shape()
+        shape_of(find("hf"))
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UserError, match=r"model: .*hf/config.json: model_type: 'gpt2' is not supported"):
-        find("hf").shape()
+        shape_of(find("hf"))
 
 
 RESULTS = {
