@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import pairs
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
 from cluster.runs import NEWEST, ModelDirectory
@@ -83,14 +84,13 @@ class Evaluation:
     def describe(self) -> str:
         """The plan for people, in lines."""
         where = f"{self.endpoint.model} at {self.endpoint.url}" if self.endpoint else "here"
-        left_out = f"left out: {self.data}"
-        return "\n".join(
+        return pairs(
             [
-                f"model       {self.model.describe() if self.model else self.name}",
-                f"evaluated   {where}",
-                f"tasks       {self.sources.describe() or 'none'}",
-                f"perplexity  {self.data if isinstance(self.data, Path) else left_out}",
-                f"result      {self.output}",
+                ("model", self.model.describe() if self.model else self.name),
+                ("evaluated", where),
+                ("tasks", self.sources.describe() or "none"),
+                ("perplexity", self.data if isinstance(self.data, Path) else f"left out: {self.data}"),
+                ("result", self.output),
             ]
         )
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from operator import attrgetter
 
 from cluster.config import require
+from cluster.display import pairs
 from training.config import DataConfig
 from training.plan import Plan, make_plan
 from training.study.config import RuleConfig, StudyConfig
@@ -120,7 +121,7 @@ def describe_plan(plan: StudyPlan, seconds_of: Mapping[str, float], *, parallel:
         ("time", _time(plan, runs, seconds_of, parallel=parallel)),
         ("study directory", str(config.study_directory)),
     ]
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+    return pairs(rows)
 
 
 def _grid(name: str, rule: RuleConfig) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.display import figure, save
 from training.study.config import StudyConfig
 from training.study.results import Result, StudyResults, mean_curve, token_ratio
 
@@ -28,7 +29,7 @@ def figure_file(name: str, config: StudyConfig, *, noise: str) -> str:
 
 def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Validation loss against tokens: of each rule the mean over its seeds, in a band from min to max."""
-    figure, [axes] = _panels(1)
+    drawn, [axes] = _panels(1)
     for rule in study.plan.config.rules:
         curve = [(t, s) for t, s in mean_curve(study.finished(rule, noise=noise)) if t > 0]
         if not curve:
@@ -39,13 +40,13 @@ def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
         axes.fill_between(tokens, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)", title="band: all seeds")
     _legend(axes)
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 def plot_rates(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Tuning loss against learning rate: a panel for each rule, a line for each width, its lowest marked."""
     config = study.plan.config
-    figure, panels = _panels(len(config.rules), share=True)
+    drawn, panels = _panels(len(config.rules), share=True)
     for axes, rule in zip(panels, config.rules, strict=True):
         for of_noise, width in study.plan.settings:
             results = study.tuning(rule, noise=noise, width=width) if of_noise == noise else []
@@ -55,7 +56,7 @@ def plot_rates(study: StudyResults, path: Path, *, noise: str) -> Path:
         axes.set(xscale="log", xlabel="learning rate", title=config.title(rule))
         _legend(axes)
     panels[0].set_ylabel("tuning loss (nats per token)")
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 def _plot_rates_of(axes: Any, results: Sequence[Result], name: str) -> None:
@@ -74,7 +75,7 @@ def plot_token_ratios(study: StudyResults, path: Path, *, noise: str) -> Path | 
     reference = config.claims.reference
     if reference is None:
         return None
-    figure, [axes] = _panels(1)
+    drawn, [axes] = _panels(1)
     others = study.finished(reference, noise=noise)
     for position, rule in enumerate(config.rules):
         ratio = token_ratio(study.finished(rule, noise=noise), reference=others)
@@ -90,7 +91,7 @@ def plot_token_ratios(study: StudyResults, path: Path, *, noise: str) -> Path | 
     axes.set_xticks(range(len(titles)), titles, fontsize=8)
     name = config.title(reference)
     axes.set(ylabel=f"tokens / {name}'s budget", title=f"tokens to {name}'s mean final loss")
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 FIGURES: dict[str, Callable[..., Path | None]] = {
@@ -102,28 +103,10 @@ FIGURES: dict[str, Callable[..., Path | None]] = {
 
 def _panels(count: int, *, share: bool = False) -> tuple[Any, Sequence[Any]]:
     """A figure with `count` panels in a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     width, height = PANEL_INCHES
-    size = ((width if count == 1 else 0.7 * width) * count + 1, height)
-    figure, axes = plt.subplots(1, count, figsize=size, dpi=120, sharey=share, squeeze=False)
-    for panel in axes[0]:
-        panel.grid(alpha=0.3)
-    return figure, list(axes[0])
+    return figure((width if count == 1 else 0.7 * width) * count + 1, height, columns=count, sharey=share)
 
 
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return path

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.display import markdown
 from cluster.measure.hardware import describe_host
 from training.study.config import StudyConfig
 from training.study.plan import StudyPlan
@@ -187,7 +188,7 @@ def _losses(study: StudyResults, *, noise: str) -> str:
         rows.append([config.title(rule), rate, *band, by_seed or "no run"])
     head = ["rule", "rate", "mean", "min", "max", f"seeds {', '.join(map(str, config.seeds))}"]
     about = f"On {config.widest}, in nats per token, on validation sequences that chose no rate."
-    return "\n\n".join([about, table(head, rows), _picture("loss_tokens", config, noise=noise)])
+    return "\n\n".join([about, _table(head, rows), _picture("loss_tokens", config, noise=noise)])
 
 
 def _rates(study: StudyResults, *, noise: str) -> str:
@@ -207,7 +208,7 @@ def _rates(study: StudyResults, *, noise: str) -> str:
         ]
         grid = [f"{lr:g}" for lr in config.rules[rule].grid]
         parts += [
-            table([f"{config.title(rule)}: width, ratio", *grid], rows),
+            _table([f"{config.title(rule)}: width, ratio", *grid], rows),
             transfer_text(study, rule, noise=noise),
         ]
     parts.append(_picture("loss_rate", config, noise=noise))
@@ -272,7 +273,7 @@ def _token_section(study: StudyResults, *, noise: str, ending: str) -> list[str]
     )
     head = ["rule", "mean", "min", "max", "tokens of each seed", "never"]
     picture = _picture("tokens_to_reference", config, noise=noise)
-    return [f"## Tokens to {name}'s loss{ending}", "\n\n".join([about, table(head, rows), picture])]
+    return [f"## Tokens to {name}'s loss{ending}", "\n\n".join([about, _table(head, rows), picture])]
 
 
 def _token_cells(ratio: TokenRatio | None) -> list[str]:
@@ -289,7 +290,7 @@ def _failures(study: StudyResults) -> str:
     if not failed:
         return f"None of {len(study.results)}."
     rows = [[result.name, result.run.phase, result.status, _one_cell(result.error)] for result in failed]
-    return f"{len(failed)} of {len(study.results)}.\n\n{table(['run', 'phase', 'how', 'why'], rows)}"
+    return f"{len(failed)} of {len(study.results)}.\n\n{_table(['run', 'phase', 'how', 'why'], rows)}"
 
 
 def _one_cell(text: str | None) -> str:
@@ -332,7 +333,7 @@ def _method(study: StudyResults, about: About) -> str:
         ["machine", _machine(provenance.get("host") or describe_host())],
     ]
     return (
-        f"{table(['what', 'value'], rows)}\n\nKeys of every run, and of each rule besides:\n\n{_keys(plan)}"
+        f"{_table(['what', 'value'], rows)}\n\nKeys of every run, and of each rule besides:\n\n{_keys(plan)}"
     )
 
 
@@ -416,10 +417,8 @@ def _limits(study: StudyResults) -> list[str]:
 # --- Markdown -----------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
+    return "\n".join(markdown(head, rows))
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.display import COLORS, figure, markdown, save
 from training.study.synthetic.problem import METHODS
 
 
@@ -53,10 +54,6 @@ def _problem_text(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def _slope_table(result: dict[str, Any]) -> list[str]:
     header = (
         "p",
@@ -84,7 +81,7 @@ def _slope_table(result: dict[str, Any]) -> list[str]:
                     slope_verdict(slope, theory),
                 )
             )
-    return _table(header, rows)
+    return list(markdown(header, rows))
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -129,7 +126,7 @@ def _tuning_text(result: dict[str, Any]) -> list[str]:
         f'below {config["shortest_average"]} could be taken by "{METHODS["any_average"].title}" only. '
         "Least mean dual norm over η, by average:",
         "",
-        *_table(header, rows),
+        *markdown(header, rows),
     ]
     if bound:
         lines += [
@@ -163,18 +160,13 @@ def _limits_text(result: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: Path) -> Path:
     """Mean dual norm against T, log-log, a panel for each p; dashed: the theory's slopes. Writes `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     horizons, moments = np.array(result["horizons"], dtype=float), result["moments"]
-    figure, panels = plt.subplots(1, len(moments), figsize=(6 * len(moments), 5), dpi=120, squeeze=False)
-    for axes, moment in zip(panels[0], moments, strict=True):
+    drawn, panels = figure(6 * len(moments), 5, columns=len(moments))
+    for axes, moment in zip(panels, moments, strict=True):
         for color, (name, row) in enumerate(moment["contenders"].items()):
             value, low, high = np.array(row["intervals"]).T
             label = f"{METHODS[name].title}: {row['slope'][0]:.3f} (theory {row['theory']:.3f})"
-            style = {"color": f"C{color}", "alpha": 1.0 if name in ("batched", "transported") else 0.5}
+            style = {"color": COLORS[color], "alpha": 1.0 if name in ("batched", "transported") else 0.5}
             axes.errorbar(
                 horizons, value, (value - low, high - value), fmt="o", markersize=4, label=label, **style
             )
@@ -183,10 +175,5 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set(yscale="log", title=f"p = {moment['p']:g}")
         axes.set(xlabel="T (gradients)", ylabel="mean dual norm of the gradient")
-        axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # off the points
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+    return save(drawn, path)
