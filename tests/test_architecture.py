@@ -115,7 +115,7 @@ TORCH_FREE = (
     "serving.bench",
     "serving.endpoint.bodies",
     "serving.checkpoints",
-    "cluster.parity.comparison",
+    "cluster.parity.parity",
     "serving.deployment",
     "serving.endpoint.service",
     "serving.engine.protocol",

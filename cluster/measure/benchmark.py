@@ -19,7 +19,6 @@ from cluster.cli import RunError, UserError
 from cluster.measure import hardware
 from cluster.session import ROOT
 
-BASELINE_FORMAT = 2  # of the file that `make baseline` writes
 MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cluster import display
 from cluster.display import COLORS
-from cluster.parity.comparison import Comparison, Parity
+from cluster.parity.comparison import Comparison
+from cluster.parity.parity import Parity
 
 MARKS = {"training": "s", "prefill": "^", "decode": "o"}
 PARTS = dict(zip(("compute", "communication", "optimizer", "data", "other"), COLORS, strict=True))
