@@ -22,7 +22,7 @@ def named(model: str) -> ModelDirectory | None:
 def update(subject: ModelDirectory) -> None:
     """Export the run again if it is stale. Raises `UserError`: it cannot be exported."""
     if subject.stale:
-        from training.export import export
+        from training.model.export import export
 
         assert subject.run is not None
         export(subject.run, dtype="bfloat16")

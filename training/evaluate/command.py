@@ -132,7 +132,7 @@ def _find_data(config: EvaluateConfig, found: ModelDirectory | None) -> Path | s
     if found.run is None:
         return "the model is no run that says which data it was trained on; name prepared data with data=DIR"
     from training import config as training_config
-    from training.export import CONFIG_FILE, find_data
+    from training.model.export import CONFIG_FILE, find_data
     from training.run import checkpoint
 
     newest = checkpoint.newest_complete(found.run / "checkpoints", report=lambda _: None)
@@ -322,7 +322,7 @@ def _perplexity(config: EvaluateConfig, work: Work, model: "Llama", *, device: "
 
 def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
     from training import config as training_config
-    from training.export import CONFIG_FILE
+    from training.model.export import CONFIG_FILE
 
     if found.run is not None and (found.run / CONFIG_FILE).is_file():
         return training_config.load(file=found.run / CONFIG_FILE).batch.sequence_length
