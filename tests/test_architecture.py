@@ -45,11 +45,11 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record",),
+    "wandb": ("cluster.wandb_mirror",),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
-    "subprocess.Popen": ("cluster.process", "cluster.head.keeper"),
+    "subprocess.Popen": ("cluster.process", "cluster.head.keeper", "cluster.head.shell"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
     "torch.multiprocessing": ("optim.bench.contenders",),
@@ -145,6 +145,7 @@ STANDARD_ONLY = (
     "cluster.files",
     "cluster.head.answers",
     "cluster.head.keeper",
+    "cluster.head.shell",
     "cluster.private",
     "cluster.head.reap",
     "cluster.head.ray_rest",
