@@ -533,7 +533,7 @@ def test_the_check_says_what_it_would_run(capsys):
 
 
 def test_the_shares_are_those_that_the_optimizers_bench_counts():
-    contenders = pytest.importorskip("optim.bench.contenders")
+    contenders = pytest.importorskip("optim.bench.traffic")
     for kind, share in traffic.SHARES.items():
         given = contenders.Traffic.SHARES[kind][1](4)
         assert (
