@@ -1,5 +1,6 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,13 @@ ONE_AFTER_ANOTHER = (
     "tests/cluster/test_killed_parents.py",
     "tests/training/test_train.py",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """A suite that a shell started in the background ignores SIGINT, and so would every command it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
