@@ -69,7 +69,6 @@ HOMES = {  # library or call -> the only modules that may use it
         "training.run.engine",
         "training.run.context",
         "training.model.llama",
-        "training.projection.ranks",
     ),
 }
 
@@ -96,7 +95,6 @@ TORCH_FREE = (
     "training.plan",
     "training.data.prepare",
     "training.projection",
-    "training.projection.check",
     "training.model.shapes",
     "training.projection.step_model",
     "training.baseline.steps",
@@ -106,6 +104,9 @@ TORCH_FREE = (
     "training.study.plots",
     "training.study.report",
     "training.study.results",
+    "training.study.synthetic.config",
+    "training.study.synthetic.report",
+    "training.study.synthetic.trials",
     "training.evaluate.checkpoint",
     "training.projection.traffic",
     "serving.peers.agreement",

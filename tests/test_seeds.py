@@ -94,7 +94,7 @@ def test_two_seeds_draw_two_streams_and_one_seed_one(what: str, engine, tmp_path
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
 def test_a_seed_that_no_generator_takes_is_refused_with_its_key(seed: int):
     study = ROOT / "training/configs/study.yaml"
-    with pytest.raises(ConfigError, match=rf"^run.seed: {seed} must lie in"):
+    with pytest.raises(ConfigError, match=rf"^run.seed: must lie in .*, not {seed}$"):
         training_config.load(dotlist=[f"run.seed={seed}"])
     for key, value in (("seeds", f"[1,{seed}]"), ("tuning_seed", seed)):
         with pytest.raises(ConfigError, match=rf"^{key}: {seed} must lie in"):

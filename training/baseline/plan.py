@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import config as layered
-from cluster.config import ConfigError, key, require, require_choice
+from cluster.config import ConfigError, key
 from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 from optim.cost import orthogonalize_flops
@@ -31,7 +31,7 @@ class TrainCells:
     rules: tuple[str, ...] = key(RULES, "rules of the hidden matrices")
     zero_stage: int = key(1, "DeepSpeed ZeRO stage")
     nodes: tuple[int, ...] | None = key(
-        None, "on a cluster, numbers of nodes to train on; default: one, and all of them"
+        None, "on a cluster, numbers of nodes to train on; default: one, and all of them", least=1
     )
     tokens: int | None = key(
         None, "tokens of a step, of each node, rounded up to whole passes; GPU: 131072, CPU: 1024"
@@ -53,7 +53,7 @@ class ServeCells:
     models: tuple[str, ...] = key(
         SERVED, "shapes, or config.json files, with random weights; or Hugging Face directories"
     )
-    batches: tuple[int, ...] | None = key(None, "requests at once; GPU: 1,8,32, CPU: 1,8")
+    batches: tuple[int, ...] | None = key(None, "requests at once; GPU: 1,8,32, CPU: 1,8", least=1)
     prompt_tokens: int | None = key(None, "GPU: 512, CPU: 128")
     new_tokens: int | None = key(None, "GPU: 160, CPU: 48")
     more: tuple[str, ...] = key((), "key=value of serving.config for every cell, such as engine.threads=2")
@@ -62,26 +62,26 @@ class ServeCells:
 @dataclass(frozen=True)
 class CostConfig:
     currency: str = key("USD", "of the prices")
-    device_hour: float | None = key(None, "price of one device for an hour, its share of the node included")
-    kwh: float | None = key(None, "price of a kilowatt hour at the wall; counted where NVML gives energy")
-
-    def __post_init__(self) -> None:
-        for name in ("device_hour", "kwh"):
-            require((getattr(self, name) or 0) >= 0, f"cost.{name}", "must not be negative")
+    device_hour: float | None = key(
+        None, "price of one device for an hour, with its share of the node", least=0
+    )
+    kwh: float | None = key(
+        None, "price of a kilowatt hour at the wall; used where NVML measures energy", least=0
+    )
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
     name: str = key(
-        "baseline", "the run directory, of the mirror in W&B; on a cluster the file lies there too"
+        "baseline", "run directory, and name of the run in W&B; on a cluster the file is written there too"
     )
     directory: str = key("outputs", "where runs are kept")
-    wandb: str = key("auto", "auto (online with a key, else offline), offline, online or disabled")
+    wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
     project: str = key("asuncion", "Weights & Biases project")
     output: str | None = key(None, "file; default: tests/baselines/<hardware>_baseline.json")
-    rounds: int = key(3, "times that everything is measured, in turns; intervals come from these")
+    rounds: int = key(3, "times that everything is measured, in turns; intervals come from these", least=1)
     most_seconds: float = key(
-        30.0, "a cell that cannot take less than this at the measured ceilings is left out"
+        30.0, "leave out a cell that takes longer than this even at the measured ceilings", above=0
     )
     train: TrainCells = key(TrainCells, "")
     serve: ServeCells = key(ServeCells, "")
@@ -89,13 +89,6 @@ class BaselineConfig:
     storage: str | None = key(None, "folder whose disk is measured; default: that of the prepared data")
     preflight: str | None = key(None, "report of cluster.preflight: the nodes, and the links between them")
     session: SessionConfig = key(SessionConfig, "")
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds", "must be at least 1")
-        require_choice("wandb", self.wandb, WANDB_MODES)
-        require(self.most_seconds > 0, "most_seconds", "must be above 0")
-        require(not self.serve.batches or min(self.serve.batches) >= 1, "serve.batches", "must be positive")
-        require(not self.train.nodes or min(self.train.nodes) >= 1, "train.nodes", "must be positive")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from training.baseline import command as baseline
 from training.baseline import plan as baseline_plan
 from training.baseline import steps
 from training.baseline.ceilings import better
+from training.baseline.figures import faults, figures
 from training.baseline.plan import Machine, describe, make_cells
 from training.baseline.steps import covered, exposed
 from training.model.shapes import SHAPES, to_hf_config
@@ -158,7 +159,7 @@ def test_a_training_figure_has_its_share_of_the_link_by_hand(on_gpu, num_ranks, 
                 "links": {"num_ranks": num_ranks, "all_reduce_gb_per_s": rate}}  # fmt: skip
     result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
     cell = trained(ranks=4, on_gpu=on_gpu, sent=1e9)
-    (figure,) = baseline.figures([cell], result, baseline_plan.load())
+    (figure,) = figures([cell], result, baseline_plan.load())
     assert (figure["ranks"], figure["link_bytes"]) == (4, link_bytes)
     name = f"share of measured link: all-reduce bus bandwidth, {num_ranks} ranks"
     found = {key: value for key, value in figure["shares"].items() if "link" in key}
@@ -178,7 +179,7 @@ def test_on_several_nodes_the_network_between_them_is_the_link(num_nodes, share)
                 "links_between_nodes": network}  # fmt: skip
     result = {"ceilings": ceilings, "hardware": {"datasheet": None}}
     cell = trained(ranks=8, on_gpu=True, sent=1e9, nodes=2, over=2e9)
-    (figure,) = baseline.figures([cell], result, baseline_plan.load())
+    (figure,) = figures([cell], result, baseline_plan.load())
     assert (figure["nodes"], figure["devices"], figure["link_bytes"]) == (2, 8, 16e6)
     name = f"share of measured network: all-reduce bus bandwidth, {num_nodes} nodes"
     assert figure["shares"].get(name) == (share and pytest.approx(share))
@@ -191,7 +192,7 @@ def test_one_rank_sends_nothing_and_has_no_share_of_a_link():
     for sent, known in ((0.0, links), (None, links), (1e9, None), (1e9, {"problem": "gloo"})):
         result = {"ceilings": {**ceilings, "links": known}, "hardware": {"datasheet": None}}
         cell = trained(ranks=2, on_gpu=False, sent=sent)
-        (figure,) = baseline.figures([cell], result, baseline_plan.load())
+        (figure,) = figures([cell], result, baseline_plan.load())
         assert list(figure["shares"]) == ["MFU of measured product"]
 
 
@@ -202,7 +203,7 @@ def test_a_whole_baseline_is_mirrored_to_wandb(tmp_path, mode):
     about = {"datasheet": None, "name": "NVIDIA A40"}
     result = {"ceilings": ceilings, "hardware": about, "config": {"rounds": 2}, "provenance": {"commit": "c"}}
     config = baseline_plan.load(dotlist=[f"directory={tmp_path}", "name=mine", f"wandb={mode}"])
-    result["figures"] = baseline.figures([trained(ranks=1, on_gpu=True, sent=0.0)], result, config)
+    result["figures"] = figures([trained(ranks=1, on_gpu=True, sent=0.0)], result, config)
     output = tmp_path / "a40_baseline.json"
     output.write_text(json.dumps(result))
     assert baseline.mirror(result, config, output).startswith(mode)
@@ -312,9 +313,9 @@ def test_the_serving_figures_of_a_committed_baseline_are_what_its_rounds_come_to
     content = json.loads(file.read_text())
     committed = {figure["id"]: figure for figure in content["figures"]}
     cells = [cell for cell in content["cells"] if cell["kind"] == "serving" and cell["rounds"]]
-    for figure in baseline.figures(cells, content, baseline_plan.load()):
+    for figure in figures(cells, content, baseline_plan.load()):
         for key in ("values", "flops", "bytes"):
             assert figure[key] == pytest.approx(committed[figure["id"]][key]), (figure["id"], key)
         for name, shares in figure["shares"].items():
             assert shares == pytest.approx(committed[figure["id"]]["shares"][name])
-    assert baseline.faults(content["figures"]) == content.get("ceiling_faults", [])
+    assert faults(content["figures"]) == content.get("ceiling_faults", [])

@@ -13,8 +13,8 @@ from cluster.config import ConfigError
 from optim.geometry import NORMS, Entries, Lines
 from optim.groups import TABLE_BLOCK_ROWS
 from optim.step.ownership import make_plan
+from tests.lab import projection_check
 from training.model.shapes import SHAPES, LlamaShape
-from training.projection import check as projection_check
 from training.projection import command as projection
 from training.projection import step_model, traffic
 from training.projection.command import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
@@ -550,7 +550,7 @@ def test_the_check_compares_prediction_and_measurement(monkeypatch, capsys):
         answers.append(command)
         return (
             probe | rates
-            if "training.projection.ranks" in command
+            if "tests.lab.projection_ranks" in command
             else row(num_workers=1, tokens_per_step=1024)
         )
 
