@@ -12,8 +12,8 @@ from serving.bench.workload import arrivals, from_conversations, from_trace, len
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine.protocol import Sampling
 from serving.engine.torch_engine import TorchEngine, make_engine
-from serving.peers.paced import Pace
 from tests.commands import ROOT
+from tests.lab.paced_engine import Pace
 from tests.reader import Reader
 from training import config as training_config
 from training.data.dataset import SampleOrder

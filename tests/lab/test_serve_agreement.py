@@ -1,7 +1,6 @@
 """The paced engine, the referees' reports, and the comparison of our load generator with theirs.
 
-The referees themselves do not go into this environment (`python -m serving.peers.agreement`); a script stands
-in.
+The referees cannot be installed into this environment (see `tests.lab.serve_agreement`); a script stands in.
 """
 
 import asyncio
@@ -16,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import RunError
-from serving.bench.latency import Outcome
+from serving.bench.latency import RequestOutcome
 from serving.bench.loadgen import Lag
 from serving.engine.protocol import EngineFailed, RequestError, Sampling, Stream
-from serving.peers import agreement
-from serving.peers.agreement import FIGURES, Case, Turn
-from serving.peers.paced import CONTEXT, Pace, PacedEngine
+from tests.lab import serve_agreement as agreement
+from tests.lab.paced_engine import CONTEXT, Pace, PacedEngine
+from tests.lab.serve_agreement import FIGURES, Case, Turn
 
 CASE = Case(5, concurrency=2, output_tokens=4)
 QUICK = Pace(first=(0.02, 0.04), gap=(0.005, 0.01))
@@ -46,7 +45,7 @@ def test_tokens_are_due_by_the_number_of_the_request_alone_and_within_bounds():
 
 
 def test_no_token_is_early_and_lateness_does_not_add_up():
-    found: list[Outcome] = []
+    found: list[RequestOutcome] = []
     engine = PacedEngine(QUICK, observe=found.append)
 
     async def ask(num_tokens: int) -> list[str | None]:
@@ -71,7 +70,7 @@ def test_no_token_is_early_and_lateness_does_not_add_up():
 
 
 def test_a_cancelled_request_gets_no_more_and_is_no_part_of_the_truth():
-    found: list[Outcome] = []
+    found: list[RequestOutcome] = []
     even = Pace(first=(0.02, 0.02), gap=(0.005, 0.005))  # the cancelled one would be first
     engine, arrived, other = PacedEngine(even, observe=found.append), [], threading.Event()
     ticket = engine.submit([1], TWO_TOKENS, arrived.append)
