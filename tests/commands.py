@@ -2,9 +2,12 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +93,20 @@ def _become(line: list[str], variables: dict[str, str], out: Path, err: Path) ->
     os.chdir(ROOT)
     sys.argv = line
     runpy.run_module(line[0], run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def started(*arguments: object, ranks: int = 0, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The same in the background: a new interpreter in a session of its own, killed when the block ends."""
+    with subprocess.Popen(
+        command(*arguments, ranks=ranks), cwd=ROOT, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def command(*arguments: object, ranks: int = 0) -> list[str]:
