@@ -13,7 +13,6 @@ from serving.config import ModelConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
 
-NEWEST = "newest"
 INSTEAD = "name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
 
 
@@ -36,14 +35,8 @@ def find(config: ModelConfig) -> Served:
     """The model that `model.*` names. Changes nothing. Raises `UserError`: there is no such model."""
     if config.weights == "random":
         return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
-    if config.path == NEWEST:
-        return _of_run(runs.newest(key="model.path", instead=INSTEAD), config)
-    for directory in (Path(config.path).expanduser().absolute(), (runs.OUTPUTS / config.path).absolute()):
-        if (directory / "config.json").is_file():
-            return Served(directory, config.name or directory.name)
-        if runs.is_run(directory):
-            return _of_run(directory, config)
-    raise runs.unknown(config.path, key="model.path")
+    model = runs.find(config.path, key="model.path", instead=INSTEAD)
+    return Served(model.directory, config.name or model.name, stale_run=model.run if model.stale else None)
 
 
 def export(served: Served, *, report: Callable[[str], None]) -> None:
@@ -71,8 +64,3 @@ def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
     except ValueError as error:
         key = "model.path" if served.directory else "model.shape"
         raise UserError(f"{key}: {error}") from error
-
-
-def _of_run(run: Path, config: ModelConfig) -> Served:
-    stale = run if runs.is_stale(run) else None
-    return Served(run / runs.EXPORT, config.name or run.name, stale_run=stale)

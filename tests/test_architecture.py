@@ -27,8 +27,8 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "serving.engine.memory": ("optim.precision",),
     "serving.engine.torch_engine": ("optim.precision",),
     "serving.peers.races": ("optim.precision",),
-    "optim.kernels.native": ("cluster.compiled",),
-    "optim.kernels.gpu": ("cluster.toolchain",),
+    "optim.kernels.native": ("cluster.machine.compiled",),
+    "optim.kernels.gpu": ("cluster.machine.toolchain",),
     "optim.bench": (
         "cluster.measure.benchmark",
         "cluster.cli",
@@ -36,6 +36,8 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
         "cluster.measure.usage",
         "cluster.measure.hardware",
         "cluster.measure.intervals",
+        "cluster.measure.turns",
+        "cluster.display",
         "cluster.session",
     ),
 }
@@ -62,7 +64,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "deepspeed.initialize": ("optim.bench.contenders", "training.run.engine"),
     "torch.distributed": (
         "cluster.measure.probe",
-        "cluster.rendezvous",
+        "cluster.machine.rendezvous",
         "optim.bench.contenders",
         "optim.step.fused",
         "optim.step.zero",
@@ -113,7 +115,7 @@ TORCH_FREE = (
     "serving.bench",
     "serving.endpoint.bodies",
     "serving.checkpoints",
-    "cluster.parity.comparison",
+    "cluster.parity.parity",
     "serving.deployment",
     "serving.endpoint.service",
     "serving.engine.protocol",

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster import cli
+from cluster import cli, runs
 from cluster.cli import UserError
 from training import config as training_config
 from training.config import RunConfig, TrainConfig
@@ -96,10 +96,10 @@ def find_run(name_or_path: str) -> Path:
     for directory in candidates:
         if (directory / CONFIG_FILE).is_file():
             return directory
-    runs = ", ".join(sorted(file.parent.name for file in outputs.glob(f"*/{CONFIG_FILE}"))) or "none"
+    there = ", ".join(sorted(file.parent.name for file in outputs.glob(f"*/{CONFIG_FILE}"))) or "none"
     searched = " nor ".join(map(str, dict.fromkeys(candidates)))
     raise UserError(
-        f"{name_or_path}: no such run: no {CONFIG_FILE} in {searched}; runs in {outputs}/: {runs}"
+        f"{name_or_path}: no such run: no {CONFIG_FILE} in {searched}; runs in {outputs}/: {there}"
     )
 
 
@@ -174,10 +174,7 @@ def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
         if newest is None:
             raise UserError(f"{root}: no complete checkpoint; train until the first one is written")
         return newest
-    complete = {
-        int(mark.parent.name.removeprefix("step-")): mark.parent
-        for mark in root.glob(f"step-*/{checkpoint.COMPLETE}")
-    }
+    complete = {int(path.name.removeprefix("step-")): path for path in runs.complete_checkpoints(root)}
     if step not in complete:
         steps = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(f"--step {step}: no complete checkpoint of that step in {root}; there are: {steps}")

@@ -1,5 +1,5 @@
 // A step of a LLaMA decoder on a CPU with AVX-512 BF16 or AVX2: tokens of many requests in, fp32 logits out.
-// cluster/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
+// cluster/machine/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
 //
 // Weights and cache are bf16, kept as panels of pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a
 // column. One kernel, `accumulate`, does every product: the linear layers, queries by keys (a block of the cache is
@@ -29,6 +29,11 @@ constexpr long STRIP = REGISTERS == 32 ? 4 : 2;  // vectors of a panel that lie 
 constexpr long BLOCK = 32;               // tokens of a block of the cache
 constexpr long ROWS = 6;                 // rows that share a load of a panel
 constexpr long SUMS = REGISTERS == 32 ? 24 : 12;  // vectors of sums that are computed together
+
+// Columns of a panel whose elements are kept as Scalars, so that a product has nothing to widen. AVX-512 has none.
+template <class Column>
+constexpr bool WIDENED = PARTS == 2 && std::is_same_v<Column, Scalar>;
+constexpr long WIDENED_ROWS = 64;  // from so many rows on it pays to widen a panel once for all of them
 
 struct Layer {
   const uint16_t *attention_norm, *mlp_norm;       // [hidden]
@@ -93,9 +98,9 @@ Vec exponential(Vec x) {
 // one before it, a strip of vectors `next_strip` behind the one before it.
 // Not inlined, or GCC runs out of registers. Of 3 rows by 4 vectors AVX2 has some on the stack all the same, which
 // is still faster than two times 3 by 2: too few sums to hide the latency of adding to one.
-template <int R, int Z>
+template <int R, int Z, class Column>
 __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows,
-                                               const uint32_t* panel, long stride, long next_strip, long pairs,
+                                               const Column* panel, long stride, long next_strip, long pairs,
                                                int v) {
   Vec total[R][Z];  // a copy, which the compiler keeps in registers
   const Scalar* row[R];
@@ -111,13 +116,17 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
   for (long place = 0; place < pairs * PARTS; place += PARTS, panel += stride) {
     asm("" : "+r"(place));  // one index for all rows: GCC would count up a pointer to each
 #pragma GCC unroll 4
-    for (int z = 0; z < Z; z += 64 / (4 * WIDTH)) _mm_prefetch((const char*)(panel + next_panel + at(z)), _MM_HINT_T1);
+    for (int z = 0; !WIDENED<Column> && z < Z; z += 64 / (4 * WIDTH))
+      _mm_prefetch((const char*)(panel + next_panel + at(z)), _MM_HINT_T1);
 #pragma GCC unroll 2
     for (long part = 0; part < PARTS; part++) {
       // Kept in registers is what there is less of: elements of rows, or columns.
       Operand elements[R], columns[Z];
       auto element = [&](int r) { return broadcast(row[r] + place + part); };
-      auto column = [&](int z) { return load_operand(panel + at(z), part); };
+      auto column = [&](int z) {
+        if constexpr (WIDENED<Column>) return load_operand(panel + part * STRIP * WIDTH + at(z));
+        else return load_operand(panel + at(z), part);
+      };
       if constexpr (R < Z) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) elements[r] = element(r);
@@ -146,15 +155,15 @@ __attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const
 }
 
 // The same for V vectors, as many at a time as there are registers for.
-template <int R, int V>
-inline void accumulate(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel, long stride,
+template <int R, int V, class Column>
+inline void accumulate(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const Column* panel, long stride,
                        long next_strip, long pairs) {
   constexpr int Z = R * V > SUMS ? V / 2 : V;
   for (int v = 0; v < V; v += Z) accumulate_some<R, Z>(sums, rows, panel, stride, next_strip, pairs, v);
 }
 
-template <int V>
-void accumulate(long num_rows, Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel,
+template <int V, class Column>
+void accumulate(long num_rows, Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const Column* panel,
                 long stride, long next_strip, long pairs) {
   switch (num_rows) {
     case 1: return accumulate<1, V>(sums, rows, panel, stride, next_strip, pairs);
@@ -236,12 +245,27 @@ void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const 
 
 #endif
 
-// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row.
-template <class Finish>
-void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
-#ifdef __AMX_BF16__
-  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
+#ifndef __AVX512BF16__
+
+// The elements of a panel, in their order: of each pair the first elements of its strip, then the second ones.
+const Scalar* widened(const uint32_t* panel, long inputs) {
+  static thread_local std::vector<Scalar> elements;
+  elements.resize(PANEL * inputs + 16);
+  Scalar* aligned = elements.data() + (-(uintptr_t)elements.data() % 64) / sizeof(Scalar);  // to a line of the cache
+  Scalar* to = aligned;
+  for (long place = 0; place < PANEL * inputs / PARTS; place += STRIP * WIDTH)
+    for (long part = 0; part < PARTS; part++)
+      for (long v = 0; v < STRIP; v++, to += WIDTH)
+        store(to, load_operand(panel + place + v * WIDTH, part));
+  return aligned;
+}
+
 #endif
+
+// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row.
+template <class Column, class Finish>
+void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const Column* panel, Finish finish) {
+  constexpr long stride = STRIP * WIDTH * (WIDENED<Column> ? PARTS : 1);
   long tiles = (num_rows + ROWS - 1) / ROWS;
   for (long tile = 0; tile < tiles; tile++) {
     long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
@@ -251,9 +275,21 @@ void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_
       rows[r] = x + (first + r) * inputs;
       for (auto& sum : sums[r]) sum = zeros();
     }
-    accumulate<VECTORS>(count, sums, rows, panel, STRIP * WIDTH, STRIP * WIDTH * inputs / 2, inputs / 2);
+    accumulate<VECTORS>(count, sums, rows, panel, stride, stride * inputs / 2, inputs / 2);
     for (long r = 0; r < count; r++) finish(first + r, sums[r]);
   }
+}
+
+// The same by what multiplies fastest.
+template <class Finish>
+void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
+#ifdef __AMX_BF16__
+  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
+#endif
+#ifndef __AVX512BF16__
+  if (num_rows >= WIDENED_ROWS) return linear_panel_by_rows(x, num_rows, inputs, widened(panel, inputs), finish);
+#endif
+  linear_panel_by_rows(x, num_rows, inputs, panel, finish);
 }
 
 // out [rows, outputs] = x [rows, inputs] · weightᵀ, plus what is in `out` if `add`.

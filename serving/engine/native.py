@@ -1,4 +1,4 @@
-"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better. See `cluster.compiled`."""
+"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better (see `machine.compiled`)."""
 
 import ctypes
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster import compiled
+from cluster.machine import compiled
 from serving.engine.decoder import SLICE_ROWS
 from serving.engine.scheduler import BLOCK_TOKENS, Span, table
 from training.model.llama import Llama, rotary

@@ -6,7 +6,7 @@
 The endpoint is ours, over an engine whose tokens come at known times (`tests.lab.paced_engine`), so that each
 figure stands beside the truth: the same figure computed from the tokens as the engine delivered them. Every
 turn has an endpoint of its own, which has answered one request before, and all requests of the tool count. A
-turn that other processes disturb is taken again, as in `serving.peers.races`. The percentiles are those that
+turn that other processes disturb is taken again (`cluster.measure.turns`). The percentiles are those that
 each tool itself reports, brought to one definition: from a request's sending to its tokens, TPOT without the
 first one.
 
@@ -37,14 +37,12 @@ from typing import Any
 from cluster import cli, endpoint_client, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.endpoint_client import Endpoint
-from cluster.measure import benchmark
+from cluster.measure import benchmark, turns
 from cluster.session import ROOT, free_ports
 from serving.bench.latency import PERCENTILES, RequestOutcome, Slo, summarise
 from serving.bench.loadgen import Lag, over_http, run_closed, run_open
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
-from serving.peers import races
-from serving.peers.races import busy_seconds, turns
 from tests.lab.paced_engine import CONTEXT, MODEL, VOCABULARY
 
 WHAT = "serve_agreement"  # in the baseline's name
@@ -291,14 +289,13 @@ def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenize
     """One turn: of ours, where there is no program. `place` is for its files. Raises `RunError`."""
     folder = Path(tempfile.mkdtemp(dir=place))
     log = folder / "engine.jsonl"
-    started, busy, own = time.monotonic(), busy_seconds(), _own_cpu_seconds()
+    bystanders, own = turns.Bystanders(), _own_cpu_seconds()
     with paced_endpoint(log) as url:
         if program is None:
             figures, lag = ours(case, url, seed=seed)
         else:
             figures, lag = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder), None
-    others = busy_seconds() - busy - (_own_cpu_seconds() - own)
-    return Turn(figures, truth(log, case), lag, max(0.0, others) / (time.monotonic() - started))
+    return Turn(figures, truth(log, case), lag, bystanders.cores(_own_cpu_seconds() - own))
 
 
 def _own_cpu_seconds() -> float:
@@ -308,8 +305,8 @@ def _own_cpu_seconds() -> float:
 
 
 def quietest(take: Callable[[], Turn]) -> Turn:
-    """As `races.quietest`. Raises `RunError`: our load generator lagged even then."""
-    best = races.quietest(take)
+    """As `turns.quietest`. Raises `RunError`: our load generator lagged even then."""
+    best = turns.quietest(take)
     if best.lag is not None:
         best.lag.require(MOST_LAG_SECONDS)
     return best
@@ -342,7 +339,7 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
         files.write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         for number, case_name in ((n, name) for n in range(num_rounds) for name in CASES):
             case = CASES[case_name]
-            for name in turns([OURS, *programs], number):
+            for name in turns.turns([OURS, *programs], number):
                 turn = quietest(
                     partial(
                         take_turn, name, programs.get(name), case,

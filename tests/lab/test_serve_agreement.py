@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import RunError
+from cluster.measure import turns
 from serving.bench.latency import RequestOutcome
 from serving.bench.loadgen import Lag
 from serving.engine.protocol import EngineFailed, RequestError, Sampling, Stream
@@ -207,17 +208,6 @@ def test_figures_agree_within_a_share_or_two_milliseconds(ours, theirs, agrees, 
     )
 
 
-@pytest.mark.parametrize(
-    ("others", "taken", "kept"),
-    [([0.05], 1, 0.05), ([0.5, 0.02], 2, 0.02), ([0.5, 0.2, 0.3], 3, 0.2)],
-)
-def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(others, taken, kept):
-    takes = [Turn({}, {}, None, each) for each in others]
-    left = iter(takes)
-    assert agreement.quietest(lambda: next(left)).others_cores == kept
-    assert len(list(left)) == len(others) - taken
-
-
 def test_a_lagging_generator_of_ours_is_refused():
     with pytest.raises(RunError, match=r"lagged by 30\.0 ms"):
         agreement.quietest(lambda: Turn({}, {}, Lag(0.030, 0.0), 0.0))
@@ -264,7 +254,7 @@ def fake(folder: Path, *, number: int = 2, code: int = 0) -> str:
 @pytest.fixture
 def undisturbed(monkeypatch):
     """One take for a turn, and no lag too long: the machine may be busy with other tests."""
-    monkeypatch.setattr(agreement.races, "DISTURBING_CORES", 1e9)
+    monkeypatch.setattr(turns, "DISTURBING_CORES", 1e9)
     monkeypatch.setattr(agreement, "MOST_LAG_SECONDS", 1e9)
 
 
