@@ -1,14 +1,12 @@
 """Which model to serve: a Hugging Face directory, or a run, exported first where needed. No torch."""
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import process, runs
+from cluster import runs
 from cluster.cli import UserError
-from cluster.session import ROOT
+from cluster.config import ConfigError
 from serving.config import ModelConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
@@ -39,8 +37,8 @@ def find(config: ModelConfig) -> Served:
     return Served(model.directory, config.name or model.name, stale_run=model.run if model.stale else None)
 
 
-def export(served: Served, *, report: Callable[[str], None]) -> None:
-    """Bring `served.directory` up to date, where it is a run's export. Tells `report` so, in one line.
+def export_if_stale(served: Served, *, report: Callable[[str], None]) -> None:
+    """Export the run if its export is missing or older than its newest checkpoint, and `report` that.
 
     Raises:
         UserError: the run cannot be exported; the message is the exporter's.
@@ -49,12 +47,12 @@ def export(served: Served, *, report: Callable[[str], None]) -> None:
     if run is None:
         return
     report(f"exporting {run}")
-    # A command, because serving imports nothing of training but shapes and model.
-    done = process.run(
-        [sys.executable, "-m", "training.export", str(run)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    if done.returncode != 0:
-        raise UserError(f"{run}: cannot be exported: {done.stderr.strip().removeprefix('error: ')}")
+    from training.model.export import export  # needs torch
+
+    try:
+        export(run, dtype="bfloat16")
+    except (UserError, ConfigError) as error:
+        raise UserError(f"{run}: cannot be exported: {error}") from error
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:

@@ -47,17 +47,17 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record",),
+    "wandb": ("cluster.wandb_mirror",),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
-    "subprocess.Popen": ("cluster.process", "cluster.head.keeper"),
+    "subprocess.Popen": ("cluster.process", "cluster.head.keeper", "cluster.head.shell"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
     "torch.multiprocessing": ("optim.bench.contenders",),
     "deepspeed": (
         "optim.bench.contenders",
-        "optim.step.quiet",
+        "optim.step.layout",
         "optim.step.zero",
         "training.run.context",
         "training.run.engine",
@@ -68,8 +68,9 @@ HOMES = {  # library or call -> the only modules that may use it
         "cluster.measure.probe",
         "cluster.machine.rendezvous",
         "optim.bench.contenders",
-        "optim.step.fused",
-        "optim.step.zero",
+        "optim.step.exchange",
+        "optim.step.fragments",
+        "optim.step.health",
         "training.run.engine",
         "training.run.context",
         "training.model.llama",
@@ -146,6 +147,7 @@ STANDARD_ONLY = (
     "cluster.files",
     "cluster.head.answers",
     "cluster.head.keeper",
+    "cluster.head.shell",
     "cluster.private",
     "cluster.head.reap",
     "cluster.head.ray_rest",

@@ -9,9 +9,10 @@ import pytest
 from cluster.config import ConfigError
 from optim.noise import Noise
 from serving.bench.workload import arrivals, from_conversations, from_trace, lengths, synthetic
+from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine.protocol import Sampling
-from serving.engine.torch_engine import TorchEngine, make_engine
+from serving.engine.torch_engine import TorchEngine, make_torch_engine
 from tests.commands import ROOT
 from tests.lab.paced_engine import Pace
 from tests.reader import Reader
@@ -19,7 +20,7 @@ from training import config as training_config
 from training.data.dataset import SampleOrder
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape
-from training.study import config as study_config
+from training.study.config import load as load_study
 
 SHAPE = LlamaShape(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32
@@ -61,7 +62,7 @@ def engine():
         model=ModelConfig(shape="llama-5m", weights="random"),
         engine=EngineConfig(device="cpu", slots=4, cache_tokens=1024),
     )
-    made = make_engine(config, directory=None, name="m")
+    made = make_torch_engine(config, Served(None, "m"))
     yield made
     made.close()
 
@@ -98,4 +99,4 @@ def test_a_seed_that_no_generator_takes_is_refused_with_its_key(seed: int):
         training_config.load(dotlist=[f"run.seed={seed}"])
     for key, value in (("seeds", f"[1,{seed}]"), ("tuning_seed", seed)):
         with pytest.raises(ConfigError, match=rf"^{key}: {seed} must lie in"):
-            study_config.load(file=study, dotlist=[f"{key}={value}"])
+            load_study(file=study, dotlist=[f"{key}={value}"])

@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster import private
 
-HEADER = Path(__file__).with_name("simd.h")  # the only one of ours that a source may include
+HEADER = Path(__file__).with_name("simd.h")  # which a source may include, and headers that lie beside it
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 TILES = "AMX BF16"  # the tier that multiplies by tiles; the others have vectors alone
@@ -111,7 +111,8 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run: Any = partial(subprocess.run, capture_output=True, check=True, timeout=COMPILE_SECONDS)
     version = run([compiler, "--version"])
-    parts = (source.read_bytes(), HEADER.read_bytes(), version.stdout, " ".join(flags).encode())
+    read = [file.read_bytes() for file in (source, HEADER, *sorted(source.parent.glob("*.h")))]
+    parts = (*read, version.stdout, " ".join(flags).encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_root / "asuncion" / f"{source.parent.name}-{source.stem}-{key}.so"
     _close_to_others(path.parent)

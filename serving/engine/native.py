@@ -164,7 +164,7 @@ class NativeDecoder:
         ]
         firsts, kept_firsts = ([0, *accumulate(numbers)] for numbers in (counts, kept))
         num_rows, num_kept = firsts[-1], kept_firsts[-1]
-        texts = (span.sequence.tokens[span.start : span.stop] for span in spans)
+        texts = (span.request.tokens[span.start : span.stop] for span in spans)
         tokens = (_INT * num_rows)(*(token for text in texts for token in text))
         positions = (_INT * num_rows)(*(p for span in spans for p in range(span.start, span.stop)))
         rows = [after - 1 for after, span in zip(kept_firsts[1:], spans, strict=True) if span.samples]

@@ -59,7 +59,7 @@ def measure(
         RunError: a request failed.
     """
     served = checkpoints.find(config.model)
-    checkpoints.export(served, report=report)
+    checkpoints.export_if_stale(served, report=report)
     samples: dict[str, list[float]] = {}
     engine = make_engine(config, served)
     try:
