@@ -1,6 +1,4 @@
-# Every target is one line over `python -m ...`. ARGS are key=value pairs, CONFIG a YAML file, CLUSTER a
-# cluster's YAML (cluster/asuncion.yaml), RUN one of its runs, by default the newest, and A and B two machines'
-# files of `make baseline`.
+# Every target is one line over `python -m ...`. `make help` prints the lines that begin with `##`.
 PYTHON ?= python3
 CONFIG ?=
 ARGS ?=
@@ -13,63 +11,96 @@ VENV := .venv
 PY := $(VENV)/bin/python -m
 
 .PHONY: train prepare study eval baseline parity projection serve serve-bench up status preflight attach stop pull down \
-  test test-cluster check format clean
+  test test-cluster check format clean help
 
+## Train, serve, measure
+## train         train a model, or resume the run of that name
 train: $(VENV)/ready
 	$(PY) training.launch $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) \
 	  $(if $(SKIP_PREFLIGHT),--skip-preflight) $(ARGS)
 
+## prepare       turn a corpus into token shards (train does so where needed)
 prepare: $(VENV)/ready
 	$(PY) training.data.prepare $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## study         compare optimizers at equal tuning effort
 study: $(VENV)/ready
 	$(PY) training.study $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## eval          benchmarks and perplexity of a run, a checkpoint or an endpoint
 eval: $(VENV)/ready
 	$(PY) training.evaluate $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## baseline      measure what this machine reaches, or a cluster (CLUSTER=)
 baseline: $(VENV)/ready
 	$(PY) training.baseline $(if $(CONFIG),--config $(CONFIG)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
+## parity        compare two baselines, each against its own hardware (A=, B=)
 parity: $(VENV)/ready
 	$(PY) cluster.parity $(or $(A),$(error say A=FILE and B=FILE, of make baseline, or B=datasheet:h100)) $(B) $(ARGS)
 
+## projection    predict the days of a training run on N nodes
 projection: $(VENV)/ready
 	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## serve         serve the newest run, or model.path=, until Ctrl-C
 serve: $(VENV)/ready
 	$(PY) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## serve-bench   serve a model, and measure throughput and latency
 serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+##
+## A cluster (CLUSTER=cluster/asuncion.yaml)
+## up            start every node, or name those that did not join, with the reason
+## status        nodes, runs and the last preflight
+## down          end every process of the cluster; runs and data stay
 up status down: $(VENV)/ready
 	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
 
+## attach        follow a run's log (RUN=name, or the newest)
+## stop          stop a run; its checkpoints stay
+## pull          copy a run's metrics, plots and W&B files to outputs/
 attach stop pull: $(VENV)/ready
 	$(PY) cluster.laptop.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
 	  $(if $(RUN),--run $(RUN))
 
+## preflight     check and measure the nodes: this machine, or CLUSTER=
 preflight: $(VENV)/ready
 	$(PY) $(if $(CLUSTER),cluster.laptop.remote preflight $(CLUSTER),cluster.preflight) $(ARGS)
 
-# Two workers, which divide the files as tests/conftest.py says.
+##
+## This project
+## test          the tests, on two processes (ARGS="tests/optim": one room)
+# tests/conftest.py divides the files between the two.
 test: $(VENV)/ready
 	$(PY) pytest -n 2 --no-loadscope-reorder $(ARGS)
 
+## test-cluster  the long tests of a cluster: four hosts on one machine, as root
 test-cluster: $(VENV)/ready
 	$(PY) pytest -m cluster $(ARGS)
 
+## check         lint, format and types
 check: $(VENV)/ready
 	$(PY) ruff check . && $(PY) ruff format --check . && $(PY) mypy
 
+## format        mend what lint and format can
 format: $(VENV)/ready
 	$(PY) ruff check --fix . && $(PY) ruff format .
 
+## clean         remove .venv and caches; runs and data stay
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# The environment is ready when its last step is done; a broken-off one is finished by the next call.
+## help          these lines
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+	@echo
+	@echo 'ARGS="key=value ..." sets keys and CONFIG=file.yaml names a file of them.'
+	@echo '`.venv/bin/python -m training.launch --help` lists the keys of a command.'
+
+# `ready` is made last, so an interrupted installation is finished by the next call.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "$(VENV): installing Python packages, this once. About 5 minutes and 3 GB, more with CUDA's torch;"
 	@echo "pip says what it downloads, and is silent for the last minutes, while it unpacks."

@@ -78,6 +78,11 @@ def _is_open(found: os.stat_result) -> bool:
     return bool(found.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if shared else 0)))
 
 
+def is_ours(found: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and no other may write it."""
+    return found.st_uid == os.getuid() and not _is_open(found)
+
+
 def make_token(given: bytes = b"") -> None:
     """Make Ray's token, ~/.ray/auth_token, or require that it is ours. Ray itself would write it 0644.
 
@@ -132,8 +137,7 @@ def read_token() -> bytes:
         raise
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(file.fileno())
-        planted = found.st_uid != os.getuid() or _is_open(found)
-        if planted or not stat.S_ISREG(found.st_mode):
+        if not (is_ours(found) and stat.S_ISREG(found.st_mode)):
             _refuse(place, "may be the token of another user; remove it, and a new one is made")
         if stat.S_IMODE(found.st_mode) != 0o600:
             os.fchmod(file.fileno(), 0o600)

@@ -1,68 +1,107 @@
-"""Which runs there are, and how far they are: what training leaves, and serving and evaluation find."""
+"""Finds runs and their checkpoints: the only code that searches `outputs/`.
 
+find("newest", key="model", instead="or name ...")     what to serve or evaluate: a run or a HF directory
+in_folder()                                            all runs with a complete checkpoint or an export
+complete_checkpoints(run / "checkpoints")              step folders that are whole, the oldest first
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.cli import UserError
 
 OUTPUTS = Path("outputs")
 EXPORT = "export"  # in a run directory: the Hugging Face checkpoint
+COMPLETE = "COMPLETE"  # in a checkpoint: the file that is written last
+NEWEST = "newest"
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model that a key names.
+
+    Attributes:
+        directory: in Hugging Face's layout; missing or outdated if `stale`.
+        name: the run's, or the directory's.
+        run: the run directory that it is the export of, if any.
+        stale: the run has to be exported first.
+    """
+
+    directory: Path
+    name: str
+    run: Path | None = None
+    stale: bool = False
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.directory}{', exported first' if self.stale else ''}"
+
+
+def find(model: str, *, key: str, instead: str) -> ModelDirectory:
+    """The model that `model` names: NEWEST, a Hugging Face directory, a run directory, or a run's name.
+
+    Args:
+        key: of the configuration that names it, for messages.
+        instead: what can be done instead of training a run, for the message that there is none.
+
+    Raises:
+        UserError: there is no such model, or no run at all; the message lists the runs.
+    """
+    if model == NEWEST:
+        return of_run(_newest(key=key, instead=instead))
+    for directory in (Path(model).expanduser().absolute(), (OUTPUTS / model).absolute()):
+        if (directory / "config.json").is_file():
+            run = directory.parent
+            if directory.name == EXPORT and _last_trained(run):
+                return ModelDirectory(directory, run.name, run=run)  # as it is, even if the run has gone on
+            return ModelDirectory(directory, directory.name)
+        if _newest_at(directory):
+            return of_run(directory)
+    there = ", ".join(sorted(run.name for run in in_folder())) or "none"
+    raise UserError(
+        f"{key}: {model!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
+        f"checkpoint; runs in {OUTPUTS.absolute()}: {there}; train one with `make train`"
+    )
+
+
+def of_run(run: Path) -> ModelDirectory:
+    """The export of a run; stale if the run was never exported or has trained on since."""
+    return ModelDirectory(run / EXPORT, run.name, run=run, stale=_last_exported(run) < _last_trained(run))
 
 
 def in_folder(outputs: Path = OUTPUTS) -> list[Path]:
     """Absolute paths of the runs in a folder that have a complete checkpoint, or an export of one."""
     candidates = (path.absolute() for path in outputs.glob("*") if path.is_dir())
-    return [run for run in candidates if is_run(run)]
+    return [run for run in candidates if _newest_at(run)]
 
 
-def newest(*, key: str, instead: str) -> Path:
-    """The run under OUTPUTS that was last trained or exported.
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root` that are marked complete, the oldest first."""
+    return sorted(mark.parent for mark in root.glob(f"step-*/{COMPLETE}"))
 
-    Args:
-        key: of the configuration that asks for it.
-        instead: what else can be done than training one, for the message.
 
-    Raises:
-        UserError: there is none.
-    """
+def _newest(*, key: str, instead: str) -> Path:
     there = in_folder()
     if not there:
         raise UserError(
             f"{key}: no run with a complete checkpoint in {OUTPUTS.absolute()}; train one with `make train`, "
             f"{instead}"
         )
-    return max(there, key=newest_at)
+    return max(there, key=_newest_at)
 
 
-def unknown(name: str, *, key: str) -> UserError:
-    """That `key` names neither a checkpoint nor a run, and which runs there are."""
-    there = ", ".join(sorted(run.name for run in in_folder())) or "none"
-    return UserError(
-        f"{key}: {name!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
-        f"checkpoint; runs in {OUTPUTS.absolute()}: {there}; train one with `make train`"
-    )
-
-
-def is_run(directory: Path) -> bool:
-    """Whether there is a complete checkpoint, or an export of one."""
-    return newest_at(directory) > 0
-
-
-def is_stale(run: Path) -> bool:
-    """Whether the run has gone on since it was exported, or was never."""
-    return last_exported(run) < last_trained(run)
-
-
-def newest_at(run: Path) -> float:
+def _newest_at(run: Path) -> float:
     """When it was last trained or exported, in seconds since the epoch; 0 without either."""
-    return max(last_trained(run), last_exported(run))
+    return max(_last_trained(run), _last_exported(run))
 
 
-def last_trained(run: Path) -> float:
+def _last_trained(run: Path) -> float:
     """When its newest complete checkpoint was marked so, in seconds since the epoch; 0 without one."""
-    return max((mark.stat().st_mtime for mark in run.glob("checkpoints/step-*/COMPLETE")), default=0.0)
+    complete = complete_checkpoints(run / "checkpoints")
+    return max(((path / COMPLETE).stat().st_mtime for path in complete), default=0.0)
 
 
-def last_exported(run: Path) -> float:
+def _last_exported(run: Path) -> float:
     """When its export was written, in seconds since the epoch; 0 without one."""
     file = run / EXPORT / "config.json"
     return file.stat().st_mtime if file.is_file() else 0.0

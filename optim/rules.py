@@ -323,7 +323,7 @@ class TransportedScion(Scion):
         cap: the largest c·β/(1-β), in steps.
         ramp_steps: over how many steps the factor rises from 0. Momentum that starts at zero makes
             β/(1-β)·(1-β^t) the exact factor after step t; 1/(1-β) comes close, and 0 overshoots at first
-            (training/study/synthetic.py measures it).
+            (training/study/synthetic/problem.py measures it).
     """
 
     transport: float = 1.0

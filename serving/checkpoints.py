@@ -1,19 +1,16 @@
 """Which model to serve: a Hugging Face directory, or a run, exported first where needed. No torch."""
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import process, runs
+from cluster import runs
 from cluster.cli import UserError
-from cluster.session import ROOT
+from cluster.config import ConfigError
 from serving.config import ModelConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
 
-NEWEST = "newest"
 INSTEAD = "name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
 
 
@@ -36,18 +33,12 @@ def find(config: ModelConfig) -> Served:
     """The model that `model.*` names. Changes nothing. Raises `UserError`: there is no such model."""
     if config.weights == "random":
         return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
-    if config.path == NEWEST:
-        return _of_run(runs.newest(key="model.path", instead=INSTEAD), config)
-    for directory in (Path(config.path).expanduser().absolute(), (runs.OUTPUTS / config.path).absolute()):
-        if (directory / "config.json").is_file():
-            return Served(directory, config.name or directory.name)
-        if runs.is_run(directory):
-            return _of_run(directory, config)
-    raise runs.unknown(config.path, key="model.path")
+    model = runs.find(config.path, key="model.path", instead=INSTEAD)
+    return Served(model.directory, config.name or model.name, stale_run=model.run if model.stale else None)
 
 
-def export(served: Served, *, report: Callable[[str], None]) -> None:
-    """Bring `served.directory` up to date, where it is a run's export. Tells `report` so, in one line.
+def export_if_stale(served: Served, *, report: Callable[[str], None]) -> None:
+    """Export the run if its export is missing or older than its newest checkpoint, and `report` that.
 
     Raises:
         UserError: the run cannot be exported; the message is the exporter's.
@@ -56,12 +47,12 @@ def export(served: Served, *, report: Callable[[str], None]) -> None:
     if run is None:
         return
     report(f"exporting {run}")
-    # A command, because serving imports nothing of training but shapes and model.
-    done = process.run(
-        [sys.executable, "-m", "training.export", str(run)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    if done.returncode != 0:
-        raise UserError(f"{run}: cannot be exported: {done.stderr.strip().removeprefix('error: ')}")
+    from training.model.export import export  # needs torch
+
+    try:
+        export(run, dtype="bfloat16")
+    except (UserError, ConfigError) as error:
+        raise UserError(f"{run}: cannot be exported: {error}") from error
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
@@ -71,8 +62,3 @@ def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
     except ValueError as error:
         key = "model.path" if served.directory else "model.shape"
         raise UserError(f"{key}: {error}") from error
-
-
-def _of_run(run: Path, config: ModelConfig) -> Served:
-    stale = run if runs.is_stale(run) else None
-    return Served(run / runs.EXPORT, config.name or run.name, stale_run=stale)

@@ -187,7 +187,7 @@ def serving(
         RunError: the replicas did not come up; the message is the replica's own.
     """
     served = checkpoints.find(config.model)
-    checkpoints.export(served, report=report)
+    checkpoints.export_if_stale(served, report=report)
     checkpoints.shape_of(config.model, served)  # what can be seen here needs no replica to find out
     config = _absolute(config)
     if served.directory is not None:

@@ -29,9 +29,9 @@ class Counting:
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(self.step_seconds)
-        scored = ((s.sequence.tokens, s.start + row) for s in spans for row in range(s.num_scored))
+        scored = ((s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored))
         self._scored = [self._last(tokens[: place + 1]) for tokens, place in scored]
-        sampled = [span.sequence.tokens for span in spans if span.samples]
+        sampled = [span.request.tokens for span in spans if span.samples]
         if any(tokens[:3] == FAILING and len(tokens) > 5 for tokens in sampled):
             raise RuntimeError("an unlucky number")
         return self._logits([self._last(tokens) for tokens in sampled])

@@ -18,10 +18,12 @@ each_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROO
 
 
 def load(file: Path, dotlist: tuple[str, ...] = ()):
-    """The file, with the schema of its room; a study's has its own."""
+    """The file, with the schema of its room; a study's and a benchmark's have their own."""
     room = file.relative_to(ROOT).parts[0]
-    schema = "study.config" if file.name.startswith("study") else "config"
-    return importlib.import_module(f"{room}.{schema}").load(file=file, dotlist=dotlist)
+    folder = next((name for name in ("study", "bench") if file.name.startswith(name)), "")
+    return importlib.import_module(f"{room}.{folder}.config".replace("..", ".")).load(
+        file=file, dotlist=dotlist
+    )
 
 
 def test_there_are_files_and_all_of_them_end_in_yaml():

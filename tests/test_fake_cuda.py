@@ -22,7 +22,7 @@ from optim.step.zero import ZeroOptimizer
 from serving.engine.decoder import WARM_UPS, TorchDecoder, graph_sizes
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import choose
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.fake_cuda import fake_cuda
 from tests.optim.step.test_fused import NUM_MATRICES, PARAMETERS, RULES, numel
 from training.model.llama import Llama
@@ -218,7 +218,7 @@ def spans_of(*sizes: int, slots: int = 8) -> list[Span]:
     """Of the first step of requests of so many tokens."""
     scheduler = Scheduler(slots=slots, cache_tokens=40 * BLOCK_TOKENS, step_tokens=500)
     for size in sizes:
-        scheduler.add(Request([1] * size, size + 5))
+        scheduler.add(ScheduledRequest([1] * size, size + 5))
     return scheduler.next_step()
 
 
@@ -370,5 +370,5 @@ def test_a_step_larger_than_every_graph_runs_without_one():
     with Streams().installed() as streams:
         decoder = TorchDecoder(make_model(), num_blocks=40, slots=8, graphs=True, context_tokens=32)
         streams.log.clear()
-        request = Request([1] * 70, 80)
+        request = ScheduledRequest([1] * 70, 80)
         assert decoder.forward([Span(request, 69, 70, (0, 1, 2))]).shape == (1, 333) and not streams.log

@@ -41,7 +41,7 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
         ("training.evaluate", f"model={low}", f"output={tmp_path / 'scores'}"),
         (*STEPS, *measured, "precision=bf16"),
         ("training.baseline.ceilings", "llama-5m:64"),
-        ("training.projection.ranks", *tiny(tmp_path, precision="bf16")),
+        ("tests.lab.projection_ranks", *tiny(tmp_path, precision="bf16")),
         (*SERVED, f"model.path={low}", "engine.dtype=bfloat16"),
         (*SERVED, f"model.path={low}"),
         (*OPTIM_BENCH, "--output", tmp_path / "optim.json"),

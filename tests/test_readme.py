@@ -1,4 +1,4 @@
-"""README's commands and file tree are true."""
+"""The READMEs and the Makefile: commands run, and files, tests and links that they name are there."""
 
 import os
 import re
@@ -6,26 +6,38 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from tests.commands import ROOT
 
-README = (ROOT / "README.md").read_text()
+OURS = ("cluster", "optim", "training", "serving", "tests")
+NOT_OURS = {  # made by a user or a run, or Ray's
+    *("cluster/mine.yaml", "cluster/mine.inventory.yaml", "my.yaml", "secrets.yaml", "config.yaml"),
+    *("dashboard.py", "monitor.py"),
+}
 ROOMS = ("cluster", "optim", "training", "serving")
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith(("make ", ".venv/bin/python "))
-]
-COMMANDS += re.findall(r"`(torchrun [^`]*)`", README)
+READMES = ("README.md", "CHANGELOG.md", *(f"{room}/README.md" for room in (*ROOMS, "tests")))
+READMES += ("tests/gpu/README.md", "tests/baselines/README.md")
+TEXTS = {readme: (ROOT / readme).read_text() for readme in READMES}
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("  #")[0].strip()
+        for text in TEXTS.values()
+        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+    )
+)
+SUFFIXES = "py|cpp|h|sh|md|yaml|svg"
 
 
 def dry(command: str) -> list[str]:
     """The command with this interpreter, and stopped before it does anything that takes long."""
     words = shlex.split(command)
+    words = [word for word in words if not word.startswith("ASUNCION_")]
     if words[0] == "make":
         venv = Path(sys.prefix)
         # This environment stands in for .venv, so that nothing is installed by the test.
@@ -85,13 +97,75 @@ def test_the_map_of_a_room_is_complete(room: str) -> None:
     assert gone == set(), f"{room}/README.md: its map names files that are not there"
 
 
-@pytest.mark.parametrize("readme", ["README.md", *(f"{room}/README.md" for room in ROOMS)])
+each_readme = pytest.mark.parametrize("readme", READMES)
+
+
+@each_readme
 def test_every_file_that_a_readme_names_is_there(readme: str) -> None:
-    file = ROOT / readme
-    if not file.is_file():
-        pytest.skip("this room has none yet")
-    named = re.findall(r"`((?:tests|cluster|optim|training|serving)/[\w/.-]+\.\w+)`", file.read_text())
-    assert [name for name in named if "/mine" not in name and not (ROOT / name).exists()] == []
+    places = (ROOT, (ROOT / readme).parent)
+    named = re.findall(r"`((?:tests|cluster|optim|training|serving)/[\w/.-]+\.\w+)`", TEXTS[readme])
+    named += re.findall(rf"`([\w/.-]+\.(?:{SUFFIXES}))`", TEXTS[readme])
+    named += re.findall(r"CONFIG=(\S+\.yaml)", TEXTS[readme])
+    missing = {name for name in named if not any((place / name).exists() for place in places)}
+    assert missing - NOT_OURS == set()
+
+
+@each_readme
+def test_every_module_that_a_readme_names_is_there(readme: str) -> None:
+    text = TEXTS[readme].replace("`python -m ...`", "")
+    named = {name for name in re.findall(r"-m ([a-z_]+[\w.]*)", text) if name.partition(".")[0] in OURS}
+    now = {name for name in named if f"| `python -m {name}` | `" not in text}  # not CHANGELOG's old names
+    assert [name for name in sorted(now) if find_spec(name) is None] == []
+
+
+@each_readme
+def test_every_test_that_a_readme_names_is_there(readme: str) -> None:
+    """`tests/a/test_b.py`: `test_c`, `test_d`."""
+    missing = []
+    for file, names in re.findall(r"`(tests/[\w/]+\.py)`((?:[:,] `test_\w+`)*)", TEXTS[readme]):
+        functions = re.findall(r"^def (test_\w+)\(", (ROOT / file).read_text(), flags=re.MULTILINE)
+        missing += [f"{file}: {name}" for name in re.findall(r"test_\w+", names) if name not in functions]
+    assert missing == []
+    everywhere = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", TEXTS[readme])
+    assert [name for name in named if f"def {name}(" not in everywhere] == []
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_every_claim_names_the_test_that_shows_it(room: str) -> None:
+    _, _, section = TEXTS[f"{room}/README.md"].partition("## What holds, and where it is shown")
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 3
+    assert [row for row in rows if not re.search(r"\| `tests/[\w/]+\.py`", row)] == []
+
+
+@each_readme
+def test_every_table_is_rendered_as_one(readme: str) -> None:
+    """A blank line within a table would leave the rows below it as text."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(TEXTS[readme])
+    assert not [
+        line
+        for token in tokens
+        if token.type == "inline" and token.level < 3
+        for line in token.content.splitlines()
+        if line.startswith("|") and line.endswith("|")
+    ]
+
+
+@each_readme
+def test_every_link_leads_somewhere(readme: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[readme])
+    local = [link.partition("#")[0] for link in links if "://" not in link]
+    assert [link for link in local if not ((ROOT / readme).parent / link).exists()] == []
+
+
+def test_make_help_has_a_line_for_each_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"\.PHONY: ((?:.*\\\n)*.*)", makefile)[1].replace("\\\n", " ").split()
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert sorted(words[0] for words in lines if words and words[0] in targets) == sorted(targets)
+    assert len(targets) > 20 and all(len(words[1]) > 10 for words in lines if words and words[0] in targets)
 
 
 # Stands for python3: the environment that it makes has a pip and a python that only say so.

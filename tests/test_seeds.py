@@ -9,11 +9,12 @@ import pytest
 from cluster.config import ConfigError
 from optim.noise import Noise
 from serving.bench.workload import arrivals, from_conversations, from_trace, lengths, synthetic
+from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine.protocol import Sampling
-from serving.engine.torch_engine import TorchEngine, make_engine
-from serving.peers.paced import Pace
+from serving.engine.torch_engine import TorchEngine, make_torch_engine
 from tests.commands import ROOT
+from tests.lab.paced_engine import Pace
 from tests.reader import Reader
 from training import config as training_config
 from training.data.dataset import SampleOrder
@@ -61,7 +62,7 @@ def engine():
         model=ModelConfig(shape="llama-5m", weights="random"),
         engine=EngineConfig(device="cpu", slots=4, cache_tokens=1024),
     )
-    made = make_engine(config, directory=None, name="m")
+    made = make_torch_engine(config, Served(None, "m"))
     yield made
     made.close()
 

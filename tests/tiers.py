@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cluster import compiled
+from cluster.machine import compiled
 from optim.kernels import native
 
 

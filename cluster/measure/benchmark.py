@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import files, provenance
+from cluster import display, files, provenance
 from cluster.cli import RunError, UserError
 from cluster.measure import hardware
 from cluster.session import ROOT
 
-BASELINE_FORMAT = 2  # of the file that `make baseline` writes
 MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
 
 
@@ -85,13 +84,11 @@ def spread_of(key: str) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """Every median in `result`, with its spread, for people; a dash where nothing was measured."""
     keys = [key for key in result if spread_of(key) in result]
-    width = max(map(len, keys), default=0)
-    lines = [f"{'':<{width}}{'median':>10}{'min':>10}{'max':>10}"]
+    rows = []
     for key in keys:
         values = (result[key], *(result[spread_of(key)] or (None, None)))
-        cells = ("-" if value is None else f"{value:.3f}" for value in values)
-        lines.append(f"{key:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
+        rows.append((key, *(None if value is None else f"{value:.3f}" for value in values)))
+    return display.table(("", "median", "min", "max"), rows)
 
 
 def baseline_path(host: Mapping[str, Any], what: str) -> Path:

@@ -281,7 +281,7 @@ def measure_links(
     import torch
     import torch.distributed as dist
 
-    from cluster.rendezvous import meet
+    from cluster.machine.rendezvous import meet
 
     gpu = device == "cuda"
     meet(

@@ -2,27 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cluster.parity.comparison import Comparison, Parity
+from cluster import display
+from cluster.display import COLORS
+from cluster.parity.comparison import Comparison
+from cluster.parity.parity import Parity
 
-COLORS = ("#1b6ca8", "#c8553d")  # A, B
 MARKS = {"training": "s", "prefill": "^", "decode": "o"}
-PARTS = {
-    "compute": "#1b6ca8",
-    "communication": "#c8553d",
-    "optimizer": "#e0a458",
-    "data": "#6a994e",
-    "other": "#c4c8cc",
-}
+PARTS = dict(zip(("compute", "communication", "optimizer", "data", "other"), COLORS, strict=True))
 
 
 def draw(parity: Parity, folder: Path) -> dict[str, Path]:
     """Title -> PNG in `folder`, of every figure for which there is something to show."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
     made = {"Parity of each figure": _parities(parity, folder / "parity.png")}
     made["Rooflines"] = _rooflines(parity, folder / "roofline.png")
     if times := [each for each in parity.comparisons if any("time_shares" in f for f in each.figures)]:
@@ -31,10 +22,10 @@ def draw(parity: Parity, folder: Path) -> dict[str, Path]:
 
 
 def _parities(parity: Parity, path: Path) -> Path:
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
     rows = list(reversed(parity.comparisons))
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)), dpi=130)
+    figure, [axes] = display.figure(8, 1.2 + 0.32 * len(rows))
     for place, each in enumerate(rows):
         for interval, color, offset, label in (
             (each.parity, "#222222", 0.12, "normalised: A's share / B's"),
@@ -50,20 +41,17 @@ def _parities(parity: Parity, path: Path) -> Path:
     names = [f"{each.id} ({' / '.join(dict.fromkeys(each.bounds))})" for each in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(plt.FormatStrFormatter("%.3g"))
-    axes.xaxis.set_minor_formatter(plt.NullFormatter())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("A / B (1: parity); bars: 95% intervals from the runs")
-    axes.grid(axis="x", alpha=0.3)
     axes.legend(
         fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.6 + 0.32 * len(rows))), ncols=2
     )
-    return _save(figure, path)
+    return display.save(figure, path)
 
 
 def _rooflines(parity: Parity, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
+    figure, [axes] = display.figure(8, 5)
     points = [
         (side, each, figure_["flops"] / figure_["bytes"])
         for each in parity.comparisons
@@ -97,21 +85,18 @@ def _rooflines(parity: Parity, path: Path) -> Path:
             place = " (right edge: bytes not counted)" if kind == "training" else ""
             axes.plot([], [], mark, color="#555555", label=f"{kind}{place}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s of one device")
-    axes.grid(alpha=0.3, which="both", lw=0.4)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return display.save(figure, path)
 
 
 def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     bars: list[tuple[str, dict[str, float]]] = []
     for each in rows:
         for side, found in zip("AB", each.figures, strict=True):
             if "time_shares" in found and not parity.sides["AB".index(side)].is_roofline:
                 bars.append((f"{each.id.removeprefix('training/')} on {side}", found["time_shares"]))
     bars.reverse()
-    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.32 * len(bars)), dpi=130)
+    figure, [axes] = display.figure(8, 1.1 + 0.32 * len(bars))
     for place, (_, times) in enumerate(bars):
         left = 0.0
         for part, color in PARTS.items():
@@ -122,12 +107,4 @@ def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
     axes.legend(
         fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.8 / (0.5 + 0.32 * len(bars))), ncols=4
     )
-    return _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    return display.save(figure, path)

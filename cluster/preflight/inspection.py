@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import provenance, toolchain
+from cluster import provenance
+from cluster.machine import toolchain
 from cluster.measure import probe
 
 GPU_QUERY = (

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import display
 from cluster.config import key
 from cluster.measure import hardware
 
@@ -204,16 +205,13 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
 
 def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
     """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
-    rows: list[Sequence[str]] = [COLUMNS]
+    rows = []
     for node, facts in found["nodes"].items():
         rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
         cells = (node, str(len(facts["gpus"])), *(f"{min(each):.3g}" if each else "-" for each in rates))
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = [display.table(COLUMNS, rows)]
     for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
         if links and "problem" not in links:
             reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))

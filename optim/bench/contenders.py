@@ -30,6 +30,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException
 
+from cluster.measure.turns import turns
 from optim.groups import partition
 from optim.kernels import native
 from optim.precision import product_dtype
@@ -127,12 +128,6 @@ def _seconds(action: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _turns(names: Sequence[str], round_number: int) -> list[str]:
-    """The order of a round: another contender goes first in each."""
-    first = round_number % len(names)
-    return [*names[first:], *names[:first]]
-
-
 # --- in one process ---------------------------------------------------------------------------------------
 
 
@@ -162,7 +157,7 @@ def race_steps(
 
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(-WARM_UP_ROUNDS, num_rounds):
-        for name in _turns(list(contenders), number):
+        for name in turns(list(contenders), number):
             taken = _seconds(contenders[name][0], device)
             if number >= 0:
                 seconds[name].append(taken)
@@ -305,7 +300,7 @@ def _run(shapes: Shapes, stage: int, num_rounds: int, traffic: "Traffic") -> Zer
     _warm_up(list(entries.values()))
     graphs = _num_graphs()
     for number in range(num_rounds):
-        for name in _turns(list(entries), number):
+        for name in turns(list(entries), number):
             whole, backward = entries[name].turn()
             race.whole.setdefault(name, []).append(whole)
             race.backward.setdefault(name, []).append(backward)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster import toolchain
+from cluster.machine import toolchain
 
 try:
     import triton

@@ -1,5 +1,5 @@
 // The optimizer step on a CPU with AVX-512 BF16 or AVX2: orthogonalisation, and the two passes over a shard (at
-// the end of this file). cluster/simd.h has the vectors of both tiers; optim/kernels/native.py compiles this file and says
+// the end of this file). cluster/machine/simd.h has the vectors of both tiers; optim/kernels/native.py compiles this file and says
 // why where it cannot.
 //
 // Newton-Schulz takes a batch of matrices in one call, one of them at a time on each thread, so that what an

@@ -1,6 +1,6 @@
 """native.cpp, called: the step of bf16 updates. A CPU with AVX2 or better and a C++ compiler are needed.
 
-Without either everything runs on torch alone, and `unsupported` says why; see `cluster.compiled`.
+Without either everything runs on torch alone, and `unsupported` says why; see `cluster.machine.compiled`.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster import compiled
+from cluster.machine import compiled
 from optim.kernels.gpu import SegmentTable, check_apply_pass, check_momentum_pass
 
 SOURCE = Path(__file__).with_suffix(".cpp")

@@ -16,7 +16,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RequestOutcome:
     """One request, from its schedule to its end.
 
     Attributes:
@@ -66,7 +66,7 @@ class Slo:
     tpot: float | None
     e2e: float | None
 
-    def met_by(self, outcome: Outcome) -> bool:
+    def met_by(self, outcome: RequestOutcome) -> bool:
         """A request that failed meets nothing; one of a single token has no TPOT to exceed."""
         if outcome.error is not None or not outcome.tokens:
             return False
@@ -85,7 +85,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
+def summarise(outcomes: Sequence[RequestOutcome], *, slo: Slo) -> dict[str, Any]:
     """Counts, rates and percentiles of the measured requests; keys carry units.
 
     Rates are over the time from the first scheduled arrival to the last end. Percentiles are over requests
@@ -131,7 +131,7 @@ def summarise(outcomes: Sequence[Outcome], *, slo: Slo) -> dict[str, Any]:
     return found
 
 
-def _decoding(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def _decoding(outcomes: Sequence[RequestOutcome]) -> dict[str, float]:
     """What was decoded, and in what time. A request decodes from its first token to its last.
 
     Keys: `decode_seconds`, in which any request decoded; `decode_steps`, of one engine that decodes them all

@@ -20,13 +20,13 @@ import aiohttp
 from cluster import endpoint_client
 from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
-from serving.bench.latency import Outcome, percentile
+from serving.bench.latency import RequestOutcome, percentile
 from serving.bench.workload import Planned
 from serving.engine.protocol import Engine, EngineFailed, Overloaded, Sampling, Stream
 
 HEARTBEAT_SECONDS = 0.005
 OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # what this machine has run out of
-Observe = Callable[[Outcome], None]
+Observe = Callable[[RequestOutcome], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Lag:
 
 # Send a request that was due at `scheduled` and wait for its end; a clock's reading `start` is time 0 of the
 # outcome. Errors are outcomes, but for those of this machine: a `RunError`.
-Send = Callable[[Planned, int, float, float], Awaitable[Outcome]]
+Send = Callable[[Planned, int, float, float], Awaitable[RequestOutcome]]
 
 
 async def run_open(plan: Sequence[Planned], send: Send, *, observe: Observe) -> Lag:
@@ -110,7 +110,7 @@ async def over_http(
     )
     async with session:
 
-        async def send(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
+        async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
             body = {
                 "model": endpoint.model,
                 "prompt": planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt),
@@ -131,7 +131,7 @@ async def over_http(
 def to_engine(engine: Engine) -> Send:
     """What hands requests to an engine in this process, with nothing between."""
 
-    async def send(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
+    async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
         assert not isinstance(planned.prompt, str)
         sampling = Sampling(max_tokens=planned.max_tokens, temperature=0.0, ignore_eos=True)
         sent, tokens, error = time.perf_counter(), [], None
@@ -142,7 +142,7 @@ def to_engine(engine: Engine) -> Send:
             error = "overloaded"
         except EngineFailed:
             error = "engine failed"
-        return Outcome(
+        return RequestOutcome(
             index=index,
             scheduled=scheduled - start,
             sent=sent - start,
@@ -194,13 +194,13 @@ async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
 
 def _outcome(
     planned: Planned, index: int, answer: _Streamed, *, scheduled: float, sent: float, start: float
-) -> Outcome:
+) -> RequestOutcome:
     asked, got = planned.max_tokens, answer.usage.get("completion_tokens", planned.max_tokens)
     error = answer.error
     if error is None and got != asked:  # ignore_eos was set, so that lengths are exact
         error = f"{got} of {asked} tokens"
     size = len(planned.prompt) if not isinstance(planned.prompt, str) else 0
-    return Outcome(
+    return RequestOutcome(
         index=index,
         scheduled=scheduled - start,
         sent=sent - start,

@@ -23,8 +23,9 @@ from cluster.cli import RunError, UserError
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
 from serving import config as serving_config
 from serving.bench.latency import percentile
-from serving.checkpoints import export, find
+from serving.checkpoints import export_if_stale, find
 from serving.config import ServeConfig
+from serving.engine.process import make_engine
 from serving.engine.protocol import Engine, EngineFailed, Token, answer_all
 
 
@@ -68,14 +69,12 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
     """Measure the configured engine. Raises `RunError`: out of memory, beginning with these words."""
     import torch
 
-    from serving.engine.torch_engine import make_engine
-
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     served = find(config.model)
-    export(served, report=lambda line: print(line, file=sys.stderr))
+    export_if_stale(served, report=lambda line: print(line, file=sys.stderr))
     try:
-        engine = make_engine(config, directory=served.directory, name=served.name)
+        engine = make_engine(config, served)
         try:
             device = torch.device(engine.info.device)
             points = []

@@ -94,7 +94,7 @@ class TorchDecoder:
         for span in ordered:
             first[id(span)] = rows
             rows += span.stop - span.start
-        tokens = [t for span in ordered for t in span.sequence.tokens[span.start : span.stop]]
+        tokens = [t for span in ordered for t in span.request.tokens[span.start : span.stop]]
         positions = [p for span in ordered for p in range(span.start, span.stop)]
         places = [
             span.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
@@ -138,7 +138,7 @@ class TorchDecoder:
     ) -> tuple[list[int], list[int], list[list[int]]]:
         """Tokens, positions [size] and blocks [size, width] of spans of one token, and of padding."""
         empty = size - len(spans)
-        tokens = [span.sequence.tokens[span.start] for span in spans] + [0] * empty
+        tokens = [span.request.tokens[span.start] for span in spans] + [0] * empty
         positions = [span.start for span in spans] + [0] * empty
         # A request is padded with a block of its own: the spare may hold NaN, which no mask hides.
         rows = [span.blocks for span in spans] + [(self._spare,)] * empty

@@ -10,6 +10,7 @@ import torch
 from cluster.cli import UserError
 from cluster.measure.usage import out_of_memory
 from optim.precision import compute_dtype
+from serving.checkpoints import Served
 from serving.config import ServeConfig
 from training.model import shapes
 
@@ -17,19 +18,19 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 def says_what_does_not_fit(make: Maker) -> Maker:
-    """A `make_engine(config, *, directory, ...)` that raises `UserError` where memory does not suffice.
+    """A `make_torch_engine` that raises `UserError` where memory does not suffice.
 
     Before it allocates, where weights and cache alone exceed all of the device's memory: a CPU would be given
     what it asks for, and the process killed when it writes there. Else when an allocation fails.
     """
 
     @wraps(make)
-    def made(config: ServeConfig, *, directory: Path | None, **options: Any) -> Any:
+    def made(config: ServeConfig, served: Served) -> Any:
         free, total = _memory(config)
         try:
-            weights, cache, dtype, what = _needed(config, directory)
+            weights, cache, dtype, what = _needed(config, served.directory)
         except (ValueError, OSError):  # no such checkpoint: `make` says so
-            return make(config, directory=directory, **options)
+            return make(config, served)
         needed = (
             f"out of memory: {what} needs {weights / 1e9:,.2f} GB of weights, and "
             f"engine.cache_tokens={config.engine.cache_tokens} needs {cache / 1e9:,.2f} GB of cache, both in "
@@ -39,7 +40,7 @@ def says_what_does_not_fit(make: Maker) -> Maker:
         if weights + cache > total:
             raise UserError(needed)
         try:
-            return make(config, directory=directory, **options)
+            return make(config, served)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if isinstance(error, MemoryError) or out_of_memory(str(error)):
                 raise UserError(f"{needed} ({str(error).splitlines()[0]})") from error
@@ -72,5 +73,5 @@ def _memory(config: ServeConfig) -> tuple[int, int]:
 
 
 def _device(config: ServeConfig) -> torch.device:
-    """Where the engine will run. That a GPU is asked for and missing is for `make_engine` to say."""
+    """Where the engine will run. That a GPU is asked for and missing is for `find_device` to say."""
     return torch.device("cuda" if config.engine.device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,34 +1,18 @@
 // A step of a LLaMA decoder on a CPU with AVX-512 BF16 or AVX2: tokens of many requests in, fp32 logits out.
-// cluster/simd.h has the vectors of both tiers; where the CPU has AMX, linear layers are multiplied by its tiles.
-//
-// Weights and cache are bf16, kept as panels of pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a
-// column. One kernel, `accumulate`, does every product: the linear layers, queries by keys (a block of the cache is
-// a panel of 32 keys), and chances by values (pairs of tokens). Sums are fp32. With AVX-512, activations are bf16,
-// rounded where transformers rounds them. With AVX2 they are fp32 and never rounded: products read a single
-// element of a row at a time, and only what many columns share is worth storing in half the bytes.
-//
-// Where it counts: one row reads each weight once and is bound by memory; many rows are bound by the multipliers.
-// serving/engine/native.py compiles this file and describes its structs; no pointer that is read may be null.
+// products.h has the products and says how weights, cache and activations are kept. serving/engine/native.py
+// compiles this file and describes its structs; no pointer that is read may be null.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 namespace {
 
-using Activation = std::conditional_t<PARTS == 1, uint16_t, float>;
-
-constexpr long VECTORS = 4;              // of a panel of weights
-constexpr long PANEL = VECTORS * WIDTH;  // its columns
-constexpr long STRIP = REGISTERS == 32 ? 4 : 2;  // vectors of a panel that lie together, to be read in one go
-constexpr long BLOCK = 32;               // tokens of a block of the cache
-constexpr long ROWS = 6;                 // rows that share a load of a panel
-constexpr long SUMS = REGISTERS == 32 ? 24 : 12;  // vectors of sums that are computed together
+constexpr long BLOCK = 32; // tokens of a block of the cache
 
 struct Layer {
   const uint16_t *attention_norm, *mlp_norm;       // [hidden]
@@ -87,173 +71,6 @@ Vec exponential(Vec x) {
     y = multiply_add(y, x, spread(c));
   y = multiply_add(y, x * x, x) + spread(1.0f);
   return times_power(y, n);
-}
-
-// sums[r][v] += rows[r] · panel over `pairs` pairs, for Z vectors of columns from v on. A pair is `stride` behind the
-// one before it, a strip of vectors `next_strip` behind the one before it.
-// Not inlined, or GCC runs out of registers. Of 3 rows by 4 vectors AVX2 has some on the stack all the same, which
-// is still faster than two times 3 by 2: too few sums to hide the latency of adding to one.
-template <int R, int Z>
-__attribute__((noinline)) void accumulate_some(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows,
-                                               const uint32_t* panel, long stride, long next_strip, long pairs,
-                                               int v) {
-  Vec total[R][Z];  // a copy, which the compiler keeps in registers
-  const Scalar* row[R];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; r++) {
-    row[r] = (const Scalar*)rows[r];
-#pragma GCC unroll 4
-    for (int z = 0; z < Z; z++) total[r][z] = sums[r][v + z];
-  }
-  panel += v / STRIP * next_strip + v % STRIP * WIDTH;
-  long next_panel = VECTORS / STRIP * next_strip;  // of weights: the memory works while this one is multiplied
-  auto at = [&](int z) { return z / STRIP * next_strip + z % STRIP * WIDTH; };
-  for (long place = 0; place < pairs * PARTS; place += PARTS, panel += stride) {
-    asm("" : "+r"(place));  // one index for all rows: GCC would count up a pointer to each
-#pragma GCC unroll 4
-    for (int z = 0; z < Z; z += 64 / (4 * WIDTH)) _mm_prefetch((const char*)(panel + next_panel + at(z)), _MM_HINT_T1);
-#pragma GCC unroll 2
-    for (long part = 0; part < PARTS; part++) {
-      // Kept in registers is what there is less of: elements of rows, or columns.
-      Operand elements[R], columns[Z];
-      auto element = [&](int r) { return broadcast(row[r] + place + part); };
-      auto column = [&](int z) { return load_operand(panel + at(z), part); };
-      if constexpr (R < Z) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) elements[r] = element(r);
-#pragma GCC unroll 4
-        for (int z = 0; z < Z; z++) {
-          columns[z] = column(z);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; r++) total[r][z] = add_product(total[r][z], elements[r], columns[z]);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int z = 0; z < Z; z++) columns[z] = column(z);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-          elements[r] = element(r);
-#pragma GCC unroll 4
-          for (int z = 0; z < Z; z++) total[r][z] = add_product(total[r][z], elements[r], columns[z]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int z = 0; z < Z; z++) sums[r][v + z] = total[r][z];
-}
-
-// The same for V vectors, as many at a time as there are registers for.
-template <int R, int V>
-inline void accumulate(Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel, long stride,
-                       long next_strip, long pairs) {
-  constexpr int Z = R * V > SUMS ? V / 2 : V;
-  for (int v = 0; v < V; v += Z) accumulate_some<R, Z>(sums, rows, panel, stride, next_strip, pairs, v);
-}
-
-template <int V>
-void accumulate(long num_rows, Vec (&sums)[ROWS][VECTORS], const Activation* const* rows, const uint32_t* panel,
-                long stride, long next_strip, long pairs) {
-  switch (num_rows) {
-    case 1: return accumulate<1, V>(sums, rows, panel, stride, next_strip, pairs);
-    case 2: return accumulate<2, V>(sums, rows, panel, stride, next_strip, pairs);
-    case 3: return accumulate<3, V>(sums, rows, panel, stride, next_strip, pairs);
-    case 4: return accumulate<4, V>(sums, rows, panel, stride, next_strip, pairs);
-    case 5: return accumulate<5, V>(sums, rows, panel, stride, next_strip, pairs);
-    default: return accumulate<6, V>(sums, rows, panel, stride, next_strip, pairs);
-  }
-}
-
-// The n-th part of `total` cut into `parts` that differ by at most one.
-long cut(long total, long parts, long n) { return total * n / parts; }
-
-#ifdef __AMX_BF16__
-
-constexpr long TILE = 16;  // rows of a tile; a row holds 16 pairs, or 16 sums
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 hold sums of `count` rows, 16 columns each; 4 holds pairs of the rows, 5 and 6 those of columns.
-void configure_tiles(long count) {
-  TileConfig config;
-  for (int tile = 0; tile < 7; tile++) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = tile < 5 ? count : TILE;
-  }
-  _tile_loadconfig(&config);
-}
-
-// sums [count, PANEL] = x [count, inputs] · panel; `inputs` is a multiple of 32.
-void multiply_tiles(const uint16_t* x, long inputs, const uint32_t* panel, float* sums) {
-  asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler which memory they use
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (long pair = 0; pair < inputs / 2; pair += TILE) {
-    const uint32_t* columns = panel + pair * PANEL;
-    _tile_loadd(4, x + 2 * pair, 2 * inputs);
-    _tile_loadd(5, columns, 4 * PANEL);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, columns + 16, 4 * PANEL);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(5, columns + 32, 4 * PANEL);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_loadd(6, columns + 48, 4 * PANEL);
-    _tile_dpbf16ps(3, 4, 6);
-  }
-  _tile_stored(0, sums, 4 * PANEL);
-  _tile_stored(1, sums + 16, 4 * PANEL);
-  _tile_stored(2, sums + 32, 4 * PANEL);
-  _tile_stored(3, sums + 48, 4 * PANEL);
-  asm volatile("" ::: "memory");
-}
-
-// As `linear_panel`, by tiles. For one row too: a row's sums must not depend on how many others there are.
-template <class Finish>
-void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
-  static_assert(PANEL == 4 * TILE && STRIP == VECTORS);
-  alignas(64) float results[TILE * PANEL];
-  long tiles = (num_rows + TILE - 1) / TILE, configured = 0;
-  for (long tile = 0; tile < tiles; tile++) {
-    long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
-    if (count != configured) configure_tiles(configured = count);
-    multiply_tiles(x + first * inputs, inputs, panel, results);
-    for (long r = 0; r < count; r++) {
-      Vec sums[VECTORS];
-      for (long v = 0; v < VECTORS; v++) sums[v] = load(results + r * PANEL + v * WIDTH);
-      finish(first + r, sums);
-    }
-  }
-  _tile_release();
-}
-
-#endif
-
-// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row.
-template <class Finish>
-void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
-#ifdef __AMX_BF16__
-  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
-#endif
-  long tiles = (num_rows + ROWS - 1) / ROWS;
-  for (long tile = 0; tile < tiles; tile++) {
-    long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
-    const Activation* rows[ROWS];
-    Vec sums[ROWS][VECTORS];
-    for (long r = 0; r < count; r++) {
-      rows[r] = x + (first + r) * inputs;
-      for (auto& sum : sums[r]) sum = zeros();
-    }
-    accumulate<VECTORS>(count, sums, rows, panel, STRIP * WIDTH, STRIP * WIDTH * inputs / 2, inputs / 2);
-    for (long r = 0; r < count; r++) finish(first + r, sums[r]);
-  }
 }
 
 // out [rows, outputs] = x [rows, inputs] · weightᵀ, plus what is in `out` if `add`.

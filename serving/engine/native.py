@@ -1,4 +1,4 @@
-"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better. See `cluster.compiled`."""
+"""serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better (see `machine.compiled`)."""
 
 import ctypes
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster import compiled
+from cluster.machine import compiled
 from serving.engine.decoder import SLICE_ROWS
 from serving.engine.scheduler import BLOCK_TOKENS, Span, table
 from training.model.llama import Llama, rotary
@@ -164,7 +164,7 @@ class NativeDecoder:
         ]
         firsts, kept_firsts = ([0, *accumulate(numbers)] for numbers in (counts, kept))
         num_rows, num_kept = firsts[-1], kept_firsts[-1]
-        texts = (span.sequence.tokens[span.start : span.stop] for span in spans)
+        texts = (span.request.tokens[span.start : span.stop] for span in spans)
         tokens = (_INT * num_rows)(*(token for text in texts for token in text))
         positions = (_INT * num_rows)(*(p for span in spans for p in range(span.start, span.stop)))
         rows = [after - 1 for after, span in zip(kept_firsts[1:], spans, strict=True) if span.samples]

@@ -51,10 +51,10 @@ NO_MEMORY = "where that was for lack of memory (`dmesg` says so), lower engine.c
 
 
 def make_engine(config: ServeConfig, served: Served) -> Engine:
-    """The engine of a configuration, in this process."""
-    from serving.engine import torch_engine
+    """The engine of a configuration, in this process. Add other engines here."""
+    from serving.engine.torch_engine import make_torch_engine  # needs torch
 
-    return torch_engine.make_engine(config, directory=served.directory, name=served.name)
+    return make_torch_engine(config, served)
 
 
 # --- the client's side ------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class _Child:
         return f"{killed}; {NO_MEMORY}" if code == -signal.SIGKILL else killed
 
 
-class _Request(NamedTuple):
+class _OpenRequest(NamedTuple):
     prompt: list[int]
     sampling: Sampling
     deliver: Deliver
@@ -125,8 +125,10 @@ class EngineProcess:
     def __init__(self, factory: Factory, config: ServeConfig, served: Served) -> None:
         self._arguments = (factory, config, served)
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of all that follows, and of sending
-        self._open: dict[int, _Request] = {}
+        # Guards all that follows, sending and delivering: nothing is delivered once `cancel` has returned.
+        # Reentrant, because a delivery may cancel its own request.
+        self._lock = threading.RLock()
+        self._open: dict[int, _OpenRequest] = {}
         self._failure: str | None = None
         self._answers: queue.SimpleQueue[EngineStats] = queue.SimpleQueue()
         self._asking = threading.Lock()
@@ -148,7 +150,7 @@ class EngineProcess:
                 raise EngineFailed(self._failure)
             admit(len(self._open), self._info)
             number = next(self._numbers)
-            self._open[number] = request = _Request(list(prompt), sampling, deliver)
+            self._open[number] = request = _OpenRequest(list(prompt), sampling, deliver)
             self._tell("submit", number, request.prompt, sampling)
         return Ticket(partial(self._cancel, number))
 
@@ -229,7 +231,6 @@ class EngineProcess:
         return failure or ending, useful
 
     def _deliver(self, deliveries: Sequence[_Delivery]) -> None:
-        found: list[tuple[Deliver, list[Token] | EngineFailed]] = []
         with self._lock:
             for number, content in deliveries:
                 if (request := self._open.get(number)) is None:  # cancelled
@@ -237,18 +238,15 @@ class EngineProcess:
                 arrived = content if isinstance(content, EngineFailed) else [Token(*each) for each in content]
                 if isinstance(arrived, EngineFailed) or arrived[-1].finish is not None:
                     del self._open[number]
-                found.append((request.deliver, arrived))
-        for deliver, arrived in found:
-            deliver(arrived)
+                request.deliver(arrived)
 
     def _end_all(self, reason: str) -> None:
-        """End every request, and answer who still asks."""
+        """End every request, and answer who still waits for `stats`."""
         with self._lock:
-            lost = list(self._open.values())
-            self._open.clear()
             self._answers.put(_nothing_but(0))
-        for request in lost:
-            request.deliver(EngineFailed(reason))
+            for number in list(self._open):
+                if request := self._open.pop(number, None):
+                    request.deliver(EngineFailed(reason))
 
     def _restart(self) -> None:
         """Another process, and to it all requests that have come meanwhile."""

@@ -19,7 +19,7 @@ def num_blocks(num_tokens: int) -> int:
 
 
 @dataclass(eq=False)
-class Request:
+class ScheduledRequest:
     """A request and how far it is.
 
     Attributes:
@@ -47,27 +47,27 @@ class Request:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a sequence, in one step.
+    """Tokens [start, stop) of a request, in one step.
 
     Attributes:
-        blocks: those that hold tokens [0, stop). A copy: the sequence may be removed while the step runs.
+        blocks: those that hold tokens [0, stop). A copy: the request may be removed while the step runs.
         samples: the last of them is its newest token, and another is to follow.
         num_scored: how many of them, from the first on, are followed by one of a prompt that is scored.
     """
 
-    sequence: Request
+    request: ScheduledRequest
     start: int
     stop: int
     blocks: tuple[int, ...]
 
     @property
     def samples(self) -> bool:
-        return self.stop == len(self.sequence.tokens) < self.sequence.most_tokens
+        return self.stop == len(self.request.tokens) < self.request.most_tokens
 
     @property
     def num_scored(self) -> int:
-        sequence = self.sequence
-        return max(0, min(self.stop, sequence.prompt_tokens - 1) - self.start) if sequence.scored else 0
+        request = self.request
+        return max(0, min(self.stop, request.prompt_tokens - 1) - self.start) if request.scored else 0
 
 
 class Scheduler:
@@ -83,8 +83,8 @@ class Scheduler:
 
     def __init__(self, *, slots: int, cache_tokens: int, step_tokens: int) -> None:
         self.num_blocks = cache_tokens // BLOCK_TOKENS
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.running: list[ScheduledRequest] = []
         self._slots = slots
         self._step_tokens = step_tokens
         self._free = list(range(self.num_blocks))
@@ -93,19 +93,19 @@ class Scheduler:
     def num_free_blocks(self) -> int:
         return len(self._free)
 
-    def add(self, sequence: Request) -> None:
+    def add(self, request: ScheduledRequest) -> None:
         """Queue it. It must fit an empty cache."""
-        assert num_blocks(sequence.most_tokens) <= self.num_blocks
-        self.waiting.append(sequence)
+        assert num_blocks(request.most_tokens) <= self.num_blocks
+        self.waiting.append(request)
 
-    def remove(self, sequence: Request) -> bool:
-        """Take a sequence out: its slot and blocks are free at once. False if it neither runs nor waits."""
-        if sequence.is_running:
-            self.running.remove(sequence)
-            self._free += sequence.blocks
-            sequence.blocks = ()
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+    def remove(self, request: ScheduledRequest) -> bool:
+        """Take a request out: its slot and blocks are free at once. False if it neither runs nor waits."""
+        if request.is_running:
+            self.running.remove(request)
+            self._free += request.blocks
+            request.blocks = ()
+        elif request in self.waiting:
+            self.waiting.remove(request)
         else:
             return False
         return True
@@ -120,26 +120,26 @@ class Scheduler:
         ready = [s for s in self.running if len(s.tokens) - s.done == 1]
         spans = [_span(s, 1) for s in ready]
         room = self._step_tokens - len(spans)
-        for sequence in self.running:
-            left = len(sequence.tokens) - sequence.done
+        for request in self.running:
+            left = len(request.tokens) - request.done
             if left > 1 and room > 0:
                 taken = min(left, room)
-                spans.append(_span(sequence, taken))
+                spans.append(_span(request, taken))
                 room -= taken
         return spans
 
-    def _admit(self, sequence: Request) -> bool:
-        needed = num_blocks(sequence.most_tokens)
+    def _admit(self, request: ScheduledRequest) -> bool:
+        needed = num_blocks(request.most_tokens)
         if needed > len(self._free):
             return False
-        sequence.blocks = tuple(self._free.pop() for _ in range(needed))
+        request.blocks = tuple(self._free.pop() for _ in range(needed))
         return True
 
 
-def _span(sequence: Request, num_tokens: int) -> Span:
-    """The next tokens of a running sequence."""
-    stop = sequence.done + num_tokens
-    return Span(sequence, sequence.done, stop, sequence.blocks[: num_blocks(stop)])
+def _span(request: ScheduledRequest, num_tokens: int) -> Span:
+    """The next tokens of a running request."""
+    stop = request.done + num_tokens
+    return Span(request, request.done, stop, request.blocks[: num_blocks(stop)])
 
 
 def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:

@@ -18,7 +18,8 @@ import torch
 
 from cluster.cli import UserError
 from optim.precision import compute_dtype, product_dtype
-from serving.config import EngineConfig, ServeConfig
+from serving.checkpoints import Served
+from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
 from serving.engine.decoder import StepDecoder, TorchDecoder
 from serving.engine.memory import says_what_does_not_fit
@@ -37,14 +38,14 @@ from serving.engine.protocol import (
     check,
 )
 from serving.engine.sampling import BROKEN, choose, score
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from training.model import shapes
 from training.model.llama import Llama, initialize, load_hf, widen_products
 from training.model.shapes import LlamaShape
 
 
 @dataclass(eq=False)
-class _Running(Request):
+class _Running(ScheduledRequest):
     """A request, how to sample it, and whom to tell; `scores` are of its prompt's tokens after the first."""
 
     sampling: Sampling = field(kw_only=True)
@@ -157,14 +158,14 @@ class TorchEngine:
             if self._closed:
                 return False
         logits = self._decoder.forward(spans)
-        sampled: list[_Running] = [span.sequence for span in spans if span.samples]  # type: ignore[misc]
+        sampled: list[_Running] = [span.request for span in spans if span.samples]  # type: ignore[misc]
         ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
         self._score_prompts(spans)
         drawn = dict(zip(sampled, zip(ids, scores, strict=True), strict=True))
         with self._lock:
             self._counts["steps"] += 1
             for span in reversed(spans):  # first tokens first: the others have had one
-                request: _Running = span.sequence  # type: ignore[assignment]
+                request: _Running = span.request  # type: ignore[assignment]
                 request.done = span.stop
                 if span.stop == request.prompt_tokens:
                     self._counts["prompt_tokens"] += span.stop
@@ -206,13 +207,13 @@ class TorchEngine:
         scored = [span for span in spans if span.num_scored]
         if not scored:
             return
-        following = [t for s in scored for t in s.sequence.tokens[s.start + 1 : s.start + 1 + s.num_scored]]
+        following = [t for s in scored for t in s.request.tokens[s.start + 1 : s.start + 1 + s.num_scored]]
         ids, found = torch.tensor(following), list[Score]()
         for logits in self._decoder.scored():
             found += score(logits, ids[len(found) :][: len(logits)].to(logits.device))
         rest = iter(found)
         for span in scored:
-            span.sequence.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
+            span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
 
     def _prompt(self, request: _Running) -> list[Token]:
         """All of a prompt, to be echoed; with nothing to follow its last token ends the request."""
@@ -229,12 +230,8 @@ class TorchEngine:
 
 
 @says_what_does_not_fit
-def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> TorchEngine:
+def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     """The engine that the configuration asks for.
-
-    Args:
-        directory: a Hugging Face LLaMA directory; None with `model.weights=random`.
-        name: what the model is called.
 
     Raises:
         UserError: the checkpoint cannot be read, the device is missing, or its memory too small.
@@ -244,52 +241,34 @@ def make_engine(config: ServeConfig, *, directory: Path | None, name: str) -> To
     num_threads = options.threads or torch.get_num_threads()
     numbers = arithmetic(options, device)
     try:
-        model, eos_ids = _load(config, directory, dtype=numbers.dtype, device=device)
+        model, eos_ids = _load(config.model, served.directory, dtype=numbers.dtype, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
     scheduler = Scheduler(
         slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=options.step_tokens
     )
-    context = min(
-        options.context_tokens or shape.max_positions,
-        shape.max_positions,
-        scheduler.num_blocks * BLOCK_TOKENS,
-    )
-    details = {"threads": str(num_threads)} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name()}
-    decoder: StepDecoder
+    cache_tokens = scheduler.num_blocks * BLOCK_TOKENS
+    context = min(options.context_tokens or shape.max_positions, shape.max_positions, cache_tokens)
+    size = {"num_blocks": scheduler.num_blocks, "slots": options.slots, "context_tokens": context}
+    decoder: StepDecoder | None = None
     if numbers.not_compiled is None:
         try:
             decoder = native.NativeDecoder(
-                model,
-                num_blocks=scheduler.num_blocks,
-                slots=options.slots,
-                step_tokens=options.step_tokens,
-                context_tokens=context,
-                num_threads=num_threads,
+                model, step_tokens=options.step_tokens, num_threads=num_threads, **size
             )
         except ValueError as error:
             numbers = arithmetic(options, device, not_compiled=str(error))
-    if numbers.not_compiled is not None:
+    if decoder is None:
         model = model.to(device, numbers.dtype)
         widen_products(model)
-        decoder = TorchDecoder(
-            model,
-            num_blocks=scheduler.num_blocks,
-            slots=options.slots,
-            graphs=device.type == "cuda" and options.compiled,
-            context_tokens=context,
-        )
-    details["compiled decoder"] = numbers.compiled_decoder
-    info = describe(shape, options, numbers, device=device.type, name=name, context=context)
-    info.details.update(details)
-    return TorchEngine(
-        decoder,
-        scheduler,
-        info=info,
-        eos_ids=eos_ids,
-        num_threads=num_threads if device.type == "cpu" else None,
-    )
+        decoder = TorchDecoder(model, graphs=device.type == "cuda" and options.compiled, **size)
+    info = describe(shape, options, numbers, device=device.type, name=served.name, context=context)
+    on_cpu = device.type == "cpu"
+    about = {"threads": str(num_threads)} if on_cpu else {"gpu": torch.cuda.get_device_name()}
+    info.details.update(about | {"compiled decoder": numbers.compiled_decoder})
+    threads = num_threads if on_cpu else None
+    return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads)
 
 
 @dataclass(frozen=True)
@@ -356,13 +335,13 @@ def find_device(name: str) -> torch.device:
 
 
 def _load(
-    config: ServeConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, directory: Path | None, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Llama, list[int]]:
     """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
     if directory is not None:
         return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
-    assert config.model.shape is not None
-    shape = shapes.resolve(config.model.shape)
+    assert config.shape is not None
+    shape = shapes.resolve(config.shape)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # else 1.4B weights would first take twice their memory
     try:
@@ -370,5 +349,5 @@ def _load(
             model = Llama(shape)
     finally:
         torch.set_default_dtype(default)
-    initialize(model, seed=config.model.seed)
+    initialize(model, seed=config.seed)
     return model, []

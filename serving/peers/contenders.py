@@ -55,10 +55,11 @@ class Ours:
 
     def __init__(self, model: Path, settings: dict[str, Any], slots: int) -> None:
         from serving import config
-        from serving.engine import torch_engine
+        from serving.checkpoints import Served
+        from serving.engine.process import make_engine
 
         keys = [f"engine.slots={slots}", *(f"{name}={value}" for name, value in settings.items())]
-        self._engine = torch_engine.make_engine(config.load(dotlist=keys), directory=model, name="race")
+        self._engine = make_engine(config.load(dotlist=keys), Served(model, "race"))
         info = self._engine.info
         self.about = {"dtype": info.dtype, "device": info.device, **info.details}
 

@@ -21,10 +21,10 @@ from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark
 from serving import checkpoints
-from serving.bench.latency import Outcome, Slo, summarise
+from serving.bench.config import ServeBenchConfig
+from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.bench.loadgen import Send, over_http, run_closed, to_engine
 from serving.bench.workload import Planned, lengths, synthetic
-from serving.config import ServeConfig
 from serving.deployment import serving
 from serving.engine.process import make_engine
 from serving.engine.protocol import EngineInfo
@@ -47,7 +47,7 @@ CASES = (Case(1, 13), Case(8, 56), Case(32, 128))
 
 
 def measure(
-    config: ServeConfig, *, report: Callable[[str], None], cases: tuple[Case, ...] = CASES
+    config: ServeBenchConfig, *, report: Callable[[str], None], cases: tuple[Case, ...] = CASES
 ) -> dict[str, Any]:
     """Medians and spreads over `bench.rounds`, by concurrency c.
 
@@ -59,7 +59,7 @@ def measure(
         RunError: a request failed.
     """
     served = checkpoints.find(config.model)
-    checkpoints.export(served, report=report)
+    checkpoints.export_if_stale(served, report=report)
     samples: dict[str, list[float]] = {}
     engine = make_engine(config, served)
     try:
@@ -93,12 +93,14 @@ def measure(
 
 
 async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, model: str) -> dict[str, Any]:
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
 
     draw = random.Random("pauses")
 
     async def run(send: Send) -> None:
-        async def after_a_pause(planned: Planned, index: int, scheduled: float, start: float) -> Outcome:
+        async def after_a_pause(
+            planned: Planned, index: int, scheduled: float, start: float
+        ) -> RequestOutcome:
             await asyncio.sleep(draw.uniform(0, PAUSE_SECONDS))
             return await send(planned, index, time.perf_counter(), start)
 

@@ -20,11 +20,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from cluster import files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.measure import benchmark
+from cluster.measure.turns import DISTURBING_CORES, Bystanders, quietest, turns
 from cluster.process import Child
 from cluster.session import ROOT, worker_environment
 from training.model.shapes import LlamaShape, resolve, to_hf_config
@@ -63,8 +64,6 @@ LOAD_SECONDS = 900.0  # vLLM compiles: a minute or two
 RUN_SECONDS = 600.0
 STOP_SECONDS = 10.0
 LOG_LINES = 12
-MOST_TAKES = 3  # of a turn that others disturb
-DISTURBING_CORES = 0.1
 
 
 @dataclass(frozen=True)
@@ -223,12 +222,6 @@ def race_result(race: Race) -> dict[str, Any]:
     }
 
 
-def turns(names: Sequence[str], round_number: int) -> list[str]:
-    """The order of a round: another contender goes first in each."""
-    first = round_number % len(names)
-    return [*names[first:], *names[:first]]
-
-
 # --- the race ---------------------------------------------------------------------------------------------
 
 
@@ -311,28 +304,6 @@ def best_dtype() -> str:
     return str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
-class Disturbed(Protocol):
-    """What `quietest` chooses by (`Turn.others_cores`)."""
-
-    @property
-    def others_cores(self) -> float: ...
-
-
-AnyTurn = TypeVar("AnyTurn", bound=Disturbed)
-
-
-def quietest(take: Callable[[], AnyTurn]) -> AnyTurn:
-    """A turn while nothing else uses the cores; after MOST_TAKES, that in which others did least.
-
-    A thread at a barrier waits long for one that has lost its core: one busy core elsewhere has taken nine
-    tenths of a contender's speed. That speed has no part in the choice.
-    """
-    takes: list[AnyTurn] = []
-    while len(takes) < MOST_TAKES and (not takes or takes[-1].others_cores > DISTURBING_CORES):
-        takes.append(take())
-    return min(takes, key=lambda turn: turn.others_cores)
-
-
 def _listed(about: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in about.items())
 
@@ -351,16 +322,6 @@ def write_random_model(folder: Path, shape: LlamaShape, *, seed: int) -> None:
     weights = {name: state[name] for name in shape.parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     files.write_json(folder / "config.json", to_hf_config(shape, dtype=DTYPE))
-
-
-def busy_seconds() -> float:
-    """CPU time that all cores of this machine have been busy, since it started: all but idle and waiting.
-
-    /proc/stat (https://www.kernel.org/doc/html/latest/filesystems/proc.html): user, nice, system, idle,
-    iowait, irq, softirq, steal; then guests, whom user and nice contain.
-    """
-    cells = [int(cell) for cell in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
-    return (sum(cells) - cells[3] - cells[4]) / os.sysconf("SC_CLK_TCK")
 
 
 # --- the processes ----------------------------------------------------------------------------------------
@@ -414,9 +375,9 @@ class Process:
         """Its turn. Raises `RunError` if it makes more or fewer tokens than it was asked for."""
         prompts, num_new = asked
         command = {"do": "run", "prompts": prompts, "num_new": num_new, "concurrency": concurrency}
-        started, busy = time.monotonic(), busy_seconds()
+        bystanders = Bystanders()
         answer = self._ask(command, within_seconds=RUN_SECONDS)
-        others = max(0.0, busy_seconds() - busy - answer.pop("cpu_seconds")) / (time.monotonic() - started)
+        others = bystanders.cores(answer.pop("cpu_seconds"))
         if [len(ids) for ids in answer["tokens"]] != num_new:
             raise RunError(f"{self._name} did not make as many tokens as it was asked for")
         return Turn(**answer, others_cores=others)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from serving import config as serving_config
 from serving.bench.steps import answer, come_to
-from serving.engine.torch_engine import TorchEngine, make_engine
+from serving.checkpoints import Served
+from serving.engine.torch_engine import TorchEngine, make_torch_engine
 from tests.gpu.block import Run
 from training.model.shapes import to_hf_config
 
@@ -52,7 +53,7 @@ def engine_of(run: Run, *, step_tokens: int) -> Iterator[TorchEngine]:
         shape.flush()
         keys["model.shape"] = shape.name
         config = serving_config.load(dotlist=[f"{name}={value}" for name, value in keys.items()])
-        engine = make_engine(config, directory=None, name="kit")
+        engine = make_torch_engine(config, Served(None, "kit"))
     try:
         yield engine
     finally:

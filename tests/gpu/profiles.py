@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from serving.engine.decoder import TorchDecoder
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
 from tests.gpu.block import Run
 from tests.gpu.train_step import trainer_of
 from training.model.llama import Llama, initialize
@@ -52,14 +52,14 @@ def decoding(run: Run) -> None:
         )
         for _ in range(batch):
             prompt = [draw.randrange(run.shape.vocab_size) for _ in range(context)]
-            scheduler.add(Request(prompt, context + 10))
+            scheduler.add(ScheduledRequest(prompt, context + 10))
 
         def step(decoder: TorchDecoder = decoder, scheduler: Scheduler = scheduler) -> None:
             spans = scheduler.next_step()
             decoder.forward(spans)
             for span in spans:
-                span.sequence.done = span.stop
-                span.sequence.tokens.append(0)
+                span.request.done = span.stop
+                span.request.tokens.append(0)
 
         for _ in range(3):  # the prompts, then two steps that decode
             step()

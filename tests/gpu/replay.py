@@ -6,7 +6,7 @@ import random
 import torch
 
 from serving.engine.decoder import TorchDecoder
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.gpu.block import TINY, Run, error_of, worst_of
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape
@@ -42,7 +42,7 @@ def compare(run: Run, dtype: torch.dtype) -> None:
             prompt = [
                 draw.randrange(model.shape.vocab_size) for _ in range(draw.choice((1, 31, 33, 64, 120)))
             ]
-            scheduler.add(Request(prompt, len(prompt) + 40))
+            scheduler.add(ScheduledRequest(prompt, len(prompt) + 40))
         spans = scheduler.next_step()
         if not spans:
             continue
@@ -69,15 +69,15 @@ def compare(run: Run, dtype: torch.dtype) -> None:
 def _whole(model: Llama, spans: list[Span]) -> torch.Tensor:
     """Logits [S, V] after each span's sequence, computed from its first token on."""
     device = model.lm_head.weight.device
-    rows = [model(torch.tensor([span.sequence.tokens], device=device))[0, -1] for span in spans]
+    rows = [model(torch.tensor([span.request.tokens], device=device))[0, -1] for span in spans]
     return torch.stack(rows) if rows else torch.empty(0)
 
 
 def _advance(scheduler: Scheduler, spans: list[Span], draw: random.Random, vocab_size: int) -> None:
     """Random tokens, and now and then an end, so that blocks are used again."""
     for span in spans:
-        span.sequence.done = span.stop
+        span.request.done = span.stop
         if span.samples:
-            span.sequence.tokens.append(draw.randrange(vocab_size))
-            if len(span.sequence.tokens) == span.sequence.most_tokens or draw.random() < 0.02:
-                scheduler.remove(span.sequence)
+            span.request.tokens.append(draw.randrange(vocab_size))
+            if len(span.request.tokens) == span.request.most_tokens or draw.random() < 0.02:
+                scheduler.remove(span.request)

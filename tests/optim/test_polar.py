@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from cluster.compiled import lacks
 from cluster.config import walk
+from cluster.machine.compiled import lacks
 from optim import cost, polar
 from optim.polar import METHODS, orthogonalize, polar_factor
 from training.config import TrainConfig
@@ -36,7 +36,7 @@ def bf16_products(request, monkeypatch):
     elif reason := lacks(request.param):
         pytest.skip(reason)
     else:
-        monkeypatch.setattr("cluster.compiled.choose_tier", lambda: (request.param, None))
+        monkeypatch.setattr("cluster.machine.compiled.choose_tier", lambda: (request.param, None))
         if reason := polar.native.unsupported(torch.device("cpu"), torch.bfloat16):
             pytest.skip(reason)
     monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: request.param not in ("widened", "AVX2"))

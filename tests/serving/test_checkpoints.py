@@ -2,15 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import UserError
-from serving import checkpoints
-from serving.checkpoints import Served, export, find, shape_of
+from serving.checkpoints import Served, export_if_stale, find, shape_of
 from serving.config import ModelConfig
 from training.model.shapes import SHAPES, to_hf_config
 
@@ -99,26 +96,25 @@ def test_an_unknown_path_is_named_with_the_runs_there_are(outputs):
         find(ModelConfig(path="broken"))
 
 
-def test_a_stale_export_is_made_again_by_the_exporter_s_command(outputs, monkeypatch):
+def test_a_stale_export_is_made_again(outputs, monkeypatch):
     run = make_run(outputs / "run", trained=200.0, exported=100.0)
-    commands, notes = [], []
+    exported, notes = [], []
 
-    def done(command, **options):
-        commands.append(command)
+    def done(run: Path, *, dtype: str) -> None:
+        exported.append((run, dtype))
         touch(run / "export" / "config.json", at=300.0)
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(checkpoints.process, "run", done)
-    export(find(ModelConfig()), report=notes.append)
-    export(find(ModelConfig()), report=notes.append)  # it is fresh now
-    assert commands == [[sys.executable, "-m", "training.export", str(run)]]
+    monkeypatch.setattr("training.model.export.export", done)
+    export_if_stale(find(ModelConfig()), report=notes.append)
+    export_if_stale(find(ModelConfig()), report=notes.append)  # it is fresh now
+    assert exported == [(run, "bfloat16")]
     assert notes == [f"exporting {run}"]
 
 
 def test_an_export_that_fails_says_why(outputs):
     run = make_run(outputs / "run", trained=1.0)
     with pytest.raises(UserError, match=f"{run}: cannot be exported: ") as refused:
-        export(find(ModelConfig()), report=lambda note: None)
+        export_if_stale(find(ModelConfig()), report=lambda note: None)
     assert "config.yaml" in str(refused.value) and "Traceback" not in str(refused.value)
 
 

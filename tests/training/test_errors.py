@@ -9,9 +9,10 @@ import pytest
 
 from cluster.cli import BAD_INPUT
 from cluster.record import read_metrics
+from cluster.runs import COMPLETE
 from tests.commands import python, tiny, write_corpus
 from training import launch
-from training.run.checkpoint import COMPLETE, Checkpoint, newest_complete
+from training.run.checkpoint import Checkpoint, newest_complete
 
 pytestmark = pytest.mark.stack
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cluster.record import read_metrics
 from tests.commands import ROOT, command, python, tiny, write_corpus
 from training import config as training_config
-from training.export import export
+from training.model.export import export
 from training.run.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.stack

@@ -21,6 +21,7 @@ from cluster import config as layered
 from cluster.cli import UserError
 from cluster.laptop import inventory, remote
 from cluster.measure import benchmark, hardware
+from cluster.parity import baseline_file
 from cluster.record import Record
 from training.baseline import plan as baseline_plan
 from training.baseline.figures import table
@@ -104,19 +105,14 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     if dry_run:
         return
     output = _output(config, host)
-    result: dict[str, Any] = {
-        "format": benchmark.BASELINE_FORMAT,
-        "complete": False,
-        "hardware": about,
-        "ceilings": found,
-        "config": layered.to_dict(config),
-        "load_average_before": load,
-        "provenance": provenance.collect(command=sys.argv, data_fingerprint=None),
-        "cells": [cell.as_json() for cell in cells],
-        "figures": [],
-        "ceiling_faults": [],
-        "peaks_of_rounds": [],  # how well the ceilings are known
-    }
+    result = baseline_file.new(
+        hardware=about,
+        ceilings=found,
+        config=layered.to_dict(config),
+        load_average_before=load,
+        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        cells=[cell.as_json() for cell in cells],
+    )
     if all(cell.skipped for cell in cells):
         raise UserError("train.shapes, serve.models: nothing is left to measure; the plan above says why")
     partial = output.with_name(f"{output.stem}.partial.json")

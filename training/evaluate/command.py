@@ -17,14 +17,14 @@ from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.masking import masked
+from cluster.runs import NEWEST, ModelDirectory
 from training.config import RunConfig
 from training.evaluate import checkpoint as subject
 from training.evaluate import config as evaluate_config
 from training.evaluate import endpoint as completions
 from training.evaluate import harness
 from training.evaluate import report as evaluate_report
-from training.evaluate.checkpoint import Subject
-from training.evaluate.config import NEWEST, EvaluateConfig
+from training.evaluate.config import EvaluateConfig
 from training.evaluate.endpoint import Endpoint
 from training.evaluate.harness import Score, Sources, Tasks
 from training.evaluate.report import Measured, last_line, table
@@ -68,7 +68,7 @@ class Work:
         output: the file of the result.
     """
 
-    subject: Subject | None
+    subject: ModelDirectory | None
     endpoint: Endpoint | None
     sources: Sources
     data: Path | str
@@ -119,7 +119,7 @@ def plan(config: EvaluateConfig) -> Work:
     return Work(found, endpoint, sources, data, _output(config, found, endpoint))
 
 
-def _find_data(config: EvaluateConfig, found: Subject | None) -> Path | str:
+def _find_data(config: EvaluateConfig, found: ModelDirectory | None) -> Path | str:
     """The prepared folder for the perplexity, or why it is left out. Raises `UserError`: `data` is none."""
     if config.endpoint is not None:
         return "an endpoint is asked for tasks alone; evaluate the checkpoint here"
@@ -132,7 +132,7 @@ def _find_data(config: EvaluateConfig, found: Subject | None) -> Path | str:
     if found.run is None:
         return "the model is no run that says which data it was trained on; name prepared data with data=DIR"
     from training import config as training_config
-    from training.export import CONFIG_FILE, find_data
+    from training.model.export import CONFIG_FILE, find_data
     from training.run import checkpoint
 
     newest = checkpoint.newest_complete(found.run / "checkpoints", report=lambda _: None)
@@ -146,7 +146,7 @@ def _find_data(config: EvaluateConfig, found: Subject | None) -> Path | str:
         return str(error)
 
 
-def _output(config: EvaluateConfig, found: Subject | None, endpoint: Endpoint | None) -> Path:
+def _output(config: EvaluateConfig, found: ModelDirectory | None, endpoint: Endpoint | None) -> Path:
     if config.output is not None:
         return Path(config.output).expanduser().absolute()
     if found is not None and found.run is not None:
@@ -296,7 +296,7 @@ def _dtype(name: str, directory: Path, device: "torch.device") -> str:
     return native if stored in ("bfloat16", "float16") else "float32"
 
 
-def _load(found: Subject, *, dtype: "torch.dtype") -> "Llama":
+def _load(found: ModelDirectory, *, dtype: "torch.dtype") -> "Llama":
     from training.model.llama import load_hf
 
     try:
@@ -320,9 +320,9 @@ def _perplexity(config: EvaluateConfig, work: Work, model: "Llama", *, device: "
     )
 
 
-def _sequence_length(found: Subject, model: "Llama") -> int:
+def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
     from training import config as training_config
-    from training.export import CONFIG_FILE
+    from training.model.export import CONFIG_FILE
 
     if found.run is not None and (found.run / CONFIG_FILE).is_file():
         return training_config.load(file=found.run / CONFIG_FILE).batch.sequence_length

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import key, require, require_choice
+from cluster.runs import NEWEST
 
-NEWEST = "newest"
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float32")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from cluster.cli import RunError, UserError
 from cluster.provenance import versions
+from cluster.runs import ModelDirectory
 from cluster.session import environment
-from training.evaluate.checkpoint import Subject
 from training.evaluate.endpoint import KEY_VARIABLE, Endpoint
 
 INSTALL = 'pip install -c constraints.txt -e ".[eval]"'
@@ -271,7 +271,7 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> set[str]:
     return {instance.request_type for instance in task.instances}
 
 
-def local_model(subject: Subject, *, device: str, dtype: str, batch_size: int) -> Any:
+def local_model(subject: ModelDirectory, *, device: str, dtype: str, batch_size: int) -> Any:
     """lm_eval's own Hugging Face model. Raises `UserError`: transformers cannot load the checkpoint."""
     from lm_eval.models.huggingface import HFLM
 
@@ -282,7 +282,7 @@ def local_model(subject: Subject, *, device: str, dtype: str, batch_size: int) -
 
 
 def endpoint_model(
-    endpoint: Endpoint, subject: Subject | None, *, context_tokens: int | None, concurrency: int
+    endpoint: Endpoint, subject: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
 ) -> Any:
     """lm_eval's client of an endpoint. Prompts are token ids where there is a tokenizer, else text.
 

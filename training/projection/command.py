@@ -23,8 +23,8 @@ from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import key, require, require_choice
 from cluster.measure import hardware
-from cluster.measure.benchmark import BASELINE_FORMAT
 from cluster.measure.probe import LINK_PEAK
+from cluster.parity import baseline_file
 from cluster.session import ROOT
 from training import config as training_config
 from training.config import MUON_RULES
@@ -118,19 +118,8 @@ class ProjectionConfig:
 # --- a baseline, or the datasheet -------------------------------------------------------------------------
 
 
-def read_baseline(path: Path) -> dict[str, Any]:
-    """A file that `make baseline` wrote. Raises `UserError` that names it and the remedy."""
-    remedy = "write one with `make baseline` on such a machine, or leave the key out for the datasheet"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"baseline: {path}: no such file; {remedy}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"baseline: {path}: cannot be read as JSON ({error}); {remedy}") from None
-    whole = isinstance(found, dict) and found.get("format") == BASELINE_FORMAT
-    if not whole or not {"hardware", "ceilings", "cells"} <= set(found):
-        raise UserError(f"baseline: {path}: is no baseline of format {BASELINE_FORMAT}; {remedy}")
-    return found
+def _read(path: Path) -> dict[str, Any]:
+    return baseline_file.read(path, key="baseline", instead="or leave the key out for the datasheet")
 
 
 def training_cell(baseline: Mapping[str, Any], *, shape: str, rule: str, path: Path) -> dict[str, Any]:
@@ -181,7 +170,7 @@ def basis_of(config: ProjectionConfig) -> Basis:
 def _found_baseline(device: str) -> Path | None:
     """The baseline of such a device in tests/baselines, if there is one."""
     for path in sorted((ROOT / "tests" / "baselines").glob("*_baseline.json")):
-        if same_device(read_baseline(path)["hardware"]["name"], device):
+        if same_device(_read(path)["hardware"]["name"], device):
             return path
     return None
 
@@ -192,7 +181,7 @@ def same_device(name: str, other: str) -> bool:
 
 
 def _basis_of_baseline(config: ProjectionConfig, path: Path) -> Basis:
-    baseline = read_baseline(path)
+    baseline = _read(path)
     measured_on = baseline["hardware"]["name"]
     if not same_device(measured_on, config.device):
         raise UserError(

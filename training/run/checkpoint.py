@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cluster import files
 from cluster.cli import UserError
+from cluster.runs import COMPLETE, complete_checkpoints
 from training.run.context import Context
 
 FORMAT_VERSION = 1
-COMPLETE = "COMPLETE"
 STATE = "state.json"
 
 
@@ -53,10 +53,10 @@ def newest_complete(root: Path, *, report: Callable[[str], None]) -> Path | None
 
 def prune(root: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and half-written ones older than these."""
-    complete = sorted((path for path in root.glob("step-*") if (path / COMPLETE).exists()), reverse=True)
+    complete = complete_checkpoints(root)
     if len(complete) < keep:
         return
-    oldest_kept = complete[keep - 1]
+    oldest_kept = complete[-keep]
     for path in root.glob("step-*"):
         if path < oldest_kept:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from cluster.cli import BAD_INPUT
-from cluster.rendezvous import interface_of
+from cluster.machine.rendezvous import interface_of
 from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails

@@ -1,4 +1,4 @@
-"""The process group of Ray Train's workers: it listens on the node's address alone (`cluster.rendezvous`)."""
+"""The process group of Ray Train's workers: it listens on the node's address alone."""
 
 from datetime import timedelta
 from typing import Any
@@ -7,8 +7,8 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars
 
+from cluster.machine.rendezvous import meet
 from cluster.preflight.inspection import free_place
-from cluster.rendezvous import meet
 
 
 class GroupConfig(TorchConfig):

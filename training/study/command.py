@@ -30,12 +30,13 @@ from cluster.session import ROOT, ray_session, worker_environment
 from training.data.dataset import Manifest
 from training.data.prepare import prepare
 from training.study import config as study_config
-from training.study import synthetic
 from training.study.config import DEFAULT_FILE, StudyConfig
 from training.study.plan import Run, StudyPlan, is_finished
 from training.study.plots import plot_study
 from training.study.report import About, describe_study
 from training.study.results import Failure, Outcome, Result, read_result, write_tables
+from training.study.synthetic import report as synthetic_report
+from training.study.synthetic.trials import run_synthetic
 
 POLL_SECONDS = 1.0
 LAST_LINES = 8  # of a failed run's log, in the report
@@ -125,11 +126,11 @@ def run_synthetic_problem(config: StudyConfig) -> str | None:
     if not config.synthetic.enabled:
         return None
     print("the synthetic problem", file=sys.stderr)
-    result = synthetic.run_synthetic(config.synthetic, report=lambda line: print(line, file=sys.stderr))
+    result = run_synthetic(config.synthetic, report=lambda line: print(line, file=sys.stderr))
     figures = config.study_directory / "figures"
     figures.mkdir(exist_ok=True)
-    synthetic.plot(result, figures / "synthetic.png")
-    return synthetic.describe(result)
+    synthetic_report.plot(result, figures / "synthetic.png")
+    return synthetic_report.describe(result)
 
 
 # --- running ------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from cluster.config import ConfigError, key, require, require_choice
 from cluster.record import WANDB_MODES
 from cluster.session import ROOT, SessionConfig
 from training.config import SEEDS
-from training.study import synthetic
-from training.study.synthetic import SyntheticConfig
+from training.study.synthetic import config as synthetic
+from training.study.synthetic.config import SyntheticConfig
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "study.yaml"
 OWN_KEYS = (  # of a training run, which the study sets itself

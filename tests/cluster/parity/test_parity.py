@@ -9,7 +9,8 @@ import pytest
 from cluster.cli import UserError
 from cluster.measure import hardware
 from cluster.parity import command as parity
-from cluster.parity.comparison import compare, read_side
+from cluster.parity.baseline_file import read_side
+from cluster.parity.parity import compare
 
 A40, H100 = hardware.by_short_name("a40"), hardware.by_short_name("h100")
 FLOPS = {"training": 8.5e9, "prefill": 2.8e9, "decode": 2.7e9}
@@ -406,13 +407,6 @@ def test_a_datasheet_has_no_link_and_a_single_rank_needs_none(tmp_path):
     assert compare(a, read_side(str(one)), tolerance=0.1).comparisons[0].bounds == ("link", "compute")
 
 
-def test_a_file_from_before_links_were_counted_is_read_as_it_was(tmp_path):
-    old = write(tmp_path, A40, [figure(A40, "training", 0.4, devices=8)])  # no ranks, no link_bytes
-    found = compare(read_side(str(old)), read_side(str(old)), tolerance=0.1)
-    assert found.comparisons[0].bounds == ("compute", "compute")
-    assert not any("left out of both" in line for line in found.missing)
-
-
 def test_the_report_names_the_link_that_a_share_is_of(tmp_path, capsys):
     name = "share of measured link: all-reduce bus bandwidth, 8 ranks"
     shares = {name: [0.5], f"{name}, during communication alone": [0.9]}
@@ -480,7 +474,7 @@ def edited(**changes):
     [
         (edited(format=1), "format 1, not 2"),
         (edited(ceilings={}), "ceilings.product_tflops"),
-        (edited(load_average_before="busy"), "load_average_before: 'busy' is no number"),
+        (edited(load_average_before="busy"), "load_average_before: 'busy' is not a number"),
         (lambda content: content["peaks_of_rounds"][1].update(read_gb_per_s=0.0), "peaks_of_rounds must be"),
         (
             lambda content: content["ceilings"]["read_gb_per_s"].update(spread=[0.0, 1.0]),
@@ -491,7 +485,7 @@ def edited(**changes):
         (lambda content: content["figures"][0].update(link_bytes=1.0), "link_bytes need a positive number"),
         (
             lambda content: content["ceilings"].update(links={"all_reduce_gb_per_s": 3.0}),
-            "ceilings.links.all_reduce_gb_per_s: 3.0 is no rate",
+            "ceilings.links.all_reduce_gb_per_s: 3.0 is not a rate",
         ),
         (lambda content: content["figures"][0].update(kind="nap"), "kind 'nap'"),
         (lambda content: content.pop("figures"), "not a file of `make baseline`"),

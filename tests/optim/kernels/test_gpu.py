@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from cluster import toolchain
+from cluster.machine import toolchain
 from optim import polar, rules
 from optim.kernels import gpu as kernels
 from optim.kernels.gpu import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import compiled
+from cluster.machine import compiled
 from optim import cost, polar
 from optim.kernels import native
 from optim.kernels.gpu import SegmentTable

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from serving.bench.latency import Outcome, Slo, percentile, summarise
+from serving.bench.latency import RequestOutcome, Slo, percentile, summarise
 
 
 def outcome(
     index: int = 0, *, scheduled: float = 0.0, sent: float | None = None, tokens: tuple = (1.0, 1.5, 2.5),
     output_tokens: int | None = None, error: str | None = None, ended: float | None = None,
-) -> Outcome:  # fmt: skip
-    return Outcome(
+) -> RequestOutcome:  # fmt: skip
+    return RequestOutcome(
         index=index,
         scheduled=scheduled,
         sent=scheduled if sent is None else sent,

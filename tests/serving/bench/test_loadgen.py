@@ -20,7 +20,8 @@ import torch
 from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
 from serving.bench import command as bench
-from serving.bench.latency import Outcome, percentile
+from serving.bench.config import load
+from serving.bench.latency import RequestOutcome, percentile
 from serving.bench.loadgen import (
     Lag,
     Send,
@@ -30,8 +31,8 @@ from serving.bench.loadgen import (
     server_sent_events,
     to_engine,
 )
+from serving.bench.measure import Search
 from serving.bench.workload import Planned
-from serving.config import load
 from tests.commands import ROOT
 from tests.fake_engine import counting_engine
 
@@ -108,9 +109,9 @@ def plan(number: int, *, tokens: int = 5, every: float | None = None) -> list[Pl
 
 def run(
     behaviour: Behaviour, requests: list[Planned], *, concurrency: int | None = None, status: int = 200,
-    timeout: float = 5.0, observe: Callable[[Outcome], None] | None = None,
-) -> tuple[list[Outcome], Lag]:  # fmt: skip
-    outcomes: list[Outcome] = []
+    timeout: float = 5.0, observe: Callable[[RequestOutcome], None] | None = None,
+) -> tuple[list[RequestOutcome], Lag]:  # fmt: skip
+    outcomes: list[RequestOutcome] = []
 
     async def body() -> Lag:
         async with server(behaviour, status=status) as url, client(url, timeout) as send:
@@ -202,7 +203,7 @@ def test_whatever_goes_wrong_is_counted_by_its_kind(behaviour, status, error):
 
 
 def test_a_server_that_is_not_there_is_an_error_too():
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
 
     async def body() -> None:
         async with client("http://127.0.0.1:1", 1.0) as send:
@@ -243,7 +244,7 @@ def test_events_survive_any_cut():
 def test_a_client_that_lags_is_refused():
     """Its own callback holds the event loop up."""
 
-    def hog(outcome: Outcome) -> None:
+    def hog(outcome: RequestOutcome) -> None:
         time.sleep(0.06)
 
     _, lag = run(honest, plan(20, every=0.01), observe=hog)
@@ -300,7 +301,7 @@ def test_an_answer_that_ends_early_is_an_error_although_it_ends_well():
 
 
 def test_an_error_while_noting_a_request_ends_the_load_at_once():
-    def full(outcome: Outcome) -> None:
+    def full(outcome: RequestOutcome) -> None:
         raise OSError(28, "No space left on device")
 
     started = time.monotonic()
@@ -311,7 +312,7 @@ def test_an_error_while_noting_a_request_ends_the_load_at_once():
 
 def test_an_engine_can_be_asked_directly():
     engine = counting_engine(slots=2, waiting=0, step_seconds=0.01)
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     asyncio.run(run_closed(plan(8), to_engine(engine), concurrency=3, observe=outcomes.append))
     engine.close()
     good = [outcome for outcome in outcomes if outcome.error is None]
@@ -356,13 +357,13 @@ def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypa
 
 
 def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():
-    search = bench.Search(met=10.0)
+    search = Search(met=10.0)
     assert search.following(10.0) == 20.0 and "10.00 requests/s; none missed it" in search.describe()
     search.lagged = 40.0
     assert search.following(40.0) == 25.0 and "none missed it; at 40.00 the load gen" in search.describe()
     search.missed = 20.0
     assert search.following(20.0) == 15.0 and "10.00 requests/s; 20.00 missed it" in search.describe()
-    assert "no rate could be measured" in bench.Search(lagged=5.0).describe()
+    assert "no rate could be measured" in Search(lagged=5.0).describe()
 
 
 def test_the_search_goes_beyond_the_closed_loop_and_says_what_missed(tmp_path, monkeypatch, capsys):
@@ -435,6 +436,24 @@ def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypa
     assert all("ttft_p50_ms" not in point and "refused" in point for point in points)
 
 
+def test_a_load_of_which_every_request_failed_fails_the_benchmark_and_is_named_last(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    async def body() -> int:
+        async with server(honest, status=500) as url:
+            keys = [*KEYS, "load.rates=[]", "sweep.points=0"]
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
+
+    assert asyncio.run(body()) == 1
+    captured = capsys.readouterr()
+    failed = "1 in flight (HTTP 500); 3 in flight (HTTP 500); the server's log says why"
+    assert captured.err.splitlines()[-1] == f"error: every request failed: {failed}"
+    points = json.loads(captured.out.splitlines()[-1])["points"]
+    assert [point["errors"] for point in points] == [{"HTTP 500": 6}] * 2
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -443,8 +462,8 @@ def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypa
             "bench.target: http://127.0.0.1:1/v1/models does not answer .*refused",
         ),
         (["load.prompt_tokens=many", "bench.target=URL"], "load.prompt_tokens: 'many' is none of"),
-        (["load.rates=[0]"], "load.rates: must be above 0"),
-        (["bench.compare=sglang"], "bench.compare: is one of: transformers, vllm, serve"),
+        (["load.rates=[0]"], r"load.rates: must lie in .0, "),
+        (["bench.compare=sglang"], "bench.compare: 'sglang' is not one of: serve, transformers, vllm"),
         (
             ["bench.target=URL", "bench.target_model=x"],
             "bench.target_model: 'x' is not served at .*; there are: m",

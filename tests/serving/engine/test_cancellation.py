@@ -43,7 +43,7 @@ class Remembering:
         for span in spans:
             for place in range(span.start, span.stop):
                 block = self._cache[span.blocks[place // BLOCK_TOKENS]]
-                block[place % BLOCK_TOKENS] = span.sequence.tokens[place]
+                block[place % BLOCK_TOKENS] = span.request.tokens[place]
             self._interrupt()
         logits = []
         for span in spans:

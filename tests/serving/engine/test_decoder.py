@@ -8,7 +8,7 @@ import torch
 
 from serving.engine import native
 from serving.engine.decoder import TorchDecoder, graph_sizes
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, Span, num_blocks
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span, num_blocks
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape
 
@@ -49,11 +49,11 @@ def worst_error(decoder: TorchDecoder | native.NativeDecoder, model: Llama, *, n
     for _ in range(num_steps):
         if draw.random() < 0.6:
             prompt = [draw.randrange(333) for _ in range(draw.choice((1, 2, 31, 32, 33, 64, 90)))]
-            scheduler.add(Request(prompt, len(prompt) + 40, scored=draw.random() < 0.4))
+            scheduler.add(ScheduledRequest(prompt, len(prompt) + 40, scored=draw.random() < 0.4))
         spans = scheduler.next_step()
         found = [*decoder.forward(spans)] if spans else []
-        places = [(span.sequence.tokens, span.stop - 1) for span in spans if span.samples]
-        scored = [(s.sequence.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
+        places = [(span.request.tokens, span.stop - 1) for span in spans if span.samples]
+        scored = [(s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
         if scored:
             found += [row for logits in decoder.scored() for row in logits.clone()]
         for row, (tokens, place) in zip(found, places + scored, strict=True):
@@ -61,11 +61,11 @@ def worst_error(decoder: TorchDecoder | native.NativeDecoder, model: Llama, *, n
                 expected = model(torch.tensor([tokens[: place + 1]]))[0, -1].float()
             worst = max(worst, ((row - expected).norm() / expected.norm()).item())
         for span in spans:
-            span.sequence.done = span.stop
+            span.request.done = span.stop
             if span.samples:
-                span.sequence.tokens.append(draw.randrange(333))
+                span.request.tokens.append(draw.randrange(333))
                 if draw.random() < 0.1:
-                    scheduler.remove(span.sequence)  # so that blocks are used again
+                    scheduler.remove(span.request)  # so that blocks are used again
     return worst
 
 
@@ -98,19 +98,19 @@ def logits_beside(
     scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=step_tokens)
     draw = random.Random(0)
     text = [draw.randrange(333) for _ in range(90)]
-    request = Request(text[:70], len(text), scored=True)
-    beside = [Request([size % 7] * size, size + 60) for size in others]
+    request = ScheduledRequest(text[:70], len(text), scored=True)
+    beside = [ScheduledRequest([size % 7] * size, size + 60) for size in others]
     for each in [*beside[::2], request, *beside[1::2]]:
         scheduler.add(each)
     after, along = [], []
     while len(request.tokens) < len(text):
         spans = scheduler.next_step()
         logits = decoder.forward(spans).clone()
-        sampled = [span.sequence for span in spans if span.samples]
+        sampled = [span.request for span in spans if span.samples]
         along += [row.clone() for rows in decoder.scored() for row in rows]
         after += [row for sequence, row in zip(sampled, logits, strict=True) if sequence is request]
         for span in spans:
-            span.sequence.done = span.stop
+            span.request.done = span.stop
         for sequence in sampled:
             sequence.tokens.append(text[len(request.tokens)] if sequence is request else 5)
     return torch.stack(after), torch.stack(along)
@@ -157,7 +157,7 @@ def test_what_an_earlier_request_left_in_the_torch_decoder_s_cache_is_not_seen()
 
     scheduler = Scheduler(slots=SLOTS, cache_tokens=40 * BLOCK_TOKENS, step_tokens=200)
     for token in (3, 4):
-        scheduler.add(Request([token], 50))
+        scheduler.add(ScheduledRequest([token], 50))
     spans = scheduler.next_step()
     expected = decoder.forward(spans)
     padded = (torch.tensor(values) for values in decoder.inputs(spans, width=4, size=4))
@@ -202,7 +202,7 @@ def test_a_step_padded_for_a_graph_gives_the_same_logits():
     decoder = TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=8, graphs=False)
     scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=200)
     for size in (1, 40, 70):
-        scheduler.add(Request([size % 7] * size, size + 5))
+        scheduler.add(ScheduledRequest([size % 7] * size, size + 5))
     for _ in range(2):
         spans = scheduler.next_step()
         expected = decoder.forward(spans)
@@ -212,8 +212,8 @@ def test_a_step_padded_for_a_graph_gives_the_same_logits():
             assert torch.allclose(found[:3], expected, atol=1e-5)
             assert found.isfinite().all()
         for span in spans:
-            span.sequence.done = span.stop
-            span.sequence.tokens.append(5)
+            span.request.done = span.stop
+            span.request.tokens.append(5)
     assert max(num_blocks(span.stop) for span in spans) == 3
 
 
@@ -228,7 +228,8 @@ def test_a_graph_takes_steps_in_which_every_span_samples_and_no_other():
             return torch.zeros(len(spans), 333)
 
     decoder._graphs = Graphs()  # type: ignore[assignment]
-    going, alone = Request([1], 5), Request([2], 1, scored=True)  # of the second there is no more to know
+    going = ScheduledRequest([1], 5)
+    alone = ScheduledRequest([2], 1, scored=True)  # there is no more to know of it
     assert len(decoder.forward([Span(going, 0, 1, (0,)), Span(alone, 0, 1, (1,))])) == 1 and not replayed
     assert len(decoder.forward([Span(going, 0, 1, (0,))])) == 1 and replayed == [1]
 
@@ -245,7 +246,7 @@ def test_attention_over_a_growing_context_never_builds_a_plan_for_its_shape(monk
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     model = make_model(SHAPES["odd"], torch.float32)
     decoder = TorchDecoder(model, num_blocks=40, slots=8, graphs=False)
-    request = Request([1] * 40, 50)
+    request = ScheduledRequest([1] * 40, 50)
     decoder.forward([Span(request, 0, 40, (0, 1))])
     again = decoder.inputs([Span(request, 39, 40, (0, 1))], width=2, size=1)
     decoder.step(*(torch.tensor(each) for each in again))

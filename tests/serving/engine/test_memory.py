@@ -5,16 +5,17 @@ import torch
 
 from cluster.cli import BAD_INPUT, UserError
 from serving.bench import steps
+from serving.checkpoints import Served
 from serving.config import load
 from serving.engine import memory, torch_engine
-from serving.engine.torch_engine import make_engine
+from serving.engine.torch_engine import make_torch_engine
 
 RANDOM = ("model.weights=random", "model.shape=llama-5m", "engine.device=cpu")
 
 
 def refusal(*keys: str) -> str:
     with pytest.raises(UserError) as raised:
-        make_engine(load(dotlist=[*RANDOM, *keys]), directory=None, name="tiny")
+        make_torch_engine(load(dotlist=[*RANDOM, *keys]), Served(None, "tiny"))
     return str(raised.value)
 
 
@@ -46,19 +47,19 @@ def test_an_allocation_that_fails_says_the_same(kind, monkeypatch):
 
 def test_an_engine_that_fits_is_made_and_another_error_is_not_taken_for_memory(monkeypatch):
     config = load(dotlist=[*RANDOM, "engine.cache_tokens=512"])
-    make_engine(config, directory=None, name="tiny").close()
+    make_torch_engine(config, Served(None, "tiny")).close()
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(torch_engine, "Scheduler", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        make_engine(config, directory=None, name="tiny")
+        make_torch_engine(config, Served(None, "tiny"))
 
 
 def test_a_missing_checkpoint_is_still_what_is_said(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
-        make_engine(load(dotlist=["engine.device=cpu"]), directory=tmp_path, name="tiny")
+        make_torch_engine(load(dotlist=["engine.device=cpu"]), Served(tmp_path, "tiny"))
 
 
 def test_a_command_ends_without_a_traceback(capsys):

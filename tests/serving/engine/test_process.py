@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -16,7 +17,15 @@ from cluster.cli import RunError, UserError
 from serving.checkpoints import Served
 from serving.config import ServeConfig, load
 from serving.engine.process import EngineProcess, make_engine
-from serving.engine.protocol import BrokenModel, Engine, EngineFailed, Overloaded, RequestError, Sampling
+from serving.engine.protocol import (
+    BrokenModel,
+    Engine,
+    EngineFailed,
+    Overloaded,
+    RequestError,
+    Sampling,
+    Token,
+)
 from tests import factories, fake_engine
 from tests.commands import ROOT
 from tests.fake_engine import FAILING, VOCABULARY, idle
@@ -102,6 +111,25 @@ def test_what_is_refused_is_refused_at_once_and_what_is_cancelled_frees_its_slot
     assert late.wait() == [21, 22]
     assert idle(counting) and counting.stats().cancelled == len(readers)
     assert all(reader.error is None and len(reader.tokens) < 100 for reader in readers)
+
+
+def test_nothing_is_delivered_once_cancel_has_returned(counting):
+    """A step delivers to `blocking` before `other`, which is cancelled in between by another thread."""
+    inside, cancelled = threading.Event(), threading.Event()
+    other = Reader(counting, [20], Sampling(max_tokens=400))
+
+    def block(arrived: Sequence[Token] | EngineFailed) -> None:
+        if len(other.tokens) > 3:
+            inside.set()
+            cancelled.wait(0.2)  # in vain: until this returns, nobody else has the engine's lock
+
+    blocking = counting.submit([20], Sampling(max_tokens=400), block)
+    assert inside.wait(10)
+    other.ticket.cancel()
+    heard = len(other.tokens)
+    cancelled.set()
+    blocking.cancel()
+    assert idle(counting) and len(other.tokens) == heard
 
 
 def test_logits_that_are_not_numbers_are_an_error_of_their_request_alone(counting):

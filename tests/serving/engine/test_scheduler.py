@@ -4,21 +4,21 @@ import random
 
 import pytest
 
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, table
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, table
 
 
 def advance(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     """One step of a model that samples token 7; (first token, start, stop) of each span."""
     spans = scheduler.next_step()
     for span in spans:
-        span.sequence.done = span.stop
+        span.request.done = span.stop
         if span.samples:
-            span.sequence.tokens.append(7)
-    return [(span.sequence.tokens[0], span.start, span.stop) for span in spans]
+            span.request.tokens.append(7)
+    return [(span.request.tokens[0], span.start, span.stop) for span in spans]
 
 
-def request(name: int, num_prompt: int, num_more: int = 4) -> Request:
-    return Request([name] + [0] * (num_prompt - 1), num_prompt + num_more)
+def request(name: int, num_prompt: int, num_more: int = 4) -> ScheduledRequest:
+    return ScheduledRequest([name] + [0] * (num_prompt - 1), num_prompt + num_more)
 
 
 def test_prompts_are_prefilled_in_chunks_beside_the_tokens_of_running_requests():
@@ -45,18 +45,18 @@ def test_a_prompt_of_one_token_and_a_last_chunk_of_one_token():
 
 def test_of_a_scored_prompt_each_token_before_another_is_counted_once():
     scheduler = Scheduler(slots=4, cache_tokens=1024, step_tokens=6)
-    scheduler.add(Request([1] * 10, 12, scored=True))
-    scheduler.add(Request([2] * 3, 3, scored=True))  # nothing is to follow
+    scheduler.add(ScheduledRequest([1] * 10, 12, scored=True))
+    scheduler.add(ScheduledRequest([2] * 3, 3, scored=True))  # nothing is to follow
     counted = []
     for _ in range(3):
         spans = scheduler.next_step()
-        counted.append([(s.sequence.tokens[0], s.num_scored, s.samples) for s in spans])
+        counted.append([(s.request.tokens[0], s.num_scored, s.samples) for s in spans])
         for span in spans:
-            span.sequence.done = span.stop
+            span.request.done = span.stop
             if span.samples:
-                span.sequence.tokens.append(7)
-            elif span.stop == span.sequence.most_tokens:
-                scheduler.remove(span.sequence)
+                span.request.tokens.append(7)
+            elif span.stop == span.request.most_tokens:
+                scheduler.remove(span.request)
     assert counted == [[(1, 6, False)], [(1, 3, True), (2, 2, False)], [(1, 0, True), (2, 0, False)]]
 
 
@@ -99,12 +99,12 @@ def test_any_mix_of_arrivals_and_departures_keeps_every_block_in_one_hand():
             held = [block for running in scheduler.running for block in running.blocks]
             assert sorted([*held, *scheduler._free]) == list(range(20))
             for span in spans:
-                assert len(span.sequence.blocks) * BLOCK_TOKENS >= span.stop
-                span.sequence.done = span.stop
+                assert len(span.request.blocks) * BLOCK_TOKENS >= span.stop
+                span.request.done = span.stop
                 if span.samples:
-                    span.sequence.tokens.append(0)
-                    if len(span.sequence.tokens) == span.sequence.most_tokens:
-                        scheduler.remove(span.sequence)
+                    span.request.tokens.append(0)
+                    if len(span.request.tokens) == span.request.most_tokens:
+                        scheduler.remove(span.request)
         if draw.random() < 0.3 and scheduler.running:
             scheduler.remove(draw.choice(scheduler.running))
     assert scheduler.running
@@ -117,7 +117,7 @@ def test_the_table_lists_each_span_s_blocks_up_to_its_end():
     spans = scheduler.next_step()
     blocks, first = table(spans)
     assert first == [0, 2]
-    assert blocks == [*spans[0].sequence.blocks[:2], *spans[1].sequence.blocks[:2]]
+    assert blocks == [*spans[0].request.blocks[:2], *spans[1].request.blocks[:2]]
 
 
 def test_a_request_that_can_never_fit_is_not_taken():

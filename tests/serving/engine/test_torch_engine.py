@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
 from serving.engine.protocol import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
 from serving.engine.scheduler import Span
-from serving.engine.torch_engine import TorchEngine, make_engine
+from serving.engine.torch_engine import TorchEngine, make_torch_engine
 from tests.reader import Reader
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
@@ -46,7 +47,7 @@ def engine(checkpoint: Path, **options: object) -> TorchEngine:
     config = ServeConfig(
         model=ModelConfig(path=str(checkpoint)), engine=EngineConfig(device="cpu", **{**defaults, **options})
     )
-    return make_engine(config, directory=checkpoint, name="tiny")
+    return make_torch_engine(config, Served(checkpoint, "tiny"))
 
 
 @pytest.fixture

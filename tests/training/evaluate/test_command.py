@@ -24,16 +24,17 @@ from cluster.cli import UserError
 from cluster.config import to_yaml
 from cluster.session import free_ports
 from optim.precision import cpu_has_bf16
+from serving.checkpoints import Served
 from serving.config import load as load_serving
 from serving.endpoint.service import make_endpoint
-from serving.engine.torch_engine import make_engine
+from serving.engine.torch_engine import make_torch_engine
 from tests.commands import tiny, write_corpus
 from training import config as training_config
 from training.data.dataset import Manifest
 from training.data.prepare import prepare
 from training.evaluate import harness
 from training.evaluate.command import main
-from training.export import export
+from training.model.export import export
 from training.model.llama import Llama, generate, initialize, load_hf
 from training.plan import resolve_shape
 from training.run import checkpoint
@@ -311,7 +312,7 @@ def result_exists(trained: Path) -> bool:
     return (trained / "outputs/tiny/eval.json").is_file()
 
 
-class Served:
+class HttpServer:
     """An HTTP server in a thread."""
 
     def __init__(self, serve: Callable[[], None], stop: Callable[[], None], port: int) -> None:
@@ -328,10 +329,10 @@ class Served:
 def ours(trained: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Our endpoint over our engine, in this process."""
     keys = ("engine.device=cpu", "engine.dtype=float32", "engine.threads=1", "engine.compiled=false")
-    engine = make_engine(load_serving(dotlist=keys), directory=trained / "hf", name="tiny")
+    engine = make_torch_engine(load_serving(dotlist=keys), Served(trained / "hf", "tiny"))
     [port] = free_ports(1)
     server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), port=port, log_level="warning"))
-    served = Served(server.run, lambda: setattr(server, "should_exit", True), port)
+    served = HttpServer(server.run, lambda: setattr(server, "should_exit", True), port)
     while not server.started:
         time.sleep(0.005)
     yield served.url
@@ -424,7 +425,7 @@ def test_an_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are
 ) -> None:
     handler = type("Handler", (Elsewhere,), {"status": status, "answer": answer})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        served = Served(server.serve_forever, server.shutdown, server.server_port)
+        served = HttpServer(server.serve_forever, server.shutdown, server.server_port)
         error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={served.url}", "output=no.json"])
         served.close()
     assert error.startswith("error: tasks: choose, continue: these need the log-probabilities of given text")

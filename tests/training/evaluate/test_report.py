@@ -11,10 +11,11 @@ import pytest
 
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.runs import ModelDirectory
 from tests.commands import ROOT
 from tests.test_architecture import IMPORT_WITHOUT_TORCH
 from training.evaluate import harness
-from training.evaluate.checkpoint import Subject, check, find, named
+from training.evaluate.checkpoint import check, find, named
 from training.evaluate.config import load
 from training.evaluate.report import last_line, table
 from training.model.shapes import SHAPES, to_hf_config
@@ -65,11 +66,11 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_which_checkpoint_a_name_means(outputs):
-    b = Subject(outputs / "b/export", "b", run=outputs / "b", stale=True)
+    b = ModelDirectory(outputs / "b/export", "b", run=outputs / "b", stale=True)
     assert find("newest") == find("b") == find(str(outputs / "b")) == named("b") == b
-    assert find("a") == Subject(outputs / "a/export", "a", run=outputs / "a")
-    assert find("outputs/b/export") == Subject(outputs / "b/export", "b", run=outputs / "b")
-    assert find("hf") == Subject(outputs.parent / "hf", "hf")
+    assert find("a") == ModelDirectory(outputs / "a/export", "a", run=outputs / "a")
+    assert find("outputs/b/export") == ModelDirectory(outputs / "b/export", "b", run=outputs / "b")
+    assert find("hf") == ModelDirectory(outputs.parent / "hf", "hf")
     assert named("hf") is None
     with pytest.raises(UserError, match=r"model: 'c' is neither .* runs in .*: a, b; train one"):
         find("c")

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from serving.bench import report
-from serving.bench.latency import Outcome, Slo, summarise
+from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.config import EngineConfig
 from serving.engine.decoder import TorchDecoder
-from serving.engine.scheduler import BLOCK_TOKENS, Request, Scheduler, num_blocks
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, num_blocks
 from serving.engine.torch_engine import arithmetic, describe
 from tests.properties import cases
 from training.model.llama import Llama
@@ -113,7 +113,7 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
     answer = 200  # longer than it takes to prefill all prompts
     blocks = sum(num_blocks(length + answer) for length in lengths)
     decoder = TorchDecoder(model, num_blocks=blocks, slots=len(lengths), graphs=False)
-    requests = [Request([1] * length, length + answer) for length in lengths]
+    requests = [ScheduledRequest([1] * length, length + answer) for length in lengths]
     scheduler = Scheduler(slots=len(lengths), cache_tokens=blocks * BLOCK_TOKENS, step_tokens=step_tokens)
     for request in requests:
         scheduler.add(request)
@@ -121,7 +121,7 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
     seen = 0.0  # by tokens that are decoded while other prompts are prefilled
     while True:
         spans = scheduler.next_step()
-        decoding = [span for span in spans if span.start >= span.sequence.prompt_tokens]
+        decoding = [span for span in spans if span.start >= span.request.prompt_tokens]
         with FlopCounterMode(display=False) as counter, Reads(model) as reads:
             decoder.forward(spans)
         if len(decoding) == len(requests):
@@ -131,9 +131,9 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
         decoded += len(decoding)
         seen += sum(span.stop for span in decoding)
         for span in spans:
-            span.sequence.done = span.stop
+            span.request.done = span.stop
             if span.samples:
-                span.sequence.tokens.append(1)
+                span.request.tokens.append(1)
 
     causal = sum(2 * shape.num_layers * shape.num_heads * shape.head_dim * n**2 for n in lengths)
     prefilled = sum(shape.prefill_flops(length) for length in lengths)
@@ -172,7 +172,7 @@ def test_bytes_of_the_plans_are_those_of_the_tensors(shape, dtype, blocks):
 
 def answers(
     info: dict, ceiling: dict, sizes: Sequence[tuple[int, int]], *, slots: int, concurrency: int
-) -> list[Outcome]:
+) -> list[RequestOutcome]:
     """Of an engine with few slots, which prefills at the peak and decodes as fast as it can read.
 
     sizes: tokens of prompt and answer of each request, from clients that send one when the last has ended.
@@ -195,7 +195,7 @@ def answers(
             if len(times) == output:
                 del running[index]
                 queue += [(now, *waiting.pop(0))] if waiting else []
-                outcomes.append(Outcome(
+                outcomes.append(RequestOutcome(
                     index=index, scheduled=scheduled, sent=scheduled, tokens=tuple(times), ended=now,
                     prompt_tokens=prompt, output_tokens=output,
                 ))  # fmt: skip

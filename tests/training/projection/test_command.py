@@ -13,8 +13,8 @@ from cluster.config import ConfigError
 from optim.geometry import NORMS, Entries, Lines
 from optim.groups import TABLE_BLOCK_ROWS
 from optim.step.ownership import make_plan
+from tests.lab import projection_check
 from training.model.shapes import SHAPES, LlamaShape
-from training.projection import check as projection_check
 from training.projection import command as projection
 from training.projection import step_model, traffic
 from training.projection.command import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
@@ -308,6 +308,7 @@ def baseline(**changes: Any) -> dict[str, Any]:
         "hardware": hardware,
         "ceilings": CEILINGS,
         "cells": cells,
+        "figures": [],
         "provenance": {},
         **changes,
     }
@@ -418,8 +419,8 @@ def test_without_a_baseline_the_datasheet_counts_and_the_output_says_so(monkeypa
     [
         (None, {}, "no such file; write one with `make baseline`"),
         ("no json", {}, "cannot be read as JSON"),
-        ({"bench": "optim"}, {}, "is no baseline of format 2"),
-        (baseline(format=1), {}, "is no baseline of format 2"),
+        ({"bench": "optim"}, {}, "not a file of `make baseline`"),
+        (baseline(format=1), {}, "format 1, not 2; run `make baseline` again"),
         (baseline(), {"rule": "adamw"}, "no measured training cell of llama-1b4 with adamw; it has "
          "llama-1b4 with muon (measured), llama-2-7b with muon (out of memory: needs 90 GB); set baseline_"),
         (baseline(ceilings={"product_tflops": None}), {}, "is incomplete"),
@@ -550,7 +551,7 @@ def test_the_check_compares_prediction_and_measurement(monkeypatch, capsys):
         answers.append(command)
         return (
             probe | rates
-            if "training.projection.ranks" in command
+            if "tests.lab.projection_ranks" in command
             else row(num_workers=1, tokens_per_step=1024)
         )
 

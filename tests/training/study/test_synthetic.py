@@ -18,33 +18,30 @@ from optim.noise import KINDS
 from optim.rules import TransportedScion, new_state
 from optim.rules import step as oracle_step
 from tests.commands import ROOT
-from training.study.synthetic import (
+from training.study.synthetic.config import NOISES, SyntheticConfig, smoke
+from training.study.synthetic.problem import (
     CONTENDERS,
-    NOISES,
     SPECTRAL,
     Problem,
     Stream,
-    SyntheticConfig,
-    _best,
-    _scheduled,
     batched_theory,
     control_theory,
-    describe,
-    gain_verdict,
-    make_trial,
     noise_bound,
     noise_of,
-    plot,
+    transported_theory,
+)
+from training.study.synthetic.report import describe, gain_verdict, plot, slope_verdict
+from training.study.synthetic.trials import (
+    _best,
+    _scheduled,
+    make_trial,
     ratio_with_interval,
     resample,
     run_synthetic,
     simulate,
-    slope_verdict,
     slope_with_interval,
     slopes,
-    smoke,
     step_together,
-    transported_theory,
 )
 
 TINY = SyntheticConfig(horizons=(4, 6), tuning_horizon=5, seeds=3, tuning_seeds=2)
@@ -542,8 +539,6 @@ def test_the_configuration_is_read_and_written_as_others():
 
 
 def test_the_configuration_needs_no_torch():
-    code = (
-        "import sys; sys.modules['torch'] = None; import training.study.synthetic as s; s.SyntheticConfig()"
-    )
-    root = ROOT
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    module = "training.study.synthetic.config"
+    code = f"import sys; sys.modules['torch'] = None; import {module} as s; s.SyntheticConfig()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,11 +1,11 @@
 """An engine without a model, whose tokens come at times known beforehand, and its endpoint.
 
-    python -m serving.peers.paced --port PORT --log FILE
+    python -m tests.lab.paced_engine --port PORT --log FILE
 
 Request n's tokens are due at times after its arrival that n alone decides, whatever else is running: every
 client that sends as many requests meets the same latencies, and next to no CPU is used. What each request
-got and when goes to the file, one `serving.bench.latency.Outcome` as JSON a line: the truth that the figures
-of a load generator can be held against (`serving.peers.agreement`).
+got and when goes to the file, one `serving.bench.latency.RequestOutcome` as JSON a line: the truth against
+which `tests.lab.serve_agreement` compares the figures of load generators.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import uvicorn
 
-from serving.bench.latency import Outcome
+from serving.bench.latency import RequestOutcome
 from serving.endpoint.service import make_endpoint
 from serving.endpoint.text import numbered_tokenizer
 from serving.engine.protocol import (
@@ -88,7 +88,7 @@ class PacedEngine:
         observe: told of each request that got all of its tokens, from the engine's thread.
     """
 
-    def __init__(self, pace: Pace, *, observe: Callable[[Outcome], None]) -> None:
+    def __init__(self, pace: Pace, *, observe: Callable[[RequestOutcome], None]) -> None:
         self.info = EngineInfo(
             engine="paced", model=MODEL, device="none", dtype="none", context_tokens=CONTEXT,
             vocab_size=VOCABULARY, num_parameters=0, num_slots=1 << 16, most_waiting=0, weight_bytes=0,
@@ -170,8 +170,8 @@ class PacedEngine:
         return None
 
 
-def _outcome(request: _Request) -> Outcome:
-    return Outcome(
+def _outcome(request: _Request) -> RequestOutcome:
+    return RequestOutcome(
         index=request.number,
         scheduled=request.arrived,
         sent=request.arrived,
@@ -185,7 +185,7 @@ def _outcome(request: _Request) -> Outcome:
 def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(
-        prog="python -m serving.peers.paced", description=__doc__.splitlines()[0]
+        prog="python -m tests.lab.paced_engine", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--port", type=int, required=True, help="on 127.0.0.1")
     parser.add_argument(
@@ -194,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     with options.log.open("w") as log:
 
-        def observe(outcome: Outcome) -> None:
+        def observe(outcome: RequestOutcome) -> None:
             print(json.dumps(asdict(outcome)), file=log, flush=True)
 
         app = make_endpoint(PacedEngine(Pace(), observe=observe), numbered_tokenizer(VOCABULARY))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import toolchain
+from cluster.machine import toolchain
 from cluster.preflight import inspection
 
 

@@ -1,9 +1,9 @@
 """C++ beside a module: compiled at first use, or not with a reason. An x86-64 CPU with AVX2 is needed.
 
-One source serves two tiers of vectors (cluster/simd.h), and a third in which it may multiply by tiles. The
-best that the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the
-lowest tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name
-that changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
+One source serves two tiers of vectors (simd.h), and a third in which it may multiply by tiles. The best that
+the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the lowest
+tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name that
+changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 
 Loading a library runs it. So the folder must belong to this user and is closed to all others; a library in
 it that another user owns or may write is compiled anew.
@@ -14,7 +14,6 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-HEADER = Path(__file__).with_name("simd.h")  # the only one of ours that a source may include
+from cluster import private
+
+HEADER = Path(__file__).with_name("simd.h")  # which a source may include, and headers that lie beside it
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 TILES = "AMX BF16"  # the tier that multiplies by tiles; the others have vectors alone
@@ -110,11 +111,12 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run: Any = partial(subprocess.run, capture_output=True, check=True, timeout=COMPILE_SECONDS)
     version = run([compiler, "--version"])
-    parts = (source.read_bytes(), HEADER.read_bytes(), version.stdout, " ".join(flags).encode())
+    read = [file.read_bytes() for file in (source, HEADER, *sorted(source.parent.glob("*.h")))]
+    parts = (*read, version.stdout, " ".join(flags).encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_root / "asuncion" / f"{source.parent.name}-{source.stem}-{key}.so"
     _close_to_others(path.parent)
-    if not (path.exists() and _only_ours(path)):
+    if not (path.exists() and private.is_ours(path.stat())):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             run([compiler, *flags, f"-I{HEADER.parent}", "-o", str(made), str(source)])
@@ -124,15 +126,12 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
 
 
 def _close_to_others(folder: Path) -> None:
-    """Make the folder if it is missing, and let nobody else write it. Raises `OSError`: it is not ours."""
+    """Make the folder if it is missing, and let nobody else write it. Raises `OSError`: it is not ours.
+
+    Unlike `private.make_folder` it mends a folder that others can write to, and takes any folder above it:
+    each library is checked before it is loaded.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (owner := folder.stat().st_uid) != os.geteuid():
         raise PermissionError(f"{folder} belongs to uid {owner}; set XDG_CACHE_HOME to a folder of your own")
-    if not _only_ours(folder):
-        folder.chmod(0o700)
-
-
-def _only_ours(path: Path) -> bool:
-    """Whether this user owns the file or folder, and no other may write it."""
-    status = path.stat()
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    folder.chmod(0o700)

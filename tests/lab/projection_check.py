@@ -1,10 +1,10 @@
 """Is the projection right? Steps of 2 and 3 workers here, predicted from one worker's, and measured.
 
-    python -m training.projection.check [--rounds N] [--steps N] [--output FILE] [--dry-run] [key=value ...]
+    python -m tests.lab.projection_check [--rounds N] [--steps N] [--output FILE] [--dry-run] [key=value ...]
 
 Each worker takes the same tokens, on one thread. A prediction knows the step of one worker, by part
 (training/baseline/steps.py), and what as many workers as it is about reach at once in products, in passes
-over memory and in gloo's collectives (training/projection/ranks.py): with more workers than cores each gets
+over memory and in gloo's collectives (tests/lab/projection_ranks.py): with more workers than cores each gets
 less, and cores share memory and clocks. It never sees a step of several workers. Runs take turns within a
 round, each after what its workers reach; a round takes about five minutes on two quiet cores."""
 
@@ -21,10 +21,10 @@ from cluster import cli, process
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.measure import benchmark
+from tests.lab.projection_ranks import COLLECTIVES
 from training import config as training_config
 from training.config import SCION_RULES, TrainConfig
 from training.plan import make_plan
-from training.projection.ranks import COLLECTIVES
 from training.projection.step_model import PARTS, Links, Step, basis_from_row, step_seconds
 from training.projection.traffic import job_of
 
@@ -44,7 +44,7 @@ PROBE_BYTES = 1 << 25  # of a collective's buffer; ZeRO's are of the model's siz
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     defaults = training_config.load(dotlist=DEFAULTS)
-    parser = cli.make_parser("training.projection.check", description=__doc__.splitlines()[0], keys=defaults)
+    parser = cli.make_parser("tests.lab.projection_check", description=__doc__.splitlines()[0], keys=defaults)
     benchmark.add_options(parser, what=WHAT, rounds=3, rounds_help="runs of each stage and number of workers")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="timed steps of a run (default: 8)")
     options = parser.parse_args(arguments)
@@ -152,7 +152,7 @@ def predict(
     """A step of `workers` workers from `row`, that of one (`training.baseline.steps`).
 
     Args:
-        alone, together: of training/projection/ranks.py, with one worker and with `workers`.
+        alone, together: of tests/lab/projection_ranks.py, with one worker and with `workers`.
     """
     plan = make_plan(config, num_workers=1)
     job = job_of(config, plan.shape, num_ranks=1, accumulation=plan.accumulation)
@@ -223,8 +223,8 @@ def steps_command(
 
 
 def probe_command(given: Sequence[str], *, workers: int) -> list[str]:
-    """`training.projection.ranks` of as many workers."""
-    return [*_launcher(workers), "training.projection.ranks", "--bytes", str(PROBE_BYTES), *given]
+    """`tests.lab.projection_ranks` of as many workers."""
+    return [*_launcher(workers), "tests.lab.projection_ranks", "--bytes", str(PROBE_BYTES), *given]
 
 
 def _launcher(workers: int) -> list[str]:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from cluster import compiled
+from cluster.machine import compiled
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")

@@ -1,4 +1,4 @@
-// Vectors of fp32 in two tiers, for the compiled code (cluster/compiled.py): AVX-512 BF16, 16 lanes, and AVX2
+// Vectors of fp32 in two tiers, for the compiled code (cluster/machine/compiled.py): AVX-512 BF16, 16 lanes, and AVX2
 // with FMA, 8 lanes. The compiler's flags choose the tier. Code that uses only what is declared here is written
 // once, in terms of WIDTH and PARTS.
 //

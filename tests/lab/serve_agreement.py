@@ -1,12 +1,12 @@
 """Does our load generator measure what others do? Ours, GuideLLM's and vLLM's, in turns, on the same load.
 
-    python -m serving.peers.agreement --guidellm PROGRAM --vllm PYTHON [--rounds N] [--output FILE]
+    python -m tests.lab.serve_agreement --guidellm PROGRAM --vllm PYTHON [--rounds N] [--output FILE]
     [--dry-run]
 
-The endpoint is ours, over an engine whose tokens come at times known beforehand (`serving.peers.paced`), so
-that beside each figure stands the truth: the same figure of the tokens as the engine delivered them. Every
-turn has an endpoint of its own, which has answered one request before, and all requests of the tool count; a
-turn that other processes disturb is taken again, as in `serving.peers.races`. The percentiles are those that
+The endpoint is ours, over an engine whose tokens come at known times (`tests.lab.paced_engine`), so that each
+figure stands beside the truth: the same figure computed from the tokens as the engine delivered them. Every
+turn has an endpoint of its own, which has answered one request before, and all requests of the tool count. A
+turn that other processes disturb is taken again (`cluster.measure.turns`). The percentiles are those that
 each tool itself reports, brought to one definition: from a request's sending to its tokens, TPOT without the
 first one.
 
@@ -37,15 +37,13 @@ from typing import Any
 from cluster import cli, endpoint_client, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.endpoint_client import Endpoint
-from cluster.measure import benchmark
+from cluster.measure import benchmark, turns
 from cluster.session import ROOT, free_ports
-from serving.bench.latency import PERCENTILES, Outcome, Slo, summarise
+from serving.bench.latency import PERCENTILES, RequestOutcome, Slo, summarise
 from serving.bench.loadgen import Lag, over_http, run_closed, run_open
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
-from serving.peers import races
-from serving.peers.paced import CONTEXT, MODEL, VOCABULARY
-from serving.peers.races import busy_seconds, turns
+from tests.lab.paced_engine import CONTEXT, MODEL, VOCABULARY
 
 WHAT = "serve_agreement"  # in the baseline's name
 OURS = "ours"
@@ -200,7 +198,7 @@ def paced_endpoint(log: Path) -> Iterator[str]:
     """
     [port] = free_ports(1)
     url, said = f"http://127.0.0.1:{port}", log.with_suffix(".stderr")
-    command = [sys.executable, "-m", "serving.peers.paced", "--port", str(port), "--log", str(log)]
+    command = [sys.executable, "-m", "tests.lab.paced_engine", "--port", str(port), "--log", str(log)]
     with said.open("wb") as stream:
         endpoint = process.Child(command, cwd=ROOT, stderr=stream)
     try:
@@ -219,7 +217,7 @@ def paced_endpoint(log: Path) -> Iterator[str]:
 def truth(log: Path, case: Case) -> Figures:
     """What the engine itself wrote down. Raises `RunError` if it was asked for another load."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    outcomes = [Outcome(**row) for row in rows if row["index"] > 0]  # 0 was `paced_endpoint`'s own
+    outcomes = [RequestOutcome(**row) for row in rows if row["index"] > 0]  # 0 was `paced_endpoint`'s own
     _require_load("the engine", case, len(outcomes), {outcome.output_tokens for outcome in outcomes})
     return _figures(outcomes)
 
@@ -236,7 +234,7 @@ def ours(case: Case, url: str, *, seed: int) -> tuple[Figures, Lag]:
         seed=seed,
         due=None if rate is None else arrivals("poisson", rate=rate, number=number, seed=seed),
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
 
     async def load() -> Lag:
         async with over_http(Endpoint(f"{url}/v1", MODEL), timeout_seconds=REQUEST_SECONDS) as send:
@@ -251,7 +249,7 @@ def ours(case: Case, url: str, *, seed: int) -> tuple[Figures, Lag]:
     return _figures([replace(outcome, scheduled=outcome.sent) for outcome in outcomes]), lag
 
 
-def _figures(outcomes: Sequence[Outcome]) -> Figures:
+def _figures(outcomes: Sequence[RequestOutcome]) -> Figures:
     found = summarise(outcomes, slo=NO_SLO)
     return {figure: found[figure] for figure in FIGURES}
 
@@ -291,14 +289,13 @@ def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenize
     """One turn: of ours, where there is no program. `place` is for its files. Raises `RunError`."""
     folder = Path(tempfile.mkdtemp(dir=place))
     log = folder / "engine.jsonl"
-    started, busy, own = time.monotonic(), busy_seconds(), _own_cpu_seconds()
+    bystanders, own = turns.Bystanders(), _own_cpu_seconds()
     with paced_endpoint(log) as url:
         if program is None:
             figures, lag = ours(case, url, seed=seed)
         else:
             figures, lag = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder), None
-    others = busy_seconds() - busy - (_own_cpu_seconds() - own)
-    return Turn(figures, truth(log, case), lag, max(0.0, others) / (time.monotonic() - started))
+    return Turn(figures, truth(log, case), lag, bystanders.cores(_own_cpu_seconds() - own))
 
 
 def _own_cpu_seconds() -> float:
@@ -308,8 +305,8 @@ def _own_cpu_seconds() -> float:
 
 
 def quietest(take: Callable[[], Turn]) -> Turn:
-    """As `races.quietest`. Raises `RunError`: our load generator lagged even then."""
-    best = races.quietest(take)
+    """As `turns.quietest`. Raises `RunError`: our load generator lagged even then."""
+    best = turns.quietest(take)
     if best.lag is not None:
         best.lag.require(MOST_LAG_SECONDS)
     return best
@@ -342,7 +339,7 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
         files.write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         for number, case_name in ((n, name) for n in range(num_rounds) for name in CASES):
             case = CASES[case_name]
-            for name in turns([OURS, *programs], number):
+            for name in turns.turns([OURS, *programs], number):
                 turn = quietest(
                     partial(
                         take_turn, name, programs.get(name), case,
@@ -421,7 +418,7 @@ def table(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     parser = argparse.ArgumentParser(
-        prog="python -m serving.peers.agreement", description=__doc__.partition("\n")[0]
+        prog="python -m tests.lab.serve_agreement", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "--guidellm", metavar="PROGRAM", help="bin/guidellm of an environment that has GuideLLM"

@@ -1,7 +1,6 @@
 """The paced engine, the referees' reports, and the comparison of our load generator with theirs.
 
-The referees themselves do not go into this environment (`python -m serving.peers.agreement`); a script stands
-in.
+The referees cannot be installed into this environment (see `tests.lab.serve_agreement`); a script stands in.
 """
 
 import asyncio
@@ -16,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import RunError
-from serving.bench.latency import Outcome
+from cluster.measure import turns
+from serving.bench.latency import RequestOutcome
 from serving.bench.loadgen import Lag
 from serving.engine.protocol import EngineFailed, RequestError, Sampling, Stream
-from serving.peers import agreement
-from serving.peers.agreement import FIGURES, Case, Turn
-from serving.peers.paced import CONTEXT, Pace, PacedEngine
+from tests.lab import serve_agreement as agreement
+from tests.lab.paced_engine import CONTEXT, Pace, PacedEngine
+from tests.lab.serve_agreement import FIGURES, Case, Turn
 
 CASE = Case(5, concurrency=2, output_tokens=4)
 QUICK = Pace(first=(0.02, 0.04), gap=(0.005, 0.01))
@@ -46,7 +46,7 @@ def test_tokens_are_due_by_the_number_of_the_request_alone_and_within_bounds():
 
 
 def test_no_token_is_early_and_lateness_does_not_add_up():
-    found: list[Outcome] = []
+    found: list[RequestOutcome] = []
     engine = PacedEngine(QUICK, observe=found.append)
 
     async def ask(num_tokens: int) -> list[str | None]:
@@ -71,7 +71,7 @@ def test_no_token_is_early_and_lateness_does_not_add_up():
 
 
 def test_a_cancelled_request_gets_no_more_and_is_no_part_of_the_truth():
-    found: list[Outcome] = []
+    found: list[RequestOutcome] = []
     even = Pace(first=(0.02, 0.02), gap=(0.005, 0.005))  # the cancelled one would be first
     engine, arrived, other = PacedEngine(even, observe=found.append), [], threading.Event()
     ticket = engine.submit([1], TWO_TOKENS, arrived.append)
@@ -208,17 +208,6 @@ def test_figures_agree_within_a_share_or_two_milliseconds(ours, theirs, agrees, 
     )
 
 
-@pytest.mark.parametrize(
-    ("others", "taken", "kept"),
-    [([0.05], 1, 0.05), ([0.5, 0.02], 2, 0.02), ([0.5, 0.2, 0.3], 3, 0.2)],
-)
-def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(others, taken, kept):
-    takes = [Turn({}, {}, None, each) for each in others]
-    left = iter(takes)
-    assert agreement.quietest(lambda: next(left)).others_cores == kept
-    assert len(list(left)) == len(others) - taken
-
-
 def test_a_lagging_generator_of_ours_is_refused():
     with pytest.raises(RunError, match=r"lagged by 30\.0 ms"):
         agreement.quietest(lambda: Turn({}, {}, Lag(0.030, 0.0), 0.0))
@@ -265,7 +254,7 @@ def fake(folder: Path, *, number: int = 2, code: int = 0) -> str:
 @pytest.fixture
 def undisturbed(monkeypatch):
     """One take for a turn, and no lag too long: the machine may be busy with other tests."""
-    monkeypatch.setattr(agreement.races, "DISTURBING_CORES", 1e9)
+    monkeypatch.setattr(turns, "DISTURBING_CORES", 1e9)
     monkeypatch.setattr(agreement, "MOST_LAG_SECONDS", 1e9)
 
 

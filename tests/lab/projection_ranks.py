@@ -1,8 +1,8 @@
 """What W workers of this machine reach all at once: products, passes over memory, collectives.
 
-    torchrun --nproc-per-node=W -m training.projection.ranks [--bytes N] [key=value of training.config ...]
+    torchrun --nproc-per-node=W -m tests.lab.projection_ranks [--bytes N] [key=value of training.config ...]
 
-For training/projection/check.py, whose workers share cores: what one alone measures is not what each gets.
+For tests/lab/projection_check.py, whose workers share cores: what one alone measures is not what each gets.
 Each figure is the mean over the ranks, one thread each; the last line on stdout is one JSON object.
 """
 
@@ -28,7 +28,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command, of each rank. Returns its exit code (`cluster.cli`)."""
     parser = cli.make_parser(
-        "training.projection.ranks", description=__doc__.splitlines()[0], keys=TrainConfig()
+        "tests.lab.projection_ranks", description=__doc__.splitlines()[0], keys=TrainConfig()
     )
     parser.add_argument("--bytes", type=int, default=1 << 24, metavar="N", help="of a large buffer, per rank")
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from cluster.rendezvous import interface_of, meet
+from cluster.machine.rendezvous import interface_of, meet
 from cluster.session import free_ports
 from tests.listening import listening
 

@@ -1,0 +1,265 @@
+"""The report of a parity, in Markdown and as one HTML file."""
+
+import base64
+import html
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.display import markdown
+from cluster.measure.probe import LINK_PEAK
+from cluster.parity.baseline_file import Side, commit_of
+from cluster.parity.claims import SHARE, show
+from cluster.parity.comparison import Comparison
+from cluster.parity.parity import Parity
+
+FORMULAS = (  # name, formula, where it stands
+    ("rate", "tokens / seconds / devices, the median step of a run",
+     "training/baseline/steps.py, serving/bench/steps.py"),
+    (
+        "FLOPs per token, training",
+        "6·N_matmul + 12·L·d·s, forward and backward; the whole attention matrix counts, recomputation does "
+        "not (PaLM, arXiv 2204.02311, appendix B)",
+        "training/model/shapes.py, flops_per_token",
+    ),
+    ("FLOPs per token, prefill", "(2·N_hidden·S + 2·V·h + 2·L·d·S²) / S, causal",
+     "training/model/shapes.py, prefill_flops"),
+    ("FLOPs per token, decode", "2·N_matmul + 4·L·d·context", "training/model/shapes.py, decode_flops"),
+    ("bytes per token, decode", "(weights + batch·context·KV bytes) / batch",
+     "training/model/shapes.py, decode_bytes"),
+    ("bytes per token, prefill", "weights / (batch·prompt): read once at the least",
+     "training/baseline/command.py"),
+    ("sent bytes per token, training", "bytes that the busiest rank sends in a step by its ZeRO stage, "
+     "counted as bus bandwidth counts them, / tokens of a device",
+     "training/projection/traffic.py, training/baseline/command.py"),
+    ("roofline", "1 / max(FLOPs / peak, bytes / bandwidth, sent bytes / link)",
+     "cluster/measure/hardware.py, roofline_seconds"),
+    ("share", "rate / roofline: MFU where compute bounds, MBU where bandwidth does, share of link where the "
+     "link between ranks does", "cluster/parity/comparison.py"),
+    ("share of link during communication alone", "sent bytes of a step / seconds in which collectives ran "
+     "and nothing else / link", "training/baseline/command.py"),
+    ("parity", "A's share / B's share", "cluster/parity/comparison.py"),
+    ("interval", "at least 95%, from the logarithms of the runs' values: Student's t, Banerjee's for ratios",
+     "cluster/measure/intervals.py"),
+)  # fmt: skip
+FORMULAS_HEAD = ("name", "formula", "stands in")
+STYLE = """\
+body{font:16px/1.5 system-ui,sans-serif;color:#1d2125;max-width:60rem;margin:2.5rem auto;padding:0 1.25rem}
+h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #d9dde1}
+table{border-collapse:collapse;font-size:.86rem;margin:1rem 0;display:block;overflow-x:auto}
+th,td{padding:.3rem .6rem;border-bottom:1px solid #e4e7ea;text-align:left;vertical-align:top}
+th{background:#f4f6f8}td:not(:first-child){font-variant-numeric:tabular-nums}
+img{max-width:100%}code{font-size:.84em;background:#f4f6f8;padding:.1em .25em;overflow-wrap:anywhere}
+"""
+
+
+def report(parity: Parity, plots: dict[str, str], tolerance: float) -> str:
+    """The report in Markdown; `plots` maps a title to a path beside it."""
+    a, b = parity.sides
+    sections: list[Iterator[str]] = [
+        _claims(parity, tolerance),
+        _figures(parity),
+        *(_plot(title, path) for title, path in plots.items()),
+        _divisors(parity.comparisons),
+        _shares(parity.comparisons),
+        _costs(parity),
+        _ceilings(parity),
+        _missing(parity),
+        _sources(parity),
+    ]
+    head = [
+        f"# Parity: {a.name} (A) against {b.name} (B)",
+        "",
+        "Each machine is set against its own hardware: a rate is divided by what the resource that bounds it "
+        "allows (MFU where compute does, MBU where memory bandwidth does, share of link where the link "
+        "between ranks or nodes does), and the two shares by each other. 1 is parity. Absolute rates stand "
+        "beside, because a normalised figure trains no model.",
+    ]
+    return "\n".join([*head, *(line for section in sections for line in ("", *section))]) + "\n"
+
+
+def _claims(parity: Parity, tolerance: float) -> Iterator[str]:
+    yield from ("## What may be said", "")
+    rows = ((f"**{claim.verdict}**", claim.text, claim.because) for claim in parity.claims)
+    yield from markdown(("verdict", "claim", "because"), rows)
+    yield ""
+    yield (
+        f"Supported: the whole interval lies within {tolerance:.0%} of what is claimed. Contradicted: all of "
+        "it lies outside. Not decided: the runs are too few or too scattered to tell, a ceiling is exceeded, "
+        "or the machine had other work."
+    )
+
+
+def _figures(parity: Parity) -> Iterator[str]:
+    yield from ("## Figures", "")
+    head = ("figure", "A tokens/s", "B tokens/s", "A / B absolute", "bound", "A's share", "B's share")
+    yield from markdown((*head, "**parity**"), map(_figure, parity.comparisons))
+    yield ""
+    yield (
+        "Rates are of one device; in brackets 95% intervals from the rounds of one session, where rates and "
+        "measured ceilings scatter; what differs from session to session is not in them. Shares are of these "
+        "ceilings:"
+    )
+    yield ""
+    rows = (
+        (letter, f"{peaks.flops / 1e12:.4g}", f"{peaks.bytes_per_s / 1e9:.4g}", peaks.source, _links(side))
+        for letter, peaks, side in zip("AB", parity.peaks, parity.sides, strict=True)
+    )
+    yield from markdown(("", "peak TFLOP/s", "bandwidth GB/s", "from", "measured link GB/s"), rows)
+
+
+def _figure(each: Comparison) -> tuple[str, ...]:
+    bounded = zip(each.bounds, each.shares, strict=True)
+    shares = [f"{SHARE[bound]} {_percent(share)}" for bound, share in bounded]
+    bounds = " / ".join(dict.fromkeys(each.bounds))
+    parity = f"**{show(each.parity)}**{'; decides nothing, see above' if any(each.voids) else ''}"
+    return (each.id, *map(show, each.rates), show(each.absolute), bounds, *shares, parity)
+
+
+def _plot(title: str, path: str) -> Iterator[str]:
+    yield from (f"## {title}", "", f"![{title}]({path})")
+
+
+def _divisors(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    yield from ("## What other divisors would have said", "")
+    yield (
+        "A's rate per unit of each divisor over B's. They disagree: choosing the divisor can make parity. At "
+        "equal MBU an A40 decodes 1.37 times an H100's tokens/s per peak FLOP/s (6.61 / 4.81), for no reason "
+        "but the divisor."
+    )
+    yield ""
+    names = list(dict.fromkeys(name for each in comparisons for name in each.divisors))
+    rows = (
+        (each.id, f"{each.parity.centre:.3g}",
+         *(f"{each.divisors[name]:.3g}" if name in each.divisors else None for name in names))
+        for each in comparisons
+    )  # fmt: skip
+    yield from markdown(("figure", "own bound (parity)", *names), rows)
+
+
+def _shares(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    yield from ("## Shares of every ceiling", "")
+    yield (
+        "Medians. `MFU` and `MBU` of the datasheet where there is one, of what a square product and a large "
+        "read reached here, and of the model's own products, there and back. Of the link: over a whole step, "
+        "and during communication alone (where a GPU computes beside it, its bytes count and its time does "
+        "not: above 100% something was hidden)."
+    )
+    yield ""
+    rows = (
+        (each.id, letter, ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in listed.items()))
+        for each in comparisons
+        for letter, figure in zip("AB", each.figures, strict=True)
+        if (listed := figure.get("shares"))
+    )
+    yield from markdown(("figure", "side", "shares"), rows)
+
+
+def _costs(parity: Parity) -> Iterator[str]:
+    yield from ("## Energy, money, memory, latency", "")
+    rows = (
+        (each.id, letter, *_cost(figure, is_roofline=side.is_roofline))
+        for each in parity.comparisons
+        for letter, side, figure in zip("AB", parity.sides, each.figures, strict=True)
+    )
+    head = ("figure", "side", "J/token", "price of 1M tokens", "peak memory of the process", "latency")
+    yield from markdown(head, rows)
+
+
+def _cost(figure: Any, *, is_roofline: bool) -> tuple[str | None, ...]:
+    """Cells: energy, price, memory and latency."""
+    joules, cost = figure["joules_per_token"], figure["cost_per_million_tokens"]
+    energy = f"{statistics.median(joules):.3g}" if joules else "not measured"
+    price = None if cost is None else f"{cost:.3g} {figure.get('cost_of', '')}"
+    if is_roofline:
+        return f"{energy} at the power limit, not measured", price, None, None
+    latency = None
+    for key, name in (("ttft_ms", "TTFT"), ("itl_ms", "ITL")):
+        if key in figure:
+            latency = f"{name} {statistics.median(figure[key]):.3g} ms"
+    if "step_seconds" in figure:
+        spread = f"{min(figure['step_seconds_p10']):.3g} to {max(figure['step_seconds_p90']):.3g}"
+        latency = f"step {statistics.median(figure['step_seconds']):.3g} s (p10 to p90: {spread})"
+    return energy, price, f"{figure['peak_memory_bytes'] / 1e9:.2f} GB", latency
+
+
+def _ceilings(parity: Parity) -> Iterator[str]:
+    yield from ("## Ceilings, measured", "")
+    a, b = (dict(_measured(side)) for side in parity.sides)
+    yield from markdown(("", "A", "B"), ((name, a.get(name), b.get(name)) for name in a | b))
+
+
+def _measured(side: Side) -> Iterator[tuple[str, str]]:
+    if side.is_roofline:
+        return
+    ceilings = side.content["ceilings"]
+    yield f"square {ceilings['product_dtype']} product, TFLOP/s", _rate(ceilings["product_tflops"])
+    for shape, rate in ceilings["products_tflops"].items():
+        yield f"products of {shape}, TFLOP/s", _rate(rate)
+    yield "reading memory, GB/s", _rate(ceilings["read_gb_per_s"])
+    yield "copying memory, GB/s", _rate(ceilings["copy_gb_per_s"])
+    for key, ends in (("links", "ranks"), ("links_between_nodes", "nodes")):
+        links = ceilings.get(key) or {}
+        if "num_ranks" in links:
+            number = f"{links['num_ranks']} {ends}"
+            yield f"all-reduce, {number}, bus GB/s", _rate(links["all_reduce_gb_per_s"])
+            yield f"all-to-all, {number}, bus GB/s", _rate(links["all_to_all_gb_per_s"])
+            yield f"all-reduce of 4 bytes, {number}, µs", f"{links['all_reduce_latency_us']:.4g}"
+    for what in ("write", "read"):
+        yield f"disk {what}, GB/s", _rate(ceilings["disk"][f"{what}_gb_per_s"])
+
+
+def _missing(parity: Parity) -> Iterator[str]:
+    yield from ("## What was not measured, or not compared", "")
+    yield from (f"- {line}" for line in parity.missing or ["nothing"])
+
+
+def _sources(parity: Parity) -> Iterator[str]:
+    yield from ("## Where each number comes from", "", "### Formulas", "", *markdown(FORMULAS_HEAD, FORMULAS))
+    yield from ("", "### Files", "")
+    for letter, side in zip("AB", parity.sides, strict=True):
+        yield f"- {letter}: `{side.origin}`; {commit_of(side)}"
+    yield from ("", "### Commands, by figure", "")
+    rows = (
+        (each.id, letter, f"`{figure['command'].replace('|', chr(92) + '|')}`",
+         ", ".join(f"{value:.4g}" for value in figure["values"]))
+        for each in parity.comparisons
+        for letter, figure in zip("AB", each.figures, strict=True)
+    )  # fmt: skip
+    yield from markdown(("figure", "side", "command", "runs"), rows)
+
+
+def _links(side: Side) -> str | None:
+    found = []
+    for key, ends in (("links", "ranks"), ("links_between_nodes", "nodes")):
+        if (link := side.link(key)) is not None:
+            rate = _rate(side.content["ceilings"][key][LINK_PEAK])
+            found.append(f"{rate}, all-reduce bus bandwidth, {link.ends} {ends}")
+    return "; ".join(found) or None
+
+
+def _rate(rate: Any) -> str:
+    return f"{rate['best']:.4g} ({rate['spread'][0]:.4g} to {rate['spread'][1]:.4g})"
+
+
+def _percent(interval: Any) -> str:
+    if interval.low is None or interval.exact:
+        return f"{interval.centre:.1%}"
+    return f"{interval.centre:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def to_html(text: str, folder: Path) -> str:
+    """The Markdown as one HTML file, with the pictures of `folder` inside it."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for picture in sorted((folder / "plots").glob("*.png")):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body = body.replace(f'src="plots/{picture.name}"', f'src="data:image/png;base64,{data}"')
+    title = html.escape(text.partition("\n")[0].removeprefix("# "))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body>\n{body}</body></html>\n"
+    )

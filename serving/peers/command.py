@@ -1,0 +1,29 @@
+"""`python -m serving.bench bench.compare=...`: a race, its table and its baseline file."""
+
+import sys
+from pathlib import Path
+
+from cluster.measure import benchmark, hardware
+from serving.bench.config import ServeBenchConfig
+from serving.bench.measure import note
+from serving.peers import overhead, races
+from training.model import shapes
+
+
+def compare(config: ServeBenchConfig) -> None:
+    """Race our engine against `bench.compare`. Writes the baseline file; the last line on stdout is JSON."""
+    peer, num_rounds = config.bench.compare, config.bench.rounds
+    assert peer is not None
+    if peer == "serve":
+        result = overhead.measure(config, report=note)
+    else:
+        result = races.race(
+            {peer: config.bench.python or sys.executable},
+            num_rounds=num_rounds,
+            threads=config.engine.threads or hardware.describe_host()["cpu_cores"],
+            shape=shapes.resolve(config.model.shape) if config.model.shape else races.TINY,
+            report=note,
+        )
+    print(benchmark.table(result))
+    chosen = Path(config.bench.output) if config.bench.output else None
+    benchmark.publish(result, benchmark.prepare_output(chosen, f"serve_{peer}"), data_fingerprint=None)

@@ -1,0 +1,137 @@
+"""A run's checkpoint as a Hugging Face LLaMA directory; `training.export` is the command, serving calls it.
+
+Reads the run directory and the prepared data (for the tokenizer). Needs neither GPU nor Ray.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cluster import runs
+from cluster.cli import UserError
+from training import config as training_config
+from training.config import TrainConfig
+from training.data.dataset import MANIFEST_FILE, DataError, Manifest, sha256_of
+from training.model.hf import save_hf
+from training.model.shapes import LlamaShape, RopeScaling
+from training.run import checkpoint
+from training.run.checkpoint import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and from what. `precision` is that of the run (`precision` in its config)."""
+
+    directory: Path
+    num_parameters: int
+    dtype: str
+    precision: str
+    step: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        origin = "the fp32 master weights"
+        if self.dtype == "bfloat16":
+            origin = "as trained" if self.precision == "bf16" else "rounded: the run trained in fp32"
+        return (
+            f"{self.directory}: {self.num_parameters:,} parameters, {self.dtype} ({origin}), step {self.step}"
+        )
+
+
+def export(run: Path, *, output: Path | None = None, step: int | None = None, dtype: str) -> Export:
+    """Write the checkpoint of `step` (None: the newest complete one) to `output` (None: `<run>/export`).
+
+    Model and data are those that the checkpoint names; the run's config.yaml says only where data is kept.
+
+    Args:
+        dtype: a key of `DTYPES`.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, the data's tokenizer is gone, or `output` cannot be
+            written.
+        ConfigError: config.yaml cannot be used.
+    """
+    config = training_config.load(file=run / CONFIG_FILE)
+    saved = Checkpoint(_checkpoint_directory(run / "checkpoints", step=step))
+    shape = _shape(saved.state["identity"]["model"])
+    directory = (output.expanduser() if output else run / "export").absolute()
+    data, manifest = find_data(config, fingerprint=saved.state["identity"]["data fingerprint"], run=run)
+    try:
+        save_hf(
+            directory,
+            shape=shape,
+            tensors=_masters(saved, shape),
+            dtype=DTYPES[dtype],
+            tokenizer_file=data / manifest.tokenizer_file,
+            eos_id=manifest.end_of_text_id,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{directory}: cannot be written ({reason}); free space there or choose another --output"
+        ) from error
+    return Export(directory, shape.num_parameters, dtype, config.precision, saved.state["step"])
+
+
+def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path, Manifest]:
+    """The prepared folder under `data.directory` with this fingerprint, its tokenizer intact.
+
+    The fingerprint covers the tokenizer, so of several such folders any will do; the first by name is taken.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = Path(config.data.directory).expanduser().absolute()
+    unusable = []
+    for file in sorted(root.glob(f"[!.]*/{MANIFEST_FILE}")):  # the dot: folders half-written by prepare
+        try:
+            manifest = Manifest.read(file.parent)
+        except DataError as error:
+            unusable.append(f"; {error}")
+            continue
+        if manifest.fingerprint == fingerprint:
+            tokenizer = file.parent / manifest.tokenizer_file
+            if tokenizer.is_file() and sha256_of(tokenizer) == manifest.tokenizer_sha256:
+                return file.parent, manifest
+            unusable.append(f"; {tokenizer} is missing or corrupt")
+    raise UserError(
+        f"{root}: holds no usable prepared data with the run's fingerprint {fingerprint[:12]}…, whose "
+        f"tokenizer the export needs; start in the folder where the run was started, or make it again with "
+        f"`python -m training.data.prepare --config {run / CONFIG_FILE}`{''.join(unusable)}"
+    )
+
+
+def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
+    if step is None:
+        newest = checkpoint.newest_complete(root, report=lambda note: print(note, file=sys.stderr))
+        if newest is None:
+            raise UserError(f"{root}: no complete checkpoint; train until the first one is written")
+        return newest
+    complete = {int(path.name.removeprefix("step-")): path for path in runs.complete_checkpoints(root)}
+    if step not in complete:
+        steps = ", ".join(map(str, sorted(complete))) or "none"
+        raise UserError(f"--step {step}: no complete checkpoint of that step in {root}; there are: {steps}")
+    return complete[step]
+
+
+def _shape(fields: dict[str, Any]) -> LlamaShape:
+    scaling = fields["rope_scaling"]
+    return LlamaShape(**fields | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def _masters(saved: Checkpoint, shape: LlamaShape) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 master weights in their shape), one parameter in memory at a time."""
+    for name, size in shape.parameters().items():
+        yield name, saved.read(name, "master", 0, math.prod(size)).view(size)

@@ -1,0 +1,338 @@
+"""Runs of the synthetic problem: tuning, every contender at every horizon, slopes: `run_synthetic`."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from training.study.synthetic.config import LONGEST_AVERAGE, SyntheticConfig
+from training.study.synthetic.problem import CONTENDERS, SPECTRAL, Problem, Stream, noise_bound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optim.rules import Scion
+
+STEP_LENGTHS = tuple(2.0**-k for k in range(1, 7))  # η of the tuning grid, over the starting distance
+NUM_POINTS = 64  # iterates at which the exact gradient is measured, evenly over a run
+NOISE_STEPS = 256  # gradients of a stream drawn at a time
+RESAMPLES = 4000
+Report = Callable[[str], None]
+
+# --- runs ---
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`num_steps` steps of a rule, for every stream at once."""
+
+    rule: "Scion"
+    lr: float
+    num_steps: int
+    moment: float
+
+    @property
+    def stride(self) -> int:
+        """Steps from one measured iterate to the next."""
+        return max(1, self.num_steps // NUM_POINTS)
+
+
+def make_trial(*, transported: bool, average: float, lr: float, num_steps: int, moment: float) -> Trial:
+    """average: 1/(1-β), at least 1, of one gradient a step."""
+    import torch
+
+    from optim.rules import Scion, TransportedScion
+
+    momentum = 1 - 1 / average
+    exact: dict[str, Any] = {"momentum": momentum, "norm": SPECTRAL, "method": None, "dtype": torch.float32}
+    rule = TransportedScion(**exact, ramp_steps=round(average)) if transported else Scion(**exact)
+    return Trial(rule, lr, num_steps, moment)
+
+
+def step_together(
+    trials: Sequence[Trial], weights: "Tensor", gradients: "Tensor", momenta: "Tensor", *, step: int
+) -> "Tensor":
+    """`optim.rules.step` for n trials of S streams each, with one decomposition call for all; the same bits.
+
+    Args:
+        weights, gradients, momenta: fp32 [n, S, r, c]; weights and momenta are updated in place.
+        step: number of this step, from 1.
+
+    Returns:
+        [n, S, r, c]: the points of the next gradients.
+    """
+    import torch
+
+    updates = torch.stack(
+        [
+            trial.rule.direction(gradient, {"momentum": momentum}, step=step)
+            for trial, gradient, momentum in zip(trials, gradients, momenta, strict=True)
+        ]
+    )
+    flat = updates.flatten(0, 1)
+    norms = torch.linalg.vector_norm(flat, dim=(-2, -1), dtype=torch.float64).float()
+    units = trials[0].rule.transform(flat, norms=norms).view_as(updates)  # the norm is the same in all
+    points = []
+    for trial, weight, unit in zip(trials, weights, units, strict=True):
+        scale = trial.rule.scale(*weight.shape[-2:])
+        point = trial.rule.apply(weight, unit, lr=trial.lr, scale=scale, step=step)
+        points.append(weight if point is None else point)
+    return torch.stack(points)
+
+
+def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence[Stream]) -> "list[Tensor]":
+    """The dual norm of the exact gradient at the weights of each trial: fp64 [points, S], every stride steps.
+
+    All trials go in lock-step, the longest first in memory, so that those still running are a prefix.
+    """
+    import torch
+
+    from optim.geometry import parse_norm
+
+    problem, norm = Problem(config.rows, config.cols, config.width), parse_norm(SPECTRAL)
+    order = sorted(range(len(trials)), key=lambda i: -trials[i].num_steps)
+    running = [trials[i] for i in order]
+    moments = sorted({trial.moment for trial in trials})
+    row = torch.tensor([moments.index(trial.moment) for trial in running])
+    start = torch.stack([stream.start() for stream in streams])
+    weights = start.expand(len(trials), *start.shape).clone()
+    points, momenta = weights.clone(), torch.zeros_like(weights)
+    duals: list[list[Tensor]] = [[] for _ in trials]
+    for step in range(running[0].num_steps):
+        while running[-1].num_steps <= step:
+            running.pop()
+        n, part = len(running), step % NOISE_STEPS
+        if part == 0:
+            end = step + min(NOISE_STEPS, running[0].num_steps - step)
+            noise = torch.stack(  # [steps, moments, S, r, c]
+                [
+                    torch.stack([stream.noise(p, begin=step, end=end) for stream in streams], dim=1)
+                    for p in moments
+                ],
+                dim=1,
+            )
+        due = [i for i, trial in enumerate(running) if step % trial.stride == 0]
+        if due:
+            exact = norm.dual(problem.gradient(weights[due]).flatten(0, 1)).double().view(len(due), -1)
+            for i, values in zip(due, exact, strict=True):
+                duals[order[i]].append(values)
+        gradients = problem.gradient(points[:n]).add_(noise[part][row[:n]])
+        points = step_together(running, weights[:n], gradients, momenta[:n], step=step + 1)
+    return [torch.stack(values) for values in duals]
+
+
+# --- tuning ---
+
+
+class Constants(NamedTuple):
+    """What was best at the tuning horizon, and whether it lies on the rim of the grid."""
+
+    average: float
+    lr: float
+    dual: float
+    on_rim: bool
+
+
+def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
+    """Of each p: mean dual norms [averages][step lengths] of both rules, and what each contender picks."""
+    import torch
+
+    num_steps = 2**config.tuning_horizon
+    averages = [2**k for k in range(LONGEST_AVERAGE.bit_length()) if 2 ** (k + 1) <= num_steps]
+    lrs = [config.distance * length for length in STEP_LENGTHS]
+    grid = [
+        (p, moved, average, lr)
+        for p in config.moments
+        for moved in (False, True)
+        for average in averages
+        for lr in lrs
+    ]
+    trials = [
+        make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
+        for p, moved, average, lr in grid
+    ]
+    streams = [Stream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
+    means = torch.stack([values.mean() for values in simulate(config, trials, streams)])
+    means = means.view(len(config.moments), 2, len(averages), len(lrs))
+    result: dict[float, dict[str, Any]] = {}
+    for p, (plain, moved) in zip(config.moments, means, strict=True):
+        result[p] = {
+            "averages": averages,
+            "lrs": lrs,
+            "batched": plain.tolist(),
+            "transported": moved.tolist(),
+        }
+        result[p]["picks"] = {
+            name: _best(
+                moved if contender.tuned_as_transported else plain,
+                averages,
+                lrs,
+                shortest=1 if contender.any_average else config.shortest_average,
+            )
+            for name, contender in CONTENDERS.items()
+        }
+        result[p]["picks"]["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+    return result
+
+
+def _best(duals: "Tensor", averages: Sequence[int], lrs: Sequence[float], *, shortest: int) -> Constants:
+    first = averages.index(shortest)
+    i, j = divmod(int(duals[first:].argmin()), len(lrs))
+    shortest_taken = i == 0 and shortest > 1  # fewer than one gradient cannot be averaged
+    on_rim = shortest_taken or first + i == len(averages) - 1 or j in (0, len(lrs) - 1)
+    return Constants(averages[first + i], lrs[j], duals[first + i, j].item(), on_rim)
+
+
+# --- slopes ---
+
+
+def slopes(horizons: Sequence[int], means: np.ndarray) -> np.ndarray:
+    """Least squares of log mean against log T: [...] of means [horizons, ...]."""
+    x = np.log(np.asarray(horizons, dtype=float))
+    x = x - x.mean()
+    return np.tensordot(x, np.log(means), axes=1) / (x @ x)
+
+
+def resample(num_seeds: int, *, seed: int = 0, count: int = RESAMPLES) -> np.ndarray:
+    """[count, seeds] of indices, with replacement: shared by all statistics, so that these stay paired."""
+    return np.random.default_rng(seed).integers(num_seeds, size=(count, num_seeds))
+
+
+def with_interval(statistic: Callable[[np.ndarray], np.ndarray], draws: np.ndarray) -> list[float]:
+    """[value, low, high]: of all seeds once each, and the middle 95% over the resampled ones.
+
+    statistic: [k, seeds] of indices -> [k]. Percentile intervals of means of n seeds are about √(1 - 1/n) as
+    wide as they ought to be, and then some: of 16, 92% hold the true slope and not 95%.
+    """
+    value = statistic(np.arange(draws.shape[1])[None])[0]
+    low, high = np.quantile(statistic(draws), (0.025, 0.975))
+    return [float(value), float(low), float(high)]
+
+
+def slope_with_interval(horizons: Sequence[int], values: np.ndarray, draws: np.ndarray) -> list[float]:
+    """[slope, low, high] of values [horizons, seeds]."""
+    return with_interval(lambda index: slopes(horizons, values[:, index].mean(-1)), draws)
+
+
+def ratio_with_interval(above: np.ndarray, below: np.ndarray, draws: np.ndarray) -> list[float]:
+    """[ratio of means, low, high] of [seeds] each, paired."""
+    return with_interval(lambda index: above[index].mean(-1) / below[index].mean(-1), draws)
+
+
+def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[str, Any]:
+    """Tune, run every contender at every horizon, fit. On one core, in one thread.
+
+    Args:
+        report: told what happens, a line at a time.
+
+    Returns:
+        JSON-ready: "config", "problem" (its constants), "horizons" in gradients, "seconds", and "moments": of
+        each p its "noise_bound" σ_*, "tuning", "contenders" (by name: theory, duals [horizon][seed] over all
+        iterates and over the later half, slopes as [value, low, high]), "gain" (of each horizon, the ratio of
+        Transported's mean dual norm to the other's) and "slope_difference" (Transported's minus Batched's).
+    """
+    import torch
+
+    began, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)  # of such small matrices a second thread only waits
+    try:
+        tuning = tune(config)
+        report(
+            f"synthetic: tuned at 2^{config.tuning_horizon} gradients, {time.perf_counter() - began:.0f} s"
+        )
+        horizons = [2**k for k in range(config.horizons[0], config.horizons[1] + 1)]
+        kinds = [(p, name, horizon) for p in config.moments for name in CONTENDERS for horizon in horizons]
+        trials = [_scheduled(config, tuning, *kind) for kind in kinds]
+        streams = [Stream(config, f"run{i}") for i in range(config.seeds)]
+        duals = dict(zip(kinds, simulate(config, trials, streams), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    seconds = time.perf_counter() - began
+    report(f"synthetic: {len(trials)} kinds of runs up to 2^{config.horizons[1]} gradients, {seconds:.0f} s")
+    problem = Problem(config.rows, config.cols, config.width)
+    starts = problem.value(torch.stack([stream.start() for stream in streams])).mean().item()
+    return {
+        "config": {**asdict(config), "moments": list(config.moments), "horizons": list(config.horizons)},
+        "problem": {
+            "gradient_lipschitz": problem.gradient_lipschitz,
+            "hessian_lipschitz": problem.hessian_lipschitz,
+            "start_value": starts,
+        },
+        "horizons": horizons,
+        "seconds": seconds,
+        "moments": [
+            {
+                "p": p,
+                "noise_bound": noise_bound(config, p),
+                "tuning": {**tuning[p], "picks": {k: v._asdict() for k, v in tuning[p]["picks"].items()}},
+                **_fits(
+                    p,
+                    horizons,
+                    {name: [duals[p, name, horizon] for horizon in horizons] for name in CONTENDERS},
+                    {name: trials[kinds.index((p, name, horizons[-1]))].lr for name in CONTENDERS},
+                    start_value=starts,
+                ),
+            }
+            for p in config.moments
+        ],
+    }
+
+
+def _scheduled(config: SyntheticConfig, tuning: dict[float, Any], p: float, name: str, horizon: int) -> Trial:
+    """The contender's run of this horizon: its constants carried there by its exponents."""
+    constants, contender = tuning[p]["picks"][name], CONTENDERS[name]
+    longer, theory = horizon / 2**config.tuning_horizon, contender.theory(p)
+    return make_trial(
+        transported=contender.transported,
+        average=max(1.0, constants.average * longer**theory.average),
+        lr=constants.lr * longer**-theory.step,
+        num_steps=horizon,
+        moment=p,
+    )
+
+
+def _fits(
+    p: float,
+    horizons: list[int],
+    duals: "dict[str, list[Tensor]]",
+    longest_lrs: dict[str, float],
+    *,
+    start_value: float,
+) -> dict[str, Any]:
+    """Slopes and ratios with their intervals, from [points, seeds] of each contender and horizon."""
+    means = {name: np.stack([x.mean(0).numpy() for x in runs]) for name, runs in duals.items()}
+    later = {name: np.stack([x[len(x) // 2 :].mean(0).numpy() for x in runs]) for name, runs in duals.items()}
+    draws = resample(next(iter(means.values())).shape[1])
+    half = len(horizons) // 2
+    contenders = {
+        name: {
+            "theory": -CONTENDERS[name].theory(p).rate,
+            "duals": means[name].tolist(),
+            "later_duals": later[name].tolist(),
+            "intervals": [ratio_with_interval(x, np.ones_like(x), draws) for x in means[name]],
+            "slope": slope_with_interval(horizons, means[name], draws),
+            "later_slope": slope_with_interval(horizons, later[name], draws),
+            "longer_half_slope": slope_with_interval(horizons[half:], means[name][half:], draws),
+            "travel_share": start_value / (longest_lrs[name] * horizons[-1]) / float(means[name][-1].mean()),
+        }
+        for name in CONTENDERS
+    }
+
+    def difference(index: np.ndarray) -> np.ndarray:
+        each = [slopes(horizons, means[name][:, index].mean(-1)) for name in ("transported", "batched")]
+        return each[0] - each[1]
+
+    return {
+        "contenders": contenders,
+        "gain": {
+            name: [
+                ratio_with_interval(a, b, draws)
+                for a, b in zip(means["transported"], means[name], strict=True)
+            ]
+            for name in CONTENDERS
+            if name != "transported"
+        },
+        "slope_difference": with_interval(difference, draws),
+    }
