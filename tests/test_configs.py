@@ -82,7 +82,7 @@ def test_a_study_file_makes_runs_that_can_be_planned(file, dotlist):
     plan = StudyPlan(config)
     plan.check()
     runs = plan.typical_runs()
-    assert len({plan.config_of(run).run.name for run in runs}) == len(runs)
+    assert len({plan.configs.of(run).run.name for run in runs}) == len(runs)
     assert config.claims.reference and config.claims.rule
 
 
