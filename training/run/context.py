@@ -48,7 +48,7 @@ class Context:
         """The GPU's name as its driver gives it, or the CPU's model name."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        from cluster.measure.hardware import describe_host
+        from cluster.machine.host import describe_host
 
         return describe_host()["cpu"]
 
