@@ -40,6 +40,12 @@ def test_it_loads_and_reads_back_equal(file, tmp_path):
 
 
 @each_file
+def test_its_comment_says_when_to_use_it_and_how(file):
+    comment = file.read_text().partition("\n\n")[0].split("\n", 1)
+    assert comment[0].startswith("# ") and "# Use it " in comment[1] and "#   make " in comment[1]
+
+
+@each_file
 def test_it_says_something_that_the_defaults_do_not(file):
     config = load(file)
     changed = [
@@ -76,7 +82,7 @@ def test_a_study_file_makes_runs_that_can_be_planned(file, dotlist):
     plan = StudyPlan(config)
     plan.check()
     runs = plan.typical_runs()
-    assert len({plan.config_of(run).run.name for run in runs}) == len(runs)
+    assert len({plan.configs.of(run).run.name for run in runs}) == len(runs)
     assert config.claims.reference and config.claims.rule
 
 

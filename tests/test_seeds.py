@@ -20,7 +20,7 @@ from training import config as training_config
 from training.data.dataset import SampleOrder
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape
-from training.study import config as study_config
+from training.study.config import load as load_study
 
 SHAPE = LlamaShape(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, ffn_size=32
@@ -99,4 +99,4 @@ def test_a_seed_that_no_generator_takes_is_refused_with_its_key(seed: int):
         training_config.load(dotlist=[f"run.seed={seed}"])
     for key, value in (("seeds", f"[1,{seed}]"), ("tuning_seed", seed)):
         with pytest.raises(ConfigError, match=rf"^{key}: {seed} must lie in"):
-            study_config.load(file=study, dotlist=[f"{key}={value}"])
+            load_study(file=study, dotlist=[f"{key}={value}"])

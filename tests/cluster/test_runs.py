@@ -5,10 +5,10 @@ import pytest
 from cluster.cli import UserError
 from serving import checkpoints
 from serving.config import ModelConfig
-from training.evaluate import checkpoint as subject
+from training.evaluate import checkpoint
 
 FINDERS = {
-    "model": subject.find,
+    "model": checkpoint.find,
     "model.path": lambda path: checkpoints.find(ModelConfig(path=path)),
 }
 

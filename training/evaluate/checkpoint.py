@@ -1,4 +1,4 @@
-"""Which model to evaluate: a Hugging Face directory, or a run, exported first where needed. No torch."""
+"""Which model to evaluate: a Hugging Face directory, or a run, exported first if needed. No torch."""
 
 from cluster import runs
 from cluster.cli import UserError
@@ -15,28 +15,26 @@ def find(model: str) -> ModelDirectory:
 
 
 def named(model: str) -> ModelDirectory | None:
-    """The run under `outputs/` that has this very name, if there is one. Changes nothing."""
+    """The run under `outputs/` with exactly this name, if there is one. Changes nothing."""
     return next((runs.of_run(run) for run in runs.in_folder() if run.name == model), None)
 
 
-def update(subject: ModelDirectory) -> None:
+def export_if_stale(model: ModelDirectory) -> None:
     """Export the run again if it is stale. Raises `UserError`: it cannot be exported."""
-    if subject.stale:
+    if model.stale:
         from training.model.export import export
 
-        assert subject.run is not None
-        export(subject.run, dtype="bfloat16")
+        assert model.run is not None
+        export(model.run, dtype="bfloat16")
 
 
-def check(subject: ModelDirectory) -> LlamaShape:
-    """The model's shape. Raises `UserError`: it is none of ours, or has no tokenizer."""
+def shape_of(model: ModelDirectory) -> LlamaShape:
+    """The model's shape. Raises `UserError`: an unsupported model, or no tokenizer."""
     try:
-        shape = shapes.resolve(subject.directory)
+        shape = shapes.resolve(model.directory)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     for name in TOKENIZER_FILES:
-        if not (subject.directory / name).is_file():
-            raise UserError(
-                f"model: {subject.directory / name} is missing; copy it there with the checkpoint"
-            )
+        if not (model.directory / name).is_file():
+            raise UserError(f"model: {model.directory / name} is missing; copy it there with the checkpoint")
     return shape

@@ -13,21 +13,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import cli, files
+from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import pairs
+from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
 from cluster.runs import NEWEST, ModelDirectory
+from training import config as training_config
 from training.config import RunConfig
-from training.evaluate import checkpoint as subject
-from training.evaluate import config as evaluate_config
-from training.evaluate import endpoint as completions
-from training.evaluate import harness
-from training.evaluate import report as evaluate_report
+from training.evaluate import checkpoint, harness
 from training.evaluate.config import EvaluateConfig
-from training.evaluate.endpoint import Endpoint
+from training.evaluate.endpoint import echo_problem
 from training.evaluate.harness import Score, Sources, Tasks
-from training.evaluate.report import Measured, last_line, table
+from training.evaluate.report import Measured, last_line, table, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from training.model.llama import Llama
 
 RESULT_FILE = "eval.json"
-SEQUENCE_LENGTH = 1024  # where no run says another
+SEQUENCE_LENGTH = 1024  # where there is no run that sets one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,30 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        config = evaluate_config.load(file=options.config, dotlist=options.overrides)
-        work = plan(config)
+        config = layered.load(EvaluateConfig, file=options.config, dotlist=options.overrides)
+        evaluation = plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{work.describe()}")
+            print(f"{layered.to_yaml(config)}\n{evaluation.describe()}")
             return
-        result = run(config, work, report=lambda note: print(note, flush=True))
+        result = run(config, evaluation, report=lambda note: print(note, flush=True))
         print(table(result))
-        print(json.dumps(last_line(result, work.output)))
+        print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Evaluation:
     """What an evaluation consists of.
 
     Attributes:
-        subject: the checkpoint; None for an endpoint whose model is not known here.
-        endpoint: where to ask; None evaluates here.
-        data: the prepared folder of the perplexity, or why there is none.
+        model: None for an endpoint whose model is not known here.
+        endpoint: where to send requests; None evaluates here.
+        data: the prepared folder for the perplexity, or why there is none.
         output: the file of the result.
     """
 
-    subject: ModelDirectory | None
+    model: ModelDirectory | None
     endpoint: Endpoint | None
     sources: Sources
     data: Path | str
@@ -77,134 +76,134 @@ class Work:
     @property
     def name(self) -> str:
         """The model's, for people."""
-        if self.subject is not None:
-            return self.subject.name
+        if self.model is not None:
+            return self.model.name
         assert self.endpoint is not None
         return self.endpoint.model
 
     def describe(self) -> str:
-        """What would be done, in lines."""
+        """The plan for people, in lines."""
         where = f"{self.endpoint.model} at {self.endpoint.url}" if self.endpoint else "here"
-        left_out = f"left out: {self.data}"
-        return "\n".join(
+        return pairs(
             [
-                f"model       {self.subject.describe() if self.subject else self.name}",
-                f"evaluated   {where}",
-                f"tasks       {self.sources.describe() or 'none'}",
-                f"perplexity  {self.data if isinstance(self.data, Path) else left_out}",
-                f"result      {self.output}",
+                ("model", self.model.describe() if self.model else self.name),
+                ("evaluated", where),
+                ("tasks", self.sources.describe() or "none"),
+                ("perplexity", self.data if isinstance(self.data, Path) else f"left out: {self.data}"),
+                ("result", self.output),
             ]
         )
 
 
-def plan(config: EvaluateConfig) -> Work:
-    """Find everything that the keys name; an endpoint is asked what it serves. Changes nothing.
+def plan(config: EvaluateConfig) -> Evaluation:
+    """Find everything that the keys name; ask an endpoint what it serves. Changes nothing.
 
     Raises:
-        UserError: something is not there, or nothing would be measured.
+        UserError: something is missing, or there is nothing to measure.
     """
     if config.tasks:
         harness.require_installed()
     endpoint = None
     if config.endpoint is not None:
-        endpoint = completions.find(config.endpoint, model=config.endpoint_model)
+        endpoint, _ = endpoint_client.find(config.endpoint, model=config.endpoint_model)
     if endpoint is not None and config.model == NEWEST:
-        found = subject.named(endpoint.model)
+        model = checkpoint.named(endpoint.model)
     else:
-        found = subject.find(config.model)
+        model = checkpoint.find(config.model)
     sources = harness.sort_out(config.tasks)
-    data = _find_data(config, found)
+    data = _find_data(config, model)
     if not config.tasks and isinstance(data, str):
         raise UserError(f"tasks: none are named, and there is no perplexity to measure: {data}")
-    return Work(found, endpoint, sources, data, _output(config, found, endpoint))
+    return Evaluation(model, endpoint, sources, data, _output(config, model, endpoint))
 
 
-def _find_data(config: EvaluateConfig, found: ModelDirectory | None) -> Path | str:
-    """The prepared folder for the perplexity, or why it is left out. Raises `UserError`: `data` is none."""
+def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | str:
+    """The prepared folder for the perplexity, or why there is none. Raises `UserError`: `data` is not one."""
     if config.endpoint is not None:
-        return "an endpoint is asked for tasks alone; evaluate the checkpoint here"
+        return "an endpoint is evaluated by tasks alone; evaluate the checkpoint here"
     if config.data is not None:
         from training.data.dataset import Manifest
 
-        Manifest.read(Path(config.data).expanduser().absolute())
-        return Path(config.data).expanduser().absolute()
-    assert found is not None
-    if found.run is None:
-        return "the model is no run that says which data it was trained on; name prepared data with data=DIR"
-    from training import config as training_config
+        folder = Path(config.data).expanduser().absolute()
+        Manifest.read(folder)
+        return folder
+    assert model is not None
+    if model.run is None:
+        return "the model is not a run, so its training data are unknown; name prepared data with data=DIR"
     from training.model.export import CONFIG_FILE, find_data
-    from training.run import checkpoint
+    from training.run.checkpoint import Checkpoint, newest_complete
 
-    newest = checkpoint.newest_complete(found.run / "checkpoints", report=lambda _: None)
-    if newest is None or not (found.run / CONFIG_FILE).is_file():
-        return f"{found.run} has no config.yaml and checkpoint that say which data it used; name data=DIR"
-    fingerprint = checkpoint.Checkpoint(newest).state["identity"]["data fingerprint"]
+    newest = newest_complete(model.run / "checkpoints", report=lambda _: None)
+    if newest is None or not (model.run / CONFIG_FILE).is_file():
+        return f"{model.run} has no config.yaml or checkpoint that says which data it used; name data=DIR"
+    fingerprint = Checkpoint(newest).state["identity"]["data fingerprint"]
     try:
-        run_config = training_config.load(file=found.run / CONFIG_FILE)
-        return find_data(run_config, fingerprint=fingerprint, run=found.run)[0]
+        run_config = training_config.load(file=model.run / CONFIG_FILE)
+        return find_data(run_config, fingerprint=fingerprint, run=model.run)[0]
     except UserError as error:
         return str(error)
 
 
-def _output(config: EvaluateConfig, found: ModelDirectory | None, endpoint: Endpoint | None) -> Path:
+def _output(config: EvaluateConfig, model: ModelDirectory | None, endpoint: Endpoint | None) -> Path:
     if config.output is not None:
         return Path(config.output).expanduser().absolute()
-    if found is not None and found.run is not None:
-        return found.run / RESULT_FILE
-    name = found.name if found is not None else endpoint.model if endpoint is not None else ""
+    if model is not None and model.run is not None:
+        return model.run / RESULT_FILE
+    name = model.name if model is not None else endpoint.model if endpoint is not None else ""
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
     return Path(RunConfig().directory).absolute() / f"eval-{plain}" / RESULT_FILE
 
 
-def run(config: EvaluateConfig, work: Work, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Do the work and write its result, which is returned too.
+def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate, write the result and return it.
 
     Raises:
         UserError, RunError: as the parts do; nothing is written.
     """
-    _make_room(work.output)
-    report(work.describe())
-    measured = _with_tasks(config, work) if config.tasks else _here(config, work, tasks=None)
-    found = work.subject
-    result = evaluate_report.to_json(
+    _make_folder(evaluation.output)
+    report(evaluation.describe())
+    measure = _with_tasks if config.tasks else _here
+    measured, model = measure(config, evaluation), evaluation.model
+    result = to_json(
         measured,
         model={
-            "name": work.name,
-            "directory": str(found.directory) if found else None,
-            "run": str(found.run) if found and found.run else None,
+            "name": evaluation.name,
+            "directory": str(model.directory) if model else None,
+            "run": str(model.run) if model and model.run else None,
         },
-        endpoint=dataclasses.asdict(work.endpoint) if work.endpoint else None,
-        left_out=work.data if isinstance(work.data, str) else None,
+        endpoint=dataclasses.asdict(evaluation.endpoint) if evaluation.endpoint else None,
+        left_out=evaluation.data if isinstance(evaluation.data, str) else None,
         config=layered.to_dict(config),
     )
     result = masked(result)  # the notes are lm_eval's and an endpoint's own words
     try:
-        files.write_json(work.output, result)
+        files.write_json(evaluation.output, result)
     except OSError as error:
         raise UserError(
-            f"output: {work.output} cannot be written ({error.strerror}); name another"
+            f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
         ) from error
     return result
 
 
-def _with_tasks(config: EvaluateConfig, work: Work) -> Measured:
-    confined = harness.confined(work.sources, code=config.task_code)
+def _with_tasks(config: EvaluateConfig, evaluation: Evaluation) -> Measured:
+    confined = harness.confined(evaluation.sources, code=config.task_code)
     with harness.collected_notes() as notes, confined:
-        tasks = harness.load(work.sources, num_fewshot=config.num_fewshot)
+        tasks = harness.load(evaluation.sources, num_fewshot=config.num_fewshot)
         try:
-            measured = _asked(config, work, tasks) if work.endpoint else _here(config, work, tasks=tasks)
+            measure = _through_endpoint if evaluation.endpoint else _here
+            measured = measure(config, evaluation, tasks)
         except (UserError, RunError) as error:
             raise type(error)(f"{error}{_answer(notes)}") from error
     return dataclasses.replace(measured, notes=notes)
 
 
 def _answer(notes: Sequence[str]) -> str:
-    """What an endpoint answered to a request that failed, which lm_eval logs and does not raise."""
-    told = [note for note in notes if note.startswith("API request failed")]
-    return f": {told[-1]}" if told else ""
+    """The endpoint's answer to a failed request. lm_eval logs it and does not raise it."""
+    answers = [note for note in notes if note.startswith("API request failed")]
+    return f": {answers[-1]}" if answers else ""
 
 
-def _make_room(output: Path) -> None:
+def _make_folder(output: Path) -> None:
     if output.is_dir():
         raise UserError(f"output: {output} is a folder; name a file, such as {output / RESULT_FILE}")
     try:
@@ -213,53 +212,52 @@ def _make_room(output: Path) -> None:
         raise UserError(f"output: {output.parent} cannot be made ({error.strerror}); name another") from error
 
 
-def _asked(config: EvaluateConfig, work: Work, tasks: Tasks) -> Measured:
+def _through_endpoint(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks) -> Measured:
     """The tasks through the endpoint. Raises `UserError`: they need what it cannot do."""
-    assert work.endpoint is not None
-    found, endpoint = work.subject, work.endpoint
+    assert evaluation.endpoint is not None
+    model, endpoint = evaluation.model, evaluation.endpoint
     if needy := tasks.need_prompt_logprobs():
         names = ", ".join(needy)
-        if problem := completions.echo_problem(endpoint):
+        if problem := echo_problem(endpoint):
             raise UserError(
                 f"tasks: {names}: these need the log-probabilities of given text, which the endpoint does "
-                f"not tell ({problem}); leave out endpoint to evaluate the checkpoint here, or name an "
+                f"not return ({problem}); leave out endpoint to evaluate the checkpoint here, or name an "
                 "endpoint with echo, such as that of `make serve`"
             )
-        if found is None:
+        if model is None:
             raise UserError(
                 f"model: {names}: these count the tokens of given text, so name the run or directory with "
                 f"the tokenizer of {endpoint.model}"
             )
     context = endpoint.context_tokens
-    if found is not None:
-        subject.update(found)
-        context = context or subject.check(found).max_positions
-    model = harness.endpoint_model(endpoint, found, context_tokens=context, concurrency=config.concurrency)
-    return Measured(_scores(config, model, tasks))
+    if model is not None:
+        checkpoint.export_if_stale(model)
+        context = context or checkpoint.shape_of(model).max_positions
+    client = harness.endpoint_model(endpoint, model, context_tokens=context, concurrency=config.concurrency)
+    return Measured(_scores(config, client, tasks))
 
 
-def _here(config: EvaluateConfig, work: Work, *, tasks: Tasks | None) -> Measured:
+def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = None) -> Measured:
     """Perplexity and tasks of the checkpoint, on this machine."""
     import torch
 
     from training.model.attention import for_changing_lengths
 
-    assert work.subject is not None
+    found = evaluation.model
+    assert found is not None
     device = _device(config.device)
-    subject.update(work.subject)
-    shape = subject.check(work.subject)
-    dtype = _dtype(config.dtype, work.subject.directory, device)
-    # transformers would fill what is missing in a damaged checkpoint with random numbers, and go on.
-    model = _load(work.subject, dtype=getattr(torch, dtype))
+    checkpoint.export_if_stale(found)
+    shape = checkpoint.shape_of(found)
+    dtype = _dtype(config.dtype, found.directory, device)
+    # transformers would fill the gaps of a damaged checkpoint with random numbers, and go on.
+    model = _load(found, dtype=getattr(torch, dtype))
     held_out = None
-    if isinstance(work.data, Path):
-        held_out = _perplexity(config, work, model.to(device), device=device)
+    if isinstance(evaluation.data, Path):
+        held_out = _perplexity(config, found, evaluation.data, model.to(device), device=device)
     del model
     scores: list[Score] = []
     if tasks is not None:
-        theirs = harness.local_model(
-            work.subject, device=str(device), dtype=dtype, batch_size=config.batch_size
-        )
+        theirs = harness.local_model(found, device=str(device), dtype=dtype, batch_size=config.batch_size)
         with for_changing_lengths():  # of requests, one prompt after another
             scores = _scores(config, theirs, tasks)
     setting = {"parameters": shape.num_parameters, "dtype": dtype, "device": str(device)}
@@ -305,23 +303,23 @@ def _load(found: ModelDirectory, *, dtype: "torch.dtype") -> "Llama":
         raise UserError(f"model: {error}") from error
 
 
-def _perplexity(config: EvaluateConfig, work: Work, model: "Llama", *, device: "torch.device") -> "HeldOut":
+def _perplexity(
+    config: EvaluateConfig, found: ModelDirectory, data: Path, model: "Llama", *, device: "torch.device"
+) -> "HeldOut":
     from training.evaluate import perplexity
 
-    assert work.subject is not None and isinstance(work.data, Path)
-    perplexity.check_tokenizer(work.data, checkpoint=work.subject.directory)
+    perplexity.check_tokenizer(data, checkpoint=found.directory)
     return perplexity.measure(
         model,
-        work.data,
+        data,
         sequences=config.sequences,
-        sequence_length=config.sequence_length or _sequence_length(work.subject, model),
+        sequence_length=config.sequence_length or _sequence_length(found, model),
         batch_size=config.batch_size,
         device=device,
     )
 
 
 def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
-    from training import config as training_config
     from training.model.export import CONFIG_FILE
 
     if found.run is not None and (found.run / CONFIG_FILE).is_file():

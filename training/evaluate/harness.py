@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import RunError, UserError
-from cluster.provenance import versions
+from cluster.endpoint_client import KEY_VARIABLE, Endpoint
 from cluster.runs import ModelDirectory
 from cluster.session import environment
-from training.evaluate.endpoint import KEY_VARIABLE, Endpoint
 
 INSTALL = 'pip install -c constraints.txt -e ".[eval]"'
 NEEDED = ("lm_eval", "transformers", "accelerate", "datasets", "requests", "tenacity")
-PACKAGES = ("lm_eval", "transformers", "accelerate", "datasets")
+PACKAGES = NEEDED[:4]  # of the provenance
 UNCOUNTED = {  # read by `datasets` and `evaluate` when they are imported
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -271,36 +270,36 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> set[str]:
     return {instance.request_type for instance in task.instances}
 
 
-def local_model(subject: ModelDirectory, *, device: str, dtype: str, batch_size: int) -> Any:
+def local_model(model: ModelDirectory, *, device: str, dtype: str, batch_size: int) -> Any:
     """lm_eval's own Hugging Face model. Raises `UserError`: transformers cannot load the checkpoint."""
     from lm_eval.models.huggingface import HFLM
 
     try:
-        return HFLM(pretrained=str(subject.directory), device=device, dtype=dtype, batch_size=batch_size)
+        return HFLM(pretrained=str(model.directory), device=device, dtype=dtype, batch_size=batch_size)
     except (OSError, ValueError) as error:
-        raise UserError(f"model: {subject.directory} cannot be loaded ({_short(error)})") from error
+        raise UserError(f"model: {model.directory} cannot be loaded ({_short(error)})") from error
 
 
 def endpoint_model(
-    endpoint: Endpoint, subject: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
+    endpoint: Endpoint, model: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
 ) -> Any:
     """lm_eval's client of an endpoint. Prompts are token ids where there is a tokenizer, else text.
 
     Args:
-        subject: the model that is served there, if it is known.
+        model: what is served there, if known.
         context_tokens: most tokens of prompt and continuation; longer prompts lose their beginning.
     """
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     keys: dict[str, Any] = {"tokenizer_backend": "none", "tokenized_requests": False}
-    if subject is not None:
+    if model is not None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(subject.directory)
+        tokenizer = AutoTokenizer.from_pretrained(model.directory)
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]  # what the local model does too
         keys = {
             "tokenizer_backend": "huggingface",
-            "tokenizer": str(subject.directory),
+            "tokenizer": str(model.directory),
             "add_bos_token": begins,
         }
     return LocalCompletionsAPI(
@@ -420,11 +419,6 @@ def collected_notes() -> Iterator[list[str]]:
         logger.propagate = propagated
         if not bars:
             datasets.enable_progress_bars()
-
-
-def installed() -> dict[str, str]:
-    """The versions that the numbers depend on, besides those of every provenance."""
-    return versions(PACKAGES)
 
 
 def _short(error: object) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import provenance
+from cluster import display, provenance
 from training.evaluate import harness
 from training.evaluate.harness import Score
 
@@ -59,7 +59,7 @@ def to_json(
         "endpoint": endpoint,
         "perplexity": entry,
         "scores": [dataclasses.asdict(score) for score in measured.scores],
-        "lm_eval": harness.installed()["lm_eval"],
+        "lm_eval": provenance.versions(harness.PACKAGES)["lm_eval"],
         "notes": measured.notes,
         "config": config,
         "provenance": provenance.collect(
@@ -72,37 +72,30 @@ def to_json(
 
 def table(result: Mapping[str, Any]) -> str:
     """The result for people: a line for each metric, the perplexity first."""
-    rows = [HEADERS]
+    rows: list[tuple[Any, ...]] = []
     held_out = result["perplexity"]
-    if "left_out" not in held_out:
+    if "left_out" in held_out:
+        ending = f"perplexity left out: {held_out['left_out']}"
+    else:
         samples = f"{held_out['num_sequences']}/{held_out['of_sequences']}"
         value, stderr = _figure(held_out["perplexity"]), _figure(held_out["perplexity_stderr"])
-        rows.append(("validation", "-", "-", samples, "perplexity", "none", value, stderr))
+        rows.append(("validation", None, None, samples, "perplexity", "none", value, stderr))
+        size = f"{held_out['tokens']:,} tokens in sequences of {held_out['sequence_length']}"
+        ending = f"perplexity of {size}: exp({held_out['loss']:.4f})"
     for score in result["scores"]:
         rows.append(
             (
-                score["task"],
-                score["version"] or "-",
-                "-" if score["num_fewshot"] is None else str(score["num_fewshot"]),
-                "-" if score["samples"] is None else f"{score['samples']}/{score['of_samples']}",
-                score["metric"],
-                score["filter"],
-                _figure(score["value"]),
-                _figure(score["stderr"]),
+                *(score[name] for name in ("task", "version", "num_fewshot")),
+                None if score["samples"] is None else f"{score['samples']}/{score['of_samples']}",
+                *(score[name] for name in ("metric", "filter")),
+                *(_figure(score[name]) for name in ("value", "stderr")),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    if "left_out" in held_out:
-        lines.append(f"perplexity left out: {held_out['left_out']}")
-    else:
-        size = f"{held_out['tokens']:,} tokens in sequences of {held_out['sequence_length']}"
-        lines.append(f"perplexity of {size}: exp({held_out['loss']:.4f})")
-    return "\n".join(line.rstrip() for line in lines)
+    return f"{display.table(HEADERS, rows, left=(0, 4, 5))}\n{ending}"
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _figure(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def last_line(result: Mapping[str, Any], output: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from optim.bench.forecast import ADAMW_BYTES, PASS_BYTES
 from optim.cost import orthogonalize_flops
-from optim.step.ownership import Plan
+from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
 from training.projection.traffic import SHARES, Exchange, Job
 
@@ -131,7 +131,7 @@ def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Links) -> Spen
     return Spent(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
 
 
-def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
+def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, float]:
     """(FLOPs, bytes of memory) of the rank that has most to do in the optimizer's step. Not under Scion."""
     assert not job.norms
     groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
@@ -147,7 +147,7 @@ def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
     return max(loads), shard
 
 
-def optimizer_seconds(job: Job, plans: Sequence[Plan], basis: Basis) -> float:
+def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) -> float:
     """Of the rank that has most to do."""
     flops, num_bytes = optimizer_work(job, plans)
     return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)

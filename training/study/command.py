@@ -29,12 +29,12 @@ from cluster.provenance import commit_environment
 from cluster.session import ROOT, ray_session, worker_environment
 from training.data.dataset import Manifest
 from training.data.prepare import prepare
-from training.study import config as study_config
-from training.study.config import DEFAULT_FILE, StudyConfig
-from training.study.plan import Run, StudyPlan, is_finished
+from training.study.config import DEFAULT_FILE, StudyConfig, load
+from training.study.plan import StudyPlan, describe_plan
 from training.study.plots import plot_study
 from training.study.report import About, describe_study
-from training.study.results import Failure, Outcome, Result, read_result, write_tables
+from training.study.results import Result, RunFailure, StudyResults, read_result, write_tables
+from training.study.runs import StudyRun, is_finished
 from training.study.synthetic import report as synthetic_report
 from training.study.synthetic.trials import run_synthetic
 
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        config = study_config.load(file=options.config or DEFAULT_FILE, dotlist=options.overrides)
+        config = load(file=options.config or DEFAULT_FILE, dotlist=options.overrides)
         plan = StudyPlan(config)
         plan.check()
         if options.dry_run:
-            print(layered.to_yaml(config), describe_plan(plan), sep="\n")
+            print(layered.to_yaml(config), _describe(plan), sep="\n")
             return
         run_study(plan, command=command_line(options))
 
@@ -66,9 +66,8 @@ def command_line(options: Any) -> str:
     return " ".join(["python -m training.study", *given, *options.overrides])
 
 
-def describe_plan(plan: StudyPlan) -> str:
-    """The plan for people, with the time as measured on the runs that are finished."""
-    return plan.describe(measured_seconds(plan), parallel=parallel_runs(plan.config))
+def _describe(plan: StudyPlan) -> str:
+    return describe_plan(plan, measured_seconds(plan), parallel=parallel_runs(plan.config))
 
 
 def measured_seconds(plan: StudyPlan) -> dict[str, float]:
@@ -88,7 +87,7 @@ def parallel_runs(config: StudyConfig) -> int:
 
 
 def run_study(plan: StudyPlan, *, command: str) -> None:
-    """Run what is left, write the tables, figures and the report, and print where they are.
+    """StudyRun what is left, write the tables, figures and the report, and print where they are.
 
     Raises:
         RunError: a rule has no finished run; everything else is reported and no error.
@@ -97,24 +96,22 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "study.yaml", layered.to_yaml(plan.config))
     data = prepare(plan.data_config, report=lambda line: print(line, file=sys.stderr))
-    print(describe_plan(plan), file=sys.stderr, flush=True)
-    outcome = Outcome(plan, execute(plan))
+    print(_describe(plan), file=sys.stderr, flush=True)
+    study = StudyResults(plan, execute(plan))
     about = About(
         command=command,
         data_fingerprint=Manifest.read(data).fingerprint,
         provenance=provenance.collect(command=sys.argv, data_fingerprint=Manifest.read(data).fingerprint),
     )
-    synthetic = run_synthetic_problem(plan.config)
-    report = describe_study(outcome, about=about, synthetic=synthetic)
-    write_tables(
-        outcome, directory, about={"study": layered.to_dict(plan.config), **dataclasses.asdict(about)}
-    )
-    plot_study(outcome, directory / "figures")
+    report = describe_study(study, about=about, synthetic=run_synthetic_problem(plan.config))
+    source = {"study": layered.to_dict(plan.config), **dataclasses.asdict(about)}
+    write_tables(study, directory, about=source)
+    plot_study(study, directory / "figures")
     files.write_text(directory / "report.md", report)
-    for result in outcome.failed():
+    for result in study.failed():
         print(f"{result.status}: {result.name}: {result.error}", file=sys.stderr)
     print(f"report: {directory / 'report.md'}")
-    if missing := outcome.rules_without_a_result():
+    if missing := study.rules_without_a_result():
         raise RunError(
             f"no report run of {', '.join(missing)} finished; {directory / 'report.md'} says how each "
             "failed, and the same command again runs what is left"
@@ -136,9 +133,9 @@ def run_synthetic_problem(config: StudyConfig) -> str | None:
 # --- running ------------------------------------------------------------------------------------------
 
 
-def execute(plan: StudyPlan) -> dict[Run, Result]:
+def execute(plan: StudyPlan) -> dict[StudyRun, Result]:
     """Every run that can be made, to its end: what is finished is read, the rest runs as Ray tasks."""
-    results: dict[Run, Result] = {}
+    results: dict[StudyRun, Result] = {}
     if not _read_finished(plan, results):
         return results
     config = plan.config
@@ -154,13 +151,13 @@ def execute(plan: StudyPlan) -> dict[Run, Result]:
 
 
 def _read_finished(
-    plan: StudyPlan, results: dict[Run, Result], *, running: Collection[Run] = ()
-) -> list[Run]:
+    plan: StudyPlan, results: dict[StudyRun, Result], *, running: Collection[StudyRun] = ()
+) -> list[StudyRun]:
     """Take in finished runs, as far as they let others start. Returns the runs that can be started."""
-    left: list[Run] = []
-    while fresh := [run for run in Outcome(plan, results).next_runs() if run not in {*left, *running}]:
+    left: list[StudyRun] = []
+    while fresh := [run for run in StudyResults(plan, results).next_runs() if run not in {*left, *running}]:
         for run in fresh:
-            if is_finished(plan.directory_of(run)):
+            if is_finished(plan.configs.directory(run)):
                 results[run] = read_result(plan, run)
                 _drop_checkpoints(plan, run)
             else:
@@ -168,22 +165,22 @@ def _read_finished(
     return left
 
 
-def _drop_checkpoints(plan: StudyPlan, run: Run) -> None:
+def _drop_checkpoints(plan: StudyPlan, run: StudyRun) -> None:
     """The files of a finished run say what it came to; its checkpoints are kept only if that is asked."""
     if not plan.config.keep_checkpoints:
-        shutil.rmtree(plan.directory_of(run) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(plan.configs.directory(run) / "checkpoints", ignore_errors=True)
 
 
 class _Scheduler:
     """Hands runs to Ray as they become due, and follows them."""
 
-    def __init__(self, plan: StudyPlan, results: dict[Run, Result]) -> None:
+    def __init__(self, plan: StudyPlan, results: dict[StudyRun, Result]) -> None:
         import ray
 
         self._ray = ray
         self._plan = plan
         self._results = results
-        self._pending: dict[Any, Run] = {}  # Ray's reference -> run
+        self._pending: dict[Any, StudyRun] = {}  # Ray's reference -> run
         config = plan.config
         self._task = ray.remote(
             num_cpus=config.cpus_per_run, num_gpus=config.gpus_per_run, max_retries=LOST_RUN_RETRIES
@@ -205,8 +202,8 @@ class _Scheduler:
 
     def _submit(self) -> None:
         for run in _read_finished(self._plan, self._results, running=set(self._pending.values())):
-            log = self._plan.directory_of(run) / "run.log"
-            self._pending[self._task.remote(self._plan.arguments(run), str(log))] = run
+            log = self._plan.configs.directory(run) / "run.log"
+            self._pending[self._task.remote(self._plan.configs.arguments(run), str(log))] = run
 
     def _end(self, reference: Any, progress: Progress) -> None:
         run = self._pending.pop(reference)
@@ -219,15 +216,15 @@ class _Scheduler:
         said = f"validation loss {loss}" if result.ok else f"{result.status}: {result.error}"
         progress.note(f"{len(self._results)}/{num_runs} {result.name}: {said}")
 
-    def _failure(self, reference: Any) -> Failure | None:
+    def _failure(self, reference: Any) -> RunFailure | None:
         """How the run ended, if not well."""
         from ray.exceptions import RayError
 
         try:
             exit_code, last_lines = self._ray.get(reference)
         except RayError as error:  # its node died, or its worker, more often than it is retried
-            return Failure(None, str(error).splitlines()[0])
-        return Failure(exit_code, last_lines) if exit_code else Failure(0, f"no summary; {last_lines}")
+            return RunFailure(None, str(error).splitlines()[0])
+        return RunFailure(exit_code, last_lines) if exit_code else RunFailure(0, f"no summary; {last_lines}")
 
 
 def train_in_process(arguments: Sequence[str], log: str) -> tuple[int, str]:
@@ -256,15 +253,15 @@ def last_lines(log: Path) -> str:
 class _Steps:
     """Optimizer steps of all runs, done so far, and how fast they go, for the progress line."""
 
-    def __init__(self, plan: StudyPlan, results: dict[Run, Result]) -> None:
+    def __init__(self, plan: StudyPlan, results: dict[StudyRun, Result]) -> None:
         self._plan = plan
         self._results = results
         self._began: tuple[float, int] | None = None  # when the first row was asked for, and its steps
 
-    def row(self, running: Iterable[Run]) -> dict[str, Any]:
+    def row(self, running: Iterable[StudyRun]) -> dict[str, Any]:
         """Steps, and since the first row tokens per second and seconds per step, of all runs at once."""
         ended = sum(self._plan.plan_of(run).num_steps for run in self._results)
-        steps = ended + sum(last_step(self._plan.directory_of(run) / "metrics.jsonl") for run in running)
+        steps = ended + sum(last_step(self._plan.configs.directory(run) / "metrics.jsonl") for run in running)
         self._began = self._began or (time.monotonic(), steps)
         seconds, done = time.monotonic() - self._began[0], steps - self._began[1]
         if done <= 0:

@@ -12,12 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from cluster import config as layered
-from cluster.config import ConfigError, key, require, require_choice
+from cluster.config import ConfigError, key, require
 from cluster.record import WANDB_MODES
 from cluster.session import ROOT, SessionConfig
 from training.config import SEEDS
-from training.study.synthetic import config as synthetic
-from training.study.synthetic.config import SyntheticConfig
+from training.study.synthetic.config import SyntheticConfig, smoke
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "study.yaml"
 OWN_KEYS = (  # of a training run, which the study sets itself
@@ -54,33 +53,38 @@ class WidthConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    keys: tuple[str, ...] = key((), "fragment that makes the noise; none is the gradient's own")
+    keys: tuple[str, ...] = key((), "fragment that adds the noise; empty: the gradient's own")
 
 
 @dataclass(frozen=True)
 class ClaimsConfig:
-    reference: str | None = key(None, "rule to whose mean final validation loss tokens are counted")
-    rule: str | None = key(None, "rule that is to need fewer tokens to it")
-    token_ratio: float = key(0.75, "of the reference's tokens, at most so many: the target for that rule")
+    reference: str | None = key(None, "rule whose mean final validation loss the others are to reach")
+    rule: str | None = key(None, "rule that is to need fewer tokens to reach that loss")
+    token_ratio: float = key(
+        0.75, "target of that rule: at most this share of the reference's tokens", above=0, most=1
+    )
     challenger: str | None = key(None, "rule whose final loss is compared with that of `baseline`")
     baseline: str | None = key(None, "rule that the challenger is to equal within the band of the seeds")
-
-    def __post_init__(self) -> None:
-        require(0 < self.token_ratio <= 1, "claims.token_ratio", "must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    name: str = key("study", "the study; the same name again finishes what is left of it")
+    name: str = key(
+        "study",
+        "the study; the same name again finishes what is left of it",
+        pattern=(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "must be letters, digits, '-', '_' and '.'"),
+    )
     directory: str = key("outputs", "where studies are kept; on a cluster, storage that every node sees")
     smoke: bool = key(
         False, f"in miniature: smoke_keys, {SMOKE_SEEDS} seeds, {SMOKE_RATES} rates of each grid"
     )
     rules: dict[str, RuleConfig] = key(dict, "the rules, by name")
     widths: dict[str, WidthConfig] = key(dict, "the sizes of the model, by name; claims are of the widest")
-    noise: dict[str, NoiseConfig] = key(dict, f"the noise, by name; nothing: '{NO_NOISE}' without a fragment")
+    noise: dict[str, NoiseConfig] = key(
+        dict, f"the noise settings, by name; default: '{NO_NOISE}', without a fragment"
+    )
     seeds: tuple[int, ...] = key((1, 2, 3), "run.seed of the runs that the claims are made of")
-    tuning_seed: int = key(0, "run.seed of the runs that choose the rates; none of `seeds`")
+    tuning_seed: int = key(0, "run.seed of the runs that choose the rates; not one of `seeds`")
     equal_effort: bool = key(True, "every rule must have as many points, rates x ratios, as the others")
     common_keys: tuple[str, ...] = key((), "fragment of every run")
     tuning_keys: tuple[str, ...] = key((), "fragment of the runs that choose the rates")
@@ -88,22 +92,18 @@ class StudyConfig:
     claims: ClaimsConfig = key(ClaimsConfig, "")
     synthetic: SyntheticConfig = key(SyntheticConfig, "")
     wandb: str = key(
-        "auto", "record.wandb of every run; they are one Weights & Biases group, the study's name"
+        "auto",
+        "record.wandb of every run; the runs are one Weights & Biases group, named as the study",
+        choices=WANDB_MODES,
     )
     project: str = key("asuncion", "record.project of every run")
-    parallel_runs: int | None = key(None, "runs at once on an embedded Ray; by default as many as CPUs allow")
-    cpus_per_run: float = key(1.0, "CPUs that Ray reserves for a run; also its threads")
-    gpus_per_run: int = key(0, "GPUs that Ray reserves for a run: 0 or 1")
+    parallel_runs: int | None = key(
+        None, "runs at once on an embedded Ray; by default as many as CPUs allow", least=1
+    )
+    cpus_per_run: float = key(1.0, "CPUs that Ray reserves for a run; also its threads", above=0)
+    gpus_per_run: int = key(0, "GPUs that Ray reserves for a run", choices=(0, 1))
     keep_checkpoints: bool = key(False, "keep the checkpoints of finished runs")
     session: SessionConfig = key(SessionConfig, "")
-
-    def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None
-        require(plain, "name", f"{self.name!r} must be letters, digits, '-', '_' and '.'")
-        require_choice("wandb", self.wandb, WANDB_MODES)
-        require(self.parallel_runs is None or self.parallel_runs >= 1, "parallel_runs", "must be at least 1")
-        require(self.cpus_per_run > 0, "cpus_per_run", "must be positive")
-        require(self.gpus_per_run in (0, 1), "gpus_per_run", "must be 0 or 1")
 
     @property
     def study_directory(self) -> Path:
@@ -131,10 +131,10 @@ class StudyConfig:
 
 
 def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfig:
-    """The study's configuration: defaults <- `file` <- `dotlist`, shrunk if it is to be a miniature.
+    """The study's configuration: defaults <- `file` <- `dotlist`, reduced where `smoke` is set.
 
     Raises:
-        ConfigError: as `cluster.config.load`; or rules, seeds, grids or claims that make no study.
+        ConfigError: as `cluster.config.load`; or rules, seeds, grids or claims that cannot be used.
     """
     config = layered.load(StudyConfig, file=file, dotlist=dotlist)
     _check_names(config)
@@ -155,7 +155,7 @@ def _shrunk(config: StudyConfig) -> StudyConfig:
         config,
         rules=rules,
         seeds=config.seeds[:SMOKE_SEEDS],
-        synthetic=synthetic.smoke(config.synthetic),
+        synthetic=smoke(config.synthetic),
     )
 
 

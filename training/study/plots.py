@@ -4,20 +4,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.display import figure, save
 from training.study.config import StudyConfig
-from training.study.results import Outcome, Result, mean_curve, token_ratio
+from training.study.results import Result, StudyResults, mean_curve, token_ratio
 
 PANEL_INCHES = (5.0, 4.0)
 
 
-def plot_study(outcome: Outcome, directory: Path) -> list[Path]:
+def plot_study(study: StudyResults, directory: Path) -> list[Path]:
     """Every figure for which there are results, for each noise: PNG files in `directory`."""
     directory.mkdir(exist_ok=True)
     paths: list[Path | None] = []
-    for noise in outcome.plan.config.noises:
+    for noise in study.plan.config.noises:
         for name, plot in FIGURES.items():
-            path = directory / figure_file(name, outcome.plan.config, noise=noise)
-            paths.append(plot(outcome, path, noise=noise))
+            path = directory / figure_file(name, study.plan.config, noise=noise)
+            paths.append(plot(study, path, noise=noise))
     return [path for path in paths if path is not None]
 
 
@@ -26,36 +27,36 @@ def figure_file(name: str, config: StudyConfig, *, noise: str) -> str:
     return f"{name}.png" if len(config.noises) == 1 else f"{name}-{noise}.png"
 
 
-def plot_losses(outcome: Outcome, path: Path, *, noise: str) -> Path:
+def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Validation loss against tokens: of each rule the mean over its seeds, in a band from min to max."""
-    figure, [axes] = _panels(1)
-    for rule in outcome.plan.config.rules:
-        curve = [(t, s) for t, s in mean_curve(outcome.finished(rule, noise=noise)) if t > 0]
+    drawn, [axes] = _panels(1)
+    for rule in study.plan.config.rules:
+        curve = [(t, s) for t, s in mean_curve(study.finished(rule, noise=noise)) if t > 0]
         if not curve:
             continue
         tokens = [tokens for tokens, _ in curve]
-        [line] = axes.plot(tokens, [s.mean for _, s in curve], label=outcome.plan.config.title(rule))
+        [line] = axes.plot(tokens, [s.mean for _, s in curve], label=study.plan.config.title(rule))
         low, high = [s.low for _, s in curve], [s.high for _, s in curve]
         axes.fill_between(tokens, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)", title="band: all seeds")
     _legend(axes)
-    return _save(figure, path)
+    return save(drawn, path)
 
 
-def plot_rates(outcome: Outcome, path: Path, *, noise: str) -> Path:
+def plot_rates(study: StudyResults, path: Path, *, noise: str) -> Path:
     """Tuning loss against learning rate: a panel for each rule, a line for each width, its lowest marked."""
-    config = outcome.plan.config
-    figure, panels = _panels(len(config.rules), share=True)
+    config = study.plan.config
+    drawn, panels = _panels(len(config.rules), share=True)
     for axes, rule in zip(panels, config.rules, strict=True):
-        for of_noise, width in outcome.plan.settings:
-            results = outcome.tuning(rule, noise=noise, width=width) if of_noise == noise else []
+        for of_noise, width in study.plan.settings:
+            results = study.tuning(rule, noise=noise, width=width) if of_noise == noise else []
             for ratio in config.rules[rule].vector_ratios:
                 name = width if len(config.rules[rule].vector_ratios) == 1 else f"{width} x{ratio:g}"
                 _plot_rates_of(axes, [r for r in results if r.run.vector_ratio == ratio], name)
         axes.set(xscale="log", xlabel="learning rate", title=config.title(rule))
         _legend(axes)
     panels[0].set_ylabel("tuning loss (nats per token)")
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 def _plot_rates_of(axes: Any, results: Sequence[Result], name: str) -> None:
@@ -68,16 +69,16 @@ def _plot_rates_of(axes: Any, results: Sequence[Result], name: str) -> None:
     axes.plot(rate, loss, marker="o", markersize=11, fillstyle="none", color=line.get_color())
 
 
-def plot_token_ratios(outcome: Outcome, path: Path, *, noise: str) -> Path | None:
+def plot_token_ratios(study: StudyResults, path: Path, *, noise: str) -> Path | None:
     """Tokens to the reference's mean final loss, as shares of its budget: over the seeds, min to max."""
-    config = outcome.plan.config
+    config = study.plan.config
     reference = config.claims.reference
     if reference is None:
         return None
-    figure, [axes] = _panels(1)
-    others = outcome.finished(reference, noise=noise)
+    drawn, [axes] = _panels(1)
+    others = study.finished(reference, noise=noise)
     for position, rule in enumerate(config.rules):
-        ratio = token_ratio(outcome.finished(rule, noise=noise), reference=others)
+        ratio = token_ratio(study.finished(rule, noise=noise), reference=others)
         spread = ratio.spread if ratio else None
         if ratio and spread:
             errors = [[spread.mean - spread.low], [spread.high - spread.mean]]
@@ -90,7 +91,7 @@ def plot_token_ratios(outcome: Outcome, path: Path, *, noise: str) -> Path | Non
     axes.set_xticks(range(len(titles)), titles, fontsize=8)
     name = config.title(reference)
     axes.set(ylabel=f"tokens / {name}'s budget", title=f"tokens to {name}'s mean final loss")
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 FIGURES: dict[str, Callable[..., Path | None]] = {
@@ -102,28 +103,10 @@ FIGURES: dict[str, Callable[..., Path | None]] = {
 
 def _panels(count: int, *, share: bool = False) -> tuple[Any, Sequence[Any]]:
     """A figure with `count` panels in a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     width, height = PANEL_INCHES
-    size = ((width if count == 1 else 0.7 * width) * count + 1, height)
-    figure, axes = plt.subplots(1, count, figsize=size, dpi=120, sharey=share, squeeze=False)
-    for panel in axes[0]:
-        panel.grid(alpha=0.3)
-    return figure, list(axes[0])
+    return figure((width if count == 1 else 0.7 * width) * count + 1, height, columns=count, sharey=share)
 
 
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return path

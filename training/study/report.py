@@ -4,16 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.measure.hardware import describe_host
+from cluster.display import markdown
+from cluster.machine.host import describe_host
 from training.study.config import StudyConfig
 from training.study.plan import StudyPlan
 from training.study.plots import figure_file
 from training.study.results import (
     Choice,
     Difference,
-    Outcome,
     Result,
     Spread,
+    StudyResults,
     TokenRatio,
     difference,
     losses,
@@ -33,32 +34,32 @@ class About:
     provenance: dict[str, Any]
 
 
-def describe_study(outcome: Outcome, *, about: About, synthetic: str | None = None) -> str:
+def describe_study(study: StudyResults, *, about: About, synthetic: str | None = None) -> str:
     """The whole report. `synthetic`: the section on the synthetic problem, in Markdown."""
-    plan = outcome.plan
-    sections = [f"# Study {plan.config.full_name}", *_warnings(outcome)]
+    plan = study.plan
+    sections = [f"# Study {plan.config.full_name}", *_warnings(study)]
     for noise in plan.config.noises:
         ending = "" if len(plan.config.noises) == 1 else f" under noise {noise}"
         sections += [
             f"## Claims{ending}",
-            bullets(claims(outcome, noise=noise)),
+            bullets(claims(study, noise=noise)),
             f"## Final validation losses{ending}",
-            _losses(outcome, noise=noise),
+            _losses(study, noise=noise),
             f"## Learning rates{ending}",
-            _rates(outcome, noise=noise),
-            *_token_section(outcome, noise=noise, ending=ending),
+            _rates(study, noise=noise),
+            *_token_section(study, noise=noise, ending=ending),
         ]
-    sections += ["## Runs that failed or diverged", _failures(outcome)]
+    sections += ["## Runs that failed or diverged", _failures(study)]
     if synthetic is not None:
         sections += ["## Synthetic problem", synthetic, "![synthetic problem](figures/synthetic.png)"]
-    sections += ["## How it was measured", _method(outcome, about), "## To repeat it", _repeat(plan, about)]
-    sections += ["## What this does not show", bullets(_limits(outcome))]
+    sections += ["## How it was measured", _method(study, about), "## To repeat it", _repeat(plan, about)]
+    sections += ["## What this does not show", bullets(_limits(study))]
     return "\n\n".join(sections) + "\n"
 
 
-def _warnings(outcome: Outcome) -> list[str]:
+def _warnings(study: StudyResults) -> list[str]:
     """What a reader must know before the numbers."""
-    config = outcome.plan.config
+    config = study.plan.config
     found = []
     if config.smoke:
         found.append(
@@ -70,7 +71,7 @@ def _warnings(outcome: Outcome) -> list[str]:
         found.append(f"**The tuning effort was allowed to be unequal: points per grid are {sizes}.**")
     if len(config.seeds) < ENOUGH_SEEDS:
         found.append(f"**{len(config.seeds)} seed(s) make no band; at least {ENOUGH_SEEDS} are needed.**")
-    commits = {result.commit for result in outcome.results.values() if result.commit}
+    commits = {result.commit for result in study.results.values() if result.commit}
     if len(commits) > 1:
         found.append(
             f"**The runs were made by more than one state of the code: {', '.join(sorted(commits))}.**"
@@ -81,24 +82,24 @@ def _warnings(outcome: Outcome) -> list[str]:
 # --- claims -------------------------------------------------------------------------------------------
 
 
-def claims(outcome: Outcome, *, noise: str) -> list[str]:
+def claims(study: StudyResults, *, noise: str) -> list[str]:
     """The claims in words, computed from the results."""
-    config = outcome.plan.config
+    config = study.plan.config
     asked, found = config.claims, []
     if asked.reference and asked.rule:
         ratio = token_ratio(
-            outcome.finished(asked.rule, noise=noise),
-            reference=outcome.finished(asked.reference, noise=noise),
+            study.finished(asked.rule, noise=noise),
+            reference=study.finished(asked.reference, noise=noise),
         )
         names = config.title(asked.rule), config.title(asked.reference)
         found.append(claim_of_tokens(ratio, *names, target=asked.token_ratio))
     if asked.challenger and asked.baseline:
         found_difference = difference(
-            outcome.finished(asked.challenger, noise=noise), outcome.finished(asked.baseline, noise=noise)
+            study.finished(asked.challenger, noise=noise), study.finished(asked.baseline, noise=noise)
         )
         names = config.title(asked.challenger), config.title(asked.baseline)
         found.append(claim_of_difference(found_difference, *names))
-    return found + _edges(outcome, noise=noise)
+    return found + _edges(study, noise=noise)
 
 
 def claim_of_tokens(ratio: TokenRatio | None, rule: str, reference: str, *, target: float) -> str:
@@ -142,13 +143,13 @@ def claim_of_difference(found: Difference | None, challenger: str, baseline: str
     )
 
 
-def _edges(outcome: Outcome, *, noise: str) -> list[str]:
+def _edges(study: StudyResults, *, noise: str) -> list[str]:
     """What must be said of rates at the end of their grid, and of grids without a finished run."""
-    config = outcome.plan.config
+    config = study.plan.config
     found = []
-    for of_noise, width in outcome.plan.settings:
+    for of_noise, width in study.plan.settings:
         for rule in config.rules if of_noise == noise else ():
-            choice = outcome.choice(rule, noise=noise, width=width)
+            choice = study.choice(rule, noise=noise, width=width)
             if text := edge_text(choice, config.title(rule), width=width):
                 found.append(text)
     return found
@@ -174,25 +175,25 @@ def edge_text(choice: Choice | None, rule: str, *, width: str) -> str | None:
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def _losses(outcome: Outcome, *, noise: str) -> str:
-    config = outcome.plan.config
+def _losses(study: StudyResults, *, noise: str) -> str:
+    config = study.plan.config
     rows = []
     for rule in config.rules:
-        results = outcome.report(rule, noise=noise)
+        results = study.report(rule, noise=noise)
         spread = Spread.of(losses(results))
-        choice = outcome.choice(rule, noise=noise, width=config.widest)
+        choice = study.choice(rule, noise=noise, width=config.widest)
         by_seed = ", ".join(f"{r.validation_loss:.4f}" if r.ok else r.status for r in results)
         band = (f"{spread.mean:.4f}", f"{spread.low:.4f}", f"{spread.high:.4f}") if spread else (DASH,) * 3
         rate = rate_text(choice) if choice else DASH
         rows.append([config.title(rule), rate, *band, by_seed or "no run"])
     head = ["rule", "rate", "mean", "min", "max", f"seeds {', '.join(map(str, config.seeds))}"]
     about = f"On {config.widest}, in nats per token, on validation sequences that chose no rate."
-    return "\n\n".join([about, table(head, rows), _picture("loss_tokens", config, noise=noise)])
+    return "\n\n".join([about, _table(head, rows), _picture("loss_tokens", config, noise=noise)])
 
 
-def _rates(outcome: Outcome, *, noise: str) -> str:
+def _rates(study: StudyResults, *, noise: str) -> str:
     """Each grid with its tuning losses on each width, the lowest in bold; what that says about transfer."""
-    config = outcome.plan.config
+    config = study.plan.config
     parts = [
         f"Tuning loss at the end, seed {config.tuning_seed}, on sequences that the claims do not use; the "
         "lowest in bold. A column is optim.matrix.lr; the ratio is optim.vector.lr as a share of it, and "
@@ -200,26 +201,26 @@ def _rates(outcome: Outcome, *, noise: str) -> str:
     ]
     for rule in config.rules:
         rows = [
-            [f"{width} x{ratio:g}", *_rate_cells(outcome, rule, ratio, noise=noise, width=width)]
-            for of_noise, width in outcome.plan.settings
+            [f"{width} x{ratio:g}", *_rate_cells(study, rule, ratio, noise=noise, width=width)]
+            for of_noise, width in study.plan.settings
             for ratio in config.rules[rule].vector_ratios
             if of_noise == noise
         ]
         grid = [f"{lr:g}" for lr in config.rules[rule].grid]
         parts += [
-            table([f"{config.title(rule)}: width, ratio", *grid], rows),
-            transfer_text(outcome, rule, noise=noise),
+            _table([f"{config.title(rule)}: width, ratio", *grid], rows),
+            transfer_text(study, rule, noise=noise),
         ]
     parts.append(_picture("loss_rate", config, noise=noise))
     return "\n\n".join(part for part in parts if part)
 
 
-def _rate_cells(outcome: Outcome, rule: str, ratio: float, *, noise: str, width: str) -> list[str]:
-    results = outcome.tuning(rule, noise=noise, width=width)
+def _rate_cells(study: StudyResults, rule: str, ratio: float, *, noise: str, width: str) -> list[str]:
+    results = study.tuning(rule, noise=noise, width=width)
     by_rate = {r.run.lr: r for r in results if r.run.vector_ratio == ratio}
-    choice = outcome.choice(rule, noise=noise, width=width)
+    choice = study.choice(rule, noise=noise, width=width)
     cells = []
-    for lr in outcome.plan.config.rules[rule].grid:
+    for lr in study.plan.config.rules[rule].grid:
         result = by_rate.get(lr)
         if result is None or not result.ok or result.tuning_loss is None:
             cells.append(result.status if result else "not run")
@@ -230,12 +231,12 @@ def _rate_cells(outcome: Outcome, rule: str, ratio: float, *, noise: str, width:
     return cells
 
 
-def transfer_text(outcome: Outcome, rule: str, *, noise: str) -> str:
+def transfer_text(study: StudyResults, rule: str, *, noise: str) -> str:
     """Whether the best rate is the same on every width; nothing to say of a single width."""
     found = {
         width: rate_text(choice)
-        for of_noise, width in outcome.plan.settings
-        if of_noise == noise and (choice := outcome.choice(rule, noise=noise, width=width))
+        for of_noise, width in study.plan.settings
+        if of_noise == noise and (choice := study.choice(rule, noise=noise, width=width))
     }
     if len(found) < 2:
         return ""
@@ -250,16 +251,16 @@ def rate_text(choice: Choice) -> str:
     return f"{choice.lr:g}" if choice.vector_ratio == 1 else f"{choice.lr:g} x{choice.vector_ratio:g}"
 
 
-def _token_section(outcome: Outcome, *, noise: str, ending: str) -> list[str]:
+def _token_section(study: StudyResults, *, noise: str, ending: str) -> list[str]:
     """Tokens of every rule to the reference's loss; nothing without a reference."""
-    config = outcome.plan.config
+    config = study.plan.config
     reference = config.claims.reference
     if reference is None:
         return []
     rows = []
     for rule in config.rules:
         ratio = token_ratio(
-            outcome.finished(rule, noise=noise), reference=outcome.finished(reference, noise=noise)
+            study.finished(rule, noise=noise), reference=study.finished(reference, noise=noise)
         )
         rows.append([config.title(rule), *_token_cells(ratio)])
     name = config.title(reference)
@@ -272,7 +273,7 @@ def _token_section(outcome: Outcome, *, noise: str, ending: str) -> list[str]:
     )
     head = ["rule", "mean", "min", "max", "tokens of each seed", "never"]
     picture = _picture("tokens_to_reference", config, noise=noise)
-    return [f"## Tokens to {name}'s loss{ending}", "\n\n".join([about, table(head, rows), picture])]
+    return [f"## Tokens to {name}'s loss{ending}", "\n\n".join([about, _table(head, rows), picture])]
 
 
 def _token_cells(ratio: TokenRatio | None) -> list[str]:
@@ -284,12 +285,12 @@ def _token_cells(ratio: TokenRatio | None) -> list[str]:
     return [*band, each, str(ratio.num_unreached)]
 
 
-def _failures(outcome: Outcome) -> str:
-    failed = outcome.failed()
+def _failures(study: StudyResults) -> str:
+    failed = study.failed()
     if not failed:
-        return f"None of {len(outcome.results)}."
+        return f"None of {len(study.results)}."
     rows = [[result.name, result.run.phase, result.status, _one_cell(result.error)] for result in failed]
-    return f"{len(failed)} of {len(outcome.results)}.\n\n{table(['run', 'phase', 'how', 'why'], rows)}"
+    return f"{len(failed)} of {len(study.results)}.\n\n{_table(['run', 'phase', 'how', 'why'], rows)}"
 
 
 def _one_cell(text: str | None) -> str:
@@ -299,17 +300,17 @@ def _one_cell(text: str | None) -> str:
 # --- method and limits --------------------------------------------------------------------------------
 
 
-def _method(outcome: Outcome, about: About) -> str:
+def _method(study: StudyResults, about: About) -> str:
     """Model, budget, corpus, code, machine; and every fragment."""
-    plan, config = outcome.plan, outcome.plan.config
+    plan, config = study.plan, study.plan.config
     run = plan.tuning_runs()[0]
-    first, planned = plan.config_of(run), plan.plan_of(run)
+    first, planned = plan.configs.of(run), plan.plan_of(run)
     widths = [_width(plan, width) for width in config.widths]
     provenance = about.provenance
     evaluation, schedule = first.evaluation, first.schedule
     rows = [
         ["phases", _phases(plan)],
-        ["effort", _effort(outcome.results.values())],
+        ["effort", _effort(study.results.values())],
         ["models", "; ".join(widths)],
         [
             "each run",
@@ -332,7 +333,7 @@ def _method(outcome: Outcome, about: About) -> str:
         ["machine", _machine(provenance.get("host") or describe_host())],
     ]
     return (
-        f"{table(['what', 'value'], rows)}\n\nKeys of every run, and of each rule besides:\n\n{_keys(plan)}"
+        f"{_table(['what', 'value'], rows)}\n\nKeys of every run, and of each rule besides:\n\n{_keys(plan)}"
     )
 
 
@@ -389,11 +390,11 @@ def _repeat(plan: StudyPlan, about: About) -> str:
     )
 
 
-def _limits(outcome: Outcome) -> list[str]:
+def _limits(study: StudyResults) -> list[str]:
     """What a reader might take from the numbers and must not."""
-    plan, config = outcome.plan, outcome.plan.config
+    plan, config = study.plan, study.plan.config
     run = plan.tuning_runs()[0]
-    planned, first = plan.plan_of(run), plan.config_of(run)
+    planned, first = plan.plan_of(run), plan.configs.of(run)
     tokens = planned.num_steps * planned.tokens_per_step
     share = tokens / planned.shape.num_parameters
     widths = len(config.widths)
@@ -416,10 +417,8 @@ def _limits(outcome: Outcome) -> list[str]:
 # --- Markdown -----------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
+    return "\n".join(markdown(head, rows))
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -13,7 +13,8 @@ from cluster import files
 from cluster.record import read_metrics
 from training.config import TrainConfig
 from training.study.config import RuleConfig
-from training.study.plan import REPORT, Run, StudyPlan, is_finished
+from training.study.plan import StudyPlan
+from training.study.runs import REPORT, StudyRun, is_finished
 
 FINISHED, DIVERGED, FAILED, NOT_RUN = "finished", "diverged", "failed", "not run"
 COLUMNS = (
@@ -24,7 +25,7 @@ Curve = tuple[tuple[int, float], ...]  # (tokens, validation loss in nats per to
 
 
 @dataclass(frozen=True)
-class Failure:
+class RunFailure:
     """A run that ended without a summary: its exit code, or None if it was lost, and its last words."""
 
     exit_code: int | None
@@ -44,7 +45,7 @@ class Result:
         error: why it failed or counts as diverged; its last lines.
     """
 
-    run: Run
+    run: StudyRun
     name: str
     status: str
     validation_loss: float | None = None
@@ -66,9 +67,9 @@ class Result:
         return {name: fields[name] for name in COLUMNS}
 
 
-def read_result(plan: StudyPlan, run: Run, failure: Failure | None = None) -> Result:
+def read_result(plan: StudyPlan, run: StudyRun, failure: RunFailure | None = None) -> Result:
     """What the run's directory says. `failure`: how it ended, where it did so without a summary."""
-    config = plan.config_of(run)
+    config = plan.configs.of(run)
     directory, name = config.run_directory, config.run.name
     if is_finished(directory):
         return _of_finished(run, config, directory)
@@ -77,7 +78,7 @@ def read_result(plan: StudyPlan, run: Run, failure: Failure | None = None) -> Re
     return Result(run, name, FAILED, error=str(failure), curve=_curve(directory))
 
 
-def _of_finished(run: Run, config: TrainConfig, directory: Path) -> Result:
+def _of_finished(run: StudyRun, config: TrainConfig, directory: Path) -> Result:
     summary, curve = files.read_json(directory / "summary.json"), _curve(directory)
     loss, start = summary.get("validation_loss"), curve[0][1] if curve else math.inf
     problem = divergence(loss, start=start)
@@ -156,11 +157,11 @@ def _edge(value: float, tried: Sequence[float]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyResults:
     """The results of a study, as far as there are any."""
 
     plan: StudyPlan
-    results: Mapping[Run, Result]
+    results: Mapping[StudyRun, Result]
 
     def tuning(self, rule: str, *, noise: str, width: str) -> list[Result]:
         """The tuning results of one rule in one setting, by ascending rate, missing ones left out."""
@@ -176,7 +177,7 @@ class Outcome:
         runs = self.report_runs(rule, noise=noise)
         return [self.results[run] for run in runs if run in self.results]
 
-    def report_runs(self, rule: str, *, noise: str) -> list[Run]:
+    def report_runs(self, rule: str, *, noise: str) -> list[StudyRun]:
         """The report runs of a rule under a noise, once it has a rate."""
         choice = self.choice(rule, noise=noise, width=self.plan.config.widest)
         if choice is None:
@@ -188,7 +189,7 @@ class Outcome:
         """Of these, the finished ones."""
         return [result for result in self.report(rule, noise=noise) if result.ok]
 
-    def next_runs(self) -> list[Run]:
+    def next_runs(self) -> list[StudyRun]:
         """Runs without a result that can start: tuning runs, and report runs of rules with a rate chosen."""
         plan = self.plan
         due = [run for run in plan.tuning_runs() if run not in self.results]
@@ -330,9 +331,9 @@ def mean_curve(results: Sequence[Result]) -> list[tuple[int, Spread]]:
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def write_tables(outcome: Outcome, directory: Path, *, about: Mapping[str, Any]) -> None:
+def write_tables(study: StudyResults, directory: Path, *, about: Mapping[str, Any]) -> None:
     """`results.csv`, one row per run; `results.json`, the same with the curves and where they come from."""
-    results = [outcome.results[run] for run in sorted(outcome.results, key=_order)]
+    results = [study.results[run] for run in sorted(study.results, key=_order)]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -351,5 +352,5 @@ def _finite_curve(curve: Curve) -> list[list[float | None]]:
     return [[tokens, loss if math.isfinite(loss) else None] for tokens, loss in curve]
 
 
-def _order(run: Run) -> tuple[Any, ...]:
+def _order(run: StudyRun) -> tuple[Any, ...]:
     return (run.phase == REPORT, run.noise, run.width, run.rule, run.vector_ratio, run.lr, run.seed)

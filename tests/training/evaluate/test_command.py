@@ -253,7 +253,7 @@ def test_a_group_of_tasks_with_examples_and_an_included_file(
     assert (found["choose"]["num_fewshot"], found["copy"]["num_fewshot"]) == (2, 0)  # 0 was said
     assert found["both"]["group"] and not found["choose"]["group"]
     assert found["both"]["value"] == pytest.approx((found["choose"]["value"] + found["copy"]["value"]) / 2)
-    assert "the model is no run" in result["perplexity"]["left_out"]
+    assert "the model is not a run" in result["perplexity"]["left_out"]
 
 
 def test_perplexity_is_that_of_transformers_on_the_validation_shards(
@@ -456,7 +456,9 @@ def no_such_model(trained: Path, tasks: Path) -> tuple[list[str], str]:
 
 
 def nothing_to_do(trained: Path, tasks: Path) -> tuple[list[str], str]:
-    return ["model=hf"], "tasks: none are named, and there is no perplexity to measure: the model is no run"
+    return [
+        "model=hf"
+    ], "tasks: none are named, and there is no perplexity to measure: the model is not a run"
 
 
 def damaged_weights(trained: Path, tasks: Path) -> tuple[list[str], str]:

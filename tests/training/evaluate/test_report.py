@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import ConfigError
 from cluster.runs import ModelDirectory
 from tests.commands import ROOT
 from tests.test_architecture import IMPORT_WITHOUT_TORCH
 from training.evaluate import harness
-from training.evaluate.checkpoint import check, find, named
-from training.evaluate.config import load
+from training.evaluate.checkpoint import find, named, shape_of
+from training.evaluate.config import EvaluateConfig
 from training.evaluate.report import last_line, table
 from training.model.shapes import SHAPES, to_hf_config
 
@@ -34,17 +35,17 @@ def test_the_keys_and_the_report_load_without_torch():
         (["dtype=float16"], "dtype: 'float16' is not one of"),
         (["batch_size=0"], "batch_size: must be at least 1"),
         (["limit=0"], "limit: must be at least 1"),
-        (["num_fewshot=-1"], "num_fewshot: must be 0 or more"),
+        (["num_fewshot=-1"], "num_fewshot: must not be negative"),
         (["endpoint=host:8000", "tasks=[a]"], "endpoint: 'host:8000' must begin with http:// or https://"),
         (["endpoint=http://host:8000"], "tasks: an endpoint is evaluated by tasks alone"),
         (["endpoint=http://host:8000", "tasks=[a]", "data=d"], "data: perplexity is measured locally"),
-        (["endpoint_model=m"], "endpoint_model: goes with endpoint, and only"),
+        (["endpoint_model=m"], "endpoint_model: only with endpoint"),
         (["tasks=hellaswag"], "tasks"),
     ],
 )
 def test_a_key_that_cannot_be_is_named(keys, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load(dotlist=keys)
+        layered.load(EvaluateConfig, dotlist=keys)
 
 
 def touch(file: Path, *, at: float) -> None:
@@ -79,11 +80,11 @@ def test_which_checkpoint_a_name_means(outputs):
 def test_a_checkpoint_without_a_tokenizer_or_of_another_architecture_is_refused(outputs):
     hf = outputs.parent / "hf"
     with pytest.raises(UserError, match=r"model: .*hf/tokenizer.json is missing"):
-        check(find("hf"))
+        shape_of(find("hf"))
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UserError, match=r"model: .*hf/config.json: model_type: 'gpt2' is not supported"):
-        check(find("hf"))
+        shape_of(find("hf"))
 
 
 RESULTS = {

@@ -11,10 +11,10 @@ import pytest
 from cluster import config as layered
 from cluster.config import ConfigError
 from training import config as training_config
-from training.study import command as study
-from training.study import config as study_config
+from training.study import command
 from training.study.config import RuleConfig, StudyConfig
-from training.study.plan import REPORT, TUNING, Run, StudyPlan, is_finished, label
+from training.study.config import load as load_study
+from training.study.plan import StudyPlan, describe_plan
 from training.study.plots import plot_study
 from training.study.report import (
     About,
@@ -31,10 +31,10 @@ from training.study.results import (
     FINISHED,
     NOT_RUN,
     Choice,
-    Failure,
-    Outcome,
     Result,
+    RunFailure,
     Spread,
+    StudyResults,
     TokenRatio,
     choose,
     difference,
@@ -45,6 +45,7 @@ from training.study.results import (
     tokens_to,
     write_tables,
 )
+from training.study.runs import REPORT, TUNING, StudyRun, is_finished
 
 BUDGET = 4096
 STUDY = {
@@ -72,7 +73,7 @@ def load(folder: Path, *dotlist: str, **changes: object) -> StudyConfig:
     """The study above in `folder`, with other sections and keys."""
     file = folder / "given.yaml"
     file.write_text(json.dumps(STUDY | changes))  # JSON is YAML
-    return study_config.load(file=file, dotlist=[f"directory={folder}", *dotlist])
+    return load_study(file=file, dotlist=[f"directory={folder}", *dotlist])
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> StudyPlan:
 
 def result(
     plan: StudyPlan,
-    run: Run,
+    run: StudyRun,
     loss: float,
     *,
     curve: tuple = (),
@@ -98,7 +99,7 @@ def result(
 ) -> Result:
     """A made-up result: its tuning loss is its validation loss plus 0.01."""
     return Result(
-        run, plan.config_of(run).run.name, status, loss, loss + 0.01, BUDGET, 2.0, error, "c0ffee", curve
+        run, plan.configs.of(run).run.name, status, loss, loss + 0.01, BUDGET, 2.0, error, "c0ffee", curve
     )  # fmt: skip
 
 
@@ -112,21 +113,21 @@ TUNED = {"adamw": (5.0, 4.0, 4.5), "muon": (4.2, 3.8, 3.5), "scion": (3.9, 3.7, 
 REPORTED = {"adamw": (4.0, 4.1, 3.9), "muon": (3.0, 3.1, 3.2), "scion": (3.0, 3.05, 3.1)}
 
 
-def outcome_of(plan: StudyPlan, *, num_report: int = 3) -> Outcome:
+def study_of(plan: StudyPlan, *, num_report: int = 3) -> StudyResults:
     """A whole study with the losses above."""
     results = {}
     for run in plan.tuning_runs():
         loss = TUNED[run.rule][plan.config.rules[run.rule].grid.index(run.lr)]
         results[run] = result(plan, run, loss, curve=line(loss))
-    outcome = Outcome(plan, results)
+    study = StudyResults(plan, results)
     for rule in plan.config.rules:
         for noise in plan.config.noises:
-            choice = outcome.choice(rule, noise=noise, width="w64")
+            choice = study.choice(rule, noise=noise, width="w64")
             rates = {"lr": choice.lr, "vector_ratio": choice.vector_ratio}
             for run in plan.report_runs(rule, **rates, noise=noise)[:num_report]:
                 loss = REPORTED[rule][plan.config.seeds.index(run.seed)]
                 results[run] = result(plan, run, loss, curve=line(loss))
-    return outcome
+    return study
 
 
 # --- configuration ------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def outcome_of(plan: StudyPlan, *, num_report: int = 3) -> Outcome:
         (["wandb=maybe"], "wandb: 'maybe' is not one of"),
         (["parallel_runs=0"], "parallel_runs: must be at least 1"),
         (["cpus_per_run=0"], "cpus_per_run: must be positive"),
-        (["gpus_per_run=2"], "gpus_per_run: must be 0 or 1"),
+        (["gpus_per_run=2"], "gpus_per_run: 2 is not one of: 0, 1"),
     ],
 )
 def test_a_configuration_that_makes_no_study_is_refused(tmp_path, dotlist, message):
@@ -187,7 +188,7 @@ def test_without_rules_or_widths_there_is_no_study(tmp_path):
 
 def test_unequal_grids_can_be_allowed_and_the_report_says_so(tmp_path):
     plan = StudyPlan(load(tmp_path, "rules.muon.grid=[0.1]", "equal_effort=false"))
-    text = describe_study(Outcome(plan, {}), about=about())
+    text = describe_study(StudyResults(plan, {}), about=about())
     assert "allowed to be unequal: points per grid are AdamW 3, Muon 1, scion 3" in text
 
 
@@ -216,7 +217,7 @@ def test_the_miniature_is_smaller_and_lies_elsewhere(tmp_path):
     assert small.config.study_directory == tmp_path / "s-smoke" != full.config.study_directory
     assert small.plan_of(small.tuning_runs()[0]).num_steps == 2
     assert full.plan_of(full.tuning_runs()[0]).num_steps == 8
-    text = describe_study(Outcome(small, {}), about=about())
+    text = describe_study(StudyResults(small, {}), about=about())
     assert "This is the miniature" in text and "schedule.tokens=1024" in text and "2 seed(s) make no" in text
 
 
@@ -235,16 +236,16 @@ def test_other_noise_is_tuned_on_the_widest_only(tmp_path):
     plan = StudyPlan(load(tmp_path, noise={"none": {}, "heavy": {"keys": ["optim.clip=0.5"]}}))
     assert plan.settings == [("none", "w64"), ("heavy", "w64"), ("none", "w32")]
     runs = plan.tuning_of(noise="heavy", width="w64", rule="muon")
-    assert [plan.config_of(run).optim.clip for run in runs] == [0.5] * 3
-    assert label(runs[0]) == "muon-w64-heavy-lr0.01-x0.1-seed0"
-    assert plan.num_report_runs == 2 * 3 * 3
+    assert [plan.configs.of(run).optim.clip for run in runs] == [0.5] * 3
+    assert runs[0].label == "muon-w64-heavy-lr0.01-x0.1-seed0"
+    assert len(plan.typical_runs()) - len(plan.tuning_runs()) == 2 * 3 * 3
 
 
 def test_a_run_is_configured_as_its_command_line_says(plan):
     report = plan.report_runs("muon", lr=0.03, vector_ratio=0.1, noise="none")
     for run in (plan.tuning_runs()[4], report[1]):
-        config = plan.config_of(run)
-        assert training_config.load(dotlist=plan.arguments(run)) == config
+        config = plan.configs.of(run)
+        assert training_config.load(dotlist=plan.configs.arguments(run)) == config
         assert config.optim.matrix.lr == run.lr and config.run.seed == run.seed
         assert config.launcher == "torch" and config.workers.count == 1
         assert (
@@ -257,7 +258,7 @@ def test_a_run_is_configured_as_its_command_line_says(plan):
 def test_a_changed_key_makes_another_run_and_where_it_is_kept_does_not(tmp_path):
     def name(*dotlist: str) -> str:
         plan = StudyPlan(load(tmp_path, *dotlist))
-        return plan.config_of(plan.tuning_runs()[0]).run.name
+        return plan.configs.of(plan.tuning_runs()[0]).run.name
 
     assert name() == name("project=p", "wandb=disabled", "directory=/elsewhere", "seeds=[5]")
     assert name().startswith("adamw-w64-lr0.001-seed0-")
@@ -267,10 +268,10 @@ def test_a_changed_key_makes_another_run_and_where_it_is_kept_does_not(tmp_path)
 
 
 def test_the_plan_says_what_is_to_come(plan):
-    text = plan.describe({}, parallel=2)
+    text = describe_plan(plan, {}, parallel=2)
     assert "27 = 18 tuning + 9 report" in text and "4,096 in 8 steps" in text
     assert "assuming 40 GFLOP/s per CPU" in text
-    text = plan.describe({"w32": 30.0, "w64": 60.0}, parallel=2)
+    text = describe_plan(plan, {"w32": 30.0, "w64": 60.0}, parallel=2)
     assert f"about {(9 * 30 + 18 * 60) / 2 / 60:.0f} minutes in all, as measured" in text
 
 
@@ -278,12 +279,12 @@ def test_the_plan_says_what_is_to_come(plan):
 
 
 def leave(
-    plan: StudyPlan, run: Run, *, loss: float | None = 3.0, summary: bool = True, start: float = 5.0
+    plan: StudyPlan, run: StudyRun, *, loss: float | None = 3.0, summary: bool = True, start: float = 5.0
 ) -> Path:
     """The files that a run leaves in its directory."""
-    directory = plan.directory_of(run)
+    directory = plan.configs.directory(run)
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(layered.to_yaml(plan.config_of(run)))
+    (directory / "config.yaml").write_text(layered.to_yaml(plan.configs.of(run)))
     rows = [{"step": 0, "tokens": 0, "validation_loss": start}, {"step": 4, "tokens": 2048, "loss": 4.0}]
     rows.append({"step": 8, "tokens": BUDGET, "validation_loss": loss})
     if loss is None:
@@ -298,13 +299,13 @@ def leave(
 
 def test_a_run_is_finished_by_its_summary_under_its_very_configuration(fresh, tmp_path):
     run = fresh.tuning_runs()[0]
-    assert not is_finished(fresh.directory_of(run))
+    assert not is_finished(fresh.configs.directory(run))
     directory = leave(fresh, run, summary=False)
     assert not is_finished(directory)
     (directory / "summary.json").write_text("{}")
     assert is_finished(directory)
     other = StudyPlan(load(tmp_path, "rules.adamw.keys=[optim.matrix.rule=adamw,optim.clip=0.5]"))
-    assert not is_finished(other.directory_of(run)) and label(run) in other.directory_of(run).name
+    assert not is_finished(other.configs.directory(run)) and run.label in other.configs.directory(run).name
 
 
 def test_a_finished_run_is_read_from_its_files(fresh):
@@ -321,7 +322,7 @@ def test_what_did_not_finish_is_told_apart(fresh):
     run, other, third, fourth = fresh.tuning_runs()[:4]
     assert read_result(fresh, run).status == NOT_RUN
     leave(fresh, other, summary=False)
-    failed = read_result(fresh, other, Failure(1, "error: disk full"))
+    failed = read_result(fresh, other, RunFailure(1, "error: disk full"))
     assert failed.status == FAILED and failed.error == "exit code 1: error: disk full" and not failed.ok
     leave(fresh, third, loss=None)
     assert read_result(fresh, third).status == DIVERGED
@@ -338,29 +339,29 @@ def test_divergence(loss, diverged):
 
 
 def test_report_runs_wait_for_all_tuning_runs_of_their_rule_on_the_widest_width(plan):
-    whole = outcome_of(plan, num_report=0)
-    assert Outcome(plan, {}).next_runs() == plan.tuning_runs()
+    whole = study_of(plan, num_report=0)
+    assert StudyResults(plan, {}).next_runs() == plan.tuning_runs()
     results = dict(whole.results)
     for run in plan.tuning_of(noise="none", width="w32"):
         del results[run]
     last = plan.tuning_of(noise="none", width="w64", rule="muon")[-1]
     del results[last]
-    due = Outcome(plan, results).next_runs()
+    due = StudyResults(plan, results).next_runs()
     report = [run for run in due if run.phase == REPORT]
     assert last in due and {run.rule for run in report} == {"adamw", "scion"}
     assert {(run.lr, run.width) for run in report if run.rule == "adamw"} == {(0.002, "w64")}
     assert [run.seed for run in report if run.rule == "adamw"] == [1, 2, 3]
-    assert outcome_of(plan).next_runs() == []
+    assert study_of(plan).next_runs() == []
 
 
 def test_a_failed_run_does_not_hold_the_others_up_and_a_rule_without_a_rate_has_no_report_run(plan):
-    results = dict(outcome_of(plan, num_report=0).results)
+    results = dict(study_of(plan, num_report=0).results)
     for run in plan.tuning_of(noise="none", width="w64", rule="adamw"):
         results[run] = result(plan, run, 9.0, status=FAILED)
-    outcome = Outcome(plan, results)
-    assert {run.rule for run in outcome.next_runs()} == {"muon", "scion"}
-    assert "adamw" in outcome.rules_without_a_result()
-    assert outcome_of(plan).rules_without_a_result() == []
+    study = StudyResults(plan, results)
+    assert {run.rule for run in study.next_runs()} == {"muon", "scion"}
+    assert "adamw" in study.rules_without_a_result()
+    assert study_of(plan).rules_without_a_result() == []
 
 
 def test_finished_runs_are_taken_in_and_lead_to_the_next_without_being_made_again(fresh):
@@ -368,12 +369,12 @@ def test_finished_runs_are_taken_in_and_lead_to_the_next_without_being_made_agai
         directory = leave(fresh, run)
         (directory / "checkpoints").mkdir()
     results: dict = {}
-    left = study._read_finished(fresh, results)
+    left = command._read_finished(fresh, results)
     assert set(results) == set(fresh.tuning_runs())
     assert len(left) == 9 and {run.phase for run in left} == {REPORT}
     assert not (directory / "checkpoints").exists()
     leave(fresh, left[0])
-    assert len(study._read_finished(fresh, results, running={left[1]})) == 7
+    assert len(command._read_finished(fresh, results, running={left[1]})) == 7
     assert left[0] in results
 
 
@@ -394,7 +395,7 @@ def test_finished_runs_are_taken_in_and_lead_to_the_next_without_being_made_agai
 def test_the_rate_with_the_lowest_tuning_loss_is_chosen(plan, tuned, expected):
     results = []
     for lr, loss in tuned.items():
-        run = Run(TUNING, "muon", lr, 1, "w64", "none", 0)
+        run = StudyRun(TUNING, "muon", lr, 1, "w64", "none", 0)
         results.append(Result(run, "r", FINISHED if loss else FAILED, validation_loss=0.0, tuning_loss=loss))
     assert choose(results, rule=RuleConfig(grid=(1, 2, 4))) == expected
 
@@ -411,17 +412,17 @@ def test_the_ratio_of_the_vectors_rate_is_a_second_dimension_of_the_grid(tmp_pat
     plan = StudyPlan(load(tmp_path, *tried, "rules.muon.vector_ratios=[0.1,0.2,0.4]"))
     runs = plan.tuning_of(noise="none", width="w64", rule="muon")
     assert len(runs) == 9
-    assert plan.config_of(runs[3]).optim.vector.lr == pytest.approx(0.01 * 0.2)
-    assert label(runs[3]) == "muon-w64-lr0.01-x0.2-seed0"
+    assert plan.configs.of(runs[3]).optim.vector.lr == pytest.approx(0.01 * 0.2)
+    assert runs[3].label == "muon-w64-lr0.01-x0.2-seed0"
     results = {run: result(plan, run, 3.0 - 0.1 * (run.lr == 0.02) * i) for i, run in enumerate(runs)}
-    outcome = Outcome(plan, results)
-    choice = outcome.choice("muon", noise="none", width="w64")
+    study = StudyResults(plan, results)
+    choice = study.choice("muon", noise="none", width="w64")
     assert (choice.lr, choice.vector_ratio, choice.edge, choice.ratio_edge) == (0.02, 0.4, None, "highest")
     assert "vector ratio, 0.4, is the highest of those tried" in edge_text(choice, "Muon", width="w64")
-    assert {run.vector_ratio for run in outcome.report_runs("muon", noise="none")} == {0.4}
-    text = describe_study(outcome, about=about())
+    assert {run.vector_ratio for run in study.report_runs("muon", noise="none")} == {0.4}
+    text = describe_study(study, about=about())
     assert "w64 x0.4" in text and "optim.vector.lr = 0.1 or 0.2 or 0.4 of it" in text
-    assert plot_study(outcome, tmp_path / "figures")
+    assert plot_study(study, tmp_path / "figures")
 
 
 @pytest.mark.parametrize(
@@ -442,8 +443,8 @@ def test_a_curve_with_a_loss_that_is_not_finite_reaches_no_target_there():
 
 
 def test_tokens_are_counted_to_the_references_mean_loss(plan):
-    outcome = outcome_of(plan)
-    adamw, muon = (outcome.finished(rule, noise="none") for rule in ("adamw", "muon"))
+    study = study_of(plan)
+    adamw, muon = (study.finished(rule, noise="none") for rule in ("adamw", "muon"))
     ratio = token_ratio(muon, reference=adamw)
     assert ratio.target == pytest.approx(4.0) and ratio.reference_tokens == BUDGET
     # Lines from 8 to 3, 3.1, 3.2 pass 4 after 4/5, 4/4.9 and 4/4.8 of the budget.
@@ -455,8 +456,8 @@ def test_tokens_are_counted_to_the_references_mean_loss(plan):
 
 
 def test_differences_are_taken_seed_by_seed_and_judged_by_the_baselines_band(plan):
-    outcome = outcome_of(plan)
-    scion, muon = (outcome.finished(rule, noise="none") for rule in ("scion", "muon"))
+    study = study_of(plan)
+    scion, muon = (study.finished(rule, noise="none") for rule in ("scion", "muon"))
     found = difference(scion, muon)
     assert found.by_seed.mean == pytest.approx(-0.05) and found.by_seed.low == pytest.approx(-0.1)
     assert found.verdict == "within" and difference(muon, scion).verdict == "within"
@@ -468,7 +469,7 @@ def test_differences_are_taken_seed_by_seed_and_judged_by_the_baselines_band(pla
 
 def test_spread_and_mean_curve(plan):
     assert Spread.of([1.0, 2.0, 6.0]) == Spread(3.0, 1.0, 6.0, 3) and Spread.of([]) is None
-    results = outcome_of(plan).finished("muon", noise="none")
+    results = study_of(plan).finished("muon", noise="none")
     tokens, spread = mean_curve(results)[-1]
     assert tokens == BUDGET and (spread.low, spread.high) == (3.0, 3.2) and spread.num == 3
     shorter = dataclasses.replace(results[0], curve=results[0].curve[:2])
@@ -501,8 +502,8 @@ def test_the_claim_of_tokens_says_reached_missed_or_never():
 
 
 def test_the_claim_of_difference_says_plainly_when_it_is_worse(plan):
-    outcome = outcome_of(plan)
-    scion, muon = (outcome.finished(rule, noise="none") for rule in ("scion", "muon"))
+    study = study_of(plan)
+    scion, muon = (study.finished(rule, noise="none") for rule in ("scion", "muon"))
     text = claim_of_difference(difference(scion, muon), "Transported Scion", "Scion")
     assert "Transported Scion minus Scion: -0.0500 nats per token" in text
     assert text.endswith("Transported Scion equals Scion within the seeds' band.")
@@ -520,33 +521,33 @@ def test_a_rate_at_the_end_of_its_grid_is_said_in_words(plan):
     assert "Muon at w64: the best rate, 0.04, is the highest of its grid" in said(0.04, "highest")
     assert "is the lowest of its grid" in said(0.01, "lowest") and "not tuned" in said(0.01, "only")
     assert "no tuning run finished" in edge_text(None, "Muon", width="w64")
-    found = claims(outcome_of(plan), noise="none")
+    found = claims(study_of(plan), noise="none")
     assert [text for text in found if "Muon at w64: the best rate, 0.04, is the highest" in text]
     assert not [text for text in found if text.startswith("AdamW at")]
 
 
 def test_transfer_is_said_of_several_widths(plan):
-    outcome = outcome_of(plan)
+    study = study_of(plan)
     assert (
-        transfer_text(outcome, "muon", noise="none") == "The best rate is the same on every width: 0.04 x0.1."
+        transfer_text(study, "muon", noise="none") == "The best rate is the same on every width: 0.04 x0.1."
     )
     run = plan.tuning_of(noise="none", width="w32", rule="muon")[0]
-    moved = Outcome(plan, {**outcome.results, run: result(plan, run, 1.0)})
+    moved = StudyResults(plan, {**study.results, run: result(plan, run, 1.0)})
     assert "changes with the width: 0.04 x0.1 on w64, 0.01 x0.1 on w32" in transfer_text(
         moved, "muon", noise="none"
     )
 
 
 def test_the_report_states_every_grid_budget_failure_and_source(plan):
-    outcome = outcome_of(plan)
+    study = study_of(plan)
     bad = plan.tuning_of(noise="none", width="w32", rule="scion")[0]
-    lost = outcome.report_runs("muon", noise="none")[2]
+    lost = study.report_runs("muon", noise="none")[2]
     results = {
-        **outcome.results,
+        **study.results,
         bad: result(plan, bad, 9.0, status=DIVERGED, error="not finite"),
         lost: Result(lost, "muon-lost", FAILED, error="exit code 1: a | b"),
     }
-    text = describe_study(Outcome(plan, results), about=about(), synthetic="slopes here")
+    text = describe_study(StudyResults(plan, results), about=about(), synthetic="slopes here")
     for part in (
         "# Study s",
         "2 of 27.",
@@ -572,22 +573,22 @@ def test_the_report_states_every_grid_budget_failure_and_source(plan):
 
 
 def test_a_study_without_failures_says_so_and_two_states_of_the_code_are_noticed(plan):
-    outcome = outcome_of(plan)
-    assert "None of 27." in describe_study(outcome, about=about())
-    run = next(iter(outcome.results))
-    mixed = {**outcome.results, run: dataclasses.replace(outcome.results[run], commit="0ld")}
-    text = describe_study(Outcome(plan, mixed), about=about())
+    study = study_of(plan)
+    assert "None of 27." in describe_study(study, about=about())
+    run = next(iter(study.results))
+    mixed = {**study.results, run: dataclasses.replace(study.results[run], commit="0ld")}
+    text = describe_study(StudyResults(plan, mixed), about=about())
     assert "more than one state of the code: 0ld, c0ffee" in text
 
 
 def test_an_empty_outcome_has_a_report_too(plan):
-    text = describe_study(Outcome(plan, {}), about=about())
+    text = describe_study(StudyResults(plan, {}), about=about())
     assert "not known" in text and "no run" in text
 
 
 def test_noise_has_sections_of_its_own(tmp_path):
     plan = StudyPlan(load(tmp_path, noise={"none": {}, "heavy": {"keys": ["optim.clip=0.5"]}}))
-    text = describe_study(outcome_of(plan), about=about())
+    text = describe_study(study_of(plan), about=about())
     assert "## Claims under noise none" in text and "## Claims under noise heavy" in text
     assert "figures/loss_tokens-heavy.png" in text and "noise heavy: optim.clip=0.5" in text
 
@@ -596,11 +597,11 @@ def test_noise_has_sections_of_its_own(tmp_path):
 
 
 def test_tables_have_a_row_for_every_run(plan, tmp_path):
-    outcome = outcome_of(plan)
+    study = study_of(plan)
     run = plan.tuning_runs()[0]
     curve = ((0, 5.0), (512, math.nan))
     broken = result(plan, run, math.nan, curve=curve, status=DIVERGED, error="not finite")
-    write_tables(Outcome(plan, {**outcome.results, run: broken}), tmp_path, about={"study": "s"})
+    write_tables(StudyResults(plan, {**study.results, run: broken}), tmp_path, about={"study": "s"})
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 27 and [row["phase"] for row in rows] == [TUNING] * 18 + [REPORT] * 9
@@ -616,15 +617,15 @@ def test_tables_have_a_row_for_every_run(plan, tmp_path):
 
 @pytest.mark.parametrize("num_report", [0, 3])
 def test_figures_are_drawn_of_what_there_is(plan, tmp_path, num_report):
-    paths = plot_study(outcome_of(plan, num_report=num_report), tmp_path / "figures")
+    paths = plot_study(study_of(plan, num_report=num_report), tmp_path / "figures")
     assert [path.name for path in paths] == ["loss_tokens.png", "loss_rate.png", "tokens_to_reference.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
 
 
 def test_without_a_reference_no_tokens_are_counted(tmp_path):
     plan = StudyPlan(load(tmp_path, claims={}))
-    assert "Tokens to" not in describe_study(outcome_of(plan), about=about())
-    assert len(plot_study(outcome_of(plan), tmp_path / "figures")) == 2
+    assert "Tokens to" not in describe_study(study_of(plan), about=about())
+    assert len(plot_study(study_of(plan), tmp_path / "figures")) == 2
 
 
 # --- the command's small parts ------------------------------------------------------------------------
@@ -632,24 +633,24 @@ def test_without_a_reference_no_tokens_are_counted(tmp_path):
 
 def test_the_last_step_is_that_of_the_last_whole_row(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    assert study.last_step(metrics) == 0
+    assert command.last_step(metrics) == 0
     rows = "".join(f'{{"step": {i}, "filling": "{"x" * 50}"}}\n' for i in range(300))
     metrics.write_text(rows + '{"step": 300, "fil')
-    assert study.last_step(metrics) == 299
+    assert command.last_step(metrics) == 299
     metrics.write_text('{"step"')
-    assert study.last_step(metrics) == 0
+    assert command.last_step(metrics) == 0
 
 
 def test_the_last_words_of_a_log_are_its_error(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("step 1\nerror: old\n--- again\nstep 2\nerror: the disk\nis full\n\n")
-    assert study.last_lines(log) == "error: the disk | is full"
+    assert command.last_lines(log) == "error: the disk | is full"
     log.write_text("".join(f"line {i}\n" for i in range(20)))
-    assert study.last_lines(log).split(" | ") == [f"line {i}" for i in range(12, 20)]
+    assert command.last_lines(log).split(" | ") == [f"line {i}" for i in range(12, 20)]
 
 
 def test_runs_at_once_follow_the_cpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(study.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert study.parallel_runs(load(tmp_path)) == 6
-    assert study.parallel_runs(load(tmp_path, "cpus_per_run=4")) == 1
-    assert study.parallel_runs(load(tmp_path, "parallel_runs=3")) == 3
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert command.parallel_runs(load(tmp_path)) == 6
+    assert command.parallel_runs(load(tmp_path, "cpus_per_run=4")) == 1
+    assert command.parallel_runs(load(tmp_path, "parallel_runs=3")) == 3

@@ -18,9 +18,10 @@ from optim.noise import KINDS
 from optim.rules import TransportedScion, new_state
 from optim.rules import step as oracle_step
 from tests.commands import ROOT
+from training.study.config import StudyConfig
 from training.study.synthetic.config import NOISES, SyntheticConfig, smoke
 from training.study.synthetic.problem import (
-    CONTENDERS,
+    METHODS,
     SPECTRAL,
     Problem,
     Stream,
@@ -321,7 +322,7 @@ def test_constants_are_carried_to_other_horizons_by_the_theory():
     grid[4, 1], grid[0, 2] = 1.0, 0.5
     picks = {
         name: _best(grid, [1, 2, 4, 8, 16], [0.8, 0.4, 0.2, 0.1], shortest=1 if row.any_average else 8)
-        for name, row in CONTENDERS.items()
+        for name, row in METHODS.items()
     }
     config, tuning = replace(TINY, tuning_horizon=5), {2.0: {"picks": picks}}
     for name, factor in (("batched", batched_theory), ("transported", transported_theory)):
@@ -395,7 +396,7 @@ def test_the_result_is_complete_json_and_its_numbers_agree(result):
             assert (np.diff(duals.mean(1)) < 0).all()
             assert (np.mean(row["later_duals"], 1) < duals.mean(1)).all()  # past the way down
             assert row["slope"][0] == pytest.approx(slopes(result["horizons"], duals.mean(1)))
-            assert row["theory"] == pytest.approx(-CONTENDERS[name].theory(moment["p"]).rate)
+            assert row["theory"] == pytest.approx(-METHODS[name].theory(moment["p"]).rate)
             for value, low, high in (row["slope"], row["later_slope"], *row["intervals"]):
                 assert low <= value <= high
             assert 0 < row["travel_share"] < 1  # a lower bound of the mean, F being convex
@@ -501,30 +502,31 @@ def test_the_picture_is_written(result, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("pairs", "message"),
     [
-        ({"rows": 0}, r"synthetic\.rows: must be at least 1"),
-        ({"width": 0.0}, r"synthetic\.width: must be positive"),
-        ({"distance": float("nan")}, r"synthetic\.distance: must be positive"),
-        ({"tail_margin": -0.1}, r"synthetic\.tail_margin: must be positive"),
-        ({"scale": -1.0}, r"synthetic\.scale: must not be negative"),
-        ({"seeds": 1}, r"synthetic\.seeds: must be at least 2"),
-        ({"tuning_seeds": 0}, r"synthetic\.tuning_seeds"),
-        ({"moments": ()}, r"synthetic\.moments: one or more"),
-        ({"moments": (2.0, 2.0)}, r"synthetic\.moments: .* all different"),
-        ({"moments": (2.0, 1.0)}, r"synthetic\.moments: each must lie in \(1, 2\]"),
-        ({"horizons": (8, 9)}, r"synthetic\.horizons: .* a slope needs three"),
-        ({"horizons": (8, 40)}, r"synthetic\.horizons"),
-        ({"tuning_horizon": 3}, r"synthetic\.tuning_horizon"),
-        ({"shortest_average": 6}, r"synthetic\.shortest_average: must be a power of two"),
-        ({"shortest_average": 64, "tuning_horizon": 6}, r"synthetic\.shortest_average: .* half"),
-        ({"noise": "levy"}, r"synthetic\.noise: 'levy' is not one of"),
-        ({"noise": "stable"}, r"synthetic\.noise: stable has tails up to 2"),
+        ("rows=0", "rows: must be at least 1"),
+        ("width=0", "width: must lie in (0, inf), not 0.0"),
+        ("distance=.nan", "distance: must lie in (0, inf), not nan"),
+        ("tail_margin=-0.1", "tail_margin: must lie in (0, inf)"),
+        ("scale=-1", "scale: must lie in [0, inf)"),
+        ("seeds=1", "seeds: must be at least 2"),
+        ("tuning_seeds=0", "tuning_seeds: "),
+        ("moments=[]", "moments: one or more"),
+        ("moments=[2,2]", "moments: one or more, all different"),
+        ("moments=[2,1]", "moments: must lie in (1, 2]"),
+        ("horizons=[8,9]", "horizons: two powers, at least two apart: a slope needs three"),
+        ("horizons=[8,40]", "horizons: must lie between 3 and 20"),
+        ("tuning_horizon=3", "tuning_horizon: must lie between 4 and 20"),
+        ("shortest_average=6", "shortest_average: 6 is not one of: 1, 2, 4"),
+        ("shortest_average=64 tuning_horizon=6", "shortest_average: must be at most half"),
+        ("noise=levy", "noise: 'levy' is not one of"),
+        ("noise=stable", "noise: stable has tails up to 2"),
     ],
 )
-def test_errors_name_the_key(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        replace(SyntheticConfig(), **changes)
+def test_errors_name_the_key(pairs, message):
+    with pytest.raises(ConfigError) as raised:
+        layered.load(StudyConfig, dotlist=[f"synthetic.{pair}" for pair in pairs.split()])
+    assert f"synthetic.{message}" in str(raised.value)
 
 
 def test_the_configuration_is_read_and_written_as_others():

@@ -1,11 +1,11 @@
-"""Convergence rates on a synthetic matrix problem, beside those of the theory: `run_synthetic`.
+"""A matrix problem whose constants are known, its noise, and the theory's exponents for it.
 
-**Theory** (Zhang & Lin, https://arxiv.org/abs/2605.18528; known to us are its abstract and its update
-rules). Noise has a bounded p-th moment, p in (1, 2]. Until the mean dual norm of the gradient is ε, Batched
-Scion takes ε^-(3p-2)/(p-1) gradients, and Transported Scion ε^-(5p-3)/(2p-2) if the Hessian is Lipschitz.
-Parameters that reach this follow from the descent lemma, as in Cutkosky and Mehta
-(https://arxiv.org/abs/2002.03305) for p = 2 and the Euclidean norm. With a = 1-β, e_t = m_t - ∇F(θ_t), Δ =
-F(θ_0) - min F and steps of length η:
+**Theory** (Zhang & Lin, https://arxiv.org/abs/2605.18528; we know its abstract and its update rules). The
+noise has a bounded p-th moment, p in (1, 2]. To reach a mean dual gradient norm of ε, Batched Scion needs
+ε^-(3p-2)/(p-1) gradients. Transported Scion needs ε^-(5p-3)/(2p-2) if the Hessian is Lipschitz. The
+parameters that reach these rates follow from the descent lemma, as in Cutkosky and Mehta
+(https://arxiv.org/abs/2002.03305) for p = 2 and the Euclidean norm. With a = 1-β, e_t = m_t - ∇F(θ_t),
+Δ = F(θ_0) - min F and steps of length η:
 
     mean over t < T of ‖∇F(θ_t)‖_* <= Δ/(ηT) + 2·mean ‖e_t‖_* + Lη/2
     Batched:      ‖e‖_* ~ Lη/a + σ_* a^((p-1)/p)       the average lags 1/a steps behind
@@ -16,54 +16,25 @@ F(θ_0) - min F and steps of length η:
     Batched:      a ~ T^-p/(3p-2)    η ~ T^-(2p-1)/(3p-2)    ε ~ T^-(p-1)/(3p-2)
     Transported:  a ~ T^-2p/(5p-3)   η ~ T^-(3p-1)/(5p-3)    ε ~ T^-(2p-2)/(5p-3)
 
-Scion at Transported's parameters keeps its lag, Lη/a ~ T^-(p-1)/(5p-3), half of that exponent: the control.
+The control is Scion at Transported's parameters. It keeps its lag, Lη/a ~ T^-(p-1)/(5p-3): half of
+Transported's exponent.
 
-**Problem.** F(X) = δ² Σ log cosh(X_ij/δ), ∇F = δ tanh(X/δ): convex, flat far out, and quadratic around its
-only minimum, 0. Per entry |h''| <= 1 and |h'''| <= 4/(3√3 δ). Let ‖·‖ be the largest singular value and n =
-min(r, c). Then ‖D‖_F² <= n‖D‖² and |D_ij| <= ‖D‖, hence
+**Problem.** F(X) = δ² Σ log cosh(X_ij/δ), ∇F = δ tanh(X/δ). F is convex, linear far out, and quadratic
+around its only minimum, 0. Per entry |h''| <= 1 and |h'''| <= 4/(3√3 δ). Let ‖·‖ be the largest singular
+value and n = min(r, c). Then ‖D‖_F² <= n‖D‖² and |D_ij| <= ‖D‖, hence
 
     |∇²F[D, E]| <= ‖D‖_F ‖E‖_F <= n ‖D‖ ‖E‖                            L = n
     |∇³F[D, E, G]| <= max|h'''| max|G_ij| ‖D‖_F ‖E‖_F                  ρ = 4n / (3√3 δ)
 
-Both are attained, by D = E = G = [I 0].
+D = E = G = [I 0] attains both.
 
-**Noise** of `optim.noise` on each entry, its tail index `tail_margin` above p. Symmetric noise is no
-adversary of a method that normalises: one noisy gradient points right more often than wrong, and averages
-bring nothing but lag. By default it is therefore ±(|ξ| - E|ξ|), with signs fixed by the seed: most draws
-mislead a little, the rare large ones make up for it, and only an average of many gradients is right. Its
-p-th moment is at most 2^(2-p) scale^p, because taking the mean off has norm 1 in L², 2 in L¹ and 2^(2/p-1)
-in between (Riesz and Thorin). As ‖Z‖_* <= √n ‖Z‖_F, σ_* <= √n (rc)^(1/p) 2^(2/p-1) scale. So close to the
-tail index, much of the moment lies in values rarer than any run draws (see `Noise.sample`).
-
-**Tuning.** The constants of a and η are found once, at the tuning horizon and on streams of its own, from
-one grid for both rules. Averages of fewer than `shortest_average` gradients, 1/a, are tried and shown but
-not taken: the theory lets a → 0, and without an average there is nothing to transport. "Scion, any average"
-may take them, and shows what a practitioner loses by the theory.
-
-**What slopes can show.** F is convex, so the mean of all iterates is at least (F(θ_0) - F(θ_T)) / (ηT),
-which falls as the theory says whatever the noise. A slope can be shallower than that, where lag or noise
-fall more slowly, but not steeper in the long run. The mean of the later half is free of this way down.
-Neither says what the best parameters of each horizon would reach: around its minimum F is strongly convex.
-Intervals are bootstrapped over seeds, each with its own start, signs and noise. They hold no error of the
-power law; the slope over the longer half of the horizons shows how much that bends.
-
-**Transport from zero momentum**, as `optim.rules.new_state` gives it, is exact with β/(1-β)·(1-β^t) after
-step t: the weighted mean of all points is then θ_t. The full factor from the first step on overshoots for
-1/a steps; `ramp_steps` = 1/a, used here, comes close to the exact one. It matters: at T = 512 and p = 2,
-averages of 256 end at a mean dual norm of 2.1 with it and of 6.8 without, where Scion has 6.2.
-
-**Found** with the defaults (`describe` prints current numbers): slopes at p = 2 and 1.5 are -0.256 and
--0.223 for Transported, -0.206 and -0.175 for Batched, -0.187 and -0.153 for the control: the order that the
-theory predicts. What speaks against it:
-
-- Gains are those of long averages. Against Scion that may average a single gradient, Transported ends 18%
-  lower at p = 2 and 7% higher at p = 1.5.
-- With `skewed=false` Scion is best with no average at all; at p = 1.5 Transported ends 17% above that.
-- With `scale=5 width=2` noise rules. Batched comes closer to its theory, -0.226 and -0.190; Transported has
-  -0.200 and -0.190 and gains nothing (ratios 1.06 and 1.00). The noise of an average moves the weights by
-  η/a in one direction, so they settle near √(Lη/a · σ_* a^((p-1)/p)). With Transported's parameters this
-  falls three quarters as fast as ε, until the lag Lη/a exceeds the noise; before, transport has nothing to
-  win.
+**Noise** is that of `optim.noise` on each entry, with tail index p + `tail_margin`. Symmetric noise does not
+hurt a method that normalises: one noisy gradient points right more often than wrong, so averages only add
+lag. The default noise is therefore ±(|ξ| - E|ξ|), with signs fixed by the seed: most draws mislead a little,
+the rare large ones make up for it, and only an average of many gradients is right. Its p-th moment is at most
+2^(2-p) scale^p, because subtracting the mean has norm 1 in L², 2 in L¹ and 2^(2/p-1) in between
+(Riesz-Thorin). As ‖Z‖_* <= √n ‖Z‖_F, σ_* <= √n (rc)^(1/p) 2^(2/p-1) scale. So close to the tail index, much
+of the moment lies in values rarer than any run draws (see `Noise.sample`).
 """
 
 import math
@@ -100,18 +71,20 @@ def transported_theory(p: float) -> Exponents:
 
 
 def control_theory(p: float) -> Exponents:
-    """Scion at Transported's parameters: what is left of the rate is that of its lag, Lη/(1-β)."""
+    """Scion at Transported's parameters: its lag Lη/(1-β) sets the rate."""
     average, step, _ = transported_theory(p)
     return Exponents(average, step, step - average)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Attributes:
-    theory: p -> exponents of its parameters and its rate.
-    transported: it runs Transported Scion, else Scion.
-    tuned_as_transported: its constants are those of Transported Scion, else of Scion.
-    any_average: it may take averages below `shortest_average`.
+class Method:
+    """A rule and the way its parameters are chosen.
+
+    Attributes:
+        theory: p -> exponents of its parameters and its rate.
+        transported: it runs Transported Scion, else Scion.
+        tuned_as_transported: its constants are those of Transported Scion, else of Scion.
+        any_average: it may use averages below `shortest_average`.
     """
 
     title: str
@@ -121,11 +94,11 @@ class Contender:
     any_average: bool = False
 
 
-CONTENDERS = {
-    "batched": Contender("Batched Scion", batched_theory),
-    "transported": Contender("Transported Scion", transported_theory, True, True),
-    "control": Contender("control: Scion at Transported's parameters", control_theory, False, True),
-    "any_average": Contender("Scion, any average", batched_theory, any_average=True),
+METHODS = {
+    "batched": Method("Batched Scion", batched_theory),
+    "transported": Method("Transported Scion", transported_theory, True, True),
+    "control": Method("control: Scion at Transported's parameters", control_theory, False, True),
+    "any_average": Method("Scion, any average", batched_theory, any_average=True),
 }
 
 
@@ -134,7 +107,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """F(X) = width² Σ log cosh(X/width) of matrices [..., r, c], and the constants of the module's text."""
+    """F(X) = width² Σ log cosh(X/width) of matrices [..., r, c], and its constants (see the module)."""
 
     rows: int
     cols: int
@@ -142,7 +115,7 @@ class Problem:
 
     @property
     def gradient_lipschitz(self) -> float:
-        """L of ‖∇F(X) - ∇F(Y)‖_* <= L ‖X - Y‖, with the largest singular value and its dual."""
+        """L of ‖∇F(X) - ∇F(Y)‖_* <= L ‖X - Y‖: the largest singular value and its dual norm."""
         return float(min(self.rows, self.cols))
 
     @property

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from training.study.synthetic.problem import CONTENDERS
+from cluster.display import COLORS, figure, markdown, save
+from training.study.synthetic.problem import METHODS
 
 
 def slope_verdict(slope: Sequence[float], theory: float) -> str:
@@ -53,10 +54,6 @@ def _problem_text(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def _slope_table(result: dict[str, Any]) -> list[str]:
     header = (
         "p",
@@ -75,7 +72,7 @@ def _slope_table(result: dict[str, Any]) -> list[str]:
             rows.append(
                 (
                     f"{moment['p']:g}",
-                    CONTENDERS[name].title,
+                    METHODS[name].title,
                     f"{theory:.3f}, ε^{1 / theory:.2f}",
                     _interval(slope),
                     f"ε^{1 / slope[0]:.2f}" if slope[0] < 0 else "never",
@@ -84,7 +81,7 @@ def _slope_table(result: dict[str, Any]) -> list[str]:
                     slope_verdict(slope, theory),
                 )
             )
-    return _table(header, rows)
+    return list(markdown(header, rows))
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -96,7 +93,7 @@ def _gain_list(result: dict[str, Any]) -> list[str]:
     for moment in result["moments"]:
         p, rows = moment["p"], moment["contenders"]
         for name, ratios in moment["gain"].items():
-            other = CONTENDERS[name].title.removeprefix("control: ")
+            other = METHODS[name].title.removeprefix("control: ")
             lines.append(f"- p = {p:g}: {gain_verdict(ratios[-1], other)}.")
         low, high = moment["slope_difference"][1:]
         told = "not distinct" if low <= 0 <= high else "distinct"
@@ -119,23 +116,23 @@ def _tuning_text(result: dict[str, Any]) -> list[str]:
         for name, free in (("batched", "any_average"), ("transported", "transported_any_average")):
             least = [f"{min(duals):.2f}" for duals in tuning[name]]
             taken = (_taken(picks[name]), _taken(picks[free]))
-            rows.append((f"{moment['p']:g}", CONTENDERS[name].title, *least, *taken))
+            rows.append((f"{moment['p']:g}", METHODS[name].title, *least, *taken))
         if picks["any_average"]["dual"] < picks["batched"]["dual"]:
             bound.append(f"p = {moment['p']:g}")
     lines = [
         f"Tuning at T = {2 ** config['tuning_horizon']} with {config['tuning_seeds']} seeds of its own: "
         f"averages of 1/(1-β) = {', '.join(map(str, averages))} gradients by step lengths "
         f"η = {', '.join(f'{lr:g}' for lr in lrs)}, {len(averages) * len(lrs)} pairs for each rule. Averages "
-        f'below {config["shortest_average"]} could be taken by "{CONTENDERS["any_average"].title}" only. '
+        f'below {config["shortest_average"]} could be taken by "{METHODS["any_average"].title}" only. '
         "Least mean dual norm over η, by average:",
         "",
-        *_table(header, rows),
+        *markdown(header, rows),
     ]
     if bound:
         lines += [
             "",
             f"That bound costs Batched Scion something at {' and '.join(bound)}: for practice the fair "
-            f'comparison is the one with "{CONTENDERS["any_average"].title}".',
+            f'comparison is the one with "{METHODS["any_average"].title}".',
         ]
     return lines
 
@@ -146,7 +143,7 @@ def _taken(pick: dict[str, Any]) -> str:
 
 def _limits_text(result: dict[str, Any]) -> list[str]:
     shares = ", ".join(
-        f"{moment['contenders'][name]['travel_share']:.0%} ({CONTENDERS[name].title}, p = {moment['p']:g})"
+        f"{moment['contenders'][name]['travel_share']:.0%} ({METHODS[name].title}, p = {moment['p']:g})"
         for moment in result["moments"]
         for name in ("batched", "transported")
     )
@@ -163,18 +160,13 @@ def _limits_text(result: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: Path) -> Path:
     """Mean dual norm against T, log-log, a panel for each p; dashed: the theory's slopes. Writes `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     horizons, moments = np.array(result["horizons"], dtype=float), result["moments"]
-    figure, panels = plt.subplots(1, len(moments), figsize=(6 * len(moments), 5), dpi=120, squeeze=False)
-    for axes, moment in zip(panels[0], moments, strict=True):
+    drawn, panels = figure(6 * len(moments), 5, columns=len(moments))
+    for axes, moment in zip(panels, moments, strict=True):
         for color, (name, row) in enumerate(moment["contenders"].items()):
             value, low, high = np.array(row["intervals"]).T
-            label = f"{CONTENDERS[name].title}: {row['slope'][0]:.3f} (theory {row['theory']:.3f})"
-            style = {"color": f"C{color}", "alpha": 1.0 if name in ("batched", "transported") else 0.5}
+            label = f"{METHODS[name].title}: {row['slope'][0]:.3f} (theory {row['theory']:.3f})"
+            style = {"color": COLORS[color], "alpha": 1.0 if name in ("batched", "transported") else 0.5}
             axes.errorbar(
                 horizons, value, (value - low, high - value), fmt="o", markersize=4, label=label, **style
             )
@@ -183,10 +175,5 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set(yscale="log", title=f"p = {moment['p']:g}")
         axes.set(xlabel="T (gradients)", ylabel="mean dual norm of the gradient")
-        axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # off the points
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+    return save(drawn, path)
