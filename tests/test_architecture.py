@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ONE_AFTER_ANOTHER
+
 ROOT = Path(__file__).parents[1]
 MOST_FILES = 16
 ROOMS = ("cluster", "optim", "training", "serving")
@@ -133,6 +135,7 @@ TORCH_FREE = (
     "cluster.parity",
     "cluster.parity.plots",
     "serving.endpoint.prompts",
+    "serving.peers.contender_process",
     "serving.peers.races",
     "serving.bench.report",
     "serving.engine.scheduler",
@@ -373,3 +376,7 @@ def test_some_modules_run_without_torch():
     command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *named, "optim.polar"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == ["optim.polar: torch is blocked"]  # the last one shows that the block works
+
+
+def test_the_files_that_one_worker_runs_are_there():
+    assert [file for file in ONE_AFTER_ANOTHER if not (ROOT / file).is_file()] == []
