@@ -1,7 +1,8 @@
 """Who takes part in the race under ZeRO: optimizers under one DeepSpeed configuration, ready to step."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim.bench.step_race import LR, MOMENTUM, WEIGHT_DECAY, Shapes
-from optim.bench.traffic import Traffic, calls_of_deepspeeds_muon
+from optim.bench.traffic import Traffic
 from optim.groups import partition
 from optim.rules import Muon
 
@@ -131,7 +132,7 @@ class Entry:
         """One step without the clock."""
         before = self.optimizer.num_transforms if self.contender.kind == "ours" else 0
         loss = self.engine()
-        with calls_of_deepspeeds_muon() as calls, traffic.counting():
+        with _calls_of_deepspeeds_muon() as calls, traffic.counting():
             self.engine.backward(loss)
             backward_bytes = traffic.sent_bytes
             self.engine.step()
@@ -195,3 +196,22 @@ def differences(entries: Mapping[str, Entry]) -> dict[str, float]:
             ours = entries[entry.contender.ours].weights()
             found[name] = ((entry.weights() - ours).norm() / ours.norm()).item()
     return found
+
+
+@contextmanager
+def _calls_of_deepspeeds_muon() -> Iterator[list[int]]:
+    """A list that gets a 1 for each matrix that DeepSpeed orthogonalises on this rank."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    calls: list[int] = []
+    muon_update = original_muon.muon_update
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return muon_update(*args, **kwargs)
+
+    original_muon.muon_update = counted  # its callers import it by name at each step
+    try:
+        yield calls
+    finally:
+        original_muon.muon_update = muon_update

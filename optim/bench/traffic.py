@@ -1,4 +1,4 @@
-"""Counts of one step: bytes that a rank sends, and matrices that DeepSpeed orthogonalises."""
+"""Counts the bytes that a rank sends in torch.distributed's collectives."""
 
 import functools
 import inspect
@@ -7,25 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-
-
-@contextmanager
-def calls_of_deepspeeds_muon() -> Iterator[list[int]]:
-    """A list that gets a 1 for each matrix that DeepSpeed orthogonalises on this rank."""
-    from deepspeed.runtime.zero.muon import original_muon
-
-    calls: list[int] = []
-    muon_update = original_muon.muon_update
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return muon_update(*args, **kwargs)
-
-    original_muon.muon_update = counted  # its callers import it by name at each step
-    try:
-        yield calls
-    finally:
-        original_muon.muon_update = muon_update
 
 
 class Traffic:
