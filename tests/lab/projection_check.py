@@ -25,7 +25,7 @@ from tests.lab.projection_ranks import COLLECTIVES
 from training import config as training_config
 from training.config import SCION_RULES, TrainConfig
 from training.plan import make_plan
-from training.projection.step_model import PARTS, Links, Step, basis_from_row, step_seconds
+from training.projection.step_model import PARTS, Interconnect, Step, basis_from_row, step_seconds
 from training.projection.traffic import job_of
 
 WHAT = "projection"  # in the baseline's name
@@ -171,7 +171,7 @@ def predict(
         memory_bytes_per_s=together["passes_gb_per_s"] * 1e9,
     )
     hop = together["all_reduce_latency_us"] * 1e-6 / (2 * (workers - 1))
-    links = Links(
+    links = Interconnect(
         name="gloo",
         bytes_per_s={kind: together[f"{kind}_gb_per_s"] * 1e9 for kind in COLLECTIVES},
         node_bytes_per_s=inf,

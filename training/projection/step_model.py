@@ -74,12 +74,12 @@ class Basis:
     memory_bytes_per_s: float
     optimizer_factor: float = 1.0
     peak_tflops: float | None = None
-    links: "Links | None" = None
+    links: "Interconnect | None" = None
     network: "Network" = NO_NETWORK
 
 
 @dataclass(frozen=True, kw_only=True)
-class Links:
+class Interconnect:
     """What ranks send through.
 
     Attributes:
@@ -95,7 +95,7 @@ class Links:
 
 
 @dataclass(frozen=True)
-class Spent:
+class CollectiveSeconds:
     """Seconds of a collective, by what they wait for."""
 
     transfer: float
@@ -104,8 +104,8 @@ class Spent:
 
 
 def ring_seconds(
-    kind: str, num_bytes: float, *, calls: int, num_ranks: int, num_nodes: int, links: Links
-) -> Spent:
+    kind: str, num_bytes: float, *, calls: int, num_ranks: int, num_nodes: int, links: Interconnect
+) -> CollectiveSeconds:
     """Of `calls` collectives over `num_bytes` in all: see this module's description."""
     inner = links.bytes_per_s[kind]
     crosses = num_nodes > 1 and links.node_bytes_per_s < inner
@@ -113,7 +113,7 @@ def ring_seconds(
     turns = 2 if kind == "all_reduce" else 1
     between = turns * (num_nodes - 1)
     choices = [
-        Spent(
+        CollectiveSeconds(
             SHARES[kind](num_ranks) * num_bytes / (share * rate),
             calls * ((turns * (num_ranks - 1) - between) * hop + between * node_hop),
             crosses,
@@ -123,12 +123,12 @@ def ring_seconds(
     return min(choices, key=lambda spent: spent.transfer + spent.latency)
 
 
-def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Links) -> Spent:
+def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Interconnect) -> CollectiveSeconds:
     """To the owners and back: the busiest GPU's link or the busiest node's, and one hop for each peer."""
     inner = travels.worst_rank_bytes / links.bytes_per_s["all_to_all"]
     outer = travels.worst_node_bytes / links.node_bytes_per_s if num_nodes > 1 else 0.0
     hop = min(node_hop if num_nodes > 1 else hop for hop, node_hop, _ in links.protocols)
-    return Spent(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
+    return CollectiveSeconds(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
 
 
 def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
@@ -176,7 +176,9 @@ class Step:
         return max(self.seconds, key=lambda part: self.seconds[part])
 
 
-def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Links) -> Step:
+def step_seconds(
+    job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Interconnect
+) -> Step:
     """Predict a step of the rank that has most to do."""
     plans = traffic.ownership(job)
     num_nodes = ceil(job.num_ranks / ranks_per_node)
@@ -185,7 +187,7 @@ def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: 
     seconds["optimizer"] = optimizer_seconds(job, plans, basis)
     beside = {"forward": 0.0, "backward": 0.0}
 
-    def add(spent: Spent) -> float:
+    def add(spent: CollectiveSeconds) -> float:
         seconds["inter-node link" if spent.crosses else "intra-node link"] += spent.transfer
         seconds["latency"] += spent.latency
         return spent.transfer + spent.latency

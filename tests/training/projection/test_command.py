@@ -15,12 +15,15 @@ from optim.groups import TABLE_BLOCK_ROWS
 from optim.step.ownership import make_plan
 from tests.lab import projection_check
 from training.model.shapes import SHAPES, LlamaShape
+from training.projection import basis as projection_basis
 from training.projection import command as projection
 from training.projection import step_model, traffic
-from training.projection.command import LinkConfig, ProjectionConfig, basis_of, divide, link_choices
+from training.projection.basis import basis_of, link_choices
+from training.projection.command import divide
+from training.projection.config import LinkConfig, ProjectionConfig
 from training.projection.step_model import (
     Basis,
-    Links,
+    Interconnect,
     Network,
     basis_from_row,
     exchange_seconds,
@@ -52,9 +55,11 @@ def job(stage: int, num_ranks: int, **other: Any) -> Job:
     return Job(stage=stage, num_ranks=num_ranks, **given)
 
 
-def links(gb_per_s: float, node_gb_per_s: float = 1e9, protocols: Any = ONE_PROTOCOL) -> Links:
+def links(gb_per_s: float, node_gb_per_s: float = 1e9, protocols: Any = ONE_PROTOCOL) -> Interconnect:
     rates = dict.fromkeys(KINDS, gb_per_s * 1e9)
-    return Links(name="x", bytes_per_s=rates, node_bytes_per_s=node_gb_per_s * 1e9, protocols=protocols)
+    return Interconnect(
+        name="x", bytes_per_s=rates, node_bytes_per_s=node_gb_per_s * 1e9, protocols=protocols
+    )
 
 
 # --- bytes ------------------------------------------------------------------------------------------------
@@ -408,7 +413,7 @@ def test_another_shape_of_the_baseline_is_scaled_by_its_flops_and_said_so(tmp_pa
 
 
 def test_without_a_baseline_the_datasheet_counts_and_the_output_says_so(monkeypatch):
-    monkeypatch.setattr(projection, "_found_baseline", lambda device: None)
+    monkeypatch.setattr(projection_basis, "_found_baseline", lambda device: None)
     basis = basis_of(ProjectionConfig())
     assert basis.source.startswith("ASSUMED, nothing measured: MFU 40% of 149.7 TFLOP/s")
     assert basis.compute_seconds_per_token == pytest.approx(9_111_601_152 / (0.4 * 149.7e12))

@@ -1,0 +1,196 @@
+"""How long the 1.4B model would train on N nodes: tokens/s, MFU and days, and what bounds each.
+
+    python -m training.projection [--config FILE] [--dry-run] [key=value ...]
+
+A step's seconds are training/projection/step_model.py's, of bytes counted in training/projection/traffic.py.
+Compute is that of the training cell of a baseline, or where there is none of the datasheet's peak at an
+assumed MFU; links are those that it measured in a node, and between nodes if it holds a preflight's, beside
+assumed ones. The headline hides no communication behind compute; `overlapped` hides all that `overlap_comm`
+can. Memory per GPU is training/plan.py's.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+from cluster import cli
+from cluster import config as layered
+from cluster.measure import hardware
+from training.config import (
+    BatchConfig,
+    MatrixOptimConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WorkersConfig,
+    ZeroConfig,
+)
+from training.plan import Plan, make_plan
+from training.projection import traffic
+from training.projection.basis import basis_of, link_choices
+from training.projection.config import ProjectionConfig
+from training.projection.step_model import PARTS, Basis, Step, step_seconds
+from training.projection.traffic import job_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a global batch divides over GPUs: `tokens`, the least from what is asked that does."""
+
+    tokens: int
+    micro_sequences: int
+    accumulation: int
+
+
+def divide(config: ProjectionConfig, num_gpus: int) -> Batch:
+    """At least one sequence for each GPU, equally many for all; as few micro-batches as fit."""
+    sequences = ceil(config.batch_tokens / (num_gpus * config.sequence_length))
+    micro = max(size for size in range(1, config.micro_sequences + 1) if sequences % size == 0)
+    return Batch(sequences * num_gpus * config.sequence_length, micro, sequences // micro)
+
+
+def project(config: ProjectionConfig, basis: Basis) -> list[dict[str, Any]]:
+    """One row for each number of nodes, stage and link, JSON-ready."""
+    rows = []
+    for num_nodes in config.nodes:
+        num_gpus = num_nodes * config.gpus_per_node
+        batch = divide(config, num_gpus)
+        for stage in config.stages:
+            asked = training_config_of(config, stage, batch)
+            plan = make_plan(asked, num_workers=num_gpus)
+            job = job_of(asked, plan.shape, num_ranks=num_gpus, accumulation=plan.accumulation)
+            assert job is not None, "ProjectionConfig allows only what is counted"
+            common = {
+                "memory_bytes": plan.total_memory_bytes,
+                "sent_bytes": dict(traffic.by_name(job)),
+            }
+            for links in link_choices(config.links, basis.links, basis.network):
+                step = step_seconds(
+                    job,
+                    tokens_per_rank=batch.tokens // num_gpus,
+                    ranks_per_node=config.gpus_per_node,
+                    basis=basis,
+                    links=links,
+                )
+                setting = {"nodes": num_nodes, "gpus": num_gpus, "zero_stage": stage, "link": links.name}
+                rows.append(setting | _figures(config, plan, batch, step, basis.peak_tflops) | common)
+    return rows
+
+
+def _figures(
+    config: ProjectionConfig, plan: Plan, batch: Batch, step: Step, peak_tflops: float | None
+) -> dict[str, Any]:
+    rate = batch.tokens / step.longest
+    share = peak_tflops and hardware.mfu(
+        tokens_per_second=rate,
+        flops_per_token=plan.flops_per_token,
+        num_devices=plan.num_workers,
+        peak_tflops=peak_tflops,
+    )
+    return {
+        **{f"batch_{name}": value for name, value in asdict(batch).items()},
+        "seconds": dict(step.seconds),
+        "step_seconds": step.longest,
+        "step_seconds_overlapped": step.shortest,
+        "tokens_per_second": rate,
+        "mfu": share,
+        "days": config.tokens / rate / 86400,
+        "days_overlapped": config.tokens / batch.tokens * step.shortest / 86400,
+        "bottleneck": step.bottleneck,
+    }
+
+
+def training_config_of(config: ProjectionConfig, stage: int, batch: Batch) -> TrainConfig:
+    """The training run that a row is about."""
+    return replace(
+        TrainConfig(),
+        precision="bf16",
+        model=ModelConfig(shape=config.shape, activation_checkpointing=config.activation_checkpointing),
+        batch=BatchConfig(
+            tokens=batch.tokens,
+            sequence_length=config.sequence_length,
+            micro_sequences=batch.micro_sequences,
+        ),
+        schedule=ScheduleConfig(tokens=max(int(config.tokens), batch.tokens)),
+        optim=OptimConfig(matrix=MatrixOptimConfig(rule=config.rule)),
+        zero=ZeroConfig(stage=stage, bucket_elements=config.bucket_elements),
+        workers=WorkersConfig(gpu=True),
+    )
+
+
+def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What is known and assumed, then a table for each number of nodes."""
+    sheet = hardware.lookup(config.device)
+    links = config.links
+    yield f"{config.shape} with {config.rule}, {config.tokens:,.0f} tokens, on {config.device}"
+    yield f"a GPU          {basis.source}"
+    yield (
+        f"in a node      ASSUMED: PCIe {links.pcie_gb_per_s:g} GB/s each way, NVLink "
+        f"{links.nvlink_gb_per_s:g} GB/s each way; set links.* to what `make preflight` measured"
+    )
+    if max(config.nodes) > 1:
+        yield f"between nodes  {basis.network.describe()}"
+    yield "no link's time is hidden behind compute, but in `days, overlapped`; bottleneck: the largest part"
+    for num_nodes in dict.fromkeys(row["nodes"] for row in rows):
+        chosen = [row for row in rows if row["nodes"] == num_nodes]
+        yield f"\n{batch_line(config, chosen[0])}"
+        yield (
+            f"{'ZeRO':<5}{'link in the node':<20}{'compute':>9}{'optim':>8}{'intra':>8}{'inter':>8}"
+            f"{'latency':>9}{'step s':>9}{'tok/s':>12}{'MFU':>7}{'days':>9}{'overlapped':>12}{'GB':>7}"
+            "  bottleneck"
+        )
+        for row in chosen:
+            parts = [row["seconds"][part] for part in PARTS]
+            over = sheet is not None and row["memory_bytes"] > sheet.memory_gb * 1e9
+            share = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            yield (
+                f"{row['zero_stage']:<5}{row['link']:<20}{parts[0]:>9.3f}{parts[1]:>8.3f}{parts[2]:>8.3f}"
+                f"{parts[3]:>8.3f}{parts[4]:>9.3f}{row['step_seconds']:>9.3f}{row['tokens_per_second']:>12,.0f}"
+                f"{share:>7}{row['days']:>9.2f}{row['days_overlapped']:>12.2f}"
+                f"{row['memory_bytes'] / 1e9:>7.1f}  {row['bottleneck']}{' (DOES NOT FIT)' if over else ''}"
+            )
+
+
+def batch_line(config: ProjectionConfig, row: Mapping[str, Any]) -> str:
+    """Nodes, GPUs and the batch, with what it had to grow to."""
+    nodes = "1 node" if row["nodes"] == 1 else f"{row['nodes']} nodes"
+    each = f"{row['batch_accumulation']} x {row['batch_micro_sequences']}"
+    line = (
+        f"{nodes}, {row['gpus']:,} GPUs: {row['batch_tokens']:,} tokens per step, "
+        f"{each} sequences of {config.sequence_length} on each"
+    )
+    if row["batch_tokens"] != config.batch_tokens:
+        line += (
+            f"\n  (batch_tokens={config.batch_tokens:,} does not divide over {row['gpus']:,} GPUs x "
+            f"{config.sequence_length}: grown to the least that does; it may need other learning rates)"
+        )
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    defaults = ProjectionConfig()
+    parser = cli.make_parser("training.projection", description=__doc__.splitlines()[0], keys=defaults)
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        config = layered.load(ProjectionConfig, file=options.config, dotlist=options.overrides)
+        basis = basis_of(config)
+        if options.dry_run:
+            about = f"a GPU: {basis.source}\nbetween nodes: {basis.network.describe()}"
+            print(f"{layered.to_yaml(config)}\n{about}")
+            return
+        rows = project(config, basis)
+        print(*describe(config, basis, rows), sep="\n")
+        sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
+        print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
+
+    return cli.run(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
