@@ -1,4 +1,4 @@
-"""What one GPU and its links do: from a file of `make baseline`, else from the datasheet. No torch."""
+"""Rates of one GPU and of its links: from a file of `make baseline`, else from the datasheet. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,26 +22,29 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def training_cell(baseline: Mapping[str, Any], *, shape: str, rule: str, path: Path) -> dict[str, Any]:
-    """The training cell measured on one node. Raises `UserError`, which lists those that there are."""
+    """The training cell measured on one node. Raises `UserError`, which lists the cells of the file."""
     cells = [c for c in baseline["cells"] if c.get("kind") == "training" and c.get("nodes", 1) == 1]
+    wanted = (shape, rule, "measured")
     for cell in cells:
-        if (cell.get("shape"), cell.get("rule"), cell.get("status")) == (shape, rule, "measured") and cell[
-            "rounds"
-        ]:
+        if (cell.get("shape"), cell.get("rule"), cell.get("status")) == wanted and cell["rounds"]:
             return cell
-    there = [
+    listed = [
         f"{cell.get('shape')} with {cell.get('rule')} ({cell.get('status')}"
         f"{': ' + cell['reason'] if cell.get('reason') else ''})"
         for cell in cells
     ]
     raise UserError(
         f"baseline: {path} has no measured training cell of {shape} with {rule}; it has "
-        f"{', '.join(there) or 'none'}; set baseline_shape to a measured one, or run `make baseline` again"
+        f"{', '.join(listed) or 'none'}; set baseline_shape to a measured one, or run `make baseline` again"
     )
 
 
 def basis_of(config: ProjectionConfig) -> Basis:
-    """From the baseline that is named or found, else from the datasheet. Raises `UserError`."""
+    """From the named baseline, else from one of this device in tests/baselines, else from the datasheet.
+
+    Raises:
+        UserError: a baseline that cannot be used, or a device without baseline and datasheet.
+    """
     sheet = hardware.lookup(config.device)
     path = Path(config.baseline) if config.baseline else _found_baseline(config.device)
     if path is not None:
@@ -125,29 +128,28 @@ def _basis_of_rows(
     return replace(basis, network=network, links=measured_links(ceilings.get("links"), network))
 
 
-def network_of(config: LinkConfig, found: Mapping[str, Any] | None = None, *, file: str = "") -> Network:
-    """What the key says; else what was measured; else NODE_GB_PER_S.
+def network_of(config: LinkConfig, measured: Mapping[str, Any] | None = None, *, file: str = "") -> Network:
+    """The key, else the measurement, else NODE_GB_PER_S.
 
     Args:
-        found: `cluster.measure.probe.Links` of one rank on every node (`cluster.preflight`), the bus
-        bandwidth of
-            whose all-reduce is what a node's network carries each way while one GPU drives it; a `problem`;
-            or None.
-        file: of the baseline that holds them.
+        measured: `cluster.measure.probe.Links` of one rank on each node, from the preflight. The bus
+            bandwidth of its all-reduce is what a node's network carries each way while one GPU drives it.
+            Or a `problem`, or None.
+        file: the baseline that contains it.
     """
     if config.node_gb_per_s is not None:
         return Network(config.node_gb_per_s * 1e9, "as links.node_gb_per_s says")
-    if found and LINK_PEAK in found:
-        nodes = f"all-reduce over {found['num_ranks']} nodes, one rank on each"
-        rate = found[LINK_PEAK]["best"] * 1e9
+    if measured and LINK_PEAK in measured:
+        nodes = f"all-reduce over {measured['num_ranks']} nodes, one rank on each"
+        rate = measured[LINK_PEAK]["best"] * 1e9
         return Network(rate, f"measured by the preflight, in {file}: {nodes}")
-    failed = f"; the preflight's measurement failed: {found['problem']}" if found else ""
+    failed = f"; the preflight's measurement failed: {measured['problem']}" if measured else ""
     return Network(NODE_GB_PER_S * 1e9, f"ASSUMED, 25 GbE at its best{failed}")
 
 
 def measured_links(found: Mapping[str, Any] | None, network: Network) -> Interconnect | None:
-    """`cluster.measure.probe.Links` as a baseline has them; None where they were not measured."""
-    if not found or found.get("num_ranks", 1) < 2:  # or the problem that kept them from being measured
+    """From the `cluster.measure.probe.Links` of a baseline; None if they were not measured."""
+    if not found or found.get("num_ranks", 1) < 2:  # one rank, or only a `problem`
         return None
     ring, pairs = (found[f"{kind}_gb_per_s"]["best"] * 1e9 for kind in ("all_reduce", "all_to_all"))
     hop = found["all_reduce_latency_us"] * 1e-6 / (2 * (found["num_ranks"] - 1))
@@ -160,18 +162,18 @@ def measured_links(found: Mapping[str, Any] | None, network: Network) -> Interco
 
 
 def link_choices(config: LinkConfig, measured: Interconnect | None, network: Network) -> list[Interconnect]:
-    """Inside a node: as measured, PCIe alone, and NVLink pairs beside PCIe; between nodes the same network.
+    """In a node: as measured, PCIe alone, and NVLink pairs with PCIe. Between nodes: always `network`.
 
-    A ring over PCIe uses each GPU's link both ways. With pairs it leaves and enters each pair once, so two
-    rings in opposite directions use each PCIe link both ways again, and together carry twice as much, unless
-    the bridge is slower: min(NVLink, 2 PCIe). An upper bound: a host bridge that all share may carry less.
-    All-to-alls go between all GPUs, so at the speed of PCIe.
+    A ring over PCIe uses each GPU's link both ways. With NVLink pairs it crosses each pair once. Two
+    rings in opposite directions then use each PCIe link both ways and carry twice as much, unless the bridge
+    is slower: min(NVLink, 2 PCIe). This is an upper bound: a host bridge that all GPUs share may carry less.
+    All-to-alls go between all GPUs, so they run at the speed of PCIe.
     """
     pcie, nvlink = config.pcie_gb_per_s * 1e9, config.nvlink_gb_per_s * 1e9
     pairs = {**dict.fromkeys(SHARES, min(nvlink, 2 * pcie)), "all_to_all": pcie}
     alone = dict.fromkeys((*SHARES, "all_to_all"), pcie)
-    found = [
+    assumed = [
         Interconnect(name=name, bytes_per_s=rates, node_bytes_per_s=network.bytes_per_s)
         for name, rates in (("PCIe", alone), ("NVLink pairs", pairs))
     ]
-    return [measured, *found] if measured is not None else found
+    return [measured, *assumed] if measured is not None else assumed

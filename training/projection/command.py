@@ -2,22 +2,23 @@
 
     python -m training.projection [--config FILE] [--dry-run] [key=value ...]
 
-A step's seconds are training/projection/step_model.py's, of bytes counted in training/projection/traffic.py.
-Compute is that of the training cell of a baseline, or where there is none of the datasheet's peak at an
-assumed MFU; links are those that it measured in a node, and between nodes if it holds a preflight's, beside
-assumed ones. The headline hides no communication behind compute; `overlapped` hides all that `overlap_comm`
-can. Memory per GPU is training/plan.py's.
+`step_model.py` computes the seconds of a step from the bytes that `traffic.py` counts and the rates of
+`basis.py`: compute from the training cell of a baseline, else from the datasheet's peak at an assumed MFU;
+links as the baseline measured them in a node and the preflight between nodes, and assumed ones beside them.
+The main figures hide no communication behind compute; `overlapped` hides all that `overlap_comm` can. Memory
+per GPU comes from training/plan.py.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from cluster import cli
 from cluster import config as layered
+from cluster.display import table
 from cluster.measure import hardware
 from training.config import (
     BatchConfig,
@@ -36,10 +37,15 @@ from training.projection.config import ProjectionConfig
 from training.projection.step_model import PARTS, Basis, Step, step_seconds
 from training.projection.traffic import job_of
 
+HEADERS = (
+    *("ZeRO", "link in the node", "compute", "optim", "intra", "inter", "latency", "step s", "tok/s", "MFU"),
+    *("days", "overlapped", "GB", "bottleneck"),
+)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch divides over GPUs: `tokens`, the least from what is asked that does."""
+    """How a global batch divides over GPUs: `tokens` is the smallest that does, from the requested one up."""
 
     tokens: int
     micro_sequences: int
@@ -47,7 +53,7 @@ class Batch:
 
 
 def divide(config: ProjectionConfig, num_gpus: int) -> Batch:
-    """At least one sequence for each GPU, equally many for all; as few micro-batches as fit."""
+    """At least one sequence per GPU, the same number on each, in as few micro-batches as possible."""
     sequences = ceil(config.batch_tokens / (num_gpus * config.sequence_length))
     micro = max(size for size in range(1, config.micro_sequences + 1) if sequences % size == 0)
     return Batch(sequences * num_gpus * config.sequence_length, micro, sequences // micro)
@@ -123,7 +129,7 @@ def training_config_of(config: ProjectionConfig, stage: int, batch: Batch) -> Tr
 
 
 def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What is known and assumed, then a table for each number of nodes."""
+    """What is measured and what is assumed, then a table for each number of nodes."""
     sheet = hardware.lookup(config.device)
     links = config.links
     yield f"{config.shape} with {config.rule}, {config.tokens:,.0f} tokens, on {config.device}"
@@ -134,29 +140,29 @@ def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str,
     )
     if max(config.nodes) > 1:
         yield f"between nodes  {basis.network.describe()}"
-    yield "no link's time is hidden behind compute, but in `days, overlapped`; bottleneck: the largest part"
+    yield "only `overlapped` hides communication behind compute; bottleneck: the largest part"
+    memory = sheet.memory_gb * 1e9 if sheet else inf
     for num_nodes in dict.fromkeys(row["nodes"] for row in rows):
         chosen = [row for row in rows if row["nodes"] == num_nodes]
         yield f"\n{batch_line(config, chosen[0])}"
-        yield (
-            f"{'ZeRO':<5}{'link in the node':<20}{'compute':>9}{'optim':>8}{'intra':>8}{'inter':>8}"
-            f"{'latency':>9}{'step s':>9}{'tok/s':>12}{'MFU':>7}{'days':>9}{'overlapped':>12}{'GB':>7}"
-            "  bottleneck"
-        )
-        for row in chosen:
-            parts = [row["seconds"][part] for part in PARTS]
-            over = sheet is not None and row["memory_bytes"] > sheet.memory_gb * 1e9
-            share = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-            yield (
-                f"{row['zero_stage']:<5}{row['link']:<20}{parts[0]:>9.3f}{parts[1]:>8.3f}{parts[2]:>8.3f}"
-                f"{parts[3]:>8.3f}{parts[4]:>9.3f}{row['step_seconds']:>9.3f}{row['tokens_per_second']:>12,.0f}"
-                f"{share:>7}{row['days']:>9.2f}{row['days_overlapped']:>12.2f}"
-                f"{row['memory_bytes'] / 1e9:>7.1f}  {row['bottleneck']}{' (DOES NOT FIT)' if over else ''}"
-            )
+        yield table(HEADERS, [_cells(row, memory) for row in chosen], left=(0, 1, -1))
+
+
+def _cells(row: Mapping[str, Any], memory: float) -> list[str | None]:
+    return [
+        *(str(row[name]) for name in ("zero_stage", "link")),
+        *(f"{row['seconds'][part]:.3f}" for part in PARTS),
+        f"{row['step_seconds']:.3f}",
+        f"{row['tokens_per_second']:,.0f}",
+        None if row["mfu"] is None else f"{row['mfu']:.1%}",
+        *(f"{row[name]:.2f}" for name in ("days", "days_overlapped")),
+        f"{row['memory_bytes'] / 1e9:.1f}",
+        f"{row['bottleneck']}{' (DOES NOT FIT)' * (row['memory_bytes'] > memory)}",
+    ]
 
 
 def batch_line(config: ProjectionConfig, row: Mapping[str, Any]) -> str:
-    """Nodes, GPUs and the batch, with what it had to grow to."""
+    """Nodes, GPUs and the batch, and how much it had to grow."""
     nodes = "1 node" if row["nodes"] == 1 else f"{row['nodes']} nodes"
     each = f"{row['batch_accumulation']} x {row['batch_micro_sequences']}"
     line = (
