@@ -1,18 +1,14 @@
 """The record of a run: `metrics.jsonl` and `summary.json` always, Weights & Biases as their mirror.
 
-The only home of wandb. The files are the record, and everything downstream reads them; the mirror runs in
-a thread of its own, so that nothing W&B does or fails to do can block, slow down or kill a run. Every string
-that either of them is given is masked (`cluster.masking`).
+The files are the record, and everything downstream reads them; `cluster.wandb_mirror` copies them to W&B.
+Every string that either of them is given is masked (`cluster.masking`).
 """
 
 import errno
 import json
 import math
 import os
-import queue
 import secrets
-import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster import files
-from cluster.masking import mask, masked
+from cluster.masking import masked
+from cluster.wandb_mirror import FSYNC_SECONDS, Mirror
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
-FSYNC_SECONDS = 1.0
 _NONFINITE = "_nonfinite"
-_TABLE, _FILE = "table", "file"
 
 
 class Record:
@@ -35,7 +30,7 @@ class Record:
     has finished), `wandb_run_id` and `wandb/`.
     """
 
-    def __init__(self, directory: Path, mirror: "_Mirror") -> None:
+    def __init__(self, directory: Path, mirror: Mirror) -> None:
         self._directory = directory
         self._mirror = mirror
         self._path = directory / "metrics.jsonl"
@@ -80,7 +75,7 @@ class Record:
         provenance = masked(provenance)
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
-        mirror = _Mirror(
+        mirror = Mirror(
             directory,
             mode=wandb_mode,
             run_id=_wandb_run_id(directory / "wandb_run_id", resume_step=resume_step),
@@ -127,7 +122,7 @@ class Record:
         self._mirror.file(path)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json` and end the W&B run, waiting for its upload at most `_Mirror.CLOSE_SECONDS`.
+        """Write `summary.json` and end the W&B run, waiting for its upload at most `Mirror.CLOSE_SECONDS`.
 
         `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
         in `log`.
@@ -276,167 +271,3 @@ def _wandb_run_id(path: Path, *, resume_step: int | None) -> str:
     run_id = secrets.token_hex(4)
     files.write_text(path, f"{run_id}\n")
     return run_id
-
-
-class _Mirror:
-    """Copies rows to W&B from a daemon thread. Its calls neither raise nor wait, but for `close`'s bound.
-
-    The bounds are such that a run of a few seconds still ends as an offline W&B run when the server is away:
-    INIT_SECONDS, about 3 s to turn to offline, and the copy of its rows fit into CLOSE_SECONDS.
-    """
-
-    INIT_SECONDS = 10.0
-    UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
-    CLOSE_SECONDS = 20.0
-    MAX_WAITING_ROWS = 10_000
-
-    def __init__(self, directory: Path, *, mode: str, run_id: str, **about: Any) -> None:
-        self.run_id = run_id
-        self._directory = directory
-        self._about = about
-        self._state = "starting"
-        self._problems: list[str] = []
-        self._num_missed = 0
-        self._exit_code = 0
-        self._closed = False
-        self._calls: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
-        self._thread.start()
-
-    @property
-    def status(self) -> str:
-        missed = [f"{self._num_missed} rows missed, because W&B was too slow"] if self._num_missed else []
-        return "; ".join([self._state, *self._problems, *missed])
-
-    def put(self, row: dict[str, Any]) -> None:
-        """Hand over a row; it is missed if W&B is `MAX_WAITING_ROWS` behind, ignored if W&B failed."""
-        if self._calls.qsize() < self.MAX_WAITING_ROWS:
-            self._calls.put(("log", dict(row)))
-        elif self._thread.is_alive():
-            self._num_missed += 1
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Hand over a table."""
-        content = {"columns": list(columns), "data": [list(row) for row in rows]}
-        self._calls.put((_TABLE, {name: content}))
-
-    def file(self, path: Path) -> None:
-        """Hand over a file."""
-        self._calls.put((_FILE, {"path": path}))
-
-    def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
-        """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self._exit_code = exit_code
-        self._calls.put(("finish", summary))
-        self._thread.join(self.CLOSE_SECONDS)
-        if self._thread.is_alive():
-            self._problems.append(f"W&B was not done {self.CLOSE_SECONDS:g} s after the run; left behind")
-
-    def _work(self, mode: str) -> None:
-        try:
-            run = self._start(mode)
-            while run is not None:
-                call, content = self._calls.get()
-                if call == "finish":
-                    run.summary.update(content)
-                    run.finish(exit_code=self._exit_code)
-                    return
-                if call == _FILE:
-                    # wandb would link to it; a copy is there wherever the run's folder is uploaded from
-                    copy = shutil.copy(content["path"], run.dir)
-                    run.save(copy, base_path=run.dir, policy="now")
-                    continue
-                if call == _TABLE:
-                    content = {name: _wandb_table(about) for name, about in content.items()}
-                run.log(content)
-        except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
-            if self._state == "starting":
-                self._state = f"disabled: {_reason(error)}"
-            else:
-                self._problems.append(
-                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
-                )
-
-    def _start(self, mode: str) -> Any:
-        """The W&B run in this mode, or offline if the server cannot be reached; None if disabled."""
-        if mode != "disabled":
-            import wandb
-            from wandb.analytics.opentelemetry import opentelemetry_proxy
-
-            opentelemetry_proxy.disable()  # without a network it holds up the end of the process by 20 s
-        if mode == "auto":
-            mode = _auto_mode(wandb.setup(settings=wandb.Settings(silent=True)).settings)
-        if mode == "disabled":
-            self._state = "disabled: as configured"
-            return None
-        try:
-            run = self._init(mode)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            self._problems.append(_reason(error))
-            wandb.teardown()  # or the id would still be "in use"
-            run = self._init("offline")
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
-        return run
-
-    def _init(self, mode: Any) -> Any:
-        import wandb
-
-        private: dict[str, Any] = {
-            "x_transaction_log_flush_interval": FSYNC_SECONDS,  # else a SIGKILL costs the copy its last 15 s
-            "x_disable_stats": shutil.which("nvidia-smi") is None,
-            "x_disable_meta": True,  # command line and host: our provenance holds them, masked
-            "x_disable_machine_info": True,
-            "x_save_requirements": False,
-        }
-        known = wandb.Settings.model_fields
-        self._problems += [f"this wandb lacks the setting {name}" for name in private if name not in known]
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            save_code=False,
-            init_timeout=self.INIT_SECONDS,
-            finish_timeout=self.UPLOAD_SECONDS,
-            finish_timeout_raises=True,
-            **{name: value for name, value in private.items() if name in known},
-        )
-        wandb.setup(settings=wandb.Settings(silent=True))  # silences what precedes init, such as the login
-        return wandb.init(
-            dir=self._directory,
-            mode=mode,
-            id=self.run_id,
-            resume="allow",
-            reinit="create_new",
-            settings=settings,
-            **self._about,
-        )
-
-    def _sync(self, kind: str) -> str:
-        return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
-
-
-def _wandb_table(about: dict[str, Any]) -> Any:
-    import wandb
-
-    return wandb.Table(**about, allow_mixed_types=True)
-
-
-def _auto_mode(settings: Any) -> str:
-    """WANDB_MODE or the mode in W&B's settings file; else online with a key or login; else offline."""
-    if "WANDB_MODE" in os.environ or settings.mode != "online":
-        return settings.mode
-    from wandb.sdk.lib.wbauth import read_netrc_auth  # `wandb login` keeps the key in the netrc file
-
-    signed_in = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
-    return "online" if signed_in else "offline"
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(mask(str(error)).split())[:200]}"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from optim.cost import GRAM_RESTART, uses_gram
-from optim.kernels import gpu as kernels
-from optim.kernels import native
+from optim.kernels import gpu, native
 from optim.precision import gram_dtype, product_dtype
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -105,9 +104,7 @@ def orthogonalize(
     product = (gram_dtype if gram else product_dtype)(dtype, matrices.device)
     coefficients = METHODS[method].coefficients
     restart = GRAM_RESTART if gram else None
-    by_kernels = (
-        kernels.unsupported(matrices.device, product) is None
-    )  # on a CPU: where a test interprets them
+    by_kernels = gpu.unsupported(matrices.device, product) is None  # on a CPU: where a test interprets them
     compiled = native.unsupported(matrices.device, dtype) is None and not native.products_by_onednn()
     by_native = compiled and not by_kernels
     if by_native:  # it widens bf16 by itself where the CPU has no bf16 arithmetic
@@ -177,8 +174,8 @@ def _symmetric(
     left: Tensor, right: Tensor, *, alpha: float = 1.0, addend: Tensor | None = None, beta: float = 0.0
 ) -> Tensor:
     """alpha·L·Rᵀ + beta·addend, known to be symmetric: XXᵀ, or polynomials of one Gram matrix."""
-    if kernels.unsupported(left.device, left.dtype) is None:
-        return kernels.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
+    if gpu.unsupported(left.device, left.dtype) is None:
+        return gpu.symmetric_product(left, right, alpha=alpha, c=addend, beta=beta)
     if left.device.type == "cpu" and left.size(-2) >= MIRRORED_FROM:
         return _mirrored(left, right, alpha=alpha, addend=addend, beta=beta)
     if addend is None:

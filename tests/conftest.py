@@ -1,5 +1,6 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,13 @@ ONE_AFTER_ANOTHER = (
 
 
 @pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """A suite that a shell started in the background ignores SIGINT, and so would every command it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """One thread for small tensors: two that wait for each other on busy cores can be 100 times slower."""
     before = torch.get_num_threads()
@@ -31,7 +39,9 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(ONE_AFTER_ANOTHER))
+    """Files of slow tests come before the others, so that both workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("stack")}
+    items.sort(key=lambda item: (not item.nodeid.startswith(ONE_AFTER_ANOTHER), item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)

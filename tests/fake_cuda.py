@@ -26,8 +26,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from optim.kernels import gpu as kernels
-from optim.kernels.gpu import SegmentTable
+from optim.kernels import gpu
+from optim.kernels.passes import SegmentTable
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("cluster", "optim", "training", "serving")
@@ -117,7 +117,7 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
             traffic.note("to host")
         return np.zeros(tuple(tensor.shape), dtype=float if tensor.is_floating_point() else int).tolist()
 
-    def launch(call: kernels.Call) -> None:
+    def launch(call: gpu.Call) -> None:
         places = {value.device.type for value in call.arguments.values() if isinstance(value, Tensor)}
         assert places == {"cuda"}, f"{call.kernel} has operands on {places}"
 
@@ -137,7 +137,7 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         return SegmentTable(**made)
 
     def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-        known = with_kernels and device.type == "cuda" and dtype in kernels.PRODUCT_DTYPES
+        known = with_kernels and device.type == "cuda" and dtype in gpu.PRODUCT_DTYPES
         return None if known else "not in this test"
 
     with ExitStack() as stack:
@@ -145,13 +145,13 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         stack.enter_context(
             patch("torch.cuda.is_available", lambda: False)
         )  # a real one is not to be touched
-        stack.enter_context(patch.object(kernels, "unsupported", unsupported))
+        stack.enter_context(patch.object(gpu, "unsupported", unsupported))
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch("torch.cuda.Event", Event))
         stack.enter_context(patch("torch.cuda.synchronize", lambda *_: traffic.note("wait")))
         if with_kernels:
             stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY))
-            stack.enter_context(patch.object(kernels.Call, "launch", launch))
+            stack.enter_context(patch.object(gpu.Call, "launch", launch))
             stack.enter_context(patch.object(SegmentTable, "build", classmethod(build_table)))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(traffic)

@@ -126,6 +126,9 @@ def main() -> None:
         return
     import deepspeed  # noqa: F401
 
+    from optim.bench.command import STEP_MODELS, Model
+
+    STEP_MODELS["step_10m"] = Model(64, 160, 2, 0)  # every contender takes every step, in milliseconds
     found = Path(os.environ[FOUND])
     for command in commands(sys.argv[1:]):
         _run(command)
@@ -143,8 +146,16 @@ def _run(command: list[str]) -> None:
     print(f"guarded: {' '.join(command)}", flush=True)
     child = os.fork()
     if not child:
-        _become(command)
-        sys.exit()
+        code: object = 1
+        try:
+            _become(command)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else int(code is not None))  # to take all down takes 1 s
     _, status = os.waitpid(child, 0)
     if status:
         sys.exit(f"guarded: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")

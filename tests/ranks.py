@@ -14,6 +14,13 @@ from cluster.session import set_defaults, worker_environment
 from training.run.context import Context
 
 
+def forkserver() -> Any:
+    """`multiprocessing`, whose processes are forked from one that has imported DeepSpeed."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tests.rank_imports"])
+    return context
+
+
 def spawn(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
     """Call `function(context, *arguments)` on every rank; return the results in rank order.
 
@@ -22,7 +29,7 @@ def spawn(function: Callable[..., Any], *arguments: Any, world_size: int) -> lis
     imported DeepSpeed (`tests.rank_imports`), so 8 ranks start in 0.3 s.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.get_context("forkserver").set_forkserver_preload([__name__, "tests.rank_imports"])
+        forkserver()
         given = (function, arguments, world_size, Path(folder))
         mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]

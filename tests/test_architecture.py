@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ONE_AFTER_ANOTHER
+
 ROOT = Path(__file__).parents[1]
 MOST_FILES = 16
 ROOMS = ("cluster", "optim", "training", "serving")
@@ -45,17 +47,17 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record",),
+    "wandb": ("cluster.wandb_mirror",),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
-    "subprocess.Popen": ("cluster.process", "cluster.head.keeper"),
+    "subprocess.Popen": ("cluster.process", "cluster.head.keeper", "cluster.head.shell"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
     "torch.multiprocessing": ("optim.bench.contenders",),
     "deepspeed": (
         "optim.bench.contenders",
-        "optim.step.quiet",
+        "optim.step.layout",
         "optim.step.zero",
         "training.run.context",
         "training.run.engine",
@@ -66,8 +68,9 @@ HOMES = {  # library or call -> the only modules that may use it
         "cluster.measure.probe",
         "cluster.machine.rendezvous",
         "optim.bench.contenders",
-        "optim.step.fused",
-        "optim.step.zero",
+        "optim.step.exchange",
+        "optim.step.fragments",
+        "optim.step.health",
         "training.run.engine",
         "training.run.context",
         "training.model.llama",
@@ -130,6 +133,7 @@ TORCH_FREE = (
     "cluster.parity",
     "cluster.parity.plots",
     "serving.endpoint.prompts",
+    "serving.peers.contender_process",
     "serving.peers.races",
     "serving.bench.report",
     "serving.engine.scheduler",
@@ -144,6 +148,7 @@ STANDARD_ONLY = (
     "cluster.files",
     "cluster.head.answers",
     "cluster.head.keeper",
+    "cluster.head.shell",
     "cluster.private",
     "cluster.head.reap",
     "cluster.head.ray_rest",
@@ -369,3 +374,7 @@ def test_some_modules_run_without_torch():
     command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *named, "optim.polar"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == ["optim.polar: torch is blocked"]  # the last one shows that the block works
+
+
+def test_the_files_that_one_worker_runs_are_there():
+    assert [file for file in ONE_AFTER_ANOTHER if not (ROOT / file).is_file()] == []

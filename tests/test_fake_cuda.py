@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from optim.groups import partition
-from optim.step import fused
-from optim.step.fused import Fragment, FusedStep
+from optim.rules import Rule
+from optim.step import exchange, fragments, fused
+from optim.step.fragments import Fragment
+from optim.step.fused import FusedStep
 from optim.step.zero import ZeroOptimizer
 from serving.engine.decoder import WARM_UPS, TorchDecoder, graph_sizes
 from serving.engine.protocol import Sampling
@@ -102,23 +104,24 @@ def test_the_training_forward_asks_nothing_of_the_host(checkpointing):
         assert traffic.counts == {}
 
 
-def make_step(rule: fused.Rule, *, flats: torch.device = CUDA, ranks: int = 1) -> FusedStep:
+def make_step(rule: Rule, *, flats: torch.device = CUDA, ranks: int = 1) -> FusedStep:
     """PARAMETERS in one flat tensor, with gradients; this is rank 0, which holds the first part of each."""
-    fragments, offset = [], 0
+    own, offset = [], 0
     held = {name: -(-numel(name) // ranks) for name in PARAMETERS}
     flat = torch.zeros(sum(held.values()), device=flats)
     model = torch.zeros_like(flat, dtype=torch.bfloat16)
     flat.grad = torch.zeros_like(flat)
     for name, count in held.items():
-        fragments.append(Fragment(name, *PARAMETERS[name], 0, count, flat, offset, model))
+        own.append(Fragment(name, *PARAMETERS[name], 0, count, flat, offset, model))
         offset += count
 
     def ranges(fragments: list[Fragment]) -> list[tuple[tuple[int, int], ...]]:
         borders = [[min(held[f.name] * r, numel(f.name)) for r in range(ranks + 1)] for f in fragments]
         return [tuple(pairwise(each)) for each in borders]
 
-    with patch.object(fused, "_gather_ranges", ranges), patch.object(fused, "_world_size", lambda: ranks):
-        return FusedStep(rule, fragments, device=CUDA)
+    world = patch.object(fused, "rank_and_world_size", lambda: (0, ranks))
+    with patch.object(fragments, "_gather_ranges", ranges), world:
+        return FusedStep(rule, own, device=CUDA)
 
 
 @each_path
@@ -127,7 +130,7 @@ def test_the_fused_step_asks_nothing_of_the_host(name, with_kernels):
     with fake_cuda(with_kernels=with_kernels) as traffic:
         rule = replace(RULES[name], dtype=torch.bfloat16) if with_kernels else RULES[name]
         unit = make_step(rule)
-        tables = [group.table(unit.flats[0]) for group in unit._groups]
+        tables = [part.table for group in unit._groups for part in group.parts]
         in_kernels = with_kernels and getattr(rule, "in_kernels", False)
         assert [table is not None for table in tables] == [in_kernels] * len(tables)
         traffic.counts.clear()
@@ -159,15 +162,15 @@ def test_only_measuring_the_updates_waits_for_them():
         traffic.counts.clear()
         unit.step(lr=0.1, inspect=True)
         shapes = len(unit._groups)
-        assert traffic.counts == {("to host", "optim/step/fused.py _inspect"): 2 * shapes}
+        assert traffic.counts == {("to host", "optim/step/health.py Health.inspect"): 2 * shapes}
         unit.health.read()
-        assert traffic.counts["wait", "optim/step/fused.py Health.read"] == 6 * shapes
+        assert traffic.counts["wait", "optim/step/health.py Health.read"] == 6 * shapes
 
 
 @pytest.mark.parametrize("elements", [1, 150, 10**6])
 def test_an_offloaded_step_travels_in_stretches(elements, monkeypatch):
     """One copy per stretch and direction, of pinned memory, for which nothing waits but who reads it."""
-    monkeypatch.setattr(fused, "STRETCH_BYTES", 2 * elements)
+    monkeypatch.setattr(exchange, "STRETCH_BYTES", 2 * elements)
     with fake_cuda(with_kernels=True) as traffic:
         unit = make_step(RULES["muon-bf16"], flats=torch.device("cpu"))
         shapes = len(unit._groups)
@@ -175,10 +178,10 @@ def test_an_offloaded_step_travels_in_stretches(elements, monkeypatch):
         traffic.counts.clear()
         unit.step(lr=0.1)
         assert traffic.counts == {
-            ("async to device", "optim/step/fused.py _Staging.uploading"): stretches
+            ("async to device", "optim/step/exchange.py Staging.uploading"): stretches
             + shapes,  # and the norms
-            ("async to host", "optim/step/fused.py _Staging.downloading"): stretches,
-            ("wait", "optim/step/fused.py _Staging.downloading"): stretches,
+            ("async to host", "optim/step/exchange.py Staging.downloading"): stretches,
+            ("wait", "optim/step/exchange.py Staging.downloading"): stretches,
         }
 
 

@@ -1,5 +1,6 @@
 """The READMEs and the Makefile: commands run, and files, tests and links that they name are there."""
 
+import functools
 import os
 import re
 import shlex
@@ -57,20 +58,25 @@ def test_readme_has_the_front_doors() -> None:
     assert {"make train", "make test"} <= set(COMMANDS) and len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_readme_command_runs(command: str) -> None:
+@functools.cache
+def run(command: str) -> subprocess.CompletedProcess[str]:
     # No command needs another variable: people start them by `env -i`, cron and ssh too.
     environment = {name: os.environ[name] for name in ("HOME", "PATH")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    return subprocess.run(
         dry(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_readme_command_runs(command: str) -> None:
+    done = run(command)
     assert done.returncode == 0, done.stderr
     assert "python" in done.stdout or "usage:" in done.stdout or "parameters" in done.stdout
 
 
 def test_the_1b4_dry_run_says_what_readme_promises() -> None:
     [command] = [command for command in COMMANDS if "--dry-run" in command]
-    done = subprocess.run(dry(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run(command)
     for part in ("1.4204B", "weights", "gradients", "momentum", "activations", "tokens per step", "steps"):
         assert part in done.stdout
 

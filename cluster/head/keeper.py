@@ -16,11 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import shlex
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +27,7 @@ from typing import Any, NoReturn
 from cluster import files, private
 from cluster.head.ray_rest import FINAL, Ray, RayDown
 from cluster.head.reap import descendants, of_cluster
+from cluster.head.shell import Failure, Workers, bash, by_whom, is_taken, key_file
 
 JOINED, FAILED = "joined", "failed"
 BUSY = ("installing", "copying", "starting")  # states that may last
@@ -52,8 +49,28 @@ true
 IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
 
 
-class Failure(Exception):
-    """A node cannot join, now; the message says why and what to do."""
+class States:
+    """What the keeper knows of each node. Written to `SCRATCH/keeper.json` at every change."""
+
+    def __init__(self, site: dict[str, Any]) -> None:
+        self._file = Path(site["scratch"]) / "keeper.json"
+        self._generation = site["generation"]
+        self._lock = threading.Lock()
+        self._nodes: dict[str, dict[str, Any]] = {}
+
+    def set(self, address: str, state: str, detail: str) -> None:
+        """Note the state of a node."""
+        with self._lock:
+            old = self._nodes.get(address, {})
+            if (old.get("state"), old.get("detail")) == (state, detail):
+                return
+            self._nodes[address] = {"state": state, "detail": detail, "since": time.time()}
+            print(time.strftime("%F %T"), address, state, detail, flush=True)
+            report = {"generation": self._generation, "pid": os.getpid(), "nodes": self._nodes}
+            try:
+                files.write_json(self._file, report)
+            except OSError as error:  # a full disk must not end the keeper
+                print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
 
 
 class Keeper:
@@ -63,8 +80,8 @@ class Keeper:
         self.site = site
         self.scratch = Path(site["scratch"])
         self.ray = Ray(site["dashboard_port"])
-        self._lock = threading.Lock()
-        self._states: dict[str, dict[str, Any]] = {}
+        self._workers = Workers(site)
+        self._set = States(site).set
         self._alive: set[str] | None = None  # addresses of the nodes that Ray lists; None: it is not up
         self._env = ""  # hash of the environment
         for address in (site["head"], *site["workers"]):
@@ -107,9 +124,9 @@ class Keeper:
     def _bring_up_head(self) -> None:
         site, head = self.site, self.site["head"]
         self._set(head, "installing", "environment")
-        _bash(site["setup"], on_line=lambda line: self._set(head, "installing", line[:100]))
+        bash(site["setup"], on_line=lambda line: self._set(head, "installing", line[:100]))
         self._env = (self.scratch / "env/current").read_text().strip()
-        _bash(site["token"])
+        bash(site["token"])
         try:
             Path(site["storage"]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,15 +152,15 @@ class Keeper:
                 "it. If this stays so, `make down` and `make up`"
             )
         self._set(head, "starting", "Ray")
-        _bash(site["reap"])
+        bash(site["reap"])
         for name in ("gcs_port", "dashboard_port"):
-            if _is_taken(site[name]):
+            if is_taken(site[name]):
                 raise Failure(
-                    f"port {site[name]} is in use{_by_whom(site[name])}; end that, or set "
+                    f"port {site[name]} is in use{by_whom(site[name])}; end that, or set "
                     f"ports.{name.removesuffix('_port')} in the inventory"
                 )
         marker.unlink(missing_ok=True)
-        _bash(site["start_head"])
+        bash(site["start_head"])
         marker.write_text(settings)
         deadline = time.monotonic() + JOIN_SECONDS
         while not self._answers():
@@ -183,7 +200,7 @@ class Keeper:
 
     def _sleep_until_told(self, worker: str, seconds: float) -> None:
         """Sleep; `make up` wakes it by pinning a key, because then what failed may not any more."""
-        known = self.scratch / "known_hosts"
+        known = self._workers.known_hosts
         before = known.stat().st_mtime_ns if known.exists() else 0
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and worker not in (self._alive or ()):
@@ -194,16 +211,16 @@ class Keeper:
     def _bring_up_worker(self, worker: str) -> None:
         site = self.site
         env = self.scratch / "env" / self._env
-        known = self.scratch / "known_hosts"
+        known = self._workers.known_hosts
         if not known.exists() or worker not in known.read_text().split():
             self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
             time.sleep(0.5)
             return
         self._set(worker, "connecting", "")
         probe = PROBE.format(**site, env=env, identity=IDENTITY)
-        answer = self._ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
+        answer = self._workers.ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
         found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
-        mine = _bash(f"{site['python']} -c '{IDENTITY}'")
+        mine = bash(f"{site['python']} -c '{IDENTITY}'")
         if found.get("python") != mine:
             raise Failure(
                 f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
@@ -215,12 +232,12 @@ class Keeper:
             raise Failure("has no rsync; install it")
         if "env" not in found:
             self._copy_environment(worker, env, free=int(found.get("free") or 0))
-        self._rsync(worker, self.scratch / "code")
-        self._ssh(worker, f"{site['token']} -", given=private.read_token())
+        self._workers.rsync(worker, self.scratch / "code")
+        self._workers.ssh(worker, f"{site['token']} -", given=private.read_token())
         self._set(worker, "starting", "Ray")
         first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
         named = f"export ASUNCION_CLUSTER={site['name']} ASUNCION_NODE={worker}\n"
-        self._ssh(worker, named + first + site["start_worker"], patience=90)
+        self._workers.ssh(worker, named + first + site["start_worker"], patience=90)
         deadline = time.monotonic() + JOIN_SECONDS
         while worker not in (self._alive or ()):
             if time.monotonic() > deadline:
@@ -231,128 +248,15 @@ class Keeper:
             time.sleep(0.3)
 
     def _copy_environment(self, worker: str, env: Path, *, free: int) -> None:
-        size = int(_bash(f"du -sb {env}").split()[0])
+        size = int(bash(f"du -sb {env}").split()[0])
         self._set(worker, "copying", f"environment, {size / 1e9:.2f} GB, from the head")
         if free < 1.1 * size + 1e9:
             raise Failure(
                 f"{self.site['scratch']} has {free / 1e9:.1f} GB free, and the environment needs "
                 f"{size / 1e9:.1f} and 1 to spare; make room, or set scratch in the inventory"
             )
-        self._rsync(worker, env, "--exclude=/ready")
-        self._ssh(worker, f"sync -f {env}; touch {env}/ready")
-
-    # --- tools
-
-    def _ssh_command(self) -> list[str]:
-        options = {
-            "BatchMode": "yes",
-            "IdentityFile": str(key_file(self.site)),
-            "IdentitiesOnly": "yes",
-            "StrictHostKeyChecking": "yes",
-            "UserKnownHostsFile": str(self.scratch / "known_hosts"),
-            "GlobalKnownHostsFile": "/dev/null",
-            "UpdateHostKeys": "no",
-            "ConnectTimeout": "5",
-            "ServerAliveInterval": "5",
-            "ServerAliveCountMax": "3",
-            "LogLevel": "ERROR",
-        }
-        return ["ssh", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
-
-    def _ssh(self, worker: str, script: str, *, given: bytes = b"", patience: float = 60) -> str:
-        command = [*self._ssh_command(), f"{self.site['user']}@{worker}", "bash", "-c", shlex.quote(script)]
-        return _run(command, given=given, patience=patience)
-
-    def _rsync(self, worker: str, folder: Path, *more: str) -> None:
-        target = f"{self.site['user']}@{worker}:{folder}/"
-        through = shlex.join(self._ssh_command())
-        _run(["rsync", "--archive", "--delete", *more, "-e", through, f"{folder}/", target], patience=3600)
-
-    def _set(self, address: str, state: str, detail: str) -> None:
-        with self._lock:
-            old = self._states.get(address, {})
-            if (old.get("state"), old.get("detail")) == (state, detail):
-                return
-            self._states[address] = {"state": state, "detail": detail, "since": time.time()}
-            print(time.strftime("%F %T"), address, state, detail, flush=True)
-            report = {"generation": self.site["generation"], "pid": os.getpid(), "nodes": self._states}
-            try:
-                files.write_json(self.scratch / "keeper.json", report)
-            except OSError as error:  # a full disk must not end the keeper
-                print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
-
-
-def key_file(site: dict[str, Any]) -> Path:
-    """The head's own private key, made there and never anywhere else."""
-    return Path("~/.ssh").expanduser() / f"asuncion_{site['name']}"
-
-
-def _run(command: list[str], *, given: bytes = b"", patience: float) -> str:
-    try:
-        done = subprocess.run(command, input=given, capture_output=True, timeout=patience)
-    except subprocess.TimeoutExpired as error:
-        raise Failure(f"did not answer within {patience:g} s") from error
-    except FileNotFoundError as error:
-        raise Failure(f"{command[0]}: no such command on the head; install it") from error
-    said = done.stderr.decode(errors="replace").strip()
-    if "Permission denied (" in said:
-        raise Failure("does not accept the head's key (installed anew?): run `make up` again")
-    if "Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said:
-        raise Failure("has another host key than the pinned one: `make up` from the laptop says what to do")
-    if other := re.search(r"Version mismatch.*Ray: (\S+).*Ray: (\S+)", said, re.DOTALL):
-        raise Failure(
-            f"has Ray {other[2]}, and the head has {other[1]}: its environment was changed by hand; rm -r "
-            "the folder env in its scratch, and it is copied again"
-        )
-    if done.returncode:
-        text = said or done.stdout.decode(errors="replace").strip()
-        if "No space left" in text:
-            raise Failure(f"{_last_line(text)}; make room, or set scratch in the inventory")
-        raise Failure(_last_line(text) or f"exit code {done.returncode}")
-    return done.stdout.decode(errors="replace")
-
-
-def _bash(script: str, *, on_line: Any = None) -> str:
-    """Output of a script on this machine; `on_line` is told each line as it comes."""
-    process = subprocess.Popen(
-        ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line.decode(errors="replace").rstrip())
-        if on_line:
-            on_line(lines[-1])
-        if "Ray runtime started" in lines[-1]:  # what it leaves running keeps this pipe open
-            break
-    if process.wait():
-        raise Failure(_last_line("\n".join(lines)) or f"exit code {process.returncode}")
-    return "\n".join(lines)
-
-
-def _last_line(text: str) -> str:
-    """The last line that says something: not a frame of pip's or a pointer of Python's."""
-    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
-    errors = [line for line in lines if "rror" in line or "No space left" in line]
-    return (errors or lines or [""])[-1][:300]
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return True
-    return False
-
-
-def _by_whom(port: int) -> str:
-    if shutil.which("ss") is None:
-        return ""
-    said = subprocess.run(["ss", "-Hltnp", f"sport = :{port}"], capture_output=True, text=True).stdout
-    _, found, user = said.partition('users:(("')
-    return f" by {user.partition(chr(34))[0]}" if found else ""
+        self._workers.rsync(worker, env, "--exclude=/ready")
+        self._workers.ssh(worker, f"sync -f {env}; touch {env}/ready")
 
 
 # --- the command

@@ -35,8 +35,8 @@ from optim.groups import partition
 from optim.kernels import native
 from optim.precision import product_dtype
 from optim.rules import Muon
-from optim.step.fused import Fragment, FusedStep
-from optim.step.quiet import quiet_deepspeed
+from optim.step.fragments import Fragment
+from optim.step.fused import FusedStep
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -271,6 +271,8 @@ def _rank(
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     traffic = Traffic()  # before DeepSpeed is imported, which keeps references to collectives
+    from optim.step.layout import quiet_deepspeed
+
     quiet_deepspeed()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of inductor, on itself
     race = _run(shapes, stage, num_rounds, traffic)

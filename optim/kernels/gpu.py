@@ -5,7 +5,7 @@ copies and spills. Tiles are fixed per GPU, never tuned at run time: tests/optim
 all of `variants` for every GPU in `TILES`, without one. The module imports anywhere, and `unsupported` says
 where its kernels run.
 
-Legend: B matrices of a batch, n x m a product, k its inner dimension.
+Legend: B matrices of a batch, n x n a product, k its inner dimension.
 """
 
 # Kernel arguments are pointers and scalars, which have no Python type.
@@ -13,7 +13,7 @@ Legend: B matrices of a batch, n x m a product, k its inner dimension.
 
 from __future__ import annotations  # the kernels' annotations name triton, which may be missing
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster.machine import toolchain
+from optim.kernels.passes import BLOCK, SegmentTable, check_apply_pass, check_momentum_pass, require
 
 try:
     import triton
@@ -37,17 +38,14 @@ else:
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy on any device, for tests
     _jit = triton.jit
 
-BLOCK = 2048  # elements of a pass that one program handles
 PASS_WARPS = 8
-GROUP = 8  # rows of tiles that are computed together, so that they find their columns in the L2 cache
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes, n x m in steps of k, with how many warps and pipeline stages."""
+    """What one program computes, n x n in steps of k, with how many warps and pipeline stages."""
 
     n: int
-    m: int
     k: int
     warps: int
     stages: int
@@ -55,7 +53,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A GPU's tiles, each as (small, large); `symmetric` ones are square.
+    """A GPU's tiles.
 
     Attributes:
         num_sms: large tiles are used from one per multiprocessor on. Fewer take as long as one, whatever
@@ -63,22 +61,16 @@ class Tiles:
     """
 
     num_sms: int
-    symmetric: tuple[Tile, Tile]
-    dense: tuple[Tile, Tile]
+    small: Tile
+    large: Tile
 
 
-_SMALL = Tile(64, 64, 64, warps=4, stages=3)
+_SMALL = Tile(64, 64, warps=4, stages=3)
 TILES = {
-    (8, 6): Tiles(  # A40: 101,376 bytes of shared memory per block
-        num_sms=84,
-        symmetric=(_SMALL, Tile(128, 128, 64, warps=8, stages=3)),
-        dense=(_SMALL, Tile(128, 128, 64, warps=8, stages=3)),
-    ),
-    (9, 0): Tiles(  # H100: 232,448 bytes; 4 warps are the least that wgmma takes
-        num_sms=132,
-        symmetric=(_SMALL, Tile(128, 128, 64, warps=8, stages=4)),
-        dense=(_SMALL, Tile(128, 256, 64, warps=8, stages=3)),
-    ),
+    # A40: 101,376 bytes of shared memory per block
+    (8, 6): Tiles(84, _SMALL, Tile(128, 64, warps=8, stages=3)),
+    # H100: 232,448 bytes; 4 warps are the least that wgmma takes
+    (9, 0): Tiles(132, _SMALL, Tile(128, 64, warps=8, stages=4)),
 }
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -144,96 +136,65 @@ def symmetric_product(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the kernels do not run there.
     """
-    _check(a.shape == b.shape, f"{tuple(a.shape)} times the transpose of {tuple(b.shape)} is not symmetric")
-    size, n, _ = a.shape
-    out = a.new_empty(size, n, n) if out is None else out
-    _product(a, b.mT, c, out, alpha, beta, symmetric=True, capability=_capability(a)).launch()
+    reason = unsupported(a.device, a.dtype)
+    require(reason is None, str(reason))
+    capability = (8, 6) if INTERPRETED else torch.cuda.get_device_capability(a.device)
+    out = a.new_empty(len(a), a.size(1), a.size(1)) if out is None else out
+    _product(a, b, c, out, alpha, beta, capability=capability).launch()
     return out
-
-
-def add_product(
-    p: Tensor, x: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """beta·X + alpha·P·X. Sums are fp32 and rounded once; with beta = 0, X is read only as an operand.
-
-    Args:
-        p: [B, n, n], bf16 or fp16, on a device that `unsupported` lets through.
-        x: [B, n, m]. Any strides: of a tall X, pass X.mT for X·P with a symmetric P.
-        out: [B, n, m], none of the operands; a new tensor laid out as x if None.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit together, or the kernels do not run there.
-    """
-    out = torch.empty_like(x) if out is None else out
-    addend = x if beta else None
-    _product(p, x, addend, out, alpha, beta, symmetric=False, capability=_capability(p)).launch()
-    return out
-
-
-def _capability(tensor: Tensor) -> tuple[int, int]:
-    reason = unsupported(tensor.device, tensor.dtype)
-    _check(reason is None, str(reason))
-    return (8, 6) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
 
 
 def _product(
-    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, *, symmetric: bool,
+    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, *,
     capability: tuple[int, int],
 ) -> Call:  # fmt: skip
-    """out [B, n, m] = alpha·A [B, n, k] · B [B, k, m] + beta·C [B, n, m]."""
-    (size, n, k), m = a.shape, b.size(-1)
+    """The launch that writes alpha·A·Bᵀ + beta·C to `out`."""
+    size, n, k = a.shape
     operands = [tensor for tensor in (a, b, c, out) if tensor is not None]
-    _check(b.shape == (size, k, m), f"{tuple(a.shape)} and {tuple(b.shape)} have no product")
+    require(a.shape == b.shape, f"{tuple(a.shape)} times the transpose of {tuple(b.shape)} is not symmetric")
     for tensor in operands[2:]:
-        _check(tensor.shape == (size, n, m), f"the product is {(size, n, m)}, not {tuple(tensor.shape)}")
-    _check(len({(t.dtype, t.device) for t in operands}) == 1, "operands differ in dtype or device")
+        require(tensor.shape == (size, n, n), f"the product is {(size, n, n)}, not {tuple(tensor.shape)}")
+    require(len({(t.dtype, t.device) for t in operands}) == 1, "operands differ in dtype or device")
 
     tiles = TILES[capability]
-    for tile in reversed(tiles.symmetric if symmetric else tiles.dense):
-        rows, cols = ceil(n / tile.n), ceil(m / tile.m)
-        programs = rows * (rows + 1) // 2 if symmetric else rows * cols
+    for tile in (tiles.large, tiles.small):
+        rows = ceil(n / tile.n)
+        programs = rows * (rows + 1) // 2
         if size * programs >= tiles.num_sms:
             break
-    arguments: dict[str, Any] = {"a": a, "b": b, "c": c, "out": out, "n": n, "m": m, "k": k}
+    arguments: dict[str, Any] = {"a": a, "b": b, "c": c, "out": out, "n": n, "k": k}
     arguments |= {"alpha": float(alpha), "beta": float(beta)}  # an integer 1 would be compiled in
     for name, tensor in (("a", a), ("b", b), ("c", out if c is None else c), ("out", out)):
         strides = (f"{name}_batch", f"{name}_row", f"{name}_col")
         arguments |= dict(zip(strides, tensor.stride(), strict=True))
-    arguments |= {"SYMMETRIC": symmetric, "WIDEN": INTERPRETED, "GROUP_ROWS": GROUP}
-    arguments |= {"TILE_N": tile.n, "TILE_M": tile.m, "TILE_K": tile.k}
+    arguments |= {"WIDEN": INTERPRETED, "TILE_N": tile.n, "TILE_K": tile.k}
     return Call(_product_kernel, (programs, size), arguments, tile.warps, tile.stages)
 
 
 @_jit
 def _product_kernel(
-    a, b, c, out, alpha, beta, n, m, k,
+    a, b, c, out, alpha, beta, n, k,
     a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, out_batch, out_row, out_col,
-    SYMMETRIC: tl.constexpr, WIDEN: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+    WIDEN: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     num_rows = tl.cdiv(n, TILE_N)
-    num_cols = tl.cdiv(m, TILE_M)
-    if SYMMETRIC:  # rows i and R - 1 - i of the lower half, laid end to end, have R + 1 tiles for every i
-        row = tl.program_id(0) // (num_rows + 1)
-        col = tl.program_id(0) % (num_rows + 1)
-        beyond = col > row
-        col = tl.where(beyond, col - row - 1, col)
-        row = tl.where(beyond, num_rows - 1 - row, row)
-    else:
-        row, col = tl.swizzle2d(
-            tl.program_id(0) // num_cols, tl.program_id(0) % num_cols, num_rows, num_cols, GROUP_ROWS
-        )
+    # Rows i and R - 1 - i of the lower half, laid end to end, have R + 1 tiles for every i.
+    row = tl.program_id(0) // (num_rows + 1)
+    col = tl.program_id(0) % (num_rows + 1)
+    beyond = col > row
+    col = tl.where(beyond, col - row - 1, col)
+    row = tl.where(beyond, num_rows - 1 - row, row)
     top = (row * TILE_N).to(tl.int64)  # 64 bits up to the tile, 32 inside
-    left = (col * TILE_M).to(tl.int64)
+    left = (col * TILE_N).to(tl.int64)
     i = tl.arange(0, TILE_N)[:, None]
-    j = tl.arange(0, TILE_M)[None, :]
+    j = tl.arange(0, TILE_N)[None, :]
     a += batch * a_batch + top * a_row + i * a_row + tl.arange(0, TILE_K)[None, :] * a_col
-    b += batch * b_batch + left * b_col + j * b_col + tl.arange(0, TILE_K)[:, None] * b_row
+    b += batch * b_batch + left * b_row + j * b_row + tl.arange(0, TILE_K)[:, None] * b_col
     inside_rows = row * TILE_N + i < n
-    inside_cols = col * TILE_M + j < m
+    inside_cols = col * TILE_N + j < n
 
-    total = tl.zeros((TILE_N, TILE_M), tl.float32)
+    total = tl.zeros((TILE_N, TILE_N), tl.float32)
     for done in range(0, k, TILE_K):
         a_tile = tl.load(a, inside_rows & (tl.arange(0, TILE_K)[None, :] < k - done), other=0.0)
         b_tile = tl.load(b, inside_cols & (tl.arange(0, TILE_K)[:, None] < k - done), other=0.0)
@@ -242,7 +203,7 @@ def _product_kernel(
             b_tile = b_tile.to(tl.float32)
         total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
         a += TILE_K * a_col
-        b += TILE_K * b_row
+        b += TILE_K * b_col
 
     total *= alpha
     inside = inside_rows & inside_cols
@@ -252,71 +213,16 @@ def _product_kernel(
     result = total.to(out.dtype.element_ty)
     out += batch * out_batch
     straight = out + top * out_row + left * out_col + i * out_row + j * out_col
-    if SYMMETRIC:
-        mirrored = out + left * out_row + top * out_col + j * out_row + i * out_col
-        if row == col:  # apart, because a triangular mask makes stores element by element
-            tl.store(straight, result, inside & (i >= j))
-            tl.store(mirrored, result, inside & (i > j))
-        else:
-            tl.store(straight, result, inside)
-            tl.store(mirrored, result, inside)
+    mirrored = out + left * out_row + top * out_col + j * out_row + i * out_col
+    if row == col:  # apart, because a triangular mask makes stores element by element
+        tl.store(straight, result, inside & (i >= j))
+        tl.store(mirrored, result, inside & (i > j))
     else:
         tl.store(straight, result, inside)
+        tl.store(mirrored, result, inside)
 
 
 # --- passes over a shard ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SegmentTable:
-    """Segments of a flat tensor and their places in a packed buffer, cut into blocks. Int64 tensors.
-
-    Attributes:
-        sources, targets, numels: [blocks], of each block its first element in the flat tensor and in the
-            buffer, and how many elements it has: at most BLOCK.
-        num_blocks: [segments], how many blocks each segment was cut into.
-        source_stop, target_stop: how long the flat tensor and the buffer are at least.
-    """
-
-    sources: Tensor
-    targets: Tensor
-    numels: Tensor
-    num_blocks: Tensor
-    source_stop: int
-    target_stop: int
-
-    @classmethod
-    def build(
-        cls, sources: Sequence[int], targets: Sequence[int], numels: Sequence[int], *, device: torch.device
-    ) -> SegmentTable:
-        """Segment s is elements [sources[s], + numels[s]) of the flat and [targets[s], + numels[s]) packed.
-
-        Segments may be empty, and start anywhere; two must not overlap.
-
-        Raises:
-            ValueError: the lists differ in length, or hold a negative number.
-        """
-        _check(len(sources) == len(targets) == len(numels), "one source, target and numel for each segment")
-        _check(min([0, *sources, *targets, *numels]) == 0, "negative offset or size of a segment")
-        table = torch.tensor([sources, targets, numels], dtype=torch.int64).view(3, -1)
-        num_blocks = (table[2] + BLOCK - 1) // BLOCK
-        first = num_blocks.cumsum(0) - num_blocks
-        segments = torch.repeat_interleave(torch.arange(len(numels)), num_blocks)
-        inside = (torch.arange(len(segments)) - first[segments]) * BLOCK
-        per_block = table[:, segments]
-        return cls(
-            sources=(per_block[0] + inside).to(device),
-            targets=(per_block[1] + inside).to(device),
-            numels=(per_block[2] - inside).clamp_max(BLOCK).to(device),
-            num_blocks=num_blocks.to(device),
-            source_stop=max(map(sum, zip(sources, numels, strict=True)), default=0),
-            target_stop=max(map(sum, zip(targets, numels, strict=True)), default=0),
-        )
-
-    def sum_blocks(self, values: Tensor, *, out: Tensor) -> None:
-        """Write to `out` [segments] the sum of `values` [blocks] over each segment's blocks."""
-        sums = torch.segment_reduce(values, "sum", lengths=self.num_blocks, unsafe=True, initial=0.0)
-        out[: len(sums)].copy_(sums)
 
 
 def momentum_pass(
@@ -342,18 +248,6 @@ def momentum_pass(
     table.sum_blocks(partials, out=squares)
 
 
-def check_momentum_pass(
-    gradient: Tensor, momentum: Tensor, out: Tensor, squares: Tensor, table: SegmentTable
-) -> None:
-    """Raises `ValueError` as `momentum_pass` says."""
-    _check_flat(table.source_stop, gradient=gradient, momentum=momentum)
-    _check_flat(table.target_stop, out=out)
-    _check_flat(len(table.num_blocks), squares=squares)
-    _check(gradient.dtype in (torch.bfloat16, torch.float32), "gradient must be bf16 or fp32")
-    _check(momentum.dtype == torch.float32, "momentum must be fp32")
-    _check(squares.dtype == torch.float64, "squares must be fp64")
-
-
 def apply_pass(
     weight: Tensor, update: Tensor, table: SegmentTable, *, decay: float, factor: float,
     ahead: float = 0.0, model: Tensor | None = None,
@@ -371,16 +265,6 @@ def apply_pass(
     check_apply_pass(weight, update, table, model)
     tensors = {"weight": weight, "update": update}
     _pass(_apply_kernel, table, **tensors, model=model, decay=decay, factor=factor, ahead=ahead).launch()
-
-
-def check_apply_pass(weight: Tensor, update: Tensor, table: SegmentTable, model: Tensor | None) -> None:
-    """Raises `ValueError` as `apply_pass` says."""
-    _check_flat(table.source_stop, weight=weight)
-    _check_flat(table.target_stop, update=update)
-    if model is not None:
-        _check_flat(table.source_stop, model=model)
-        _check(model.dtype in (torch.bfloat16, torch.float32), "model must be bf16 or fp32")
-    _check(weight.dtype == torch.float32, "weight must be fp32")
 
 
 def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
@@ -429,17 +313,6 @@ def _apply_kernel(
         tl.store(model + source, (w + ahead * (w - before)).to(model.dtype.element_ty), inside)
 
 
-def _check_flat(least: int, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _check(tensor.dim() == 1 and tensor.is_contiguous(), f"{name} must be flat and contiguous")
-        _check(len(tensor) >= least, f"{name} has {len(tensor)} elements, the table needs {least}")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 # --- for the tests ------------------------------------------------------------------------------------------
 
 
@@ -455,11 +328,9 @@ def variants(capability: tuple[int, int]) -> dict[str, Call]:
         wide = torch.empty(1, size, 2 * size, dtype=dtype, device="meta")
         tall = torch.empty(1, 2 * size, size, dtype=dtype, device="meta").mT
         kind = f"{dtype} {size}"
-        calls[f"A², {kind}"] = multiply(square, square.mT, square, square, symmetric=True)
+        calls[f"A², {kind}"] = multiply(square, square, square, square)
         for layout, x in (("wide", wide), ("tall", tall)):
-            calls[f"XXᵀ, {layout} {kind}"] = multiply(x, x.mT, None, square, symmetric=True)
-            calls[f"PX, {layout} {kind}"] = multiply(square, x, None, x, symmetric=False)
-            calls[f"PX + X, {layout} {kind}"] = multiply(square, x, x, x, symmetric=False)
+            calls[f"XXᵀ, {layout} {kind}"] = multiply(x, x, None, square)
     offsets = torch.empty(1, dtype=torch.int64, device="meta")
     table = SegmentTable(offsets, offsets, offsets, offsets, source_stop=1, target_stop=1)
     single, half = (torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.machine import compiled
-from optim.kernels.gpu import SegmentTable, check_apply_pass, check_momentum_pass
+from optim.kernels.passes import SegmentTable, check_apply_pass, check_momentum_pass
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TIERS = tuple(name for name in compiled.TIERS if name != compiled.TILES)  # that it is compiled for

@@ -60,7 +60,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OwnershipPlan:
     """Owners of a list of matrices, and the traffic that follows from them."""
 
     matrices: tuple[Matrix, ...]
@@ -85,7 +85,7 @@ class Plan:
             if matrix.holdings[target][0] < matrix.holdings[target][1]
         ]
 
-    def by_shape(self) -> list[tuple[list[int], "Plan"]]:
+    def by_shape(self) -> list[tuple[list[int], "OwnershipPlan"]]:
         """One plan for each shape, and the indices of its matrices here; the same order on every rank."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for index, matrix in enumerate(self.matrices):
@@ -93,7 +93,7 @@ class Plan:
         return [
             (
                 indices,
-                Plan(
+                OwnershipPlan(
                     tuple(self.matrices[i] for i in indices),
                     tuple(self.owners[i] for i in indices),
                     self.world_size,
@@ -139,7 +139,7 @@ class Plan:
         return max(loads) * self.world_size / sum(loads) - 1 if sum(loads) else 0.0
 
 
-def make_plan(matrices: Sequence[Matrix], *, world_size: int) -> Plan:
+def make_plan(matrices: Sequence[Matrix], *, world_size: int) -> OwnershipPlan:
     """Own each matrix once: balanced by FLOPs, and among balanced plans with little traffic.
 
     Largest first to the least loaded rank gives the balance. Then matrices move to ranks that hold more of
@@ -154,7 +154,7 @@ def make_plan(matrices: Sequence[Matrix], *, world_size: int) -> Plan:
     owners, loads = _balance(matrices, world_size)
     limit = max(max(loads), int(sum(loads) / world_size * (1 + SLACK))) if matrices else 0
     _localize(matrices, owners, loads, limit=limit)
-    return Plan(tuple(matrices), tuple(owners), world_size)
+    return OwnershipPlan(tuple(matrices), tuple(owners), world_size)
 
 
 def _balance(matrices: Sequence[Matrix], world_size: int) -> tuple[list[int], list[int]]:

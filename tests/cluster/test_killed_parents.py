@@ -5,8 +5,6 @@ cluster/process.py has the means, and tests/cluster/test_process.py their detail
 
 import json
 import os
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -14,13 +12,13 @@ import pytest
 
 from cluster.session import free_ports
 from tests.cluster.test_process import alive
-from tests.commands import ROOT, TINY, command, write_corpus
+from tests.commands import TINY, started, write_corpus
+from tests.waiting import wait_until
 from training.model.shapes import LlamaShape, to_hf_config
 from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
 
-START_SECONDS = 120
 END_SECONDS = 5.0
 
 
@@ -80,22 +78,15 @@ def lines(processes: list[psutil.Process]) -> list[str]:
     ids=["study", "app", "baseline"],
 )
 def test_what_a_killed_command_has_started_ends(make, grandchild, tmp_path):
-    environment = {**os.environ, "RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command(*make(tmp_path)),
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + START_SECONDS
     below: list[psutil.Process] = []
-    while not any(grandchild in line for line in lines(below)):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-        below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    assert lines(alive(below, within_seconds=END_SECONDS)) == []
+
+    def reached() -> bool:
+        assert process.poll() is None, process.communicate()
+        below[:] = psutil.Process(process.pid).children(recursive=True)
+        return any(grandchild in line for line in lines(below))
+
+    with started(*make(tmp_path), RAY_TMPDIR=f"/tmp/ray-{os.getpid()}") as process:
+        wait_until(reached, told=grandchild)
+        process.kill()
+        process.wait()
+        assert lines(alive(below, within_seconds=END_SECONDS)) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, config, provenance, record
+from cluster import cli, config, provenance, wandb_mirror
 from cluster.masking import MASK, is_secret, mask, mask_secrets, masked
 from cluster.record import Record
 from training.run import workers
@@ -156,7 +156,8 @@ def test_a_failed_worker_s_log_says_no_secret_and_only_its_owner_reads_it(tmp_pa
 
 def test_what_the_record_says_of_wandb_holds_no_key():
     assert (
-        record._reason(ValueError(f"API key\n  {HEX40} is wrong")) == f"ValueError: API key {MASK} is wrong"
+        wandb_mirror._reason(ValueError(f"API key\n  {HEX40} is wrong"))
+        == f"ValueError: API key {MASK} is wrong"
     )
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,12 @@ import pytest
 from tests.commands import ROOT, command, tiny, write_corpus
 from tests.intruder import attack
 from tests.listening import compare, documented, listening_there
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.stack,
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2"),
 ]
-START_SECONDS = 120
 LEAKED = "0123456789abcdef" * 4
 # Loopback, and an address that others could reach: with loopback alone Ray would have no choice.
 NETWORK = """ip link set lo up && ip link add out type veth peer name in && ip link set out up &&
@@ -53,13 +52,18 @@ class Run:
                 [*own_network, *command("training.launch", *arguments)],
                 cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + START_SECONDS
-        metrics = folder / "outputs/first-light/metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-            told = (folder / "log").read_text()
-            assert self._process.poll() is None and time.monotonic() < deadline, told
-            time.sleep(0.1)
-        (self.folder,) = (one for one in set(Path("/tmp").glob("ray-*")) - before if self._has_open(one))
+        metrics, log = folder / "outputs/first-light/metrics.jsonl", folder / "log"
+
+        def trains() -> bool:
+            assert self._process.poll() is None, log.read_text()
+            return metrics.exists() and metrics.read_text().count("\n") > 1
+
+        try:
+            wait_until(trains, told=log.read_text)
+            (self.folder,) = (one for one in set(Path("/tmp").glob("ray-*")) - before if self._has_open(one))
+        except BaseException:
+            self.end()
+            raise
 
     def _has_open(self, folder: Path) -> bool:
         links = Path(f"/proc/{self._process.pid}/fd").iterdir()

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cluster import provenance
-from cluster.measure import hardware, probe
-from optim.kernels import gpu as kernels
+from cluster.machine.host import describe_host
+from cluster.measure import probe
+from optim.kernels import gpu
 from optim.precision import product_dtype
 from tests.gpu.block import Run
 from tests.gpu.command import PACKAGES
@@ -32,7 +33,7 @@ def measure(run: Run) -> None:
 
 
 def versions(run: Run) -> None:
-    host = hardware.describe_host()
+    host = describe_host()
     run.row("versions", python=sys.version.split()[0], **provenance.versions(PACKAGES))
     run.row(
         "the machine",
@@ -40,7 +41,7 @@ def versions(run: Run) -> None:
         cpu_cores=host["cpu_cores"],
         c_compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none",
         python_h=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
-        triton_kernels=kernels.unsupported(run.device, torch.bfloat16) or "supported",
+        triton_kernels=gpu.unsupported(run.device, torch.bfloat16) or "supported",
     )
     if run.gpu:
         properties = torch.cuda.get_device_properties(run.device)

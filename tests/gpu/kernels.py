@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from optim import polar
-from optim.kernels import gpu as kernels
-from optim.kernels.gpu import SegmentTable, add_product, apply_pass, momentum_pass, symmetric_product
+from optim.kernels import gpu
+from optim.kernels.gpu import apply_pass, momentum_pass, symmetric_product
+from optim.kernels.passes import BLOCK, SegmentTable
 from optim.precision import gram_dtype
 from tests.gpu.block import Run, error_of, worst_of
 
@@ -29,7 +30,7 @@ SIZES = {
 # Of the flat tensor (source, target in the packed buffer, numel): other orders, gaps, odd places, one empty.
 SEGMENTS = ((1, 5203, 5000), (5003, 3, 0), (5003, 0, 1), (5010, 1, 2048), (7300, 2051, 2049), (9349, 5200, 3))
 FLAT, PACKED = 9400, 10300
-LARGE = {"cuda": 2**31 + 4099, "cpu": 3 * kernels.BLOCK + 5}  # elements of a flat tensor
+LARGE = {"cuda": 2**31 + 4099, "cpu": 3 * BLOCK + 5}  # elements of a flat tensor
 LARGE_BATCH = {"cuda": (129, 4096, 4096), "cpu": (3, 16, 16)}  # more than 2^31 elements, too
 WINDOW = 1 << 26  # elements that are checked in fp64 at a time
 
@@ -39,7 +40,7 @@ def measure(run: Run) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return HALF_UNIT[dtype] * (2 if kernels.INTERPRETED else 1)
+    return HALF_UNIT[dtype] * (2 if gpu.INTERPRETED else 1)
 
 
 def framed(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ class Worst:
 
 
 def products(run: Run) -> None:
-    """Both products, wide without an addend and tall with one; fp16 on one size of each tile."""
+    """Wide without an addend and tall with one; fp16 on one size of each tile."""
     sizes = SIZES[run.device.type]
     for dtype, chosen in ((torch.bfloat16, sizes), (torch.float16, sizes[1:3])):
         for number, (batch, rows, cols) in enumerate(chosen):
@@ -101,14 +102,6 @@ def products(run: Run) -> None:
                 half = (alpha * left.double() @ left.double().mT + beta * lower.double()).tril()
                 worst.add(buffer, out, half + half.tril(-1).mT)
             worst.report(run, f"symmetric_product {of}", dtype)
-
-            p = run.random(batch, rows, rows, dtype=dtype, seed=200 + number)
-            worst = Worst()
-            for right, alpha, beta in ((x, 1.0, 0.0), (tall, -0.5, 3.0)):
-                buffer, out = framed(right)
-                add_product(p, right, alpha=alpha, beta=beta, out=out)
-                worst.add(buffer, out, beta * right.double() + alpha * p.double() @ right.double())
-            worst.report(run, f"add_product {of}", dtype)
 
 
 def large_products(run: Run) -> None:
@@ -131,7 +124,7 @@ def orthogonalize(run: Run) -> None:
         x = run.random(*size)
         found = polar.orthogonalize(x, method="polar_express", dtype=torch.bfloat16)
         exact = polar.orthogonalize(x.double(), method="polar_express", dtype=torch.float64)
-        error, limit = error_of(found, exact), 0.08 if kernels.INTERPRETED else 0.04
+        error, limit = error_of(found, exact), 0.08 if gpu.INTERPRETED else 0.04
         problem = None if error <= limit else f"relative error {error:.2g} above {limit:.2g}"
         products_in = str(gram_dtype(torch.bfloat16, run.device) if name[0] == "G" else torch.bfloat16)
         run.row(

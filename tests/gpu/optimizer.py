@@ -7,7 +7,7 @@ import torch
 from optim.bench import contenders
 from optim.bench.forecast import LLAMA_1B4, PASS_BYTES, num_elements
 from optim.cost import orthogonalize_flops
-from optim.kernels import gpu as kernels
+from optim.kernels import gpu
 from tests.gpu.block import TINY, Run
 
 METHODS = {"ours": "jordan", "ours_polar_express": "polar_express"}  # the first is the peer's
@@ -55,9 +55,8 @@ def products(run: Run) -> None:
         p, out = x[..., :rows], torch.empty_like(x)
         amount = 2 * 24 * rows * rows * cols / 1e12
         bodies = {
-            "XXᵀ, ours": lambda x=x, gram=gram: kernels.symmetric_product(x, x, out=gram),
+            "XXᵀ, ours": lambda x=x, gram=gram: gpu.symmetric_product(x, x, out=gram),
             "XXᵀ, torch": lambda x=x, gram=gram: torch.bmm(x, x.mT, out=gram),
-            "PX + X, ours": lambda p=p, x=x, out=out: kernels.add_product(p, x, beta=1.0, out=out),
             "PX + X, torch": lambda p=p, x=x, out=out: torch.baddbmm(x, p, x, out=out),
         }
         for name, body in bodies.items():

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.commands import ROOT, tiny, write_corpus
+from tests.waiting import wait_until
 
 ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
 CLUSTER = ("head", "worker1", "worker2")
@@ -123,7 +124,8 @@ class Lab:
         ]
         self._relay = subprocess.Popen(relay)
         for name, address in (("nyc", "10.77.1.2/30"), ("gw", "10.77.1.1/30")):
-            _until(lambda name=name: _try("ip", "-n", self._netns(name), "link", "show", "wan0"), "wan0")
+            there = ("ip", "-n", self._netns(name), "link", "show", "wan0")
+            wait_until(lambda there=there: _try(*there), told="wan0")
             self._ip(name, f"addr add {address} dev wan0")
             self._ip(name, "link set wan0 up txqueuelen 5000")
         self._ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
@@ -165,10 +167,8 @@ class Lab:
             )  # fmt: skip
         probe = f"exec 3<>/dev/tcp/{ADDRESSES[name]}/22"
         near = name if name == "nyc" else "gw"
-        _until(
-            lambda: _try("ip", "netns", "exec", self._netns(near), "timeout", "1", "bash", "-c", probe),
-            f"{name}'s sshd",
-        )
+        connect = ("ip", "netns", "exec", self._netns(near), "timeout", "1", "bash", "-c", probe)
+        wait_until(lambda: _try(*connect), told=f"{name}'s sshd")
 
     def power_off(self, name: str, *, wipe: bool = False) -> None:
         """End a host at once, as a loss of power would; `wipe` installs it anew, with the same host key."""
@@ -367,13 +367,6 @@ def _do(*command: Any) -> None:
 
 def _try(*command: Any) -> bool:
     return subprocess.run([str(part) for part in command], capture_output=True).returncode == 0
-
-
-def _until(condition: Any, what: str, *, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
-        time.sleep(0.05)
 
 
 def _children(pid: int) -> list[int]:

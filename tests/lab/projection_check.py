@@ -5,8 +5,8 @@
 Each worker takes the same tokens, on one thread. A prediction uses two measurements: the parts of a step of
 one worker (training/baseline/steps.py), and the rates of GEMMs, of passes over memory and of gloo's
 collectives with all workers running (tests/lab/projection_ranks.py). The rates are needed because workers
-share cores, memory and clocks. A prediction never sees a step of several workers. Runs take turns within a round; a round
-takes about five minutes on two quiet cores."""
+share cores, memory and clocks. A prediction never sees a step of several workers. Runs take turns within a
+round; a round takes about five minutes on two quiet cores."""
 
 import itertools
 import json

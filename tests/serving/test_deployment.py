@@ -31,6 +31,7 @@ from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.listening import compare, documented, listening
 from tests.serving.endpoint.test_service import BODIES
+from tests.waiting import wait_until
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape, to_hf_config
 
@@ -126,12 +127,9 @@ def test_a_client_that_leaves_frees_its_slot(url, stream):
     cancelled = figure(url, "cancelled")
     with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
         sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        while figure(url, "running") == 0:
-            time.sleep(0.02)
-    deadline = time.monotonic() + 5
-    while figure(url, "running") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert figure(url, "running") == 0 and figure(url, "cancelled") == cancelled + 1
+        wait_until(lambda: figure(url, "running"))
+    wait_until(lambda: figure(url, "running") == 0)
+    assert figure(url, "cancelled") == cancelled + 1
 
 
 def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url):
@@ -228,10 +226,7 @@ def test_ray_exports_the_figures_of_each_replica(url):
 
     post(url)
     tokens = figure(url, "generated_tokens")
-    deadline = time.monotonic() + 40
-    while exported("generated_tokens") != [tokens] and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert exported("generated_tokens") == [tokens] and exported("running") == [0]
+    wait_until(lambda: exported("generated_tokens") == [tokens] and exported("running") == [0])
     assert exported("time_to_first_token_seconds_count")[0] > 0
 
 
@@ -253,8 +248,7 @@ def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Excepti
 
     whole = threading.Thread(target=ask)
     whole.start()
-    while figure(url, "running") == 0:
-        time.sleep(0.02)
+    wait_until(lambda: figure(url, "running"))
     text, raised = b"", None
     try:
         with httpx.stream("POST", f"{url}/v1/completions", **streaming) as answer:
@@ -341,18 +335,16 @@ def tiny_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def test_a_checkpoint_that_cannot_be_read_is_one_message(tmp_path):
-    file = tiny_checkpoint(tmp_path / "tiny") / "model.safetensors"
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """The command on a checkpoint that breaks off; it starts beside the next one, as both mostly wait."""
+    file = tiny_checkpoint(tmp_path_factory.mktemp("broken") / "tiny") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with started(file.parent, port=free_ports(1)[0]) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert "model.safetensors" in line and "copy it again" in line
-    assert "Traceback" not in errors
+        yield process
 
 
-def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
+def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path, refusing):
     [port] = free_ports(1)
     with started(tiny_checkpoint(tmp_path / "tiny"), port=port) as process:
         assert process.stdout is not None
@@ -367,7 +359,15 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode == 130
     _, alive = psutil.wait_procs(below, timeout=10)
     assert alive == []
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_message(refusing):
+    _, errors = refusing.communicate(timeout=120)
+    assert refusing.returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "model.safetensors" in line and "copy it again" in line
+    assert "Traceback" not in errors

@@ -23,7 +23,7 @@ from typing import Any
 
 from optim.bench.forecast import ADAMW_BYTES, PASS_BYTES
 from optim.cost import orthogonalize_flops
-from optim.step.ownership import Plan
+from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
 from training.projection.traffic import SHARES, Exchange, Job
 
@@ -130,7 +130,7 @@ def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Interconnect) 
     return CollectiveSeconds(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
 
 
-def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
+def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, float]:
     """(FLOPs, bytes of memory) of the optimizer step on the most loaded rank. Not for Scion."""
     assert not job.norms
     groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
@@ -146,7 +146,7 @@ def optimizer_work(job: Job, plans: Sequence[Plan]) -> tuple[float, float]:
     return max(loads), shard
 
 
-def optimizer_seconds(job: Job, plans: Sequence[Plan], basis: Basis) -> float:
+def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) -> float:
     """Of the most loaded rank."""
     flops, num_bytes = optimizer_work(job, plans)
     return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)

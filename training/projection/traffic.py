@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
-from optim.step.ownership import Matrix, Plan, make_plan
+from optim.step.ownership import Matrix, OwnershipPlan, make_plan
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model.shapes import LlamaShape
 
@@ -272,7 +272,7 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
 # --- the matrices' owners ---------------------------------------------------------------------------------
 
 
-def ownership(job: Job) -> list[Plan]:
+def ownership(job: Job) -> list[OwnershipPlan]:
     """The owner of each matrix, for each rule that needs whole matrices."""
     return [
         make_plan(_matrices(group, job), world_size=job.num_ranks)
@@ -300,7 +300,9 @@ def _matrices(group: Group, job: Job) -> list[Matrix]:
     return found
 
 
-def exchange(plans: Sequence[Plan], *, element_bytes: int, num_ranks: int, ranks_per_node: int) -> Exchange:
+def exchange(
+    plans: Sequence[OwnershipPlan], *, element_bytes: int, num_ranks: int, ranks_per_node: int
+) -> Exchange:
     """The traffic of `plans`. Ranks are numbered node by node."""
     sent = [0] * num_ranks
     worst_rank = worst_node = peers = 0

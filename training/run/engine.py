@@ -25,7 +25,7 @@ from optim.rules import (
     Signum,
     TransportedScion,
 )
-from optim.step.quiet import quiet_deepspeed
+from optim.step.layout import quiet_deepspeed
 from optim.step.zero import ZeroOptimizer
 from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
 from training.plan import resolve_shape
@@ -45,7 +45,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
         "allgather_bucket_size": bucket,
         "overlap_comm": config.workers.gpu,
         "contiguous_gradients": True,
-        "round_robin_gradients": False,  # breaks the shard addresses that optim/step/zero.py reads
+        "round_robin_gradients": False,  # breaks the shard addresses that optim/step/layout.py reads
     }
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.workers.gpu}
@@ -173,7 +173,7 @@ def make_noise(config: TrainConfig) -> tuple[Noise, int] | None:
     return Noise(noise.inject, tail=tail, moment=noise.moment, scale=noise.scale), config.run.seed
 
 
-def make_engine(
+def build_deepspeed_engine(
     model: nn.Module, config: TrainConfig, *, micro_batch: int, accumulation: int
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
     """Wrap the model. Returns the engine, the bound optimizer, and the partition of the parameters."""

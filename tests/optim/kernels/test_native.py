@@ -16,7 +16,7 @@ import torch
 from cluster.machine import compiled
 from optim import cost, polar
 from optim.kernels import native
-from optim.kernels.gpu import SegmentTable
+from optim.kernels.passes import SegmentTable
 from tests.commands import ROOT
 from tests.guard import NO_BF16
 

@@ -25,8 +25,9 @@ from optim.rules import (
     Signum,
     TransportedScion,
 )
-from optim.step import fused
-from optim.step.fused import Fragment, FusedStep
+from optim.step import exchange, fused
+from optim.step.fragments import Fragment
+from optim.step.fused import FusedStep
 from tests.ranks import spawn
 from training.model.llama import Llama
 from training.model.shapes import resolve
@@ -226,8 +227,8 @@ class Wire:
 def run_case(context: Context, case: Case) -> dict:
     fragments = lay_out(case, context.world_size, context.rank)
     fused.CHUNK_ELEMENTS = case.chunk
-    fused._lies_elsewhere = lambda flat, device: case.staged
-    fused.STRETCH_BYTES = 400
+    exchange._lies_elsewhere = lambda flat, device: case.staged
+    exchange.STRETCH_BYTES = 400
     unit = FusedStep(RULES[case.rule], fragments, device=context.device)
     with Wire(context.rank) as wire:
         for step in range(NUM_STEPS):
@@ -552,11 +553,11 @@ def test_the_rule_sees_the_number_of_the_step():
 def test_a_staged_step_gives_the_same_bits(monkeypatch):
     """The passes of an offloaded shard, on a CPU that plays both devices, against the passes in place."""
     monkeypatch.setattr(native, "unsupported", lambda device, dtype: "off: it sums in another order")
-    monkeypatch.setattr(fused, "STRETCH_BYTES", 400)
+    monkeypatch.setattr(exchange, "STRETCH_BYTES", 400)
     for name, case in ((name, Case("alone", rule=name)) for name in RULES):
         found = []
         for staged in (False, True):
-            monkeypatch.setattr(fused, "_lies_elsewhere", lambda flat, device, staged=staged: staged)
+            monkeypatch.setattr(exchange, "_lies_elsewhere", lambda flat, device, staged=staged: staged)
             fragments = lay_out(case, 1, 0)
             unit = FusedStep(RULES[name], fragments, device=torch.device("cpu"))
             for step in range(NUM_STEPS):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from optim.cost import orthogonalize_flops
-from optim.step.ownership import SLACK, Matrix, Plan, make_plan
+from optim.step.ownership import SLACK, Matrix, OwnershipPlan, make_plan
 from training.model.shapes import SHAPES
 
 WORLDS = range(1, 9)
@@ -69,7 +69,7 @@ def random_matrices(seed: int, world_size: int) -> list[Matrix]:
     return [random_matrix(draw, index, world_size) for index in range(draw.randint(0, 12))]
 
 
-def exchange(plan: Plan, outgoing, incoming, read) -> tuple[list[list], int]:
+def exchange(plan: OwnershipPlan, outgoing, incoming, read) -> tuple[list[list], int]:
     """All-to-all with Python lists: what each rank receives as (segment, elements), and how many crossed."""
     ranks = range(plan.world_size)
     buffers = {
@@ -96,7 +96,7 @@ def test_every_element_travels_once_to_its_owner_and_once_back(world_size):
         check_traffic(make_plan(random_matrices(seed, world_size), world_size=world_size))
 
 
-def check_traffic(plan: Plan) -> None:
+def check_traffic(plan: OwnershipPlan) -> None:
     ranks = range(plan.world_size)
 
     # To the owners: rank r sends what it holds; element i of matrix m is the pair (m, i).
@@ -152,7 +152,7 @@ def test_saving_traffic_never_costs_more_balance_than_the_slack(world_size):
         assert max_load(make_plan(matrices, world_size=world_size)) <= limit
 
 
-def max_load(plan: Plan) -> int:
+def max_load(plan: OwnershipPlan) -> int:
     return max(sum(plan.matrices[i].flops for i in plan.owned_by(rank)) for rank in range(plan.world_size))
 
 
@@ -244,7 +244,7 @@ def test_the_minimum_is_one_and_traffic_is_counted_right(cut, world_size):
         assert plan.minimum_elements_sent == least
 
 
-def excess(plan: Plan) -> float:
+def excess(plan: OwnershipPlan) -> float:
     """Traffic over that of the best plan whose largest load is no greater, found by trying all; from 1."""
     flops, best = [matrix.flops for matrix in plan.matrices], None
     for owners in itertools.product(range(plan.world_size), repeat=len(flops)):
@@ -290,7 +290,7 @@ def test_where_owning_what_one_holds_is_balanced_nothing_else_is_sent(name, worl
     matrices = cut_flat(hidden_matrices(name), world_size)
     plan = make_plan(matrices, world_size=world_size)
     home = [max(range(world_size), key=matrix.held_by) for matrix in matrices]
-    at_home = Plan(tuple(matrices), tuple(home), world_size)
+    at_home = OwnershipPlan(tuple(matrices), tuple(home), world_size)
     if max_load(at_home) <= max(max_load(plan), sum(m.flops for m in matrices) / world_size * (1 + SLACK)):
         assert plan.elements_sent == at_home.elements_sent == plan.minimum_elements_sent
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from cluster.config import load
 from optim import rules
 from optim.groups import Member, attention_splits
-from optim.step.zero import PHASES, ZeroOptimizer
+from optim.step.health import PHASES
+from optim.step.zero import ZeroOptimizer
 from tests.ranks import spawn
 from training.config import MUON_RULES, TrainConfig
 from training.run import checkpoint, engine
@@ -26,7 +27,7 @@ from training.run.context import Context
 from training.run.engine import (
     DTYPES,
     assign,
-    make_engine,
+    build_deepspeed_engine,
     make_noise,
     make_rules,
     peak_lrs,
@@ -174,7 +175,7 @@ def batches(case: Case, world_size: int) -> tuple[Tensor, Tensor]:
 
 
 def build(case: Case, **zero_keys: Any):
-    """`make_engine` of the case, and of DeepSpeed's keys which that does not set."""
+    """`build_deepspeed_engine` of the case, and of DeepSpeed's keys which that does not set."""
     ours = engine.deepspeed_config
     if case.sub_group:
         zero_keys["sub_group_size"] = case.sub_group
@@ -187,7 +188,9 @@ def build(case: Case, **zero_keys: Any):
         with zero_init(case.config()):
             model = Network()
         fill(model)
-        return make_engine(model, case.config(), micro_batch=MICRO_BATCH, accumulation=case.accumulation)
+        return build_deepspeed_engine(
+            model, case.config(), micro_batch=MICRO_BATCH, accumulation=case.accumulation
+        )
 
 
 def run_case(context: Context, case: Case, *, num_steps: int = NUM_STEPS, **zero_keys: Any) -> dict:
@@ -646,7 +649,8 @@ DIFFERENT = [Case(0, precision="bf16"), Case(1), Case(2, offload=True), Case(3),
 
 
 def owner_of(kind: str, wrapper: Any, optimizer: ZeroOptimizer) -> Any:
-    parameter = optimizer._members["up.weight"].parameter
+    members = (member for group in optimizer.param_groups for member in group["members"])
+    [parameter] = [member.parameter for member in members if member.name == "up.weight"]
     return {
         "wrapper": lambda: wrapper,
         "parameter": lambda: parameter,
@@ -730,7 +734,7 @@ def test_what_deepspeed_has_moved_is_an_error_at_start_that_names_it_and_the_ver
     assert deepspeed.__version__ == "0.19.8"
     for (stage, _, attribute), message in zip(READ_AT_START, errors["start"], strict=True):
         assert message.startswith("RuntimeError: DeepSpeed 0.19.8 has no "), (stage, attribute, message)
-        assert f".{attribute}, from which optim/step/zero.py reads the shard layout" in message
+        assert f".{attribute}, from which optim/step/layout.py reads the shard layout" in message
         assert message.endswith("install deepspeed==0.19.8")
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 
-from tests.commands import ROOT, TINY, command, python, write_corpus
+from tests.commands import TINY, python, started, write_corpus
+from tests.waiting import wait_until
 from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = pytest.mark.stack
@@ -96,19 +96,14 @@ def test_one_that_is_killed_leaves_what_it_had_measured(machine):
     folder, arguments = machine
     output = folder / "killed.json"
     partial = folder / "killed.partial.json"
-    process = subprocess.Popen(
-        command("training.baseline", *arguments, "train.shapes=[]", f"output={output}"),
-        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not partial.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    process.wait(30)
+    with started("training.baseline", *arguments, "train.shapes=[]", f"output={output}") as process:
+        wait_until(partial.exists)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        process.communicate(timeout=60)
+        assert running(f"model.shape={folder}") == []  # nothing that it started goes on
     assert not output.exists()
     found = json.loads(partial.read_text())
     assert not found["complete"] and len(found["figures"]) >= 1
-    assert running(f"model.shape={folder}") == []  # nothing that it started goes on
     compared = python(
         "cluster.parity", partial, "datasheet:h100", "--output", folder / "r", "--wandb", "disabled"
     )
@@ -119,17 +114,12 @@ def test_the_ranks_of_a_cell_end_with_the_command(machine):
     """Each rank is in a session of its own, which torchrun makes; here the command alone is told to end."""
     folder, arguments = machine
     name = f"model.shape={folder}/mine"
-    process = subprocess.Popen(
-        command("training.baseline", *arguments, "train.workers=2", f"output={folder}/ranks.json"),
-        cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(running(name)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(running(name)) == 3  # torchrun and two ranks
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130
-    assert running(name) == []
+    output = f"output={folder}/ranks.json"
+    with started("training.baseline", *arguments, "train.workers=2", output) as process:
+        wait_until(lambda: len(running(name)) == 3)  # torchrun and two ranks
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 130 and running(name) == []
 
 
 def running(part):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.step.quiet import quiet_deepspeed
+from optim.step.layout import quiet_deepspeed
 from tests.ranks import spawn
 from training.model.llama import Llama, generate, initialize
 from training.model.shapes import resolve

@@ -12,6 +12,7 @@ from torch.distributed import distributed_c10d
 
 from cluster.cli import BAD_INPUT, UserError
 from cluster.session import free_ports
+from tests.ranks import forkserver
 from training.run.context import Context, Ranks, torch_context
 
 pytestmark = pytest.mark.stack
@@ -28,7 +29,7 @@ def one_rank(rank: int, how: str, port: int, folder: str) -> None:
 
 
 def slow() -> str:
-    time.sleep(2 * TIMEOUT_SECONDS)
+    time.sleep(TIMEOUT_SECONDS + 1)
     return "the data"
 
 
@@ -55,9 +56,7 @@ def refuse() -> str:
 
 def results(how: str, folder: Path) -> list[str]:
     [port] = free_ports(1)
-    mp.get_context("forkserver").set_forkserver_preload(
-        ["tests.ranks", "tests.rank_imports"]
-    )  # as `spawn` does
+    forkserver()
     mp.start_processes(one_rank, (how, port, str(folder)), nprocs=WORLD_SIZE, start_method="forkserver")
     return [(folder / str(rank)).read_text() for rank in range(WORLD_SIZE)]
 

@@ -5,14 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import FAILED, INTERRUPTED
 from cluster.record import read_metrics
-from tests.commands import ROOT, TINY, command, python, write_corpus
+from tests.commands import TINY, python, started, write_corpus
+from tests.waiting import wait_until
 from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
@@ -66,28 +66,14 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def wait_for(condition, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_an_interrupted_study_leaves_no_process_behind(folder: Path) -> None:
-    study = subprocess.Popen(
-        command("training.study", "--config", folder / "study.yaml"),
-        cwd=ROOT,
-        env={**os.environ, **SESSION},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
     runs = folder / "outputs" / "micro" / "runs"
-    wait_for(lambda: study.poll() is not None or list(runs.glob("*/metrics.jsonl")), seconds=120)
-    os.killpg(study.pid, signal.SIGINT)
-    _, error = study.communicate(timeout=60)
-    assert study.returncode == INTERRUPTED, error
-    wait_for(lambda: not processes_of(folder), seconds=20)
+    with started("training.study", "--config", folder / "study.yaml", **SESSION) as study:
+        wait_until(lambda: study.poll() is not None or list(runs.glob("*/metrics.jsonl")))
+        os.killpg(study.pid, signal.SIGINT)
+        _, error = study.communicate(timeout=60)
+        assert study.returncode == INTERRUPTED, error
+        wait_until(lambda: not processes_of(folder), seconds=20)
 
 
 def test_the_same_command_finishes_it(folder: Path) -> None:
