@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.machine.host import describe_host
 from cluster.masking import mask_secrets
-from cluster.measure.hardware import describe_host
 
 NOT_CODE = ":(exclude)tests/baselines"  # a bench that has written its file leaves the code as it was
 COMMIT_VARIABLE = "ASUNCION_COMMIT"

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster import display, files, provenance
 from cluster.cli import RunError, UserError
-from cluster.measure import hardware
+from cluster.machine.host import describe_host
 from cluster.session import ROOT
 
 MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
@@ -104,7 +104,7 @@ def baseline_path(host: Mapping[str, Any], what: str) -> Path:
 
 def prepare_output(output: Path | None, what: str) -> Path:
     """The file to write, `output` or the baseline of this machine, in a folder that exists."""
-    path = output or baseline_path(hardware.describe_host(), what)
+    path = output or baseline_path(describe_host(), what)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -4,16 +4,10 @@ Every peak carries its source. A GPU that is not in the table has no MFU, rather
 """
 
 import math
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-KIB = 1024
+from cluster.machine.host import KIB
 
 
 @dataclass(frozen=True)
@@ -159,41 +153,3 @@ def ceiling_fault(shares: Mapping[str, float], *, ceiling: str) -> str | None:
     if share <= 1:
         return None
     return f"{ceiling}: {name} reaches {share:.0%} of it, so it is no ceiling, and no share of it counts"
-
-
-def describe_host() -> dict[str, Any]:
-    """Host name, operating system, CPU, memory (GiB) and GPUs of this machine, for the record of a run.
-
-    `gpus` is empty where there is no `nvidia-smi`; where there is one that fails, `gpus_problem` says how.
-    `cpu_held_to` is the vector tier that torch is held to by ATEN_CPU_CAPABILITY, None where it is free.
-    """
-    return {
-        "hostname": platform.node(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_cores": os.cpu_count(),
-        "cpu_held_to": os.environ.get("ATEN_CPU_CAPABILITY"),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / KIB**3, 1),
-        **_nvidia_smi(),
-    }
-
-
-def _cpu_model() -> str:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-def _nvidia_smi() -> dict[str, Any]:
-    if shutil.which("nvidia-smi") is None:
-        return {"gpus": []}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except subprocess.TimeoutExpired:
-        return {"gpus": [], "gpus_problem": "nvidia-smi did not answer within 20 s; is the driver hung?"}
-    except subprocess.CalledProcessError as error:
-        return {"gpus": [], "gpus_problem": f"nvidia-smi: {(error.stdout + error.stderr).strip()}"}
-    rows = [line.rsplit(", ", 1) for line in answer.splitlines() if line]
-    return {"gpus": [name for name, _ in rows], "gpu_driver": rows[0][1] if rows else None}

@@ -3,21 +3,15 @@
 import platform
 import shutil
 import socket
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster import provenance
-from cluster.machine import toolchain
+from cluster.machine import host, toolchain
 from cluster.measure import probe
 
-GPU_QUERY = (
-    "index,name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,persistence_mode,"
-    "pcie.link.gen.max,pcie.link.width.max"
-)
-THROTTLE_QUERY = "index,clocks_throttle_reasons.hw_slowdown,clocks_throttle_reasons.sw_thermal_slowdown"
 CPU_GEMM_SIZE = 1024  # the nodes' CPUs are measured briefly; their GPUs are what counts
 
 
@@ -40,7 +34,7 @@ class Inspector:
                 "cuda": torch.version.cuda or "none",
                 "code": provenance.code_version()["commit"],
             },
-            **gpus(),
+            **host.gpus(),
             "toolchain_problem": toolchain.missing(),
             "scratch": _folder(Path(scratch), disk_bytes),
             "storage": _folder(Path(storage), disk_bytes, mark=mark),
@@ -71,7 +65,7 @@ class Inspector:
                     found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
             except RuntimeError as error:
                 problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
-            throttled |= _throttled()
+            throttled |= host.throttled()
         return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
 
 
@@ -95,53 +89,6 @@ def free_place() -> tuple[str, int]:
     with socket.socket() as free:
         free.bind((address, 0))
         return address, free.getsockname()[1]
-
-
-def gpus() -> dict[str, Any]:
-    """`gpus` of this machine as its driver tells, and `gpus_problem` if the driver does not answer.
-
-    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
-    """
-    if shutil.which("nvidia-smi") is None:
-        return {"gpus": [], "gpus_problem": None}
-    try:
-        rows = _smi(GPU_QUERY)
-    except (subprocess.SubprocessError, OSError) as error:
-        said = getattr(error, "stdout", None) or str(error)
-        return {"gpus": [], "gpus_problem": f"nvidia-smi: {said.strip().splitlines()[-1]}"}
-    found, problem = [], None
-    for row in rows:
-        try:
-            index, name, memory, driver, ecc, persistence, generation, width = row
-            found.append(
-                {
-                    "index": int(index),
-                    "name": name,
-                    "memory_gib": round(float(memory.split()[0]) / 1024, 1),
-                    "driver": driver,
-                    "ecc_errors": int(ecc) if ecc.isdigit() else None,
-                    "persistence": persistence == "Enabled",
-                    "pcie": f"{generation}x{width}",
-                    "throttled": False,
-                }
-            )
-        except ValueError:  # '[GPU is lost]' in a field, or a sentence in place of a row
-            problem = f"nvidia-smi: {', '.join(row)}"
-    return {"gpus": found, "gpus_problem": problem}
-
-
-def _throttled() -> set[int]:
-    """Indices of the GPUs whose clocks heat or power hold down at this moment."""
-    try:
-        return {int(row[0]) for row in _smi(THROTTLE_QUERY) if "Active" in row[1:]}
-    except (subprocess.SubprocessError, OSError, ValueError):  # a driver that does not know these fields
-        return set()
-
-
-def _smi(query: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    return [[part.strip() for part in line.split(",")] for line in said.splitlines() if line.strip()]
 
 
 def _folder(folder: Path, disk_bytes: int, *, mark: str | None = None) -> dict[str, Any]:

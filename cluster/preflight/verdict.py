@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster import display
 from cluster.config import key
+from cluster.machine.host import KIB
 from cluster.measure import hardware
 
 RATES = {"product_tflops": "TFLOP/s", "copy_gb_per_s": "GB/s"}  # of `probe.Ceilings`
@@ -117,7 +118,7 @@ def _gpus(node: str, facts: dict[str, Any], expected: int, expect: ExpectConfig)
             yield Finding(
                 node, f"{name} is a {gpu['name']} and no {expect.accelerator}; set node.accelerator"
             )
-        if device and gpu["memory_gib"] * hardware.KIB**3 < 0.9 * device.memory_gb * 1e9:
+        if device and gpu["memory_gib"] * KIB**3 < 0.9 * device.memory_gb * 1e9:
             size = f"{gpu['memory_gib']} GiB, and its datasheet says {device.memory_gb:g} GB"
             yield Finding(node, f"{name} has {size}; is it partitioned?")
         if gpu["ecc_errors"]:

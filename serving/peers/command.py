@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from cluster.measure import benchmark, hardware
+from cluster.machine.host import describe_host
+from cluster.measure import benchmark
 from serving.bench.config import ServeBenchConfig
 from serving.bench.measure import note
 from serving.peers import overhead, races
@@ -20,7 +21,7 @@ def compare(config: ServeBenchConfig) -> None:
         result = races.race(
             {peer: config.bench.python or sys.executable},
             num_rounds=num_rounds,
-            threads=config.engine.threads or hardware.describe_host()["cpu_cores"],
+            threads=config.engine.threads or describe_host()["cpu_cores"],
             shape=shapes.resolve(config.model.shape) if config.model.shape else races.TINY,
             report=note,
         )

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cluster import provenance
-from cluster.measure import hardware, probe
+from cluster.machine.host import describe_host
+from cluster.measure import probe
 from optim.kernels import gpu
 from optim.precision import product_dtype
 from tests.gpu.block import Run
@@ -32,7 +33,7 @@ def measure(run: Run) -> None:
 
 
 def versions(run: Run) -> None:
-    host = hardware.describe_host()
+    host = describe_host()
     run.row("versions", python=sys.version.split()[0], **provenance.versions(PACKAGES))
     run.row(
         "the machine",

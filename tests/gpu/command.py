@@ -28,7 +28,7 @@ from typing import Any
 
 from cluster import cli, files, provenance
 from cluster.cli import RunError, UserError
-from cluster.measure import hardware
+from cluster.machine.host import describe_host
 from cluster.process import Child
 from cluster.session import ROOT, set_defaults, worker_environment
 
@@ -114,7 +114,7 @@ def choose(given: str | None) -> list[int]:
 
 def run(numbers: Sequence[int], *, device: str, folder: Path | None, limit_seconds: float) -> None:
     """Run the blocks, write the result, print tables. Raises `RunError`: a block failed."""
-    host = hardware.describe_host()
+    host = describe_host()
     card = card_of(host, device)
     file = output_file(card, folder, device)
     result = begin(card, file, host)

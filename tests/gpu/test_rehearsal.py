@@ -231,7 +231,7 @@ def test_no_block_begins_without_time_and_an_unknown_one_is_refused(faulty, caps
 
 
 def test_without_a_gpu_no_baseline_is_begun(capsys, monkeypatch):
-    monkeypatch.setattr(command.hardware, "describe_host", lambda: {"gpus": []})
+    monkeypatch.setattr(command, "describe_host", lambda: {"gpus": []})
     assert command.main([]) == 2
     assert "nvidia-smi names no GPU here" in capsys.readouterr().err
 

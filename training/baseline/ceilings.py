@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.measure import hardware, probe
+from cluster.machine.host import describe_host
+from cluster.measure import probe
 from training.model import shapes
 
 
@@ -47,7 +48,7 @@ def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
     return {
         **found,
         "kind": "gpu" if gpu else "cpu",
-        "name": found["device"] if gpu else hardware.describe_host()["cpu"],
+        "name": found["device"] if gpu else describe_host()["cpu"],
         "num_devices": torch.cuda.device_count() if gpu else 1,
         "free_bytes": free,
         "products_tflops": products,

@@ -20,6 +20,7 @@ from cluster import cli, files, provenance
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.laptop import inventory, remote
+from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
 from cluster.parity import baseline_file
 from cluster.record import Record
@@ -74,7 +75,7 @@ def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
 
 def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     """Measure this machine and write its file, or print what would be measured."""
-    host = hardware.describe_host()
+    host = describe_host()
     found = measure_device({})
     datasheet = hardware.lookup(found["name"])
     about = {name: found[name] for name in ("name", "kind", "num_devices")}

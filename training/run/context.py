@@ -48,7 +48,7 @@ class Context:
         """The GPU's name as its driver gives it, or the CPU's model name."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        from cluster.measure.hardware import describe_host
+        from cluster.machine.host import describe_host
 
         return describe_host()["cpu"]
 
@@ -62,6 +62,11 @@ class Context:
         """The sum of `value` over all ranks, in place."""
         dist.all_reduce(value)
         return value
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Tell the launcher how far the run is. Every rank calls it equally often."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.display import markdown
-from cluster.measure.hardware import describe_host
+from cluster.machine.host import describe_host
 from training.study.config import StudyConfig
 from training.study.plan import StudyPlan
 from training.study.plots import figure_file

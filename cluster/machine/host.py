@@ -1,0 +1,134 @@
+"""This machine: CPU, memory, and GPUs as NVML, the driver's own library, describes them.
+
+python -m cluster.machine.host      print `gpus` of this machine as one JSON object
+"""
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+KIB = 1024
+ROOT = Path(__file__).parents[2]
+ANSWER_SECONDS = 20  # a driver that hangs, hangs whoever asks: gpus() asks from a child
+
+
+def describe_host() -> dict[str, Any]:
+    """Host name, operating system, CPU, memory (GiB) and GPUs of this machine, for the record of a run.
+
+    `gpus` is empty without NVIDIA's driver; `gpus_problem` says which GPU does not answer, and why.
+    `cpu_held_to` is the vector tier that torch is held to by ATEN_CPU_CAPABILITY, None where it is free.
+    """
+    about: dict[str, Any] = {
+        "hostname": platform.node(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_held_to": os.environ.get("ATEN_CPU_CAPABILITY"),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / KIB**3, 1),
+    }
+    found = gpus()
+    about["gpus"] = [gpu["name"] for gpu in found["gpus"]]
+    if found["gpus"]:
+        about["gpu_driver"] = found["gpus"][0]["driver"]
+    if found["gpus_problem"]:
+        about["gpus_problem"] = found["gpus_problem"]
+    return about
+
+
+def gpus() -> dict[str, Any]:
+    """`gpus` of this machine, and `gpus_problem` if the driver or one of them does not answer.
+
+    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
+    """
+    if not _has_driver():
+        return {"gpus": [], "gpus_problem": None}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.machine.host"],
+            cwd=ROOT, capture_output=True, text=True, timeout=ANSWER_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        problem = f"NVML did not answer within {ANSWER_SECONDS} s; is the driver hung?"
+        return {"gpus": [], "gpus_problem": problem}
+    if done.returncode:
+        return {"gpus": [], "gpus_problem": f"NVML: {done.stderr.strip()[-300:]}"}
+    return json.loads(done.stdout)
+
+
+def throttled() -> set[int]:
+    """Indices of the GPUs whose clocks heat or power hold down at this moment."""
+    import pynvml
+
+    held = pynvml.nvmlClocksThrottleReasonHwSlowdown | pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
+    found = set()
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & held:
+                found.add(index)
+    except pynvml.NVMLError:  # a driver that does not tell
+        return set()
+    return found
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _ask_driver() -> dict[str, Any]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError as error:
+        return {"gpus": [], "gpus_problem": f"NVML: {error}"}
+    found, problem = [], None
+    for index in range(count):
+        try:
+            found.append({"index": index, "driver": driver, **_gpu(index)})
+        except pynvml.NVMLError as error:  # such as a GPU that fell off the bus
+            problem = f"NVML: GPU {index}: {error}"
+    return {"gpus": found, "gpus_problem": problem}
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    try:
+        errors = pynvml.nvmlDeviceGetTotalEccErrors(
+            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        )
+    except pynvml.NVMLError_NotSupported:  # ECC is off
+        errors = None
+    generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
+    return {
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / KIB**3, 1),
+        "ecc_errors": errors,
+        "persistence": pynvml.nvmlDeviceGetPersistenceMode(handle) == pynvml.NVML_FEATURE_ENABLED,
+        "pcie": f"{generation}x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}",
+        "throttled": False,
+    }
+
+
+def _cpu_model() -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+if __name__ == "__main__":
+    print(json.dumps(_ask_driver()))
