@@ -230,7 +230,7 @@ def network_of(config: LinkConfig, found: Mapping[str, Any] | None = None, *, fi
     """What the key says; else what was measured; else NODE_GB_PER_S.
 
     Args:
-        found: `cluster.measure.probe.Links` of one rank on every node (`cluster.preflight`), the bus
+        found: `probe.MeasuredLinks` of one rank on every node (`cluster.preflight`), the bus
         bandwidth of
             whose all-reduce is what a node's network carries each way while one GPU drives it; a `problem`;
             or None.
@@ -247,7 +247,7 @@ def network_of(config: LinkConfig, found: Mapping[str, Any] | None = None, *, fi
 
 
 def measured_links(found: Mapping[str, Any] | None, network: Network) -> Links | None:
-    """`cluster.measure.probe.Links` as a baseline has them; None where they were not measured."""
+    """`probe.MeasuredLinks` as a baseline has them; None where they were not measured."""
     if not found or found.get("num_ranks", 1) < 2:  # or the problem that kept them from being measured
         return None
     ring, pairs = (found[f"{kind}_gb_per_s"]["best"] * 1e9 for kind in ("all_reduce", "all_to_all"))
