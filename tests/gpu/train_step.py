@@ -17,8 +17,10 @@ from training import config as training_config
 from training.baseline import steps
 from training.config import TrainConfig
 from training.data.prepare import prepare
+from training.plan import make_plan
 from training.run.context import torch_context
 from training.run.loop import Trainer
+from training.run.start import Start
 
 WARM_UP, TIMED = 2, 4  # optimizer steps of `training.baseline.steps.measure`
 STEPS = 1 + WARM_UP + TIMED + steps.NUM_PHASED  # and one before, for its loss
@@ -75,7 +77,7 @@ def trainer_of(run: Run) -> Iterator[Trainer]:
         config = config_of(run, Path(folder), corpus)
         data = prepare(config.data, report=print)
         with torch_context(gpu=run.gpu) as context:
-            yield Trainer(config, data=data, context=context)
+            yield Trainer(Start.of(config, make_plan(config), data), context)
 
 
 def config_of(run: Run, folder: Path, corpus: Path) -> TrainConfig:

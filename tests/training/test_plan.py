@@ -11,7 +11,7 @@ from training import config as training_config
 from training.model.llama import Llama, initialize
 from training.plan import activation_bytes, make_plan, memory_bytes, resolve_shape
 from training.run.context import Context
-from training.run.engine import make_engine
+from training.run.engine import build_deepspeed_engine
 
 SMALL = (
     "model.num_layers=3",
@@ -67,7 +67,7 @@ def kept_bytes(context: Context, rules: tuple[str, ...]) -> list[dict[str, int]]
         config = training_config.load(dotlist=[*SMALL, "precision=bf16", f"optim.matrix.rule={rule}"])
         model = Llama(resolve_shape(config))
         initialize(model, seed=1)
-        engine, optimizer, _ = make_engine(model, config, micro_batch=2, accumulation=1)
+        engine, optimizer, _ = build_deepspeed_engine(model, config, micro_batch=2, accumulation=1)
         counts: Counter[str] = Counter()
         for _, _, tensors in optimizer.shards():
             for name, tensor in tensors.items():

@@ -10,7 +10,6 @@ that nothing else covered. The last line on stdout is one JSON object.
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.measure import hardware
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
-from cluster.session import set_defaults, worker_environment
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.prepare import prepare
@@ -67,58 +65,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_steps = options.warm_up + options.steps + NUM_PHASED + 1
             keys.append(f"schedule.tokens={num_steps * asked.batch.tokens}")
             config = training_config.load(file=options.config, dotlist=keys)
+            plan = make_plan(config)
             if options.dry_run:
-                print(f"{layered.to_yaml(config)}\n{make_plan(config).describe()}")
+                print(f"{layered.to_yaml(config)}\n{plan.describe()}")
                 return
-            measured = run_ray(config, **size) if options.ray else run(config, **size)
+            measured = (run_ray if options.ray else run)(config, plan, **size)
         if measured is not None:
             print(json.dumps(measured))
 
     return cli.run(body)
 
 
-def run(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, Any] | None:
+def run(config: TrainConfig, plan: Plan, **size: int) -> dict[str, Any] | None:
     """Measure on this rank of torchrun, or alone; the result on rank 0, None on the others.
 
     Raises:
         UserError: torchrun started another number of processes than `workers.count`.
         RunError: out of memory; the message begins with these words.
     """
-    make_plan(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != config.workers.count:
-        raise UserError(
-            f"workers.count: {config.workers.count}, but there are {world_size} processes; start "
-            f"as many with `torchrun --nproc-per-node={config.workers.count}`, or say --ray"
-        )
-    threads = max(1, int(config.workers.cpus))
-    set_defaults(worker_environment(gpu=config.workers.gpu, threads=threads))
-    import torch
+    ranks = workers.torch_ranks(config.workers)
+    from training.run.context import torch_context
+    from training.run.start import Start
 
-    from training.run.context import Ranks, torch_context
-
-    if not config.workers.gpu:
-        torch.set_num_threads(threads)
-    ranks = Ranks.meet()
-    data = ranks.on_main(lambda: prepare(config.data, report=_tell).absolute())
+    start = ranks.on_main(lambda: Start.of(config, plan, prepare(config.data, report=_to_stderr).absolute()))
     with torch_context(ranks, gpu=config.workers.gpu) as context:
-        return _on_rank(config, data, context, num_steps=num_steps, num_warm_up=num_warm_up)
+        return _on_rank(start, context, **size)
 
 
-def run_ray(config: TrainConfig, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:
+def run_ray(config: TrainConfig, plan: Plan, **size: int) -> dict[str, Any]:
     """Measure on workers of Ray Train. The prepared data lie where all of their nodes see them.
 
     Raises:
         RunError: a worker failed; its own message.
     """
-    make_plan(config)
+    from training.run.start import Start
+
     config = replace(config, data=replace(config.data, directory=str(Path(config.data.directory).absolute())))
-    arguments = {"config": config, "data": prepare(config.data, report=_tell).absolute()}
-    arguments |= {"size": {"num_steps": num_steps, "num_warm_up": num_warm_up}}
+    start = Start.of(config, plan, prepare(config.data, report=_to_stderr).absolute())
     with (
         tempfile.TemporaryDirectory(prefix=".steps-", dir=config.data.directory) as folder,
         workers.session(config),
     ):
+        arguments = {"start": start, "size": size}
         return workers.run(_ray_worker, arguments, workers=config.workers, directory=Path(folder))
 
 
@@ -127,27 +115,25 @@ def _ray_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
     from training.run.context import RayContext
 
-    config: TrainConfig = arguments["config"]
-    context = RayContext.create(gpu=config.workers.gpu)
+    start = arguments["start"]
+    context = RayContext.create(gpu=start.config.workers.gpu)
     nodes = set(context.gather(ray.get_runtime_context().get_node_id()))
-    return _on_rank(config, arguments["data"], context, num_nodes=len(nodes), **arguments["size"])
+    return _on_rank(start.on_ranks(context), context, num_nodes=len(nodes), **arguments["size"])
 
 
-def _tell(line: str) -> None:
+def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _on_rank(
-    config: TrainConfig, data: Path, context: Any, *, num_steps: int, num_warm_up: int, num_nodes: int = 1
-) -> dict[str, Any] | None:
-    """`measure` on every rank; what it comes to on rank 0, None on the others."""
+def _on_rank(start: Any, context: Any, *, num_nodes: int = 1, **size: int) -> dict[str, Any] | None:
+    """`measure` on every rank; the result of all on rank 0, None on the others."""
     import torch
 
     from training.run.loop import Trainer
 
     try:
-        trainer = Trainer(config, data=data, context=context)
-        found = measure(trainer, num_steps=num_steps, num_warm_up=num_warm_up)
+        trainer = Trainer(start, context)
+        found = measure(trainer, **size)
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are those of other allocators
         if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(str(error)):
             raise
@@ -158,22 +144,22 @@ def _on_rank(
 
 def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:
     """On this rank: `step_seconds`, a list; `joules` of them or None; seconds by part; peak memory."""
-    device = trainer.context.device
+    context = trainer.context
     for _ in range(num_warm_up):
         trainer.take_step()
-    _wait(device)
+    context.synchronize()
     taken: list[float] = []
-    with joules_of(device) as energy:
+    with joules_of(context.device) as energy:
         for _ in range(num_steps):
             start = time.perf_counter()
             trainer.take_step()
-            _wait(device)
+            context.synchronize()
             taken.append(time.perf_counter() - start)
     parts = {part: [0.0] * NUM_PHASED for part in PARTS}
     whole = []
     for number in range(NUM_PHASED):
         start = time.perf_counter()
-        trainer.take_step(phase=lambda part, number=number: _timed(parts[part], number, device))
+        trainer.take_step(phase=lambda part, number=number: _timed(parts[part], number, context))
         whole.append(time.perf_counter() - start)
     return {
         "step_seconds": taken,
@@ -182,15 +168,15 @@ def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]
         "phased_step_seconds": statistics.median(whole),
         **{part: statistics.median(seconds) for part, seconds in parts.items()},
         "collectives": _collective_seconds(trainer),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(context.device),
     }
 
 
 @contextmanager
-def _timed(into: list[float], number: int, device: Any) -> Iterator[None]:
+def _timed(into: list[float], number: int, context: Any) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    _wait(device)
+    context.synchronize()
     into[number] += time.perf_counter() - start
 
 
@@ -206,7 +192,7 @@ def _collective_seconds(trainer: Any) -> dict[str, float]:
     def marked(part: str) -> Iterator[None]:
         with record_function(f"part:{part}"):
             yield
-            _wait(trainer.context.device)
+            trainer.context.synchronize()
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:
@@ -249,13 +235,6 @@ def covered(spans: Sequence[tuple[float, float]], apart_from: Sequence[tuple[flo
             total += at - last
         inside, hidden, last = inside + ours, hidden + others, at
     return total
-
-
-def _wait(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
 
 
 def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -168,34 +169,50 @@ class TokenDataset:
 
     Neighbours share one token: the last target of one is the first input of the next. No sample crosses
     a shard, so the last tokens of each shard (fewer than L) are left out.
+
+    A copy that another process receives maps the shards itself, and checks their sizes on its own node.
     """
 
+    directory: Path
     manifest: Manifest
+    split: str
     sequence_length: int
-    shards: tuple[np.memmap, ...]  # uint16 or uint32 [tokens] each
-    first_samples: NDArray[np.int64]  # [num_shards + 1]: number of samples before each shard, then in all
 
     @classmethod
     def open(cls, directory: Path, *, split: str, sequence_length: int) -> "TokenDataset":
-        """Map the shards of `split` ('train' or 'validation') into memory.
+        """The split 'train' or 'validation' of a prepared folder.
 
         Raises:
             DataError: no usable manifest, a missing or truncated shard, or fewer tokens than one sample.
         """
-        manifest = Manifest.read(directory)
-        manifest.check_sizes(directory, split=split)
-        shards = manifest.split(split).shards
-        samples = [(shard.tokens - 1) // sequence_length for shard in shards]
-        if sum(samples) == 0:
-            longest = max((shard.tokens for shard in shards), default=0)
+        dataset = cls(directory, Manifest.read(directory), split, sequence_length)
+        assert dataset.shards is not None  # maps them, which checks them
+        if dataset.num_samples == 0:
+            longest = max((shard.tokens for shard in dataset.manifest.split(split).shards), default=0)
             raise DataError(
                 f"{directory}: the longest {split} shard has {longest} tokens, but one sample needs "
                 f"batch.sequence_length + 1 = {sequence_length + 1}; lower batch.sequence_length, or prepare "
                 "more text (data.source, data.validation_fraction, data.shard_tokens)"
             )
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        maps = tuple(np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in shards)
-        return cls(manifest, sequence_length, maps, np.cumsum([0, *samples], dtype=np.int64))
+        return dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without the maps, which pickle would copy
+        return TokenDataset, (self.directory, self.manifest, self.split, self.sequence_length)
+
+    @cached_property
+    def shards(self) -> tuple[np.memmap, ...]:
+        """The shards, mapped into memory: uint16 or uint32 [tokens] each."""
+        self.manifest.check_sizes(self.directory, split=self.split)
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        files = (self.directory / shard.file for shard in self.manifest.split(self.split).shards)
+        return tuple(np.memmap(file, dtype=dtype, mode="r") for file in files)
+
+    @cached_property
+    def first_samples(self) -> NDArray[np.int64]:
+        """[num_shards + 1]: number of samples before each shard, then in all."""
+        shards = self.manifest.split(self.split).shards
+        samples = [(shard.tokens - 1) // self.sequence_length for shard in shards]
+        return np.cumsum([0, *samples], dtype=np.int64)
 
     @property
     def num_samples(self) -> int:

@@ -119,7 +119,7 @@ def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
         if newest is None:
             raise UserError(f"{root}: no complete checkpoint; train until the first one is written")
         return newest
-    complete = {int(path.name.removeprefix("step-")): path for path in runs.complete_checkpoints(root)}
+    complete = {checkpoint.step_of(path): path for path in runs.complete_checkpoints(root)}
     if step not in complete:
         steps = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(f"--step {step}: no complete checkpoint of that step in {root}; there are: {steps}")

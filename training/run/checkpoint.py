@@ -37,6 +37,11 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def newest_complete(root: Path, *, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint under `root` with its COMPLETE mark; each newer one without is reported."""
     for path in sorted(root.glob("step-*"), reverse=True):

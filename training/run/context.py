@@ -63,6 +63,11 @@ class Context:
         dist.all_reduce(value)
         return value
 
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Tell the launcher how far the run is. Every rank calls it equally often."""
 

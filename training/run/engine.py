@@ -173,7 +173,7 @@ def make_noise(config: TrainConfig) -> tuple[Noise, int] | None:
     return Noise(noise.inject, tail=tail, moment=noise.moment, scale=noise.scale), config.run.seed
 
 
-def make_engine(
+def build_deepspeed_engine(
     model: nn.Module, config: TrainConfig, *, micro_batch: int, accumulation: int
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
     """Wrap the model. Returns the engine, the bound optimizer, and the partition of the parameters."""

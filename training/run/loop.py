@@ -4,7 +4,6 @@ Everything it leaves behind is in the run directory: the record, the checkpoints
 starts where checkpoints are resumes from the newest complete one.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster import config as layered
@@ -25,21 +23,20 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
-from training.data.dataset import SampleOrder, TokenDataset, micro_batch, validation_batches
-from training.model.attention import for_changing_lengths
-from training.model.llama import IGNORED_TARGET, Llama, generate, initialize
-from training.plan import Plan, make_plan, run_identity
+from training.model.llama import Llama, initialize
 from training.run import checkpoint
+from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context
-from training.run.engine import make_engine, zero_init
-from training.run.meter import Meter
+from training.run.engine import build_deepspeed_engine, zero_init
+from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
-from training.run.spent import Spent, spent_on
+from training.run.spent import Spent
+from training.run.start import Start
+from training.run.validation import Validation
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
-SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
 
 Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -49,21 +46,37 @@ class TrainingError(RunError):
     """The run cannot go on; the message says what happened and what to change."""
 
 
-def train(config: TrainConfig, *, data: Path, command: list[str], context: Context, observe: Observe) -> None:
-    """Run, or resume, `config` to its last step on this rank.
+def train(start: Start, *, command: list[str], context: Context, observe: Observe) -> None:
+    """Run, or resume, a run to its last step on this rank.
 
     Args:
-        data: the prepared data set (`training.data.prepare`).
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
-    trainer = Trainer(config, data=data, context=context)
+    trainer = Trainer(start, context)
     if context.is_main:
-        files.write_text(config.run_directory / PARTITION, trainer.describe_optimizer())
-    with trainer.open_record(command) if context.is_main else nullcontext() as record:
+        about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+        files.write_text(start.config.run_directory / PARTITION, about)
+    with open_record(start, command) if context.is_main else nullcontext() as record:
         summary = trainer.run(Output(record, observe))
         if record is not None:
             record.finish(summary)
+
+
+def open_record(start: Start, command: list[str]) -> Record:
+    """The record of a run, on rank 0."""
+    config = start.config
+    fingerprint = start.train_set.manifest.fingerprint
+    return Record.open(
+        config.run_directory,
+        config=layered.to_dict(config),
+        provenance=provenance.collect(command=command, data_fingerprint=fingerprint),
+        wandb_mode=config.record.wandb,
+        project=config.record.project,
+        group=config.record.group,
+        name=config.run.name,
+        resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -82,44 +95,42 @@ class Output:
 class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
-    def __init__(self, config: TrainConfig, *, data: Path, context: Context) -> None:
+    def __init__(self, start: Start, context: Context) -> None:
         self.spent = Spent()
         with self.spent.part("start"):
-            self._build(config, data=data, context=context)
+            self._build(start, context)
 
-    def _build(self, config: TrainConfig, *, data: Path, context: Context) -> None:
-        self.config = config
-        self.context = context
-        self.plan: Plan = make_plan(config, num_workers=context.world_size)
-        length = config.batch.sequence_length
-        self.train_set = TokenDataset.open(data, split="train", sequence_length=length)
-        self.validation_set = TokenDataset.open(data, split="validation", sequence_length=length)
-        self.tokenizer = Tokenizer.from_file(str(data / self.train_set.manifest.tokenizer_file))
-        self.identity = run_identity(config, self.plan, fingerprint=self.train_set.manifest.fingerprint)
-        self.order = SampleOrder(self.train_set.num_samples, seed=config.run.seed)
+    def _build(self, start: Start, context: Context) -> None:
+        config, plan = self.config, self.plan = start.config, start.plan
+        self.context, self.identity = context, start.identity
+        self.batches = Batches(start, context)
         self.meter = Meter(
-            tokens_per_step=self.plan.tokens_per_step,
-            flops_per_token=self.plan.flops_per_token,
+            tokens_per_step=plan.tokens_per_step,
+            flops_per_token=plan.flops_per_token,
             num_devices=context.world_size,
             device_name=context.device_name,
             measured_tflops=_measured_tflops(config),
         )
+        self.losses = Losses(context)
         with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
-            model = Llama(self.plan.shape, activation_checkpointing=config.model.activation_checkpointing)
+            model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
         initialize(model, seed=config.run.seed)
-        self.engine, self.optimizer, self.members = make_engine(
-            model, config, micro_batch=config.batch.micro_sequences, accumulation=self.plan.accumulation
+        self.engine, self.optimizer, self.members = build_deepspeed_engine(
+            model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
+        )
+        self.validation = Validation(
+            config,
+            engine=self.engine,
+            optimizer=self.optimizer,
+            dataset=start.validation_set,
+            context=context,
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.consecutive_skips = 0
         self.resumed_from: int | None = None
-        # Of the steps since the last line with a loss: means over the ranks, then those of this rank alone.
-        self._losses: list[float] = []
-        self._own_losses: list[Tensor] = []
-        self._wall_seconds = 0.0  # of the loop, up to the step that this start continues
-        self._resume()
-
-    # --- the run ------------------------------------------------------------------------------------------
+        self._wall_seconds = 0.0  # of the loop, in earlier starts
+        if start.checkpoint is not None:
+            self._resume(Checkpoint(start.checkpoint))
 
     def run(self, output: Output) -> dict[str, Any]:
         """All remaining steps. Returns the summary of the run."""
@@ -129,7 +140,7 @@ class Trainer:
             output.row({"step": 0, "tokens": 0, **self.validate()})
         self._start_meter()
         while self.step < self.plan.num_steps:
-            self._own_losses.append(self.take_step())
+            self.losses.add(self.take_step())
             self.meter.count_step()
             last = self.step == self.plan.num_steps
             logging, evaluating, saving = (
@@ -139,7 +150,8 @@ class Trainer:
             probing = self._due(self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
                 continue
-            self._pause_meter()
+            self.context.synchronize()
+            self.meter.pause()
             row = self.row() if logging else {}
             if self.optimizer.inspect:
                 row |= self.optimizer_health()
@@ -182,7 +194,7 @@ class Trainer:
         total = torch.zeros((), device=self.context.device)
         for micro_step in range(self.plan.accumulation):
             with phase("data"):
-                inputs, targets = self._micro_batch(micro_step)
+                inputs, targets = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
                 loss = self.engine(inputs, targets)
                 self.engine.backward(loss)
@@ -195,9 +207,8 @@ class Trainer:
 
     def row(self) -> dict[str, Any]:
         """What a line of metrics.jsonl says of the steps since the last such line, and of the newest."""
-        losses, self._losses = self._losses_since_line(), []
         return {
-            "loss": statistics.fmean(losses),
+            "loss": self.losses.line(),
             "gradient_norm": self.optimizer.gradient_norm,
             "lr": self.optimizer.lr("matrix"),
             "lr_vector": self.optimizer.lr("vector"),
@@ -205,186 +216,72 @@ class Trainer:
             **self.meter.line(),
         }
 
-    def _losses_since_line(self) -> list[float]:
-        """Mean losses, over all ranks, of the steps since the last line with a loss. Collective.
-
-        The sums are in float64, so that the same steps give the same mean whether a checkpoint came between
-        them or not.
-        """
-        if self._own_losses:
-            own = torch.stack(self._own_losses).double()
-            self._losses += (self.context.sum(own) / self.context.world_size).tolist()
-            self._own_losses = []
-        return self._losses
-
     def optimizer_health(self) -> dict[str, float | None]:
         """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
         health = self.optimizer.health()
         return {f"optimizer_{name}": value for name, value in health.items()}
 
-    @spent_on("noise")
     def measure_noise(self) -> dict[str, Any]:
         """The noise of the gradients at this point, on the micro-batches that come next."""
-        config = self.config.optim.noise
-        accumulation = self.plan.accumulation
-        batches = [
-            self._micro_batch(i % accumulation, steps_ahead=i // accumulation) for i in range(config.samples)
-        ]
-        return measure_noise(
-            self.engine.module,
-            self.members,
-            batches,
-            norm=parse_norm(config.norm),
-            context=self.context,
-        )
+        config, accumulation = self.config.optim.noise, self.plan.accumulation
+        with self.spent.part("noise"):
+            batches = [
+                self.batches.micro_batch(self.step + i // accumulation, i % accumulation)
+                for i in range(config.samples)
+            ]
+            norm = parse_norm(config.norm)
+            return measure_noise(self.engine.module, self.members, batches, norm=norm, context=self.context)
 
-    @spent_on("evaluation")
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses in nats per token over held-out sequences, the same ones every time.
+        """`Validation.losses`."""
+        with self.spent.part("evaluation"):
+            return self.validation.losses()
 
-        `validation_loss`, and where the configuration asks for tuning sequences, which are others,
-        `tuning_loss`.
-        """
-        evaluation = self.config.evaluation
-        with self.optimizer.at_weights():
-            losses = {"validation_loss": self._held_out_loss(evaluation.sequences)}
-            if tuning := evaluation.tuning_sequences:
-                losses["tuning_loss"] = self._held_out_loss(tuning, apart_from=evaluation.sequences)
-        return losses
-
-    def _held_out_loss(self, sequences: int, *, apart_from: int = 0) -> float:
-        self.engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
-        for tokens, weights in validation_batches(
-            self.validation_set,
-            sequences=sequences,
-            apart_from=apart_from,
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            micro_sequences=self.config.batch.micro_sequences,
-        ):
-            batch = torch.from_numpy(tokens).to(self.context.device)
-            real = torch.from_numpy(weights).to(self.context.device)
-            # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
-            targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
-            loss = self.engine(batch[:, :-1].contiguous(), targets).item()
-            totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
-        self.context.sum(totals := totals.to(self.context.device))
-        return (totals[0] / totals[1]).item()
-
-    @spent_on("sample")
-    @torch.no_grad()
     def sample(self) -> dict[str, str]:
-        """Prompt -> text that the model writes after it. Every rank takes part."""
-        if not self.config.evaluation.sample_tokens:
-            return {}
-        self.engine.eval()
-        with self.optimizer.at_weights(), for_changing_lengths():
-            return {prompt: self._continued(prompt) for prompt in self.config.evaluation.prompts}
+        """`Validation.samples`."""
+        with self.spent.part("sample"):
+            return self.validation.samples()
 
-    def _continued(self, prompt: str) -> str:
-        tokens = generate(
-            self.engine,
-            torch.tensor(self.tokenizer.encode(prompt).ids, device=self.context.device),
-            num_tokens=self.config.evaluation.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            top_k=SAMPLE_TOP_K,
-            seed=self.config.run.seed,
-        )
-        return self.tokenizer.decode(tokens.tolist())
-
-    # --- checkpoints and the record -----------------------------------------------------------------------
-
-    @spent_on("checkpoint")
     def save(self, *, wall_seconds: float) -> None:
         """Write a checkpoint of the current step and drop the ones that are no longer kept.
 
         wall_seconds: that the loop has taken until now, in this and in earlier starts.
         """
         root = self.config.run_directory / "checkpoints"
-        checkpoint.save(
-            checkpoint.step_directory(root, self.step),
-            shards=self.optimizer.shards(),
-            state={
-                "step": self.step,
-                "applied_steps": self.optimizer.applied_steps,
-                "consecutive_skips": self.consecutive_skips,
-                "identity": self.identity,
-                "world_size": self.context.world_size,
-                "zero_stage": self.config.zero.stage,
-                "wall_seconds": wall_seconds,
-                # as text: JSON has no way to write those of a run that diverges
-                "losses_since_line": [str(loss) for loss in self._losses_since_line()],
-            },
-            context=self.context,
-        )
-        if self.context.is_main:
-            checkpoint.prune(root, keep=self.config.checkpoint.keep)
+        with self.spent.part("checkpoint"):
+            checkpoint.save(
+                checkpoint.step_directory(root, self.step),
+                shards=self.optimizer.shards(),
+                state={
+                    "step": self.step,
+                    "applied_steps": self.optimizer.applied_steps,
+                    "consecutive_skips": self.consecutive_skips,
+                    "identity": self.identity,
+                    "world_size": self.context.world_size,
+                    "zero_stage": self.config.zero.stage,
+                    "wall_seconds": wall_seconds,
+                    "losses_since_line": self.losses.as_text(),
+                },
+                context=self.context,
+            )
+            if self.context.is_main:
+                checkpoint.prune(root, keep=self.config.checkpoint.keep)
 
-    def _resume(self) -> None:
-        path = checkpoint.newest_complete(self.config.run_directory / "checkpoints", report=lambda _: None)
-        if path is None:
-            return
-        saved = Checkpoint(path)
+    def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
-        self.consecutive_skips = saved.state.get("consecutive_skips", 0)
-        self._wall_seconds = saved.state.get("wall_seconds", 0.0)
-        self._losses = [float(loss) for loss in saved.state.get("losses_since_line", ())]
-
-    def open_record(self, command: list[str]) -> Record:
-        """The record of this run, on rank 0."""
-        config, directory = self.config, self.config.run_directory
-        return Record.open(
-            directory,
-            config=layered.to_dict(config),
-            provenance=provenance.collect(
-                command=command, data_fingerprint=self.train_set.manifest.fingerprint
-            ),
-            wandb_mode=config.record.wandb,
-            project=config.record.project,
-            group=config.record.group,
-            name=config.run.name,
-            resume_step=self.resumed_from,
-        )
-
-    def describe_optimizer(self) -> str:
-        """Which kind of rule each parameter got, and what the matrices' owners exchange, as text."""
-        return f"{groups.describe(self.members)}\n{self.optimizer.describe()}\n"
-
-    # --- details ------------------------------------------------------------------------------------------
-
-    def _micro_batch(self, micro_step: int, *, steps_ahead: int = 0) -> tuple[Tensor, Tensor]:
-        tokens = torch.from_numpy(
-            micro_batch(
-                self.train_set,
-                self.order,
-                consumed_samples=(self.step + steps_ahead) * self.plan.samples_per_step,
-                micro_step=micro_step,
-                rank=self.context.rank,
-                world_size=self.context.world_size,
-                micro_sequences=self.config.batch.micro_sequences,
-            )
-        ).to(self.context.device, non_blocking=True)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.consecutive_skips = saved.state["consecutive_skips"]
+        self._wall_seconds = saved.state["wall_seconds"]
+        self.losses.restore(saved.state["losses_since_line"])
 
     def _due(self, every_steps: int) -> bool:
         """Whether something falls on this step; 0: it never does."""
         return every_steps > 0 and self.step % every_steps == 0
 
-    def _pause_meter(self) -> None:
-        self._synchronize()
-        self.meter.pause()
-
     def _start_meter(self) -> None:
-        self._synchronize()
+        self.context.synchronize()
         self.meter.start()
-
-    def _synchronize(self) -> None:
-        if self.context.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _count_skips(self, *, skipped: bool) -> None:
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0

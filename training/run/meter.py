@@ -1,11 +1,15 @@
-"""Throughput and utilisation of a run, from its own clock."""
+"""What a line of the record says of the steps since the line before: throughput, MFU and mean loss."""
 
 import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cluster.measure import hardware
+from training.run.context import Context
 
 
 @dataclass
@@ -85,3 +89,42 @@ class Meter:
             num_devices=self.num_devices,
             peak_tflops=peak_tflops,
         )
+
+
+class Losses:
+    """Losses of the steps since the last line. A checkpoint carries them over to the run that continues."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._means: list[float] = []  # over all ranks
+        self._own: list[Tensor] = []  # of this rank, not yet averaged over the ranks
+
+    def add(self, loss: Tensor) -> None:
+        """One more step, with this rank's mean loss."""
+        self._own.append(loss)
+
+    def of_steps(self) -> list[float]:
+        """The mean loss over all ranks of each step. Collective.
+
+        The sums are in float64, so that the mean of the same steps is the same whether a checkpoint came
+        between them or not.
+        """
+        if self._own:
+            own = torch.stack(self._own).double()
+            self._means += (self._context.sum(own) / self._context.world_size).tolist()
+            self._own = []
+        return self._means
+
+    def line(self) -> float:
+        """The mean over the steps; begins the next line. Collective."""
+        mean = statistics.fmean(self.of_steps())
+        self._means = []
+        return mean
+
+    def as_text(self) -> list[str]:
+        """For a checkpoint, as text: JSON cannot hold the losses of a run that diverges. Collective."""
+        return [str(loss) for loss in self.of_steps()]
+
+    def restore(self, losses: list[str]) -> None:
+        """Continue from `as_text`."""
+        self._means = [float(loss) for loss in losses]

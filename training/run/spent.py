@@ -1,12 +1,10 @@
 """Where a run's time went: seconds of named parts, in the summary and in the command's last lines."""
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T", bound=Callable[..., Any])
 SUFFIX = "_seconds"
 # A run's parts on rank 0, in the order of its summary's keys.
 PARTS = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
@@ -47,17 +45,3 @@ class Spent:
         return f"time: {total:.0f} s, " + ", ".join(
             f"{name} {seconds:.0f}" for name, seconds in parts.items() if seconds >= 0.5
         )
-
-
-def spent_on(part: str) -> Callable[[T], T]:
-    """A method of an object with a `Spent` in `spent`, whose time belongs to this part."""
-
-    def decorate(method: T) -> T:
-        @functools.wraps(method)
-        def timed(self: Any, *arguments: Any, **options: Any) -> Any:
-            with self.spent.part(part):
-                return method(self, *arguments, **options)
-
-        return timed  # type: ignore[return-value]
-
-    return decorate

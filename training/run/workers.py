@@ -1,23 +1,27 @@
-"""Ray Train's workers: one function on each of them, to the end of all."""
+"""The workers of a run: those of Ray Train, one function on each of them; or the ranks under torchrun."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import files
-from cluster.cli import RunError
+from cluster.cli import RunError, UserError
 from cluster.masking import mask
 from cluster.provenance import commit_environment
-from cluster.session import ray_session, worker_environment
+from cluster.session import ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig
+
+if TYPE_CHECKING:
+    from training.run.context import Ranks
 
 
 @contextmanager
 def session(config: TrainConfig) -> Iterator[None]:
     """The Ray of `config.session` for the length of a `with` block. Raises `ConfigError`: it is too small."""
     workers = config.workers
-    environment = worker_environment(gpu=workers.gpu, threads=max(1, int(workers.cpus)))
+    environment = worker_environment(gpu=workers.gpu, threads=_threads(workers))
     resources = {name: amount * workers.count for name, amount in _each(workers).items()}
     with ray_session(config.session, resources=resources, worker_env=environment | commit_environment()):
         yield
@@ -65,6 +69,33 @@ def run(
         return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
     except TrainingFailedError as error:
         raise RunError(_reason(error, directory / "failure.log")) from error
+
+
+def torch_ranks(workers: WorkersConfig) -> "Ranks":
+    """The ranks of torchrun, or this process alone, with the threads of a worker. Collective.
+
+    Raises:
+        UserError: torchrun started another number of processes than `workers.count`.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != workers.count:
+        raise UserError(
+            f"workers.count: {workers.count}, but torchrun started {world_size} processes; "
+            f"set workers.count={world_size} or --nproc-per-node={workers.count}"
+        )
+    set_defaults(worker_environment(gpu=workers.gpu, threads=_threads(workers)))  # torch reads it on import
+    import torch
+
+    from training.run.context import Ranks
+
+    if not workers.gpu:
+        torch.set_num_threads(_threads(workers))
+    return Ranks.meet()
+
+
+def _threads(workers: WorkersConfig) -> int:
+    """Compute threads of a worker on a CPU."""
+    return max(1, int(workers.cpus))
 
 
 def _each(workers: WorkersConfig) -> dict[str, float]:

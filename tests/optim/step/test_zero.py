@@ -27,7 +27,7 @@ from training.run.context import Context
 from training.run.engine import (
     DTYPES,
     assign,
-    make_engine,
+    build_deepspeed_engine,
     make_noise,
     make_rules,
     peak_lrs,
@@ -175,7 +175,7 @@ def batches(case: Case, world_size: int) -> tuple[Tensor, Tensor]:
 
 
 def build(case: Case, **zero_keys: Any):
-    """`make_engine` of the case, and of DeepSpeed's keys which that does not set."""
+    """`build_deepspeed_engine` of the case, and of DeepSpeed's keys which that does not set."""
     ours = engine.deepspeed_config
     if case.sub_group:
         zero_keys["sub_group_size"] = case.sub_group
@@ -188,7 +188,9 @@ def build(case: Case, **zero_keys: Any):
         with zero_init(case.config()):
             model = Network()
         fill(model)
-        return make_engine(model, case.config(), micro_batch=MICRO_BATCH, accumulation=case.accumulation)
+        return build_deepspeed_engine(
+            model, case.config(), micro_batch=MICRO_BATCH, accumulation=case.accumulation
+        )
 
 
 def run_case(context: Context, case: Case, *, num_steps: int = NUM_STEPS, **zero_keys: Any) -> dict:

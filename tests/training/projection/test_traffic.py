@@ -75,7 +75,7 @@ def _count_one(traffic: Any, keys: tuple[str, ...], distance: int | None) -> flo
 
     engines.deepspeed_config = with_distance
     try:
-        engine, optimizer, _ = engines.make_engine(
+        engine, optimizer, _ = engines.build_deepspeed_engine(
             model, config, micro_batch=1, accumulation=plan.accumulation
         )
     finally:

@@ -14,8 +14,10 @@ from tests.ranks import spawn
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.prepare import prepare
+from training.plan import make_plan
 from training.run.context import Context
-from training.run.loop import Output, Trainer
+from training.run.loop import Output, Trainer, open_record
+from training.run.start import Start, newest_of
 
 pytestmark = pytest.mark.stack
 
@@ -35,9 +37,10 @@ class Interrupted(Exception):
     """The end of a run before its last step."""
 
 
-def start(context: Context, config: TrainConfig, data: Path, *, stop_after: int = NUM_STEPS) -> None:
+def run(context: Context, config: TrainConfig, data: Path, *, stop_after: int = NUM_STEPS) -> None:
     """Start or resume a run, whose steps sleep, and end it after a step."""
-    trainer = Trainer(config, data=data, context=context)
+    start = Start.of(config, make_plan(config), data, checkpoint=newest_of(config, report=print))
+    trainer = Trainer(start, context)
     take_step = trainer.take_step
 
     def take(**options: Any) -> Any:
@@ -47,7 +50,7 @@ def start(context: Context, config: TrainConfig, data: Path, *, stop_after: int 
         return take_step(**options)
 
     trainer.take_step = take  # type: ignore[method-assign]
-    with trainer.open_record([]) if context.is_main else nullcontext() as record, suppress(Interrupted):
+    with open_record(start, []) if context.is_main else nullcontext() as record, suppress(Interrupted):
         summary = trainer.run(Output(record, lambda row: None))
         if record is not None:
             record.finish(summary)
@@ -59,9 +62,9 @@ def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) ->
         name: training_config.load(dotlist=tiny(folder, run__name=f"{name}-{context.world_size}", **keys))
         for name in ("whole", "broken")
     }
-    start(context, of["whole"], data)
+    run(context, of["whole"], data)
     for stop in (11, 13, NUM_STEPS):  # checkpoints at 9, after the line at 8, and at 12, with that line
-        start(context, of["broken"], data, stop_after=stop)
+        run(context, of["broken"], data, stop_after=stop)
     return of["whole"].run_directory, of["broken"].run_directory
 
 

@@ -13,7 +13,7 @@ from training.config import TrainConfig
 from training.model.llama import Llama, initialize
 from training.plan import resolve_shape
 from training.run.context import Context
-from training.run.engine import make_engine, zero_init
+from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.noise_probe import measure_noise
 
 pytestmark = pytest.mark.stack
@@ -36,7 +36,7 @@ def run(context: Context, stage: int, probed: bool) -> dict:
     with zero_init(config):
         model = Llama(resolve_shape(config), activation_checkpointing=False)
     initialize(model, seed=5)
-    engine, optimizer, members = make_engine(model, config, micro_batch=2, accumulation=2)
+    engine, optimizer, members = build_deepspeed_engine(model, config, micro_batch=2, accumulation=2)
     found = {}
     for step in range(NUM_STEPS):
         batches = [(t[:, :-1], t[:, 1:]) for t in (tokens(step, i, context.rank) for i in range(SAMPLES))]

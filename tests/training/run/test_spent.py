@@ -1,9 +1,11 @@
 """training/run/spent.py: parts that add up to the whole."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from training.run import spent as module
-from training.run.spent import PARTS, Spent, spent_on
+from training.run.spent import PARTS, Spent
 
 
 class Clock:
@@ -23,24 +25,12 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-class Run:
-    def __init__(self, clock: Clock) -> None:
-        self.spent, self._clock = Spent(), clock
-
-    @spent_on("evaluation")
-    def evaluate(self, seconds: float) -> str:
-        self._clock.now += seconds
-        return "evaluated"
-
-
 def test_the_parts_of_a_run_are_its_whole_time_and_training_is_what_is_left(clock):
-    run = Run(clock)
-    with run.spent.part("start"):
-        clock.now += 2
-    assert run.evaluate(3) == "evaluated"
-    clock.now += 10
-    run.evaluate(4)
-    summary = run.spent.summary()
+    spent = Spent()
+    for part, seconds in (("start", 2), ("evaluation", 3), (None, 10), ("evaluation", 4)):
+        with spent.part(part) if part else nullcontext():
+            clock.now += seconds
+    summary = spent.summary()
     assert list(summary) == [f"{name}_seconds" for name in PARTS]
     assert summary["start_seconds"] == 2 and summary["evaluation_seconds"] == 7
     assert summary["training_seconds"] == 10 and sum(summary.values()) == 19

@@ -1,0 +1,96 @@
+"""What a run begins with: made once, before there are workers, and handed to every rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cluster import config as layered
+from cluster import files
+from cluster.cli import UserError
+from training.config import TrainConfig
+from training.data.dataset import TokenDataset, require_tuning_sequences
+from training.data.prepare import prepare
+from training.plan import Plan, make_plan, run_identity
+from training.run.checkpoint import Checkpoint, newest_complete
+from training.run.context import Context
+
+
+@dataclass(frozen=True)
+class Start:
+    """Configuration, plan, opened data, and the checkpoint to continue from (None: from step 0)."""
+
+    config: TrainConfig
+    plan: Plan
+    train_set: TokenDataset
+    validation_set: TokenDataset
+    checkpoint: Path | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig, plan: Plan, data: Path, *, checkpoint: Path | None = None) -> "Start":
+        """Opens the prepared folder `data`. Raises `DataError`."""
+        train_set, validation_set = (
+            TokenDataset.open(data, split=split, sequence_length=config.batch.sequence_length)
+            for split in ("train", "validation")
+        )
+        return cls(config, plan, train_set, validation_set, checkpoint)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """`run_identity` of this run."""
+        return run_identity(self.config, self.plan, fingerprint=self.train_set.manifest.fingerprint)
+
+    def on_ranks(self, context: Context) -> "Start":
+        """This start for the workers that Ray has really started. Collective.
+
+        They may be fewer than `workers.count` (`workers.min_count`), and after a restart there is a newer
+        checkpoint than the launcher saw. Rank 0 looks for it, so that all continue from the same.
+        """
+        newest = newest_of(self.config, report=lambda _: None) if context.is_main else None
+        plan = self.plan
+        if plan.num_workers != context.world_size:
+            plan = make_plan(self.config, num_workers=context.world_size)
+        return replace(self, plan=plan, checkpoint=context.gather(newest)[0])
+
+
+def newest_of(config: TrainConfig, *, report: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint of a run; each newer one that is half-written is reported."""
+    return newest_complete(config.run_directory / "checkpoints", report=report)
+
+
+def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None]) -> Start | None:
+    """Everything before the first worker: data, run directory, and the checkpoint to continue from.
+
+    Returns None if the run is already complete.
+    """
+    directory = config.run_directory
+    newest = newest_of(config, report=report)
+    saved = Checkpoint(newest) if newest else None
+    if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
+        report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
+        return None
+    start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
+    require_tuning_sequences(
+        start.validation_set,
+        sequences=config.evaluation.sequences,
+        tuning_sequences=config.evaluation.tuning_sequences,
+    )
+    data, vocab_size = start.train_set.directory, start.train_set.manifest.vocab_size
+    if vocab_size > plan.shape.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {plan.shape.vocab_size}, but the tokenizer of {data} has {vocab_size} "
+            "tokens; set model.vocab_size to at least that"
+        )
+    if saved:
+        saved.check_identity(start.identity)
+        report(f"resuming {directory} from step {saved.state['step']}")
+    elif (metrics := directory / "metrics.jsonl").exists():
+        report(f"{directory} broke off before its first checkpoint: starting again from step 0")
+        metrics.unlink()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_text(directory / "config.yaml", layered.to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    return start

@@ -1,0 +1,90 @@
+"""What the model does with text that it was not trained on: losses on held-out sequences, and samples."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from optim.step.zero import ZeroOptimizer
+from training.config import TrainConfig
+from training.data.dataset import TokenDataset, validation_batches
+from training.model.attention import for_changing_lengths
+from training.model.llama import IGNORED_TARGET, generate
+from training.run.context import Context
+
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
+
+
+class Validation:
+    """Evaluates a run's model at its weights, also where a rule keeps another point. Collective."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        engine: Any,
+        optimizer: ZeroOptimizer,
+        dataset: TokenDataset,
+        context: Context,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._optimizer = optimizer
+        self._dataset = dataset
+        self._tokenizer = Tokenizer.from_file(str(dataset.directory / dataset.manifest.tokenizer_file))
+        self._context = context
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Mean losses in nats per token over held-out sequences, the same ones every time.
+
+        `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it.
+        """
+        evaluation = self._config.evaluation
+        self._engine.eval()
+        with self._optimizer.at_weights():
+            losses = {"validation_loss": self._loss(evaluation.sequences)}
+            if tuning := evaluation.tuning_sequences:
+                losses["tuning_loss"] = self._loss(tuning, apart_from=evaluation.sequences)
+        return losses
+
+    def _loss(self, sequences: int, *, apart_from: int = 0) -> float:
+        context = self._context
+        totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
+        for tokens, weights in validation_batches(
+            self._dataset,
+            sequences=sequences,
+            apart_from=apart_from,
+            rank=context.rank,
+            world_size=context.world_size,
+            micro_sequences=self._config.batch.micro_sequences,
+        ):
+            batch = torch.from_numpy(tokens).to(context.device)
+            real = torch.from_numpy(weights).to(context.device)
+            # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
+            targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
+            loss = self._engine(batch[:, :-1].contiguous(), targets).item()
+            totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
+        context.sum(totals := totals.to(context.device))
+        return (totals[0] / totals[1]).item()
+
+    @torch.no_grad()
+    def samples(self) -> dict[str, str]:
+        """Prompt -> the prompt and what the model writes after it."""
+        evaluation = self._config.evaluation
+        if not evaluation.sample_tokens:
+            return {}
+        self._engine.eval()
+        with self._optimizer.at_weights(), for_changing_lengths():
+            return {prompt: self._continued(prompt) for prompt in evaluation.prompts}
+
+    def _continued(self, prompt: str) -> str:
+        tokens = generate(
+            self._engine,
+            torch.tensor(self._tokenizer.encode(prompt).ids, device=self._context.device),
+            num_tokens=self._config.evaluation.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            top_k=SAMPLE_TOP_K,
+            seed=self._config.run.seed,
+        )
+        return self._tokenizer.decode(tokens.tolist())
