@@ -57,7 +57,7 @@ GEMM_REPEATS = 3
 
 @dataclass(frozen=True)
 class LaunchTimes:
-    """Seconds of one run: from the start of the command to the row of step 1, and of the median steady step."""
+    """Seconds of a run: from the start of the command to the row of step 1, and of the median steady step."""
 
     first_step_seconds: float
     step_seconds: float
