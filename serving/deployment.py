@@ -25,7 +25,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import Histogram as Buckets
 
-from cluster import endpoint_client
+from cluster import display, endpoint_client
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.process import no_leftovers
 from cluster.session import (
@@ -168,7 +168,7 @@ def describe(config: ServeConfig) -> str:
         if engine.kind == "torch":
             tokens = f"{engine.cache_tokens:,} tokens, {info.kv_bytes_per_token:,} bytes each"
             lines.append(("cache", f"{cache / 1e6:,.1f} MB: keys and values of {tokens}"))
-    return "\n".join(f"{name:<24}{value}" for name, value in lines)
+    return display.pairs(lines)
 
 
 @contextmanager

@@ -133,6 +133,7 @@ TORCH_FREE = (
     "cluster.parity",
     "cluster.parity.plots",
     "serving.endpoint.prompts",
+    "serving.peers.contender_process",
     "serving.peers.races",
     "serving.bench.report",
     "serving.engine.scheduler",

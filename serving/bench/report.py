@@ -1,9 +1,10 @@
-"""What a serving benchmark came to: ceilings, shares of them, a table, pictures. No torch."""
+"""Ceilings of a served model, and the table and pictures of what was measured against them. No torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster import display
 from cluster.measure import hardware
 
 COLUMNS = (  # header, key of a point, format
@@ -109,7 +110,7 @@ def shares(
 
 
 def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with ceilings of which a point reached more than 100%."""
+    """For each ceiling of which a point reached more than 100%: what is wrong with it."""
     found = []
     for key, ceiling in (("mbu", "bandwidth"), ("prefill_mfu", "peak")):
         reached = {str(point["load"]): point[key] for point in points if point.get(key) is not None}
@@ -118,86 +119,68 @@ def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
-    """The ceilings, for people."""
+    """The model, the engine and the ceilings, for people."""
     details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
-    peak, bandwidth = ceiling["product_tflops"], ceiling["gb_per_s"]
-    return "\n".join(
-        [
-            f"model        {info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}",
-            f"engine       {info['engine']} on {info['device']}: {details}",
-            f"ceilings     {peak:.3g} TFLOP/s in {ceiling['product_dtype']}, {bandwidth:.3g} GB/s "
-            f"({ceiling['source']})",
-            f"decoding     {info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
-            f"{ceiling['step_ms']:.3g} ms, at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
-            f"prefilling   {(info['flops_per_token'] - info['head_flops']) / 1e6:,.1f} MFLOP a token, and "
-            f"{info['head_flops'] / 1e6:,.1f} for the last: at most "
+    peak = f"{ceiling['product_tflops']:.3g} TFLOP/s in {ceiling['product_dtype']}"
+    flops, head_flops = info["flops_per_token"] - info["head_flops"], info["head_flops"]
+    rows = [
+        ("model", f"{info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}"),
+        ("engine", f"{info['engine']} on {info['device']}: {details}"),
+        ("ceilings", f"{peak}, {ceiling['gb_per_s']:.3g} GB/s ({ceiling['source']})"),
+        (
+            "decoding",
+            f"{info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least {ceiling['step_ms']:.3g} ms, "
+            f"at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
+        ),
+        (
+            "prefilling",
+            f"{flops / 1e6:,.1f} MFLOP a token, and {head_flops / 1e6:,.1f} for the last: at most "
             f"{ceiling['prefill_tokens_per_second']:,.0f} tok/s",
-        ]
-    )
+        ),
+    ]
+    return display.pairs(rows)
 
 
 def table(points: Sequence[Mapping[str, Any]]) -> str:
     """The measurements, one a line; latencies in milliseconds."""
-    shown = [
-        (header, key, form) for header, key, form in COLUMNS if any(p.get(key) is not None for p in points)
+    shown = [column for column in COLUMNS if any(point.get(column[1]) is not None for point in points)]
+    rows = [
+        [None if point.get(key) is None else form.format(point[key]) for _, key, form in shown]
+        for point in points
     ]
-    rows = [[header for header, _, _ in shown]]
-    for point in points:
-        cells = ((point.get(key), form) for _, key, form in shown)
-        rows.append(["-" if value is None else form.format(value) for value, form in cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    return display.table([header for header, _, _ in shown], rows, left=())
 
 
 def plot(
     points: Sequence[Mapping[str, Any]], itls: Mapping[str, Sequence[float]], folder: Path
 ) -> list[Path]:
-    """latency.png (against the rate of the open-loop points), itl.png (a histogram for each load).
+    """latency.png (against the rate of the open-loop points) and itl.png (a histogram for each load).
 
     Args:
         itls: load -> gaps between tokens, seconds.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("latency.png", "itl.png"):  # an earlier run's would stand for this one's
+    for name in ("latency.png", "itl.png"):  # those of an earlier run of this name
         (folder / name).unlink(missing_ok=True)
     made = []
     measured = [point for point in points if point.get("ttft_p50_ms") is not None]
     rated = sorted((p for p in measured if p.get("rate") is not None), key=lambda p: p["rate"])
     if rated:
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
+        figure, panels = display.figure(10, 4, columns=2)
         for panel, name in zip(panels, ("ttft", "tpot"), strict=True):
             for percent in (50, 90, 99):
                 values = [p[f"{name}_p{percent}_ms"] for p in rated]
                 panel.plot([p["rate"] for p in rated], values, marker="o", label=f"p{percent}")
             panel.set(xlabel="requests per second", ylabel=f"{name.upper()} (ms)")
             panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
             panel.legend()
-        made.append(_save(figure, folder / "latency.png"))
+        made.append(display.save(figure, folder / "latency.png"))
     filled = {load: gaps for load, gaps in itls.items() if gaps}
     if filled:
-        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+        figure, [axes] = display.figure(8, 4.5)
         for load, gaps in filled.items():
             milliseconds = [1e3 * gap for gap in gaps]
             axes.hist(milliseconds, bins=60, histtype="step", density=True, label=load)
         axes.set(xlabel="ITL (ms)", ylabel="density", yscale="log")
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-        made.append(_save(figure, folder / "itl.png"))
+        made.append(display.save(figure, folder / "itl.png"))
     return made
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return path

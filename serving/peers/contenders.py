@@ -44,7 +44,9 @@ class Sheet:
         self.tokens[request] += ids
 
 
-class Contender(Protocol):
+class Racer(Protocol):
+    """A contender in its own process."""
+
     about: dict[str, str]
 
     def run(self, prompts: Sequence[Tokens], num_new: Sequence[int], concurrency: int) -> Sheet: ...
@@ -205,7 +207,7 @@ def main() -> None:
     # Libraries print; what they say belongs into the log, which is standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    contender: Contender | None = None
+    contender: Racer | None = None
     for line in sys.stdin:
         command = json.loads(line)
         if command.pop("do") == "load":

@@ -27,13 +27,13 @@ from serving.bench.loadgen import Send, over_http, run_closed, to_engine
 from serving.bench.workload import Planned, lengths, synthetic
 from serving.deployment import serving
 from serving.engine.process import make_engine
-from serving.engine.protocol import EngineInfo
+from serving.engine.protocol import Engine, EngineInfo
 
 NO_SLO = Slo(None, None, None)
 
 
 @dataclass(frozen=True)
-class Case:
+class OverheadCase:
     """`num_requests` in all from `concurrency` clients; lengths as in `serving.bench.workload.lengths`."""
 
     concurrency: int
@@ -43,11 +43,11 @@ class Case:
 
 
 PAUSE_SECONDS = 0.1  # at the most; longer than a step
-CASES = (Case(1, 13), Case(8, 56), Case(32, 128))
+CASES = (OverheadCase(1, 13), OverheadCase(8, 56), OverheadCase(32, 128))
 
 
 def measure(
-    config: ServeBenchConfig, *, report: Callable[[str], None], cases: tuple[Case, ...] = CASES
+    config: ServeBenchConfig, *, report: Callable[[str], None], cases: tuple[OverheadCase, ...] = CASES
 ) -> dict[str, Any]:
     """Medians and spreads over `bench.rounds`, by concurrency c.
 
@@ -92,7 +92,9 @@ def measure(
     return {**benchmark.medians(samples), "about": info}
 
 
-async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, model: str) -> dict[str, Any]:
+async def _round(
+    plan: list[Planned], case: OverheadCase, engine: Engine, url: str | None, model: str
+) -> dict[str, Any]:
     outcomes: list[RequestOutcome] = []
 
     draw = random.Random("pauses")
@@ -117,7 +119,7 @@ async def _round(plan: list[Planned], case: Case, engine: Any, url: str | None, 
     return summarise([each for each in outcomes if each.index >= case.concurrency], slo=NO_SLO)
 
 
-def _plan(case: Case, info: EngineInfo, *, seed: int) -> list[Planned]:
+def _plan(case: OverheadCase, info: EngineInfo, *, seed: int) -> list[Planned]:
     return synthetic(
         case.num_requests,
         prompt_tokens=lengths(case.prompt_tokens, key="prompt_tokens"),

@@ -5,18 +5,13 @@ environments. While one has its turn the others are stopped: some wait by pollin
 `serving.bench` runs the race and reports it.
 """
 
-import json
-import os
 import random
-import select
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +20,10 @@ from typing import Any
 from cluster import files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.measure import benchmark
-from cluster.measure.turns import DISTURBING_CORES, Bystanders, quietest, turns
-from cluster.process import Child
-from cluster.session import ROOT, worker_environment
+from cluster.measure.turns import DISTURBING_CORES, quietest, turns
+from serving.peers.contender_process import OURS, PEERS, RaceTurn, Times, Work, running
 from training.model.shapes import LlamaShape, resolve, to_hf_config
 
-SCRIPT = Path(__file__).with_name("contenders.py")
 DTYPE = "bfloat16"
 TINY = LlamaShape(  # 100M parameters: as large as two CPU cores serve with some pleasure
     vocab_size=32_000,
@@ -43,31 +36,12 @@ TINY = LlamaShape(  # 100M parameters: as large as two CPU cores serve with some
     tied=True,
 )
 
-PEERS = {  # peer -> environment variables that it needs
-    "transformers": {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-    "vllm": {
-        # Its engine in a process of its own, as by default, polls: on two cores that costs a quarter to two
-        # fifths of the speed (batch 1, 8, 32: 55, 400 and 790 tokens/s; so 96, 608 and 1073. Not in turns).
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it keeps a core for itself
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    },
-}
-OURS = "ours"
-
 WARM_UP_ROUNDS = 1  # compilers, allocations
 LEAST_AGREEMENT = 0.8  # of first tokens; bf16 in another order makes 0.9 to 1, other weights 0.2 at the most
-LOAD_SECONDS = 900.0  # vLLM compiles: a minute or two
-RUN_SECONDS = 600.0
-STOP_SECONDS = 10.0
-LOG_LINES = 12
 
 
 @dataclass(frozen=True)
-class Case:
+class RaceCase:
     """Requests to answer, `concurrency` at once. Lengths are drawn evenly from least to most.
 
     Attributes:
@@ -81,24 +55,24 @@ class Case:
     new_tokens: tuple[int, int]
     measured: str
 
-    def rate(self, times: "Times", prompts: Sequence[Sequence[int]]) -> float:
+    def rate(self, times: Times, prompts: Sequence[Sequence[int]]) -> float:
         """Tokens per second: of the prompts in "prefill", else new ones."""
         if self.measured == "prefill":
             return prefill_rate(times, sum(map(len, prompts)))
         return decode_rate(times) if self.measured == "decode" else request_rate(times)
 
 
-def decode_case(batch: int, *, prompt_tokens: int = 64, new_tokens: int = 128) -> Case:
+def decode_case(batch: int, *, prompt_tokens: int = 64, new_tokens: int = 128) -> RaceCase:
     """A batch of equal requests that decode together."""
     what = f"decoding, batch {batch}, prompts of {prompt_tokens}, {new_tokens} new tokens"
-    return Case(what, batch, batch, (prompt_tokens,) * 2, (new_tokens,) * 2, "decode")
+    return RaceCase(what, batch, batch, (prompt_tokens,) * 2, (new_tokens,) * 2, "decode")
 
 
 CASES = {
     "decode_b1": decode_case(1),
     "decode_b8": decode_case(8),
     "decode_b32": decode_case(32),
-    "requests_c16": Case(
+    "requests_c16": RaceCase(
         "whole requests, 16 at once, prompts of 64 to 512, 48 to 80 new tokens",
         48,
         16,
@@ -106,17 +80,13 @@ CASES = {
         (48, 80),
         "requests",
     ),
-    "prefill_b4": Case("prefilling, batch 4, prompts of 512", 4, 4, (512, 512), (1, 1), "prefill"),
+    "prefill_b4": RaceCase("prefilling, batch 4, prompts of 512", 4, 4, (512, 512), (1, 1), "prefill"),
 }
-
-Times = Sequence[Sequence[float]]  # of each request: seconds at which its new tokens were there
-Work = tuple[list[list[int]], list[int]]  # prompts, and how many new tokens each is to get
-
 
 # --- what is asked, and what is made of the answers -------------------------------------------------------
 
 
-def work(name: str, case: Case, *, vocab_size: int, round_number: int) -> Work:
+def work(name: str, case: RaceCase, *, vocab_size: int, round_number: int) -> Work:
     """The requests of a round: lengths by the case alone, ids new in each round, lest a cache have them."""
     lengths, ids = random.Random(name), random.Random(f"{name} {round_number}")
     sizes = [lengths.randint(*case.prompt_tokens) for _ in range(case.num_requests)]
@@ -148,29 +118,14 @@ def prefill_rate(times: Times, num_tokens: int) -> float:
     return num_tokens / max(at[0] for at in times)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a contender answered.
-
-    Attributes:
-        times: of each request, when its new tokens were there (`serving.peers.contenders`), seconds.
-        tokens: of each request, their ids.
-        others_cores: how many cores everything else on this machine kept busy meanwhile, on average.
-    """
-
-    times: Times
-    tokens: list[list[int]]
-    others_cores: float
-
-
 @dataclass
 class Race:
     """What was measured.
 
     Attributes:
-        rates: case -> contender -> tokens per second (`Case.rate`), one per round.
+        rates: case -> contender -> tokens per second (`RaceCase.rate`), one per round.
         first_tokens: contender -> the first new token of every request, in order.
-        others_cores: contender -> `Turn.others_cores`, of every turn.
+        others_cores: contender -> `RaceTurn.others_cores`, of every turn.
         about: contender -> what it is and how it is set up.
         load_seconds: contender -> from the start of its process to the end of `load`.
     """
@@ -181,7 +136,7 @@ class Race:
     about: dict[str, dict[str, str]] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, case_name: str, contender: str, rate: float, turn: Turn) -> None:
+    def add(self, case_name: str, contender: str, rate: float, turn: RaceTurn) -> None:
         self.rates.setdefault(case_name, {}).setdefault(contender, []).append(rate)
         self.first_tokens.setdefault(contender, []).extend(ids[0] for ids in turn.tokens)
         self.others_cores.setdefault(contender, []).append(turn.others_cores)
@@ -231,17 +186,17 @@ def race(
     num_rounds: int,
     threads: int,
     report: Callable[[str], None],
-    cases: Mapping[str, Case] = CASES,
+    cases: Mapping[str, RaceCase] = CASES,
     model: Path | None = None,
     shape: LlamaShape = TINY,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Run it. See `race_result` for what is returned.
+    """Race our engine against `peers`. Returns `race_result`.
 
     Args:
         peers: name in PEERS -> the Python interpreter that has it.
         threads: compute threads of each contender.
-        report: told, one line at a time, how far it is.
+        report: called with one line of progress at a time.
         model: a Hugging Face directory; without it, random weights in `shape`, as in a bf16 checkpoint.
         settings: contender -> keys of `serving.config` for "ours", of from_pretrained or of vllm.EngineArgs.
 
@@ -249,50 +204,51 @@ def race(
         UserError: an interpreter that does not exist, or an unknown peer.
         RunError: a contender failed or does other work; the message ends with the last lines of its log.
     """
-    pythons = {OURS: sys.executable, **peers}
     for name, python in peers.items():
         if name not in PEERS:
             raise UserError(f"bench.compare: {name!r} is not one of: {', '.join(PEERS)}")
         if shutil.which(python) is None:
             raise UserError(f"bench.python: {python} is no program; give the interpreter that has {name}")
+    best = {"dtype": best_dtype()}
+    options: dict[str, dict[str, Any]] = {
+        OURS: {"engine.device": "cpu", "engine.threads": threads},
+        "transformers": best,
+        "vllm": best,
+    }
     slots = max(case.concurrency for case in cases.values())
+    results, contenders = Race(), {}
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="race-")))
         if model is None:
             model = folder / "model"
             write_random_model(model, shape, seed=0)
-        vocab_size = resolve(model).vocab_size
-        best = {"dtype": best_dtype()}
-        given: dict[str, dict[str, Any]] = {
-            OURS: {"engine.device": "cpu", "engine.threads": threads},
-            "transformers": best,
-            "vllm": best,
-        }
-        found, contenders = Race(), {}
-        for name, python in pythons.items():
+        for name, python in {OURS: sys.executable, **peers}.items():
             started = time.monotonic()
             contender = stack.enter_context(running(name, python, threads=threads, log=folder / name))
-            options = given.get(name, {}) | dict((settings or {}).get(name, {}))
-            answer = contender.load(model, options, slots=slots)
-            found.about[name], found.load_seconds[name] = answer, time.monotonic() - started
-            report(f"{name} is ready after {found.load_seconds[name]:.0f} s: {_listed(answer)}")
+            about = contender.load(model, options[name] | dict((settings or {}).get(name, {})), slots=slots)
+            results.about[name], results.load_seconds[name] = about, time.monotonic() - started
+            listed = ", ".join(f"{key} {value}" for key, value in about.items())
+            report(f"{name} is ready after {results.load_seconds[name]:.0f} s: {listed}")
             contenders[name] = contender
+        vocab_size = resolve(model).vocab_size
         for number in range(-WARM_UP_ROUNDS, num_rounds):
+            which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
             for case_name, case in cases.items():
-                asked = work(case_name, case, vocab_size=vocab_size, round_number=number)
+                requests = work(case_name, case, vocab_size=vocab_size, round_number=number)
                 for name in turns(list(contenders), number):
-                    turn = quietest(partial(contenders[name].turn, asked, case.concurrency))
-                    rate = case.rate(turn.times, asked[0])
-                    which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
-                    others = f", while others used {turn.others_cores:.2f} cores"
-                    report(
-                        f"{which}, {case_name}, {name}: {rate:.0f} tokens/s"
-                        + others * (turn.others_cores > DISTURBING_CORES)
-                    )
+                    turn = quietest(partial(contenders[name].turn, requests, case.concurrency))
+                    rate = case.rate(turn.times, requests[0])
+                    report(f"{which}, {case_name}, {name}: {rate:.0f} tokens/s{_disturbed(turn)}")
                     if number >= 0:
-                        found.add(case_name, name, rate, turn)
-    return race_result(found)
+                        results.add(case_name, name, rate, turn)
+    return race_result(results)
+
+
+def _disturbed(turn: RaceTurn) -> str:
+    if turn.others_cores <= DISTURBING_CORES:
+        return ""
+    return f", while others used {turn.others_cores:.2f} cores"
 
 
 def best_dtype() -> str:
@@ -302,10 +258,6 @@ def best_dtype() -> str:
     from optim.precision import compute_dtype
 
     return str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
-
-
-def _listed(about: Mapping[str, str]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in about.items())
 
 
 def write_random_model(folder: Path, shape: LlamaShape, *, seed: int) -> None:
@@ -322,100 +274,3 @@ def write_random_model(folder: Path, shape: LlamaShape, *, seed: int) -> None:
     weights = {name: state[name] for name in shape.parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     files.write_json(folder / "config.json", to_hf_config(shape, dtype=DTYPE))
-
-
-# --- the processes ----------------------------------------------------------------------------------------
-
-
-def environment_of(name: str, *, threads: int) -> dict[str, str]:
-    """The environment of a contender's process, without GPUs. Ours sees our code, the peers only theirs."""
-    own = {"PYTHONPATH": str(ROOT)} if name == OURS else PEERS[name]
-    own = {"CUDA_VISIBLE_DEVICES": "", **own}
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    return {**kept, **worker_environment(gpu=False, threads=threads), **own}
-
-
-@contextmanager
-def running(name: str, python: str, *, threads: int, log: Path) -> "Iterator[Process]":
-    """A contender in a process group of its own, stopped but for its turns; it ends with the block."""
-    with log.open("wb") as stream:
-        # -P: else Python would look for the modules of libraries in serving/ first
-        child = Child(
-            [python, "-P", str(SCRIPT), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            env=environment_of(name, threads=threads),
-        )
-    try:
-        yield Process(name, child, log)
-    finally:
-        child.send_signal(signal.SIGCONT)
-        assert child.stdin is not None and child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.close()  # on which it ends, and its own children with it
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_SECONDS)
-        child.end()
-        child.stdout.close()
-
-
-class Process:
-    """A contender, seen from here."""
-
-    def __init__(self, name: str, child: Child, log: Path) -> None:
-        self._name, self._child, self._log = name, child, log
-
-    def load(self, model: Path, settings: Mapping[str, Any], *, slots: int) -> dict[str, str]:
-        """Make it ready. Returns what it says of itself."""
-        command = {"do": "load", "model": str(model), "settings": dict(settings), "slots": slots}
-        return self._ask(command, within_seconds=LOAD_SECONDS)["about"]
-
-    def turn(self, asked: Work, concurrency: int) -> "Turn":
-        """Its turn. Raises `RunError` if it makes more or fewer tokens than it was asked for."""
-        prompts, num_new = asked
-        command = {"do": "run", "prompts": prompts, "num_new": num_new, "concurrency": concurrency}
-        bystanders = Bystanders()
-        answer = self._ask(command, within_seconds=RUN_SECONDS)
-        others = bystanders.cores(answer.pop("cpu_seconds"))
-        if [len(ids) for ids in answer["tokens"]] != num_new:
-            raise RunError(f"{self._name} did not make as many tokens as it was asked for")
-        return Turn(**answer, others_cores=others)
-
-    def _ask(self, command: Mapping[str, Any], *, within_seconds: float) -> dict[str, Any]:
-        """Let the process group go on, send the command, wait for the line of its answer, stop the group."""
-        assert self._child.stdin is not None
-        try:
-            self._child.send_signal(signal.SIGCONT)
-            self._child.stdin.write(json.dumps(command).encode() + b"\n")
-            self._child.stdin.flush()
-            line = self._line(time.monotonic() + within_seconds)
-            self._child.send_signal(signal.SIGSTOP)
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            raise self._failure(command["do"], within_seconds)
-        return json.loads(line)
-
-    def _line(self, deadline: float) -> bytes:
-        """What it writes up to the end of a line, of its output, or of the time."""
-        assert self._child.stdout is not None
-        output, parts = self._child.stdout.fileno(), [b""]
-        while not parts[-1].endswith(b"\n"):
-            if not select.select([output], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                break
-            parts.append(os.read(output, 1 << 20))
-            if not parts[-1]:
-                break
-        return b"".join(parts)
-
-    def _failure(self, what: str, within_seconds: float) -> RunError:
-        # Whoever has closed its output is about to end.
-        with suppress(subprocess.TimeoutExpired):
-            self._child.wait(1.0)
-        code = self._child.returncode
-        how = f"gave no answer in {within_seconds:.0f} s" if code is None else f"ended with exit code {code}"
-        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        if f"No module named '{self._name}'" in tail:
-            tail += f"\nbench.python must be the interpreter of an environment that has {self._name}"
-        return RunError(f"{self._name} {how} at {what!r}; its log ends:\n{tail}")

@@ -14,7 +14,7 @@ def test_a_dry_run_prints_the_configuration_and_the_sizes(capsys):
     assert main(["--dry-run", *RANDOM, "engine.cache_tokens=131072"]) == 0
     shown = capsys.readouterr().out
     assert "cache_tokens: 131072" in shown and "from random weights" in shown
-    lines = {line[:24].strip(): line[24:] for line in shown.splitlines()}
+    lines = {name: text.strip() for name, _, text in (line.partition("  ") for line in shown.splitlines())}
     assert lines["parameters"] == "1,420,396,544 (1.4204B)"
     assert lines["weights"] == "2,840.8 MB in bfloat16"
     # 2 (keys, values) x 24 layers x 2048 x 2 bytes a token

@@ -6,10 +6,10 @@ import pytest
 
 from cluster.cli import RunError
 from serving.peers import overhead
-from serving.peers.overhead import Case
+from serving.peers.overhead import OverheadCase
 from tests.fake_engine import FAILING, counting_engine
 
-CASE = Case(2, 7, prompt_tokens="8", output_tokens="uniform(3,6)")
+CASE = OverheadCase(2, 7, prompt_tokens="8", output_tokens="uniform(3,6)")
 
 
 def test_a_round_leaves_out_the_requests_that_start_at_once_and_draws_lengths():

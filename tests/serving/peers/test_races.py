@@ -15,8 +15,9 @@ import torch
 
 from cluster.cli import RunError, UserError
 from cluster.measure import benchmark
-from serving.peers import races
-from serving.peers.races import CASES, Case, Race, Turn, decode_case
+from serving.peers import contender_process, races
+from serving.peers.contender_process import RaceTurn, running
+from serving.peers.races import CASES, Race, RaceCase, decode_case
 from training.model.llama import load_hf
 from training.model.shapes import LlamaShape
 
@@ -75,8 +76,8 @@ def two_rounds(*, theirs: list[int]) -> Race:
     """Ours at 10 and 20 tokens/s, the peer at 5 and 5; ours always says 7."""
     race = Race()
     for ours_rate in (10.0, 20.0):
-        race.add("c", "ours", ours_rate, Turn([], [[7, 1], [7, 1]], others_cores=0.5))
-        race.add("c", "peer", 5.0, Turn([], [[token, 2] for token in theirs], others_cores=0.0))
+        race.add("c", "ours", ours_rate, RaceTurn([], [[7, 1], [7, 1]], others_cores=0.5))
+        race.add("c", "peer", 5.0, RaceTurn([], [[token, 2] for token in theirs], others_cores=0.0))
     return race
 
 
@@ -142,10 +143,10 @@ def fake(tmp_path, monkeypatch):
     """A contender that makes nothing but ones, and has a child."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(races, "SCRIPT", script)
-    monkeypatch.setattr(races, "STOP_SECONDS", 5.0)
+    monkeypatch.setattr(contender_process, "SCRIPT", script)
+    monkeypatch.setattr(contender_process, "STOP_SECONDS", 5.0)
     monkeypatch.setenv("PYTHONPATH", "/of/ours")
-    return races.running("vllm", sys.executable, threads=3, log=tmp_path / "log")
+    return running("vllm", sys.executable, threads=3, log=tmp_path / "log")
 
 
 def state(pid: int, *, until: str, within_seconds: float = 5.0) -> str:
@@ -184,8 +185,8 @@ def test_a_contender_and_its_children_are_stopped_between_turns_and_ended_with_t
 def test_a_contender_that_fails_is_named_with_its_log_and_ended(
     fake, concurrency, problem, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(races, "RUN_SECONDS", 0.3)
-    monkeypatch.setattr(races, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(contender_process, "RUN_SECONDS", 0.3)
+    monkeypatch.setattr(contender_process, "STOP_SECONDS", 0.1)
     pids = []
 
     def fail() -> None:
@@ -209,7 +210,7 @@ def test_sigterm_leaves_a_race_as_ctrl_c_does():
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is here")
 def test_an_environment_without_the_peer_is_named_as_such(tmp_path):
     def load() -> None:
-        with races.running("vllm", sys.executable, threads=1, log=tmp_path / "log") as contender:
+        with running("vllm", sys.executable, threads=1, log=tmp_path / "log") as contender:
             contender.load(tmp_path, {}, slots=1)
 
     with pytest.raises(
@@ -225,7 +226,7 @@ def test_an_environment_without_the_peer_is_named_as_such(tmp_path):
 def test_a_small_race_against_transformers():
     cases = {
         "decode_b3": decode_case(3, prompt_tokens=5, new_tokens=300),
-        "requests_c2": Case("", 5, 2, (3, 9), (2, 6), "requests"),
+        "requests_c2": RaceCase("", 5, 2, (3, 9), (2, 6), "requests"),
     }
     lines = []
     found = races.race(
