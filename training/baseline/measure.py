@@ -42,7 +42,7 @@ def measure_device(products_of: Mapping[str, int]) -> dict[str, Any]:
 def _all_ceilings(
     config: BaselineConfig, machine: Mapping[str, Any], products_of: Mapping[str, int]
 ) -> dict[str, Any]:
-    """`measure_device`, links in this node, links between nodes (from the preflight's report), and the disk."""
+    """`measure_device`, links in this node and (from the preflight's report) between nodes, and the disk."""
     device = "cuda" if machine["kind"] == "gpu" else "cpu"
     ranks = machine["num_devices"] if device == "cuda" else 2
     links = None
