@@ -1,7 +1,6 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,13 +28,9 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
+def pytest_runtest_setup() -> None:
     """One thread for small tensors: two that wait for each other on busy cores can be 100 times slower."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

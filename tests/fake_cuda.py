@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -121,30 +121,14 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         places = {value.device.type for value in call.arguments.values() if isinstance(value, Tensor)}
         assert places == {"cuda"}, f"{call.kernel} has operands on {places}"
 
-    build = SegmentTable.build.__func__  # type: ignore[attr-defined]
-
-    def build_table(cls: type[SegmentTable], *lists: Any, device: torch.device) -> SegmentTable:
-        """Its sizes follow from numbers, which fake tensors have not: made on the CPU, then faked there."""
-        with _disable_current_modes():
-            real = build(cls, *lists, device=torch.device("cpu"))
-        made = {
-            field.name: torch.empty(value.shape, dtype=value.dtype, device=device)
-            if isinstance(value, Tensor)
-            else value
-            for field in fields(real)
-            for value in (getattr(real, field.name),)
-        }
-        return SegmentTable(**made)
-
     def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         known = with_kernels and device.type == "cuda" and dtype in gpu.PRODUCT_DTYPES
         return None if known else "not in this test"
 
     with ExitStack() as stack:
         stack.enter_context(_guard())
-        stack.enter_context(
-            patch("torch.cuda.is_available", lambda: False)
-        )  # a real one is not to be touched
+        # A real GPU is not to be touched.
+        stack.enter_context(patch("torch.cuda.is_available", lambda: False))
         stack.enter_context(patch.object(gpu, "unsupported", unsupported))
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch("torch.cuda.Event", Event))
@@ -152,10 +136,23 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         if with_kernels:
             stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY))
             stack.enter_context(patch.object(gpu.Call, "launch", launch))
-            stack.enter_context(patch.object(SegmentTable, "build", classmethod(build_table)))
+            build = partial(_build_table, SegmentTable.build)
+            stack.enter_context(patch.object(SegmentTable, "build", build))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(traffic)
         yield traffic
+
+
+def _build_table(build: Callable[..., SegmentTable], *lists: Any, device: torch.device) -> SegmentTable:
+    """Its sizes follow from numbers, which fake tensors have not: made on the CPU, then faked on `device`."""
+    with _disable_current_modes():
+        real = build(*lists, device=torch.device("cpu"))
+
+    def there(value: Any) -> Any:
+        is_tensor = isinstance(value, Tensor)
+        return torch.empty(value.shape, dtype=value.dtype, device=device) if is_tensor else value
+
+    return SegmentTable(**{field.name: there(getattr(real, field.name)) for field in fields(real)})
 
 
 @contextmanager

@@ -15,15 +15,6 @@ EXPONENTS = ("1", "1.25", "2", "3", "4", "16", "inf")
 ALL = (*NORMS, *(f"schatten:{p}" for p in EXPONENTS))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices of ten rows: a second thread on a busy machine makes an SVD ten times slower, not faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 each_norm = pytest.mark.parametrize("text", ALL)
 
 

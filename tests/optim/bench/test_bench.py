@@ -301,16 +301,6 @@ def test_the_baseline_is_named_after_the_hardware():
 # --- races ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """Two that wait for each other on busy cores take up to 100 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("has_bf16", "peer"), [(True, "torch_muon"), (False, "torch_fp32")])
 def test_ours_and_the_peer_take_turns_at_the_same_work(has_bf16, peer, monkeypatch):
     """On a CPU without bf16 arithmetic the peer is ours in torch, which the compiled step has no part in."""
