@@ -226,7 +226,9 @@ def race(
         for name, python in {OURS: sys.executable, **peers}.items():
             started = time.monotonic()
             contender = stack.enter_context(running(name, python, threads=threads, log=folder / name))
-            about = contender.load(model, options[name] | dict((settings or {}).get(name, {})), slots=slots)
+            about = contender.load(
+                model, options.get(name, {}) | dict((settings or {}).get(name, {})), slots=slots
+            )
             results.about[name], results.load_seconds[name] = about, time.monotonic() - started
             listed = ", ".join(f"{key} {value}" for key, value in about.items())
             report(f"{name} is ready after {results.load_seconds[name]:.0f} s: {listed}")
