@@ -1,4 +1,4 @@
-"""What differs from site to site, and the Ray cluster YAML made from it.
+"""The inventory of a site, and the Ray cluster YAML made from it.
 
     python -m cluster.laptop.inventory CLUSTER.yaml      makes CLUSTER.yaml from CLUSTER.inventory.yaml
 
@@ -142,7 +142,7 @@ class Inventory:
 
     @property
     def home(self) -> Path:
-        """What this laptop keeps of the cluster: pinned host keys, and the sockets of open connections."""
+        """This laptop's folder for the cluster: pinned host keys, and the sockets of open connections."""
         return Path("~/.asuncion").expanduser() / self.name
 
     def site(self) -> dict[str, Any]:
@@ -163,11 +163,11 @@ class Inventory:
         }
 
     def claim_command(self) -> str:
-        """Make the scratch folder, or fail where it is not safe; runs before the code is there."""
+        """Make the scratch folder, or fail if it is not safe. Runs before the code is copied."""
         return f"{self.python} -c {shlex.quote(PRIVATE.read_text())} folder {self.scratch}"
 
     def owned(self) -> str:
-        """A test before what lies in the scratch folder is run or read: it is not another user's."""
+        """Test that the scratch folder is not another user's, before anything in it is run or read."""
         problem = f"{self.scratch} is not yours: set scratch in the inventory"
         return f"{{ test -O {self.scratch} -a ! -L {self.scratch} || {{ echo '{problem}' >&2; false; }}; }}"
 
@@ -181,7 +181,7 @@ class Inventory:
         return f"{self.owned()} && {self.python} {self.code}/cluster/head/reap.py {self.name}"
 
     def token_command(self) -> str:
-        """Make Ray's token, on the head, or mend what is unsafe about the one that is there."""
+        """Make Ray's token on the head, or repair the permissions of the existing one."""
         return f"{self.python} {self.code}/cluster/private.py token"
 
     def start_head_command(self, *, autoscaler: bool) -> str:
@@ -196,7 +196,7 @@ class Inventory:
         )
 
     def start_worker_command(self) -> str:
-        """Start Ray on a worker; done when it has joined. When its raylet ends, all of Ray there ends."""
+        """Start Ray on a worker and wait until it has joined. When its raylet ends, all of Ray there ends."""
         log = f"{self.scratch}/ray-start.log"
         return self._environment() + (
             f"setsid --wait nohup ray start --address={self.head}:{self.ports.gcs}"
@@ -211,7 +211,7 @@ class Inventory:
         )
 
     def _environment(self) -> str:
-        """Shell lines that every Ray process and all that it starts inherit."""
+        """Shell lines whose settings every Ray process and its children inherit."""
         interface = self.node.interface
         lines = [
             "# what Ray starts inherits this folder; not the code's folder, which every `make up` replaces",
@@ -278,7 +278,7 @@ def beside(cluster: Path) -> Path:
 
 
 def load(cluster: Path) -> Inventory:
-    """The inventory beside the Ray YAML `cluster`, which is made anew where the inventory has changed.
+    """The inventory beside the Ray YAML `cluster`. Rewrites the YAML if the inventory has changed.
 
     Raises:
         ConfigError: a key of the inventory; the message begins with its file.
@@ -369,7 +369,7 @@ worker_start_ray_commands:
 
 
 def _text(value: str) -> str:
-    """As YAML. Quoted, because plain `no`, `null` and `1e3` are no text."""
+    """As YAML. Quoted, because YAML does not read plain `no`, `null` and `1e3` as text."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -378,7 +378,7 @@ def _indented(text: str) -> str:
 
 
 def shell(script: str) -> str:
-    """The script as one command for bash. No login shell: what a profile prints would stand in the answer."""
+    """The script as one command for bash. Not a login shell, whose profile may print."""
     return f"bash -c {shlex.quote(script)}"
 
 

@@ -499,7 +499,7 @@ def test_dry_run_and_bad_input(capsys, tmp_path):
 
 
 def test_the_shares_are_those_that_the_optimizers_bench_counts():
-    contenders = pytest.importorskip("optim.bench.contenders")
+    contenders = pytest.importorskip("optim.bench.traffic")
     for kind, share in traffic.SHARES.items():
         given = contenders.Traffic.SHARES[kind][1](4)
         assert (
