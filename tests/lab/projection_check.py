@@ -1,13 +1,14 @@
-"""Is the projection right? Steps of 2 and 3 workers here, predicted from one worker's, and measured.
+"""Is the projection right? Steps of 2 and 3 workers, predicted from a step of one worker, and measured.
 
     python -m tests.lab.projection_check [--rounds N] [--steps N] [--output FILE] [--dry-run] [key=value ...]
 
-Each worker takes the same tokens, on one thread. A prediction knows the step of one worker, by part
-(training/baseline/steps.py), and what as many workers as it is about reach at once in products, in passes
-over memory and in gloo's collectives (tests/lab/projection_ranks.py): with more workers than cores each gets
-less, and cores share memory and clocks. It never sees a step of several workers. Runs take turns within a
-round, each after what its workers reach; a round takes about five minutes on two quiet cores."""
+Each worker takes the same tokens, on one thread. A prediction uses two measurements: the parts of a step of
+one worker (training/baseline/steps.py), and the rates of GEMMs, of passes over memory and of gloo's
+collectives with all workers running (tests/lab/projection_ranks.py). The rates are needed because workers
+share cores, memory and clocks. A prediction never sees a step of several workers. Runs take turns within a
+round; a round takes about five minutes on two quiet cores."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from cluster import cli, process
+from cluster import cli, display, process
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.measure import benchmark
@@ -25,14 +26,14 @@ from tests.lab.projection_ranks import COLLECTIVES
 from training import config as training_config
 from training.config import SCION_RULES, TrainConfig
 from training.plan import make_plan
-from training.projection.step_model import PARTS, Links, Step, basis_from_row, step_seconds
+from training.projection.step_model import PARTS, Interconnect, Step, basis_from_row, step_seconds
 from training.projection.traffic import job_of
 
 WHAT = "projection"  # in the baseline's name
 AIM_PERCENT = 15  # error of a prediction
 STAGES = (1, 2, 3)
 WORKERS = (1, 2, 3)
-DEFAULTS = (  # replace those of training.config: about a second a step, a sixth of it in collectives
+DEFAULTS = (  # a step of about a second, a sixth of it in collectives
     *("model.shape=llama-60m", "model.num_layers=4", "model.vocab_size=8192"),
     *("batch.tokens=1024", "batch.sequence_length=256", "batch.micro_sequences=2"),
 )
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prefix = ["--config", str(options.config)] if options.config else []
         if options.dry_run:
             print(layered.to_yaml(config))
-            for stage, workers in ((stage, workers) for stage in STAGES for workers in WORKERS):
+            for stage, workers in itertools.product(STAGES, WORKERS):
                 print(
                     *steps_command(
                         config, [*prefix, *given], stage=stage, workers=workers, steps=options.steps
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: int) -> dict[str, Any]:
-    """Measure and predict. Medians with spreads over the rounds, by stage and number of workers."""
+    """Measure and predict: medians with spreads over the rounds, by stage and number of workers."""
     result: dict[str, Any] = {
         "bench": WHAT,
         "arguments": list(given),
@@ -93,7 +94,7 @@ def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: 
     }
     samples: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
-    for number, stage in ((number, stage) for number in range(num_rounds) for stage in STAGES):
+    for number, stage in itertools.product(range(num_rounds), STAGES):
         probes, measured = {}, {}
         for workers in WORKERS if number % 2 == 0 else WORKERS[::-1]:
             probes[workers] = _last_line(probe_command(given, workers=workers))
@@ -107,12 +108,12 @@ def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: 
             step = predict(
                 config, measured[1], stage=stage, workers=workers, alone=probes[1], together=probes[workers]
             )
-            outcome = compare(step, measured[workers])
-            found |= {f"{name}_zero{stage}_{workers}_workers": value for name, value in outcome.items()}
+            pair = compare(step, measured[workers])
+            found |= {f"{name}_zero{stage}_{workers}_workers": value for name, value in pair.items()}
             print(
                 f"round {number + 1}/{num_rounds} ZeRO-{stage}, {workers} workers: predicted "
-                f"{outcome['predicted_seconds']:.3f} s, measured {outcome['measured_seconds']:.3f} s, "
-                f"{outcome['error_percent']:+.1f}%",
+                f"{pair['predicted_seconds']:.3f} s, measured {pair['measured_seconds']:.3f} s, "
+                f"{pair['error_percent']:+.1f}%",
                 file=sys.stderr,
                 flush=True,
             )
@@ -124,7 +125,7 @@ def check(config: TrainConfig, given: Sequence[str], *, num_rounds: int, steps: 
 
 
 def compare(step: Step, row: Mapping[str, Any]) -> dict[str, float]:
-    """A prediction against the measurement: seconds of each, and of their parts in the phased pass."""
+    """Prediction and measurement: seconds of each, and of their parts in the phased pass."""
     links = sum(step.seconds[part] for part in PARTS if part not in ("compute", "optimizer"))
     return {
         "predicted_seconds": step.longest,
@@ -152,11 +153,11 @@ def predict(
     """A step of `workers` workers from `row`, that of one (`training.baseline.steps`).
 
     Args:
-        alone, together: of tests/lab/projection_ranks.py, with one worker and with `workers`.
+        alone, together: rates of tests/lab/projection_ranks.py with one worker and with `workers`.
     """
     plan = make_plan(config, num_workers=1)
     job = job_of(config, plan.shape, num_ranks=1, accumulation=plan.accumulation)
-    assert job is not None, "`main` refuses what is not counted"
+    assert job is not None, "`main` refuses what is not modelled"
     one = replace(job, stage=stage)
     ceilings = {
         "product_tflops": {"best": alone["products_tflops"]},
@@ -171,7 +172,7 @@ def predict(
         memory_bytes_per_s=together["passes_gb_per_s"] * 1e9,
     )
     hop = together["all_reduce_latency_us"] * 1e-6 / (2 * (workers - 1))
-    links = Links(
+    links = Interconnect(
         name="gloo",
         bytes_per_s={kind: together[f"{kind}_gb_per_s"] * 1e9 for kind in COLLECTIVES},
         node_bytes_per_s=inf,
@@ -187,28 +188,35 @@ def predict(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """What workers get at once, and predicted against measured, for people."""
-    lines = [
-        f"{'workers':<9}{'TFLOP/s each':>13}{'copy GB/s each':>16}" + "".join(f"{k:>16}" for k in COLLECTIVES)
+    """Rates of the workers, and predicted against measured seconds, for people."""
+    rates = [
+        [
+            workers,
+            f"{result[f'products_tflops_{workers}']:.3f}",
+            f"{result[f'passes_gb_per_s_{workers}']:.1f}",
+            *(_shown(result.get(f"{kind}_gb_per_s_{workers}")) for kind in COLLECTIVES),
+        ]
+        for workers in WORKERS
     ]
-    for workers in WORKERS:
-        rates = (result.get(f"{kind}_gb_per_s_{workers}") for kind in COLLECTIVES)
-        cells = "".join(f"{'-' if rate is None else f'{rate:.2f}':>16}" for rate in rates)
-        products, passes = (result[f"{name}_{workers}"] for name in ("products_tflops", "passes_gb_per_s"))
-        lines.append(f"{workers:<9}{products:>13.3f}{passes:>16.1f}{cells}")
-    lines.append(
-        f"\n{'ZeRO':<6}{'workers':>8}{'predicted s':>13}{'measured s':>12}{'error':>9}{'[min':>9}{'max]':>9}"
+    errors = []
+    for stage, workers in itertools.product(STAGES, WORKERS[1:]):
+        case = f"zero{stage}_{workers}_workers"
+        error, spread = result[f"error_percent_{case}"], result[f"spread_error_percent_{case}"]
+        seconds = (f"{result[f'{kind}_seconds_{case}']:.3f}" for kind in ("predicted", "measured"))
+        percent = (f"{value:+.1f}%" for value in (error, *spread))
+        verdict = f"{'within' if abs(error) <= AIM_PERCENT else 'NOT within'} {AIM_PERCENT}%"
+        errors.append([stage, workers, *seconds, *percent, verdict])
+    heads = ("ZeRO", "workers", "predicted s", "measured s", "error", "[min", "max]", "")
+    return "\n\n".join(
+        [
+            display.table(("workers", "TFLOP/s each", "copy GB/s each", *COLLECTIVES), rates),
+            display.table(heads, errors, left=(0, -1)),
+        ]
     )
-    for stage in STAGES:
-        for workers in WORKERS[1:]:
-            case = f"zero{stage}_{workers}_workers"
-            error, (low, high) = result[f"error_percent_{case}"], result[f"spread_error_percent_{case}"]
-            lines.append(
-                f"{stage:<6}{workers:>8}{result[f'predicted_seconds_{case}']:>13.3f}"
-                f"{result[f'measured_seconds_{case}']:>12.3f}{error:>+8.1f}%{low:>+8.1f}%{high:>+8.1f}%"
-                f"  {'within' if abs(error) <= AIM_PERCENT else 'NOT within'} {AIM_PERCENT}%"
-            )
-    return "\n".join(lines)
+
+
+def _shown(rate: float | None) -> str | None:
+    return None if rate is None else f"{rate:.2f}"
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -234,7 +242,7 @@ def _launcher(workers: int) -> list[str]:
 
 
 def _last_line(command: Sequence[str]) -> dict[str, Any]:
-    """The JSON that a command prints last. Raises `RunError` with the end of what it said."""
+    """The JSON that a command prints last. Raises `RunError` with the end of its output."""
     try:
         done = process.run(command, timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -245,7 +253,7 @@ def _last_line(command: Sequence[str]) -> dict[str, Any]:
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"{' '.join(command)}: its last line is no JSON:\n{done.stdout[-500:]}") from None
+        raise RunError(f"{' '.join(command)}: its last line is not JSON:\n{done.stdout[-500:]}") from None
 
 
 if __name__ == "__main__":

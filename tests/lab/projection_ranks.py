@@ -1,9 +1,9 @@
-"""What W workers of this machine reach all at once: products, passes over memory, collectives.
+"""Rates with W workers running at once on this machine: GEMMs, passes over memory, collectives.
 
     torchrun --nproc-per-node=W -m tests.lab.projection_ranks [--bytes N] [key=value of training.config ...]
 
-For tests/lab/projection_check.py, whose workers share cores: what one alone measures is not what each gets.
-Each figure is the mean over the ranks, one thread each; the last line on stdout is one JSON object.
+For tests/lab/projection_check.py. Its workers share cores, so the rates of one worker alone do not apply.
+Each figure is the mean over the ranks, one thread each. The last line on stdout is one JSON object.
 """
 
 import json

@@ -1,19 +1,18 @@
-"""Seconds of one optimizer step, from what one GPU does and what the GPUs send through. Pure: no torch.
+"""Seconds of one optimizer step, from the rates of one GPU and of its links. Pure: no torch.
 
-Of the slowest rank, none hidden behind another:
+The parts of the slowest rank, none hidden behind another:
 
     compute      seconds per token x tokens of the rank
-    optimizer    orthogonalisation of the matrices that one rank owns, and passes over its shard, by FLOPs and
-                 bytes, times what that was measured to take longer
-    links        of each collective (traffic.py): sent bytes / B + steps x hop. Its ring crosses each
-                 node once each way, so B = min(bus bandwidth in the node, the node's network), and of
-                 k (W - 1) steps k (nodes - 1) cross the network; k is 2 for an all-reduce, else 1. The
-                 quicker protocol counts. Source of all that is NCCL's own model:
-                 https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
-                 An all-to-all takes what the busiest GPU or the busiest node's network takes.
+    optimizer    orthogonalisation of the rank's matrices and passes over its shard, from FLOPs and bytes,
+                 times the measured ratio to that model
+    links        sent bytes / B + steps x hop, for each collective (traffic.py). A ring crosses each node once
+                 each way, so B = min(bus bandwidth in the node, the node's network). Of its k (W - 1) steps
+                 k (nodes - 1) cross the network; k is 2 for an all-reduce, else 1. The faster protocol wins.
+                 This is NCCL's own model: https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
+                 An all-to-all takes as long as the busiest GPU or the busiest node's network.
 
-With `overlap_comm`, on GPUs, stage 2 reduces beside the backward pass, and stage 3 gathers and reduces beside
-both; stage 1 in bf16 hides nothing. So a step has two bounds: nothing is hidden, or all of that.
+With `overlap_comm`, on GPUs, stage 2 reduces during the backward pass, and stage 3 gathers and reduces during
+both passes. Stage 1 in bf16 hides nothing. So a step has two bounds: nothing is hidden, or all of that.
 """
 
 import statistics
@@ -22,8 +21,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, prod
 from typing import Any
 
-from optim.bench.forecast import ADAMW_BYTES, PASS_BYTES
-from optim.cost import orthogonalize_flops
+from optim.cost import ADAMW_BYTES, PASS_BYTES
 from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
 from training.projection.traffic import SHARES, Exchange, Job
@@ -40,7 +38,7 @@ PARTS = ("compute", "optimizer", "intra-node link", "inter-node link", "latency"
 
 @dataclass(frozen=True)
 class Network:
-    """What a node's network carries each way, and where that is known from, in words."""
+    """What a node's network carries each way, and the source of that figure."""
 
     bytes_per_s: float
     source: str
@@ -55,16 +53,16 @@ NO_NETWORK = Network(inf, "one node")
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
-    """What one GPU does, and where that is known from.
+    """Rates of one GPU.
 
     Attributes:
-        source: in words, for the output.
+        source: where they come from, for the output.
         compute_seconds_per_token: forward and backward, and reading the data.
         product_flops: FLOP/s of the orthogonalisation.
         memory_bytes_per_s: of passes over memory.
-        optimizer_factor: measured seconds of the optimizer / those that FLOPs and bytes give.
-        peak_tflops: of the datasheet, for the MFU; None where there is none.
-        links: measured in the node, or None.
+        optimizer_factor: measured seconds of the optimizer / seconds from FLOPs and bytes.
+        peak_tflops: of the datasheet, for the MFU; None without one.
+        links: as measured in the node, or None.
         network: between nodes.
     """
 
@@ -74,18 +72,18 @@ class Basis:
     memory_bytes_per_s: float
     optimizer_factor: float = 1.0
     peak_tflops: float | None = None
-    links: "Links | None" = None
+    links: "Interconnect | None" = None
     network: "Network" = NO_NETWORK
 
 
 @dataclass(frozen=True, kw_only=True)
-class Links:
-    """What ranks send through.
+class Interconnect:
+    """The links that ranks send through.
 
     Attributes:
         bytes_per_s: kind of collective -> bus bandwidth in the node.
-        node_bytes_per_s: of a node's network, each way; not used where there is one node.
-        protocols: (hop in the node in seconds, between nodes, share of the bandwidth); the quickest counts.
+        node_bytes_per_s: of a node's network, each way; unused with one node.
+        protocols: (hop in the node in seconds, between nodes, share of the bandwidth); the fastest counts.
     """
 
     name: str
@@ -95,17 +93,17 @@ class Links:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Seconds of a collective, by what they wait for."""
+class CollectiveSeconds:
+    """Seconds of a collective, by cause."""
 
     transfer: float
     latency: float
-    crosses: bool  # whether the network between nodes bounds the transfer
+    crosses: bool  # the network between nodes limits the transfer
 
 
 def ring_seconds(
-    kind: str, num_bytes: float, *, calls: int, num_ranks: int, num_nodes: int, links: Links
-) -> Spent:
+    kind: str, num_bytes: float, *, calls: int, num_ranks: int, num_nodes: int, links: Interconnect
+) -> CollectiveSeconds:
     """Of `calls` collectives over `num_bytes` in all: see this module's description."""
     inner = links.bytes_per_s[kind]
     crosses = num_nodes > 1 and links.node_bytes_per_s < inner
@@ -113,7 +111,7 @@ def ring_seconds(
     turns = 2 if kind == "all_reduce" else 1
     between = turns * (num_nodes - 1)
     choices = [
-        Spent(
+        CollectiveSeconds(
             SHARES[kind](num_ranks) * num_bytes / (share * rate),
             calls * ((turns * (num_ranks - 1) - between) * hop + between * node_hop),
             crosses,
@@ -123,16 +121,16 @@ def ring_seconds(
     return min(choices, key=lambda spent: spent.transfer + spent.latency)
 
 
-def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Links) -> Spent:
+def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Interconnect) -> CollectiveSeconds:
     """To the owners and back: the busiest GPU's link or the busiest node's, and one hop for each peer."""
     inner = travels.worst_rank_bytes / links.bytes_per_s["all_to_all"]
     outer = travels.worst_node_bytes / links.node_bytes_per_s if num_nodes > 1 else 0.0
     hop = min(node_hop if num_nodes > 1 else hop for hop, node_hop, _ in links.protocols)
-    return Spent(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
+    return CollectiveSeconds(2 * max(inner, outer), 2 * travels.peers * hop, outer > inner)
 
 
 def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, float]:
-    """(FLOPs, bytes of memory) of the rank that has most to do in the optimizer's step. Not under Scion."""
+    """(FLOPs, bytes of memory) of the optimizer step on the most loaded rank. Not for Scion."""
     assert not job.norms
     groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
     total = sum(groups.values())
@@ -140,15 +138,12 @@ def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, flo
     shard += ADAMW_BYTES * (total - groups["matrix"]) / job.num_ranks
     whole = job.stage == 1 and job.element_bytes == 2
     shard += WHOLE_GRADIENT_BYTES * total if whole else SHARD_GRADIENT_BYTES * total / job.num_ranks
-    loads = [0] * job.num_ranks
-    for plan in plans:
-        for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
-            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=True)
-    return max(loads), shard
+    loads = zip(*(plan.loads(symmetric=True) for plan in plans), strict=True)
+    return max(map(sum, loads), default=0), shard
 
 
 def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) -> float:
-    """Of the rank that has most to do."""
+    """Of the most loaded rank."""
     flops, num_bytes = optimizer_work(job, plans)
     return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)
 
@@ -158,7 +153,7 @@ def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) ->
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: seconds by part of PARTS, nothing hidden, and what overlap can hide at the most."""
+    """One optimizer step: seconds by part of PARTS with nothing hidden, and what overlap can hide at most."""
 
     seconds: Mapping[str, float]
     hidden_seconds: float
@@ -176,8 +171,10 @@ class Step:
         return max(self.seconds, key=lambda part: self.seconds[part])
 
 
-def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Links) -> Step:
-    """Predict a step of the rank that has most to do."""
+def step_seconds(
+    job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: Basis, links: Interconnect
+) -> Step:
+    """Predict a step of the most loaded rank."""
     plans = traffic.ownership(job)
     num_nodes = ceil(job.num_ranks / ranks_per_node)
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -185,7 +182,7 @@ def step_seconds(job: Job, *, tokens_per_rank: int, ranks_per_node: int, basis: 
     seconds["optimizer"] = optimizer_seconds(job, plans, basis)
     beside = {"forward": 0.0, "backward": 0.0}
 
-    def add(spent: Spent) -> float:
+    def add(spent: CollectiveSeconds) -> float:
         seconds["inter-node link" if spent.crosses else "intra-node link"] += spent.transfer
         seconds["latency"] += spent.latency
         return spent.transfer + spent.latency
@@ -220,12 +217,12 @@ def basis_from_row(
     source: str,
     flops_ratio: float = 1.0,
 ) -> Basis:
-    """From what `training.baseline.steps` measured and `cluster.measure.probe`'s ceilings of the same device.
+    """From the steps of `training.baseline.steps` and the ceilings of `cluster.measure.probe` of one device.
 
     Args:
         rows: of equal runs; medians count.
-        job: of these rows, so that the optimizer's measured time can be held against its modelled one.
-        flops_ratio: FLOPs per token of the model to predict / of the measured one.
+        job: of these rows, to compare the optimizer's measured time with its model.
+        flops_ratio: FLOPs per token of the predicted model / of the measured one.
     """
 
     def median(name: str) -> float:

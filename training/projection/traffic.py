@@ -1,6 +1,6 @@
 """What a rank sends in one optimizer step, by ZeRO stage, under our DeepSpeed configuration. Pure: no torch.
 
-N parameters of p bytes (2 in bf16), W ranks. Of a collective's buffer a rank sends the share in SHARES:
+N parameters of p bytes (2 in bf16), W ranks. A rank sends SHARES of a collective's buffer:
 
     stage    gradients                               new weights             weights again
     1        all-reduce N p, once, after backward    all-gather N p, once    -
@@ -11,32 +11,30 @@ Read in DeepSpeed 0.19.8, and counted on ranks in tests/training/projection/test
     * Gradients accumulate in fp32 and travel in the model's precision (engine.communication_data_type).
     * Stage 1 in bf16 is BF16_Optimizer, which reduces after the backward pass: `overlap_comm` hides nothing.
     * Stage 2 all-reduces each bucket (use_multi_rank_bucket_allreduce), so it sends what an all-reduce does.
-    * Stage 3 gathers the weights in every forward pass. In the backward pass it gathers those again that it
-      released: a module is kept where fewer than REUSE_DISTANCE elements are used before it is used again, or
-      where prefetching, a bucket per call of a module, has found it gathered. With LIVE_BUCKETS buckets that
-      hold the model (the 1.4B's do) that leaves little but the embedding; with less, prefetching counts as
-      none, which is exact for small buckets and too much for those between.
+    * Stage 3 gathers the weights in every forward pass. In the backward pass it gathers again what it
+      released. It keeps a module if fewer than REUSE_DISTANCE elements are used before the module's next use,
+      or if prefetching (a bucket per call of a module) found it gathered. If LIVE_BUCKETS buckets hold the
+      model, as they do for 1.4B, little but the embedding is gathered again. If they do not, prefetching is
+      not counted: exact for small buckets, too much for those in between.
       A checkpointed layer is recomputed just before its backward pass, so recomputing gathers nothing more.
     * Parameters of up to PERSISTENT elements stay whole in stage 3, and are gathered after the step.
 
 Matrices whose rule needs them whole travel to their owners and back (optim/step/ownership.py) in
-`exchange_bytes` per element, in two all-to-alls per matrix shape: the hidden ones under Muon, under Scion all
-but those whose norm is of single entries. Norms and flags, under 1 kB, are left out.
+`exchange_bytes` per element, in two all-to-alls per matrix shape: under Muon the hidden matrices, under Scion
+all whose norm is not of single entries. Norms and flags, under 1 kB, are left out.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
-from optim.step.ownership import Matrix, OwnershipPlan, make_plan
+from optim.step.ownership import Matrix, OwnershipPlan, holdings, make_plan
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model.shapes import LlamaShape
 
-REUSE_DISTANCE = (
-    10**9
-)  # stage3_max_reuse_distance; with PERSISTENT a default that training/run/engine.py keeps
+# DeepSpeed's defaults, which training/run/engine.py keeps:
+REUSE_DISTANCE = 10**9  # stage3_max_reuse_distance, elements
 PERSISTENT = 10**5  # stage3_param_persistence_threshold, elements
 LIVE_BUCKETS = 20  # of `zero.bucket_elements` in training/run/engine.py's stage3_max_live_parameters
 ENTRY_NORMS = ("sign", "sign:plain")  # of optim/geometry.py: those that need no whole matrix
@@ -44,7 +42,7 @@ ROW_NORMS = ("column:embedding", "row", "row:plain")  # under which optim/groups
 TABLE_BLOCK_ROWS = 512  # of optim/groups.py
 STAGE_1_BUCKET = 500_000_000  # elements of BF16_Optimizer's buckets; `zero.bucket_elements` is the others'
 
-# What a rank of W sends of the whole buffer. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+# The share of the whole buffer that a rank of W sends. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 SHARES = {
     "all_reduce": lambda w: 2 * (w - 1) / w,
     "all_gather": lambda w: (w - 1) / w,
@@ -69,10 +67,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What decides the traffic of a step.
+    """Everything that determines the traffic of a step.
 
     Attributes:
-        whole_matrices: the hidden matrices' rule needs them whole (Muon's family); else nothing is exchanged.
+        whole_matrices: the rule of the hidden matrices needs them whole (Muon's family).
         norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
         element_bytes: of weights and gradients that travel, 2 in bf16.
         exchange_bytes: per element of the matrices that go to their owners and back.
@@ -111,7 +109,7 @@ class Job:
 
 
 def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
-    """Of a run; None where this module does not know what travels: in stage 0, and with matrices per head."""
+    """Of a run; None where the traffic is not modelled: in stage 0, and with matrices per head."""
     matrix = config.optim.matrix
     if config.zero.stage == 0 or matrix.per_head:
         return None
@@ -138,7 +136,7 @@ class Collective:
         kind: of SHARES.
         num_bytes: of the whole buffers of all calls together.
         calls: how many there are.
-        hidden_by: the pass that it runs beside where `overlap_comm` is set (GPUs), or None.
+        hidden_by: the pass that it overlaps with if `overlap_comm` is set (GPUs), or None.
     """
 
     name: str
@@ -154,7 +152,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The way to the owners; the way back is its mirror. Bytes of all shapes together, one way.
+    """The way to the owners; the way back mirrors it. Bytes of all shapes together, one way.
 
     Attributes:
         sent_bytes: by rank, both ways.
@@ -170,7 +168,7 @@ class Exchange:
 
 
 def collectives(job: Job) -> list[Collective]:
-    """The collectives of one optimizer step, but for `exchange`'s. Empty on one rank."""
+    """The collectives of one optimizer step without those of `exchange`. None on one rank."""
     if job.num_ranks == 1:
         return []
     return _stage_3(job) if job.stage == 3 else _stages_1_and_2(job)
@@ -191,7 +189,7 @@ def _stages_1_and_2(job: Job) -> list[Collective]:
 
 
 def _padded(sizes: list[tuple[int, ...]], num_ranks: int) -> int:
-    """Elements of a group's flat tensor, which 2 W divide."""
+    """Elements of a group's flat tensor, padded to a multiple of 2 W."""
     return math.ceil(sum(map(math.prod, sizes)) / (2 * num_ranks)) * 2 * num_ranks
 
 
@@ -242,12 +240,12 @@ def _gathers(sizes: list[int], job: Job) -> tuple[list[int], list[int]]:
 
 
 def _over_before_all_is_gathered(job: Job) -> list[int]:
-    """Sizes of the parameters whose modules had their turn before prefetching had gathered everything."""
+    """Sizes of the parameters whose modules had run before prefetching had gathered everything."""
     calls = list(_calls(job.shape))
     waiting = [size for size in calls if size > PERSISTENT]
     for number, size in enumerate(calls):
         if size > PERSISTENT and len(waiting) == sum(each > PERSISTENT for each in calls[number:]):
-            waiting.pop(0)  # its own, that nothing has fetched before
+            waiting.pop(0)  # its own, which nothing has prefetched
         budget = job.bucket_elements
         while waiting and budget > 0:
             budget -= waiting.pop(0)
@@ -274,7 +272,7 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
 
 
 def ownership(job: Job) -> list[OwnershipPlan]:
-    """Who owns which matrix, for each rule that needs whole ones."""
+    """The owner of each matrix, for each rule that needs whole matrices."""
     return [
         make_plan(_matrices(group, job), world_size=job.num_ranks)
         for group in job.groups().values()
@@ -283,7 +281,7 @@ def ownership(job: Job) -> list[OwnershipPlan]:
 
 
 def _matrices(group: Group, job: Job) -> list[Matrix]:
-    """Its matrices, and what each rank holds of them."""
+    """The matrices of a group, and the part of each that every rank holds."""
     found: list[Matrix] = []
     first = 0
     part = _padded(group.sizes, job.num_ranks) // job.num_ranks
@@ -292,10 +290,8 @@ def _matrices(group: Group, job: Job) -> list[Matrix]:
         begin, width = (0, math.ceil(numel / job.num_ranks)) if job.stage == 3 else (first, part)
         row = 0
         for rows in blocks:
-            borders = [width * rank - begin - row * cols for rank in range(job.num_ranks + 1)]
-            inside = [min(max(border, 0), rows * cols) for border in borders]
-            holdings = tuple((a, b) if a < b else (0, 0) for a, b in pairwise(inside))
-            found.append(Matrix(f"matrix {len(found)}", rows, cols, holdings))
+            held = holdings(begin + row * cols, rows * cols, part=width, world_size=job.num_ranks)
+            found.append(Matrix(f"matrix {len(found)}", rows, cols, held))
             row += rows
         first += numel
     return found
@@ -304,7 +300,7 @@ def _matrices(group: Group, job: Job) -> list[Matrix]:
 def exchange(
     plans: Sequence[OwnershipPlan], *, element_bytes: int, num_ranks: int, ranks_per_node: int
 ) -> Exchange:
-    """What travels by `plans`, if ranks are numbered node by node."""
+    """The traffic of `plans`. Ranks are numbered node by node."""
     sent = [0] * num_ranks
     worst_rank = worst_node = peers = 0
     groups = [(plan, indices) for plan in plans for indices, _ in plan.by_shape()]
@@ -341,7 +337,7 @@ def _zeros(num_ranks: int, ranks_per_node: int) -> list[int]:
 
 
 def exchange_of(job: Job, *, ranks_per_node: int) -> Exchange:
-    """What travels to the owners of a job's matrices."""
+    """The traffic to the owners of a job's matrices."""
     return exchange(
         ownership(job),
         element_bytes=job.exchange_bytes,
@@ -357,10 +353,10 @@ def sent_bytes(job: Job) -> list[float]:
 
 
 def node_bytes(job: Job, *, ranks_per_node: int) -> float:
-    """Bytes that cross the border of the busiest node in one step, one way, if ranks are numbered by node.
+    """Bytes that leave (or enter) the busiest node in one step. Ranks are numbered node by node.
 
-    A ring leaves and enters each node once, whatever its ranks (`training.projection.step_model`); matrices
-    go from each rank to their owners, and back the other way.
+    A ring leaves and enters each node once, whatever its ranks (`training.projection.step_model`). Matrices
+    go from each rank to their owners and back.
     """
     common = sum(each.sent_bytes(job.num_ranks) for each in collectives(job))
     return common + 2 * exchange_of(job, ranks_per_node=ranks_per_node).worst_node_bytes
