@@ -23,8 +23,8 @@ from training.study.synthetic.config import NOISES, SyntheticConfig, smoke
 from training.study.synthetic.problem import (
     METHODS,
     SPECTRAL,
+    NoiseStream,
     Problem,
-    Stream,
     batched_theory,
     control_theory,
     noise_bound,
@@ -157,7 +157,7 @@ def test_noise_laws_are_those_of_the_sampler():
 def test_noise_has_mean_zero_and_keeps_its_bounds(p, skewed):
     """Gaussian, because its sampled moments converge; the bounds hold for every law."""
     config = replace(TINY, noise="gaussian", scale=2.0, skewed=skewed)
-    noise = Stream(config, "a").noise(p, begin=0, end=20_000).double()
+    noise = NoiseStream(config, "a").noise(p, begin=0, end=20_000).double()
     assert noise.mean(0).abs().max() < 4.5 * noise.std() / sqrt(20_000)
     moment = noise.abs().pow(p).mean().item()
     assert moment <= (2 ** (2 - p) if skewed else 1.01) * config.scale**p
@@ -168,24 +168,24 @@ def test_noise_has_mean_zero_and_keeps_its_bounds(p, skewed):
 
 def test_skewed_noise_misleads_most_of_the_time_and_averages_do_less():
     config = replace(TINY, rows=1, cols=1)
-    stream = Stream(config, "a")
+    stream = NoiseStream(config, "a")
     noise = stream.noise(1.5, begin=0, end=200_000).view(-1)
     sign = stream._gaussian("signs", 1.0).sign().item()
     medians = [sign * noise.view(-1, n).mean(1).median().item() for n in (1, 8, 64)]
     assert medians[0] < 1.5 * medians[1] < 1.5**2 * medians[2] < 0
     assert (sign * noise < 0).float().mean() > 0.6
-    plain = Stream(replace(config, skewed=False), "a").noise(1.5, begin=0, end=200_000)
+    plain = NoiseStream(replace(config, skewed=False), "a").noise(1.5, begin=0, end=200_000)
     assert plain.median().abs() < 0.01
 
 
 def test_a_stream_is_the_same_under_any_cut_and_another_elsewhere():
-    stream = Stream(TINY, "run0")
+    stream = NoiseStream(TINY, "run0")
     whole = stream.noise(2.0, begin=0, end=600)
     assert torch.equal(whole[256:300], stream.noise(2.0, begin=256, end=300))
-    longer = Stream(replace(TINY, seeds=9, horizons=(5, 9)), "run0")
+    longer = NoiseStream(replace(TINY, seeds=9, horizons=(5, 9)), "run0")
     assert torch.equal(whole, longer.noise(2.0, begin=0, end=600))
     assert torch.equal(stream.start(), longer.start())
-    for other in (Stream(TINY, "run1"), Stream(replace(TINY, seed=1), "run0")):
+    for other in (NoiseStream(TINY, "run1"), NoiseStream(replace(TINY, seed=1), "run0")):
         assert not torch.equal(stream.start(), other.start())
         both = torch.stack([whole.flatten(), other.noise(2.0, begin=0, end=600).flatten()])
         assert torch.corrcoef(both.clamp(-1, 1))[0, 1].abs() < 0.025  # of 38400 each
@@ -230,7 +230,7 @@ def test_a_batched_step_has_the_bits_of_the_oracle():
 def test_a_simulation_is_the_loop_written_out(p):
     config, num_steps = replace(TINY, scale=2.0), 270  # more than one chunk of noise
     problem = Problem(config.rows, config.cols, config.width)
-    streams = [Stream(config, f"s{i}") for i in range(3)]
+    streams = [NoiseStream(config, f"s{i}") for i in range(3)]
     pair = trials(num_steps, p=p)
     for trial, found in zip(pair, simulate(config, pair, streams), strict=True):
         assert found.shape == (68, 3) and found.dtype == torch.float64
@@ -247,7 +247,7 @@ def test_a_simulation_is_the_loop_written_out(p):
 
 def test_trials_do_not_notice_each_other():
     """Other horizons, moments and rules in lock-step leave the bits alone, across chunks of noise too."""
-    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    streams = [NoiseStream(TINY, f"s{i}") for i in range(2)]
     many = [
         *trials(num_steps=64),
         *trials(num_steps=300, p=1.5, average=30),
@@ -263,7 +263,7 @@ def test_trials_do_not_notice_each_other():
 def test_no_transport_is_scion_bit_for_bit():
     scion, moved = trials(num_steps=100)
     still = replace(moved, rule=replace(moved.rule, transport=0.0))
-    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    streams = [NoiseStream(TINY, f"s{i}") for i in range(2)]
     plain, none, full = simulate(TINY, [scion, still, moved], streams)
     assert torch.equal(plain, none) and not torch.equal(plain, full)
 
@@ -293,7 +293,7 @@ def test_transport_from_zero_momentum_is_exact_with_the_factor_of_the_text():
 def test_transport_removes_the_lag_of_long_averages():
     """Where noise is small, only the lag is left; and on averages of one there is nothing to transport."""
     config = replace(TINY, scale=0.1)
-    streams = [Stream(config, f"s{i}") for i in range(4)]
+    streams = [NoiseStream(config, f"s{i}") for i in range(4)]
     for average, better in ((64.0, 0.4), (1.0, None)):
         scion, moved = simulate(config, trials(512, average, 0.1), streams)
         if better is None:
