@@ -87,10 +87,10 @@ def parallel_runs(config: StudyConfig) -> int:
 
 
 def run_study(plan: StudyPlan, *, command: str) -> None:
-    """StudyRun what is left, write the tables, figures and the report, and print where they are.
+    """Run what is left, write tables, figures and the report, and print where it is.
 
     Raises:
-        RunError: a rule has no finished run; everything else is reported and no error.
+        RunError: a rule has no finished report run. Other failed runs are only reported.
     """
     directory = plan.config.study_directory
     directory.mkdir(parents=True, exist_ok=True)
