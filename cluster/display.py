@@ -1,4 +1,4 @@
-"""What people are shown: tables of text, tables of Markdown, and figures, all in one style."""
+"""Tables of text, tables of Markdown, and figures, in one style."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def _cell(value: Any) -> str:
 
 
 def pairs(rows: Iterable[tuple[str, Any]]) -> str:
-    """Names and what is said of each, one a line."""
+    """A table of names and values, without a head."""
     return table(("", ""), rows, left=(0, 1)).partition("\n")[2]
 
 

@@ -31,7 +31,7 @@ DRIVER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets any other process starve the workers
     # Ray Train polls its workers this often. At its default of 2 s each ray.train.report costs about 1.5 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; said aloud, so that 2.60 does not warn
+    "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; set, so that 2.60 does not warn
 }
 # Of an embedded Ray's folder: Linux allows 107 bytes for the path of a socket.
 LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -99,7 +99,7 @@ def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
 
 
 def free_ports(number: int) -> list[int]:
-    """TCP ports of this machine that nothing listens on now, for a process that will be told them.
+    """TCP ports of this machine that nothing listens on now, for a process that will be given them.
 
     They lie above Ray's own and below those that the system gives to whoever asks for any port: such a one
     could be given away again before it is used.

@@ -1,4 +1,4 @@
-"""What orthogonalising a matrix costs, by form, and which form it gets. Pure: no torch.
+"""What a step costs: FLOPs of orthogonalising a matrix, by form, and bytes of the passes. Pure: no torch.
 
 Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
 
@@ -12,6 +12,10 @@ polynomials of A is symmetric but for its rounding; in fp32 half of it is comput
 """
 
 NUM_ITERATIONS = 5
+# Bytes per element that the two passes over the shard move at the least: fp32 gradient 4, momentum there and
+# back 8, bf16 update out 2; bf16 update in 2, fp32 weight there and back 8. And AdamW, all in fp32: gradient
+# 4, two moments 16, weight 8.
+PASS_BYTES, ADAMW_BYTES = 24, 28
 GRAM_RESTART = 2  # iterations after which the Gram form multiplies X out and starts again (optim/polar.py)
 GRAM_ASPECT = 1.5  # m/n from which the Gram form is cheaper, whole products assumed
 

@@ -16,7 +16,7 @@ To add a rule, write its class here and a line in `training.run.engine.make_rule
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, sqrt
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,73 +28,14 @@ State = dict[str, Tensor]
 
 SCALES = {
     # name: factor on an orthogonal r x c update
-    "spectral": lambda rows, cols: sqrt(
-        rows / cols
-    ),  # unit RMS-to-RMS norm, https://arxiv.org/abs/2310.17813
-    "jordan": lambda rows, cols: sqrt(max(1.0, rows / cols)),  # https://kellerjordan.github.io/posts/muon/
-    "rms": lambda rows, cols: 0.2 * sqrt(max(rows, cols)),  # AdamW-like RMS, https://arxiv.org/abs/2502.16982
+    # Unit RMS-to-RMS norm, https://arxiv.org/abs/2310.17813
+    "spectral": lambda rows, cols: sqrt(rows / cols),
+    # https://kellerjordan.github.io/posts/muon/
+    "jordan": lambda rows, cols: sqrt(max(1.0, rows / cols)),
+    # AdamW-like RMS, https://arxiv.org/abs/2502.16982
+    "rms": lambda rows, cols: 0.2 * sqrt(max(rows, cols)),
 }
 LINES = {"row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-2, -1)}  # Muon+: in turn
-
-
-class Rule(Protocol):
-    """What `optim.step.fused` needs of a rule. State, gradients and weights are fp32."""
-
-    state_names: ClassVar[tuple[str, ...]]  # laid out as the weights
-    row_state_names: ClassVar[tuple[str, ...]]  # one number per row of a whole matrix, kept by its owner
-
-    @property
-    def whole(self) -> bool:
-        """Whether the rule needs whole matrices."""
-        ...
-
-    @property
-    def orthogonal(self) -> bool:
-        """Whether updates of whole matrices are meant to be orthogonal, or nearly so."""
-        ...
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether `apply` may return another point than the weights."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which raw updates travel and `transform` computes. Used only where `whole`."""
-        ...
-
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        """Update `state` in place with `gradient`; return the raw update, a new tensor. `step` is from 1."""
-        ...
-
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        """Map raw updates [B, r, c], which may be overwritten, to updates [B, r, c]. Only where `whole`.
-
-        Args:
-            norms: [B] fp32, the Frobenius norm of each raw update, taken before it was rounded to `dtype`.
-            rows: the state of `row_state_names`, [B, r] each; updated in place.
-        """
-        ...
-
-    def scale(self, rows: int, cols: int) -> float:
-        """Factor on the updates of an r x c parameter; a vector of n is n x 1."""
-        ...
-
-    def apply(
-        self,
-        weight: Tensor,
-        update: Tensor,
-        *,
-        lr: float,
-        scale: float = 1.0,
-        step: int = 1,
-        state: State | None = None,
-    ) -> Tensor | None:
-        """Write the new `weight` in place. `update` may be of lower precision.
-
-        Returns the point at which the next gradient is to be taken; None if that is the new weight.
-        """
-        ...
 
 
 class Finish(NamedTuple):
@@ -106,8 +47,18 @@ class Finish(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecayingRule:
-    """What all rules here share: w ← (1-ηλ)w - η·scale·u, and no look ahead."""
+class Rule:
+    """A rule in three functions, and what `optim.step` asks of it. State, gradients and weights are fp32.
+
+    Attributes:
+        dtype: in which raw updates travel and `transform` computes. Used only where `whole`.
+        whole: the rule needs whole matrices.
+        orthogonal: updates of whole matrices are meant to be orthogonal, or nearly so.
+        looks_ahead: `apply` may return another point than the weights.
+        in_kernels: `direction` is MomentumRule's, and `finish` says all of `apply`.
+        state_names: laid out as the weights.
+        row_state_names: one number per row of a whole matrix, kept by its owner.
+    """
 
     weight_decay: float = 0.0
     dtype: torch.dtype = torch.bfloat16
@@ -115,29 +66,38 @@ class DecayingRule:
     whole: ClassVar[bool] = False
     orthogonal: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    in_kernels: ClassVar[bool] = False
     state_names: ClassVar[tuple[str, ...]] = ()
     row_state_names: ClassVar[tuple[str, ...]] = ()
 
+    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        """Update `state` in place with `gradient`; return the raw update, a new tensor. `step` is from 1."""
+        raise NotImplementedError
+
     def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
+        """Map raw updates [B, r, c], which may be overwritten, to updates [B, r, c]. Only where `whole`.
+
+        Args:
+            norms: [B] fp32, the Frobenius norm of each raw update, taken before it was rounded to `dtype`.
+            rows: the state of `row_state_names`, [B, r] each; updated in place.
+        """
         raise NotImplementedError(f"{type(self).__name__} is elementwise")
 
     def scale(self, rows: int, cols: int) -> float:
+        """Factor on the updates of an r x c parameter; a vector of n is n x 1."""
         return 1.0
 
     def finish(self, *, lr: float, scale: float, step: int) -> Finish:
-        """The numbers of this step's end. A kernel uses them in place of `apply`."""
+        """The numbers of this step's end, from which `apply` and the kernels compute it."""
         return Finish(1 - lr * self.weight_decay, lr * scale, 0.0)
 
     def apply(
-        self,
-        weight: Tensor,
-        update: Tensor,
-        *,
-        lr: float,
-        scale: float = 1.0,
-        step: int = 1,
-        state: State | None = None,
+        self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0, step: int = 1, state: State
     ) -> Tensor | None:
+        """Write the new `weight` in place: w ← (1-ηλ)w - η·scale·u. `update` may be of lower precision.
+
+        Returns the point at which the next gradient is to be taken; None if that is the new weight.
+        """
         decay, factor, ahead = self.finish(lr=lr, scale=scale, step=step)
         before = weight.clone() if ahead else None
         if decay != 1:
@@ -147,14 +107,14 @@ class DecayingRule:
 
 
 @dataclass(frozen=True)
-class MomentumRule(DecayingRule):
+class MomentumRule(Rule):
     """m ← βm + (1-β)g;  u = (1-β)g + βm (Nesterov) or m."""
 
     momentum: float = 0.95
     nesterov: bool = True
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum",)
-    in_kernels: ClassVar[bool] = True  # `direction` is this one and `finish` says all of `apply`
+    in_kernels: ClassVar[bool] = True
 
     def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
         momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
@@ -246,16 +206,8 @@ class EmaNesterov(Muon):
         return self.lookahead > 0
 
     def apply(
-        self,
-        weight: Tensor,
-        update: Tensor,
-        *,
-        lr: float,
-        scale: float = 1.0,
-        step: int = 1,
-        state: State | None = None,
+        self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0, step: int = 1, state: State
     ) -> Tensor | None:
-        assert state is not None
         velocity, (decay, factor, _) = state["velocity"], self.finish(lr=lr, scale=scale, step=step)
         after = weight.add(velocity, alpha=_ramped(self.lookahead, step - 1, self.ramp_steps))
         after.mul_(decay).sub_(update, alpha=factor)
@@ -361,7 +313,7 @@ class Signum(Sgd):
 
 
 @dataclass(frozen=True)
-class AdamW(DecayingRule):
+class AdamW(Rule):
     """Adam with decoupled weight decay, https://arxiv.org/abs/1711.05101, algorithm 2."""
 
     beta1: float = 0.9

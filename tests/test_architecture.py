@@ -54,7 +54,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "subprocess.Popen": ("cluster.process", "cluster.head.keeper", "cluster.head.shell"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
-    "torch.multiprocessing": ("optim.bench.contenders",),
+    "torch.multiprocessing": ("optim.bench.zero_race",),
     "deepspeed": (
         "optim.bench.contenders",
         "optim.step.layout",
@@ -65,6 +65,8 @@ HOMES = {  # library or call -> the only modules that may use it
     ),
     "deepspeed.initialize": ("optim.bench.contenders", "training.run.engine"),
     "torch.distributed": (
+        "optim.bench.traffic",
+        "optim.bench.zero_race",
         "cluster.measure.probe",
         "cluster.machine.rendezvous",
         "optim.bench.contenders",
@@ -86,7 +88,7 @@ TORCH_FREE = (
     "cluster.record",
     "optim.bench",
     "optim.cost",
-    "optim.bench.forecast",
+    "optim.bench.share",
     "optim.step.ownership",
     "optim.schedule",
     "training.baseline",

@@ -21,8 +21,8 @@ NOT_OURS = {  # made by a user or a run, or Ray's
     *("dashboard.py", "monitor.py"),
 }
 ROOMS = ("cluster", "optim", "training", "serving")
-READMES = ("README.md", "CHANGELOG.md", *(f"{room}/README.md" for room in (*ROOMS, "tests")))
-READMES += ("tests/gpu/README.md", "tests/baselines/README.md")
+READMES = ["README.md", "CHANGELOG.md", *(f"{room}/README.md" for room in (*ROOMS, "tests"))]
+READMES += sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/*/README.md"))
 TEXTS = {readme: (ROOT / readme).read_text() for readme in READMES}
 COMMANDS = list(
     dict.fromkeys(

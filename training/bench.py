@@ -56,8 +56,8 @@ GEMM_REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Run:
-    """Seconds of one run: from the start of the command to the row of step 1; of the median steady step."""
+class LaunchTimes:
+    """Seconds of a run: from the start of the command to the row of step 1, and of the median steady step."""
 
     first_step_seconds: float
     step_seconds: float
@@ -125,9 +125,9 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
     benchmark.publish(result, output, data_fingerprint=Manifest.read(data).fingerprint)
 
 
-def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, Run]]:
+def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, LaunchTimes]]:
     """One run under each launcher per round; who goes first changes from round to round."""
-    rounds: list[dict[str, Run]] = [{} for _ in range(num_rounds)]
+    rounds: list[dict[str, LaunchTimes]] = [{} for _ in range(num_rounds)]
     order = [(i, name) for i in range(num_rounds) for name in list(LAUNCHERS)[:: -1 if i % 2 else 1]]
     with Progress(len(order) * plan.num_steps) as progress:
         for num_done, (i, name) in enumerate(order):
@@ -139,7 +139,7 @@ def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, 
     return rounds
 
 
-def one_run(name: str, given: list[str], *, plan: Plan, progress: Progress, steps_before: int) -> Run:
+def one_run(name: str, given: list[str], *, plan: Plan, progress: Progress, steps_before: int) -> LaunchTimes:
     """Run the launch command to its end in a folder of its own. Raises `RunError` if it fails."""
     # In /tmp, because a path of Ray's sockets must stay below 108 characters.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp", ignore_cleanup_errors=True) as place:
@@ -156,7 +156,7 @@ def one_run(name: str, given: list[str], *, plan: Plan, progress: Progress, step
         if process.returncode:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             raise RunError(f"the run under {name} ended with exit code {process.returncode}:\n{tail}")
-        return Run(first_step_seconds, steady_step_seconds(rows))
+        return LaunchTimes(first_step_seconds, steady_step_seconds(rows))
 
 
 def command_line(name: str, given: Sequence[str], *, num_workers: int, folder: Path) -> list[str]:
@@ -185,7 +185,7 @@ def steady_step_seconds(rows: Iterable[dict[str, Any]]) -> float:
     return statistics.median(row["step_seconds"] for row in rows if row["step"] > SETTLING_STEPS)
 
 
-def compare(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
+def compare(rounds: Sequence[dict[str, LaunchTimes]]) -> dict[str, Any]:
     """Medians with spreads [min, max] over the rounds: seconds under each launcher, and their ratio.
 
     A speed-up is torchrun's seconds / Ray's of the same round. `overhead_ray_percent` is what a steady step

@@ -159,17 +159,11 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
 
 def resolve_shape(config: TrainConfig) -> LlamaShape:
     """The model's shape, with the overrides of `config.model`. Raises `ConfigError`."""
-    model = config.model
+    overrides = asdict(config.model)
+    name = overrides.pop("shape")
+    overrides.pop("activation_checkpointing")
     try:
-        return shapes.resolve(
-            model.shape,
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            ffn_size=model.ffn_size,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            vocab_size=model.vocab_size,
-        )
+        return shapes.resolve(name, **overrides)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

@@ -1,14 +1,13 @@
-"""Keeps a cluster up, from its head: environment and Ray on the head and on every worker, for ever.
+"""Keeps a cluster up from its head: installs the environment and runs Ray on the head and on every worker.
 
     python3 -m cluster.head.keeper start SITE.json      replace the keeper that runs, print the head's key
     python3 -m cluster.head.keeper stop SITE.json       end it
     python3 -m cluster.head.keeper state SITE.json      one JSON object: the nodes, and whether it runs
-    python3 -m cluster.head.keeper run SITE.json        be it
+    python3 -m cluster.head.keeper run SITE.json        the keeper itself
 
-`make up` starts it and reads SCRATCH/keeper.json, where the state of every node stands; a lost link between
-the two disturbs neither. A worker that was rebooted, or whose Ray died, is brought back; one that was
-installed anew has lost the head's key, and `make up` gives it to it again. Standard library only: it runs
-before there is an environment.
+`make up` starts it and reads the state of every node from SCRATCH/keeper.json. The keeper does not need the
+laptop. It brings back a worker that was rebooted or whose Ray died. A reinstalled worker has lost the head's
+key; `make up` gives it the key again. Standard library only: it runs before there is an environment.
 """
 
 import contextlib
@@ -103,7 +102,7 @@ class Keeper:
                 retry = FIRST_RETRY_SECONDS
                 self._watch()
                 self._set(head, "waiting", "its Ray does not answer")
-            except Exception as failure:  # whatever it is: it stands in the state, and is tried again
+            except Exception as failure:  # any: it is shown in the state, and tried again
                 self._set(head, FAILED, str(failure) or repr(failure))
                 time.sleep(retry)
                 retry = min(2 * retry, LAST_RETRY_SECONDS)
@@ -193,13 +192,13 @@ class Keeper:
                     self._bring_up_worker(worker)
                 except Exception as failure:
                     self._set(worker, FAILED, str(failure) or repr(failure))
-                    self._sleep_until_told(worker, retry)
+                    self._sleep_until_pinned(worker, retry)
                     retry = min(2 * retry, LAST_RETRY_SECONDS)
                 continue
             time.sleep(ALIVE_POLL_SECONDS)
 
-    def _sleep_until_told(self, worker: str, seconds: float) -> None:
-        """Sleep; `make up` wakes it by pinning a key, because then what failed may not any more."""
+    def _sleep_until_pinned(self, worker: str, seconds: float) -> None:
+        """Sleep, until `make up` pins a key: what failed may then succeed."""
         known = self._workers.known_hosts
         before = known.stat().st_mtime_ns if known.exists() else 0
         deadline = time.monotonic() + seconds
@@ -276,7 +275,7 @@ def _pid(scratch: Path) -> int | None:
 
 
 def _stop(scratch: Path, name: str) -> None:
-    """End the keeper with what it has under way (pip, rsync, ssh), but not the Ray that it has started."""
+    """End the keeper and its pip, rsync and ssh, but not the Ray that it has started."""
     pid = _pid(scratch)
     under_way = descendants(pid) - set(of_cluster(name)) if pid is not None else set()
     deadline = time.monotonic() + 10
@@ -291,7 +290,7 @@ def _stop(scratch: Path, name: str) -> None:
 
 
 def state(scratch: Path) -> dict[str, Any]:
-    """`keeper`, what it wrote of the nodes, or None; `runs`, whether it does; `said`, its last line."""
+    """`keeper`: its report on the nodes, or None; `runs`: whether it runs; `said`: its last line."""
     place, log = scratch / "keeper.json", scratch / "keeper.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return {
@@ -323,9 +322,9 @@ def _start(file: Path, site: dict[str, Any]) -> None:
 
 
 def _be(site: dict[str, Any]) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # what it has started goes on
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # Ray goes on
     with (Path(site["scratch"]) / "keeper.lock").open("a+") as lock:
-        deadline = time.monotonic() + 5  # whoever asks whether a keeper runs holds it for an instant
+        deadline = time.monotonic() + 5  # `_pid` holds it for an instant
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

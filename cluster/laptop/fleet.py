@@ -2,9 +2,8 @@
 
     python -m cluster.laptop.fleet up|status|down CLUSTER.yaml
 
-`up` gives the head the code and the site, starts the keeper there (`cluster.head.keeper`), lets the head's
-key in on every worker, and waits at the gate until every node has joined. What is done already is skipped, so
-running it again continues.
+`up` copies the code and the site to the head, starts the keeper there (`cluster.head.keeper`), gives every
+worker the head's key, and waits until every node has joined. It skips what is done: run it again to continue.
 """
 
 import argparse
@@ -48,7 +47,7 @@ shutil.rmtree(old, ignore_errors=True)
 """
 
 
-def headside(site: Inventory, *arguments: str) -> str:
+def head_script(site: Inventory, *arguments: str) -> str:
     """The script that asks `cluster.head.answers` on the head."""
     verb, *rest = arguments
     down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
@@ -60,10 +59,10 @@ def headside(site: Inventory, *arguments: str) -> str:
 
 
 def up(cluster: Path, *, report: Callable[[str], None]) -> None:
-    """Bring the cluster up, or what of it is not.
+    """Bring up the nodes that are not up.
 
     Raises:
-        RunError: nodes that have not joined, each with the reason.
+        RunError: some nodes have not joined; the message gives each reason.
     """
     site = inventory.load(cluster)
     begin = time.monotonic()
@@ -93,7 +92,7 @@ def up(cluster: Path, *, report: Callable[[str], None]) -> None:
 
 
 def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
-    """Code and site to the head, whose keeper then starts. Returns the head's public key."""
+    """Copy code and site to the head and start the keeper. Returns the head's public key."""
     script = (
         f"set -e\n{site.claim_command()}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
         f"cd {site.code}\n{site.python} -m cluster.head.keeper start site.json"
@@ -120,7 +119,7 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
 
 
 def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str], None]) -> dict[str, str]:
-    """The head's public key to every worker, all at once. Returns address -> why it could not be given."""
+    """Add the head's public key on every worker, all at once. Returns address -> why that failed."""
     place = "~/.ssh/authorized_keys"
     script = (
         f"umask 077; mkdir -p ~/.ssh; touch {place}; grep -qF {shlex.quote(key)} {place} || "
@@ -154,7 +153,7 @@ def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str]
 def _gate(
     site: Inventory, head: Ssh, generation: str, refusals: dict[str, str], *, report: Callable[[str], None]
 ) -> dict[str, str]:
-    """Wait until all nodes have joined. Returns address -> reason of those that have not."""
+    """Wait until all nodes have joined. Returns address -> reason of each that has not."""
     shown: dict[str, tuple[str, str]] = {}
     progress = {node: time.monotonic() for node in site.nodes}  # when it last did something
     script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
@@ -170,12 +169,12 @@ def _gate(
         waiting = False
         for node in site.nodes:
             state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
-            told = (state["state"], state["detail"])
-            if told != shown.get(node):
-                shown[node] = told
+            current = (state["state"], state["detail"])
+            if current != shown.get(node):
+                shown[node] = current
                 progress[node] = time.monotonic()
                 if state["state"] in (*BUSY, JOINED, FAILED):
-                    report(f"{node}: {' '.join(filter(None, told))}")
+                    report(f"{node}: {' '.join(filter(None, current))}")
             if state["state"] == JOINED:
                 continue
             lasted = answer["now"] - state["since"]
@@ -184,7 +183,7 @@ def _gate(
             elif state["state"] == FAILED and (node == site.head or lasted > FAILED_SECONDS):
                 problems[node] = state["detail"]
             elif state["state"] not in BUSY and time.monotonic() - progress[node] > GATE_SECONDS:
-                problems[node] = " ".join([*filter(None, told), f"for {GATE_SECONDS:g} s"])
+                problems[node] = " ".join([*filter(None, current), f"for {GATE_SECONDS:g} s"])
             else:
                 waiting = True
         if site.head in problems:
@@ -197,7 +196,7 @@ def _gate(
 def status(cluster: Path) -> str:
     """The nodes and runs of the cluster, as a table."""
     site = inventory.load(cluster)
-    answer = ask(site, headside(site, "status"))
+    answer = ask(site, head_script(site, "status"))
     states = (answer["keeper"] or {"nodes": {}})["nodes"]
     alive = {node["address"]: node for node in answer["alive"]}
     lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
@@ -227,10 +226,10 @@ def status(cluster: Path) -> str:
 
 
 def ask(site: Inventory, script: str, *, given: bytes = b"") -> dict[str, Any]:
-    """The head's answer to `headside`, in one round trip; a short loss of the link is waited out.
+    """The head's answer to `head_script`, in one round trip. Waits while the link is lost for a short time.
 
     Raises:
-        RunError: the head refuses the request, in its own words.
+        RunError: the head refuses the request; the message is the head's.
     """
     head = Ssh(site, site.head)
     try:
@@ -241,12 +240,12 @@ def ask(site: Inventory, script: str, *, given: bytes = b"") -> dict[str, Any]:
 
 
 def note(text: str) -> None:
-    """A line of ours beside a run's own, which alone go to standard output."""
+    """Print a line on standard error. Standard output is for a run's own lines."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
-    """The JSON object in the last line of an answer; what a login prints may stand before it."""
+    """The JSON object in the last line of an answer. Lines that a login prints may precede it."""
     lines = answer.decode(errors="replace").strip().splitlines()
     try:
         return json.loads(lines[-1])
@@ -258,10 +257,10 @@ def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
 
 
 def down(cluster: Path, *, report: Callable[[str], None]) -> None:
-    """End what the cluster runs on every node, and look that nothing is left.
+    """End what the cluster runs on every node, and check that nothing is left.
 
     Raises:
-        RunError: nodes that could not be reached, or on which something is left.
+        RunError: a node could not be reached, or something is left on it.
     """
     site = inventory.load(cluster)
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing

@@ -1,4 +1,4 @@
-"""What differs from site to site, and the Ray cluster YAML made from it.
+"""The inventory of a site, and the Ray cluster YAML made from it.
 
     python -m cluster.laptop.inventory CLUSTER.yaml      makes CLUSTER.yaml from CLUSTER.inventory.yaml
 
@@ -142,7 +142,7 @@ class Inventory:
 
     @property
     def home(self) -> Path:
-        """What this laptop keeps of the cluster: pinned host keys, and the sockets of open connections."""
+        """This laptop's folder for the cluster: pinned host keys, and the sockets of open connections."""
         return Path("~/.asuncion").expanduser() / self.name
 
     def site(self) -> dict[str, Any]:
@@ -163,11 +163,11 @@ class Inventory:
         }
 
     def claim_command(self) -> str:
-        """Make the scratch folder, or fail where it is not safe; runs before the code is there."""
+        """Make the scratch folder, or fail if it is not safe. Runs before the code is copied."""
         return f"{self.python} -c {shlex.quote(PRIVATE.read_text())} folder {self.scratch}"
 
     def owned(self) -> str:
-        """A test before what lies in the scratch folder is run or read: it is not another user's."""
+        """Test that the scratch folder is not another user's, before anything in it is run or read."""
         problem = f"{self.scratch} is not yours: set scratch in the inventory"
         return f"{{ test -O {self.scratch} -a ! -L {self.scratch} || {{ echo '{problem}' >&2; false; }}; }}"
 
@@ -181,7 +181,7 @@ class Inventory:
         return f"{self.owned()} && {self.python} {self.code}/cluster/head/reap.py {self.name}"
 
     def token_command(self) -> str:
-        """Make Ray's token, on the head, or mend what is unsafe about the one that is there."""
+        """Make Ray's token on the head, or repair the permissions of the existing one."""
         return f"{self.python} {self.code}/cluster/private.py token"
 
     def start_head_command(self, *, autoscaler: bool) -> str:
@@ -196,7 +196,7 @@ class Inventory:
         )
 
     def start_worker_command(self) -> str:
-        """Start Ray on a worker; done when it has joined. When its raylet ends, all of Ray there ends."""
+        """Start Ray on a worker and wait until it has joined. When its raylet ends, all of Ray there ends."""
         log = f"{self.scratch}/ray-start.log"
         return self._environment() + (
             f"setsid --wait nohup ray start --address={self.head}:{self.ports.gcs}"
@@ -211,21 +211,21 @@ class Inventory:
         )
 
     def _environment(self) -> str:
-        """Shell lines that every Ray process and all that it starts inherit."""
+        """Shell lines whose settings every Ray process and its children inherit."""
         interface = self.node.interface
         lines = [
-            "# what Ray starts inherits this folder; that of the code is replaced by every `make up`",
+            "# what Ray starts inherits this folder; not the code's folder, which every `make up` replaces",
             "cd /",
             f". {self.scratch}/activate",
-            "# by this variable `make down` finds what belongs to the cluster",
+            "# `make down` finds the cluster's processes by this variable",
             f"export ASUNCION_CLUSTER={self.name}",
             "# Ray's default, v2, starts one worker too few of an on-premise cluster (2.60.0)",
             "export RAY_enable_autoscaler_v2=0",
             "# Ray lowers its workers' priority by 15, which starves them beside anything else",
             "export RAY_worker_niceness=0",
-            "# Ray offers its metrics on every address, without a token; to two of them 65536 means off",
+            "# no metrics: Ray serves them on every address without a token; 65536 turns two ports off",
             "export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=65536 DASHBOARD_METRIC_PORT=65536",
-            "# say what is wrong, such as a link that fell back to sockets, and no more",
+            "# report problems only, such as a link that fell back to sockets",
             "export NCCL_DEBUG=WARN",
             "# the interface between the nodes; without it NCCL may take docker's",
             f"export NCCL_SOCKET_IFNAME={f'={interface}' if interface else '^lo,docker'}",
@@ -233,7 +233,7 @@ class Inventory:
             "export NCCL_SOCKET_NTHREADS=4 NCCL_NSOCKS_PERTHREAD=2",
         ]
         if interface:
-            lines += ["# gloo, for runs without GPUs, takes the interface of the host's name otherwise"]
+            lines += ["# without this, gloo (runs without GPUs) takes the interface of the host's name"]
             lines += [f"export GLOO_SOCKET_IFNAME={interface}"]
         if not self.node.infiniband:
             lines += [
@@ -242,11 +242,11 @@ class Inventory:
             ]
         lines += [
             "# NCCL_P2P_LEVEL stays unset: NCCL takes the NVLink bridge within a pair of A40, and PCIe",
-            "# elsewhere, as the topology allows. Where that hangs, ACS is on: turn it off;",
-            "# NCCL_P2P_DISABLE=1 only makes it slow",
+            "# elsewhere, as the topology allows. If that hangs, PCIe's ACS is on: turn it off.",
+            "# NCCL_P2P_DISABLE=1 avoids the hang, but is slow",
             "# Ray holds a connection and some files per worker",
             "ulimit -n 65536 2> /dev/null || ulimit -n $(ulimit -Hn)",
-            "# Ray keeps what its earlier sessions have left; here the newest five stay",
+            "# Ray never removes the folders of earlier sessions; here the newest five stay",
             f"ls -dt {self.scratch}/ray/session_2* 2> /dev/null | tail -n +6 | xargs -r rm -rf",
         ]
         return "".join(f"{line}\n" for line in lines)
@@ -278,7 +278,7 @@ def beside(cluster: Path) -> Path:
 
 
 def load(cluster: Path) -> Inventory:
-    """The inventory beside the Ray YAML `cluster`, which is made anew where the inventory has changed.
+    """The inventory beside the Ray YAML `cluster`. Rewrites the YAML if the inventory has changed.
 
     Raises:
         ConfigError: a key of the inventory; the message begins with its file.
@@ -322,7 +322,7 @@ def ray_yaml(inventory: Inventory, *, origin: str) -> str:
     external = f"  external_head_ip: {_text(inventory.external_head)}\n" if inventory.external_head else ""
     body = f"""\
 # The cluster for Ray's own launcher: `ray up cluster/asuncion.yaml`, from the root of the repository.
-# Made from {origin}, and again whenever that changes: edit there. `make up` does more (README).
+# Made from {origin}: edit that file, and this one is made again. `make up` does more: cluster/README.md.
 cluster_name: {_text(inventory.name)}
 
 provider:
@@ -334,18 +334,18 @@ auth:
   ssh_user: {_text(inventory.ssh.user)}
   ssh_private_key: {_text(inventory.ssh.key)}   # Ray copies it to the head, to reach the workers
 
-max_workers: {len(inventory.workers)}   # and as many at least: Ray keeps all that provider.worker_ips names
+max_workers: {len(inventory.workers)}   # the least number too: Ray keeps all of provider.worker_ips
 upscaling_speed: 1.0
-idle_timeout_minutes: 525600      # a machine that is ours is not given back
+idle_timeout_minutes: 525600      # never stop a worker: these machines are not rented
 
 # Code only: no data, no checkpoints. `make up` sends what git tracks; this launcher sends whole folders.
 file_mounts:
 {mounts}rsync_exclude: ["__pycache__", ".*"]
-rsync_filter: ["/.gitignore"]     # names of keys are in there; other files are sent, tracked by git or not
+rsync_filter: ["/.gitignore"]     # leaves out the names of keys; sends other files, tracked by git or not
 file_mounts_sync_continuously: false
-cluster_synced_files: ["~/.ray/auth_token"]   # made on the head; from there to the workers, not over the link
+cluster_synced_files: ["~/.ray/auth_token"]   # made on the head, and sent to the workers from there
 
-# The pinned environment: once, and skipped while constraints.txt and pyproject.toml are unchanged.
+# Installs the pinned environment; skipped while constraints.txt and pyproject.toml are unchanged.
 initialization_commands: []
 setup_commands:
   - |-
@@ -369,7 +369,7 @@ worker_start_ray_commands:
 
 
 def _text(value: str) -> str:
-    """As YAML. Quoted, because plain `no`, `null` and `1e3` are no text."""
+    """As YAML. Quoted, because YAML does not read plain `no`, `null` and `1e3` as text."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -378,7 +378,7 @@ def _indented(text: str) -> str:
 
 
 def shell(script: str) -> str:
-    """The script as one command for bash. No login shell: what a profile prints would stand in the answer."""
+    """The script as one command for bash. Not a login shell, whose profile may print."""
     return f"bash -c {shlex.quote(script)}"
 
 

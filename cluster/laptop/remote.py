@@ -3,9 +3,9 @@
     python -m cluster.laptop.remote attach|stop|pull CLUSTER.yaml [--run NAME]
     python -m cluster.laptop.remote preflight CLUSTER.yaml [key=value ...]
 
-`training.launch --cluster` starts runs through `start`. A start takes two round trips, one that carries the
-code and one that opens the log; what the laptop has seen of a log is kept in ~/.asuncion/NAME/logs, and its
-size says where to go on.
+`training.launch --cluster` starts runs through `start`. A start takes two round trips: one carries the code,
+one opens the log. The laptop keeps a copy of each log in ~/.asuncion/NAME/logs; the copy's size says where to
+continue.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 
 from cluster import cli, process
 from cluster.cli import RunError, UserError
-from cluster.head import answers as there
+from cluster.head import answers
 from cluster.laptop import inventory
-from cluster.laptop.fleet import ask, headside, note
+from cluster.laptop.fleet import ask, head_script, note
 from cluster.laptop.inventory import Inventory, shell
 from cluster.laptop.package import Package, pack
 from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
@@ -42,11 +42,12 @@ PULL_PATIENCE_SECONDS = 600.0
 def start(cluster: Path, *, run: str, module: str, config: str, skip_preflight: bool = False) -> None:
     """Start `python -m MODULE --config FILE` on the cluster, and follow it to its end.
 
-    If a run of this name and configuration is going, it is followed instead. Unless told, the preflight comes
-    first where it has not passed yet, and a failed one is in the way.
+    If a run of this name and configuration is active, it is followed instead. The preflight runs first unless
+    it has passed; if it fails, the run does not start.
 
     Args:
         config: content of the file.
+        skip_preflight: start without a preflight.
 
     Raises:
         UserError: the name is taken by the preflight.
@@ -74,10 +75,10 @@ def preflight(cluster: Path, more: Sequence[str]) -> None:
 def _submit(
     site: Inventory, run: str, command: str, package: Package, *, asked: str, gate: str | None = None
 ) -> dict[str, Any]:
-    """The record of a run that was started, or that is going already. One round trip.
+    """Start a run, or find the one that is active. Returns its record. One round trip.
 
     Args:
-        asked: what makes it this run; one that is going with something else asked is an error.
+        asked: what identifies the run; an active run of this name that was asked something else is an error.
         gate: a command that has to succeed first, unless the preflight has passed.
     """
     environment = "".join(f"{name}={value} " for name, value in commit_environment().items())
@@ -91,7 +92,7 @@ def _submit(
         "digest": package.digest,
     }
     given = json.dumps(request).encode() + b"\n" + package.data
-    answer = ask(site, headside(site, "submit"), given=given)
+    answer = ask(site, head_script(site, "submit"), given=given)
     note(f"run {answer['id']} {'is going: attached to it' if answer['going'] else 'submitted'}")
     return answer
 
@@ -111,14 +112,14 @@ def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
 
 
 def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
-    """Show the log of a run from where this laptop has read it to its end.
+    """Show the log of a run, from the byte up to which this laptop has it.
 
     Args:
-        record: what the head remembers of the run (`headside.Head.resolve`).
+        record: the head's record of the run (`answers.Head.resolve`).
 
     Raises:
         RunError: the run failed or was stopped, or Ray was restarted under it.
-        KeyboardInterrupt: Ctrl-C; the run goes on, and a message has said how to come back.
+        KeyboardInterrupt: Ctrl-C; the run goes on, and a message says how to come back.
     """
     run_id = record["id"]
     with _log_here(site, record) as log:
@@ -133,22 +134,22 @@ def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
     resume = "run the same command again to resume from the newest checkpoint"
     if run_id.startswith(f"{PREFLIGHT}-"):
         resume = "run it again"
-    if outcome == there.SUCCEEDED:
+    if outcome == answers.SUCCEEDED:
         note(f"{run_id} has ended")
-    elif outcome == there.RUN_STOPPED:
+    elif outcome == answers.RUN_STOPPED:
         raise RunError(f"{run_id} was stopped; {resume}")
-    elif outcome == there.RUN_FAILED:
+    elif outcome == answers.RUN_FAILED:
         raise RunError(f"{run_id} failed (its log is above); {resume}")
-    elif outcome == there.RAY_RESTARTED:
+    elif outcome == answers.RAY_RESTARTED:
         raise RunError(f"Ray on the head was restarted, and {run_id} ended with it; {resume}")
-    elif outcome == there.RAY_DOWN:
+    elif outcome == answers.RAY_DOWN:
         raise RunError(f"Ray on the head does not answer any more; `make up`, and then {resume}")
     else:
         raise RunError(f"{run_id}: the head refuses to follow it")
 
 
 def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
-    """Copy the log to standard output, through every loss of the link. Returns the outcome."""
+    """Copy the log to standard output; reconnect whenever the link is lost. Returns the outcome."""
     head = Ssh(site, site.head)
     offset = log.tell() if log is not None else 0
     outage = Outage(note)
@@ -162,9 +163,9 @@ def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
         sys.stdout.buffer.flush()
 
     while True:
-        script = headside(site, "follow", run_id, str(offset))
+        script = head_script(site, "follow", run_id, str(offset))
         code, said = _copy([*head.arguments(), shell(script)], write, on_attached=outage.end)
-        if code == there.REFUSED:
+        if code == answers.REFUSED:
             raise RunError(said.splitlines()[-1] if said else "the head refuses")
         if code != TRANSPORT:
             return code
@@ -177,7 +178,7 @@ def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
 def _copy(
     command: list[str], write: Callable[[bytes], None], *, on_attached: Callable[[], None]
 ) -> tuple[int, str]:
-    """Hand over what the command prints, as it comes. Returns its exit code and what it said on stderr."""
+    """Pass on the command's output as it comes. Returns its exit code and its standard error."""
     child = process.Child(
         command,
         whole_tree=False,  # the connection that ssh opens is shared, and outlives it
@@ -191,7 +192,7 @@ def _copy(
     def listen() -> None:
         for line in errors:
             text = line.decode(errors="replace").strip()
-            if text == there.ATTACHED:
+            if text == answers.ATTACHED:
                 on_attached()
             else:
                 said.append(text)
@@ -210,7 +211,7 @@ def _copy(
 
 @contextmanager
 def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | None]:
-    """This laptop's copy of the log, at its end; None if another process here is writing it."""
+    """This laptop's copy of the log, open at its end; None if another process writes it."""
     place = site.home / "logs" / _plain(f"{record['id']}-{record['token']}.log")
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("ab", buffering=0) as log:
@@ -227,33 +228,33 @@ def _log_here(site: Inventory, record: dict[str, Any]) -> Iterator[BinaryIO | No
 
 
 def _plain(name: str) -> str:
-    """A name that the head has told, for a file of this laptop. Raises `RunError` if it leads elsewhere."""
+    """A name from the head, for a file on this laptop. Raises `RunError` if it is not a plain name."""
     if re.fullmatch(r"\w[\w.-]*", name) is None:
-        raise RunError(f"the head tells {name!r} as a name, which is none of a run; nothing was written")
+        raise RunError(f"the head answered {name!r}, which is not the name of a run; nothing was written")
     return name
 
 
 def attach(cluster: Path, run: str) -> None:
     """Follow a run: by id, the newest of a name, or the newest of all."""
     site = inventory.load(cluster)
-    follow(site, ask(site, headside(site, "resolve", run)), cluster=cluster)
+    follow(site, ask(site, head_script(site, "resolve", run)), cluster=cluster)
 
 
 def stop(cluster: Path, run: str) -> None:
     """End a run. Its checkpoints stay."""
     site = inventory.load(cluster)
-    answer = ask(site, headside(site, "stop", run))
+    answer = ask(site, head_script(site, "stop", run))
     note(f"{answer['id']}: {answer['status'].lower()}; its checkpoints are kept")
 
 
 def pull(cluster: Path, run: str, *, target: Path) -> None:
-    """Bring metrics, plots and the W&B files of a run here, all but its checkpoints; only what has changed.
+    """Copy a run's metrics, plots and W&B files here, without its checkpoints. Only changes travel.
 
     Raises:
-        RunError: there is no such run, or rsync failed for another reason than the link.
+        RunError: there is no such run, or rsync failed and the link is not the cause.
     """
     site = inventory.load(cluster)
-    name = _plain(ask(site, headside(site, "resolve", run))["run"])
+    name = _plain(ask(site, head_script(site, "resolve", run))["run"])
     (target / name).mkdir(parents=True, exist_ok=True)
     command = rsync(
         Ssh(site, site.head),

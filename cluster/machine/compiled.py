@@ -1,12 +1,12 @@
 """C++ beside a module: compiled at first use, or not with a reason. An x86-64 CPU with AVX2 is needed.
 
 One source serves two tiers of vectors (simd.h), and a third in which it may multiply by tiles. The best that
-the CPU has is chosen, unless torch itself is told to use less: ATEN_CPU_CAPABILITY=avx2 gives the lowest
+the CPU has is chosen, unless torch itself is held to less: ATEN_CPU_CAPABILITY=avx2 gives the lowest
 tier, =default none. A library is kept in $XDG_CACHE_HOME/asuncion (~/.cache/asuncion) under a name that
 changes with source, header, compiler and flags. ASUNCION_NATIVE=0 turns all of it off.
 
 Loading a library runs it. So the folder must belong to this user and is closed to all others; a library in
-it that another user owns or may write is compiled anew.
+it that another user owns or may write is compiled again.
 """
 
 import ctypes

@@ -52,7 +52,7 @@ def load_average() -> float:
 
 
 def require_rounds(num_rounds: int) -> None:
-    """Refuse a number of rounds from which there is no median."""
+    """Refuse a number of rounds below 1: there would be no median."""
     if num_rounds < 1:
         raise UserError(f"--rounds: {num_rounds} must be at least 1")
 

@@ -141,7 +141,7 @@ def mbu(*, bytes_per_step: float, step_seconds: float, gb_per_s: float) -> float
 
 
 def ceiling_fault(shares: Mapping[str, float], *, ceiling: str) -> str | None:
-    """What is wrong with a ceiling of which something reached more than 100%; None if nothing did.
+    """Why a ceiling is void if something reached more than 100% of it, or None.
 
     Such a ceiling was measured too low, or the work was counted too high: it bounds nothing.
 

@@ -3,9 +3,9 @@
     python -m cluster.measure.probe [--device cpu|cuda] [--dtype bfloat16|float32] [--threads N]
 
 Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it.
-The spread beside it, (slowest, fastest), says how disturbed it was. Products are measured in what a model of
-that dtype multiplies in (`optim.precision`), and the result names it. Sizes and repeats shrink on a slow CPU,
-so that all of it takes at most ten seconds; what cannot be measured is missing, with a reason.
+The spread beside it, (slowest, fastest), shows how much was disturbed. Products are measured in the dtype in
+which a model of that dtype multiplies (`optim.precision`); the result names it. Sizes and repeats shrink on a
+slow CPU, so that everything takes at most ten seconds. What cannot be measured is missing, with a reason.
 """
 
 import argparse
@@ -34,14 +34,12 @@ GEMM_SIZE = 2048  # most rows, columns and depth on a CPU; a GPU takes four time
 PILOT_SIZE = 256  # of the product whose speed chooses size and repeats on a CPU
 PILOT_REPEATS = 5
 LEAST_ROWS = 64  # of a model's products, on a slow CPU
-CPU_SECONDS = (
-    2.5  # for each measurement on a CPU: one of products, two of memory; and for all models' products
-)
+CPU_SECONDS = 2.5  # on a CPU, for each measurement: products, two of memory, and all products of a model
 COPY_BYTES = 1 << 28  # well above any cache
 SUSTAINED_SECONDS = 0.2  # of each repeat on a GPU
-PEAKS = ("product_tflops", "read_gb_per_s")  # of Ceilings: what compute and memory are set against
+PEAKS = ("product_tflops", "read_gb_per_s")  # of Ceilings: the peaks of compute and memory
 RATES = ("product_tflops", "read_gb_per_s", "copy_gb_per_s")  # of Ceilings
-LINK_PEAK = "all_reduce_gb_per_s"  # of Links: what the bytes that a rank sends are set against
+LINK_PEAK = "all_reduce_gb_per_s"  # of MeasuredLinks: the peak for the bytes that a rank sends
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ def _ceiling(amount: float, seconds: list[float]) -> Ceiling:
 
 
 @dataclass(frozen=True)
-class Links:
+class MeasuredLinks:
     """What collectives between ranks reached.
 
     Attributes:
@@ -268,7 +266,7 @@ class Links:
 
 def measure_links(
     *, rank: int, num_ranks: int, address: str, port: int, device: str, num_bytes: int, repeats: int = 5
-) -> Links:
+) -> MeasuredLinks:
     """Measure the links between `num_ranks` processes that all call this at once.
 
     Args:
@@ -305,7 +303,7 @@ def measure_links(
             return _ceiling(share * count * 4 / 1e9, seconds(body, repeats))
 
         others = (num_ranks - 1) / num_ranks
-        return Links(
+        return MeasuredLinks(
             all_reduce_gb_per_s=rate(lambda: dist.all_reduce(source), 2 * others),
             all_to_all_gb_per_s=rate(lambda: dist.all_to_all_single(target, source), others),
             all_reduce_latency_us=statistics.median(seconds(lambda: dist.all_reduce(word), 4 * repeats))
@@ -317,7 +315,7 @@ def measure_links(
         dist.destroy_process_group()
 
 
-def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
+def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> MeasuredLinks:
     """`measure_links` between processes of this node, one per GPU or, on a CPU, of one thread each.
 
     Raises:
@@ -349,7 +347,7 @@ def measure_node_links(num_ranks: int, *, device: str, num_bytes: int) -> Links:
     rates: dict[str, Any] = {
         name: Ceiling(**found.pop(name)) for name in ("all_reduce_gb_per_s", "all_to_all_gb_per_s")
     }
-    return Links(**rates, **found)
+    return MeasuredLinks(**rates, **found)
 
 
 def measure_disk(folder: Path, *, num_bytes: int) -> tuple[float, float]:
@@ -402,7 +400,7 @@ def main() -> int:
     return 0
 
 
-def _be_a_rank(options: argparse.Namespace) -> Links:
+def _be_a_rank(options: argparse.Namespace) -> MeasuredLinks:
     import torch
 
     ranks, _, port = options.link.partition(":")

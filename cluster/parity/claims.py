@@ -1,4 +1,4 @@
-"""What may be said of two machines' figures: claims, each supported, contradicted or not decided."""
+"""Claims about two machines' figures, each supported, contradicted or not decided."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LIKE_SETTING = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence and whether the figures bear it: "supported", "contradicted" or "not decided"."""
+    """A sentence, and whether the figures support it: one of VERDICTS."""
 
     text: str
     verdict: str
@@ -109,7 +109,7 @@ def _void(each: Comparison) -> str:
 
 
 def _caveats(each: Comparison) -> list[Claim]:
-    """What a reader might take for granted of a figure, and what speaks against it."""
+    """What a reader might wrongly assume of a figure."""
     found = []
     if each.bounds[0] != each.bounds[1]:
         shares = " with ".join(SHARE[bound] for bound in each.bounds)

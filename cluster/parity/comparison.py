@@ -67,8 +67,8 @@ def pairs(
         elif _apart(ours["flops"], theirs["flops"]) > SAME_FLOPS and ours["kind"] != "decode":
             note(f"{name}: not the same work on both (FLOPs per token differ: other lengths?)")
         elif apart := [key for key in SAME_SETTING if ours.get(key) != theirs.get(key)]:
-            told = ", ".join(f"{key} {ours.get(key)} and {theirs.get(key)}" for key in apart)
-            note(f"{name}: not the same work on both ({told})")
+            apart_by = ", ".join(f"{key} {ours.get(key)} and {theirs.get(key)}" for key in apart)
+            note(f"{name}: not the same work on both ({apart_by})")
         elif ours["bytes"] and _apart(ours["bytes"], theirs["bytes"]) > SAME_BYTES:
             note(f"{name}: not the same work on both (bytes per token differ: other precisions or lengths?)")
         else:

@@ -1,4 +1,4 @@
-"""What two machines' figures say of each other, once each is set against its own hardware. Pure: reads files.
+"""Two machines compared, each normalised by its own hardware. Pure: reads files.
 
 A side is a file of `make baseline`, or a datasheet's roofline ("datasheet:h100"). Every figure is a rate of
 one device (tokens/s), the FLOPs and the least bytes that one token takes, and one value per run. From these:
@@ -32,7 +32,7 @@ from cluster.parity.comparison import (
 
 @dataclass(frozen=True)
 class Parity:
-    """All that two sides say of each other."""
+    """The comparison of two sides."""
 
     sides: tuple[Side, Side]
     peaks: tuple[Peaks, Peaks]

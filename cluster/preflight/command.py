@@ -1,4 +1,4 @@
-"""Are the nodes sound? Every one is inspected and measured by Ray actors before a night is spent on them.
+"""Are the nodes sound? Ray actors inspect and measure every node before a long run.
 
     python -m cluster.preflight [--config FILE] [key=value ...]
 
@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, table
 from cluster.session import SessionConfig, ray_session
 
 STEP_SECONDS = 300.0  # for each step of the preflight, on all nodes
-CLOCK_READINGS = 5  # of which the one with the shortest round trip counts
+CLOCK_READINGS = 5
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class PreflightConfig:
 
 
 def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """All that is known of the nodes of the running Ray.
+    """Inspect and measure all nodes of the running Ray.
 
     Returns:
         nodes: address -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
         or None; links: between all nodes, or None; pairs: "address address" -> links between neighbours of
-        the ring, where there are three nodes or more. Links are `probe.Links`, or a `problem`.
+        the ring, where there are three nodes or more. Links are `probe.MeasuredLinks`, or a `problem`.
 
     Raises:
         RunError: a node did not answer; the message names it.
@@ -69,6 +70,10 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
         report(f"{what} ...")
         return _answers({node: call(node) for node in addresses}, addresses, num_gpus, what)
 
+    def clock_skew(node: str) -> float:
+        one = partial(_answers, addresses=addresses, num_gpus=num_gpus, what="clock")
+        return _clock_skew(lambda: one({node: inspectors[node].clock.remote()})[node])
+
     arguments = (config.scratch, config.storage, mark, config.size.disk_megabytes * 1_000_000)
     facts = everywhere("versions, GPUs and disks", lambda node: inspectors[node].facts.remote(*arguments))
     sees = everywhere("shared storage", lambda node: inspectors[node].sees.remote(config.storage, mark))
@@ -83,14 +88,7 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
         facts[node]["gpus_problem"] = facts[node]["gpus_problem"] or measured["problem"]
         for gpu in facts[node]["gpus"]:
             gpu["throttled"] = gpu["index"] in measured["throttled"]
-        readings = []
-        for _ in range(CLOCK_READINGS):
-            begin = time.time()
-            pending = {node: inspectors[node].clock.remote()}
-            there = _answers(pending, addresses, num_gpus, "clock")[node]
-            end = time.time()
-            readings.append((there - (begin + end) / 2, end - begin))  # the skew, and the round trip
-        facts[node]["clock_skew_seconds"] = min(readings, key=lambda reading: reading[1])[0]
+        facts[node]["clock_skew_seconds"] = clock_skew(node)
         ray.kill(inspectors[node])  # the ranks need its GPUs
     for file in Path(config.storage).glob(f".{mark}-*"):
         file.unlink(missing_ok=True)
@@ -110,8 +108,17 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
     }
 
 
+def _clock_skew(read: Callable[[], float]) -> float:
+    """Seconds by which a node's clock is ahead of ours, from the reading with the shortest round trip."""
+    readings = []
+    for _ in range(CLOCK_READINGS):
+        begin, there, end = time.time(), read(), time.time()
+        readings.append((end - begin, there - (begin + end) / 2))
+    return min(readings)[1]
+
+
 def _actor(kind: type, node: str, *, num_gpus: int) -> Any:
-    """An actor on this node and no other. It takes no CPU, so that it never waits for one."""
+    """An actor on this very node. It reserves no CPU, so that it never waits for one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -138,7 +145,7 @@ def _answers(
 
 
 def _cause(error: Any) -> str:
-    """First line of the error inside a Ray error; CUDA's last line is an advice on debugging."""
+    """First line of the error inside a Ray error; CUDA's last line is advice on debugging."""
     inner = getattr(error, "cause", None) or error
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[0] if lines else repr(inner)
@@ -171,7 +178,7 @@ def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, An
 
 
 def _session() -> str:
-    """Name of the session of Ray: a verdict counts until Ray is restarted."""
+    """The name of Ray's session. A verdict is valid until Ray is restarted."""
     import ray
 
     return ray.get_runtime_context().get_session_name()

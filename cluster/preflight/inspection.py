@@ -1,4 +1,4 @@
-"""What the preflight reads and measures on a node; it runs there, in Ray actors (`cluster.preflight`)."""
+"""What the preflight reads and measures on a node, in Ray actors there (`cluster.preflight`)."""
 
 import platform
 import shutil

@@ -50,7 +50,7 @@ class Finding:
 def measured_tflops(report: dict[str, Any]) -> float | None:
     """TFLOP/s of a product on the median GPU of a preflight's report, or None if it saw no GPUs.
 
-    With it as the peak, `hardware.mfu` says what share of the reachable a run got, beside the datasheet's.
+    As the peak of `hardware.mfu` it gives the share of what this GPU reaches, beside the datasheet's share.
     """
     rates = [
         row["product_tflops"]["best"]
@@ -82,7 +82,7 @@ def judge(found: dict[str, Any], expect: ExpectConfig, limits: LimitsConfig) -> 
 def _number(nodes: dict[str, Any], expect: ExpectConfig) -> Iterable[Finding]:
     if expect.nodes is not None and len(nodes) != expect.nodes:
         there = f"{len(nodes)} nodes and not {expect.nodes}: {', '.join(nodes)}"
-        yield Finding("cluster", f"{there}; `make status` says what became of the others")
+        yield Finding("cluster", f"{there}; `make status` shows the others")
 
 
 def _versions(nodes: dict[str, Any]) -> Iterable[Finding]:
@@ -115,9 +115,7 @@ def _gpus(node: str, facts: dict[str, Any], expected: int, expect: ExpectConfig)
         name = f"GPU {gpu['index']}"
         device = hardware.lookup(gpu["name"])
         if expect.accelerator and expect.accelerator not in gpu["name"]:
-            yield Finding(
-                node, f"{name} is a {gpu['name']} and no {expect.accelerator}; set node.accelerator"
-            )
+            yield Finding(node, f"{name} is a {gpu['name']}, not {expect.accelerator}; set node.accelerator")
         if device and gpu["memory_gib"] * KIB**3 < 0.9 * device.memory_gb * 1e9:
             size = f"{gpu['memory_gib']} GiB, and its datasheet says {device.memory_gb:g} GB"
             yield Finding(node, f"{name} has {size}; is it partitioned?")

@@ -6,14 +6,13 @@ step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) an
         without bf16 arithmetic our own in torch and fp32 ("torch_fp32") in place of torch.optim.Muon.
 zero*   gloo ranks of one thread: ours, DeepSpeed's Muon, torch's AdamW (what an elementwise optimizer costs)
         and one that does nothing ("null"), under the same DeepSpeed configuration. See ADDED.
-plan    no measurement: the share of a 1.4B training step, by datasheet (optim/bench/forecast.py).
+plan    no measurement: the share of a 1.4B training step, by datasheet (optim/bench/share.py).
 gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. Nobody has run it:
         no machine with a GPU was at hand.
 
 On two quiet cores the default takes about 10 minutes, the first time 5 more: torch.compile for DeepSpeed.
 """
 
-import dataclasses
 import os
 import statistics
 import sys
@@ -25,15 +24,17 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.config import key, require
+from cluster.config import key
 from cluster.measure import benchmark, hardware
 from cluster.measure.benchmark import spread_of
 from cluster.session import worker_environment
-from optim.bench.forecast import LLAMA_1B4, STAGES, Machine, Model, estimate, floor_seconds
-from optim.cost import orthogonalize_flops
+from optim.bench.share import MATRICES_1B4, STAGES, estimate, floor_seconds, layers, train_flops_1b4
+from optim.cost import ADAMW_BYTES, PASS_BYTES, orthogonalize_flops
 
 if TYPE_CHECKING:
-    from optim.bench.contenders import Contender, Shapes, StepRace, ZeroRace
+    from optim.bench.contenders import BenchedOptimizer
+    from optim.bench.step_race import Shapes, StepRace
+    from optim.bench.zero_race import ZeroRace
 
 ADDED = """\
 added by the optimizer = engine.backward + engine.step of the contender - engine.backward of `null` in the
@@ -42,7 +43,6 @@ out, and all that follows counts, also where DeepSpeed orthogonalises inside bac
 ranks (all_reduce 2(W-1)/W of the tensor, reduce_scatter (W-1)/W of the input, all_gather W-1 times the own
 shard)."""
 
-SMALL, MEDIUM = Model(256, 688, 10, 0), Model(768, 2048, 2, 0)
 CASES = {  # name -> what it is
     "step_10m": "one process, 10 layers of 256/688 (8M elements in 70 matrices)",
     "step_100m": "one process, 2 layers of a 100M model, 768/2048 (14M elements in 14 matrices)",
@@ -52,7 +52,7 @@ CASES = {  # name -> what it is
     "plan": "no measurement: 1.4B on A40 and on H100, by datasheet",
     "gpu": "one CUDA device, 24 layers of 2048/5504 (1.2B elements in 168 matrices)",
 }
-STEP_MODELS = {"step_10m": SMALL, "step_100m": MEDIUM, "gpu": LLAMA_1B4}
+MATRICES = {"step_10m": layers(256, 688, 10), "step_100m": layers(768, 2048, 2), "gpu": MATRICES_1B4}
 WORLD_SIZES = (2, 3)
 MAX_DIFFERENCE = 0.05  # of first updates that should be equal; bf16 in another order makes 0.02
 
@@ -73,19 +73,19 @@ PLANNED = {"NVIDIA A40": "a40_link_gb_per_s", "NVIDIA H100 80GB HBM3": "h100_lin
 
 @dataclass(frozen=True)
 class Assumptions:
-    num_gpus: int = key(8, "plan: GPUs that share the work")
-    tokens_per_step: int = key(524_288, "plan: batch")
-    sequence_length: int = key(2048, "plan: tokens per sequence")
-    mfu: float = key(0.4, "plan: of forward and backward, as a fraction of the datasheet's peak")
-    fraction_of_peak: float = key(0.6, "plan: that the products of the orthogonalisation reach")
-    a40_link_gb_per_s: float = key(20.0, "plan: what an A40 sends, GB/s (PCIe 4.0 x16: 31.5 at the most)")
-    h100_link_gb_per_s: float = key(360.0, "plan: what an H100 sends, GB/s (NVLink 4: 450 at the most)")
-
-    def __post_init__(self) -> None:
-        for name, value, _ in layered.walk(self):
-            require(value > 0, name, f"{value} must be above 0")
-        for name in ("mfu", "fraction_of_peak"):
-            require(getattr(self, name) <= 1, name, f"{getattr(self, name)} is a fraction, so at most 1")
+    num_gpus: int = key(8, "plan: GPUs that share the work", above=0)
+    tokens_per_step: int = key(524_288, "plan: batch", above=0)
+    sequence_length: int = key(2048, "plan: tokens per sequence", above=0)
+    mfu: float = key(0.4, "plan: MFU of forward and backward, as a fraction of 1", above=0, most=1)
+    fraction_of_peak: float = key(
+        0.6, "plan: share of the peak that the products of the orthogonalisation reach", above=0, most=1
+    )
+    a40_link_gb_per_s: float = key(
+        20.0, "plan: bandwidth of an A40's link, GB/s (PCIe 4.0 x16: at most 31.5)", above=0
+    )
+    h100_link_gb_per_s: float = key(
+        360.0, "plan: bandwidth of an H100's link, GB/s (NVLink 4: at most 450)", above=0
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,15 +139,15 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output
         "load_average_before": benchmark.load_average(),
     }
     if set(cases) - {"plan", "gpu"}:
-        from optim.bench import contenders
+        from optim.bench import step_race
 
-        result["compiled_step"] = contenders.compiled_step()
+        result["compiled_step"] = step_race.compiled_step()
         print(f"compiled step: {result['compiled_step']}")
     for case in cases:
         print(f"\n{case}: {CASES[case]}", flush=True)
         if case == "plan":
             result["plan"] = plan_case(assumed)
-        elif case in STEP_MODELS:
+        elif case in MATRICES:
             result |= step_case(case, num_rounds=num_rounds)
         else:
             print(ADDED)
@@ -181,17 +181,17 @@ def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
     """Whole steps in one process: its ceiling, then its table."""
     import torch
 
-    from optim.bench import contenders
+    from optim.bench import step_race
 
-    shapes, methods = STEP_MODELS[case].shapes, {"ours": "jordan", "ours_polar_express": "polar_express"}
+    shapes, methods = MATRICES[case], {"ours": "jordan", "ours_polar_express": "polar_express"}
     device, where = torch.device("cpu"), f"{torch.get_num_threads()} threads"
     if case == "gpu":
         device = torch.device("cuda")
         where = torch.cuda.get_device_name(device)
         del methods["ours_polar_express"]  # memory for two contenders: 37 GB
-    dtype = "bf16" if contenders.multiplies_bf16(device) else "fp32"
-    found = ceiling(case, shapes, contenders.gemm_gflops(shapes, device), where, dtype=dtype)
-    race = contenders.race_steps(shapes, methods, num_rounds=num_rounds, device=device)
+    dtype = "bf16" if step_race.multiplies_bf16(device) else "fp32"
+    found = ceiling(case, shapes, step_race.gemm_gflops(shapes, device), where, dtype=dtype)
+    race = step_race.race_steps(shapes, methods, num_rounds=num_rounds, device=device)
     require_same_work(case, {race.peer: race.difference})
     found |= {f"update_difference_{race.peer}_{case}": race.difference, **step_result(case, race)}
     if race.peer == "torch_fp32":
@@ -200,7 +200,7 @@ def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
         )
     print(benchmark.table(found))
     if sheet := hardware.lookup(where):
-        floor_ms = 1e3 * floor_seconds(_machine(sheet, link_gb_per_s=1.0), shapes)
+        floor_ms = 1e3 * floor_seconds(shapes, **_peaks(sheet))
         found |= {f"datasheet_floor_ms_{case}": floor_ms}
         times = found[f"ms_ours_{case}"] / floor_ms
         print(f"least by datasheet: {floor_ms:.1f} ms; ours takes {times:.1f} times that")
@@ -249,14 +249,14 @@ def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]
     """All contenders of one stage and world size: their ceiling, then their tables."""
     import torch
 
-    from optim.bench import contenders
+    from optim.bench import contenders, step_race, zero_race
 
-    case, shapes = f"zero{stage}_{world_size}ranks", SMALL.shapes
-    bf16 = contenders.multiplies_bf16(torch.device("cpu"))
+    case, shapes = f"zero{stage}_{world_size}ranks", MATRICES["step_10m"]
+    bf16 = step_race.multiplies_bf16(torch.device("cpu"))
     wait = ", after torch.compile for DeepSpeed: 1 to 3 minutes" if bf16 else ""
     print(f"{case}: {num_rounds} rounds{wait}", file=sys.stderr)
     try:
-        race = contenders.race_zero(
+        race = zero_race.race_zero(
             shapes,
             stage=stage,
             world_size=world_size,
@@ -284,7 +284,7 @@ def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]
     return found
 
 
-def zero_result(case: str, race: "ZeroRace", everyone: Mapping[str, "Contender"]) -> dict[str, Any]:
+def zero_result(case: str, race: "ZeroRace", everyone: Mapping[str, "BenchedOptimizer"]) -> dict[str, Any]:
     """What `race` found, by key. A contender that could not run has None for every figure.
 
     A speed-up compares what is added with what ours adds under the same configuration.
@@ -327,7 +327,7 @@ def zero_result(case: str, race: "ZeroRace", everyone: Mapping[str, "Contender"]
     }
 
 
-def contest_table(case: str, found: Mapping[str, Any], everyone: Mapping[str, "Contender"]) -> str:
+def contest_table(case: str, found: Mapping[str, Any], everyone: Mapping[str, "BenchedOptimizer"]) -> str:
     """One line for each contender that ran: what it adds, over what ours adds, and what that takes."""
     head = f"{'':<40}{'added, ms':>10}{'[min':>9}{'max]':>9}{'/ ours':>8}{'[min':>7}{'max]':>7}"
     lines = [f"{head}{'MB sent':>9}{'orthogonalised':>16}"]
@@ -352,19 +352,26 @@ def _ms(seconds: Sequence[float] | None) -> list[float] | None:
 
 def plan_case(assumed: Assumptions) -> dict[str, dict[str, float]]:
     """The forecast of each GPU in PLANNED, printed term by term."""
-    batch = {field.name: getattr(assumed, field.name) for field in dataclasses.fields(assumed)}
-    links = {device: batch.pop(link) for device, link in PLANNED.items()}
     plans = {}
-    for device, link in links.items():
-        sheet = hardware.lookup(device)
+    tokens_per_gpu = assumed.tokens_per_step / assumed.num_gpus
+    for device, link in PLANNED.items():
+        sheet, link_gb_per_s = hardware.lookup(device), getattr(assumed, link)
         assert sheet is not None
-        plans[device] = estimate(_machine(sheet, link_gb_per_s=link), LLAMA_1B4, **batch)
-        print(plan_table(sheet, plans[device], assumed, link_gb_per_s=link))
+        plans[device] = estimate(
+            MATRICES_1B4,
+            train_flops=train_flops_1b4(assumed.sequence_length) * tokens_per_gpu,
+            num_gpus=assumed.num_gpus,
+            link_bytes_per_s=link_gb_per_s * 1e9,
+            mfu=assumed.mfu,
+            fraction_of_peak=assumed.fraction_of_peak,
+            **_peaks(sheet),
+        )
+        print(plan_table(sheet, plans[device], assumed, link_gb_per_s=link_gb_per_s))
     return plans
 
 
-def _machine(sheet: hardware.Device, *, link_gb_per_s: float) -> Machine:
-    return Machine(sheet.bf16_tflops * 1e12, sheet.memory_gb_per_s * 1e9, link_gb_per_s * 1e9)
+def _peaks(sheet: hardware.Device) -> dict[str, float]:
+    return {"peak_flops": sheet.bf16_tflops * 1e12, "memory_bytes_per_s": sheet.memory_gb_per_s * 1e9}
 
 
 def plan_table(
@@ -376,8 +383,8 @@ def plan_table(
     terms = {
         "train": f"{found['train_flops'] / 1e12:.0f} TFLOP / ({assumed.mfu:.0%} of {peak})",
         "orthogonalize": f"{owned:.2f} TFLOP / ({assumed.fraction_of_peak:.0%} of {peak})",
-        "passes": f"24 B x {elements} / {memory}",
-        "adamw": f"28 B x {elements} / {memory}: for comparison, AdamW on the same matrices",
+        "passes": f"{PASS_BYTES} B x {elements} / {memory}",
+        "adamw": f"{ADAMW_BYTES} B x {elements} / {memory}: for comparison, AdamW on the same matrices",
     }
     for stage in STAGES:
         sent = found[f"sent_bytes_zero{stage}"] / 1e6

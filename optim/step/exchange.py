@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optim.kernels import gpu, native
 from optim.kernels.passes import SegmentTable
-from optim.rules import MomentumRule, Rule, State
+from optim.rules import Rule, State
 from optim.step.fragments import Piece, rank_and_world_size
 from optim.step.health import Health
 from optim.step.ownership import OwnershipPlan, Segment
@@ -104,8 +104,7 @@ class ShapeGroup:
 
     def _part(self, pieces: list[Piece]) -> FlatPart:
         flat, table = pieces[0].fragment.flat, None
-        in_kernels = isinstance(self.rule, MomentumRule) and self.rule.in_kernels
-        if in_kernels and self.staging is None and self.passes is not None:
+        if self.rule.in_kernels and self.staging is None and self.passes is not None:
             table = SegmentTable.build(
                 [piece.offset for piece in pieces],
                 [piece.position for piece in pieces],

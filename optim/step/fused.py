@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.rules import DecayingRule, MomentumRule, Rule, State, new_state
+from optim.rules import MomentumRule, Rule, State, new_state
 from optim.step.exchange import ShapeGroup
 from optim.step.fragments import Fragment, Piece, cut, rank_and_world_size
 from optim.step.health import Health
@@ -158,7 +158,6 @@ class FusedStep:
             return
         for flat, pieces, table, _ in group.parts:
             if table is not None:
-                assert isinstance(self.rule, DecayingRule)
                 end = self.rule.finish(lr=lr, scale=group.scale, step=self.steps)
                 model = pieces[0].fragment.model
                 group.passes.apply_pass(

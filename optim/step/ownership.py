@@ -7,6 +7,7 @@ pieces to the owners; after it, each owner sends the pieces of the update back t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from optim.cost import orthogonalize_flops
 
@@ -106,17 +107,23 @@ class OwnershipPlan:
         """Indices of the matrices that `rank` owns."""
         return [index for index, owner in enumerate(self.owners) if owner == rank]
 
+    def loads(self, *, symmetric: bool = False) -> list[int]:
+        """FLOPs of the matrices that each rank owns (`optim.cost`)."""
+        loads = [0] * self.world_size
+        for matrix, owner in zip(self.matrices, self.owners, strict=True):
+            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=symmetric)
+        return loads
+
+    def elements_sent_by(self, rank: int) -> int:
+        """Elements that `rank` sends to others in one step, to owners and back."""
+        others = (other for other in range(self.world_size) if other != rank)
+        both = (self.to_owner(rank, other) + self.from_owner(rank, other) for other in others)
+        return sum(segment.numel for segments in both for segment in segments)
+
     @property
     def elements_sent(self) -> int:
         """Elements that cross between ranks in one step, both ways, over all ranks."""
-        ranks = range(self.world_size)
-        return sum(
-            segment.numel
-            for a in ranks
-            for b in ranks
-            if a != b
-            for segment in self.to_owner(a, b) + self.from_owner(a, b)
-        )
+        return sum(map(self.elements_sent_by, range(self.world_size)))
 
     @property
     def minimum_elements_sent(self) -> int:
@@ -135,8 +142,14 @@ class OwnershipPlan:
     @property
     def imbalance(self) -> float:
         """Largest rank's FLOPs over the mean, minus 1; 0 is perfect."""
-        loads = [sum(self.matrices[i].flops for i in self.owned_by(rank)) for rank in range(self.world_size)]
+        loads = self.loads()
         return max(loads) * self.world_size / sum(loads) - 1 if sum(loads) else 0.0
+
+
+def holdings(first: int, numel: int, *, part: int, world_size: int) -> tuple[tuple[int, int], ...]:
+    """What each rank holds of `numel` elements from `first` on, if rank r holds [r·part, (r + 1)·part)."""
+    borders = [min(max(part * rank - first, 0), numel) for rank in range(world_size + 1)]
+    return tuple((a, b) if a < b else (0, 0) for a, b in pairwise(borders))
 
 
 def make_plan(matrices: Sequence[Matrix], *, world_size: int) -> OwnershipPlan:

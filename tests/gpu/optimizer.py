@@ -4,9 +4,9 @@ import statistics
 
 import torch
 
-from optim.bench import contenders
-from optim.bench.forecast import LLAMA_1B4, PASS_BYTES, num_elements
-from optim.cost import orthogonalize_flops
+from optim.bench import step_race
+from optim.bench.share import MATRICES_1B4, num_elements
+from optim.cost import PASS_BYTES, orthogonalize_flops
 from optim.kernels import gpu
 from tests.gpu.block import TINY, Run
 
@@ -15,8 +15,8 @@ MAX_DIFFERENCE = 0.05  # of first updates that should be equal; bf16 in another 
 
 
 def measure(run: Run) -> None:
-    sizes = LLAMA_1B4.shapes if run.gpu else list(TINY.matrices().elements())
-    gemm = contenders.gemm_gflops(sizes, run.device) / 1e3
+    sizes = MATRICES_1B4 if run.gpu else list(TINY.matrices().elements())
+    gemm = step_race.gemm_gflops(sizes, run.device) / 1e3
     run.row("products of these matrices, bf16", tflops=gemm, **run.of_products(gemm))
     if run.gpu:
         products(run)
@@ -25,7 +25,7 @@ def measure(run: Run) -> None:
 
 def race(run: Run, sizes: list[tuple[int, int]], *, gemm_tflops: float) -> None:
     """Whole steps in turns. The floor: its products at the measured rate, then two passes over memory."""
-    found = contenders.race_steps(sizes, METHODS, num_rounds=10, device=run.device)
+    found = step_race.race_steps(sizes, METHODS, num_rounds=10, device=run.device)
     too_far = f"first updates differ by {found.difference:.3f}, above {MAX_DIFFERENCE}"
     same = found.difference <= MAX_DIFFERENCE
     run.row(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optim.bench import contenders
+from optim.bench import step_race
 from optim.kernels import gpu
 from serving.engine.decoder import TorchDecoder
 from tests.commands import ROOT, python
@@ -131,7 +131,7 @@ def test_block_4_races_the_same_work(rehearsal):
     rows = rehearsal[4]
     [difference] = figures(rows, "relative_difference").values()
     assert 0 < difference < 0.05
-    peer = "torch_muon" if contenders.multiplies_bf16(torch.device("cpu")) else "torch_fp32"
+    peer = "torch_muon" if step_race.multiplies_bf16(torch.device("cpu")) else "torch_fp32"
     speedups = figures(rows, f"speedup_{peer}")
     assert list(speedups) == ["ours", "ours_polar_express", peer] and speedups[peer] == 1
     assert min(figures(rows, "floor_ms").values()) > 0

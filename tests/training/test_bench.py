@@ -9,7 +9,7 @@ from cluster import files
 from cluster.measure import benchmark
 from training import bench
 from training import config as training_config
-from training.bench import LAUNCHERS, SETTLING_STEPS, Run
+from training.bench import LAUNCHERS, SETTLING_STEPS, LaunchTimes
 from training.plan import make_plan
 
 TINY = [
@@ -26,9 +26,9 @@ TINY = [
 
 # torchrun / Ray: 1.1, 1.0 and 0.8 in the steady step; 0.5, 0.4 and 0.75 to the first.
 ROUNDS = [
-    {"ray": Run(20.0, 1.0), "torchrun": Run(10.0, 1.1)},
-    {"ray": Run(30.0, 3.0), "torchrun": Run(12.0, 3.0)},
-    {"ray": Run(40.0, 2.0), "torchrun": Run(30.0, 1.6)},
+    {"ray": LaunchTimes(20.0, 1.0), "torchrun": LaunchTimes(10.0, 1.1)},
+    {"ray": LaunchTimes(30.0, 3.0), "torchrun": LaunchTimes(12.0, 3.0)},
+    {"ray": LaunchTimes(40.0, 2.0), "torchrun": LaunchTimes(30.0, 1.6)},
 ]
 
 
@@ -51,7 +51,7 @@ def test_ratios_are_taken_within_a_round_and_their_median_and_spread_are_reporte
 
 
 def test_the_overhead_is_positive_where_ray_is_slower():
-    found = bench.compare([{"ray": Run(1.0, 1.03), "torchrun": Run(1.0, 1.0)}])
+    found = bench.compare([{"ray": LaunchTimes(1.0, 1.03), "torchrun": LaunchTimes(1.0, 1.0)}])
     assert found["overhead_ray_percent"] == pytest.approx(3.0)
     assert found["speedup_torchrun_step"] < 1
 
@@ -91,7 +91,7 @@ def test_launchers_take_turns_in_going_first(monkeypatch):
 
     def one_run(name, *_, **__):
         order.append(name)
-        return Run(1.0, 1.0)
+        return LaunchTimes(1.0, 1.0)
 
     monkeypatch.setattr(bench, "one_run", one_run)
     plan = make_plan(training_config.load(dotlist=TINY))

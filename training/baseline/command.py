@@ -25,9 +25,9 @@ from cluster.measure import benchmark, hardware
 from cluster.parity import baseline_file
 from cluster.record import Record
 from training.baseline import plan as baseline_plan
-from training.baseline.figures import table
+from training.baseline.figures import rates, shares_text, table
 from training.baseline.measure import measure, measure_device, num_nodes, peaks_of
-from training.baseline.plan import BaselineConfig, Machine, describe, make_cells
+from training.baseline.plan import BaselineConfig, Capacity, describe, make_cells
 
 WHAT = "baseline"
 FIGURE_COLUMNS = ("figure", "tokens/s", "min", "max", "joules_per_token", "cost_per_million_tokens", "shares")
@@ -76,39 +76,21 @@ def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
 def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     """Measure this machine and write its file, or print what would be measured."""
     host = describe_host()
-    found = measure_device({})
-    datasheet = hardware.lookup(found["name"])
-    about = {name: found[name] for name in ("name", "kind", "num_devices")}
+    ceilings = measure_device({})
+    datasheet = hardware.lookup(ceilings["name"])
+    about = {name: ceilings[name] for name in ("name", "kind", "num_devices")}
     about |= {"num_nodes": num_nodes(config), "cpu_cores": host["cpu_cores"]}
     about["datasheet"] = datasheet and asdict(datasheet)
-    best = peaks_of(found)
-    machine = Machine(
-        gpu=found["kind"] == "gpu",
-        num_devices=found["num_devices"],
-        memory_bytes=found["free_bytes"],
-        tflops=best.get("product_tflops"),
-        gb_per_s=best.get("read_gb_per_s"),
-        num_nodes=about["num_nodes"],
-        is_bf16=found["product_dtype"] == "bfloat16",
-    )
-    cells = make_cells(config, machine)
-    nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""
-    print(
-        f"{nodes}{about['num_devices']} x {about['name']}: "
-        f"{_shown(best, 'product_tflops')} TFLOP/s in {found['product_dtype']}, "
-        f"{_shown(best, 'read_gb_per_s')} GB/s, {machine.memory_bytes / 1e9:.1f} GB free, "
-        "measured (cluster.measure.probe)"
-    )
-    for name, reason in found["problems"].items():
-        print(f"{name} could not be measured, and figures have no share of it: {reason}")
+    print(_described(about, ceilings))
     load = benchmark.load_average()
+    cells = make_cells(config, _capacity(about, ceilings))
     print(describe(cells, rounds=config.rounds), flush=True)
     if dry_run:
         return
     output = _output(config, host)
     result = baseline_file.new(
         hardware=about,
-        ceilings=found,
+        ceilings=ceilings,
         config=layered.to_dict(config),
         load_average_before=load,
         provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
@@ -120,17 +102,38 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     measure(cells, config, result, partial)
     files.write_json(output, {**result, "complete": True})
     partial.unlink()
-    print(table(result["figures"]))
-    for fault in result["ceiling_faults"]:
-        print(fault)
-    print(f"written to {output}")
+    print(table(result["figures"]), *result["ceiling_faults"], f"written to {output}", sep="\n")
     print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))
 
 
-def _shown(best: Mapping[str, float], name: str) -> str:
-    return f"{best[name]:.3g}" if name in best else "unknown"
+def _capacity(about: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Capacity:
+    peaks = peaks_of(ceilings)
+    return Capacity(
+        gpu=about["kind"] == "gpu",
+        num_devices=about["num_devices"],
+        memory_bytes=ceilings["free_bytes"],
+        tflops=peaks.get("product_tflops"),
+        gb_per_s=peaks.get("read_gb_per_s"),
+        num_nodes=about["num_nodes"],
+        is_bf16=ceilings["product_dtype"] == "bfloat16",
+    )
+
+
+def _described(about: Mapping[str, Any], ceilings: Mapping[str, Any]) -> str:
+    """Device, ceilings and what could not be measured, for people."""
+    peaks = {name: f"{peak:.3g}" for name, peak in peaks_of(ceilings).items()}
+    nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""
+    lines = [
+        f"{nodes}{about['num_devices']} x {about['name']}: "
+        f"{peaks.get('product_tflops', 'unknown')} TFLOP/s in {ceilings['product_dtype']}, "
+        f"{peaks.get('read_gb_per_s', 'unknown')} GB/s, {ceilings['free_bytes'] / 1e9:.1f} GB free, "
+        "measured (cluster.measure.probe)"
+    ]
+    for name, reason in ceilings["problems"].items():
+        lines.append(f"{name} could not be measured, so no figure is a share of it: {reason}")
+    return "\n".join(lines)
 
 
 def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
@@ -153,13 +156,12 @@ def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> s
     """Record a whole baseline as a run: its figures as summary and table, its file. Returns W&B's status."""
     rows, summary = [], {}
     for figure in result["figures"]:
-        values = figure["values"]
-        middle = {name: statistics.median(part) for name, part in figure["shares"].items()}
+        median, least, most = rates(figure)
         joules = figure["joules_per_token"] and statistics.median(figure["joules_per_token"])
-        told = ", ".join(f"{name} {share:.1%}" for name, share in middle.items())
-        numbers = (statistics.median(values), min(values), max(values), joules)
-        rows.append([figure["id"], *numbers, figure["cost_per_million_tokens"], told])
-        summary[figure["id"]] = {"tokens_per_second": numbers[0], "shares": middle}
+        cost = figure["cost_per_million_tokens"]
+        rows.append([figure["id"], median, least, most, joules, cost, shares_text(figure)])
+        middle = {name: statistics.median(part) for name, part in figure["shares"].items()}
+        summary[figure["id"]] = {"tokens_per_second": median, "shares": middle}
     with Record.open(
         _run_directory(config), config=result["config"], provenance=result["provenance"],
         wandb_mode=config.wandb, project=config.project, group="baseline", name=config.name, resume_step=None,

@@ -1,9 +1,10 @@
 """The figures of a baseline: rates with what bounds them, their shares of the ceilings, and their price."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cluster import display
 from cluster.measure import hardware
 from cluster.measure.probe import LINK_PEAK
 from training.baseline.plan import BaselineConfig
@@ -25,7 +26,7 @@ def figures(
     found: list[dict[str, Any]] = []
     for cell in cells:
         if cell["rounds"]:
-            found += (_trained if cell["kind"] == "training" else _served)(cell)
+            found += [_trained(cell)] if cell["kind"] == "training" else _served(cell)
     for figure in found:
         figure["shares"] = shares(figure, result["ceilings"], result["hardware"]["datasheet"])
         figure["cost_per_million_tokens"] = _cost(figure, config)
@@ -34,7 +35,7 @@ def figures(
     return found
 
 
-def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _trained(cell: Mapping[str, Any]) -> dict[str, Any]:
     """`link_bytes`: through the busiest link while a device takes one token; None where they are not counted.
 
     In a node that link is a rank's, on several it is a node's to the others. The bytes are what collectives
@@ -46,39 +47,34 @@ def _trained(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     devices = rows[0]["num_workers"] if rows[0]["on_gpu"] else nodes  # the ranks of a CPU share it
     sent = rows[0]["sent_bytes_per_step" if nodes == 1 else "node_bytes_per_step"]
     joules = _known([row["joules_per_step"] for row in rows])
-    whole = [row["phased_step_seconds"] for row in rows]
     times = {
-        part: statistics.median(
-            row[f"seconds_{part}"] / seconds for row, seconds in zip(rows, whole, strict=True)
-        )
+        part: statistics.median(row[f"seconds_{part}"] / row["phased_step_seconds"] for row in rows)
         for part in ("compute", "communication", "optimizer", "data")
     }
-    return [
-        {
-            "id": cell["id"],
-            "kind": "training",
-            "shape": cell["shape"],
-            "model": cell["model"],
-            "unit": "tokens/s per device",
-            "values": [row["tokens_per_step"] / row["step_seconds"] / devices for row in rows],
-            "devices": devices,
-            **{key: rows[0][key] for key in ("precision", "zero_stage", "micro_sequences", "accumulation")},
-            "tokens_per_step": rows[0]["tokens_per_step"],
-            "flops": rows[0]["flops_per_token"],
-            "bytes": None,
-            "ranks": rows[0]["num_workers"],
-            "nodes": nodes,
-            "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
-            "communication_seconds": [row["seconds_communication"] for row in rows],
-            "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
-            "step_seconds": [row["step_seconds"] for row in rows],
-            "step_seconds_p10": [row["step_seconds_p10"] for row in rows],
-            "step_seconds_p90": [row["step_seconds_p90"] for row in rows],
-            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-            "time_shares": {**times, "other": 1 - sum(times.values())},
-            "command": cell["command"],
-        }
-    ]
+    return {
+        "id": cell["id"],
+        "kind": "training",
+        "shape": cell["shape"],
+        "model": cell["model"],
+        "unit": "tokens/s per device",
+        "values": [row["tokens_per_step"] / row["step_seconds"] / devices for row in rows],
+        "devices": devices,
+        **{key: rows[0][key] for key in ("precision", "zero_stage", "micro_sequences", "accumulation")},
+        "tokens_per_step": rows[0]["tokens_per_step"],
+        "flops": rows[0]["flops_per_token"],
+        "bytes": None,
+        "ranks": rows[0]["num_workers"],
+        "nodes": nodes,
+        "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
+        "communication_seconds": [row["seconds_communication"] for row in rows],
+        "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
+        "step_seconds": [row["step_seconds"] for row in rows],
+        "step_seconds_p10": [row["step_seconds_p10"] for row in rows],
+        "step_seconds_p90": [row["step_seconds_p90"] for row in rows],
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+        "time_shares": {**times, "other": 1 - sum(times.values())},
+        "command": cell["command"],
+    }
 
 
 def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -194,12 +190,18 @@ def _cost(figure: Mapping[str, Any], config: BaselineConfig) -> float | None:
     return hours * config.cost.device_hour + energy * 1e6 / 3.6e6 * (config.cost.kwh or 0.0)
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
+def rates(figure: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Median, least and most of the rounds."""
+    values = figure["values"]
+    return statistics.median(values), min(values), max(values)
+
+
+def shares_text(figure: Mapping[str, Any]) -> str:
+    """The median share of each ceiling, in words."""
+    return ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in figure["shares"].items())
+
+
+def table(figures: Iterable[Mapping[str, Any]]) -> str:
     """The figures, for people."""
-    lines = [f"{'':<34}{'tokens/s':>10}{'min':>10}{'max':>10}  shares"]
-    for figure in found:
-        values = figure["values"]
-        told = ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in figure["shares"].items())
-        numbers = (statistics.median(values), min(values), max(values))
-        lines.append(f"{figure['id']:<34}" + "".join(f"{n:>10.4g}" for n in numbers) + f"  {told}")
-    return "\n".join(lines)
+    rows = ((each["id"], *(f"{n:.4g}" for n in rates(each)), shares_text(each)) for each in figures)
+    return display.table(("", "tokens/s", "min", "max", "shares"), rows, left=(0, 4))

@@ -13,10 +13,10 @@ from cluster.record import WANDB_MODES
 from cluster.session import SessionConfig
 from optim.cost import orthogonalize_flops
 from training import config as training_config
-from training import plan as training_plan
 from training.baseline.steps import NUM_PHASED
 from training.model import shapes
 from training.model.shapes import LlamaShape
+from training.plan import make_plan
 
 TRAINED = ("llama-60m", "llama-130m", "llama-350m", "llama-1b4")
 SERVED = (*TRAINED, "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "llama-3.1-8b")
@@ -92,13 +92,13 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the plan has to know of this machine and of those like it. Bytes and seconds are of one device.
+class Capacity:
+    """What this machine, and those like it, can do. Bytes and rates are of one device.
 
     Attributes:
         num_devices: of a node.
         is_bf16: models compute in bf16 here (`optim.precision`), else in fp32.
-        tflops, gb_per_s: measured; None where they could not be, and then no cell has a least time.
+        tflops, gb_per_s: measured. None if that failed: then no cell has a least time.
     """
 
     gpu: bool
@@ -110,17 +110,17 @@ class Machine:
     is_bf16: bool = True
 
     def least_seconds(self, *, flops: float, num_bytes: float = 0.0) -> float:
-        """Of work that first computes and then reads, at the measured ceilings."""
+        """The time of work that first computes and then reads, at the measured ceilings."""
         computing = flops / (self.tflops * 1e12) if self.tflops else 0.0
         return computing + (num_bytes / (self.gb_per_s * 1e9) if self.gb_per_s else 0.0)
 
 
 @dataclass
 class Cell:
-    """One command that measures one thing, and what came of it.
+    """One command that measures one thing, and its results.
 
     Attributes:
-        floor_seconds: what it cannot take less than, at the measured ceilings; start-up not counted.
+        floor_seconds: the least it takes at the measured ceilings, without start-up.
         skipped: why it is not measured, or None.
         rounds: last lines of the command, one per round.
         problem: why it was given up: (status, reason).
@@ -145,23 +145,23 @@ class Cell:
         }  # fmt: skip
 
 
-def make_cells(config: BaselineConfig, machine: Machine) -> list[Cell]:
+def make_cells(config: BaselineConfig, capacity: Capacity) -> list[Cell]:
     """Every cell in order: training, then serving, each from small to large.
 
     Raises:
         ConfigError: `train.nodes` asks for more nodes than there are; an unknown shape.
     """
-    numbers = config.train.nodes or dict.fromkeys((1, machine.num_nodes))
-    if max(numbers) > machine.num_nodes:
-        there = f"there {'is 1' if machine.num_nodes == 1 else f'are {machine.num_nodes}'}"
+    numbers = config.train.nodes or dict.fromkeys((1, capacity.num_nodes))
+    if max(numbers) > capacity.num_nodes:
+        there = f"there {'is 1' if capacity.num_nodes == 1 else f'are {capacity.num_nodes}'}"
         raise ConfigError(f"train.nodes: {max(numbers)} nodes, but {there}; lower it, or say CLUSTER=")
     trained = [
-        _training(config, machine, shape, rule, num_nodes)
+        _training(config, capacity, shape, rule, num_nodes)
         for shape in config.train.shapes
         for rule in config.train.rules
         for num_nodes in numbers
     ]
-    return [*trained, *(_serving(config, machine, model) for model in config.serve.models)]
+    return [*trained, *(_serving(config, capacity, model) for model in config.serve.models)]
 
 
 def describe(cells: Sequence[Cell], *, rounds: int) -> str:
@@ -174,9 +174,10 @@ def describe(cells: Sequence[Cell], *, rounds: int) -> str:
     return "\n".join([*lines, f"at least {total / 60:.0f} min in all, and starting each process besides"])
 
 
-def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, num_nodes: int) -> Cell:
-    cells, shape, gpu = config.train, _shape(name, key="train.shapes"), machine.gpu
-    on_node = cells.workers or (machine.num_devices if gpu else 1)
+def _training(config: BaselineConfig, capacity: Capacity, name: str, rule: str, num_nodes: int) -> Cell:
+    _shape(name, key="train.shapes")  # so that a refusal names this key
+    cells, gpu = config.train, capacity.gpu
+    on_node = cells.workers or (capacity.num_devices if gpu else 1)
     workers = num_nodes * on_node
     length = cells.sequence_length or (1024 if gpu else 256)
     tokens = num_nodes * (cells.tokens or (131_072 if gpu else 1024))
@@ -190,7 +191,7 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
             f"optim.matrix.rule={rule}",
             f"optim.matrix.lr={0.02 if rule == 'muon' else 0.001}",
             f"zero.stage={cells.zero_stage}",
-            f"precision={'bf16' if machine.is_bf16 else 'fp32'}",
+            f"precision={'bf16' if capacity.is_bf16 else 'fp32'}",
             f"workers.count={workers}",
             f"workers.gpu={str(gpu).lower()}",
             f"workers.cpus={1 if gpu else max(1, (os.cpu_count() or 1) // on_node)}",
@@ -200,17 +201,16 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
             f"data.directory={cells.data}",
             *cells.more,
         ]
-        asked = training_config.load(dotlist=[*keys, "schedule.tokens=1000000000"])
-        parts = training_plan.memory_bytes(asked, shape, num_workers=workers)
-        needed = sum(parts.values()) * (1 if gpu else on_node)
-        if needed <= USABLE_MEMORY * machine.memory_bytes or micro == 1:
+        plan = make_plan(training_config.load(dotlist=[*keys, "schedule.tokens=1000000000"]))
+        needed = plan.total_memory_bytes * (1 if gpu else on_node)
+        if needed <= USABLE_MEMORY * capacity.memory_bytes or micro == 1:
             break
         micro //= 2
     num_steps = warm_up + steps + NUM_PHASED + 1
     devices = workers if gpu else num_nodes  # the ranks of a CPU share it
-    flops = shape.flops_per_token(length) * asked.batch.tokens / devices
+    flops = plan.flops_per_token * plan.tokens_per_step / devices
     if rule == "muon":
-        sizes = shape.matrices().items()
+        sizes = plan.shape.matrices().items()
         flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / devices
     command = ["-m", "training.baseline.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys]
     if num_nodes > 1:
@@ -223,15 +223,13 @@ def _training(config: BaselineConfig, machine: Machine, name: str, rule: str, nu
         shape=_title(name),
         about={"model": name, "rule": rule, "rows": micro * length, "nodes": num_nodes},
         command=command,
-        floor_seconds=machine.least_seconds(flops=num_steps * flops),
+        floor_seconds=capacity.least_seconds(flops=num_steps * flops),
     )
-    if needed > USABLE_MEMORY * machine.memory_bytes:
-        cell.skipped = _too_large(needed, machine)
-    return _unless_long(cell, config)
+    return _unless_too_large(cell, config, capacity, needed_bytes=needed)
 
 
-def _serving(config: BaselineConfig, machine: Machine, model: str) -> Cell:
-    cells, shape, gpu = config.serve, _shape(model, key="serve.models"), machine.gpu
+def _serving(config: BaselineConfig, capacity: Capacity, model: str) -> Cell:
+    cells, shape, gpu = config.serve, _shape(model, key="serve.models"), capacity.gpu
     batches = cells.batches or ((1, 8, 32) if gpu else (1, 8))
     num_prompt = cells.prompt_tokens or (512 if gpu else 128)
     num_new = cells.new_tokens or (160 if gpu else 48)
@@ -255,24 +253,21 @@ def _serving(config: BaselineConfig, machine: Machine, model: str) -> Cell:
             *("--prompt-tokens", str(num_prompt), "--new-tokens", str(num_new)),
             *keys,
         ],
-        floor_seconds=machine.least_seconds(flops=flops, num_bytes=num_bytes),
+        floor_seconds=capacity.least_seconds(flops=flops, num_bytes=num_bytes),
     )
     cache = max(batches) * (num_prompt + num_new + 32) * shape.kv_bytes_per_token(BF16_BYTES)
     needed = BF16_BYTES * shape.num_parameters + cache
-    if needed > USABLE_MEMORY * machine.memory_bytes:
-        cell.skipped = _too_large(needed, machine)
-    return _unless_long(cell, config)
+    return _unless_too_large(cell, config, capacity, needed_bytes=needed)
 
 
-def _unless_long(cell: Cell, config: BaselineConfig) -> Cell:
-    if not cell.skipped and cell.floor_seconds > config.most_seconds:
+def _unless_too_large(cell: Cell, config: BaselineConfig, capacity: Capacity, *, needed_bytes: float) -> Cell:
+    """The cell, skipped if it needs more memory than there is, or more time than is allowed."""
+    usable = USABLE_MEMORY * capacity.memory_bytes
+    if needed_bytes > usable:
+        cell.skipped = f"needs {needed_bytes / 1e9:.1f} GB of {usable / 1e9:.1f} GB: out of memory by count"
+    elif cell.floor_seconds > config.most_seconds:
         cell.skipped = f"takes at least {cell.floor_seconds:.0f} s here, above most_seconds"
     return cell
-
-
-def _too_large(needed: float, machine: Machine) -> str:
-    usable = USABLE_MEMORY * machine.memory_bytes
-    return f"needs {needed / 1e9:.1f} GB of {usable / 1e9:.1f} GB: out of memory by count"
 
 
 def _title(model: str) -> str:

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> None:
         config = training_config.load(file=options.config, dotlist=options.overrides).data
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}{Request.of(config).describe()}")
+            print(f"{layered.to_yaml(config)}{DataRequest.of(config).describe()}")
         else:
             prepare(config, report=lambda line: print(line, flush=True))
 
@@ -82,7 +82,7 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
     Raises:
         DataError: unusable source or tokenizer, an empty split, or a folder that cannot be written.
     """
-    request = Request.of(config)
+    request = DataRequest.of(config)
     target = request.target
     with _writing(target, report=report):
         if target.exists():
@@ -102,7 +102,7 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
 
 
 @dataclass(frozen=True)
-class Request:
+class DataRequest:
     """What is asked of `prepare`, and the folder that answers it."""
 
     config: DataConfig
@@ -110,7 +110,7 @@ class Request:
     key: str  # SHA-256 over all that determines the content of the folder
 
     @classmethod
-    def of(cls, config: DataConfig) -> "Request":
+    def of(cls, config: DataConfig) -> "DataRequest":
         """Hashes the source files and a given tokenizer; writes nothing. Raises `DataError`."""
         corpus = Corpus.of(config)
         if config.tokenizer == "train":
@@ -201,7 +201,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     raise DataError(f"data.tokenizer: no end-of-text token; add one of {names} to its added_tokens")
 
 
-def _write_tokenizer(request: Request, path: Path, *, report: Report) -> None:
+def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> None:
     """Train the tokenizer of `request` on its training documents, or copy the given one byte for byte."""
     config, corpus, started = request.config, request.corpus, time.monotonic()
     if config.tokenizer != "train":
@@ -236,7 +236,7 @@ def _sample(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
 # --- shards -------------------------------------------------------------------------------------------
 
 
-def _write_shards(request: Request, folder: Path, *, report: Report) -> Manifest:
+def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Manifest:
     """Encode the corpus with the tokenizer in `folder` and write its shards there."""
     config, started = request.config, time.monotonic()
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)

@@ -132,7 +132,7 @@ def network_of(config: LinkConfig, measured: Mapping[str, Any] | None = None, *,
     """The key, else the measurement, else NODE_GB_PER_S.
 
     Args:
-        measured: `cluster.measure.probe.Links` of one rank on each node, from the preflight. The bus
+        measured: `probe.MeasuredLinks` of one rank on each node, from the preflight. The bus
             bandwidth of its all-reduce is what a node's network carries each way while one GPU drives it.
             Or a `problem`, or None.
         file: the baseline that contains it.
@@ -148,7 +148,7 @@ def network_of(config: LinkConfig, measured: Mapping[str, Any] | None = None, *,
 
 
 def measured_links(found: Mapping[str, Any] | None, network: Network) -> Interconnect | None:
-    """From the `cluster.measure.probe.Links` of a baseline; None if they were not measured."""
+    """From the `probe.MeasuredLinks` of a baseline; None if they were not measured."""
     if not found or found.get("num_ranks", 1) < 2:  # one rank, or only a `problem`
         return None
     ring, pairs = (found[f"{kind}_gb_per_s"]["best"] * 1e9 for kind in ("all_reduce", "all_to_all"))

@@ -21,8 +21,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, prod
 from typing import Any
 
-from optim.bench.forecast import ADAMW_BYTES, PASS_BYTES
-from optim.cost import orthogonalize_flops
+from optim.cost import ADAMW_BYTES, PASS_BYTES
 from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
 from training.projection.traffic import SHARES, Exchange, Job
@@ -139,11 +138,8 @@ def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, flo
     shard += ADAMW_BYTES * (total - groups["matrix"]) / job.num_ranks
     whole = job.stage == 1 and job.element_bytes == 2
     shard += WHOLE_GRADIENT_BYTES * total if whole else SHARD_GRADIENT_BYTES * total / job.num_ranks
-    loads = [0] * job.num_ranks
-    for plan in plans:
-        for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
-            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=True)
-    return max(loads), shard
+    loads = zip(*(plan.loads(symmetric=True) for plan in plans), strict=True)
+    return max(map(sum, loads), default=0), shard
 
 
 def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) -> float:

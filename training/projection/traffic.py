@@ -28,9 +28,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
-from optim.step.ownership import Matrix, OwnershipPlan, make_plan
+from optim.step.ownership import Matrix, OwnershipPlan, holdings, make_plan
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model.shapes import LlamaShape
 
@@ -288,10 +287,8 @@ def _matrices(group: Group, job: Job) -> list[Matrix]:
         begin, width = (0, math.ceil(numel / job.num_ranks)) if job.stage == 3 else (first, part)
         row = 0
         for rows in blocks:
-            borders = [width * rank - begin - row * cols for rank in range(job.num_ranks + 1)]
-            inside = [min(max(border, 0), rows * cols) for border in borders]
-            holdings = tuple((a, b) if a < b else (0, 0) for a, b in pairwise(inside))
-            found.append(Matrix(f"matrix {len(found)}", rows, cols, holdings))
+            held = holdings(begin + row * cols, rows * cols, part=width, world_size=job.num_ranks)
+            found.append(Matrix(f"matrix {len(found)}", rows, cols, held))
             row += rows
         first += numel
     return found

@@ -69,7 +69,7 @@ FAULTS = {  # what is done to the second node -> what is said of it
     "Triton needs a C compiler": lambda node: node.update(
         toolchain_problem="Triton needs a C compiler: `apt install gcc`"
     ),
-    "GPU 1 is a NVIDIA H200 and no A40": lambda node: node["gpus"][1].update(
+    "GPU 1 is a NVIDIA H200, not A40": lambda node: node["gpus"][1].update(
         name="NVIDIA H200", memory_gib=139
     ),
     "GPU 0 has 20.0 GiB": lambda node: node["gpus"][0].update(memory_gib=20.0),

@@ -11,14 +11,16 @@ from cluster.cli import RunError
 from cluster.measure import benchmark, hardware
 from cluster.session import worker_environment
 from optim.bench import command as bench
-from optim.bench import contenders, forecast
-from optim.bench.contenders import StepRace, ZeroRace
-from optim.bench.forecast import LLAMA_1B4, Machine, Model
+from optim.bench import contenders, share, step_race, zero_race
+from optim.bench.share import layers
+from optim.bench.step_race import StepRace
+from optim.bench.traffic import Traffic
+from optim.bench.zero_race import ZeroRace
 from tests.ranks import spawn
 from training.model.shapes import SHAPES
 
-SIMPLE = Machine(peak_flops=1000.0, memory_bytes_per_s=100.0, link_bytes_per_s=10.0)
-PLAIN = {"tokens_per_step": 3, "sequence_length": 5, "mfu": 0.5, "fraction_of_peak": 0.25}
+SIMPLE = {"peak_flops": 1000.0, "memory_bytes_per_s": 100.0}
+PLAIN = {**SIMPLE, "link_bytes_per_s": 10.0, "mfu": 0.5, "fraction_of_peak": 0.25}
 
 EVERYONE = contenders.contenders(2)
 # Two rounds. Added: null 1 and 2, ours 2 and 4, one DeepSpeed 6 and 6, the other 8 and 20, AdamW 1 and 1.
@@ -150,17 +152,16 @@ def test_contenders_that_do_other_work_are_not_compared(difference):
 
 def test_the_models_elements_and_flops_are_those_that_training_counts():
     shape = SHAPES["llama-1b4"]
-    assert LLAMA_1B4.flops_per_token(2048) == shape.flops_per_token(2048)
-    counts = {size: LLAMA_1B4.shapes.count(size) for size in LLAMA_1B4.shapes}
+    for length in (1024, 2048):
+        assert share.train_flops_1b4(length) == shape.flops_per_token(length)
+    counts = {size: share.MATRICES_1B4.count(size) for size in share.MATRICES_1B4}
     assert counts == shape.matrices()
 
 
 def test_a_forecast_on_one_gpu_by_hand():
     # Four 2 x 2, two 4 x 2 and a 2 x 4: 40 elements. Orthogonalised by 20 n³ = 160 and 6 n²m + 20 n³ = 256.
-    model = Model(hidden=2, ffn=4, num_layers=1, vocabulary=3)
-    found = forecast.estimate(SIMPLE, model, num_gpus=1, **PLAIN)
-    flops_per_token = 6 * (40 + 3 * 2) + 12 * 1 * 2 * 5
-    assert found["train_ms"] == pytest.approx(1e3 * 3 * flops_per_token / (0.5 * 1000))
+    found = share.estimate(layers(2, 4, 1), train_flops=3 * 396, num_gpus=1, **PLAIN)
+    assert found["train_ms"] == pytest.approx(1e3 * 3 * 396 / (0.5 * 1000))
     assert found["owned_flops"] == 4 * 160 + 3 * 256
     assert found["orthogonalize_ms"] == pytest.approx(1e3 * (4 * 160 + 3 * 256) / (0.25 * 1000))
     assert found["passes_ms"] == pytest.approx(1e3 * 24 * 40 / 100)
@@ -172,8 +173,7 @@ def test_a_forecast_on_one_gpu_by_hand():
 
 def test_the_exchange_between_two_gpus_by_hand():
     """Seven 4 x 4: the border between the shards halves the fourth. ZeRO-3 halves them all."""
-    model = Model(hidden=4, ffn=4, num_layers=1, vocabulary=3)
-    found = forecast.estimate(SIMPLE, model, num_gpus=2, **PLAIN)
+    found = share.estimate(layers(4, 4, 1), train_flops=600, num_gpus=2, **PLAIN)
     assert found["shard_elements"] == 7 * 16 / 2 and found["owned_flops"] == 4 * 20 * 4**3
     assert found["sent_bytes_zero1"] == 2 * 8  # half a matrix, to its owner or back
     # Four halves go back to where the weights lie, three halves go to the owner.
@@ -198,7 +198,7 @@ def test_the_1b4_on_eight_a40_by_hand():
     assert found["sent_bytes_zero3"] == 2 * 2 * shard * 7 / 8  # in bf16, there and back, all but an eighth
     assert found["exchange_zero3_ms"] == pytest.approx(1e3 * found["sent_bytes_zero3"] / 20e9)
     assert found["train_ms"] == pytest.approx(
-        1e3 * LLAMA_1B4.flops_per_token(2048) * 524288 / 8 / (0.4 * peak)
+        1e3 * SHAPES["llama-1b4"].flops_per_token(2048) * 524288 / 8 / (0.4 * peak)
     )
     assert found["share_zero1"] == pytest.approx(0.0059, abs=1e-4)
 
@@ -212,7 +212,7 @@ def test_the_plan_prints_every_term_on_a_line_of_its_own_and_the_verdict(capsys)
 
 
 def test_the_least_time_of_a_step_by_hand():
-    assert forecast.floor_seconds(SIMPLE, [(2, 2), (2, 4)]) == pytest.approx(
+    assert share.floor_seconds([(2, 2), (2, 4)], **SIMPLE) == pytest.approx(
         (160 + 256) / 1000 + 24 * 12 / 100
     )
 
@@ -227,9 +227,9 @@ def test_the_least_time_of_a_step_by_hand():
         (["--cases", "step_10m,zero4"], "--cases: 'zero4' is not one of: step_10m"),
         (["--cases", ""], "--cases: '' is not one of"),
         (["--cases", "plan,gpu"], "--cases: gpu needs a CUDA device"),
-        (["mfu=0"], "mfu: 0.0 must be above 0"),
-        (["fraction_of_peak=1.5"], "fraction_of_peak: 1.5 is a fraction"),
-        (["num_gpus=-1"], "num_gpus: -1 must be above 0"),
+        (["mfu=0"], "mfu: must lie in (0, 1], not 0.0"),
+        (["fraction_of_peak=1.5"], "fraction_of_peak: must lie in (0, 1], not 1.5"),
+        (["num_gpus=-1"], "num_gpus: must be positive, not -1"),
         (["link=3"], "unknown key 'link'"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_failed_race_is_one_message_that_names_the_case(capsys, monkeypatch, t
     def fail(*_, **__):
         raise RuntimeError("a rank failed: out of memory")
 
-    monkeypatch.setattr(contenders, "race_zero", fail)
+    monkeypatch.setattr(zero_race, "race_zero", fail)
     assert bench.main(["--cases", "zero2", "--output", str(tmp_path / "x.json")]) == 1
     assert "error: zero2_2ranks: a rank failed: out of memory" in capsys.readouterr().err
 
@@ -273,15 +273,15 @@ def test_the_last_line_is_the_result_and_the_file_adds_where_it_comes_from(tmp_p
         return RACE
 
     seconds = {"ours": [1.0], "ours_polar_express": [1.0], "torch_muon": [1.5]}
-    monkeypatch.setattr(contenders, "gemm_gflops", lambda shapes, device: 100.0)
-    monkeypatch.setattr(contenders, "race_steps", lambda *_, **__: StepRace(seconds, "torch_muon", 0.02))
-    monkeypatch.setattr(contenders, "race_zero", race_zero)
+    monkeypatch.setattr(step_race, "gemm_gflops", lambda shapes, device: 100.0)
+    monkeypatch.setattr(step_race, "race_steps", lambda *_, **__: StepRace(seconds, "torch_muon", 0.02))
+    monkeypatch.setattr(zero_race, "race_zero", race_zero)
     output = tmp_path / "new" / "result.json"
     given = ["--rounds", "2", "--cases", "step_100m,zero2,plan", "--output", str(output)]
     assert bench.main(given) == 0
     lines = capsys.readouterr().out.splitlines()
     result, written = json.loads(lines[-1]), files.read_json(output)
-    assert result["compiled_step"] == contenders.compiled_step()
+    assert result["compiled_step"] == step_race.compiled_step()
     assert written.pop("provenance")["packages"]["deepspeed"] == "0.19.8"
     assert written == result
     assert races == [(2, 2, 2), (2, 3, 2)]
@@ -307,12 +307,12 @@ def test_ours_and_the_peer_take_turns_at_the_same_work(has_bf16, peer, monkeypat
     monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: has_bf16)
     shapes = [(32, 32), (48, 32), (32, 80)]
     methods = {"ours": "jordan", "ours_polar_express": "polar_express"}
-    race = contenders.race_steps(shapes, methods, num_rounds=3, device=torch.device("cpu"))
+    race = step_race.race_steps(shapes, methods, num_rounds=3, device=torch.device("cpu"))
     assert race.peer == peer
     assert set(race.seconds) == {"ours", "ours_polar_express", peer}
     assert all(len(values) == 3 and min(values) > 0 for values in race.seconds.values())
     assert 0 < race.difference < bench.MAX_DIFFERENCE
-    assert 0.01 < contenders.gemm_gflops(shapes, torch.device("cpu")) < 1e6
+    assert 0.01 < step_race.gemm_gflops(shapes, torch.device("cpu")) < 1e6
 
 
 @pytest.mark.stack
@@ -320,11 +320,11 @@ def test_a_race_under_zero_on_real_ranks():
     """Two ranks, two matrices; the border between the shards cuts the second. Without torch.compile."""
     environment = {**worker_environment(gpu=False, threads=1), "TORCHDYNAMO_DISABLE": "1"}
     shapes = [(128, 128), (256, 128)]
-    race = contenders.race_zero(shapes, stage=1, world_size=2, num_rounds=2, environment=environment)
+    race = zero_race.race_zero(shapes, stage=1, world_size=2, num_rounds=2, environment=environment)
     everyone = contenders.contenders(1)
     muons = [name for name in everyone if name.startswith("deepspeed_muon")]
     assert len(muons) == 4 and race.compiled == 0 and race.gflops > 0
-    if not contenders.multiplies_bf16(torch.device("cpu")):
+    if not step_race.multiplies_bf16(torch.device("cpu")):
         assert list(race.skipped) == muons and "multiplies in bf16" in race.skipped[muons[0]]
         everyone = {name: contender for name, contender in everyone.items() if name not in muons}
         muons = []
@@ -352,7 +352,7 @@ def test_a_race_under_zero_on_real_ranks():
 
 def use_collectives(context):
     """Bytes counted on this rank for each collective on 12 fp32 elements, and what a failed attempt says."""
-    traffic, found, world = contenders.Traffic(), {}, context.world_size
+    traffic, found, world = Traffic(), {}, context.world_size
     ours, everyone = torch.zeros(12), torch.zeros(12 * world)
     splits = [2 * world] + [(12 - 2 * world) // (world - 1)] * (world - 1)  # what goes to each rank
     received = torch.zeros(world * splits[context.rank])
@@ -372,8 +372,8 @@ def use_collectives(context):
         found[name] = traffic.sent_bytes
     uses["all_reduce"]()  # not counted
     found["after"] = traffic.sent_bytes
-    problem = contenders._attempt(lambda: 1 / (context.rank - 1))
-    return found, problem, contenders._attempt(lambda: None)
+    problem = zero_race._attempt(lambda: 1 / (context.rank - 1))
+    return found, problem, zero_race._attempt(lambda: None)
 
 
 @pytest.mark.stack

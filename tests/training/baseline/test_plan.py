@@ -13,14 +13,14 @@ from training.baseline import plan as baseline_plan
 from training.baseline import steps
 from training.baseline.ceilings import better
 from training.baseline.figures import faults, figures
-from training.baseline.plan import Machine, describe, make_cells
+from training.baseline.plan import Capacity, describe, make_cells
 from training.baseline.steps import covered, exposed
 from training.model.shapes import SHAPES, to_hf_config
 from training.plan import make_plan
 from training.projection import traffic
 
-A40_NODE = Machine(gpu=True, num_devices=8, memory_bytes=47e9, tflops=110.0, gb_per_s=600.0)
-LAPTOP = Machine(gpu=False, num_devices=1, memory_bytes=20e9, tflops=0.2, gb_per_s=20.0)
+A40_NODE = Capacity(gpu=True, num_devices=8, memory_bytes=47e9, tflops=110.0, gb_per_s=600.0)
+LAPTOP = Capacity(gpu=False, num_devices=1, memory_bytes=20e9, tflops=0.2, gb_per_s=20.0)
 
 
 def cells(machine, *keys):

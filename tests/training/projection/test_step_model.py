@@ -237,9 +237,8 @@ def test_the_bottleneck_is_named(changes, num_ranks, ranks_per_node, bottleneck)
 
 
 def test_the_shares_are_those_that_the_optimizers_bench_counts():
-    contenders = pytest.importorskip("optim.bench.contenders")
+    bench = pytest.importorskip("optim.bench.traffic")
     for kind, share in traffic.SHARES.items():
-        given = contenders.Traffic.SHARES[kind][1](4)
-        assert (
-            share(4) * (4 if kind == "all_gather" else 1) == given
-        )  # of the own part there, of the whole here
+        given = bench.Traffic.SHARES[kind][1](4)
+        # of a rank's own part there, of the whole buffer here
+        assert share(4) * (4 if kind == "all_gather" else 1) == given

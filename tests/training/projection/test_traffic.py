@@ -50,7 +50,7 @@ CASES = {  # name -> (keys, stage 3's reuse distance in elements or None for its
 
 def count(context: Any) -> dict[str, float]:
     """Case -> bytes that this rank sends in its fourth step; stage 3 knows its modules' order by then."""
-    from optim.bench.contenders import Traffic
+    from optim.bench.traffic import Traffic
 
     traffic = Traffic()
     return {name: _count_one(traffic, keys, distance) for name, (keys, distance) in CASES.items()}

@@ -105,7 +105,7 @@ def step_together(
     points = []
     for trial, weight, unit in zip(trials, weights, units, strict=True):
         scale = trial.rule.scale(*weight.shape[-2:])
-        point = trial.rule.apply(weight, unit, lr=trial.lr, scale=scale, step=step)
+        point = trial.rule.apply(weight, unit, lr=trial.lr, scale=scale, step=step, state={})
         points.append(weight if point is None else point)
     return torch.stack(points)
 
