@@ -492,7 +492,7 @@ def missing_task_file(trained: Path, tasks: Path) -> tuple[list[str], str]:
 
 
 def no_task_in_file(trained: Path, tasks: Path) -> tuple[list[str], str]:
-    return [f"tasks=[{tasks / '_shared.yaml'}]"], "_shared.yaml says neither task nor group"
+    return [f"tasks=[{tasks / '_shared.yaml'}]"], "_shared.yaml has neither the key task nor group"
 
 
 def no_task_in_folder(trained: Path, tasks: Path) -> tuple[list[str], str]:

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from training.study.synthetic.config import LONGEST_AVERAGE, SyntheticConfig
-from training.study.synthetic.problem import METHODS, SPECTRAL, Problem, Stream, noise_bound
+from training.study.synthetic.problem import METHODS, SPECTRAL, NoiseStream, Problem, noise_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,6 @@ NUM_POINTS = 64  # iterates at which the exact gradient is measured, evenly over
 NOISE_STEPS = 256  # gradients of a stream drawn at a time
 RESAMPLES = 4000
 Report = Callable[[str], None]
-
-# --- runs ---
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,9 @@ def step_together(
     return torch.stack(points)
 
 
-def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence[Stream]) -> "list[Tensor]":
+def simulate(
+    config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence[NoiseStream]
+) -> "list[Tensor]":
     """The dual norm of the exact gradient at the weights of each trial: fp64 [points, S], every stride steps.
 
     All trials go in lock-step, the longest first in memory, so that those still running are a prefix.
@@ -153,9 +153,6 @@ def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence
     return [torch.stack(values) for values in duals]
 
 
-# --- tuning ---
-
-
 class Constants(NamedTuple):
     """What was best at the tuning horizon, and whether it lies on the rim of the grid."""
 
@@ -183,7 +180,7 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
         make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
         for p, moved, average, lr in grid
     ]
-    streams = [Stream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
+    streams = [NoiseStream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
     means = torch.stack([values.mean() for values in simulate(config, trials, streams)])
     means = means.view(len(config.moments), 2, len(averages), len(lrs))
     result: dict[float, dict[str, Any]] = {}
@@ -213,9 +210,6 @@ def _best(duals: "Tensor", averages: Sequence[int], lrs: Sequence[float], *, sho
     shortest_taken = i == 0 and shortest > 1  # fewer than one gradient cannot be averaged
     on_rim = shortest_taken or first + i == len(averages) - 1 or j in (0, len(lrs) - 1)
     return Constants(averages[first + i], lrs[j], duals[first + i, j].item(), on_rim)
-
-
-# --- slopes ---
 
 
 def slopes(horizons: Sequence[int], means: np.ndarray) -> np.ndarray:
@@ -275,7 +269,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
         horizons = [2**k for k in range(config.horizons[0], config.horizons[1] + 1)]
         kinds = [(p, name, horizon) for p in config.moments for name in METHODS for horizon in horizons]
         trials = [_scheduled(config, tuning, *kind) for kind in kinds]
-        streams = [Stream(config, f"run{i}") for i in range(config.seeds)]
+        streams = [NoiseStream(config, f"run{i}") for i in range(config.seeds)]
         duals = dict(zip(kinds, simulate(config, trials, streams), strict=True))
     finally:
         torch.set_num_threads(threads)
