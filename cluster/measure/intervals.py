@@ -78,5 +78,5 @@ def of_ratio(
 
 
 def _t(number: int) -> float:
-    """Student's t for this many values (n - 1 degrees of freedom); beyond 30 degrees that of 30, the wider."""
+    """Student's t for this many values (n - 1 degrees of freedom); beyond 30 degrees that of 30."""
     return _T[min(number - 1, len(_T)) - 1]
