@@ -59,8 +59,8 @@ def missing() -> str | None:
     return None if probe.returncode == 0 else "needs namespaces, which this machine forbids"
 
 
-class Lab:
-    """The four hosts, for the length of a `with` block.
+class Hosts:
+    """Four hosts and the link between them, for the length of a `with` block.
 
     Args:
         folder: an empty folder for their disks, keys and logs.
@@ -136,7 +136,6 @@ class Lab:
             shutil.copy(self.folder / f"key_{name}", disks / name / "host_key")
             self.power_on(name)
         shutil.copy(self.folder / "key_user", disks / "nyc/disk/home/.ssh/id_ed25519")
-        self.write_inventory()
 
     def close(self) -> None:
         """End all hosts with all that runs on them, and remove what was made."""
@@ -148,8 +147,6 @@ class Lab:
         for name in (*ADDRESSES, "gw"):
             _try("ip", "netns", "del", self._netns(name))
         _try("umount", "-l", self.folder / "hosts")
-
-    # --- hosts
 
     def power_on(self, name: str) -> None:
         """Start a host and wait for its sshd."""
@@ -201,6 +198,39 @@ class Lab:
             timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
+
+    @property
+    def slow(self) -> dict[str, float]:
+        """New York to Asunción: 140 ms round trip, 0.5% loss."""
+        return {"delay_ms": 70, "jitter_ms": 3, "loss": 0.005}
+
+    def link(
+        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
+    ) -> None:
+        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
+        part = self._control.with_suffix(".part")
+        part.write_text(
+            json.dumps({"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down})
+        )
+        part.rename(self._control)
+
+    @property
+    def _control(self) -> Path:
+        return self.folder / "wan.json"
+
+    def _netns(self, name: str) -> str:
+        return f"{self._prefix}-{name}"
+
+    def _ip(self, name: str, arguments: str) -> None:
+        _do("ip", "-n", self._netns(name), *arguments.split())
+
+
+class Lab(Hosts):
+    """The hosts with our cluster on them: its inventory, our commands on the laptop, its logs."""
+
+    def _build(self) -> None:
+        super()._build()
+        self.write_inventory()
 
     def ours(self, *arguments: Any) -> list[str]:
         """A command line of `python -m ...` on the laptop, from the repository's root."""
@@ -279,33 +309,6 @@ class Lab:
         touch $env/ready"""
         done = self.run(name, script)
         assert done.returncode == 0, done.stderr
-
-    # --- the link
-
-    @property
-    def slow(self) -> dict[str, float]:
-        """New York to Asunción: 140 ms round trip, 0.5% loss."""
-        return {"delay_ms": 70, "jitter_ms": 3, "loss": 0.005}
-
-    def link(
-        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
-    ) -> None:
-        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
-        part = self._control.with_suffix(".part")
-        part.write_text(
-            json.dumps({"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down})
-        )
-        part.rename(self._control)
-
-    @property
-    def _control(self) -> Path:
-        return self.folder / "wan.json"
-
-    def _netns(self, name: str) -> str:
-        return f"{self._prefix}-{name}"
-
-    def _ip(self, name: str, arguments: str) -> None:
-        _do("ip", "-n", self._netns(name), *arguments.split())
 
 
 class Running:
