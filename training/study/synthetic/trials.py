@@ -30,6 +30,7 @@ theory predicts. Against it:
   falls three quarters as fast as ε until the lag Lη/a exceeds the noise; until then transport gains nothing.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -136,13 +137,10 @@ def simulate(
         n, part = len(running), step % NOISE_STEPS
         if part == 0:
             end = step + min(NOISE_STEPS, running[0].num_steps - step)
-            noise = torch.stack(  # [steps, moments, S, r, c]
-                [
-                    torch.stack([stream.noise(p, begin=step, end=end) for stream in streams], dim=1)
-                    for p in moments
-                ],
-                dim=1,
-            )
+            drawn = [[stream.noise(p, begin=step, end=end) for stream in streams] for p in moments]
+            noise = torch.stack(
+                [torch.stack(of_p, dim=1) for of_p in drawn], dim=1
+            )  # [steps, moments, S, r, c]
         due = [i for i, trial in enumerate(running) if step % trial.stride == 0]
         if due:
             exact = norm.dual(problem.gradient(weights[due]).flatten(0, 1)).double().view(len(due), -1)
@@ -154,7 +152,7 @@ def simulate(
 
 
 class Constants(NamedTuple):
-    """What was best at the tuning horizon, and whether it lies on the rim of the grid."""
+    """The best constants at the tuning horizon, and whether they lie on the rim of the grid."""
 
     average: float
     lr: float
@@ -169,29 +167,16 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
     num_steps = 2**config.tuning_horizon
     averages = [2**k for k in range(LONGEST_AVERAGE.bit_length()) if 2 ** (k + 1) <= num_steps]
     lrs = [config.distance * length for length in STEP_LENGTHS]
-    grid = [
-        (p, moved, average, lr)
-        for p in config.moments
-        for moved in (False, True)
-        for average in averages
-        for lr in lrs
-    ]
     trials = [
         make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
-        for p, moved, average, lr in grid
+        for p, moved, average, lr in itertools.product(config.moments, (False, True), averages, lrs)
     ]
     streams = [NoiseStream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
     means = torch.stack([values.mean() for values in simulate(config, trials, streams)])
     means = means.view(len(config.moments), 2, len(averages), len(lrs))
     result: dict[float, dict[str, Any]] = {}
     for p, (plain, moved) in zip(config.moments, means, strict=True):
-        result[p] = {
-            "averages": averages,
-            "lrs": lrs,
-            "batched": plain.tolist(),
-            "transported": moved.tolist(),
-        }
-        result[p]["picks"] = {
+        picks = {
             name: _best(
                 moved if method.tuned_as_transported else plain,
                 averages,
@@ -200,7 +185,14 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
             )
             for name, method in METHODS.items()
         }
-        result[p]["picks"]["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        picks["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        result[p] = {
+            "averages": averages,
+            "lrs": lrs,
+            "batched": plain.tolist(),
+            "transported": moved.tolist(),
+            "picks": picks,
+        }
     return result
 
 
@@ -249,7 +241,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
     """Tune, run every method at every horizon, fit. On one core, in one thread.
 
     Args:
-        report: told what happens, a line at a time.
+        report: called with each progress line.
 
     Returns:
         JSON-ready: "config", "problem" (its constants), "horizons" in gradients, "seconds", and "moments": of
