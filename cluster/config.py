@@ -107,11 +107,6 @@ def require(condition: bool, name: str, problem: str) -> None:
         raise ConfigError(f"{name}: {problem}")
 
 
-def require_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise a `ConfigError` unless `value` is one of `choices`."""
-    require(value in choices, name, f"{value!r} is not one of: {_listed(choices)}")
-
-
 def check(schema: Any, values: Mapping[str, Any], prefix: str = "") -> None:
     """Raise a `ConfigError` about the first key of `values` whose value its schema does not allow."""
     for field in dataclasses.fields(schema):

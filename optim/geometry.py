@@ -14,8 +14,8 @@ Everywhere matrices are [B, r, c] as torch stores them. A Linear's weight is [d_
 is the vocabulary and d_out the dimension. What the papers call a column is a row there; the variants
 ":embedding" mean such storage.
 
-A zero matrix has value 0, dual 0 and direction 0. NaN and infinity in a matrix make its direction NaN: all of
-it, or the line or the entry they are in where these are normalised one by one (an infinite entry has a sign).
+A zero matrix has value 0, dual 0 and direction 0. A NaN or an infinity makes the direction NaN: all of it, or
+only its line or entry if the norm treats these one by one. An infinite entry still has a sign.
 
 Sources: Scion, https://arxiv.org/abs/2502.07529, and its code,
 https://github.com/LIONS-EPFL/scion/blob/main/scion.py (whose `lmo` is our `direction`); Batched and
@@ -54,7 +54,7 @@ class Ball(Protocol):
 
 
 def wide(matrices: Tensor) -> torch.dtype:
-    """The dtype of norms: fp32, or fp64 of fp64."""
+    """The dtype of norms: fp64 for fp64 matrices, else fp32."""
     return torch.promote_types(matrices.dtype, torch.float32)
 
 
@@ -198,11 +198,11 @@ class Norm:
     radius: Callable[[int, int], float]
 
     def value(self, matrices: Tensor) -> Tensor:
-        """‖X‖: [B, r, c], any floating dtype -> [B], fp32 (of fp64: fp64)."""
+        """‖X‖: [B, r, c], any floating dtype -> [B] in `wide`."""
         return self.ball.value(matrices) / self.radius(*matrices.shape[-2:])
 
     def dual(self, matrices: Tensor) -> Tensor:
-        """‖S‖_* = <S, direction(S)>: [B, r, c], any floating dtype -> [B], fp32 (of fp64: fp64)."""
+        """‖S‖_* = <S, direction(S)>: [B, r, c], any floating dtype -> [B] in `wide`."""
         return self.ball.dual(matrices) * self.radius(*matrices.shape[-2:])
 
     def unit(self, matrices: Tensor, *, norms: Tensor | None = None) -> Tensor:

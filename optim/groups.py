@@ -103,7 +103,7 @@ def partition(
 def by_norm(members: Iterable[Member], patterns: Sequence[tuple[str, str]]) -> list[Member]:
     """Give every parameter the rule of its norm, by (pattern of names, label) (`optim.geometry.norm_for`).
 
-    A label is a norm's name, or norm@radius; the radius is the rule's business.
+    A label is a norm's name, or norm@radius. Only the rule reads the radius.
 
     A vector of n is one n x 1 matrix. A table whose rows are normalised one by one is cut into blocks of
     TABLE_BLOCK_ROWS, so that its work spreads over the ranks and little of it travels.

@@ -6,7 +6,7 @@ theory of heavy-tailed noise assumes E|ξ|^p <= σ^p for one p in (1, 2] and not
 
 The noise on element i of a parameter at a step is a function of (seed, name, step, i) alone. Hence every ZeRO
 stage, world size and resumed run injects the same, whatever cut a rank asks for. Runs that differ in kind,
-tail or scale only, draw from the same uniforms: compared in pairs they share their luck.
+tail or scale only draw from the same uniforms, so that pairs can be compared.
 
 The draws are a counter-based generator, Philox4x32-10, in the tensor's own integers: random access to any
 element, no state to save, exact on every device and under every torch. What follows is fp64 elementary
@@ -160,7 +160,7 @@ class Law:
 
 
 KINDS = {
-    "gaussian": Law(gaussian, gaussian_moment, lambda tail: tail == inf, "inf, for want of one"),
+    "gaussian": Law(gaussian, gaussian_moment, lambda tail: tail == inf, "inf: it has no power-law tail"),
     "student": Law(student, student_moment, lambda tail: 0 < tail < inf, "finite, the degrees of freedom"),
     "stable": Law(stable, stable_moment, lambda tail: 0 < tail <= 2, "in (0, 2]"),
 }
@@ -210,9 +210,9 @@ class Noise:
     ) -> Tensor:
         """The noise on elements [start, stop) of parameter `name` at optimizer step `step`: any cut of it.
 
-        Each element takes 64 random bits, 40 of them for the tail: nothing rarer than one in 10^12 occurs. Of
-        the p-th moment this leaves out a share of about 2^(-41(1 - p/tail)): 0.3% at p = 1.2, tail = 1.5. A
-        sample of n elements lacks about n^-(1 - p/tail) of it in any case, most of the time.
+        Each element takes 64 random bits, 40 of them for the tail: nothing rarer than one in 10^12 occurs.
+        This leaves out a share of about 2^(-41(1 - p/tail)) of the p-th moment: 0.3% at p = 1.2, tail = 1.5.
+        Most samples of n elements lack about n^-(1 - p/tail) of it anyway.
 
         Returns:
             fp32 [stop - start] on `device`.
@@ -287,15 +287,15 @@ def measure(gradients: Tensor | Sequence[Tensor], *, norm: Norm) -> dict[str, fl
 
     Noise is (g_1 - g_2)/√2, (g_3 - g_4)/√2 and so on, that of one gradient: for k = 2 the deviation from the
     mean times √(k/(k-1)). Gaussian noise has this law exactly. Stable noise comes out 2^(1/α-1/2) times too
-    large, 12% at α = 1.5. Deviations from the mean of more than two would be further off (17% for k = 4), for
-    each large entry would echo in all k of them; that also makes the tail index look more certain than it is.
-    An odd last gradient counts in the mean alone.
+    large, 12% at α = 1.5. Deviations from the mean of more than two gradients would be further off (17% for
+    k = 4), because each large entry is in all k of them. They would also make the tail index look more
+    certain than it is. If k is odd, the last gradient counts only in the mean.
 
     The signal is the mean of the k, so its norm holds noise too: pure Gaussian noise has a ratio of √k.
 
     Args:
-        gradients: [k, r, c] or k times [r, c], whole matrices in any floating dtype; k >= 2. They are
-            computed with in fp32, or fp64 of fp64.
+        gradients: [k, r, c] or k times [r, c], whole matrices in any floating dtype; k >= 2. Computed
+            in fp32, or in fp64 if they are fp64.
         norm: as `optim.geometry.parse_norm` gives. One of singular values costs k + 2 decompositions.
 
     Returns:

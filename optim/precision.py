@@ -36,7 +36,7 @@ def gram_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
 
 
 def compute_dtype(device: "torch.device") -> "torch.dtype":
-    """The dtype of weights and activations where nobody names one: bf16, or fp32 on a CPU without it.
+    """The default dtype of weights and activations: bf16, or fp32 on a CPU without bf16 arithmetic.
 
     On such a CPU bf16 saves memory and no time: every product would widen its operands first.
     """

@@ -9,8 +9,7 @@ The gradient is taken at a point that `apply` returns. It is the new weights, ex
 ahead of them: there the model computes with the point and the fp32 masters hold the weights, so the point
 costs no state of its own.
 
-To add a rule, write its class here and a line in `training.run.engine.make_rules`; the tests of every rule
-(tests/optim/test_rules.py, tests/optim/step/test_fused.py) then want its oracle.
+To add a rule, follow optim/README.md, "Add an update rule".
 """
 
 from dataclasses import dataclass
@@ -237,7 +236,7 @@ class Scion(MomentumRule):
 
     @cached_property
     def geometry(self) -> Norm:
-        """The norm itself. Raises ValueError for a name that is none."""
+        """The norm itself. Raises ValueError for an unknown name."""
         return parse_norm(self.norm, method=self.method)
 
     @property

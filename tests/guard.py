@@ -124,11 +124,10 @@ def main() -> None:
     if sys.argv[1] == "--one":
         _become(sys.argv[2:])
         return
-    import deepspeed  # noqa: F401
+    import tests.rank_imports  # noqa: F401
+    from optim.bench.command import MATRICES, layers
 
-    from optim.bench.command import STEP_MODELS, Model
-
-    STEP_MODELS["step_10m"] = Model(64, 160, 2, 0)  # every contender takes every step, in milliseconds
+    MATRICES["step_10m"] = layers(64, 160, 2)  # every contender takes every step, in milliseconds
     found = Path(os.environ[FOUND])
     for command in commands(sys.argv[1:]):
         _run(command)

@@ -2,12 +2,12 @@
 
     python -m training.bench [--output FILE] [--rounds N] [--config FILE] [--dry-run] [key=value ...]
 
-Measured: the steady optimizer step by the loop's own clock, which leaves out evaluation, checkpoints and the
-report to Ray that follows each checkpoint; and the wall time from the start of the command to the row of
+Measured: the steady optimizer step by the loop's own clock, without evaluation, checkpoints and the report to
+Ray after each checkpoint; and the wall time from the start of the command to the row of
 step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
 
-Ray's own processes take about a tenth of a core (2.60: each wakes 100 times a second). Where workers fill all
-cores, as two do on two, that comes off the step; workers.count=1 there leaves them a core, as nodes do.
+Ray's own processes take about a tenth of a core (2.60: each wakes 100 times a second). If the workers use all
+cores, the step slows down by that much; with workers.count=1 on two cores, Ray has a core, as on a node.
 """
 
 import os
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.measure import benchmark
+from cluster.measure import benchmark, probe
 from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record import follow
@@ -52,7 +53,6 @@ NUM_STEPS = 14  # of a run, unless schedule.tokens is given
 SETTLING_STEPS = 4  # left out of the steady state: first allocations, rising clocks
 POLL_SECONDS = 0.1  # resolution of the time to the first step
 STOP_SECONDS = 40.0  # torchrun gives its ranks 30 s to end before it kills them
-GEMM_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -199,48 +199,37 @@ def compare(rounds: Sequence[dict[str, LaunchTimes]]) -> dict[str, Any]:
             f"{case}_seconds_ray": ray,
             f"{case}_seconds_torchrun": torchrun,
         }
-    found = benchmark.medians(samples)
-    return {**found, "overhead_ray_percent": 100 * (1 / found["speedup_torchrun_step"] - 1)}
+    medians = benchmark.medians(samples)
+    return {**medians, "overhead_ray_percent": 100 * (1 / medians["speedup_torchrun_step"] - 1)}
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `compare` found, for people."""
+    """The result of `compare`, for people."""
     return f"{benchmark.table(result)}\noverhead_ray_percent {result['overhead_ray_percent']:+.2f}"
 
 
 def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
     """GFLOP/s per worker, and the dtype, of the model's matrix products: one micro-batch, there and back.
 
-    All workers at once, for they share caches and clocks, on `workers.cpus` threads each; best of
-    GEMM_REPEATS.
+    All workers measure at once (`cluster.measure.probe`), on `workers.cpus` threads each, because they share
+    caches and clocks.
     """
     import torch
 
     from optim.precision import product_dtype
 
     wanted = torch.bfloat16 if config.is_bf16 else torch.float32
-    dtype = product_dtype(wanted, torch.device("cpu"))
+    dtype = str(product_dtype(wanted, torch.device("cpu"))).removeprefix("torch.")
+    counts = plan.shape.matrices() + Counter([(plan.shape.vocab_size, plan.shape.hidden_size)])
     tokens = config.batch.micro_sequences * config.batch.sequence_length
-    sizes = [*plan.shape.matrices().elements(), (plan.shape.vocab_size, plan.shape.hidden_size)]
 
-    def pass_seconds(num_threads: int) -> float:
+    def tflops(num_threads: int) -> float:
         torch.set_num_threads(num_threads)
-        weights = [torch.randn(size, dtype=dtype) for size in sizes]
-        inputs = {columns: torch.randn(tokens, columns, dtype=dtype) for _, columns in sizes}
-        times = []
-        for _ in range(GEMM_REPEATS):
-            started = time.perf_counter()
-            for weight in weights:
-                x = inputs[weight.shape[1]]
-                y = x @ weight.T
-                _ = y @ weight, y.T @ x
-            times.append(time.perf_counter() - started)
-        return min(times)
+        return probe.measure_products(counts, num_rows=tokens, device="cpu", dtype=dtype).best
 
     with ThreadPoolExecutor(plan.num_workers) as pool:
         threads = [max(1, int(config.workers.cpus))] * plan.num_workers
-        seconds = statistics.mean(pool.map(pass_seconds, threads))
-    return 6 * plan.shape.num_matmul_parameters * tokens / seconds / 1e9, str(dtype).removeprefix("torch.")
+        return 1e3 * statistics.harmonic_mean(pool.map(tflops, threads)), dtype
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) an
 zero*   gloo ranks of one thread: ours, DeepSpeed's Muon, torch's AdamW (what an elementwise optimizer costs)
         and one that does nothing ("null"), under the same DeepSpeed configuration. See ADDED.
 plan    no measurement: the share of a 1.4B training step, by datasheet (optim/bench/share.py).
-gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. Nobody has run it:
-        no machine with a GPU was at hand.
+gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. It has not
+        been run yet: no machine with a GPU was available.
 
 On two quiet cores the default takes about 10 minutes, the first time 5 more: torch.compile for DeepSpeed.
 """
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 ADDED = """\
 added by the optimizer = engine.backward + engine.step of the contender - engine.backward of `null` in the
-same round, ranks starting together, the slowest rank counting. So computing and reducing the gradient is left
-out, and all that follows counts, also where DeepSpeed orthogonalises inside backward. Bytes: likewise, of all
-ranks (all_reduce 2(W-1)/W of the tensor, reduce_scatter (W-1)/W of the input, all_gather W-1 times the own
-shard)."""
+same round. Ranks start together and the slowest one counts. This leaves out computing and reducing the
+gradient. It counts all that follows, also what DeepSpeed orthogonalises inside backward. Bytes: likewise,
+of all ranks (all_reduce 2(W-1)/W of the tensor, reduce_scatter (W-1)/W of the input, all_gather W-1 times the
+own shard)."""
 
 CASES = {  # name -> what it is
     "step_10m": "one process, 10 layers of 256/688 (8M elements in 70 matrices)",
@@ -238,7 +238,7 @@ def require_same_work(case: str, differences: Mapping[str, float]) -> None:
         if not difference <= MAX_DIFFERENCE:
             raise RunError(
                 f"{case}: the first updates of ours and of {name} differ by {difference:.3f} of their norm, "
-                f"over {MAX_DIFFERENCE}: they do not do the same work, so their times say nothing"
+                f"over {MAX_DIFFERENCE}: they do not do the same work, so their times cannot be compared"
             )
 
 

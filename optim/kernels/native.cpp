@@ -8,8 +8,8 @@
 //
 // What is multiplied is kept as Scalars: with AVX-512 as bf16, so that every product is rounded once (aY in the
 // standard form and aI in the Gram form are added before that: what torch's bf16 tensors round twice); with AVX2
-// in fp32 and not rounded, as widening it again for each product would cost 8% of the multiplications. What comes
-// in and goes out is bf16 in both.
+// in fp32 and not rounded, as widening it again for each product would cost 8% of the multiplications. Inputs
+// and outputs are bf16 in both.
 //
 // Matrices are panels of 32 rows, padded with zeros: panel[kk][part][row] are the elements 2kk and 2kk + 1 of a
 // row. C = A·Bᵀ is computed in tiles of 32 x 32, from a panel of A and one of B, and written straight into the

@@ -1,6 +1,6 @@
-"""native.cpp, called: the step of bf16 updates. A CPU with AVX2 or better and a C++ compiler are needed.
+"""Calls native.cpp, the step of bf16 updates. It needs a CPU with AVX2 or better, and a C++ compiler.
 
-Without either everything runs on torch alone, and `unsupported` says why; see `cluster.machine.compiled`.
+Without them everything runs on torch alone, and `unsupported` says why; see `cluster.machine.compiled`.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this cannot run there, in one sentence; None if it can. The first call compiles."""
+    """Why the compiled step cannot run there, in one sentence; None if it can. The first call compiles."""
     if device.type != "cpu":
         return f"{device.type} is no CPU"
     if dtype != torch.bfloat16:

@@ -114,6 +114,9 @@ class FusedStep:
     def _state(self, flat: Tensor) -> State:
         return self.states[next(i for i, own in enumerate(self.flats) if own is flat)]
 
+    def _state_at(self, flat: Tensor, place: slice) -> State:
+        return {name: tensor.view(-1)[place] for name, tensor in self._state(flat).items()}
+
     def _start(self, group: ShapeGroup) -> None:
         """The raw updates of this rank's pieces, packed, and the squares of their norms."""
         if group.staging is not None:
@@ -136,15 +139,14 @@ class FusedStep:
 
     def _direction(self, piece: Piece) -> None:
         """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
-        gradient, state = piece.fragment.flat.grad, self._state(piece.fragment.flat)
-        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+        flat = piece.fragment.flat
+        for chunk in _chunks(piece.numel, flat.device):
             place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-            now = {name: tensor.view(-1)[place] for name, tensor in state.items()}
-            if gradient is None:
-                part = torch.zeros(chunk.stop - chunk.start, device=piece.fragment.flat.device)
+            if flat.grad is None:
+                part = torch.zeros(chunk.stop - chunk.start, device=flat.device)
             else:
-                part = gradient.view(-1)[place]
-            update = self.rule.direction(part, now, step=self.steps)
+                part = flat.grad.view(-1)[place]
+            update = self.rule.direction(part, self._state_at(flat, place), step=self.steps)
             piece.buffer[chunk].copy_(update)
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
@@ -175,19 +177,17 @@ class FusedStep:
             self._apply(piece.fragment, place, piece.buffer[chunk], lr=lr, scale=scale)
 
     def _elementwise(self, run: "_Run", *, lr: float) -> None:
-        flat, state = run.fragment.flat, self._state(run.fragment.flat)
+        flat = run.fragment.flat
         gradient = torch.zeros_like(flat).view(-1) if flat.grad is None else flat.grad.view(-1)
         for chunk in _chunks(run.stop - run.start, flat.device):
             place = slice(run.start + chunk.start, run.start + chunk.stop)
-            now = {name: tensor.view(-1)[place] for name, tensor in state.items()}
-            update = self.rule.direction(gradient[place], now, step=self.steps)
+            update = self.rule.direction(gradient[place], self._state_at(flat, place), step=self.steps)
             self._apply(run.fragment, place, update, lr=lr, scale=run.scale)
 
     def _apply(self, fragment: Fragment, place: slice, update: Tensor, *, lr: float, scale: float) -> None:
         """One chunk of the weights and of the model's copy, while both are in the cache."""
-        weight = fragment.flat.data.view(-1)[place]
-        now = {name: tensor.view(-1)[place] for name, tensor in self._state(fragment.flat).items()}
-        point = self.rule.apply(weight, update, lr=lr, scale=scale, step=self.steps, state=now)
+        weight, state = fragment.flat.data.view(-1)[place], self._state_at(fragment.flat, place)
+        point = self.rule.apply(weight, update, lr=lr, scale=scale, step=self.steps, state=state)
         if fragment.model is not None:
             fragment.model.view(-1)[place].copy_(weight if point is None else point)
 

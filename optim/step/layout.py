@@ -31,9 +31,9 @@ from optim.step.fragments import Fragment, rank_and_world_size
 def quiet_deepspeed() -> None:
     """Keep DeepSpeed to errors. Call it before `deepspeed.initialize`.
 
-    BF16_Optimizer prints a table of memory, after a garbage collection, at every turn: 2 s. On a CPU,
-    `deepspeed_shm_comm` (inference collectives only) would compile for 20 to 90 s at first use, and a build
-    that is killed leaves a lock that hangs every later run.
+    BF16_Optimizer collects garbage and prints a table of memory, which takes 2 s. On a CPU,
+    `deepspeed_shm_comm` (only for inference) would compile for 20 to 90 s at its first use, and a build that
+    is killed leaves a lock that hangs every later run.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls functions that torch.distributed deprecates.

@@ -127,10 +127,10 @@ class OwnershipPlan:
 
     @property
     def minimum_elements_sent(self) -> int:
-        """What any plan must send at the least: all but the largest holding of each matrix, there and back.
+        """A lower bound for any plan: all but the largest holding of each matrix, there and back.
 
-        A bound, reached if every matrix could be owned where most of it lies. A replicated matrix comes
-        from nobody and goes to everybody else.
+        It is reached if every matrix is owned where most of it lies. A replicated matrix is not sent to its
+        owner; its owner sends the update to all others.
         """
         return sum(
             matrix.numel * (self.world_size - 1)

@@ -1,8 +1,10 @@
 """What a key allows. How layers are merged, and their messages: tests/training/test_config.py."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from cluster.config import Allowed
+from cluster.config import Allowed, ConfigError, key, load
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,19 @@ def test_the_help_says_what_is_allowed():
     shown = [{"least": 1}, {"least": 0}, {"above": 0}, {"least": 0, "below": 1}, {"choices": ("y", "x")}, {}]
     expected = ["at least 1", "not negative", "positive", "in [0, 1)", "one of: x, y", ""]
     assert [str(Allowed(**each)) for each in shown] == expected
+
+
+@dataclass(frozen=True)
+class Section:
+    b: str = key("x", "a choice", choices=("y", "x"))
+
+
+@dataclass(frozen=True)
+class Schema:
+    a: Section = key(Section, "")
+
+
+def test_load_refuses_what_a_key_does_not_allow_and_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"^a\.b: 'z' is not one of: x, y$"):
+        load(Schema, dotlist=["a.b=z"])
+    assert load(Schema, dotlist=["a.b=y"]).a.b == "y"

@@ -59,6 +59,66 @@ def missing() -> str | None:
     return None if probe.returncode == 0 else "needs namespaces, which this machine forbids"
 
 
+class Network:
+    """A network namespace for each host and one for the gateway, and the slow link beyond it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._prefix = f"lab{os.getpid()}-{next(_NUMBERS)}"
+        self._control = folder / "wan.json"
+        self._relay: subprocess.Popen[bytes] | None = None
+
+    def build(self) -> None:
+        for name in (*ADDRESSES, "gw"):
+            _do("ip", "netns", "add", self.namespace(name))
+            self.ip(name, "link set lo up")
+        self.ip("gw", "link add br0 type bridge")
+        self.ip("gw", "addr add 10.77.2.1/24 dev br0")
+        self.ip("gw", "link set br0 up")
+        _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for name in CLUSTER:
+            self.ip("gw", f"link add v-{name} type veth peer name eth0 netns {self.namespace(name)}")
+            self.ip("gw", f"link set v-{name} master br0 up")
+            self.ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
+            self.ip(name, "link set eth0 up")
+            self.ip(name, "route add default via 10.77.2.1")
+        self.link()
+        relay = ["setpriv", "--pdeathsig", "KILL", sys.executable, Path(__file__).with_name("wan.py")]
+        relay += [self.namespace("nyc"), self.namespace("gw"), self._control]
+        self._relay = subprocess.Popen(relay)
+        for name, address in (("nyc", "10.77.1.2/30"), ("gw", "10.77.1.1/30")):
+            there = ("ip", "-n", self.namespace(name), "link", "show", "wan0")
+            wait_until(lambda there=there: _try(*there), told="wan0")
+            self.ip(name, f"addr add {address} dev wan0")
+            self.ip(name, "link set wan0 up txqueuelen 5000")
+        self.ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
+        self.ip("nyc", f"route add 10.77.2.0/24 via 10.77.1.1 dev wan0 src {ADDRESSES['nyc']}")
+        self.ip("gw", f"route add {ADDRESSES['nyc']}/32 via 10.77.1.2 dev wan0")
+
+    def close(self) -> None:
+        """Remove what was made of it."""
+        if self._relay:
+            self._relay.kill()
+            self._relay.wait()
+        for name in (*ADDRESSES, "gw"):
+            _try("ip", "netns", "del", self.namespace(name))
+
+    def link(
+        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
+    ) -> None:
+        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
+        part = self._control.with_suffix(".part")
+        state = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down}
+        part.write_text(json.dumps(state))
+        part.rename(self._control)
+
+    def namespace(self, name: str) -> str:
+        return f"{self._prefix}-{name}"
+
+    def ip(self, name: str, arguments: str) -> None:
+        """`ip` in the namespace of a host, or of the gateway."""
+        _do("ip", "-n", self.namespace(name), *arguments.split())
+
+
 class Lab:
     """The four hosts, for the length of a `with` block.
 
@@ -69,8 +129,8 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
-        self._relay: subprocess.Popen[bytes] | None = None
-        self._prefix = f"lab{os.getpid()}-{next(_NUMBERS)}"
+        self._network = Network(folder)
+        self.link = self._network.link
         self.storage = folder / "storage"
 
     def __enter__(self) -> Self:
@@ -90,9 +150,8 @@ class Lab:
         self.storage.mkdir(parents=True)
         disks = self.folder / "hosts"
         disks.mkdir()
-        _do(
-            "mount", "-t", "tmpfs", "-o", "size=8g,mode=755", "lab", disks
-        )  # overlay's upper must lie elsewhere than /
+        # the upper folder of an overlay must lie elsewhere than /
+        _do("mount", "-t", "tmpfs", "-o", "size=8g,mode=755", "lab", disks)
         for name in ("user", *ADDRESSES):
             _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", self.folder / f"key_{name}")
         public = (self.folder / "key_user.pub").read_text()
@@ -100,37 +159,7 @@ class Lab:
         (disks / "sshd_config").write_text(SSHD)
         lines = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
         (disks / "hosts").write_text(f"127.0.0.1 localhost\n{lines}")
-        for name in (*ADDRESSES, "gw"):
-            _do("ip", "netns", "add", self._netns(name))
-            self._ip(name, "link set lo up")
-        self._ip("gw", "link add br0 type bridge")
-        self._ip("gw", "addr add 10.77.2.1/24 dev br0")
-        self._ip("gw", "link set br0 up")
-        _do("ip", "netns", "exec", self._netns("gw"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        for name in CLUSTER:
-            self._ip("gw", f"link add v-{name} type veth peer name eth0 netns {self._netns(name)}")
-            self._ip("gw", f"link set v-{name} master br0 up")
-            self._ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
-            self._ip(name, "link set eth0 up")
-            self._ip(name, "route add default via 10.77.2.1")
-        self.link()
-        relay = [
-            *("setpriv", "--pdeathsig", "KILL"),
-            sys.executable,
-            Path(__file__).with_name("wan.py"),
-            self._netns("nyc"),
-            self._netns("gw"),
-            self._control,
-        ]
-        self._relay = subprocess.Popen(relay)
-        for name, address in (("nyc", "10.77.1.2/30"), ("gw", "10.77.1.1/30")):
-            there = ("ip", "-n", self._netns(name), "link", "show", "wan0")
-            wait_until(lambda there=there: _try(*there), told="wan0")
-            self._ip(name, f"addr add {address} dev wan0")
-            self._ip(name, "link set wan0 up txqueuelen 5000")
-        self._ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
-        self._ip("nyc", f"route add 10.77.2.0/24 via 10.77.1.1 dev wan0 src {ADDRESSES['nyc']}")
-        self._ip("gw", f"route add {ADDRESSES['nyc']}/32 via 10.77.1.2 dev wan0")
+        self._network.build()
         for name in ADDRESSES:
             (disks / name).mkdir()
             shutil.copy(self.folder / f"key_{name}", disks / name / "host_key")
@@ -142,11 +171,7 @@ class Lab:
         """End all hosts with all that runs on them, and remove what was made."""
         for name in list(self._hosts):
             self.power_off(name)
-        if self._relay:
-            self._relay.kill()
-            self._relay.wait()
-        for name in (*ADDRESSES, "gw"):
-            _try("ip", "netns", "del", self._netns(name))
+        self._network.close()
         _try("umount", "-l", self.folder / "hosts")
 
     # --- hosts
@@ -155,7 +180,7 @@ class Lab:
         """Start a host and wait for its sshd."""
         command = [
             *("setpriv", "--pdeathsig", "KILL"),  # a killed test leaves nothing behind
-            *("ip", "netns", "exec", self._netns(name)),
+            *("ip", "netns", "exec", self._network.namespace(name)),
             *("unshare", "-m", "-p", "-u", "-i", "-f", "--kill-child=KILL"),
             *(Path(__file__).with_name("host.sh"), name, self.folder / "hosts" / name),
             *(f"{sys.base_prefix} {ROOT}", "" if name == "nyc" else self.storage),
@@ -167,7 +192,7 @@ class Lab:
             )  # fmt: skip
         probe = f"exec 3<>/dev/tcp/{ADDRESSES[name]}/22"
         near = name if name == "nyc" else "gw"
-        connect = ("ip", "netns", "exec", self._netns(near), "timeout", "1", "bash", "-c", probe)
+        connect = ("ip", "netns", "exec", self._network.namespace(near), "timeout", "1", "bash", "-c", probe)
         wait_until(lambda: _try(*connect), told=f"{name}'s sshd")
 
     def power_off(self, name: str, *, wipe: bool = False) -> None:
@@ -286,26 +311,6 @@ class Lab:
     def slow(self) -> dict[str, float]:
         """New York to Asunción: 140 ms round trip, 0.5% loss."""
         return {"delay_ms": 70, "jitter_ms": 3, "loss": 0.005}
-
-    def link(
-        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
-    ) -> None:
-        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
-        part = self._control.with_suffix(".part")
-        part.write_text(
-            json.dumps({"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down})
-        )
-        part.rename(self._control)
-
-    @property
-    def _control(self) -> Path:
-        return self.folder / "wan.json"
-
-    def _netns(self, name: str) -> str:
-        return f"{self._prefix}-{name}"
-
-    def _ip(self, name: str, arguments: str) -> None:
-        _do("ip", "-n", self._netns(name), *arguments.split())
 
 
 class Running:

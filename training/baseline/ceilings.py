@@ -1,8 +1,8 @@
-"""What one device of this machine can do, measured in a process that ends and leaves its memory free.
+"""What one device of this machine can do, measured in a process of its own, which frees the memory.
 
     python -m training.baseline.ceilings [SHAPE:ROWS ...]        one JSON object
 
-Beside what `cluster.measure.probe` measures: the products of each model's own weights, forward and backward.
+Besides `cluster.measure.probe`, it measures the products of each model's weights, forward and backward.
 """
 
 import json
@@ -20,7 +20,7 @@ from training.model import shapes
 
 
 def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
-    """What `probe.Ceilings` holds, and `kind` ("gpu", "cpu"), `name`, `num_devices` and these.
+    """`probe.Ceilings` as a dict, with `kind` ("gpu", "cpu"), `name`, `num_devices` and these:
 
     `free_bytes` is the free memory of one device; `products_tflops` maps the name of a shape to a
     `probe.Ceiling` of its products, without those that could not be measured: `problems` says why.
@@ -56,10 +56,10 @@ def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
 
 
 def better(before: Any, now: Any) -> Any:
-    """Of two measurements of the same, the higher of every `best` and the wider of every spread.
+    """Two measurements joined: the higher of each `best`, and the union of each spread.
 
-    A disturbance can only lower a ceiling; what it is a share of must not be a disturbed one. Where the
-    second is missing or a `problem`, the first counts.
+    A disturbance can only lower a ceiling, so the higher one is nearer the truth. If the second measurement
+    is missing or a `problem`, the first counts.
     """
     if before and (now is None or (isinstance(now, dict) and "problem" in now)):
         return before

@@ -1,11 +1,10 @@
-"""`make baseline`: what this machine is worth, in training and in serving, in one file.
+"""`make baseline`: what this machine reaches in training and in serving, in one file.
 
     python -m training.baseline [--config FILE] [--dry-run] [--cluster CLUSTER.yaml] [key=value ...]
 
-Ceilings first (`cluster.measure.probe`), then rounds of cells, each a command of its own
-(`training.baseline.steps`,
-`serving.bench.steps`), so that one that runs out of memory is a result and nothing else. The file is written
-anew after every cell; `cluster.parity` compares two such files, `training.projection` reads one.
+It measures the ceilings (`cluster.measure.probe`), then rounds of cells. Each cell is a process
+(`training.baseline.steps` or `serving.bench.steps`), so a cell that runs out of memory disturbs no other. The
+file is written again after every cell. `cluster.parity` compares two files; `training.projection` reads one.
 """
 
 import json

@@ -18,10 +18,10 @@ def figures(
 ) -> list[dict[str, Any]]:
     """Rates with what bounds them, one value per round.
 
-    Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least that one unit of work
-    takes; `bytes` is None where work does not pass through memory once per unit, as in training), in training
-    `ranks`, `nodes` and `link_bytes` (see `_trained`), `joules_per_token`, `cost_per_million_tokens` (None
-    where not known), `shares` of each ceiling, by name, and the `command`.
+    Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least per unit of work; `bytes`
+    is None in training, where work does not pass through memory once per unit), in training `ranks`, `nodes`
+    and `link_bytes` (see `_trained`), `joules_per_token` and `cost_per_million_tokens` (None if unknown),
+    `shares` of each ceiling, by name, and the `command`.
     """
     found: list[dict[str, Any]] = []
     for cell in cells:
@@ -142,9 +142,10 @@ def shares(
 
 
 def faults(figures: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with ceilings of which a figure's median reaches more than 100%.
+    """The ceilings that the median of a figure exceeds, which therefore are wrong.
 
-    A link's share during communication alone may: a GPU computes beside it, which counts bytes but no time.
+    A link's share during communication alone may exceed 100%: transfers that overlap with computation count
+    their bytes, but not their time.
     """
     reached: dict[str, dict[str, float]] = {}
     for figure in figures:
@@ -158,7 +159,7 @@ def faults(figures: Sequence[Mapping[str, Any]]) -> list[str]:
 def _link_shares(figure: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, list[float]]:
     """Of the measured link, in each round: over the whole step, and while collectives ran and nothing else.
 
-    Bytes of collectives beside which a GPU computed count in both, and their time in the first alone.
+    Both count the bytes of collectives that overlap with computation; only the first counts their time.
     """
     across = figure.get("nodes", 1) > 1
     links = ceilings.get("links_between_nodes" if across else "links") or {}

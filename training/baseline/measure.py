@@ -1,4 +1,4 @@
-"""Measuring what the plan of a baseline names: the ceilings, and every cell, each in a process of its own."""
+"""Measures a baseline: the ceilings, and every cell of the plan, each in a process of its own."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def measure_device(products_of: Mapping[str, int]) -> dict[str, Any]:
 def _all_ceilings(
     config: BaselineConfig, machine: Mapping[str, Any], products_of: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Also the links inside this node, those between nodes (of the preflight's report), and the disk."""
+    """`measure_device`, links in this node and (from the preflight's report) between nodes, and the disk."""
     device = "cuda" if machine["kind"] == "gpu" else "cpu"
     ranks = machine["num_devices"] if device == "cuda" else 2
     links = None
@@ -67,10 +67,12 @@ def _preflight(config: BaselineConfig) -> dict[str, Any]:
 
 
 def num_nodes(config: BaselineConfig) -> int:
+    """Nodes of the cluster that the preflight reports; 1 without a cluster."""
     return 1 if config.session.address == "local" else len(_preflight(config).get("nodes", [0]))
 
 
 def measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any], output: Path) -> None:
+    """Every cell in every round, in turns. Updates `result`, and writes it to `output` after each."""
     going = [cell for cell in cells if not cell.skipped]
     products_of = {cell.about["model"]: cell.about["rows"] for cell in going if cell.kind == "training"}
     with Progress(config.rounds * len(going)) as progress:
@@ -95,7 +97,7 @@ def measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any
 
 
 def _once(cell: Cell) -> None:
-    """Run a cell's command once; its last line joins the rounds, or its problem is noted."""
+    """Run a cell's command once. Adds its last line to the rounds, or sets its problem."""
     limit = START_SECONDS + TOLERANCE * cell.floor_seconds
     try:
         done = process.run([sys.executable, *cell.command], cwd=ROOT, timeout=limit)
@@ -111,8 +113,8 @@ def _once(cell: Cell) -> None:
             cell.problem = ("failed", f"Ray placed the workers on {nodes} nodes: are others' runs going?")
         return
     errors = [line for line in err.splitlines() if "error: " in line]
-    said = (errors or err.strip().splitlines() or ["no message"])[-1].partition("error: ")
-    reason = (said[2] or said[0])[:300]
+    last = (errors or err.strip().splitlines() or ["no message"])[-1]
+    reason = (last.partition("error: ")[2] or last)[:300]
     killed = done.returncode == -signal.SIGKILL or "exitcode  : -9" in err
     if killed:
         reason = "killed, as the kernel does when memory runs out"
@@ -120,7 +122,7 @@ def _once(cell: Cell) -> None:
 
 
 def _last_object(out: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object; other ranks and libraries may print after it. NaN is none."""
+    """The last line that is a JSON object; other ranks and libraries may print after it. NaN is refused."""
     for line in reversed(out.splitlines()):
         if line.startswith("{"):
             with contextlib.suppress(ValueError):

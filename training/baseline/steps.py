@@ -1,12 +1,12 @@
-"""What a training step takes, and where its time goes: the loop's own, without evaluation or checkpoints.
+"""The time of a training step of the loop, by part, without evaluation or checkpoints.
 
     python -m training.baseline.steps [--steps N] [--warm-up N] [key=value ...]                     one worker
     torchrun --nproc-per-node=W -m training.baseline.steps workers.count=W [key=value ...]          W workers
     python -m training.baseline.steps --ray session.address=auto workers.count=W [key=value ...]   a cluster's
 
-Two passes: in the first a step is timed as the loop runs it; in the second, with the device waited for after
-each part, its data, compute and optimizer; and a profiled step says how long of each part collectives took
-that nothing else covered. The last line on stdout is one JSON object.
+The first pass times a step as the loop runs it. The second times its parts (data, compute, optimizer) and
+waits for the device after each. A profiled step then shows how long collectives ran alone in each part. The
+last line on stdout is one JSON object.
 """
 
 import json

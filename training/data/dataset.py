@@ -186,7 +186,7 @@ class TokenDataset:
             DataError: no usable manifest, a missing or truncated shard, or fewer tokens than one sample.
         """
         dataset = cls(directory, Manifest.read(directory), split, sequence_length)
-        assert dataset.shards is not None  # maps them, which checks them
+        _ = dataset.shards  # maps and checks them
         if dataset.num_samples == 0:
             longest = max((shard.tokens for shard in dataset.manifest.split(split).shards), default=0)
             raise DataError(

@@ -103,7 +103,7 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What is asked of `prepare`, and the folder that answers it."""
+    """What `prepare` is asked for, and the folder that will hold it."""
 
     config: DataConfig
     corpus: Corpus

@@ -25,7 +25,7 @@ from training.config import RunConfig
 from training.evaluate import checkpoint, harness
 from training.evaluate.config import EvaluateConfig
 from training.evaluate.endpoint import echo_problem
-from training.evaluate.harness import Score, Sources, Tasks
+from training.evaluate.harness import Sources, Tasks, TaskScore
 from training.evaluate.report import Measured, last_line, table, to_json
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = 
     if isinstance(evaluation.data, Path):
         held_out = _perplexity(config, found, evaluation.data, model.to(device), device=device)
     del model
-    scores: list[Score] = []
+    scores: list[TaskScore] = []
     if tasks is not None:
         theirs = harness.local_model(found, device=str(device), dtype=dtype, batch_size=config.batch_size)
         with for_changing_lengths():  # of requests, one prompt after another
@@ -264,7 +264,7 @@ def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = 
     return Measured(scores, held_out, setting)
 
 
-def _scores(config: EvaluateConfig, model: Any, tasks: Tasks) -> list[Score]:
+def _scores(config: EvaluateConfig, model: Any, tasks: Tasks) -> list[TaskScore]:
     return harness.run(model, tasks, limit=config.limit, bootstrap_iters=config.bootstrap_iters)
 
 

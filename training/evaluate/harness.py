@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness: its tasks, our checkpoints, its numbers. Imports it when called.
+"""EleutherAI's lm-evaluation-harness on our checkpoints. Imports it when called; it is in the extra `eval`.
 
-https://github.com/EleutherAI/lm-evaluation-harness; of the extra `eval`. We call its `evaluate` and not
-`simple_evaluate`, which asks the hub about the model and lists everything that is installed.
+https://github.com/EleutherAI/lm-evaluation-harness. We call its `evaluate` and not `simple_evaluate`, which
+asks the hub about the model and lists everything that is installed.
 """
 
 import difflib
@@ -35,12 +35,12 @@ _RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """One metric of one task or group.
 
     Attributes:
-        filter: what was made of the answers before they were scored; "none" is nothing.
-        value, stderr: None where the harness has none, or none that is finite.
+        filter: how answers were processed before scoring; "none": not at all.
+        value, stderr: None if the harness has no finite one.
         samples: evaluated questions, of `of_samples`.
     """
 
@@ -70,19 +70,19 @@ class Tasks:
     requests: dict[str, set[str]]
 
     def need_prompt_logprobs(self) -> list[str]:
-        """Those that ask for the probability of given text, and not for text alone."""
+        """Tasks that need the probability of given text, not only generated text."""
         return [name for name, kinds in self.requests.items() if kinds != {"generate_until"}]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the items of the key `tasks` lead.
+    """What the items of the key `tasks` are.
 
     Attributes:
         names: of tasks and groups, lm_eval's own or in the folders.
         files: task YAMLs.
         folders: folder -> its tasks, and the file of each.
-        beside_groups: folders of group YAMLs, whose groups are among `names` and find their tasks there too.
+        beside_groups: folders of group YAMLs. `names` contains the groups; their tasks may stand there too.
     """
 
     names: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Sources:
 
 @contextmanager
 def confined(sources: Sources, *, code: bool) -> Iterator[None]:
-    """For the length of a `with` block, task files run no code; lm_eval's own tasks run theirs.
+    """In a `with` block, task files run no code; lm_eval's own tasks run theirs.
 
     lm_eval imports what a file's `!function` names, and Hugging Face's `evaluate` runs a metric's script;
     both are a `UserError` here. A Jinja template can reach Python's internals; here it cannot.
@@ -165,14 +165,14 @@ def sort_out(items: Sequence[str]) -> Sources:
             elif "task" in content:
                 sources.files.append(path)
             else:
-                raise UserError(f"tasks: {path} says neither task nor group; is it a task file?")
+                raise UserError(f"tasks: {path} has neither the key task nor group; is it a task file?")
         else:
             sources.names.append(item)
     return sources
 
 
 def _tasks_in(folder: Path) -> dict[str, Path]:
-    """Task -> its file. Groups are not among them, as they would run their tasks once more."""
+    """Task -> its file. Groups are left out, because they would run their tasks once more."""
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*.yaml")):
         name = _read(file).get("task")  # a group's is a list; a part that others include has none
@@ -187,7 +187,7 @@ def _tasks_in(folder: Path) -> dict[str, Path]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a task file says, with what it includes."""
+    """The content of a task file, with what it includes."""
     from lm_eval.tasks._yaml_loader import load_yaml
     from yaml import YAMLError
 
@@ -198,14 +198,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def load(sources: Sources, *, num_fewshot: int | None) -> Tasks:
-    """Load tasks and their data, and make the first request of each, which shows that they fit together.
+    """Load tasks and their data, and build the first request of each as a check.
 
     Args:
-        num_fewshot: replaces the tasks' own number of examples, but for a task's explicit 0.
+        num_fewshot: replaces the tasks' own number of examples, except a task's explicit 0.
 
     Raises:
-        UserError: an unknown name, a task file that cannot be used, data that cannot be had, or a task that
-            runs what a model writes. Names the task.
+        UserError: an unknown name, an unusable task file, data that cannot be loaded, or a task that runs
+            code of the model. Names the task.
     """
     manager = _manager(sources)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -234,7 +234,7 @@ def _manager(sources: Sources) -> Any:
 
 
 def _specs(sources: Sources, manager: Any) -> list[str]:
-    """What to load, in the words of lm_eval: names, with those that patterns stand for, and files."""
+    """What lm_eval is to load: names (patterns expanded) and files."""
     specs = []
     for name in sources.names:
         known = manager.match_tasks([name])
@@ -251,7 +251,7 @@ def _specs(sources: Sources, manager: Any) -> list[str]:
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> set[str]:
-    """Settle a task's examples; returns the kinds of its requests."""
+    """Set a task's number of examples; returns the kinds of its requests."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     if getattr(task, "UNSAFE_CODE", False):
@@ -283,7 +283,7 @@ def local_model(model: ModelDirectory, *, device: str, dtype: str, batch_size: i
 def endpoint_model(
     endpoint: Endpoint, model: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
 ) -> Any:
-    """lm_eval's client of an endpoint. Prompts are token ids where there is a tokenizer, else text.
+    """lm_eval's client of an endpoint. Prompts are token ids if there is a tokenizer, else text.
 
     Args:
         model: what is served there, if known.
@@ -311,16 +311,16 @@ def endpoint_model(
     )
 
 
-def run(model: Any, tasks: Tasks, *, limit: int | None, bootstrap_iters: int) -> list[Score]:
-    """Every metric of every task, and of groups that have their own.
+def run(model: Any, tasks: Tasks, *, limit: int | None, bootstrap_iters: int) -> list[TaskScore]:
+    """Every metric of every task, and of groups with metrics of their own.
 
     Args:
-        limit: first questions of each task only.
-        bootstrap_iters: resamples for the standard error of a metric that is no mean, such as perplexity.
+        limit: evaluate only the first questions of each task.
+        bootstrap_iters: resamples for the standard error of a metric that is not a mean, such as perplexity.
 
     Raises:
-        UserError: an endpoint refuses a request.
-        RunError: it fails otherwise.
+        UserError: the endpoint refuses a request.
+        RunError: the endpoint fails otherwise.
     """
     import aiohttp
     import numpy as np
@@ -355,7 +355,7 @@ def _endpoint_failure(error: Any) -> UserError | RunError:
     return RunError(f"endpoint: it failed during the evaluation ({_short(error)}); run the same again")
 
 
-def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
     for kind in ("results", "groups"):
         for task, entry in results.get(kind, {}).items():
             if kind == "results" and task in results.get("groups", {}):
@@ -366,7 +366,7 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
                 metric, comma, chosen = name.partition(",")
                 if not comma or metric.endswith("_stderr"):
                     continue
-                yield Score(
+                yield TaskScore(
                     task=task,
                     version=None if version is None else str(version),
                     num_fewshot=results["n-shot"].get(task),
@@ -382,16 +382,16 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
 
 
 def _finite(value: Any) -> float | None:
-    """The harness says "N/A" where it has no standard error."""
+    """The harness has "N/A" for a missing standard error."""
     number = None if isinstance(value, str) or value is None else float(value)
     return number if number is not None and math.isfinite(number) else None
 
 
 @contextmanager
 def collected_notes() -> Iterator[list[str]]:
-    """What lm_eval warns of in a `with` block, each once, in place of its lines on the terminal.
+    """Collect lm_eval's warnings in a `with` block, each once, instead of printing them.
 
-    Inside, nothing is counted: at each load, of local files too, `datasets` tells a server what is loaded.
+    Also stops `datasets` from reporting each load, even of local files, to a server.
     """
     import datasets
 

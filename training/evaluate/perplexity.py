@@ -18,9 +18,9 @@ class HeldOut:
     """Mean loss over held-out sequences, in nats per token.
 
     Attributes:
-        loss_stderr: standard error of the mean over sequences, or None of a single one.
+        loss_stderr: standard error of the mean over sequences; None for one sequence.
         perplexity: exp(loss).
-        tokens: how many were predicted.
+        tokens: predicted ones.
         num_sequences: of `of_sequences` in the validation split.
     """
 
@@ -47,7 +47,7 @@ def check_tokenizer(data: Path, *, checkpoint: Path) -> Manifest:
     if (found := sha256_of(tokenizer)) != manifest.tokenizer_sha256:
         raise UserError(
             f"data: {data} was prepared with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}…) "
-            f"than {tokenizer} ({found[:12]}…), so that a perplexity would mean nothing; prepare the text "
+            f"than {tokenizer} ({found[:12]}…), so a perplexity would mean nothing; prepare the text "
             f"with it: `python -m training.data.prepare data.tokenizer={tokenizer} data.source=...`"
         )
     return manifest
@@ -102,7 +102,7 @@ def measure(
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:
-    """Of one sequence, logits [T, V] and targets [T]: its fp32 logits alone are in memory."""
+    """Of one sequence, logits [T, V] and targets [T]. Only its logits are in memory as fp32."""
     return F.cross_entropy(logits.float(), targets).item()
 
 

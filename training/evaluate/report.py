@@ -1,4 +1,4 @@
-"""What an evaluation came to: eval.json, the table, the last line. No torch."""
+"""The result of an evaluation: eval.json, the table, the last line. No torch."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import display, provenance
 from training.evaluate import harness
-from training.evaluate.harness import Score
+from training.evaluate.harness import TaskScore
 
 if TYPE_CHECKING:
     from training.evaluate.perplexity import HeldOut
@@ -25,10 +25,10 @@ class Measured:
         scores: of the tasks.
         held_out: the perplexity, if there is one.
         setting: parameters, dtype and device, where the model ran here.
-        notes: what lm_eval warned of.
+        notes: lm_eval's warnings.
     """
 
-    scores: list[Score] = field(default_factory=list)
+    scores: list[TaskScore] = field(default_factory=list)
     held_out: "HeldOut | None" = None
     setting: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ def to_json(
 
     Args:
         model: name, directory and run.
-        endpoint: through which it was asked, if any.
+        endpoint: that was evaluated, if any.
         left_out: why there is no perplexity, if there is none.
         config: the resolved keys.
     """
@@ -71,7 +71,7 @@ def to_json(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for people: a line for each metric, the perplexity first."""
+    """The result for people: a line per metric, the perplexity first."""
     rows: list[tuple[Any, ...]] = []
     held_out = result["perplexity"]
     if "left_out" in held_out:

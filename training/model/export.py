@@ -108,7 +108,7 @@ def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path
             unusable.append(f"; {tokenizer} is missing or corrupt")
     raise UserError(
         f"{root}: holds no usable prepared data with the run's fingerprint {fingerprint[:12]}…, whose "
-        f"tokenizer the export needs; start in the folder where the run was started, or make it again with "
+        f"tokenizer the export needs; run this where the run was started, or prepare the data with "
         f"`python -m training.data.prepare --config {run / CONFIG_FILE}`{''.join(unusable)}"
     )
 

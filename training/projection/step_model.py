@@ -148,9 +148,6 @@ def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) ->
     return basis.optimizer_factor * (flops / basis.product_flops + num_bytes / basis.memory_bytes_per_s)
 
 
-# --- a step -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Step:
     """One optimizer step: seconds by part of PARTS with nothing hidden, and what overlap can hide at most."""

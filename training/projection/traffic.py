@@ -268,9 +268,6 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
     yield from (sizes["model.norm.weight"], sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"]))
 
 
-# --- the matrices' owners ---------------------------------------------------------------------------------
-
-
 def ownership(job: Job) -> list[OwnershipPlan]:
     """The owner of each matrix, for each rule that needs whole matrices."""
     return [

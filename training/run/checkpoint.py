@@ -2,8 +2,8 @@
 
 `checkpoints/step-NNNNNNN/` holds one safetensors file per rank, `state.json`, and `COMPLETE`, written last:
 without it the checkpoint does not count. A tensor is a piece of one parameter's fp32 master weights or
-optimizer state, keyed `parameter|tensor|first element`, so a reader takes the pieces that its own shards
-need, whoever wrote them. The model's bf16 weights are not stored: they are the masters, rounded.
+optimizer state, keyed `parameter|tensor|first element`. A reader takes the pieces that its own shards need,
+whichever rank wrote them. The model's bf16 weights are not stored: they are the masters, rounded.
 """
 
 import bisect
@@ -132,8 +132,8 @@ class Checkpoint:
         state: what `save` was given.
 
     Raises:
-        CheckpointError: a file is missing, truncated, unreadable or outside the checkpoint, or the format is
-            another.
+        CheckpointError: a file is missing, truncated, unreadable or outside the checkpoint, or the format
+            version is another.
     """
 
     def __init__(self, path: Path) -> None:

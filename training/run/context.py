@@ -1,10 +1,10 @@
 """What the loop knows of its launcher: rank, world, device, and how to talk to the other ranks.
 
-What rank 0 does for all of them, such as preparing data, it does before there is a process group (`Ranks`):
-the others would wait in a collective, and NCCL ends the run when one takes longer than 10 minutes.
+Rank 0 prepares the data before there is a process group (`Ranks`): in a group the other ranks would wait in a
+collective, and NCCL ends the run if that takes longer than 10 minutes.
 
 Two implementations: `RayContext` inside a Ray Train worker, `TorchContext` under torchrun or in one process.
-The loop is the same under both, so the launcher's own cost can be measured.
+The loop is the same under both, so the launcher's cost can be measured.
 """
 
 import os
@@ -69,7 +69,7 @@ class Context:
             torch.cuda.synchronize(self.device)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the launcher how far the run is. Every rank calls it equally often."""
+        """Tell the launcher how far the run is. Every rank calls it, the same number of times."""
 
 
 class RayContext(Context):
@@ -115,18 +115,18 @@ class Ranks:
             try:
                 result = work()
             except BaseException:
-                self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # bytes are what it takes
+                self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # it takes bytes
                 raise
             self.store.set(PREPARED, pickle.dumps(result))  # type: ignore[arg-type]
             return result
         try:
             self.store.wait([PREPARED], LONGEST_PREPARATION)
-            told = self.store.get(PREPARED)
+            received = self.store.get(PREPARED)
         except dist.DistNetworkError:  # without torchrun the store is in rank 0's process, and ends with it
-            told = b""
-        if not told:
+            received = b""
+        if not received:
             sys.exit(BAD_INPUT)
-        return pickle.loads(told)
+        return pickle.loads(received)
 
 
 @contextmanager

@@ -77,29 +77,19 @@ def zero_init(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
     """The rule of each label (`optim.groups.Member.label`): of each kind, or under Scion of each norm."""
     matrix, vector = optim.matrix, optim.vector
-    adamw = partial(AdamW, beta1=vector.beta1, beta2=vector.beta2, eps=vector.eps)
+    common: dict[str, Any] = {name: getattr(matrix, name) for name in ("momentum", "weight_decay")}
+    common["dtype"] = DTYPES[matrix.dtype]
     if matrix.rule in SCION_RULES:
-        return {label: _scion(optim, label) for _, label in norm_patterns(optim)}
-    common: dict[str, Any] = {
-        "momentum": matrix.momentum,
-        "weight_decay": matrix.weight_decay,
-        "dtype": DTYPES[matrix.dtype],
-    }
-    muon: dict[str, Any] = common | {
-        "nesterov": matrix.nesterov,
-        "method": matrix.method,
-        "update_scale": matrix.scale,
-    }
+        return {label: _scion(optim, label, **common) for _, label in norm_patterns(optim)}
+    adamw = partial(AdamW, beta1=vector.beta1, beta2=vector.beta2, eps=vector.eps)
+    muon: dict[str, Any] = {**common, "nesterov": matrix.nesterov, "method": matrix.method}
+    muon["update_scale"] = matrix.scale
+    ahead = {name: getattr(matrix, name) for name in ("lookahead", "velocity_decay", "ramp_steps")}
     makers: dict[str, Callable[[], Rule]] = {
         "muon": lambda: Muon(**muon),
         "normuon": lambda: NorMuon(**muon, beta2=matrix.row_beta2),
         "muon_plus": lambda: MuonPlus(**muon, lines=matrix.lines),
-        "ema_nesterov": lambda: EmaNesterov(
-            **muon,
-            lookahead=matrix.lookahead,
-            velocity_decay=matrix.velocity_decay,
-            ramp_steps=matrix.ramp_steps,
-        ),
+        "ema_nesterov": lambda: EmaNesterov(**muon, **ahead),
         "adamw": lambda: adamw(weight_decay=matrix.weight_decay),
         "sgd": lambda: Sgd(**common),
         "signum": lambda: Signum(**common),
@@ -116,26 +106,14 @@ def norm_patterns(optim: OptimConfig) -> list[tuple[str, str]]:
     return [(pattern, label) for pattern, _, label in (entry.partition("=") for entry in optim.scion.norms)]
 
 
-def _scion(optim: OptimConfig, label: str) -> Rule:
+def _scion(optim: OptimConfig, label: str, **common: Any) -> Rule:
     matrix, scion = optim.matrix, optim.scion
     _, norm, radius = parse_norm_entry(f"={label}")
-    common: dict[str, Any] = {
-        "momentum": matrix.momentum,
-        "weight_decay": matrix.weight_decay,
-        "dtype": DTYPES[matrix.dtype],
-        "method": matrix.method,
-        "norm": norm,
-        "radius": radius,
-        "constrained": scion.constrained,
-    }
+    common |= {"method": matrix.method, "norm": norm, "radius": radius, "constrained": scion.constrained}
     if matrix.rule == "scion":
         return Scion(**common)
-    ahead: dict[str, Any] = {
-        "transport": scion.transport,
-        "cap": scion.transport_cap,
-        "ramp_steps": matrix.ramp_steps,
-    }
-    return TransportedScion(**common, **ahead)
+    cap, ramp_steps = scion.transport_cap, matrix.ramp_steps
+    return TransportedScion(**common, transport=scion.transport, cap=cap, ramp_steps=ramp_steps)
 
 
 def assign(

@@ -1,7 +1,7 @@
 """The training loop: one step after another, whatever launched it.
 
-Everything it leaves behind is in the run directory: the record, the checkpoints, the plot. A run that
-starts where checkpoints are resumes from the newest complete one.
+Everything it writes is in the run directory: the record and the checkpoints. If there are checkpoints, it
+resumes from the newest complete one (`training.run.start`).
 """
 
 import time
@@ -35,7 +35,7 @@ from training.run.spent import Spent
 from training.run.start import Start
 from training.run.validation import Validation
 
-MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run is given up
+MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 
 Observe = Callable[[dict[str, Any]], None]
@@ -183,8 +183,8 @@ class Trainer:
         """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss.
 
         Args:
-            phase: a context for each part of the step, told its name: "data", "compute" (with whatever ZeRO
-                sends meanwhile) or "optimizer".
+            phase: gives a context for each part of the step by its name: "data", "compute" (which includes
+                what ZeRO sends meanwhile) or "optimizer".
         """
         applied = self.optimizer.applied_steps
         schedule = {name: value for name, value in asdict(self.config.schedule).items() if name != "tokens"}
@@ -287,7 +287,7 @@ class Trainer:
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
             raise TrainingError(
-                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps on end; "
+                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps in a row; "
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
             )

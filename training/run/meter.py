@@ -14,7 +14,7 @@ from training.run.context import Context
 
 @dataclass
 class Meter:
-    """Times optimizer steps. The caller pauses it for what is no step, such as evaluation and checkpoints.
+    """Times optimizer steps. The caller pauses it for everything else, such as evaluation and checkpoints.
 
     Attributes:
         tokens_per_step: over all workers.

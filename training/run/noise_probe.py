@@ -1,7 +1,7 @@
 """Gradient noise in a run: several micro-batches' gradients of each hidden matrix, at the same weights.
 
-The gradients are taken beside the run, by `torch.autograd.grad`: nothing is accumulated, reduced or counted,
-so that a run is the same bit for bit with and without. Every rank measures its share of the matrices on
+`torch.autograd.grad` takes the gradients. It accumulates, reduces and counts nothing, so the run stays the
+same, bit for bit. Every rank measures its share of the matrices on
 micro-batches of its own. That needs whole weights on every rank, hence ZeRO stages 0 to 2.
 """
 

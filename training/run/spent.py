@@ -11,7 +11,7 @@ PARTS = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
 
 
 class Spent:
-    """Adds up the seconds of parts that do not overlap, from the moment when it is made."""
+    """Adds up the seconds of parts that do not overlap. The total starts when it is made."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -27,7 +27,7 @@ class Spent:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
 
     def summary(self) -> dict[str, float]:
-        """`<part>_seconds` of every one of `PARTS`, for summary.json; training is what the others leave."""
+        """`<part>_seconds` of all `PARTS`, for summary.json; training is the time that no other part took."""
         seconds = {name: self._seconds.get(name, 0.0) for name in PARTS}
         seconds["training"] = time.monotonic() - self._started - sum(seconds.values())
         return {f"{name}{SUFFIX}": value for name, value in seconds.items()}
@@ -37,7 +37,7 @@ class Spent:
 
         Args:
             run: the summary of the run, whose parts come after those of this process.
-            rest: the name of what neither has counted.
+            rest: the name for the time that is in neither.
         """
         total = time.monotonic() - self._started
         parts = {**self._seconds, **{name: run[f"{name}{SUFFIX}"] for name in PARTS}}

@@ -3,8 +3,8 @@
     python -m training.study [--config FILE] [--dry-run] [key=value ...]
 
 Without --config the study is training/configs/study.yaml. Every run is `python -m training.launch` in a
-process of its own, so it leaves what any run leaves, under `<directory>/<name>/runs`. The same command again
-runs what is left, and writes the report anew: report.md, results.csv, results.json, figures/.
+process of its own, with its run directory under `<directory>/<name>/runs`. The same command again runs what
+is left and rewrites report.md, results.csv, results.json and figures/.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def _describe(plan: StudyPlan) -> str:
 
 
 def measured_seconds(plan: StudyPlan) -> dict[str, float]:
-    """Width -> mean seconds of its finished runs, where there are any."""
+    """Width -> mean seconds of its finished tuning runs, where there are any."""
     seconds = defaultdict(list)
     for run in plan.tuning_runs():
         result = read_result(plan, run)
@@ -87,10 +87,10 @@ def parallel_runs(config: StudyConfig) -> int:
 
 
 def run_study(plan: StudyPlan, *, command: str) -> None:
-    """StudyRun what is left, write the tables, figures and the report, and print where they are.
+    """Run what is left, write tables, figures and the report, and print where it is.
 
     Raises:
-        RunError: a rule has no finished run; everything else is reported and no error.
+        RunError: a rule has no finished report run. Other failed runs are only reported.
     """
     directory = plan.config.study_directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
 
 
 def run_synthetic_problem(config: StudyConfig) -> str | None:
-    """The report's section on the synthetic problem, its picture beside it; None if it is not asked for."""
+    """The report's section on the synthetic problem, with a figure; None if it is not enabled."""
     if not config.synthetic.enabled:
         return None
     print("the synthetic problem", file=sys.stderr)
@@ -130,11 +130,8 @@ def run_synthetic_problem(config: StudyConfig) -> str | None:
     return synthetic_report.describe(result)
 
 
-# --- running ------------------------------------------------------------------------------------------
-
-
 def execute(plan: StudyPlan) -> dict[StudyRun, Result]:
-    """Every run that can be made, to its end: what is finished is read, the rest runs as Ray tasks."""
+    """Read the finished runs, and run the others to their end as Ray tasks."""
     results: dict[StudyRun, Result] = {}
     if not _read_finished(plan, results):
         return results
@@ -153,7 +150,7 @@ def execute(plan: StudyPlan) -> dict[StudyRun, Result]:
 def _read_finished(
     plan: StudyPlan, results: dict[StudyRun, Result], *, running: Collection[StudyRun] = ()
 ) -> list[StudyRun]:
-    """Take in finished runs, as far as they let others start. Returns the runs that can be started."""
+    """Add finished runs to `results`, and the runs that these make possible. Returns the runs to start."""
     left: list[StudyRun] = []
     while fresh := [run for run in StudyResults(plan, results).next_runs() if run not in {*left, *running}]:
         for run in fresh:
@@ -166,13 +163,13 @@ def _read_finished(
 
 
 def _drop_checkpoints(plan: StudyPlan, run: StudyRun) -> None:
-    """The files of a finished run say what it came to; its checkpoints are kept only if that is asked."""
+    """A finished run needs no checkpoints, unless `keep_checkpoints` is set."""
     if not plan.config.keep_checkpoints:
         shutil.rmtree(plan.configs.directory(run) / "checkpoints", ignore_errors=True)
 
 
 class _Scheduler:
-    """Hands runs to Ray as they become due, and follows them."""
+    """Hands runs to Ray as soon as they can start, and follows them."""
 
     def __init__(self, plan: StudyPlan, results: dict[StudyRun, Result]) -> None:
         import ray
@@ -187,7 +184,7 @@ class _Scheduler:
         )(train_in_process)
 
     def run(self) -> None:
-        """Until no run is left. An interrupted study leaves every run resumable."""
+        """Run until no run is left. If the study is interrupted, every run can be resumed."""
         total = sum(self._plan.plan_of(run).num_steps for run in self._plan.typical_runs())
         with Progress(total) as progress:
             steps = _Steps(self._plan, self._results)
@@ -213,11 +210,11 @@ class _Scheduler:
             _drop_checkpoints(self._plan, run)
         num_runs = len(self._plan.typical_runs())
         loss = "-" if result.validation_loss is None else f"{result.validation_loss:.4f}"
-        said = f"validation loss {loss}" if result.ok else f"{result.status}: {result.error}"
-        progress.note(f"{len(self._results)}/{num_runs} {result.name}: {said}")
+        ending = f"validation loss {loss}" if result.ok else f"{result.status}: {result.error}"
+        progress.note(f"{len(self._results)}/{num_runs} {result.name}: {ending}")
 
     def _failure(self, reference: Any) -> RunFailure | None:
-        """How the run ended, if not well."""
+        """How the run failed, or None."""
         from ray.exceptions import RayError
 
         try:
@@ -228,9 +225,9 @@ class _Scheduler:
 
 
 def train_in_process(arguments: Sequence[str], log: str) -> tuple[int, str]:
-    """In a Ray task: one run in a process of its own, which ends with the task, also when that is cancelled.
+    """In a Ray task: one run in a process of its own, which ends with the task, even a cancelled one.
 
-    Returns its exit code, and the last lines of its log.
+    Returns its exit code and the last lines of its log.
     """
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,14 +241,14 @@ def train_in_process(arguments: Sequence[str], log: str) -> tuple[int, str]:
 
 
 def last_lines(log: Path) -> str:
-    """What a log of a run ends with, in one line: its error, if it ends with one."""
+    """The end of a run's log in one line: its error, if there is one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     return " | ".join(lines[errors[-1] :][:LAST_LINES] if errors else lines[-LAST_LINES:])
 
 
 class _Steps:
-    """Optimizer steps of all runs, done so far, and how fast they go, for the progress line."""
+    """Steps of all runs so far and their rate, for the progress line."""
 
     def __init__(self, plan: StudyPlan, results: dict[StudyRun, Result]) -> None:
         self._plan = plan
@@ -259,7 +256,7 @@ class _Steps:
         self._began: tuple[float, int] | None = None  # when the first row was asked for, and its steps
 
     def row(self, running: Iterable[StudyRun]) -> dict[str, Any]:
-        """Steps, and since the first row tokens per second and seconds per step, of all runs at once."""
+        """Steps of all runs together; since the first row also tokens per second and seconds per step."""
         ended = sum(self._plan.plan_of(run).num_steps for run in self._results)
         steps = ended + sum(last_step(self._plan.configs.directory(run) / "metrics.jsonl") for run in running)
         self._began = self._began or (time.monotonic(), steps)

@@ -1,7 +1,7 @@
-"""The keys of a study: which rules, learning rates, widths, noise and seeds (`python -m training.study`).
+"""The keys of a study: rules, learning rates, widths, noise and seeds (`python -m training.study`).
 
 A fragment is a list of key=value pairs of a training run (`training.config`). The fragments of a run are
-merged in the order common, width, noise, rule, phase, smoke; what the study itself decides comes last.
+merged in the order common, width, noise, rule, phase, smoke. OWN_KEYS come last; the study sets them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from training.config import SEEDS
 from training.study.synthetic.config import SyntheticConfig, smoke
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "study.yaml"
-OWN_KEYS = (  # of a training run, which the study sets itself
+OWN_KEYS = (  # of a training run; the study sets them
     *("launcher", "workers.count", "workers.cpus", "workers.gpu", "optim.matrix.lr", "optim.vector.lr"),
     *("run.name", "run.directory", "run.seed", "record.wandb", "record.project", "record.group"),
     *("model.hidden_size", "model.ffn_size", "model.num_heads", "model.num_kv_heads"),
@@ -52,7 +52,7 @@ class WidthConfig:
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class StudyNoiseConfig:
     keys: tuple[str, ...] = key((), "fragment that adds the noise; empty: the gradient's own")
 
 
@@ -80,7 +80,7 @@ class StudyConfig:
     )
     rules: dict[str, RuleConfig] = key(dict, "the rules, by name")
     widths: dict[str, WidthConfig] = key(dict, "the sizes of the model, by name; claims are of the widest")
-    noise: dict[str, NoiseConfig] = key(
+    noise: dict[str, StudyNoiseConfig] = key(
         dict, f"the noise settings, by name; default: '{NO_NOISE}', without a fragment"
     )
     seeds: tuple[int, ...] = key((1, 2, 3), "run.seed of the runs that the claims are made of")
@@ -107,12 +107,12 @@ class StudyConfig:
 
     @property
     def study_directory(self) -> Path:
-        """`<directory>/<name>`, absolute; a miniature beside it ends in `-smoke`."""
+        """`<directory>/<name>`, absolute; `-smoke` is appended to the name of a miniature."""
         return (Path(self.directory).expanduser() / self.full_name).absolute()
 
     @property
     def full_name(self) -> str:
-        """The name, which for a miniature ends in `-smoke`."""
+        """The name, with `-smoke` appended for a miniature."""
         return self.name + "-smoke" * self.smoke
 
     @property
@@ -121,12 +121,12 @@ class StudyConfig:
         return max(self.widths, key=lambda name: self.widths[name].hidden_size)
 
     @property
-    def noises(self) -> dict[str, NoiseConfig]:
-        """The noise settings; at least one, which may be none."""
-        return self.noise or {NO_NOISE: NoiseConfig()}
+    def noises(self) -> dict[str, StudyNoiseConfig]:
+        """The noise settings; at least one, which may add no noise."""
+        return self.noise or {NO_NOISE: StudyNoiseConfig()}
 
     def title(self, rule: str) -> str:
-        """What text and figures call the rule."""
+        """The rule's name in text and figures."""
         return self.rules[rule].title or rule
 
 
@@ -146,7 +146,7 @@ def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfi
 
 
 def _shrunk(config: StudyConfig) -> StudyConfig:
-    """In miniature: the middle of each grid, the first seeds. `training.study.plan` adds `smoke_keys`."""
+    """In miniature: the middle of each grid, the first seeds. `training.study.runs` adds `smoke_keys`."""
     rules = {
         name: dataclasses.replace(rule, grid=_middle(rule.grid), vector_ratios=rule.vector_ratios[:1])
         for name, rule in config.rules.items()

@@ -12,7 +12,7 @@ PANEL_INCHES = (5.0, 4.0)
 
 
 def plot_study(study: StudyResults, directory: Path) -> list[Path]:
-    """Every figure for which there are results, for each noise: PNG files in `directory`."""
+    """Write every figure, for each noise, as a PNG file in `directory`."""
     directory.mkdir(exist_ok=True)
     paths: list[Path | None] = []
     for noise in study.plan.config.noises:
@@ -23,12 +23,12 @@ def plot_study(study: StudyResults, directory: Path) -> list[Path]:
 
 
 def figure_file(name: str, config: StudyConfig, *, noise: str) -> str:
-    """The file of the figure `name`, one of FIGURES, for a noise."""
+    """The file name of a figure of FIGURES under a noise."""
     return f"{name}.png" if len(config.noises) == 1 else f"{name}-{noise}.png"
 
 
 def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
-    """Validation loss against tokens: of each rule the mean over its seeds, in a band from min to max."""
+    """Validation loss over tokens: for each rule the mean over its seeds, in a band from min to max."""
     drawn, [axes] = _panels(1)
     for rule in study.plan.config.rules:
         curve = [(t, s) for t, s in mean_curve(study.finished(rule, noise=noise)) if t > 0]
@@ -44,7 +44,7 @@ def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
 
 
 def plot_rates(study: StudyResults, path: Path, *, noise: str) -> Path:
-    """Tuning loss against learning rate: a panel for each rule, a line for each width, its lowest marked."""
+    """Tuning loss over learning rate: a panel for each rule, a line for each width, its lowest marked."""
     config = study.plan.config
     drawn, panels = _panels(len(config.rules), share=True)
     for axes, rule in zip(panels, config.rules, strict=True):

@@ -1,4 +1,4 @@
-"""The report of a study, in Markdown: its findings in words, the numbers behind them, and their limits."""
+"""The report of a study in Markdown: claims in words, the numbers behind them, and their limits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,9 +79,6 @@ def _warnings(study: StudyResults) -> list[str]:
     return found
 
 
-# --- claims -------------------------------------------------------------------------------------------
-
-
 def claims(study: StudyResults, *, noise: str) -> list[str]:
     """The claims in words, computed from the results."""
     config = study.plan.config
@@ -103,7 +100,7 @@ def claims(study: StudyResults, *, noise: str) -> list[str]:
 
 
 def claim_of_tokens(ratio: TokenRatio | None, rule: str, reference: str, *, target: float) -> str:
-    """How many of the reference's tokens a rule needs to the reference's loss, held against the target."""
+    """The share of the reference's tokens that a rule needs to reach its loss, compared with the target."""
     aim = f"the target, at most {target:g},"
     if ratio is None:
         return f"What share of {reference}'s tokens {rule} needs is not known: no report run of one finished."
@@ -127,7 +124,7 @@ def claim_of_tokens(ratio: TokenRatio | None, rule: str, reference: str, *, targ
 
 
 def claim_of_difference(found: Difference | None, challenger: str, baseline: str) -> str:
-    """Where the challenger's final loss lies, against the band of the baseline's seeds."""
+    """The challenger's final loss compared with the band of the baseline's seeds."""
     if found is None:
         return f"{challenger} minus {baseline} is not known: no seed finished under both."
     verdict = {
@@ -144,7 +141,7 @@ def claim_of_difference(found: Difference | None, challenger: str, baseline: str
 
 
 def _edges(study: StudyResults, *, noise: str) -> list[str]:
-    """What must be said of rates at the end of their grid, and of grids without a finished run."""
+    """Notes on rates at the end of their grid, and on grids without a finished run."""
     config = study.plan.config
     found = []
     for of_noise, width in study.plan.settings:
@@ -156,7 +153,7 @@ def _edges(study: StudyResults, *, noise: str) -> list[str]:
 
 
 def edge_text(choice: Choice | None, rule: str, *, width: str) -> str | None:
-    """The sentence that a rate at the end of its grid needs; None where it lies inside."""
+    """The note on a rate at the end of its grid; None if it lies inside."""
     if choice is None:
         return f"{rule} at {width}: no tuning run finished, so no rate was chosen."
     found = []
@@ -170,9 +167,6 @@ def edge_text(choice: Choice | None, rule: str, *, width: str) -> str | None:
             f"the best vector ratio, {choice.vector_ratio:g}, is the {choice.ratio_edge} of those tried"
         )
     return f"{rule} at {width}: {'; '.join(found)}." if found else None
-
-
-# --- tables -------------------------------------------------------------------------------------------
 
 
 def _losses(study: StudyResults, *, noise: str) -> str:
@@ -192,7 +186,7 @@ def _losses(study: StudyResults, *, noise: str) -> str:
 
 
 def _rates(study: StudyResults, *, noise: str) -> str:
-    """Each grid with its tuning losses on each width, the lowest in bold; what that says about transfer."""
+    """Each grid with its tuning losses on each width, the lowest in bold, and whether the rate transfers."""
     config = study.plan.config
     parts = [
         f"Tuning loss at the end, seed {config.tuning_seed}, on sequences that the claims do not use; the "
@@ -232,7 +226,7 @@ def _rate_cells(study: StudyResults, rule: str, ratio: float, *, noise: str, wid
 
 
 def transfer_text(study: StudyResults, rule: str, *, noise: str) -> str:
-    """Whether the best rate is the same on every width; nothing to say of a single width."""
+    """Whether the best rate is the same on every width; empty for a single width."""
     found = {
         width: rate_text(choice)
         for of_noise, width in study.plan.settings
@@ -247,12 +241,12 @@ def transfer_text(study: StudyResults, rule: str, *, noise: str) -> str:
 
 
 def rate_text(choice: Choice) -> str:
-    """The rate of the matrices, and where it is another, the ratio of the vectors' to it."""
+    """The rate of the matrices, and the ratio of the vectors' rate to it unless it is 1."""
     return f"{choice.lr:g}" if choice.vector_ratio == 1 else f"{choice.lr:g} x{choice.vector_ratio:g}"
 
 
 def _token_section(study: StudyResults, *, noise: str, ending: str) -> list[str]:
-    """Tokens of every rule to the reference's loss; nothing without a reference."""
+    """Tokens of every rule to the reference's loss; empty without a reference."""
     config = study.plan.config
     reference = config.claims.reference
     if reference is None:
@@ -295,9 +289,6 @@ def _failures(study: StudyResults) -> str:
 
 def _one_cell(text: str | None) -> str:
     return (text or DASH).replace("|", "/").replace("\n", " ")
-
-
-# --- method and limits --------------------------------------------------------------------------------
 
 
 def _method(study: StudyResults, about: About) -> str:
@@ -391,7 +382,7 @@ def _repeat(plan: StudyPlan, about: About) -> str:
 
 
 def _limits(study: StudyResults) -> list[str]:
-    """What a reader might take from the numbers and must not."""
+    """What a reader must not conclude from the numbers."""
     plan, config = study.plan, study.plan.config
     run = plan.tuning_runs()[0]
     planned, first = plan.plan_of(run), plan.configs.of(run)
@@ -414,15 +405,12 @@ def _limits(study: StudyResults) -> list[str]:
     ]
 
 
-# --- Markdown -----------------------------------------------------------------------------------------
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> str:
     return "\n".join(markdown(head, rows))
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A Markdown list; a dash if there is nothing to list."""
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines) or "None were asked for."
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a study came to, read from their files, and the arithmetic of the claims. No torch."""
+"""Results of a study's runs, read from their files, and the arithmetic of the claims. No torch."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ Curve = tuple[tuple[int, float], ...]  # (tokens, validation loss in nats per to
 
 @dataclass(frozen=True)
 class RunFailure:
-    """A run that ended without a summary: its exit code, or None if it was lost, and its last words."""
+    """A run that ended without a summary: its exit code (None: its node was lost) and the end of its log."""
 
     exit_code: int | None
     last_lines: str
@@ -38,11 +38,11 @@ class RunFailure:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to. Losses are means in nats per token, over all evaluations' same sequences.
+    """The result of one run. Losses are means in nats per token; all evaluations use the same sequences.
 
     Attributes:
-        seconds: of the training loop, in all starts of the run, without steps that were taken again.
-        error: why it failed or counts as diverged; its last lines.
+        seconds: of the training loop, over all starts of the run, without repeated steps.
+        error: why it failed or counts as diverged.
     """
 
     run: StudyRun
@@ -68,7 +68,7 @@ class Result:
 
 
 def read_result(plan: StudyPlan, run: StudyRun, failure: RunFailure | None = None) -> Result:
-    """What the run's directory says. `failure`: how it ended, where it did so without a summary."""
+    """From the run's directory. `failure`: how the run ended, if it ended without a summary."""
     config = plan.configs.of(run)
     directory, name = config.run_directory, config.run.name
     if is_finished(directory):
@@ -97,7 +97,7 @@ def _of_finished(run: StudyRun, config: TrainConfig, directory: Path) -> Result:
 
 
 def divergence(loss: float | None, *, start: float) -> str | None:
-    """Why a final validation loss is none to compare: not finite (null in a summary), or none was learnt."""
+    """Why a final validation loss does not count: it is not finite (null in a summary), or did not fall."""
     if loss is None or not math.isfinite(loss):
         return "the final validation loss is not finite"
     if loss >= start:
@@ -119,27 +119,24 @@ def _commit(directory: Path) -> str | None:
     return about["commit"] + "+dirty" * bool(about["dirty"])
 
 
-# --- choosing rates -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Choice:
     """The point of one rule's grid, in one setting, with the lowest tuning loss.
 
     Attributes:
-        edge: "lowest" or "highest" where it is an end of the grid, "only" where there is no other, so that a
-            better one may lie beyond; else None.
+        edge: "lowest" or "highest" if it is an end of the grid, "only" if the grid has one point: a better
+            one may lie beyond. Else None.
     """
 
     lr: float
     vector_ratio: float
     tuning_loss: float
     edge: str | None
-    ratio_edge: str | None = None  # the same of several ratios; None too where there is one, by design
+    ratio_edge: str | None = None  # the same for the ratios; None also if only one was tried, by design
 
 
 def choose(results: Iterable[Result], *, rule: RuleConfig) -> Choice | None:
-    """The choice among the tuning runs of one rule in one setting; None if none of them finished."""
+    """The choice among the tuning runs of one rule in one setting; None if no run finished."""
     tried = [
         (r.tuning_loss, r.run.lr, r.run.vector_ratio) for r in results if r.ok and r.tuning_loss is not None
     ]
@@ -158,27 +155,27 @@ def _edge(value: float, tried: Sequence[float]) -> str | None:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """The results of a study, as far as there are any."""
+    """The results of a study so far."""
 
     plan: StudyPlan
     results: Mapping[StudyRun, Result]
 
     def tuning(self, rule: str, *, noise: str, width: str) -> list[Result]:
-        """The tuning results of one rule in one setting, by ascending rate, missing ones left out."""
+        """The available tuning results of one rule in one setting, by ascending rate."""
         runs = self.plan.tuning_of(noise=noise, width=width, rule=rule)
         return [self.results[run] for run in runs if run in self.results]
 
     def choice(self, rule: str, *, noise: str, width: str) -> Choice | None:
-        """The rule's rate in that setting, from the results that are there."""
+        """The rule's rate in that setting, from the available results."""
         return choose(self.tuning(rule, noise=noise, width=width), rule=self.plan.config.rules[rule])
 
     def report(self, rule: str, *, noise: str) -> list[Result]:
-        """The report results of a rule under a noise, in the order of the seeds, missing ones left out."""
+        """The available report results of a rule under a noise, in the order of the seeds."""
         runs = self.report_runs(rule, noise=noise)
         return [self.results[run] for run in runs if run in self.results]
 
     def report_runs(self, rule: str, *, noise: str) -> list[StudyRun]:
-        """The report runs of a rule under a noise, once it has a rate."""
+        """The report runs of a rule under a noise; none before it has a rate."""
         choice = self.choice(rule, noise=noise, width=self.plan.config.widest)
         if choice is None:
             return []
@@ -186,7 +183,7 @@ class StudyResults:
         return self.plan.report_runs(rule, **rates, noise=noise)
 
     def finished(self, rule: str, *, noise: str) -> list[Result]:
-        """Of these, the finished ones."""
+        """The finished report results."""
         return [result for result in self.report(rule, noise=noise) if result.ok]
 
     def next_runs(self) -> list[StudyRun]:
@@ -202,20 +199,17 @@ class StudyResults:
         return due
 
     def failed(self) -> list[Result]:
-        """Every run that ran and does not count."""
+        """Every run that failed or diverged."""
         return [result for result in self.results.values() if result.status in (FAILED, DIVERGED)]
 
     def rules_without_a_result(self) -> list[str]:
-        """Rules of which no report run finished, under any noise."""
+        """Rules without a finished report run under any noise."""
         config = self.plan.config
         return [
             rule
             for rule in config.rules
             if not any(self.finished(rule, noise=noise) for noise in config.noises)
         ]
-
-
-# --- arithmetic of the claims -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,12 +223,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """None of no values."""
+        """None without values."""
         return cls(statistics.mean(values), min(values), max(values), len(values)) if values else None
 
 
 def losses(results: Iterable[Result]) -> list[float]:
-    """The final validation losses of finished runs."""
+    """Final validation losses of the finished runs."""
     return [r.validation_loss for r in results if r.ok and r.validation_loss is not None]
 
 
@@ -259,7 +253,7 @@ class TokenRatio:
     """Tokens that the seeds of a rule need to a target loss, as shares of the reference's whole budget.
 
     Attributes:
-        tokens: of each seed, None where it does not reach the target within the budget.
+        tokens: of each seed; None if it does not reach the target within the budget.
         reference_tokens: the budget, after which the reference has its mean final loss, the target.
     """
 
@@ -274,7 +268,7 @@ class TokenRatio:
 
     @property
     def num_unreached(self) -> int:
-        """Seeds that do not reach it."""
+        """Seeds that do not reach the target."""
         return sum(t is None for t in self.tokens)
 
 
@@ -291,7 +285,7 @@ def token_ratio(results: Sequence[Result], *, reference: Sequence[Result]) -> To
 
 @dataclass(frozen=True)
 class Difference:
-    """The final validation loss of a challenger less that of a baseline, in nats per token.
+    """The final validation loss of a challenger minus that of a baseline, in nats per token.
 
     Attributes:
         by_seed: over the seeds that finished under both.
@@ -328,11 +322,8 @@ def mean_curve(results: Sequence[Result]) -> list[tuple[int, Spread]]:
     return [(tokens, spread) for tokens, spread in spreads if spread is not None]
 
 
-# --- tables -------------------------------------------------------------------------------------------
-
-
 def write_tables(study: StudyResults, directory: Path, *, about: Mapping[str, Any]) -> None:
-    """`results.csv`, one row per run; `results.json`, the same with the curves and where they come from."""
+    """`results.csv`, one row per run; `results.json`, the same with the curves and `about`."""
     results = [study.results[run] for run in sorted(study.results, key=_order)]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -344,7 +335,7 @@ def write_tables(study: StudyResults, directory: Path, *, about: Mapping[str, An
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinities; the status of such a run says that it diverged."""
+    """JSON has no infinities; the status of such a run is "diverged"."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 

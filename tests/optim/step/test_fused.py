@@ -73,7 +73,7 @@ FIRST = ("muon", "muon-bf16", "muon-plain", "adamw")  # in every layout; the oth
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """One layout of PARAMETERS over the ranks.
 
     Attributes:
@@ -99,21 +99,24 @@ class Case:
 
 TILED = ("random", "flat", "equal", "alone")
 CASES = [
-    *(Case(cut, rule=rule) for cut in (*TILED, "replicated") for rule in FIRST),
-    *(Case("random", 8, rule) for rule in RULES if rule not in FIRST),
-    *(Case("replicated", rule=rule) for rule in ("normuon", "transported")),
-    *(Case("random", seed, flats="many", chunk=7) for seed in range(1, 5)),
-    *(Case(cut, flats="many", chunk=7, inspect=True) for cut in ("equal", "replicated")),
-    *(Case("random", 5, rule, "many", missing=("wide", "a", "q_proj")) for rule in FIRST),
+    *(StepCase(cut, rule=rule) for cut in (*TILED, "replicated") for rule in FIRST),
+    *(StepCase("random", 8, rule) for rule in RULES if rule not in FIRST),
+    *(StepCase("replicated", rule=rule) for rule in ("normuon", "transported")),
+    *(StepCase("random", seed, flats="many", chunk=7) for seed in range(1, 5)),
+    *(StepCase(cut, flats="many", chunk=7, inspect=True) for cut in ("equal", "replicated")),
+    *(StepCase("random", 5, rule, "many", missing=("wide", "a", "q_proj")) for rule in FIRST),
     *(
-        Case(cut, 6, flats=flats, missing=tuple(PARAMETERS))
+        StepCase(cut, 6, flats=flats, missing=tuple(PARAMETERS))
         for cut in ("random", "replicated")
         for flats in ("one", "many")
     ),
-    *(Case("random", 7, rule, inspect=True) for rule in ("muon", "muon-bf16")),
-    *(Case("flat", 9, rule, model=torch.bfloat16) for rule in ("muon", "adamw", "transported")),
-    *(Case("random", 10, rule, "many", staged=True, chunk=7) for rule in ("muon", "normuon", "ema_nesterov")),
-    Case("random", 11, staged=True, missing=tuple(PARAMETERS)),
+    *(StepCase("random", 7, rule, inspect=True) for rule in ("muon", "muon-bf16")),
+    *(StepCase("flat", 9, rule, model=torch.bfloat16) for rule in ("muon", "adamw", "transported")),
+    *(
+        StepCase("random", 10, rule, "many", staged=True, chunk=7)
+        for rule in ("muon", "normuon", "ema_nesterov")
+    ),
+    StepCase("random", 11, staged=True, missing=tuple(PARAMETERS)),
 ]
 
 
@@ -132,7 +135,7 @@ def weight(name: str) -> Tensor:
     return drawn(name, 0, 0.3)
 
 
-def gradient(name: str, case: Case, step: int) -> Tensor | None:
+def gradient(name: str, case: StepCase, step: int) -> Tensor | None:
     """Of very different size from one parameter and step to the next, as gradients are."""
     if name in case.missing:
         return None
@@ -140,7 +143,7 @@ def gradient(name: str, case: Case, step: int) -> Tensor | None:
     return drawn(name, 1 + step + 10 * case.seed, scale)
 
 
-def holdings(case: Case, world_size: int) -> dict[str, list[tuple[int, int]]]:
+def holdings(case: StepCase, world_size: int) -> dict[str, list[tuple[int, int]]]:
     """Name -> the range that every rank holds."""
     draw = random.Random(f"{case.cut} {case.seed} {world_size}")
     total, position, found = sum(map(numel, PARAMETERS)), 0, {}
@@ -168,7 +171,7 @@ def holdings(case: Case, world_size: int) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def lay_out(case: Case, world_size: int, rank: int) -> list[Fragment]:
+def lay_out(case: StepCase, world_size: int, rank: int) -> list[Fragment]:
     """This rank's pieces in flat tensors that are NaN elsewhere, so that reading beyond a piece shows."""
     fragments, offset, place = [], 0, {}
     held = {name: ranges[rank] for name, ranges in holdings(case, world_size).items()}
@@ -186,7 +189,7 @@ def lay_out(case: Case, world_size: int, rank: int) -> list[Fragment]:
     return fragments
 
 
-def set_gradients(fragments: list[Fragment], case: Case, step: int) -> None:
+def set_gradients(fragments: list[Fragment], case: StepCase, step: int) -> None:
     for fragment in fragments:
         fragment.flat.grad = None
     for fragment in fragments:
@@ -224,7 +227,7 @@ class Wire:
         return self._all_reduce(tensor, *arguments, **options)
 
 
-def run_case(context: Context, case: Case) -> dict:
+def run_case(context: Context, case: StepCase) -> dict:
     fragments = lay_out(case, context.world_size, context.rank)
     fused.CHUNK_ELEMENTS = case.chunk
     exchange._lies_elsewhere = lambda flat, device: case.staged
@@ -263,19 +266,19 @@ def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def run_cases(context: Context, cases: list[Case]) -> list[dict]:
+def run_cases(context: Context, cases: list[StepCase]) -> list[dict]:
     return [run_case(context, case) for case in cases]
 
 
 @functools.cache
-def outcomes(world_size: int) -> dict[Case, list[dict]]:
+def outcomes(world_size: int) -> dict[StepCase, list[dict]]:
     """Each case's results of all ranks. One set of processes runs all cases of a world size."""
     per_rank = spawn(run_cases, CASES, world_size=world_size)
     return {case: [results[i] for results in per_rank] for i, case in enumerate(CASES)}
 
 
 @functools.cache
-def oracle(case: Case) -> dict[str, dict[str, Tensor]]:
+def oracle(case: StepCase) -> dict[str, dict[str, Tensor]]:
     """The same steps by `rules.step` on whole matrices, block by block: name -> 1-D tensors."""
     rule, found = RULES[case.rule], {}
     for name, (blocks, cols) in PARAMETERS.items():
@@ -411,7 +414,7 @@ def test_inspection_measures_the_updates_of_the_last_step(world_size):
         assert squares == pytest.approx(sorted(exact_squares), rel=1e-3)
 
 
-def inspected(case: Case) -> tuple[list[float], list[float]]:
+def inspected(case: StepCase) -> tuple[list[float], list[float]]:
     """Of each matrix in the last step: the error from the update's singular values, and its mean square."""
     rule, errors, squares = RULES[case.rule], [], []
     for name, (blocks, cols) in PARAMETERS.items():
@@ -554,7 +557,7 @@ def test_a_staged_step_gives_the_same_bits(monkeypatch):
     """The passes of an offloaded shard, on a CPU that plays both devices, against the passes in place."""
     monkeypatch.setattr(native, "unsupported", lambda device, dtype: "off: it sums in another order")
     monkeypatch.setattr(exchange, "STRETCH_BYTES", 400)
-    for name, case in ((name, Case("alone", rule=name)) for name in RULES):
+    for name, case in ((name, StepCase("alone", rule=name)) for name in RULES):
         found = []
         for staged in (False, True):
             monkeypatch.setattr(exchange, "_lies_elsewhere", lambda flat, device, staged=staged: staged)

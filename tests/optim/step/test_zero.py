@@ -67,7 +67,7 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Case:
+class ZeroCase:
     """A run of NUM_STEPS.
 
     Attributes:
@@ -104,7 +104,7 @@ class Case:
 
 
 @functools.cache
-def configuration(case: Case) -> TrainConfig:
+def configuration(case: ZeroCase) -> TrainConfig:
     keys = {
         "zero.stage": case.stage,
         "zero.init": str(case.init).lower(),
@@ -131,24 +131,24 @@ def configuration(case: Case) -> TrainConfig:
 
 OFFLOADED = [(1, False), (2, False), (3, False), (3, True)]
 CASES = [
-    *(Case(*stage, num, clip) for stage in STAGES for num in (1, 4) for clip in (0.0, 0.05)),
-    *(Case(*stage, accumulation=4, clip=0.05, precision="bf16") for stage in STAGES),
-    *(Case(*stage, accumulation=4, clip=0.05, offload=True) for stage in OFFLOADED),
-    *(Case(*stage, accumulation=4, clip=0.05, precision="bf16", offload=True) for stage in OFFLOADED),
-    *(Case(*stage, per_head=True) for stage in STAGES),
-    *(Case(3, init, sub_group=150) for init in (False, True)),
-    Case(2, nesterov=False),
+    *(ZeroCase(*stage, num, clip) for stage in STAGES for num in (1, 4) for clip in (0.0, 0.05)),
+    *(ZeroCase(*stage, accumulation=4, clip=0.05, precision="bf16") for stage in STAGES),
+    *(ZeroCase(*stage, accumulation=4, clip=0.05, offload=True) for stage in OFFLOADED),
+    *(ZeroCase(*stage, accumulation=4, clip=0.05, precision="bf16", offload=True) for stage in OFFLOADED),
+    *(ZeroCase(*stage, per_head=True) for stage in STAGES),
+    *(ZeroCase(3, init, sub_group=150) for init in (False, True)),
+    ZeroCase(2, nesterov=False),
     # Every other rule in one stage, and those with a state or a point of another kind in more.
-    *(Case(2, clip=0.05, rule=rule) for rule in ("scion", "muon_plus", "sgd", "signum", "adamw")),
-    *(Case(stage, clip=0.05, rule="normuon") for stage in (0, 1, 3)),
-    *(Case(*stage, clip=0.05, rule="transported_scion") for stage in STAGES[1:]),
-    *(Case(*stage, precision="bf16", rule="transported_scion") for stage in STAGES),
-    *(Case(stage, offload=True, rule="transported_scion") for stage in (2, 3)),
-    Case(3, sub_group=150, rule="transported_scion"),
-    Case(1, rule="ema_nesterov"),
-    *(Case(*stage, noise="student") for stage in STAGES),
-    Case(2, offload=True, noise="stable"),
-    Case(3, precision="bf16", rule="ema_nesterov"),
+    *(ZeroCase(2, clip=0.05, rule=rule) for rule in ("scion", "muon_plus", "sgd", "signum", "adamw")),
+    *(ZeroCase(stage, clip=0.05, rule="normuon") for stage in (0, 1, 3)),
+    *(ZeroCase(*stage, clip=0.05, rule="transported_scion") for stage in STAGES[1:]),
+    *(ZeroCase(*stage, precision="bf16", rule="transported_scion") for stage in STAGES),
+    *(ZeroCase(stage, offload=True, rule="transported_scion") for stage in (2, 3)),
+    ZeroCase(3, sub_group=150, rule="transported_scion"),
+    ZeroCase(1, rule="ema_nesterov"),
+    *(ZeroCase(*stage, noise="student") for stage in STAGES),
+    ZeroCase(2, offload=True, noise="stable"),
+    ZeroCase(3, precision="bf16", rule="ema_nesterov"),
 ]
 
 
@@ -168,13 +168,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batches(case: Case, world_size: int) -> tuple[Tensor, Tensor]:
+def batches(case: ZeroCase, world_size: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets, each [step, micro-batch, rank, sequence, position]."""
     size = (NUM_STEPS, case.accumulation, world_size, MICRO_BATCH, LENGTH)
     return (torch.randint(VOCABULARY, size, generator=seeded(seed)) for seed in (98, 99))
 
 
-def build(case: Case, **zero_keys: Any):
+def build(case: ZeroCase, **zero_keys: Any):
     """`build_deepspeed_engine` of the case, and of DeepSpeed's keys which that does not set."""
     ours = engine.deepspeed_config
     if case.sub_group:
@@ -193,7 +193,7 @@ def build(case: Case, **zero_keys: Any):
         )
 
 
-def run_case(context: Context, case: Case, *, num_steps: int = NUM_STEPS, **zero_keys: Any) -> dict:
+def run_case(context: Context, case: ZeroCase, *, num_steps: int = NUM_STEPS, **zero_keys: Any) -> dict:
     """This rank's shards, gradient norms and counts after `num_steps` steps under DeepSpeed."""
     engine, optimizer, _ = build(case, **zero_keys)
     optimizer.inspect = True
@@ -237,7 +237,7 @@ def copied_shards(optimizer: ZeroOptimizer) -> list[tuple[str, int, dict[str, Te
     ]
 
 
-def run_cases(context: Context, cases: list[Case]) -> list[dict]:
+def run_cases(context: Context, cases: list[ZeroCase]) -> list[dict]:
     return [run_case(context, case) for case in cases]
 
 
@@ -252,7 +252,7 @@ class Expected:
 
 
 @functools.cache
-def oracle(case: Case, world_size: int, num_steps: int = NUM_STEPS) -> Expected:
+def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expected:
     """The same steps in one process."""
     config, model = case.config(), Network()
     fill(model)
@@ -336,17 +336,17 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 # Three ranks cut every shape unevenly and leave some shards empty; one case for each stage suffices there.
-EVERY_STAGE = [Case(*stage, accumulation=4, clip=0.05) for stage in STAGES]
+EVERY_STAGE = [ZeroCase(*stage, accumulation=4, clip=0.05) for stage in STAGES]
 WORLDS = {
     1: EVERY_STAGE,
     2: CASES,
-    3: [*EVERY_STAGE, Case(1, noise="student"), Case(2, offload=True), Case(3, sub_group=150)],
+    3: [*EVERY_STAGE, ZeroCase(1, noise="student"), ZeroCase(2, offload=True), ZeroCase(3, sub_group=150)],
 }
 CASES_OF_WORLDS = [(world_size, case) for world_size, cases in WORLDS.items() for case in cases]
 
 
 @functools.cache
-def outcomes(world_size: int) -> dict[Case, list[dict]]:
+def outcomes(world_size: int) -> dict[ZeroCase, list[dict]]:
     """Each case's results of all ranks. One set of processes runs all cases of a world size."""
     cases = WORLDS[world_size]
     per_rank = spawn(run_cases, cases, world_size=world_size)
@@ -354,7 +354,7 @@ def outcomes(world_size: int) -> dict[Case, list[dict]]:
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES_OF_WORLDS, ids=str)
-def test_every_stage_equals_the_oracle(world_size: int, case: Case) -> None:
+def test_every_stage_equals_the_oracle(world_size: int, case: ZeroCase) -> None:
     results = outcomes(world_size)[case]
     expected = oracle(case, world_size)
     found = assemble(results)
@@ -389,7 +389,7 @@ def test_every_stage_equals_the_oracle(world_size: int, case: Case) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_clipping_acts_on_the_gradient_and_not_on_the_update(stage) -> None:
     """Muon's step length does not depend on the gradient's scale, so clipping must not shorten it."""
-    clipped, free = (outcomes(2)[Case(*stage, accumulation=4, clip=clip)] for clip in (0.05, 0.0))
+    clipped, free = (outcomes(2)[ZeroCase(*stage, accumulation=4, clip=clip)] for clip in (0.05, 0.0))
     assert min(clipped[0]["norms"]) > 0.1  # the clip is in force
     network = Network()
     fill(network)
@@ -470,7 +470,7 @@ def test_all_state_exists_from_the_start_under_the_same_names(world_size: int) -
 # --- accumulation in bf16 -------------------------------------------------------------------------------
 
 ACCUMULATED = [
-    Case(stage, accumulation=16, precision="bf16", offload=offload)
+    ZeroCase(stage, accumulation=16, precision="bf16", offload=offload)
     for stage, offload in [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
 ]
 
@@ -506,8 +506,8 @@ def poison(context: Context, stages: list[tuple[int, bool, str]]) -> list[dict]:
     """One good step, one with a NaN or inf on a single rank and in one parameter, one good step."""
     outcomes = []
     for stage, init, precision in stages:
-        engine, optimizer, _ = build(Case(stage, init, clip=0.05, precision=precision))
-        tokens, targets = batches(Case(stage), context.world_size)
+        engine, optimizer, _ = build(ZeroCase(stage, init, clip=0.05, precision=precision))
+        tokens, targets = batches(ZeroCase(stage), context.world_size)
         history = []
         for step, bad in enumerate([None, float("nan"), float("inf"), None]):
             before = [t.clone() for _, _, ts in optimizer.shards() for t in ts.values()]
@@ -544,7 +544,7 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing(poisoned, stage, prec
 # --- checkpoints across world sizes and stages ---------------------------------------------------------
 
 
-def write_checkpoints(context: Context, root: Path, cases: list[Case]) -> None:
+def write_checkpoints(context: Context, root: Path, cases: list[ZeroCase]) -> None:
     for index, case in enumerate(cases):
         engine, optimizer, _ = build(case)
         tokens, targets = batches(case, context.world_size)
@@ -555,7 +555,7 @@ def write_checkpoints(context: Context, root: Path, cases: list[Case]) -> None:
         checkpoint.save(root / f"step-{index}", shards=optimizer.shards(), state=state, context=context)
 
 
-def read_checkpoints(context: Context, root: Path, sources: int, cases: list[Case]) -> list[dict]:
+def read_checkpoints(context: Context, root: Path, sources: int, cases: list[ZeroCase]) -> list[dict]:
     results = []
     for source in range(sources):
         saved = Checkpoint(root / f"step-{source}")
@@ -583,17 +583,17 @@ def read_checkpoints(context: Context, root: Path, sources: int, cases: list[Cas
 
 
 WRITERS = [
-    Case(1, precision="bf16"),
-    Case(1, precision="bf16", rule="transported_scion"),
-    Case(2, precision="bf16", rule="normuon"),
-    Case(3, precision="bf16"),
-    Case(1),
+    ZeroCase(1, precision="bf16"),
+    ZeroCase(1, precision="bf16", rule="transported_scion"),
+    ZeroCase(2, precision="bf16", rule="normuon"),
+    ZeroCase(3, precision="bf16"),
+    ZeroCase(1),
 ]
 READERS = [
-    *(Case(*stage, precision="bf16") for stage in STAGES),
-    Case(2, precision="bf16", offload=True),
-    *(Case(stage, precision="bf16", rule="transported_scion") for stage in (0, 2, 3)),
-    *(Case(stage, precision="bf16", rule="normuon") for stage in (0, 3)),
+    *(ZeroCase(*stage, precision="bf16") for stage in STAGES),
+    ZeroCase(2, precision="bf16", offload=True),
+    *(ZeroCase(stage, precision="bf16", rule="transported_scion") for stage in (0, 2, 3)),
+    *(ZeroCase(stage, precision="bf16", rule="normuon") for stage in (0, 3)),
 ]
 RESUMED = {1: len(WRITERS), 3: len(WRITERS), 4: 3}  # ranks -> how many of the writers' checkpoints they read
 
@@ -645,7 +645,13 @@ READ_AT_RESUME = [
     (3, "wrapper", "persistent_parameters"),
     (3, "wrapper", "_partition_all_parameters"),
 ]
-DIFFERENT = [Case(0, precision="bf16"), Case(1), Case(2, offload=True), Case(3), Case(3, init=True)]
+DIFFERENT = [
+    ZeroCase(0, precision="bf16"),
+    ZeroCase(1),
+    ZeroCase(2, offload=True),
+    ZeroCase(3),
+    ZeroCase(3, init=True),
+]
 
 
 def owner_of(kind: str, wrapper: Any, optimizer: ZeroOptimizer) -> Any:
@@ -666,7 +672,7 @@ def forget(patch: pytest.MonkeyPatch, owner: Any, attribute: str) -> None:
         patch.delattr(one, attribute)
 
 
-def start(case: Case, interfere: Callable[[Any, ZeroOptimizer], None], **zero_keys: Any) -> str:
+def start(case: ZeroCase, interfere: Callable[[Any, ZeroOptimizer], None], **zero_keys: Any) -> str:
     """The error with which a run refuses to start after DeepSpeed's work and before `bind`."""
     bind = ZeroOptimizer.bind
 
@@ -691,9 +697,9 @@ def misread(context: Context) -> dict[str, list[str]]:
             def remove(wrapper: Any, optimizer: ZeroOptimizer) -> None:
                 forget(patch, owner_of(kind, wrapper, optimizer), attribute)  # noqa: B023
 
-            found["start"].append(start(Case(stage), remove))
+            found["start"].append(start(ZeroCase(stage), remove))
     for stage, kind, attribute in READ_AT_RESUME:
-        engine, optimizer, _ = build(Case(stage))
+        engine, optimizer, _ = build(ZeroCase(stage))
         with pytest.MonkeyPatch.context() as patch:
             forget(patch, owner_of(kind, engine.optimizer, optimizer), attribute)
             try:
@@ -717,10 +723,10 @@ def misread(context: Context) -> dict[str, list[str]]:
     def shift(wrapper: Any, optimizer: ZeroOptimizer) -> None:
         owner_of("mapping", wrapper, optimizer).hp_fragment_address.start += 1
 
-    found["nowhere"] = [start(Case(0, rule="transported_scion"), lambda *_: None)]
-    found["shifted"] = [start(Case(stage), shift) for stage in (1, 2)]
+    found["nowhere"] = [start(ZeroCase(0, rule="transported_scion"), lambda *_: None)]
+    found["shifted"] = [start(ZeroCase(stage), shift) for stage in (1, 2)]
     for stage in (1, 2):
-        found["reordered"].append(start(Case(stage), lambda *_: None, round_robin_gradients=True))
+        found["reordered"].append(start(ZeroCase(stage), lambda *_: None, round_robin_gradients=True))
     return found
 
 

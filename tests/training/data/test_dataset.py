@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_samples_are_the_raw_tokens_and_never_cross_a_shard(tmp_path: Path, dtyp
 def test_samples_gather_in_the_order_of_the_ids(folder: Path) -> None:
     dataset = open_train(folder)
     assert dataset.samples([6, 0]).tolist() == [dataset.sample(6).tolist(), dataset.sample(0).tolist()]
+
+
+def test_a_dataset_that_is_handed_on_maps_its_shards_anew_and_checks_them(folder: Path) -> None:
+    dataset = open_train(folder)
+    handed_on = pickle.dumps(dataset)
+    assert dataset.shards[0].tobytes() not in handed_on
+    assert pickle.loads(handed_on).sample(9).tolist() == dataset.sample(9).tolist()
+    (folder / "train-1.bin").unlink()
+    with pytest.raises(DataError, match=r"train-1\.bin: missing shard"):
+        _ = pickle.loads(handed_on).shards
 
 
 def test_manifest_round_trips(folder: Path) -> None:

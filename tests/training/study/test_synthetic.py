@@ -1,11 +1,10 @@
-"""The synthetic problem: constants by probing, runs against the rules' oracle, statistics, text."""
+"""The synthetic problem's runs against the rules' oracle, its statistics and text."""
 
 import copy
 import json
 import subprocess
 import sys
 from dataclasses import replace
-from math import atanh, log, sqrt
 
 import numpy as np
 import pytest
@@ -13,22 +12,17 @@ import torch
 
 from cluster import config as layered
 from cluster.config import ConfigError
-from optim.geometry import parse_norm
-from optim.noise import KINDS
 from optim.rules import TransportedScion, new_state
 from optim.rules import step as oracle_step
 from tests.commands import ROOT
+from tests.training.study.test_synthetic_problem import NORM, TINY, normal
 from training.study.config import StudyConfig
-from training.study.synthetic.config import NOISES, SyntheticConfig, smoke
+from training.study.synthetic.config import SyntheticConfig, smoke
 from training.study.synthetic.problem import (
     METHODS,
-    SPECTRAL,
+    NoiseStream,
     Problem,
-    Stream,
     batched_theory,
-    control_theory,
-    noise_bound,
-    noise_of,
     transported_theory,
 )
 from training.study.synthetic.report import describe, gain_verdict, plot, slope_verdict
@@ -44,153 +38,6 @@ from training.study.synthetic.trials import (
     slopes,
     step_together,
 )
-
-TINY = SyntheticConfig(horizons=(4, 6), tuning_horizon=5, seeds=3, tuning_seeds=2)
-NORM = parse_norm(SPECTRAL)
-
-
-def normal(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# --- theory ---
-
-
-@pytest.mark.parametrize(
-    ("p", "batched", "transported"),
-    [
-        (2.0, (1 / 2, 3 / 4, 1 / 4), (4 / 7, 5 / 7, 2 / 7)),
-        (1.5, (3 / 5, 4 / 5, 1 / 5), (2 / 3, 7 / 9, 2 / 9)),
-    ],
-)
-def test_exponents_by_hand(p, batched, transported):
-    assert batched_theory(p) == pytest.approx(batched)
-    assert transported_theory(p) == pytest.approx(transported)
-    assert control_theory(p).rate == pytest.approx(transported[2] / 2)
-
-
-@pytest.mark.parametrize("p", [1.01, 1.2, 1.5, 1.9, 2.0])
-def test_parameters_balance_the_terms_of_the_descent_lemma(p):
-    """Way down, lag and noise fall alike; the rates are the issue's powers of ε, half a power apart."""
-    for theory, order in ((batched_theory(p), 1), (transported_theory(p), 2)):
-        way_down, noise = 1 - theory.step, theory.average * (p - 1) / p
-        lag = order * (theory.step - theory.average)
-        assert way_down == pytest.approx(theory.rate) and lag == pytest.approx(theory.rate)
-        assert noise == pytest.approx(theory.rate)
-    assert 1 / batched_theory(p).rate == pytest.approx((3 * p - 2) / (p - 1))
-    assert 1 / transported_theory(p).rate == pytest.approx((5 * p - 3) / (2 * p - 2))
-    assert 1 / batched_theory(p).rate - 1 / transported_theory(p).rate == pytest.approx(1 / 2)
-
-
-# --- the problem ---
-
-PROBLEMS = [Problem(4, 16, 4.0), Problem(5, 3, 0.5), Problem(6, 6, 1.0)]
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_gradient_is_that_of_autograd(problem):
-    points = normal(7, problem.rows, problem.cols, seed=0, scale=3 * problem.width).requires_grad_()
-    value = problem.value(points)
-    assert value.shape == (7,)
-    (expected,) = torch.autograd.grad(value.sum(), points)
-    torch.testing.assert_close(problem.gradient(points.detach()), expected, rtol=1e-12, atol=1e-14)
-
-
-def test_the_value_is_log_cosh_and_does_not_overflow():
-    problem = Problem(1, 1, 2.0)
-    points = torch.tensor([[[0.0]], [[1.0]], [[-3.0]]], dtype=torch.float64)
-    expected = 4 * torch.log(torch.cosh(points / 2)).view(-1)
-    torch.testing.assert_close(problem.value(points), expected)
-    assert problem.value(torch.full((1, 1, 1), 1e6)).item() == pytest.approx(4 * (5e5 - log(2)), rel=1e-6)
-
-
-def curvature(problem: Problem, points: torch.Tensor) -> torch.Tensor:
-    """Entries of the diagonal Hessian."""
-    return 1 / torch.cosh(points / problem.width).square()
-
-
-def corner(problem: Problem, value: float = 1.0) -> torch.Tensor:
-    return value * torch.eye(problem.rows, problem.cols, dtype=torch.float64)[None]
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_gradient_has_its_lipschitz_constant(problem):
-    shape = (500, problem.rows, problem.cols)
-    for scale in (0.01, 1.0, 5.0):
-        x = normal(*shape, seed=1, scale=scale * problem.width)
-        directions = normal(*shape, seed=2)
-        directions[::2] = NORM.direction(directions[::2])  # orthogonal ones come closest
-        y = x + scale * directions
-        rate = NORM.dual(problem.gradient(x) - problem.gradient(y)) / NORM.value(x - y)
-        assert rate.max() <= problem.gradient_lipschitz * (1 + 1e-9)
-    small = corner(problem, 1e-4 * problem.width)
-    attained = NORM.dual(problem.gradient(small)) / NORM.value(small)
-    assert attained.item() == pytest.approx(problem.gradient_lipschitz, rel=1e-6)
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_hessian_has_its_lipschitz_constant(problem):
-    shape = (500, problem.rows, problem.cols)
-    x = normal(*shape, seed=3, scale=problem.width)
-    d, e = NORM.direction(normal(*shape, seed=4)), NORM.direction(normal(*shape, seed=5))
-    for scale in (0.01, 1.0):
-        y = x + scale * problem.width * normal(*shape, seed=6)
-        form = ((curvature(problem, x) - curvature(problem, y)) * d * e).sum((-2, -1)).abs()
-        assert (form / NORM.value(x - y)).max() <= problem.hessian_lipschitz * (1 + 1e-9)
-    steepest, tiny = problem.width * atanh(1 / sqrt(3)), 1e-5 * problem.width
-    x, y = corner(problem, steepest + tiny), corner(problem, steepest - tiny)
-    form = ((curvature(problem, x) - curvature(problem, y)) * corner(problem) ** 2).sum().abs()
-    assert (form / NORM.value(x - y)).item() == pytest.approx(problem.hessian_lipschitz, rel=1e-6)
-
-
-# --- noise ---
-
-
-def test_noise_laws_are_those_of_the_sampler():
-    assert tuple(KINDS) == NOISES
-    law = noise_of(replace(TINY, tail_margin=0.2, scale=3.0), 1.5)
-    assert (law.kind, law.tail, law.moment, law.scale) == ("student", 1.7, 1.5, 3.0)
-
-
-@pytest.mark.parametrize("p", [2.0, 1.5])
-@pytest.mark.parametrize("skewed", [True, False])
-def test_noise_has_mean_zero_and_keeps_its_bounds(p, skewed):
-    """Gaussian, because its sampled moments converge; the bounds hold for every law."""
-    config = replace(TINY, noise="gaussian", scale=2.0, skewed=skewed)
-    noise = Stream(config, "a").noise(p, begin=0, end=20_000).double()
-    assert noise.mean(0).abs().max() < 4.5 * noise.std() / sqrt(20_000)
-    moment = noise.abs().pow(p).mean().item()
-    assert moment <= (2 ** (2 - p) if skewed else 1.01) * config.scale**p
-    assert NORM.dual(noise).pow(p).mean() <= noise_bound(config, p) ** p
-    if not skewed:
-        assert moment == pytest.approx(config.scale**p, rel=0.01)
-
-
-def test_skewed_noise_misleads_most_of_the_time_and_averages_do_less():
-    config = replace(TINY, rows=1, cols=1)
-    stream = Stream(config, "a")
-    noise = stream.noise(1.5, begin=0, end=200_000).view(-1)
-    sign = stream._gaussian("signs", 1.0).sign().item()
-    medians = [sign * noise.view(-1, n).mean(1).median().item() for n in (1, 8, 64)]
-    assert medians[0] < 1.5 * medians[1] < 1.5**2 * medians[2] < 0
-    assert (sign * noise < 0).float().mean() > 0.6
-    plain = Stream(replace(config, skewed=False), "a").noise(1.5, begin=0, end=200_000)
-    assert plain.median().abs() < 0.01
-
-
-def test_a_stream_is_the_same_under_any_cut_and_another_elsewhere():
-    stream = Stream(TINY, "run0")
-    whole = stream.noise(2.0, begin=0, end=600)
-    assert torch.equal(whole[256:300], stream.noise(2.0, begin=256, end=300))
-    longer = Stream(replace(TINY, seeds=9, horizons=(5, 9)), "run0")
-    assert torch.equal(whole, longer.noise(2.0, begin=0, end=600))
-    assert torch.equal(stream.start(), longer.start())
-    for other in (Stream(TINY, "run1"), Stream(replace(TINY, seed=1), "run0")):
-        assert not torch.equal(stream.start(), other.start())
-        both = torch.stack([whole.flatten(), other.noise(2.0, begin=0, end=600).flatten()])
-        assert torch.corrcoef(both.clamp(-1, 1))[0, 1].abs() < 0.025  # of 38400 each
-    assert stream.start().std() == pytest.approx(TINY.distance, rel=0.3)
-
 
 # --- runs ---
 
@@ -230,7 +77,7 @@ def test_a_batched_step_has_the_bits_of_the_oracle():
 def test_a_simulation_is_the_loop_written_out(p):
     config, num_steps = replace(TINY, scale=2.0), 270  # more than one chunk of noise
     problem = Problem(config.rows, config.cols, config.width)
-    streams = [Stream(config, f"s{i}") for i in range(3)]
+    streams = [NoiseStream(config, f"s{i}") for i in range(3)]
     pair = trials(num_steps, p=p)
     for trial, found in zip(pair, simulate(config, pair, streams), strict=True):
         assert found.shape == (68, 3) and found.dtype == torch.float64
@@ -247,7 +94,7 @@ def test_a_simulation_is_the_loop_written_out(p):
 
 def test_trials_do_not_notice_each_other():
     """Other horizons, moments and rules in lock-step leave the bits alone, across chunks of noise too."""
-    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    streams = [NoiseStream(TINY, f"s{i}") for i in range(2)]
     many = [
         *trials(num_steps=64),
         *trials(num_steps=300, p=1.5, average=30),
@@ -263,7 +110,7 @@ def test_trials_do_not_notice_each_other():
 def test_no_transport_is_scion_bit_for_bit():
     scion, moved = trials(num_steps=100)
     still = replace(moved, rule=replace(moved.rule, transport=0.0))
-    streams = [Stream(TINY, f"s{i}") for i in range(2)]
+    streams = [NoiseStream(TINY, f"s{i}") for i in range(2)]
     plain, none, full = simulate(TINY, [scion, still, moved], streams)
     assert torch.equal(plain, none) and not torch.equal(plain, full)
 
@@ -293,7 +140,7 @@ def test_transport_from_zero_momentum_is_exact_with_the_factor_of_the_text():
 def test_transport_removes_the_lag_of_long_averages():
     """Where noise is small, only the lag is left; and on averages of one there is nothing to transport."""
     config = replace(TINY, scale=0.1)
-    streams = [Stream(config, f"s{i}") for i in range(4)]
+    streams = [NoiseStream(config, f"s{i}") for i in range(4)]
     for average, better in ((64.0, 0.4), (1.0, None)):
         scion, moved = simulate(config, trials(512, average, 0.1), streams)
         if better is None:

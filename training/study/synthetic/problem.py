@@ -51,8 +51,6 @@ if TYPE_CHECKING:  # the report is written without torch
 
 SPECTRAL = "spectral:plain"  # the largest singular value; its dual is the nuclear norm
 
-# --- theory ---
-
 
 class Exponents(NamedTuple):
     """Of T: 1-β ~ T^-average, η ~ T^-step, mean dual norm ~ T^-rate."""
@@ -102,9 +100,6 @@ METHODS = {
 }
 
 
-# --- the problem ---
-
-
 @dataclass(frozen=True)
 class Problem:
     """F(X) = width² Σ log cosh(X/width) of matrices [..., r, c], and its constants (see the module)."""
@@ -146,7 +141,7 @@ def noise_bound(config: SyntheticConfig, p: float) -> float:
 
 
 @dataclass(frozen=True)
-class Stream:
+class NoiseStream:
     """One seed's start and noise, functions of (config.seed, name): the same for every rule and horizon."""
 
     config: SyntheticConfig

@@ -30,6 +30,7 @@ theory predicts. Against it:
   falls three quarters as fast as ε until the lag Lη/a exceeds the noise; until then transport gains nothing.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from training.study.synthetic.config import LONGEST_AVERAGE, SyntheticConfig
-from training.study.synthetic.problem import METHODS, SPECTRAL, Problem, Stream, noise_bound
+from training.study.synthetic.problem import METHODS, SPECTRAL, NoiseStream, Problem, noise_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +51,6 @@ NUM_POINTS = 64  # iterates at which the exact gradient is measured, evenly over
 NOISE_STEPS = 256  # gradients of a stream drawn at a time
 RESAMPLES = 4000
 Report = Callable[[str], None]
-
-# --- runs ---
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,9 @@ def step_together(
     return torch.stack(points)
 
 
-def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence[Stream]) -> "list[Tensor]":
+def simulate(
+    config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence[NoiseStream]
+) -> "list[Tensor]":
     """The dual norm of the exact gradient at the weights of each trial: fp64 [points, S], every stride steps.
 
     All trials go in lock-step, the longest first in memory, so that those still running are a prefix.
@@ -136,13 +137,10 @@ def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence
         n, part = len(running), step % NOISE_STEPS
         if part == 0:
             end = step + min(NOISE_STEPS, running[0].num_steps - step)
-            noise = torch.stack(  # [steps, moments, S, r, c]
-                [
-                    torch.stack([stream.noise(p, begin=step, end=end) for stream in streams], dim=1)
-                    for p in moments
-                ],
-                dim=1,
-            )
+            drawn = [[stream.noise(p, begin=step, end=end) for stream in streams] for p in moments]
+            noise = torch.stack(
+                [torch.stack(of_p, dim=1) for of_p in drawn], dim=1
+            )  # [steps, moments, S, r, c]
         due = [i for i, trial in enumerate(running) if step % trial.stride == 0]
         if due:
             exact = norm.dual(problem.gradient(weights[due]).flatten(0, 1)).double().view(len(due), -1)
@@ -153,11 +151,8 @@ def simulate(config: SyntheticConfig, trials: Sequence[Trial], streams: Sequence
     return [torch.stack(values) for values in duals]
 
 
-# --- tuning ---
-
-
 class Constants(NamedTuple):
-    """What was best at the tuning horizon, and whether it lies on the rim of the grid."""
+    """The best constants at the tuning horizon, and whether they lie on the rim of the grid."""
 
     average: float
     lr: float
@@ -172,29 +167,16 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
     num_steps = 2**config.tuning_horizon
     averages = [2**k for k in range(LONGEST_AVERAGE.bit_length()) if 2 ** (k + 1) <= num_steps]
     lrs = [config.distance * length for length in STEP_LENGTHS]
-    grid = [
-        (p, moved, average, lr)
-        for p in config.moments
-        for moved in (False, True)
-        for average in averages
-        for lr in lrs
-    ]
     trials = [
         make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
-        for p, moved, average, lr in grid
+        for p, moved, average, lr in itertools.product(config.moments, (False, True), averages, lrs)
     ]
-    streams = [Stream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
+    streams = [NoiseStream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
     means = torch.stack([values.mean() for values in simulate(config, trials, streams)])
     means = means.view(len(config.moments), 2, len(averages), len(lrs))
     result: dict[float, dict[str, Any]] = {}
     for p, (plain, moved) in zip(config.moments, means, strict=True):
-        result[p] = {
-            "averages": averages,
-            "lrs": lrs,
-            "batched": plain.tolist(),
-            "transported": moved.tolist(),
-        }
-        result[p]["picks"] = {
+        picks = {
             name: _best(
                 moved if method.tuned_as_transported else plain,
                 averages,
@@ -203,7 +185,14 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
             )
             for name, method in METHODS.items()
         }
-        result[p]["picks"]["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        picks["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        result[p] = {
+            "averages": averages,
+            "lrs": lrs,
+            "batched": plain.tolist(),
+            "transported": moved.tolist(),
+            "picks": picks,
+        }
     return result
 
 
@@ -213,9 +202,6 @@ def _best(duals: "Tensor", averages: Sequence[int], lrs: Sequence[float], *, sho
     shortest_taken = i == 0 and shortest > 1  # fewer than one gradient cannot be averaged
     on_rim = shortest_taken or first + i == len(averages) - 1 or j in (0, len(lrs) - 1)
     return Constants(averages[first + i], lrs[j], duals[first + i, j].item(), on_rim)
-
-
-# --- slopes ---
 
 
 def slopes(horizons: Sequence[int], means: np.ndarray) -> np.ndarray:
@@ -255,7 +241,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
     """Tune, run every method at every horizon, fit. On one core, in one thread.
 
     Args:
-        report: told what happens, a line at a time.
+        report: called with each progress line.
 
     Returns:
         JSON-ready: "config", "problem" (its constants), "horizons" in gradients, "seconds", and "moments": of
@@ -275,7 +261,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
         horizons = [2**k for k in range(config.horizons[0], config.horizons[1] + 1)]
         kinds = [(p, name, horizon) for p in config.moments for name in METHODS for horizon in horizons]
         trials = [_scheduled(config, tuning, *kind) for kind in kinds]
-        streams = [Stream(config, f"run{i}") for i in range(config.seeds)]
+        streams = [NoiseStream(config, f"run{i}") for i in range(config.seeds)]
         duals = dict(zip(kinds, simulate(config, trials, streams), strict=True))
     finally:
         torch.set_num_threads(threads)
