@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from training.study.synthetic.config import LONGEST_AVERAGE, SyntheticConfig
-from training.study.synthetic.problem import METHODS, SPECTRAL, NoiseStream, Problem, noise_bound
+from training.study.synthetic.problem import SPECTRAL, VARIANTS, NoiseStream, Problem, noise_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +183,7 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
                 lrs,
                 shortest=1 if method.any_average else config.shortest_average,
             )
-            for name, method in METHODS.items()
+            for name, method in VARIANTS.items()
         }
         picks["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
         result[p] = {
@@ -259,7 +259,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
             f"synthetic: tuned at 2^{config.tuning_horizon} gradients, {time.perf_counter() - began:.0f} s"
         )
         horizons = [2**k for k in range(config.horizons[0], config.horizons[1] + 1)]
-        kinds = [(p, name, horizon) for p in config.moments for name in METHODS for horizon in horizons]
+        kinds = [(p, name, horizon) for p in config.moments for name in VARIANTS for horizon in horizons]
         trials = [_scheduled(config, tuning, *kind) for kind in kinds]
         streams = [NoiseStream(config, f"run{i}") for i in range(config.seeds)]
         duals = dict(zip(kinds, simulate(config, trials, streams), strict=True))
@@ -286,8 +286,8 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
                 **_fits(
                     p,
                     horizons,
-                    {name: [duals[p, name, horizon] for horizon in horizons] for name in METHODS},
-                    {name: trials[kinds.index((p, name, horizons[-1]))].lr for name in METHODS},
+                    {name: [duals[p, name, horizon] for horizon in horizons] for name in VARIANTS},
+                    {name: trials[kinds.index((p, name, horizons[-1]))].lr for name in VARIANTS},
                     start_value=starts,
                 ),
             }
@@ -298,7 +298,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
 
 def _scheduled(config: SyntheticConfig, tuning: dict[float, Any], p: float, name: str, horizon: int) -> Trial:
     """A method's run at this horizon: its constants, scaled by its exponents."""
-    constants, method = tuning[p]["picks"][name], METHODS[name]
+    constants, method = tuning[p]["picks"][name], VARIANTS[name]
     longer, theory = horizon / 2**config.tuning_horizon, method.theory(p)
     return make_trial(
         transported=method.transported,
@@ -324,7 +324,7 @@ def _fits(
     half = len(horizons) // 2
     contenders = {
         name: {
-            "theory": -METHODS[name].theory(p).rate,
+            "theory": -VARIANTS[name].theory(p).rate,
             "duals": means[name].tolist(),
             "later_duals": later[name].tolist(),
             "intervals": [ratio_with_interval(x, np.ones_like(x), draws) for x in means[name]],
@@ -333,7 +333,7 @@ def _fits(
             "longer_half_slope": slope_with_interval(horizons[half:], means[name][half:], draws),
             "travel_share": start_value / (longest_lrs[name] * horizons[-1]) / float(means[name][-1].mean()),
         }
-        for name in METHODS
+        for name in VARIANTS
     }
 
     def difference(index: np.ndarray) -> np.ndarray:
@@ -347,7 +347,7 @@ def _fits(
                 ratio_with_interval(a, b, draws)
                 for a, b in zip(means["transported"], means[name], strict=True)
             ]
-            for name in METHODS
+            for name in VARIANTS
             if name != "transported"
         },
         "slope_difference": with_interval(difference, draws),
