@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
 
 
 def set_mode_of_folder(path: Path) -> None:
-    """Let those read and write a file who may do so with its folder: safetensors makes its files 0600."""
+    """Give a file the permissions of its folder: safetensors makes its files 0600."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
@@ -83,7 +83,7 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for the block to fill with files; then, once they are on disk, it replaces `path`.
+    """An empty folder for the block to fill. After the block its files are synced and it replaces `path`.
 
     If the block fails, the new folder is removed and `path` is unchanged. What a killed process left is
     removed by the next one; two at the same time would destroy each other's work.

@@ -59,7 +59,7 @@ def mask(text: str) -> str:
 
 
 def masked(value: Any) -> Any:
-    """A JSON-ready value with every string in it masked, and those whole that lie under a secret's name."""
+    """A JSON-ready value with every string masked; strings under a secret's name are masked whole."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.machine.host import describe_host
 from cluster.masking import mask_secrets
 
-NOT_CODE = ":(exclude)tests/baselines"  # a bench that has written its file leaves the code as it was
+NOT_CODE = ":(exclude)tests/baselines"  # a bench that writes its file does not change the code
 COMMIT_VARIABLE = "ASUNCION_COMMIT"
 PACKAGES = ("torch", "deepspeed", "ray", "wandb", "numpy", "tokenizers", "safetensors")
 
@@ -73,7 +73,7 @@ def _from_root(argument: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command on our root. Raises `LookupError` saying why there is none."""
+    """Output of a git command in our root. Raises `LookupError` with the reason if there is none."""
     try:
         done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:

@@ -199,7 +199,7 @@ def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -
 
 
 def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row). What follows the last newline is torn: its log() never returned."""
+    """Yield (line number, row). Text after the last newline is ignored: its log() never returned."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=num_lines_before + 1):
         try:
             row = json.loads(line)

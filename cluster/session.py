@@ -61,7 +61,7 @@ class SessionConfig:
 
 
 def serve_environment(folder: Path, *, haproxy: bool) -> dict[str, str]:
-    """Of Ray Serve in an embedded session: in force while it starts, and then gone (`environment`).
+    """Environment variables for the start of Ray Serve in an embedded session (see `environment`).
 
     Args:
         folder: for HAProxy's files, its admin socket among them: at Ray's default place anyone may use that.
@@ -122,7 +122,7 @@ def free_ports(number: int) -> list[int]:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables for the length of a `with` block; before and after, what there was."""
+    """Set environment variables for the length of a `with` block, then restore what was there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -197,7 +197,7 @@ def ray_session(
 
 @contextmanager
 def _ray_folder() -> Iterator[Path]:
-    """A folder for an embedded Ray that nobody else can enter; after an error it stays, for Ray's logs.
+    """A folder for an embedded Ray, closed to other users. After an error it stays, for Ray's logs.
 
     Ray opens all of its own folders to everyone (0777), its sessions and the code of workers among them.
 
@@ -218,7 +218,7 @@ def _ray_folder() -> Iterator[Path]:
 
 
 def _temporary() -> Path:
-    """What RAY_TMPDIR names; else Ray's default, or /tmp where that is too deep. Raises `ConfigError`."""
+    """RAY_TMPDIR, else Ray's default, or /tmp if that path is too long. Raises `ConfigError`."""
     from ray._common.utils import get_default_system_temp_dir
 
     base = Path(get_default_system_temp_dir()).absolute()
@@ -290,7 +290,7 @@ def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:
 
 
 def _own_address() -> str:
-    """The cluster that this machine is a node of. Ray's own search would join another user's Ray too.
+    """The cluster of which this machine is a node. Ray's own search would also join another user's Ray.
 
     Raises:
         ConfigError: no Ray of this user runs here, or several do.
@@ -314,7 +314,7 @@ def _options(runtime_env: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget_token() -> None:
-    """A process that has been in another Ray remembers that one's token."""
+    """Drop the token of an earlier Ray, which this process remembers."""
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
     AuthenticationTokenLoader.instance().reset_cache()

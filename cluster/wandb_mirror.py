@@ -18,7 +18,7 @@ _TABLE, _FILE = "table", "file"
 
 
 class Mirror:
-    """Copies rows to W&B from a daemon thread. Its calls neither raise nor wait, but for `close`'s bound.
+    """Copies rows to W&B from a daemon thread. Its calls never raise, and only `close` waits, within a bound.
 
     The bounds are such that a run of a few seconds still ends as an offline W&B run when the server is away:
     INIT_SECONDS, about 3 s to turn to offline, and the copy of its rows fit into CLOSE_SECONDS.

@@ -1,4 +1,4 @@
-"""Which model to serve: a Hugging Face directory, or a run, exported first where needed. No torch."""
+"""Which model to serve: a Hugging Face directory, or a run, which is exported first if needed. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Served:
     Attributes:
         directory: of Hugging Face's layout; None for random weights.
         name: what clients call the model.
-        stale_run: the run that `export` has to write to `directory` first, if any.
+        stale_run: the run that `export_if_stale` must first write to `directory`, if any.
     """
 
     directory: Path | None
@@ -56,7 +56,7 @@ def export_if_stale(served: Served, *, report: Callable[[str], None]) -> None:
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:
-    """The shape of a model that is found and exported. Raises `UserError`: none that we can serve."""
+    """The shape of a model that has been exported. Raises `UserError`: we cannot serve it."""
     try:
         return shapes.resolve(served.directory or str(config.shape))
     except ValueError as error:

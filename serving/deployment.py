@@ -1,13 +1,12 @@
-"""The endpoint as a Ray Serve deployment: in each replica HTTP, and beside it a process with the engine.
+"""The endpoint as a Ray Serve deployment: each replica answers HTTP and runs the engine in a second process.
 
-When the engine fails or its process dies, its streams end with an error event, its other requests get a 503,
-and those that come meanwhile wait for the next one. An engine that cannot be started again, or dies before it
-has delivered anything, fails the health check: Serve replaces the replica.
+If the engine fails or its process dies, its streams end with an error event, its other requests get a 503,
+and it is started again; requests that arrive in between wait. An engine that cannot be started again, or dies
+before it has delivered anything, fails the health check, and Serve replaces the replica.
 
-The replica's own process, which holds no model, could die too (killed by hand, its node lost). Nobody is then
-left to write an error: its streams break off without [DONE] (a chunked body without its end, which clients
-raise at), its other requests get a 500 from HAProxy or break off too, and later ones wait until Serve has
-started another. Its engine ends with it.
+If the replica's own process is killed or its node is lost, open streams end without [DONE]: the chunked body
+has no end, so clients raise. Its other requests get a 500 from HAProxy or break off too, and later ones wait
+until Serve has started another replica. The engine ends with its replica.
 """
 
 import asyncio
@@ -49,7 +48,7 @@ from training.model import shapes
 
 NAME = "completions"
 # Requests at a replica at once. The endpoint limits them itself (`serving.endpoint.bodies`, `Engine.submit`),
-# so that unfinished bodies hold up nobody; this exceeds what HAProxy lets in (4096 connections).
+# so that unfinished bodies block no other request; this exceeds HAProxy's limit (4096 connections).
 MOST_REQUESTS = 8192
 READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
 POLL_SECONDS = 0.2
@@ -57,10 +56,10 @@ STOP_SECONDS = 5.0
 
 
 class RayMetrics:
-    """A replica's figures among those that Ray exports for Prometheus, on each node's metrics port.
+    """A replica's figures among the metrics that Ray exports for Prometheus, on each node's metrics port.
 
-    The endpoint's /metrics answers for whichever replica got the request, these for each. Ray writes "ray_"
-    before their names, and tags them with deployment and replica.
+    The endpoint's /metrics answers for the replica that got the request, these for every replica. Ray puts
+    "ray_" before their names and tags them with deployment and replica.
     """
 
     def __init__(self) -> None:
@@ -78,7 +77,7 @@ class RayMetrics:
         self._latencies[name].observe(seconds)
 
     def record(self, stats: EngineStats) -> None:
-        """Say what the engine is doing now."""
+        """Report what the engine is doing now."""
         for name, gauge in self._figures.items():
             gauge.set(getattr(stats, name))
 
@@ -134,7 +133,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
         max_ongoing_requests=MOST_REQUESTS,
         max_queued_requests=MOST_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_constructor_retry_count=1,  # a checkpoint that cannot be read will not be readable soon
+        max_constructor_retry_count=1,  # a checkpoint that cannot be read now cannot be read on a second try
         graceful_shutdown_timeout_s=STOP_SECONDS,
         health_check_period_s=2.0,
         **config.replica_options(),
@@ -178,17 +177,16 @@ def serving(
     """Serve for the length of a `with` block; the value is the endpoint's URL, which answers by then.
 
     Args:
-        report: told, in one line, what takes long.
-        factory: makes a replica's engine, in a process of its own that finds it by its name; tests give
-            another.
+        report: called with one line before anything that takes long.
+        factory: makes a replica's engine, in a process of its own; pickled by its name. Tests give another.
 
     Raises:
         UserError, ConfigError: no such model, or the cluster lacks the resources.
-        RunError: the replicas did not come up; the message is the replica's own.
+        RunError: the replicas did not start; the message is the replica's own.
     """
     served = checkpoints.find(config.model)
     checkpoints.export_if_stale(served, report=report)
-    checkpoints.shape_of(config.model, served)  # what can be seen here needs no replica to find out
+    checkpoints.shape_of(config.model, served)  # fail here rather than in a replica
     config = _absolute(config)
     if served.directory is not None:
         load_tokenizer(served.directory)
@@ -197,7 +195,9 @@ def serving(
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
     needed = {"CPU": options.cpus * options.replicas}
-    if config.session.address == "local":  # an embedded Ray has the cores that it is given: room to grow
+    if (
+        config.session.address == "local"
+    ):  # an embedded Ray has only the cores that it is given: leave room to grow
         needed["CPU"] = options.cpus * (options.max_replicas or options.replicas)
     if config.engine.kind == "vllm":
         needed["CPU"] += 1  # for its ingress, a deployment of its own
@@ -238,7 +238,7 @@ def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str
 
 @contextmanager
 def _orderly(end: Callable[[], None]) -> Iterator[None]:
-    """Call `end` after the block. SIGTERM ends the block as Ctrl-C does, and neither breaks off `end`.
+    """Call `end` after the block. SIGTERM ends the block as Ctrl-C does, and neither interrupts `end`.
 
     Ray's own handler of SIGTERM, or a second Ctrl-C, would leave Serve's HAProxy behind.
     """
@@ -252,7 +252,7 @@ def _orderly(end: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _unbroken() -> Iterator[None]:
-    """Neither SIGINT nor SIGTERM is heeded inside, where this is the main thread."""
+    """Ignore SIGINT and SIGTERM inside the block, if this is the main thread."""
     mine = threading.current_thread() is threading.main_thread()  # which alone may set handlers
     numbers = (signal.SIGINT, signal.SIGTERM) if mine else ()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
@@ -264,7 +264,7 @@ def _unbroken() -> Iterator[None]:
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
-    """With a `model.shape` that is a file's path whole: a replica has another working directory."""
+    """`config` with an absolute path in `model.shape`: a replica has another working directory."""
     model = config.model
     if model.shape is None or model.shape in shapes.SHAPES:
         return config
@@ -272,7 +272,7 @@ def _absolute(config: ServeConfig) -> ServeConfig:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Serve itself would try again and again. Raises `UserError`."""
+    """Raise `UserError` if the port is taken. Serve itself would retry without end."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -285,7 +285,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _wait(url: str) -> None:
-    """Until the endpoint answers. Raises `RunError` with the replica's error."""
+    """Wait until the endpoint answers. Raises `RunError` with the replica's error."""
     from ray import serve
 
     deadline = time.monotonic() + READY_SECONDS
@@ -305,7 +305,7 @@ def _wait(url: str) -> None:
 
 
 def _reason(message: str) -> str:
-    """The last line of a traceback that says what happened."""
+    """The last line of a traceback that names an error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if "Error:" in line or "Exception:" in line]
     return (errors or lines or ["no reason given"])[-1]

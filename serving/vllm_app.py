@@ -1,6 +1,6 @@
 """The vLLM engine behind Ray Serve, through `ray.serve.llm`: the same endpoint, for GPU nodes.
 
-Requests reach vLLM's own completions as they are, `echo` with `logprobs` too (read in Ray's source, not run).
+Requests reach vLLM's own completions unchanged, also `echo` with `logprobs` (read in Ray's source, not run).
 
 An optional extra: `pip install -c constraints.txt -e ".[vllm]"` (vllm 0.29 shares our pin of torch).
 """
@@ -55,7 +55,7 @@ def llm_arguments(config: ServeConfig, directory: Path, *, name: str) -> dict[st
             "max_num_batched_tokens": engine.step_tokens,
             "max_model_len": engine.context_tokens,
             "enable_chunked_prefill": True,
-            # A benchmark that sends a prompt twice would else measure the cache of the first.
+            # Otherwise a benchmark that sends a prompt twice would measure the cache of the first.
             "enable_prefix_caching": False,
         },
         "deployment_config": {

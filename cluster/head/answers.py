@@ -1,12 +1,12 @@
-"""What the laptop asks of the head, one round trip each. Standard library only, so it starts in no time.
+"""Answers the laptop's requests on the head, one round trip each. Standard library only: it starts fast.
 
     python3 -m cluster.head.answers status SITE.json                  one JSON object
     python3 -m cluster.head.answers submit SITE.json < REQUEST        one JSON object; see `submit`
     python3 -m cluster.head.answers follow SITE.json RUN OFFSET       the run's log from a byte on
     python3 -m cluster.head.answers stop SITE.json RUN                one JSON object
 
-A run is one submission to Ray's job server. SCRATCH/runs remembers them all, because Ray forgets its jobs
-whenever it is restarted.
+A run is one submission to Ray's job server. SCRATCH/runs records every run, because Ray forgets its jobs
+when it is restarted.
 """
 
 import fcntl
@@ -49,7 +49,7 @@ class Head:
         self.ray = Ray(site["dashboard_port"])
 
     def status(self) -> dict[str, Any]:
-        """What the keeper knows of the nodes, and Ray of its jobs; `problem` where Ray does not answer."""
+        """The keeper's states of the nodes and Ray's jobs; `problem` if Ray does not answer."""
         answer: dict[str, Any] = {
             **state(Path(self.site["scratch"])),
             "alive": [],
@@ -74,7 +74,7 @@ class Head:
         return answer
 
     def submit(self, request: dict[str, Any], package: bytes) -> dict[str, Any]:
-        """Start a run, or find the one that is going.
+        """Start a run, or find the one that is active.
 
         `request`: run (its name), config (digest of what is asked), entrypoint, package (name of the zip),
         digest (of the zip), preflight (command that has to pass first), gated (whether its verdict counts).
@@ -121,7 +121,7 @@ class Head:
             return {**self._record(run_id, name), "going": False}
 
     def _numbers(self, name: str, more: Iterable[str] = ()) -> list[int]:
-        """Of the submissions of a run: night-2 is the second of 'night', and night-long-1 none of it."""
+        """The numbers of a run's submissions: night-2 is the second of 'night', night-long-1 none of them."""
         stems = (*(file.stem for file in self.runs.glob("*.json")), *more)
         ends = (stem.removeprefix(f"{name}-") for stem in stems if stem.startswith(f"{name}-"))
         return [int(end) for end in ends if end.isdigit()]
@@ -145,7 +145,7 @@ class Head:
         return True
 
     def _record(self, run_id: str, name: str) -> dict[str, Any]:
-        """What is remembered of a run; a run that Ray knows and we do not is remembered from now on."""
+        """The record of a run. Makes one for a run that only Ray knows."""
         place = self.runs / f"{run_id}.json"
         if not place.exists():
             log = Path(self.site["scratch"], "ray", self.ray.session(), "logs", f"job-driver-{run_id}.log")
@@ -179,7 +179,7 @@ class Head:
             return []
 
     def follow(self, run: str, offset: int) -> int:
-        """Write the run's log to standard output, from byte `offset` to its end. Returns the outcome."""
+        """Write the run's log, from byte `offset` to its end, to standard output. Returns the outcome."""
         record = self.resolve(run)
         log = Path(record["log"])
         print(ATTACHED, file=sys.stderr, flush=True)

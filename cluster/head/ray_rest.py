@@ -1,4 +1,4 @@
-"""Ray's REST interface, spoken on the head: nodes and jobs. Standard library only, so it starts in no time.
+"""A client of Ray's REST interface on the head: nodes and jobs. Standard library only: it starts fast.
 
 Ray's own commands take 1 to 3 seconds each to import, and `ray job` neither resumes a log nor survives a lost
 link. Source: https://docs.ray.io/en/latest/cluster/running-applications/job-submission/api.html
@@ -62,7 +62,7 @@ class Ray:
         self._ask("PUT", f"/api/packages/gcs/{name}", data=data, binary=True)
 
     def submit(self, request: dict[str, Any]) -> None:
-        """Start a job; one that is there under this submission_id stays as it is, so it can be repeated."""
+        """Start a job. Safe to repeat: an existing job of this submission_id stays as it is."""
         try:
             self._ask("POST", "/api/jobs/", data=json.dumps(request).encode())
         except ValueError as error:
@@ -118,7 +118,7 @@ class Ray:
 
 
 def listener(port: int) -> int | None:
-    """The user who listens on this TCP port of 127.0.0.1, or on every address; None: nobody."""
+    """The user who listens on this TCP port of 127.0.0.1 or of every address, or None."""
     loopback, every = "0100007F", "00000000"
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, _, _, _, user, *_ = line.split()
@@ -128,7 +128,7 @@ def listener(port: int) -> int | None:
 
 
 def _reason(traceback: str) -> str:
-    """The lines from the last that names an error on; the last of all may be no more than a full stop."""
+    """The lines from the last one that names an error. The very last line may be only a full stop."""
     lines = [line.strip() for line in traceback.splitlines() if line.strip()]
     begins = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return " ".join(lines[begins[-1] if begins else -1 :])[:500]

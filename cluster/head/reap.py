@@ -1,9 +1,9 @@
-"""End what a cluster runs on this node, and say what is left. Runs by itself, on any Python 3.8 or later.
+"""End what a cluster runs on this node, and print what is left. Runs alone, on any Python 3.8 or later.
 
     python3 reap.py NAME      one JSON object: {"ended": number, "left": [...]}; exit code 1 if any is left
 
-What belongs to the cluster is found by the variable ASUNCION_CLUSTER=NAME in a process's environment, or by
-its parents: another user's Ray, or another cluster's, is not touched.
+A process belongs to the cluster if it or a parent has ASUNCION_CLUSTER=NAME in its environment. Another
+user's Ray, or another cluster's, is not touched.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Process(NamedTuple):
 
 
 def processes() -> Dict[int, Process]:  # noqa: UP006
-    """pid -> process, of this user's that have not ended."""
+    """pid -> process, of this user's live processes."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -42,7 +42,7 @@ def processes() -> Dict[int, Process]:  # noqa: UP006
 
 
 def descendants(pid: int) -> Set[int]:  # noqa: UP006
-    """Children of a process, theirs, and so on; without itself."""
+    """Children of a process, their children, and so on, without the process itself."""
     table = processes()
     found = {pid}
     while more := {child for child, row in table.items() if row.parent in found} - found:
@@ -51,7 +51,7 @@ def descendants(pid: int) -> Set[int]:  # noqa: UP006
 
 
 def of_cluster(name: str) -> Dict[int, str]:  # noqa: UP006
-    """pid -> command of what belongs to the cluster, but for this process and its own parents."""
+    """pid -> command of the cluster's processes, except this process and its parents."""
     table = processes()
     marker = b"\0ASUNCION_CLUSTER=" + name.encode() + b"\0"
     mine = {pid for pid, row in table.items() if marker in b"\0" + row.environment + b"\0"}

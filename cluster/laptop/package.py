@@ -81,7 +81,7 @@ def pack(*, more: dict[str, str] | None = None, root: Path = ROOT) -> Package:
 
 
 def _ls_files(root: Path, *which: str) -> list[str]:
-    """Paths of files in our rooms, as `git ls-files` tells them. Raises `UserError`: git does not."""
+    """Paths of files in our rooms, by `git ls-files`. Raises `UserError` if git fails."""
     # The checkout may be another user's: its code runs here already, and these settings run no more of it.
     settings = ("-c", "safe.directory=*", "-c", "core.fsmonitor=false")
     command = ["git", *settings, "ls-files", "-z", *which, "--", *CODE]
@@ -103,7 +103,7 @@ def _with_suffix(root: Path) -> list[str]:
 
 
 def _read(root: Path, paths: list[str]) -> dict[str, bytes]:
-    """Path -> content of those that are files now. Raises `UserError`: one of them must not travel."""
+    """Path -> content of those that exist. Raises `UserError` if one of them must not travel."""
     content: dict[str, bytes] = {}
     travel = {root.resolve() / path for path in paths}
     for path in paths:
@@ -115,7 +115,7 @@ def _read(root: Path, paths: list[str]) -> dict[str, bytes]:
             )
         if file.exists() and file.resolve() not in travel:  # it, or a folder above it, is a link
             raise UserError(
-                f"{path}: leads to {file.resolve()}, which is no file of the code; put a copy in place of "
+                f"{path}: leads to {file.resolve()}, which is not a file of the code; put a copy in place of "
                 "the link"
             )
         if file.is_file():

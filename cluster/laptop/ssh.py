@@ -1,4 +1,4 @@
-"""From the laptop to the nodes: OpenSSH, one connection per node that all commands share, host keys pinned.
+"""OpenSSH from the laptop to the nodes: one shared connection per node, host keys pinned.
 
 The head is reached directly and the workers through it, so only the head needs to be reachable from outside.
 The first `make up` pins each node's host key in ~/.asuncion/NAME/known_hosts; from then on another key is an
@@ -25,11 +25,11 @@ TRANSPORT = 255  # ssh's own exit code, for all that is not the remote command's
 
 
 class NodeError(RunError):
-    """A node refuses for good: trying again would not help. The message names the node and the remedy."""
+    """A node refuses, and trying again does not help. The message names the node and the remedy."""
 
 
 class LinkError(RunError):
-    """A node cannot be reached, now. The message names the node and the reason."""
+    """A node cannot be reached now. The message names the node and the reason."""
 
 
 class CommandError(RunError):
@@ -123,14 +123,14 @@ class Ssh:
             raise self.explain(said)
         if done.returncode:
             output = said or done.stdout.decode(errors="replace").strip()
-            last = output.splitlines()[-1] if output else "it said nothing"
+            last = output.splitlines()[-1] if output else "no output"
             raise CommandError(
                 f"{self.address}: {last} (exit code {done.returncode})", code=done.returncode, output=output
             )
         return done.stdout
 
     def explain(self, said: str) -> RunError:
-        """The error behind what ssh said when it ended with its own exit code."""
+        """The error behind ssh's message when it ended with its own exit code."""
         inventory, node = self._inventory, self.address
         through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
         if "Permission denied" in said:
@@ -156,7 +156,7 @@ class Ssh:
 
 
 class Outage:
-    """Backs off while a link is lost, and says once that it is lost and once that it is back."""
+    """Backs off while a link is lost. Reports the loss once and the return once."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report
@@ -184,7 +184,7 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
 
     Args:
         patience: seconds for which it is repeated, from the first loss on.
-        report: is told of the loss and of the return, once each.
+        report: called at the loss and at the return, once each.
 
     Raises:
         LinkError: the link did not come back in this time.

@@ -44,7 +44,7 @@ def busy(load_average: float, *, cores: int | None) -> str | None:
 
 
 def load_average() -> float:
-    """Of this machine, for `load_average_before`: over the last minute. Says on stderr if it is busy."""
+    """This machine's load over the last minute, for `load_average_before`. Warns on stderr if it is busy."""
     load = os.getloadavg()[0]
     if found := busy(load, cores=None):
         print(f"this machine was {found}: times will say little", file=sys.stderr)
@@ -68,7 +68,7 @@ def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
 
 
 def medians(samples: Mapping[str, Sequence[float] | None]) -> dict[str, Any]:
-    """The median under each key, and its spread [min, max]; both None where nothing was measured."""
+    """The median of each key, and its spread [min, max]; both None if nothing was measured."""
     found: dict[str, Any] = {}
     for key, values in samples.items():
         found[key] = statistics.median(values) if values else None
@@ -82,7 +82,7 @@ def spread_of(key: str) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Every median in `result`, with its spread, for people; a dash where nothing was measured."""
+    """A table of every median in `result` with its spread; a dash where nothing was measured."""
     keys = [key for key in result if spread_of(key) in result]
     rows = []
     for key in keys:

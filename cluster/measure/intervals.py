@@ -21,7 +21,7 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """The centre and its bounds; both are None where something was measured once, which shows no scatter.
+    """The centre and its bounds. Bounds are None after a single measurement, which shows no scatter.
 
     Attributes:
         exact: it is arithmetic, and its bounds are its centre.
@@ -78,5 +78,5 @@ def of_ratio(
 
 
 def _t(number: int) -> float:
-    """Of so many values' degrees of freedom, and of 30 beyond 30: the wider."""
+    """Student's t for this many values (n - 1 degrees of freedom); beyond 30 degrees that of 30."""
     return _T[min(number - 1, len(_T)) - 1]

@@ -110,11 +110,11 @@ class Peaks:
     network: Link | None = None
 
     def link_of(self, figure: Mapping[str, Any]) -> Link | None:
-        """What the ranks of a figure send through."""
+        """The link through which the ranks of a figure send."""
         return self.network if figure.get("nodes", 1) > 1 else self.link
 
     def measurements(self, figure: Mapping[str, Any], bound: str) -> tuple[float, ...]:
-        """Of the peak that bounds a figure, one per round; empty where it is a datasheet's."""
+        """One value per round of the peak that bounds a figure; empty for a datasheet's."""
         if bound == "link":
             link = self.link_of(figure)
             assert link is not None
@@ -137,22 +137,22 @@ class Side:
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        """By id."""
+        """Id -> figure."""
         return {figure["id"]: figure for figure in self.content.get("figures", ())}
 
     @property
     def busy(self) -> str | None:
-        """That this machine had other work, or None; also where its load was not recorded."""
+        """That this machine had other work; None if not, or if its load was not recorded."""
         load, about = self.content.get("load_average_before"), self.content.get("hardware", {})
         return None if load is None else benchmark.busy(load, cores=about.get("cpu_cores"))
 
     @property
     def disturbed(self) -> str | None:
-        """That what was measured here decides nothing: on the cores that had other work."""
+        """Why figures of this machine decide nothing: its cores had other work. Else None."""
         return self.busy if self.content and self.content["hardware"].get("kind") == "cpu" else None
 
     def peaks(self, *, datasheet: bool) -> Peaks:
-        """Of the datasheet, or as measured on this machine."""
+        """The datasheet's peaks, or those measured on this machine."""
         if datasheet or self.is_roofline:
             assert self.datasheet is not None
             sheet = self.datasheet

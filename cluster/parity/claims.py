@@ -43,7 +43,7 @@ def make_claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tol
 
 
 def _scaling(letter: str, side: Side, tolerance: float) -> Iterator[Claim]:
-    """What training on several nodes leaves of a device's rate on one."""
+    """How much of its one-node rate a device keeps on several nodes."""
     for name, figure in side.figures.items():
         alone = side.figures.get(name.rpartition("/")[0])
         if figure.get("nodes", 1) > 1 and alone is not None:
@@ -54,7 +54,7 @@ def _scaling(letter: str, side: Side, tolerance: float) -> Iterator[Claim]:
 
 
 def _known(text: str, found: Interval, num_runs: int, tolerance: float, *, void: str) -> Claim:
-    """A claim that says a figure: supported if it is known to the tolerance, and nothing makes it void."""
+    """A claim that states a figure: supported if the figure is known within the tolerance and not void."""
     if void:
         return Claim(text, "not decided", void)
     if found.low is None or found.high is None:
@@ -65,7 +65,7 @@ def _known(text: str, found: Interval, num_runs: int, tolerance: float, *, void:
 
 
 def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: float) -> Claim:
-    """What share of its own roofline the measured side reaches; supported if it is known to the tolerance."""
+    """The share of its own roofline that the measured side reaches."""
     measured = 1 if sides[0].is_roofline else 0
     share = each.shares[measured]
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
@@ -146,7 +146,7 @@ def _runs(each: Comparison) -> str:
 
 
 def show(interval: Interval) -> str:
-    """Such as 0.874 [0.851, 0.897]; without bounds, the centre and that there was one run."""
+    """For example "0.874 [0.851, 0.897]", or "0.874 [one run]"."""
     if interval.exact:
         return f"{interval.centre:.3g}"
     if interval.low is None or interval.high is None:

@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stem(side: Side) -> str:
-    """What was named, as part of a folder's name: two files called baseline.json lie in two folders."""
+    """The named file as part of a folder's name. Includes its path: files of one name get two folders."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", side.origin.removesuffix(".json")).strip("-.")
 
 
 def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) -> None:
-    """Everything that the report consists of, in `folder`; its W&B run is mirrored as any other's."""
+    """Write the report, its plots and its record to `folder`; the record is mirrored to W&B."""
     about = provenance.collect(command=sys.argv, data_fingerprint=None)
     with Record.open(
         folder, config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},

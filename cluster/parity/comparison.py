@@ -83,7 +83,7 @@ def _apart(ours: float, theirs: float) -> float:
 def link_reasons(
     figures: Sequence[Mapping[str, Any]], peaks: Sequence[Peaks], sides: Sequence[Side]
 ) -> list[str]:
-    """Why a figure cannot be set against the link, by side; empty where it can, or where nothing is sent."""
+    """Why a figure cannot be compared with the link, by side; empty if it can, or if nothing is sent."""
     if not any(figure.get("ranks", 1) > 1 for figure in figures):
         return []
     found = []
@@ -145,7 +145,7 @@ def voids_of(peaks: Peaks, side: Side) -> dict[str, str]:
 
 
 def ceilings_apart(sides: tuple[Side, Side], peaks: tuple[Peaks, Peaks], tolerance: float) -> dict[str, str]:
-    """Ceilings that machines of the same name measured further apart than the tolerance."""
+    """Ceilings on which machines of the same name disagree by more than the tolerance."""
     named = [side.content.get("hardware", {}) for side in sides]
     like = all(named) and all(named[0].get(key) == named[1].get(key) for key in ("name", "cpu_cores"))
     if not like or any(peak.is_datasheet for peak in peaks):
@@ -160,7 +160,7 @@ def ceilings_apart(sides: tuple[Side, Side], peaks: tuple[Peaks, Peaks], toleran
 
 
 def _ceiling(figure: Mapping[str, Any], bound: str) -> str:
-    """Of CEILINGS: what a figure is set against where this bounds it."""
+    """The member of CEILINGS that bounds a figure."""
     return "network" if bound == "link" and figure.get("nodes", 1) > 1 else bound
 
 

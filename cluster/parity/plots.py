@@ -13,7 +13,7 @@ PARTS = dict(zip(("compute", "communication", "optimizer", "data", "other"), COL
 
 
 def draw(parity: Parity, folder: Path) -> dict[str, Path]:
-    """Title -> PNG in `folder`, of every figure for which there is something to show."""
+    """Draw every figure that has data. Returns title -> PNG in `folder`."""
     made = {"Parity of each figure": _parities(parity, folder / "parity.png")}
     made["Rooflines"] = _rooflines(parity, folder / "roofline.png")
     if times := [each for each in parity.comparisons if any("time_shares" in f for f in each.figures)]:

@@ -1,7 +1,7 @@
-"""What a request's times mean, and what many of them come to. Pure: no clock, no I/O.
+"""Latencies of one request, and summaries of many. Pure: no clock, no I/O.
 
-Times are seconds on one monotonic clock. TTFT: first token - scheduled arrival (so that a request that had
-to wait to be sent, because the client or the server stalled, counts its wait). ITL: gap between consecutive
+Times are seconds on one monotonic clock. TTFT: first token - scheduled arrival (so the wait of a request that
+was sent late, because client or server stalled, counts). ITL: gap between consecutive
 tokens, over all requests. TPOT: (last token - first token) / (output tokens - 1), of each request. E2E: last
 token - scheduled arrival. These are vLLM's and MLPerf's definitions; GuideLLM calls our TPOT "ITL".
 """
@@ -20,11 +20,11 @@ class RequestOutcome:
     """One request, from its schedule to its end.
 
     Attributes:
-        scheduled: when it should have been sent; in a closed loop when its turn came.
-        sent: when it was handed to the connection.
-        tokens: when each of its tokens arrived; tokens that came in one event share a time.
+        scheduled: when it should have been sent; in a closed loop, when its turn came.
+        sent: when it was given to the connection.
+        tokens: when each of its tokens arrived; tokens of one event share a time.
         ended: when the answer was complete, or had failed.
-        prompt_tokens, output_tokens: as the server counted them; output_tokens may exceed `tokens` where a
+        prompt_tokens, output_tokens: as the server counted them; output_tokens may exceed `tokens` if a
             server puts several into one event.
         error: None, or what went wrong in a few words: "timeout", "HTTP 429", "connection", "broken off" ...
     """
@@ -60,14 +60,14 @@ class RequestOutcome:
 
 @dataclass(frozen=True)
 class Slo:
-    """Service-level objectives, in seconds; None sets none. A request meets them if it meets each."""
+    """Service-level objectives in seconds; None: no limit. A request must meet each."""
 
     ttft: float | None
     tpot: float | None
     e2e: float | None
 
     def met_by(self, outcome: RequestOutcome) -> bool:
-        """A request that failed meets nothing; one of a single token has no TPOT to exceed."""
+        """A failed request meets none; a request of a single token has no TPOT to exceed."""
         if outcome.error is not None or not outcome.tokens:
             return False
         pairs = ((self.ttft, outcome.ttft), (self.tpot, outcome.tpot), (self.e2e, outcome.e2e))
@@ -134,7 +134,7 @@ def summarise(outcomes: Sequence[RequestOutcome], *, slo: Slo) -> dict[str, Any]
 def _decoding(outcomes: Sequence[RequestOutcome]) -> dict[str, float]:
     """What was decoded, and in what time. A request decodes from its first token to its last.
 
-    Keys: `decode_seconds`, in which any request decoded; `decode_steps`, of one engine that decodes them all
+    Keys: `decode_seconds`, in which any request decoded; `decode_steps`, if one engine decodes all of them
     together; `decode_context_tokens`, tokens in the cache before each decoded token, summed over these.
     """
     edges = []  # (when, change of the number that decode, change of the sum of their tokens per second)

@@ -1,8 +1,8 @@
 """Sends a load to an OpenAI-compatible endpoint and notes when each token arrives.
 
 Open loop: requests leave on an absolute schedule, whatever the server does, and latency counts from the
-schedule. Closed loop: so many are in flight, and the next leaves when one ends. A client that cannot keep up
-would report its own delays as the server's, so it watches itself: see `Lag`.
+schedule. Closed loop: a fixed number is in flight, and the next leaves when one ends. A client that cannot
+keep up would report its own delays as the server's, so it measures its own lag: see `Lag`.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ from serving.bench.workload import Planned
 from serving.engine.protocol import Engine, EngineFailed, Overloaded, Sampling, Stream
 
 HEARTBEAT_SECONDS = 0.005
-OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # what this machine has run out of
+OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # this machine's own limits
 Observe = Callable[[RequestOutcome], None]
 
 
 @dataclass(frozen=True)
 class Lag:
-    """How late this process was, in seconds: its event loop, and where there is a schedule its sending.
+    """How late this process was, in seconds: its event loop and, in an open loop, its sending.
 
-    `loop_p99` is a share of time: whatever arrived in 99% of it was noticed sooner than this.
+    `loop_p99` is over time: during 99% of it, an arrival was noticed sooner than this.
     """
 
     loop_p99: float
@@ -50,8 +50,8 @@ class Lag:
             )
 
 
-# Send a request that was due at `scheduled` and wait for its end; a clock's reading `start` is time 0 of the
-# outcome. Errors are outcomes, but for those of this machine: a `RunError`.
+# Sends a request that was due at `scheduled`, and waits for its end; `start` is time 0 of the outcome. Errors
+# are outcomes, except those of this machine, which are a `RunError`.
 Send = Callable[[Planned, int, float, float], Awaitable[RequestOutcome]]
 
 
@@ -96,7 +96,7 @@ async def run_closed(plan: Sequence[Planned], send: Send, *, concurrency: int, o
 async def over_http(
     endpoint: Endpoint, *, timeout_seconds: float, greedy: bool = True
 ) -> AsyncIterator[Send]:
-    """What sends requests to an endpoint, over connections that are kept.
+    """Sends requests to an endpoint over connections that are kept open.
 
     Args:
         timeout_seconds: for one request, from its sending to its end.
@@ -129,7 +129,7 @@ async def over_http(
 
 
 def to_engine(engine: Engine) -> Send:
-    """What hands requests to an engine in this process, with nothing between."""
+    """Sends requests to an engine in this process, without HTTP."""
 
     async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
         assert not isinstance(planned.prompt, str)
@@ -213,7 +213,7 @@ def _outcome(
 
 
 async def _read(answer: aiohttp.ClientResponse, tokens: list[float], usage: dict[str, int]) -> str | None:
-    """Note the times of an answer's tokens; what is wrong with it, if anything."""
+    """Note the times of an answer's tokens. Returns what is wrong with it, if anything."""
     async for moment, data in server_sent_events(answer.content.iter_any()):
         if data == b"[DONE]":
             return None if tokens else "no tokens"
@@ -243,7 +243,7 @@ async def server_sent_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tupl
 
 
 class _Together(asyncio.TaskGroup):
-    """Tasks of which the first that fails ends the others, and says why."""
+    """A task group that raises the first failure itself, not a group of one."""
 
     async def __aexit__(self, *about: Any) -> None:
         try:
@@ -253,14 +253,14 @@ class _Together(asyncio.TaskGroup):
 
 
 class _Heart:
-    """Wakes every few milliseconds to see how late the event loop is. Holds the collector still meanwhile."""
+    """Measures every few milliseconds how late the event loop is. Freezes the garbage collector."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
 
     async def __aenter__(self) -> "_Heart":
         gc.collect()
-        gc.freeze()  # a full collection in the middle would be a delay of ours
+        gc.freeze()  # a full collection during the load would delay this client
         self._task = asyncio.create_task(self._beat())
         return self
 
@@ -272,7 +272,7 @@ class _Heart:
         due = time.perf_counter() + HEARTBEAT_SECONDS
         while True:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            # Beats that a blocked loop has missed are late too: one long block would else count as one beat.
+            # Count the beats that a blocked loop has missed: one long block would otherwise count as one.
             while (late := time.perf_counter() - due) >= 0:
                 self._late.append(late)
                 due += HEARTBEAT_SECONDS

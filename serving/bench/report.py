@@ -35,7 +35,7 @@ MFU: FLOPs of prefilling the median prompt, the head once / TTFT p50 / peak, at 
 
 
 def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hardware allows a model, by its datasheet where there is one, else by measurement.
+    """What the hardware allows a model, by its datasheet if there is one, else by measurement.
 
     Args:
         info: `serving.engine.protocol.EngineInfo` as a mapping.
@@ -45,8 +45,8 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
     Returns:
         `product_dtype`, `product_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a
         decoding step with an empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence
-        at that; and `prefill_tokens_per_second`: peak / FLOPs of the hidden matrices, which no prompt can
-        exceed, since attention and the head of its last token come to these.
+        at that; and `prefill_tokens_per_second`: peak / FLOPs of the hidden matrices, an upper bound, because
+        attention and the head of the last token come on top.
     """
     device = hardware.lookup(str(measured["device"]))
     if device is not None:
@@ -71,7 +71,7 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
 
 
 def prefill_flops(info: Mapping[str, Any], prompt_tokens: float) -> float:
-    """FLOPs of prefilling a prompt: `LlamaShape.prefill_flops`, from what an engine says of its model."""
+    """FLOPs of prefilling a prompt: `LlamaShape.prefill_flops`, computed from an engine's info."""
     head = info["head_flops"]
     attention = info["attention_flops"] * prompt_tokens**2 / 2
     return (info["flops_per_token"] - head) * prompt_tokens + head + attention

@@ -1,10 +1,10 @@
-"""What an engine prefills and decodes by batch, without HTTP: throughputs, TTFT and ITL.
+"""Throughput, TTFT and ITL of an engine by batch size, without HTTP.
 
     python -m serving.bench.steps [--batches 1,8,32] [--prompt-tokens N] [--new-tokens N] [key=value ...]
 
-A batch of equal requests is handed over at once. Prefilling ends with the last first token; decoding is
-counted from there until the first request ends, so that every counted step decodes the whole batch and
-nothing else. The last line on stdout is one JSON object.
+A batch of equal requests is submitted at once. Prefilling ends when the last request has its first token.
+Decoding counts from there until the first request ends, so every counted step decodes exactly the whole
+batch. The last line on stdout is one JSON object.
 """
 
 import json
@@ -66,7 +66,7 @@ def parse_batches(text: str) -> list[int]:
 
 
 def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new: int) -> dict[str, Any]:
-    """Measure the configured engine. Raises `RunError`: out of memory, beginning with these words."""
+    """Measure the configured engine. Raises `RunError`, which begins with "out of memory" if that is why."""
     import torch
 
     if config.engine.threads:
@@ -89,7 +89,7 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
                 about = {"batch": batch, "prompt_tokens": num_prompt, "new_tokens": num_new}
                 used = joules(times, at_first[0], energy.joules, num_prompt=num_prompt)
                 used["joules_reason"] = energy.reason
-                points.append(about | come_to(times, num_prompt=num_prompt) | used)
+                points.append(about | batch_figures(times, num_prompt=num_prompt) | used)
         finally:
             engine.close()
     except RuntimeError as error:  # torch.OutOfMemoryError and EngineFailed among them
@@ -111,7 +111,7 @@ def answer(
     seed: int,
     when_all_decode: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
-    """When each token of a batch came, seconds since it was handed over. Raises `EngineFailed`."""
+    """When each token of a batch arrived, seconds since it was submitted. Raises `EngineFailed`."""
     chance = random.Random(seed)
     prompts = [[chance.randrange(engine.info.vocab_size) for _ in range(num_prompt)] for _ in range(batch)]
     times: list[list[float]] = [[] for _ in range(batch)]
@@ -141,8 +141,8 @@ def joules(
     }
 
 
-def come_to(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, Any]:
-    """What the times of a batch's tokens, seconds since it was handed over, come to.
+def batch_figures(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, Any]:
+    """The figures of a batch, from the times of its tokens in seconds since it was submitted.
 
     Keys: `prefill_tokens_per_second`, prompts over the time of the last first token; `ttft_ms`, its median;
     `itl_ms`, the median gap between tokens while all requests decode, with `itl_ms_p10` and `_p90`;

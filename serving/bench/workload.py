@@ -1,4 +1,4 @@
-"""Which requests a load consists of, and when they are due. Pure, and a function of a seed (number or text).
+"""Which requests a load consists of, and when they are due: a pure function of a seed (number or text).
 
 Prompts are lists of random token ids, so that lengths are exact and no cache of an earlier prompt helps; or
 the texts of a ShareGPT-style file.
@@ -35,10 +35,10 @@ class Planned:
 
 
 def lengths(text: str, *, key: str) -> Draw:
-    """What draws lengths: "64", "uniform(16,128)", or "lognormal(64,0.5)" of this median and sigma.
+    """A function that draws lengths: "64", "uniform(16,128)", or "lognormal(64,0.5)" (median, sigma).
 
     Raises:
-        ConfigError: it is none of these; names `key`.
+        ConfigError: it is not one of these; names `key`.
     """
     number = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
     if match := re.fullmatch(number, text):
@@ -137,7 +137,7 @@ def from_trace(file: Path, *, vocab_size: int, context_tokens: int, seed: int | 
 
 
 def _whole(value: Any) -> int:
-    """Raises `ValueError` or `TypeError` for what is no whole number."""
+    """`value` as an int. Raises `ValueError` or `TypeError`: it is not a whole number."""
     if isinstance(value, bool) or value % 1:
         raise ValueError(f"{value!r} is no whole number")
     return int(value)
@@ -156,7 +156,7 @@ def from_conversations(
 
     A line is {"conversations": [{"value": prompt}, {"value": reply}, ...]} or {"prompt": ..,
     "completion": ..}.
-    Pairs that exceed `context_tokens` are left out, as is usual with this data.
+    Pairs that exceed `context_tokens` are left out, as usual with this data.
 
     Raises:
         ConfigError: the file cannot be read, a line is neither, or no pair fits.

@@ -1,4 +1,4 @@
-"""Request bodies, limited in size, in time and in what all of them hold at once."""
+"""Request bodies, limited in size, in time and in total memory."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,10 +13,10 @@ MOST_HELD_BYTES = 32 << 20
 
 
 class Bodies:
-    """The bodies that are being received, and those whose requests are still being read.
+    """The bodies that are being received or parsed.
 
-    A body that would exceed `MOST_HELD_BYTES` in all takes the place of the oldest one that is unfinished: an
-    honest one arrives in milliseconds, so the oldest is a stalled client's.
+    If a body brings the total above `MOST_HELD_BYTES`, the oldest unfinished one is refused. An honest body
+    arrives in milliseconds, so the oldest is a stalled client's.
 
     Args:
         most_bytes: of one body.
@@ -30,7 +30,7 @@ class Bodies:
 
     @asynccontextmanager
     async def receive(self, http: Request) -> AsyncIterator[bytes]:
-        """The body, which counts as held within the block. Raises `Refusal` (408, 413, 415, 429)."""
+        """The body, which counts as held inside the block. Raises `Refusal` (408, 413, 415, 429)."""
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refusal(415, f"content-type: must be application/json, not {kind[:100]!r}", close=True)

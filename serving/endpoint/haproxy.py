@@ -1,14 +1,14 @@
 """Ray Serve's HAProxy with limits that Ray 2.60 has no setting for.
 
 Ray writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names. That is a
-script of ours, which completes the configuration and then becomes HAProxy:
+script of ours, which completes the configuration and then executes HAProxy:
 
 - A request's head must arrive within a time, and so must the first 15 kB of its body (408). Only then is it
   passed on. Without this, half-sent requests hold connections for an hour.
-- A body that is announced as hopelessly large goes no further (413). Clients see the endpoint's own 413 more
-  reliably than HAProxy's, which closes the connection under them.
+- A body announced as far too large is refused (413). Smaller ones get the endpoint's own 413, which
+  clients see more reliably: HAProxy closes the connection while they send.
 - The statistics page and the metrics listen on loopback. Ray binds both to all interfaces.
-- HAProxy's own errors have OpenAI's format, but for those of a head (400, 408): its parser has a fixed text.
+- HAProxy's own errors have OpenAI's format, except those about a head (400, 408), whose text is fixed.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Which Host and Origin a request may carry.
 
-A web page may make its reader's browser send requests to this machine: as another origin, or under a name of
-its own that it lets resolve to this address (DNS rebinding). Both give themselves away in these headers.
+A web page can make a browser send requests to this machine: from another origin, or under a name of its own
+that resolves to this address (DNS rebinding). Both show in these headers.
 """
 
 import ipaddress

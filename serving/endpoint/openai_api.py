@@ -1,8 +1,8 @@
-"""OpenAI's completions protocol: what a request may say, and how answers and refusals are written.
+"""OpenAI's completions protocol: what a request may contain, and how answers and refusals are written.
 
-No HTTP and no engine: bytes in, a checked `Completion` or a `Refusal` out; tokens in, JSON objects out.
-https://platform.openai.com/docs/api-reference/completions. Only what this server does is accepted: a
-parameter that it would have to ignore is refused by name, unless it has the value that changes nothing.
+No HTTP and no engine: bytes in, a checked `CompletionRequest` or a `Refusal` out; tokens in, JSON out.
+https://platform.openai.com/docs/api-reference/completions. A parameter that this server does not implement is
+refused by name, unless it has the value that changes nothing.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
 LARGEST_SEED = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1
-MOST_ITEMS = 100  # of a list or an object other than the prompt; each wrong one would be an error to be made
+MOST_ITEMS = 100  # of a list or an object other than the prompt; validation makes an error of each wrong one
 MOST_QUOTED = 100  # characters of a client's words in an answer
 
 
 def _one_prompt(given: Any) -> str | list[int]:
-    """The one prompt. A list of millions of prompts is refused at the first, where a union tries each."""
+    """The one prompt. Refuses a list of millions of prompts at the first; a union type would try each."""
     nested = isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int)
     prompt = given[0] if nested else given
     if isinstance(prompt, str):
@@ -47,7 +47,7 @@ class Refusal(Exception):
     Args:
         param: the request's field that is at fault, if any.
         retry_after_seconds: when to try again, if that can help.
-        close: end the connection: the rest of the request is not wanted.
+        close: end the connection without reading the rest of the request.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # as in vLLM: go on past the end of text, for benchmarks
     user: str | None = None
-    # NEUTRAL: what this server does not do, with the values that ask for nothing.
+    # NEUTRAL: not implemented; only the values that change nothing are accepted.
     n: _OneWhole = 1
     best_of: _OneWhole = 1
     suffix: None = None
@@ -140,7 +140,7 @@ def parse(body: bytes) -> CompletionRequest:
     """The request in a body. Raises `Refusal` (400), which names the first field at fault."""
     request = _validate(body)
     if request.stream_options is not None and not request.stream:
-        raise Refusal(400, "stream_options: goes with stream=true, and only", param="stream_options")
+        raise Refusal(400, "stream_options: only with stream=true", param="stream_options")
     if request.max_tokens == 0 and not request.echo:
         message = "max_tokens: should be greater than or equal to 1, or 0 with echo=true"
         raise Refusal(400, message, param="max_tokens")
@@ -193,7 +193,7 @@ class Answer:
     def chunk(
         self, text: str, *, finish: Finish | None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """One event of a stream, or with all text and the usage beside it the whole answer."""
+        """One event of a stream; with all text, and the usage added, the whole answer."""
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head, "choices": [choice]}
 
@@ -228,7 +228,7 @@ def logprobs(
 
 
 def _top(token: Token, text_of: Callable[[int], str]) -> dict[str, float] | None:
-    """Of the likeliest token and of the one that stands there. Two ids of one text stay two entries."""
+    """Of the likeliest token and of the actual one. Two ids with the same text are two entries."""
     if token.score is None:
         return None
     own, likeliest = text_of(token.id), text_of(token.score.top_id)

@@ -1,4 +1,4 @@
-"""Prompts to token ids, beside the event loop and never more of a prompt than the model's context takes."""
+"""Prompts to token ids: long ones in other threads, and never more of a prompt than the context holds."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from serving.endpoint.openai_api import Refusal
 
-SHORT_CHARACTERS = 4_000  # about 2 ms; from here on a prompt is encoded beside the event loop
+SHORT_CHARACTERS = 4_000  # about 2 ms; longer prompts are encoded in another thread
 PIECE_CHARACTERS = 16_384
 NUM_THREADS = 2
 
@@ -30,8 +30,8 @@ class Prompts:
         """The token ids of a prompt, or None for a long text, which `encode` takes.
 
         Raises:
-            Refusal: 400, it exceeds the context. That a text does is seen from its length alone, as far as
-                no token has more characters than the longest.
+            Refusal: 400, it exceeds the context. A text of more characters than context times the longest
+                token is refused before it is encoded.
         """
         if isinstance(prompt, list):
             self._require(len(prompt), "token ids")
@@ -46,7 +46,7 @@ class Prompts:
     async def encode(self, prompt: str) -> list[int]:
         """The token ids of a long text, encoded in another thread. Raises `Refusal` as `at_once` does.
 
-        A caller that is cancelled ends the work within a piece of the text.
+        If the caller is cancelled, the thread stops after the current piece.
         """
         stop = threading.Event()
         try:
@@ -56,13 +56,13 @@ class Prompts:
             stop.set()
 
     def _encode(self, prompt: str, stop: threading.Event) -> list[int]:
-        """Piece by piece first: all at once it would take 200 bytes a token, however many there are."""
+        """Count tokens piece by piece first: a whole text would take 200 bytes a token, without limit."""
         least = 0
         if len(prompt) > PIECE_CHARACTERS:
             for piece in _pieces(prompt):
                 if stop.is_set():
                     raise Refusal(499, "the client left")
-                # The tokens at a cut would be others in the whole; so many at most.
+                # In the whole text, at most this many tokens at a cut would be different.
                 least += max(0, self._ids(piece) - 2 * self.longest_token)
                 self._require(least, "tokens or more")
         ids = self._tokenizer.encode_batch([prompt])[0].ids  # `encode` would not let other threads run

@@ -77,7 +77,7 @@ def make_endpoint(
     Args:
         hosts: names that requests may carry as Host and Origin; None: any.
         body_seconds: a body that takes longer to arrive is refused (408).
-        observe: told each of LATENCIES, besides /metrics.
+        observe: called with the name and seconds of each of LATENCIES; /metrics has them too.
     """
 
     async def check_hosts(request: Request) -> None:
@@ -192,7 +192,7 @@ class Service:
             run.cancel()
 
     def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
-        """Large bodies are parsed one after another: between two of them others are served."""
+        """Large bodies are parsed one at a time: other requests are served between them."""
         return self._parsing if len(body) > LARGE_BODY_BYTES else nullcontext()
 
     def submit(self, request: CompletionRequest, prompt: list[int]) -> Stream:
@@ -207,11 +207,11 @@ class Service:
         return Detokenizer(self._tokenizer, prompt=prompt, stops=request.stops)
 
     async def spell(self, prompt: list[int]) -> tuple[str, list[int]]:
-        """`serving.endpoint.text.spell`, beside the event loop: about 3 ms for 1,000 tokens."""
+        """`serving.endpoint.text.spell` in another thread: it takes about 3 ms for 1,000 tokens."""
         return await asyncio.to_thread(spell, self._tokenizer, prompt)
 
     async def _encode(self, prompt: str) -> list[int]:
-        """The ids of a long prompt. As many may wait for them as the engine takes, or `Refusal` (429)."""
+        """The ids of a long prompt. Raises `Refusal` (429) if as many wait as the engine has room for."""
         with _refusals():
             admit(self._num_encoding, self._engine.info)
         self._num_encoding += 1
@@ -222,10 +222,10 @@ class Service:
 
 
 class _Piece(NamedTuple):
-    """What a token adds, or an echoed prompt: the text that is settled, and where each token's begins.
+    """What a token or an echoed prompt adds: the text that is settled, and where each token's text begins.
 
-    `starts` are in characters of the answer's text. `finish` is the completion's: a stop string ends it where
-    the engine would go on.
+    `starts` are in characters of the answer's text. `finish` is the completion's: a stop string ends it
+    although the engine would continue.
     """
 
     tokens: Sequence[Token]
@@ -235,20 +235,20 @@ class _Piece(NamedTuple):
 
 
 class _Run:
-    """One completion. It is with the engine from its making until it has ended or `cancel` is called."""
+    """One completion. The engine has it from its creation until it has ended or `cancel` is called."""
 
     def __init__(
         self, service: Service, request: CompletionRequest, prompt: list[int], *, arrived: float
     ) -> None:
         self._service, self._request, self._arrived = service, request, arrived
-        self._prompt, self._num_told = prompt, 0
+        self._prompt, self._num_sent = prompt, 0
         self._text = service.detokenizer(request, prompt)
         self._stream = service.submit(request, prompt)
         self._answer = Answer(model=request.model)
         self._options = request.stream_options or StreamOptions()
 
     async def pieces(self) -> AsyncIterator[list[_Piece]]:
-        """Those that have come since the last look. Raises `EngineFailed`."""
+        """The pieces that have arrived since the last item. Raises `EngineFailed`."""
         num_echoed = len(self._prompt) if self._request.echo else 0
         begun, offset = False, 0
         async for tokens in self._stream:
@@ -271,11 +271,11 @@ class _Run:
         self._observe("request_seconds")
 
     def cancel(self) -> None:
-        """Take it back from the engine, if it is still there."""
+        """Cancel it in the engine, if it is still there."""
         self._stream.cancel()
 
     async def _echo(self, tokens: Sequence[Token]) -> _Piece:
-        """A prompt: its text as it was given, or of its ids."""
+        """A prompt: its text as it was given, or the text of its ids."""
         given = self._request.prompt
         text, starts = await self._service.spell(self._prompt)
         return _Piece(tokens, given if isinstance(given, str) else text, starts, tokens[-1].finish)
@@ -296,7 +296,7 @@ class _Run:
             if self._options.include_usage:
                 yield _event({**self._answer.nothing(), **self._usage()})
             yield b"data: [DONE]\n\n"
-        except EngineFailed as error:  # the status has been sent: this is the only place left to say so
+        except EngineFailed as error:  # the status has been sent, so an event must carry the error
             yield _event(_failed(error).body())
 
     def _event(self, piece: _Piece) -> bytes:
@@ -304,8 +304,8 @@ class _Run:
         return _event({**chunk, **self._usage()} if self._options.continuous_usage_stats else chunk)
 
     def _chunk(self, pieces: list[_Piece]) -> dict[str, Any]:
-        """Pieces that follow those told before."""
-        self._num_told += sum(len(piece.tokens) for piece in pieces)
+        """The JSON of pieces that follow those sent before."""
+        self._num_sent += sum(len(piece.tokens) for piece in pieces)
         asked = None
         if self._request.logprobs is not None:
             asked = logprobs(
@@ -322,11 +322,11 @@ class _Run:
 
     def _usage(self) -> dict[str, Any]:
         num_prompt = len(self._prompt)
-        return usage(num_prompt, self._num_told - num_prompt if self._request.echo else self._num_told)
+        return usage(num_prompt, self._num_sent - num_prompt if self._request.echo else self._num_sent)
 
 
 class _EventStream(StreamingResponse):
-    """The events of a run, which is over when the response is, however that came about."""
+    """The events of a run. However the response ends, the run ends with it."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__(run.events(), media_type="text/event-stream")
@@ -341,7 +341,7 @@ class _EventStream(StreamingResponse):
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What an engine refuses, as `Refusal`."""
+    """Turn what an engine refuses into `Refusal`."""
     try:
         yield
     except RequestError as error:
@@ -364,7 +364,7 @@ def _event(content: dict[str, Any]) -> bytes:
 
 
 async def _unless_client_leaves(http: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
-    """What `work` returns; it is cancelled when the client closes the connection. The body must be read."""
+    """The result of `work`, which is cancelled if the client closes the connection. Read the body first."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

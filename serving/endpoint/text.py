@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cluster.cli import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # of decoders, for bytes that are no character, or not yet
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 CONTEXT_TOKENS = 4  # decoded with new ones: a text's first may lose a space; a character has up to 4 bytes
 
 
@@ -25,9 +25,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def numbered_tokenizer(vocab_size: int) -> Tokenizer:
-    """For random weights: bytes as the first 256 ids, and " <id>" as the text of every other.
+    """For random weights: the first 256 ids are bytes, and the text of every other id is " <id>".
 
-    So any text can be encoded, and whatever such a model says can be read.
+    So any text can be encoded, and any output of such a model can be read.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())[:vocab_size]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
@@ -39,7 +39,7 @@ def numbered_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of token ids, and where each one's begins, in characters. See `Detokenizer`."""
+    """The text of token ids, and where the text of each begins, in characters. See `Detokenizer`."""
     detokenizer = Detokenizer(tokenizer)
     texts, starts = [], []
     for place, token_id in enumerate(ids):
@@ -49,26 +49,26 @@ def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
 
 
 class Detokenizer:
-    """The text of one continuation as its tokens come.
+    """The text of one continuation as its tokens arrive.
 
-    The pieces, joined, are what `Tokenizer.decode` makes of the prompt and the continuation together, without
-    what it makes of the prompt. Where the continuation changes the end of the prompt's text, as one does that
-    completes a character, the pieces begin with what has changed.
+    The pieces, joined, are `Tokenizer.decode` of prompt and continuation together, without that of the
+    prompt. If the continuation changes the end of the prompt's text, for example by completing a character,
+    the pieces begin with what has changed.
 
-    A piece is never taken back. Held back are therefore the first bytes of a character, text that may be the
-    beginning of a stop string, and tokens that stand for single bytes until one comes that does not:
-    SentencePiece's decoder (LLaMA 1 and 2) makes replacement characters of a whole run of them if any part of
-    it is invalid. Special tokens, and ids that have no token, have no text.
+    A piece is final. So these are held back: the first bytes of a character; text that may begin a stop
+    string; and tokens that stand for single bytes, until another token follows, because SentencePiece's
+    decoder (LLaMA 1 and 2) turns a whole run of them into replacement characters if any part of it is
+    invalid. Special tokens, and ids that have no token, have no text.
 
-    `tokenizers.DecodeStream` raises "Invalid prefix" at invalid bytes with that decoder.
+    `tokenizers.DecodeStream` is not used: with that decoder it raises "Invalid prefix" at invalid bytes.
 
     Args:
         prompt: token ids before the continuation: some decoders strip the space of a text's first word.
         stops: strings that end the text; of several, the one that is complete first.
 
     Attributes:
-        start: where the text of the token that was added last begins, in characters; for all tokens of a
-            character, or of a run of bytes, where that begins.
+        start: where the text of the last token begins, in characters. All tokens of one character, or of one
+            run of bytes, have the same start.
         stopped: a stop string is complete.
     """
 
@@ -85,7 +85,7 @@ class Detokenizer:
         self.stopped = False
 
     def add(self, token_id: int, *, last: bool = False) -> str:
-        """The text that is settled by one more token; it ends before the first stop string.
+        """The text that one more token settles; it ends before the first stop string.
 
         Args:
             last: no more tokens come, so nothing is held back.
@@ -173,7 +173,7 @@ def _special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
 
 
 def _is_byte(token: str | None) -> bool:
-    """Whether a token stands for one byte, as "<0xE4>" does. In other tokenizers such a token only waits."""
+    """Whether a token stands for one byte, as "<0xE4>" does. In other tokenizers it is only held back."""
     return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 

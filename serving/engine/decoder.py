@@ -1,8 +1,8 @@
-"""A decoder step in torch, on any device: tokens of many requests in, logits out, keys and values kept.
+"""A decoder step in torch, on any device: tokens of many requests in, logits out, keys and values cached.
 
 `serving.engine.native.NativeDecoder` does the same on a CPU with AVX2 or better. On a GPU, steps that only
-decode replay a CUDA graph: launching the kernels of such a step one by one takes longer than they run. All
-graphs are captured when the decoder is made, before there is traffic that a capture would hold up.
+decode replay a CUDA graph, because launching their kernels one by one takes longer than running them. All
+graphs are captured when the decoder is made, because a capture would delay requests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,28 +22,28 @@ SLICE_ROWS = 64  # of logits that are scored at a time: a tensor of 33 MB in fp3
 class StepDecoder(Protocol):
     """Runs the model over the tokens of a step.
 
-    What an earlier request left in a block, NaN too, changes nothing for the one that has it now.
+    What an earlier request left in a block, even NaN, does not affect the request that has it now.
     """
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Logits [S, V], fp32, after the last token of each of the S spans that sample, in order."""
 
     def scored(self) -> Iterator[Tensor]:
-        """Of the step that `forward` ran last: logits after each token that its spans' `num_scored` count.
+        """Logits after each token that the `num_scored` of the last step's spans count.
 
-        In order, in slices [R, V], fp32, R at most SLICE_ROWS; the next may overwrite one.
+        In order, in slices [R, V], fp32, R at most SLICE_ROWS; a slice may be overwritten by the next.
         """
 
 
 class TorchDecoder:
     """The decoder in torch operations.
 
-    A request's logits depend on the other requests of its steps by rounding: torch chooses a product's kernel
-    by the number of rows.
+    A request's logits depend on the other requests of its steps by rounding: torch chooses the kernel of a
+    matrix product by its number of rows.
 
     Args:
         model: on its device.
-        num_blocks: of the cache, of `BLOCK_TOKENS` tokens each. One more is kept for what padding writes.
+        num_blocks: of the cache, of `BLOCK_TOKENS` tokens each. Padding writes to one more.
         slots: most requests of a step.
         graphs: use CUDA graphs for steps that only decode, and capture them now (`graph_sizes`).
         context_tokens: most tokens of a request; default: the model's.
@@ -156,7 +156,7 @@ class TorchDecoder:
         return blocks, _visible(blocks, positions), span.stop - span.start
 
     def _clear_begun(self, spans: Sequence[Span]) -> None:
-        """Clear the blocks that the step begins and does not fill, of what earlier requests left there.
+        """Clear the blocks that the step begins and does not fill: earlier requests may have left NaN there.
 
         A mask gives a place that is not written yet the weight 0, and 0 times NaN is NaN.
         """
@@ -191,7 +191,7 @@ class _Attention:
         self._parts: list[tuple[Tensor, Tensor, int]] = []
 
     def add(self, blocks: Tensor, visible: Tensor, num_tokens: int) -> None:
-        """The next B·num_tokens rows are B requests with these blocks [B, N], seeing what `visible` says."""
+        """The next B·num_tokens rows are B requests with these blocks [B, N]; `visible` is their mask."""
         self._parts.append((blocks, visible, num_tokens))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -213,9 +213,9 @@ class _Attention:
 def graph_sizes(*, slots: int, context_tokens: int, cache_blocks: int) -> list[tuple[int, int]]:
     """(requests, blocks of each) of the steps to capture, the largest first.
 
-    Powers of two, and all slots, so that few graphs serve every step: what is left of one is padding. Left
-    out are those for more than four times the cache: no requests of about equal length become these. The
-    largest come first, so that the others find room in the memory that it has left.
+    Powers of two, and all slots, so that few graphs serve every step; the rest of a graph is padding. Sizes
+    above four times the cache are left out: requests of about equal length never reach them. The largest are
+    captured first, so that the others fit into the memory that it has freed.
     """
     requests = {min(1 << i, slots) for i in range(slots.bit_length() + 1)}
     widths = [1 << i for i in range(_power_of_two(num_blocks(context_tokens)).bit_length())]

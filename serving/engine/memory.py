@@ -1,4 +1,4 @@
-"""Does an engine fit its device's memory? Said in one message with the keys, not as a traceback."""
+"""Whether an engine fits its device's memory: one message with the keys to change, instead of a traceback."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -18,10 +18,11 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 def says_what_does_not_fit(make: Maker) -> Maker:
-    """A `make_torch_engine` that raises `UserError` where memory does not suffice.
+    """A `make_torch_engine` that raises `UserError` if memory does not suffice.
 
-    Before it allocates, where weights and cache alone exceed all of the device's memory: a CPU would be given
-    what it asks for, and the process killed when it writes there. Else when an allocation fails.
+    It raises before it allocates if weights and cache alone exceed the device's memory: on a CPU the
+    allocation would succeed and the process be killed when it writes there. Otherwise it raises when an
+    allocation fails.
     """
 
     @wraps(make)
@@ -29,7 +30,7 @@ def says_what_does_not_fit(make: Maker) -> Maker:
         free, total = _memory(config)
         try:
             weights, cache, dtype, what = _needed(config, served.directory)
-        except (ValueError, OSError):  # no such checkpoint: `make` says so
+        except (ValueError, OSError):  # no such checkpoint: `make` raises
             return make(config, served)
         needed = (
             f"out of memory: {what} needs {weights / 1e9:,.2f} GB of weights, and "
@@ -50,9 +51,9 @@ def says_what_does_not_fit(make: Maker) -> Maker:
 
 
 def _needed(config: ServeConfig, directory: Path | None) -> tuple[int, int, str, str]:
-    """Bytes of weights and of cache, their dtype, and what asks for the weights.
+    """Bytes of weights and of cache, their dtype, and the key that names the weights.
 
-    At the least: a CPU that widens bf16 matrices takes more for them. Raises `ValueError`, `OSError`.
+    A lower bound: a CPU that widens bf16 matrices needs more for them. Raises `ValueError`, `OSError`.
     """
     named = config.engine.dtype
     dtype = compute_dtype(_device(config)) if named == "auto" else getattr(torch, named)
@@ -65,7 +66,7 @@ def _needed(config: ServeConfig, directory: Path | None) -> tuple[int, int, str,
 
 
 def _memory(config: ServeConfig) -> tuple[int, int]:
-    """Bytes free and in all: of the GPU if the engine is to run on one, else of the machine."""
+    """Bytes free and in total: of the GPU if the engine will run on one, else of the machine."""
     if _device(config).type == "cuda":
         return torch.cuda.mem_get_info()
     amounts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -73,5 +74,5 @@ def _memory(config: ServeConfig) -> tuple[int, int]:
 
 
 def _device(config: ServeConfig) -> torch.device:
-    """Where the engine will run. That a GPU is asked for and missing is for `find_device` to say."""
+    """Where the engine will run. A GPU that is missing is an error of `find_device`."""
     return torch.device("cuda" if config.engine.device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -44,7 +44,7 @@ _Step: Any = _struct(
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `NativeDecoder` cannot run there, in one sentence; None if it can. The first call compiles."""
+    """Why `NativeDecoder` cannot run on `device`, or None. The first call compiles."""
     if device.type != "cpu":
         return f"{device.type} is no CPU"
     if dtype != torch.bfloat16:
@@ -59,7 +59,7 @@ def tier() -> str | None:
 
 def _library() -> tuple[Any, str | None]:
     """(the library, None) or (None, why there is none)."""
-    # OpenMP: the same library, and so the same threads, that torch has loaded.
+    # OpenMP: the library that torch has loaded, so the threads are shared.
     library, reason = compiled.load(SOURCE, flags=("-fopenmp",))
     return library and _declared(library), reason
 
@@ -90,9 +90,9 @@ def _alternate(gate: Tensor, up: Tensor, half: int) -> Tensor:
 
 
 class NativeDecoder:
-    """The compiled decoder. It owns the packed weights and the cache; `model` is emptied as they are packed.
+    """The compiled decoder. It owns the packed weights and the cache; packing empties `model`.
 
-    A request's logits are the same to the bit whatever else is in its steps, and wherever its prompt is cut.
+    A request's logits do not depend, to the bit, on other requests or on where its prompt is cut into chunks.
 
     Args:
         model: bf16, on the CPU.
@@ -158,7 +158,7 @@ class NativeDecoder:
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The logits are overwritten by the next step."""
         counts = [span.stop - span.start for span in spans]
-        # What the last layer makes is wanted of a span's last row, of all of its rows, or of none.
+        # The last layer computes a span's last row, all of its rows, or none.
         kept = [
             count if span.num_scored else int(span.samples) for count, span in zip(counts, spans, strict=True)
         ]

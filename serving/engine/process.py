@@ -2,10 +2,10 @@
 
     python -m serving.engine.process FD    the engine's side; `EngineProcess` starts it
 
-Each has an interpreter to itself, so that writing events does not hold up the engine's steps. And when the
-engine's process dies (out of memory, a fault in native code, an abort of CUDA), somebody is left to tell its
-clients, and to start another. Between the two lies one socket: requests go as they come, all that a step
-delivers comes back in one message, and when either end of it closes the engine's process is over.
+Each process has its own interpreter, so writing events does not delay the engine's steps. If the engine's
+process dies (out of memory, a fault in native code, an abort of CUDA), the HTTP process tells its clients and
+starts another. One socket connects the two: requests are sent as they arrive, and all that a step delivers
+returns in one message. When either end of the socket closes, the engine's process ends.
 """
 
 import faulthandler
@@ -47,7 +47,7 @@ Factory = Callable[[ServeConfig, Served], Engine]
 _Delivery = tuple[int, list[tuple[Any, ...]] | EngineFailed]
 
 ANSWER_SECONDS = 10.0  # to a question that needs no step
-NO_MEMORY = "where that was for lack of memory (`dmesg` says so), lower engine.cache_tokens"
+NO_MEMORY = "if `dmesg` says that memory ran out, lower engine.cache_tokens"
 
 
 def make_engine(config: ServeConfig, served: Served) -> Engine:
@@ -66,7 +66,7 @@ class _Child:
     def __init__(self, *arguments: Any) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # Modules are found where this process finds them; all else of the environment is inherited.
+            # The child finds modules where this process does, and inherits the rest of the environment.
             path = os.pathsep.join(filter(None, sys.path))
             self.process = Child(
                 [sys.executable, "-m", "serving.engine.process", str(theirs.fileno())],
@@ -91,7 +91,7 @@ class _Child:
         return answer
 
     def ending(self) -> str:
-        """How the process ended, which it has or is about to."""
+        """How the process ended. Waits for its end, which has come or is near."""
         code = self.process.wait()
         if code >= 0:
             return f"the engine's process ended with exit code {code}; the replica's log says why"
@@ -108,14 +108,15 @@ class _OpenRequest(NamedTuple):
 class EngineProcess:
     """See `serving.engine.protocol.Engine`. The engine is in another process.
 
-    What can be refused is refused here, at once: this is the engine's only client and hears of each end after
-    the engine does, so that the engine never has more requests than are open here.
+    Requests are refused on this side, at once. This is the engine's only client, and it learns of each
+    request's end after the engine does, so the engine never has more requests than are open here.
 
-    A process that has ended is started again, unless it had delivered nothing: then `failure` says why. Its
-    requests end with `EngineFailed`; those that come meanwhile wait for the next one.
+    If the process ends, its requests end with `EngineFailed` and it is started again; requests that arrive
+    before the new engine is ready wait for it. A process that ends before it has delivered anything is not
+    started again: `failure` says why.
 
     Args:
-        factory: makes the engine, over there; found by its name, as pickle finds it.
+        factory: makes the engine, in the other process; pickled by its name.
 
     Raises:
         RunError: the process ended before there was an engine.
@@ -155,7 +156,7 @@ class EngineProcess:
         return Ticket(partial(self._cancel, number))
 
     def stats(self) -> EngineStats:
-        """See `Engine`; while a new process starts there is nothing but what waits for it.
+        """See `Engine`. While a new process starts, all open requests count as waiting.
 
         Raises:
             EngineFailed: the process does not answer.
@@ -189,13 +190,13 @@ class EngineProcess:
                 self._tell("cancel", number)
 
     def _tell(self, *message: Any) -> None:
-        """Send a message, where there is an engine to hear it. Under the lock."""
+        """Send a message if the engine is up. Call it under the lock."""
         if self._up:
-            with suppress(OSError):  # it has just ended, which `_work` is about to hear
+            with suppress(OSError):  # it has just ended, which `_work` is about to notice
                 self._child.connection.send(message)
 
     def _work(self) -> None:
-        """Hand on what the engine says, process after process."""
+        """Pass on what the engine sends, process after process."""
         useful = True
         while useful:
             reason, useful = self._hear()
@@ -217,7 +218,7 @@ class EngineProcess:
                 return
 
     def _hear(self) -> tuple[str, bool]:
-        """Hand on what the engine says until it ends. Returns why, and whether there was any token."""
+        """Pass on what the engine sends until it ends. Returns why, and whether there was any token."""
         useful, failure = False, None
         with suppress(EOFError, OSError):
             while failure is None:
@@ -226,7 +227,7 @@ class EngineProcess:
                 self._deliver(deliveries)
                 for answer in answers:
                     self._answers.put(answer)
-            self._child.process.kill()  # which has no engine any more
+            self._child.process.kill()  # its engine has failed
         ending = self._child.ending()
         return failure or ending, useful
 
@@ -249,11 +250,11 @@ class EngineProcess:
                     request.deliver(EngineFailed(reason))
 
     def _restart(self) -> None:
-        """Another process, and to it all requests that have come meanwhile."""
+        """Start another process and send it the requests that have arrived since the last one ended."""
         child = _Child(*self._arguments)
         with self._lock:
             self._child = child
-            if self._failure:  # closed meanwhile
+            if self._failure:  # closed in between
                 child.process.kill()
         child.ready()
         with self._lock:
@@ -273,7 +274,7 @@ def _nothing_but(waiting: int) -> EngineStats:
 
 
 class _Host:
-    """The engine's side of the socket: one thread listens, another speaks."""
+    """The engine's side of the socket: one thread receives, another sends."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -284,7 +285,7 @@ class _Host:
         self._tickets: dict[int, Ticket] = {}
 
     def run(self) -> None:
-        """Make the engine, and hand on what it delivers until it fails."""
+        """Make the engine, and send what it delivers until it fails."""
         factory, config, served = self._connection.recv()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         try:
@@ -296,11 +297,11 @@ class _Host:
         self._connection.send(self._engine.info)
         failure = None
         while failure is None:
-            # All that is there: what a step has delivered, because the engine's thread puts it in at one go.
+            # All deliveries of a step: the engine's thread has put them in together.
             items = [self._outbox.get(), *(self._outbox.get_nowait() for _ in range(self._outbox.qsize()))]
             failure = self._engine.failure()
             deliveries = [self._delivery(*item) for item in items if isinstance(item, tuple)]
-            if failure:  # the client ends its requests itself, once it knows that it has no engine
+            if failure:  # the client ends its requests itself once it knows of the failure
                 deliveries = [one for one in deliveries if isinstance(one[1], list)]
             answers = [item for item in items if isinstance(item, EngineStats)]
             self._connection.send((deliveries, answers, failure))
@@ -313,16 +314,16 @@ class _Host:
         return number, arrived if isinstance(arrived, EngineFailed) else [tuple(each) for each in arrived]
 
     def _listen(self) -> None:
-        """Do as the client says. When it is gone, or something is wrong here, the process ends at once."""
-        heed: dict[str, Callable[..., None]]
-        heed = {"submit": self._submit, "cancel": self._cancel, "stats": self._stats}
+        """Carry out what the client sends. If the client is gone or anything fails here, end the process."""
+        handlers: dict[str, Callable[..., None]]
+        handlers = {"submit": self._submit, "cancel": self._cancel, "stats": self._stats}
         try:
             while True:
                 try:
                     what, *arguments = self._connection.recv()
                 except (EOFError, OSError):
                     os._exit(0)
-                heed[what](*arguments)
+                handlers[what](*arguments)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -348,7 +349,7 @@ class _Host:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error or, where pickle would lose it on the way, one that says the same."""
+    """The error, or one with the same text if pickle cannot carry it."""
     with suppress(Exception):
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
@@ -358,7 +359,7 @@ def _portable(error: Exception) -> Exception:
 
 def main(fd: int) -> None:
     """The engine's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client, with which this ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client; this process ends with it
     faulthandler.enable()
     with suppress(EOFError, OSError):  # the client is gone
         _Host(Connection(fd)).run()

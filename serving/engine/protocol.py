@@ -1,8 +1,7 @@
-"""What a serving engine is: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
+"""The interface of an engine: token ids in, sampled tokens out, many requests at once. No torch, no HTTP.
 
-Ours is `serving.engine.torch_engine`, which a replica has in a process beside it (`serving.engine.process`);
-vLLM comes with an endpoint of its own (`serving.vllm_app`). Text is not an engine's matter:
-`serving.endpoint.text` turns it into token ids and back.
+Ours is `serving.engine.torch_engine`; a replica runs it in a process of its own (`serving.engine.process`).
+vLLM brings its own endpoint (`serving.vllm_app`). `serving.endpoint.text` turns text into token ids and back.
 """
 
 import asyncio
@@ -26,8 +25,8 @@ class Sampling:
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
         seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
             the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
-            rounding: a draw, or a greedy choice, that is decided by less than that may differ.
-        ignore_eos: go on to `max_tokens` past the end of text (for benchmarks).
+            rounding. If two candidates are closer than that, the chosen token may differ.
+        ignore_eos: continue to `max_tokens` past the end of text (for benchmarks).
         logprobs: report how likely each delivered token was.
         echo: deliver the prompt's tokens too, all of them before the first sampled one.
     """
@@ -42,7 +41,7 @@ class Sampling:
 
 
 class Score(NamedTuple):
-    """How likely a token was after those before it, under the model at temperature 1.
+    """How likely a token was after the tokens before it, under the model at temperature 1.
 
     Attributes:
         logprob: ln of its probability.
@@ -59,8 +58,8 @@ class Token(NamedTuple):
 
     Attributes:
         id: in the vocabulary.
-        score: None unless asked for, and of a prompt's first token, which follows nothing.
-        finish: None but for the last token: "stop" (it ends the text) or "length".
+        score: None unless requested; always None for a prompt's first token, which follows nothing.
+        finish: of the last token "stop" (it ends the text) or "length"; else None.
     """
 
     id: int
@@ -70,7 +69,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine serves, and with what: for /v1/models, for ceilings and for the record.
+    """What an engine serves and how: for /v1/models, for ceilings and for the record.
 
     Attributes:
         context_tokens: most tokens of prompt and continuation together.
@@ -81,7 +80,7 @@ class EngineInfo:
         flops_per_token: 2 FLOPs for each weight that a decoded token is multiplied with, the head included.
         head_flops: those of the head, which a prefilled prompt takes once, for its last token.
         attention_flops: for a token and each token that it sees: 4 * layers * heads * head_dim.
-        details: anything else that a reader of a report wants to know, such as why a kernel is not used.
+        details: further facts for a report, such as why a kernel is not used.
     """
 
     engine: str
@@ -103,7 +102,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """What an engine is doing, and has done since it started."""
+    """What an engine is doing, and counts since it started."""
 
     running: int
     waiting: int
@@ -128,11 +127,11 @@ class Overloaded(Exception):
 
 
 class EngineFailed(RuntimeError):
-    """The engine broke while the request was with it; the request may be sent again elsewhere."""
+    """The engine failed while it had the request. The request may be sent again elsewhere."""
 
 
 class BrokenModel(EngineFailed):
-    """The model's logits for the request are no numbers. Other requests go on; sending it again is vain."""
+    """The model's logits for the request are NaN or infinite. Others continue; a retry fails too."""
 
     def __init__(
         self,
@@ -145,16 +144,16 @@ class BrokenModel(EngineFailed):
 
 
 # Called with the tokens of a step, in order, or with the error that ended the request; from any thread. It
-# must return at once: the engine waits for it, holding a lock.
+# must return at once: the engine holds a lock while it runs.
 Deliver = Callable[[Sequence[Token] | EngineFailed], None]
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request that an engine has taken.
+    """A request that an engine has accepted.
 
     Attributes:
-        cancel: forget it: its slot is free within one step, and no more is delivered. Thread-safe.
+        cancel: ends it: its slot is free within one step, and nothing is delivered after it. Thread-safe.
     """
 
     cancel: Callable[[], None]
@@ -173,14 +172,14 @@ class Engine(Protocol):
         """Never waits for a step. Raises `EngineFailed`: the engine does not answer."""
 
     def failure(self) -> str | None:
-        """Why the engine can serve no more, or None while it can."""
+        """Why the engine can no longer serve, or None."""
 
     def close(self) -> None:
         """Stop, and end every request with `EngineFailed`."""
 
 
 def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
-    """Raises `RequestError`: the engine can never serve this."""
+    """Raise `RequestError` if the engine can never serve this request."""
     total = len(prompt) + sampling.max_tokens
     if not prompt:
         raise RequestError("prompt: is empty; give at least one token")
@@ -196,7 +195,7 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
 
 
 def admit(num_open: int, info: EngineInfo) -> None:
-    """Raises `Overloaded`: with so many requests in its slots and waiting, the engine takes no more."""
+    """Raise `Overloaded` if `num_open` requests fill the slots and the queue."""
     if num_open >= info.num_slots + info.most_waiting:
         raise Overloaded(
             f"{info.most_waiting} requests are waiting already, as many as may",
@@ -212,13 +211,13 @@ def answer_all(
     concurrency: int,
     note: Callable[[int, Sequence[Token]], None],
 ) -> None:
-    """Answer every prompt greedily with so many tokens, past any end of text, `concurrency` of them at once.
+    """Continue every prompt greedily by `num_new` tokens, past any end of text, `concurrency` at a time.
 
     Args:
-        note: told the number of a prompt and its new tokens, from the engine's thread.
+        note: called with the index of a prompt and its new tokens, from the engine's thread.
 
     Raises:
-        EngineFailed: and the rest is given up.
+        EngineFailed: the remaining prompts are not answered.
     """
     ended: queue.SimpleQueue[EngineFailed | None] = queue.SimpleQueue()
 
@@ -244,9 +243,9 @@ def answer_all(
 
 
 class Stream:
-    """A request's tokens as an asynchronous iterator over lists: what has come since the last look.
+    """A request's tokens as an asynchronous iterator over lists: those that arrived since the last item.
 
-    Make it in the event loop that reads it. Leaving it early means `cancel`.
+    Create it in the event loop that reads it. Call `cancel` to leave it early.
     """
 
     def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -260,10 +259,9 @@ class Stream:
 
     def _deliver(self, tokens: Sequence[Token] | EngineFailed) -> None:
         self._arrived.append(tokens)
-        # A RuntimeError: the loop is closed, so that nobody reads any more.
         try:
             self._loop.call_soon_threadsafe(self._wake.set)
-        except RuntimeError:
+        except RuntimeError:  # the loop is closed: nobody reads any more
             self._ticket.cancel()
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:

@@ -1,6 +1,6 @@
-"""The next tokens of many requests from their logits, each drawn from its own source of chance; scores.
+"""The next tokens of many requests from their logits, each drawn with its own random numbers; scores.
 
-A row depends on nothing beside it: sums that decide a draw are of integers, and so exact in any order.
+A row does not depend on other rows: the sums that decide a draw are of integers, so exact in any order.
 """
 
 import random
@@ -19,10 +19,10 @@ WEIGHT_OF_ONE = 2.0**48  # a probability of 1 as an integer; sums stay below 2**
 def choose(
     logits: Tensor, samplings: Sequence[Sampling], chances: Sequence[random.Random]
 ) -> tuple[list[int], list[Score | None]]:
-    """One token for each row: its id, and its score where log-probabilities are asked for.
+    """One token for each row: its id, and its score if log-probabilities are requested.
 
-    A row's token and score depend on its own logits, sampling and source of chance alone, not on the other
-    rows: to the bit on a CPU; this is not checked on a GPU. Of equal logits the lowest id comes first. The
+    A row's token and score depend only on its own logits, sampling and random numbers: to the bit on a CPU;
+    this is not checked on a GPU. Of equal logits the lowest id comes first. The
     token is BROKEN where the largest logit is not a finite number: torch takes NaN for the largest.
 
     Args:

@@ -2,8 +2,8 @@
 
 Continuous batching with chunked prefill: each step carries one token of every running request, and fills up
 with the next tokens of prompts, first come first served. The cache is blocks of `BLOCK_TOKENS` tokens; a
-request is admitted when a slot is free and blocks for its prompt and all of `max_tokens`, so that a running
-request never has to give way to another.
+request is admitted when a slot is free and there are blocks for its prompt and all of `max_tokens`, so a
+running request is never preempted.
 """
 
 from collections import deque
@@ -14,20 +14,20 @@ BLOCK_TOKENS = 32
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+    """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // BLOCK_TOKENS)
 
 
 @dataclass(eq=False)
 class ScheduledRequest:
-    """A request and how far it is.
+    """A request and its progress.
 
     Attributes:
         tokens: prompt, then what was sampled.
-        most_tokens: its length at the most.
-        scored: it is to be told how likely each token of its prompt was.
+        most_tokens: its largest length, prompt and continuation.
+        scored: the tokens of its prompt get scores.
         done: how many of `tokens` have gone through the model, and are in the cache.
-        blocks: of the cache, its own until it is removed; empty unless it runs.
+        blocks: of the cache; its own until it is removed, empty before it runs.
     """
 
     tokens: list[int]
@@ -51,8 +51,8 @@ class Span:
 
     Attributes:
         blocks: those that hold tokens [0, stop). A copy: the request may be removed while the step runs.
-        samples: the last of them is its newest token, and another is to follow.
-        num_scored: how many of them, from the first on, are followed by one of a prompt that is scored.
+        samples: the span ends with its newest token, and another is to follow.
+        num_scored: tokens, from the first, whose successor is in a prompt that is scored.
     """
 
     request: ScheduledRequest
@@ -73,8 +73,8 @@ class Span:
 class Scheduler:
     """Slots, blocks and the queue of one engine. Not thread-safe: callers hold one lock.
 
-    Only `next_step` hands out blocks. So a request may be removed while a step runs that still writes to its
-    blocks, provided that the next step is asked for after that one has ended.
+    Only `next_step` hands out blocks. So a request may be removed while a step still writes to its blocks, if
+    `next_step` is called only after that step has ended.
 
     Args:
         cache_tokens: size of the cache; whole blocks of it are used.
@@ -99,7 +99,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request: ScheduledRequest) -> bool:
-        """Take a request out: its slot and blocks are free at once. False if it neither runs nor waits."""
+        """Remove a request: its slot and blocks are free at once. False if it neither runs nor waits."""
         if request.is_running:
             self.running.remove(request)
             self._free += request.blocks
@@ -113,7 +113,7 @@ class Scheduler:
     def next_step(self) -> list[Span]:
         """Spans of the next step, those that decode first; empty if there is nothing to do.
 
-        The step before has ended, and the tokens that it sampled are in their sequences.
+        Call it when the last step has ended and its tokens have been appended to their requests.
         """
         while self.waiting and len(self.running) < self._slots and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())

@@ -2,7 +2,7 @@
 
 One thread runs the steps and delivers tokens; any thread hands in requests and cancels them. One lock guards
 the scheduler, the counts and deliveries. It is not held while the model runs: the spans of a step carry all
-that a cancel changes.
+that a cancel can change.
 """
 
 import math
@@ -46,7 +46,7 @@ from training.model.shapes import LlamaShape
 
 @dataclass(eq=False)
 class _Running(ScheduledRequest):
-    """A request, how to sample it, and whom to tell; `scores` are of its prompt's tokens after the first."""
+    """A request, its sampling and where to deliver; `scores` are of its prompt's tokens after the first."""
 
     sampling: Sampling = field(kw_only=True)
     deliver: Deliver = field(kw_only=True)
@@ -147,11 +147,11 @@ class TorchEngine:
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 try:
                     self._tell(request, EngineFailed(reason))  # type: ignore[arg-type]
-                except Exception:  # of one client; the others must be told
+                except Exception:  # one client's; the others must still be told
                     traceback.print_exc()
 
     def _step(self) -> bool:
-        """One step, or a wait until there is something to do. False once the engine is closed."""
+        """Run one step, after a wait if there is nothing to do. False once the engine is closed."""
         with self._lock:
             while not self._closed and not (spans := self._scheduler.next_step()):
                 self._lock.wait()
@@ -164,7 +164,7 @@ class TorchEngine:
         drawn = dict(zip(sampled, zip(ids, scores, strict=True), strict=True))
         with self._lock:
             self._counts["steps"] += 1
-            for span in reversed(spans):  # first tokens first: the others have had one
+            for span in reversed(spans):  # prompts come last in a step: deliver first tokens first
                 request: _Running = span.request  # type: ignore[assignment]
                 request.done = span.stop
                 if span.stop == request.prompt_tokens:
@@ -177,7 +177,7 @@ class TorchEngine:
     def _outcome(
         self, request: _Running, drawn: tuple[int, Score | None] | None
     ) -> list[Token] | BrokenModel:
-        """What a step that has run gives a request: nothing where it was a part of the prompt."""
+        """What a step that has run gives a request: no token if it was part of a prompt."""
         tokens: list[Token] = []
         if request.done == request.prompt_tokens:
             if not all(math.isfinite(each.logprob) for each in request.scores):
@@ -194,7 +194,7 @@ class TorchEngine:
         return tokens
 
     def _tell(self, request: _Running, outcome: list[Token] | EngineFailed) -> None:
-        """Deliver, under the lock: once a request is cancelled it hears nothing more."""
+        """Deliver, under the lock, so that nothing is delivered to a cancelled request."""
         if isinstance(outcome, EngineFailed):
             self._scheduler.remove(request)
         elif outcome[-1].finish is not None:
@@ -203,7 +203,7 @@ class TorchEngine:
         request.deliver(outcome)
 
     def _score_prompts(self, spans: Sequence[Span]) -> None:
-        """Give each request that is scored what this step tells of its prompt."""
+        """Give each request that is scored the scores of its prompt from this step."""
         scored = [span for span in spans if span.num_scored]
         if not scored:
             return
@@ -216,7 +216,7 @@ class TorchEngine:
             span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
 
     def _prompt(self, request: _Running) -> list[Token]:
-        """All of a prompt, to be echoed; with nothing to follow its last token ends the request."""
+        """All of a prompt, to be echoed; if no token is to follow, its last one ends the request."""
         scores = [None, *request.scores] if request.scored else [None] * request.prompt_tokens
         tokens = [Token(token, found, None) for token, found in zip(request.tokens, scores, strict=True)]
         if request.prompt_tokens == request.most_tokens:
@@ -292,7 +292,7 @@ class Arithmetic:
 
 
 def arithmetic(options: EngineConfig, device: torch.device, *, not_compiled: str | None = None) -> Arithmetic:
-    """What `engine.dtype` comes to on this device; `not_compiled` rules the compiled decoder out."""
+    """What `engine.dtype` means on this device. `not_compiled`: a reason against the compiled decoder."""
     named = None if options.dtype == "auto" else getattr(torch, options.dtype)
     reason = not_compiled or (None if options.compiled else "engine.compiled=false")
     reason = reason or native.unsupported(device, named or torch.bfloat16)
@@ -305,7 +305,7 @@ def arithmetic(options: EngineConfig, device: torch.device, *, not_compiled: str
 def describe(
     shape: LlamaShape, options: EngineConfig, numbers: Arithmetic, *, device: str, name: str, context: int
 ) -> EngineInfo:
-    """What an engine of this shape reads and computes."""
+    """The info of an engine of this shape: what it reads and computes."""
     return EngineInfo(
         engine="torch",
         model=name,
@@ -326,7 +326,7 @@ def describe(
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `engine.device` names. Raises `UserError`: a GPU is asked for, and there is none."""
+    """The device that `engine.device` names. Raises `UserError`: it asks for a GPU, and there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -67,9 +67,9 @@ def environment_of(name: str, *, threads: int) -> dict[str, str]:
 
 @contextmanager
 def running(name: str, python: str, *, threads: int, log: Path) -> "Iterator[ContenderProcess]":
-    """A contender in a process group of its own, stopped but for its turns; it ends with the block."""
+    """A contender in a process group of its own, stopped between its turns; it ends with the block."""
     with log.open("wb") as stream:
-        # -P: else Python would look for the modules of libraries in serving/ first
+        # -P: without it Python would look for the modules of libraries in serving/ first
         child = Child(
             [python, "-P", str(SCRIPT), name],
             stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ def running(name: str, python: str, *, threads: int, log: Path) -> "Iterator[Con
         child.send_signal(signal.SIGCONT)
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
-            child.stdin.close()  # on which it ends, and its own children with it
+            child.stdin.close()  # then it ends, and its own children with it
         with suppress(subprocess.TimeoutExpired):
             child.wait(STOP_SECONDS)
         child.end()
@@ -97,12 +97,12 @@ class ContenderProcess:
         self._name, self._child, self._log = name, child, log
 
     def load(self, model: Path, settings: Mapping[str, Any], *, slots: int) -> dict[str, str]:
-        """Make it ready. Returns what it says of itself."""
+        """Make it ready. Returns its description of itself."""
         command = {"do": "load", "model": str(model), "settings": dict(settings), "slots": slots}
         return self._ask(command, within_seconds=LOAD_SECONDS)["about"]
 
     def turn(self, asked: Work, concurrency: int) -> RaceTurn:
-        """Its turn. Raises `RunError` if it makes more or fewer tokens than it was asked for."""
+        """Its turn. Raises `RunError` if it makes another number of tokens than requested."""
         prompts, num_new = asked
         command = {"do": "run", "prompts": prompts, "num_new": num_new, "concurrency": concurrency}
         bystanders = Bystanders()
@@ -113,7 +113,7 @@ class ContenderProcess:
         return RaceTurn(**answer, others_cores=others)
 
     def _ask(self, command: Mapping[str, Any], *, within_seconds: float) -> dict[str, Any]:
-        """Let the process group go on, send the command, wait for the line of its answer, stop the group."""
+        """Continue the process group, send the command, wait for the line of its answer, stop the group."""
         assert self._child.stdin is not None
         try:
             self._child.send_signal(signal.SIGCONT)
@@ -128,7 +128,7 @@ class ContenderProcess:
         return json.loads(line)
 
     def _line(self, deadline: float) -> bytes:
-        """What it writes up to the end of a line, of its output, or of the time."""
+        """What it writes until a line ends, its output ends or the deadline passes."""
         assert self._child.stdout is not None
         output, parts = self._child.stdout.fileno(), [b""]
         while not parts[-1].endswith(b"\n"):
@@ -140,7 +140,7 @@ class ContenderProcess:
         return b"".join(parts)
 
     def _failure(self, what: str, within_seconds: float) -> RunError:
-        # Whoever has closed its output is about to end.
+        # A process that has closed its output is about to end.
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(1.0)
         code = self._child.returncode

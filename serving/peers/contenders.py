@@ -2,17 +2,17 @@
 
     python -P serving/peers/contenders.py ours|transformers|vllm
 
-It reads a JSON command per line and answers each with one JSON line, the first `load`, then any number of
-`run`; it ends with its input. The peers' interpreters lack the rest of our code, so only "ours" imports it.
+It reads one JSON command per line, first `load`, then any number of `run`, and answers each with one JSON
+line. It ends with its input. The peers' interpreters lack the rest of our code, so only "ours" imports it.
 
 load  {"model": a Hugging Face directory, "settings": of the contender, "slots": most requests at once}
       -> {"about": what runs, and how, as strings}
 run   {"prompts": [[id]], "num_new": [number], "concurrency": number}
       -> {"times": [[seconds]], "tokens": [[id]], "cpu_seconds": of all threads of this process}
 
-A run answers every prompt greedily with so many new tokens, past any end of text, and keeps `concurrency` of
-them in work until there are no more. Timed: when each new token was known in this process, from the moment
-before the first prompt is handed over. Tokens that come together share a time.
+A run continues every prompt greedily by so many new tokens, past any end of text, with `concurrency` prompts
+in work. Times are when each new token was known in this process, counted from just before the first prompt is
+submitted. Tokens that arrive together share a time.
 """
 
 import json
@@ -79,8 +79,8 @@ class Ours:
 class Transformers:
     """`generate` on static batches of `concurrency`, in the order given, padded on the left.
 
-    Times are taken by a stopping criterion, which is asked after each token of the batch. A batch goes on to
-    the longest of its answers; what it makes beyond the others is not counted as theirs.
+    A stopping criterion, called after each token of the batch, takes the times. A batch runs to the longest
+    of its answers; tokens beyond a shorter answer do not count.
     """
 
     def __init__(self, model: Path, settings: dict[str, Any], slots: int) -> None:
@@ -204,7 +204,7 @@ KINDS: dict[str, Any] = {"ours": Ours, "transformers": Transformers, "vllm": Vll
 
 
 def main() -> None:
-    # Libraries print; what they say belongs into the log, which is standard error.
+    # Libraries print to standard output; that belongs in the log, which is standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contender: Racer | None = None

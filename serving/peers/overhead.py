@@ -1,13 +1,13 @@
-"""What Ray Serve adds: the same requests to an engine through the endpoint, and to its like in this process.
+"""What Ray Serve adds: the same requests through the endpoint, and to an equal engine in this process.
 
-The two engines are alike and take turns; the one that waits is asleep. What is added is HTTP, Serve's ingress
-and the way to the engine's process and back. Both clients are asyncio loops in this process, so what they
-themselves cost stands on both sides, but for the parsing of HTTP.
+The two engines take turns; the waiting one sleeps. The difference is HTTP, Serve's ingress and the way to the
+engine's process and back. Both clients are asyncio loops in this process, so their own cost is on both sides,
+except for the parsing of HTTP.
 
-Where requests meet the engine's steps must not depend on the way. In a plain closed loop it does: a client in
-this process is back before the next step begins, and on any way that takes time it misses it, and waits for a
-whole one. Requests of one length, besides, march in waves. So each is sent after a pause, which is drawn, as
-are lengths; and the first ones, which start together, do not count.
+The phase in which requests meet the engine's steps must not depend on the way. In a plain closed loop it
+does: a client in this process is back before the next step begins; through Serve it misses that step and
+waits for a whole one. Requests of one length also run in waves. So lengths are drawn, each request is sent
+after a drawn pause, and the first ones, which start together, do not count.
 """
 
 import asyncio

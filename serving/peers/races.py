@@ -1,8 +1,8 @@
 """Our engine against transformers and vLLM: the same requests, the same weights and threads, in turns.
 
-Each contender is a process of its own (`serving.peers.contenders`), so that peers can live in other
-environments. While one has its turn the others are stopped: some wait by polling, and would take a core.
-`serving.bench` runs the race and reports it.
+Each contender is a process of its own (`serving.peers.contenders`), so peers can use other environments.
+During one's turn the others are stopped: some wait by polling and would take a core. `serving.peers.command`
+reports the race.
 """
 
 import random
@@ -25,7 +25,7 @@ from serving.peers.contender_process import OURS, PEERS, RaceTurn, Times, Work, 
 from training.model.shapes import LlamaShape, resolve, to_hf_config
 
 DTYPE = "bfloat16"
-TINY = LlamaShape(  # 100M parameters: as large as two CPU cores serve with some pleasure
+TINY = LlamaShape(  # 100M parameters: two CPU cores still serve it fluently
     vocab_size=32_000,
     hidden_size=768,
     num_layers=12,
@@ -37,7 +37,7 @@ TINY = LlamaShape(  # 100M parameters: as large as two CPU cores serve with some
 )
 
 WARM_UP_ROUNDS = 1  # compilers, allocations
-LEAST_AGREEMENT = 0.8  # of first tokens; bf16 in another order makes 0.9 to 1, other weights 0.2 at the most
+LEAST_AGREEMENT = 0.8  # of first tokens: 0.9 to 1 with bf16 in another order, at most 0.2 with other weights
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ CASES = {
 
 
 def work(name: str, case: RaceCase, *, vocab_size: int, round_number: int) -> Work:
-    """The requests of a round: lengths by the case alone, ids new in each round, lest a cache have them."""
+    """The requests of a round. The case sets lengths; ids are new in each round, so no cache helps."""
     lengths, ids = random.Random(name), random.Random(f"{name} {round_number}")
     sizes = [lengths.randint(*case.prompt_tokens) for _ in range(case.num_requests)]
     num_new = [lengths.randint(*case.new_tokens) for _ in range(case.num_requests)]
@@ -100,7 +100,7 @@ def decode_rate(times: Times) -> float:
     The window opens when the last request gets its first token and closes when the first request gets its
     last; the tokens that come in it are divided by its length. Where prompts go through the model at once,
     as in transformers, that is (N - 1)·B tokens. An engine that mixes prompts into its steps has given the
-    early requests some tokens by then, and gives the late ones some more in a smaller batch: neither counts.
+    early requests some tokens by then, and later gives the last ones some in a smaller batch: neither counts.
     """
     opens, closes = max(at[0] for at in times), min(at[-1] for at in times)
     if not opens < closes:
@@ -151,7 +151,7 @@ def race_result(race: Race) -> dict[str, Any]:
     """Medians with spreads over the rounds: tokens/s of each contender, and each peer's time over ours.
 
     Raises:
-        RunError: a peer's first tokens are not those of ours, so that it does other work.
+        RunError: a peer's first tokens are not ours, so it does other work.
     """
     samples: dict[str, list[float]] = {}
     peers = [name for name in race.first_tokens if name != OURS]
@@ -258,7 +258,7 @@ def _disturbed(turn: RaceTurn) -> str:
 
 
 def best_dtype() -> str:
-    """What the peers compute in on this CPU: bfloat16, or float32 where it would be slower."""
+    """What the peers compute in on this CPU: bfloat16, or float32 if bfloat16 would be slower."""
     import torch
 
     from optim.precision import compute_dtype
@@ -267,7 +267,7 @@ def best_dtype() -> str:
 
 
 def write_random_model(folder: Path, shape: LlamaShape, *, seed: int) -> None:
-    """A Hugging Face directory without a tokenizer: config.json and bf16 weights as training begins with."""
+    """A Hugging Face directory without a tokenizer: config.json and bf16 weights as training begins."""
     import torch
     from safetensors.torch import save_file
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serving import config as serving_config
-from serving.bench.steps import answer, come_to
+from serving.bench.steps import answer, batch_figures
 from serving.checkpoints import Served
 from serving.engine.torch_engine import TorchEngine, make_torch_engine
 from tests.gpu.block import Run
@@ -65,7 +65,7 @@ def point(run: Run, engine: TorchEngine, *, batch: int, prompt: int, step_tokens
     kind, shape = run.device.type, run.shape
     size = {"num_prompt": prompt, "num_new": NEW_TOKENS[kind]}
     answer(engine, batch, seed=0, **size)
-    found = come_to(answer(engine, batch, seed=1, **size), num_prompt=prompt)
+    found = batch_figures(answer(engine, batch, seed=1, **size), num_prompt=prompt)
     seconds, rate = found["itl_ms"] / 1e3, found["prefill_tokens_per_second"]
     moved = shape.decode_bytes(
         batch=batch, context_tokens=found["mean_context"], width_bytes=2 if run.gpu else 4

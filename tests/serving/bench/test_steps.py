@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.cli import RunError, UserError
-from serving.bench.steps import come_to, joules, parse_batches
+from serving.bench.steps import batch_figures, joules, parse_batches
 
 
 def test_a_batch_by_hand():
@@ -11,7 +11,7 @@ def test_a_batch_by_hand():
     """
     first = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     second = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1]
-    found = come_to([first, second], num_prompt=10)
+    found = batch_figures([first, second], num_prompt=10)
     assert found["prefill_tokens_per_second"] == pytest.approx(20 / 0.5)
     assert found["ttft_ms"] == pytest.approx(400)
     assert found["itl_ms"] == pytest.approx(100)
@@ -22,13 +22,13 @@ def test_a_batch_by_hand():
 
 def test_steps_that_prefill_beside_decoding_are_not_counted():
     slow_while_the_other_prefills = [0.1, 0.6, 1.1, 1.2, 1.3]
-    found = come_to([slow_while_the_other_prefills, [1.1, 1.2, 1.3, 1.4, 1.5]], num_prompt=4)
+    found = batch_figures([slow_while_the_other_prefills, [1.1, 1.2, 1.3, 1.4, 1.5]], num_prompt=4)
     assert found["itl_ms"] == pytest.approx(100)
 
 
 def test_a_batch_that_never_decodes_together_is_refused():
     with pytest.raises(RunError, match="more --new-tokens"):
-        come_to([[0.1, 0.2], [0.3, 0.4]], num_prompt=4)
+        batch_figures([[0.1, 0.2], [0.3, 0.4]], num_prompt=4)
 
 
 @pytest.mark.parametrize("text", ["", "1,x", "0", "1,-2"])

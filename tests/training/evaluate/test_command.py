@@ -1,197 +1,38 @@
-"""`python -m training.evaluate` with the real harness: its numbers against our own and transformers'.
+"""`python -m training.evaluate` with the real harness: its numbers against our own and transformers'."""
 
-The checkpoint is that of a run which was never trained: random weights, large enough that answers differ.
-"""
-
-import dataclasses
 import json
 import math
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
-import yaml
 from tokenizers import Tokenizer
 
 from cluster.cli import UserError
-from cluster.config import to_yaml
 from cluster.session import free_ports
 from optim.precision import cpu_has_bf16
-from serving.checkpoints import Served
-from serving.config import load as load_serving
-from serving.endpoint.service import make_endpoint
-from serving.engine.torch_engine import make_torch_engine
-from tests.commands import tiny, write_corpus
-from training import config as training_config
+from tests.training.evaluate.trained_run import (
+    CHOICES,
+    QUESTIONS,
+    SEQUENCE_LENGTH,
+    continuation_of,
+    evaluate,
+    log_likelihood,
+    metric,
+    refusal,
+    scores,
+    write_task,
+)
 from training.data.dataset import Manifest
-from training.data.prepare import prepare
 from training.evaluate import harness
 from training.evaluate.command import main
 from training.model.export import export
-from training.model.llama import Llama, generate, initialize, load_hf
-from training.plan import resolve_shape
-from training.run import checkpoint
+from training.model.llama import Llama
 
-pytestmark = pytest.mark.stack
-
-QUESTIONS = [f"Document {i}: the quick brown fox number {i % 7} jumps over" for i in range(24)]
-CHOICES = ["lazy dogs", "the hills", "it then", "rests for hours"]
-SEQUENCE_LENGTH = 32
-
-
-class Alone:
-    """One rank without a process group, for `checkpoint.save`."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
-@pytest.fixture(autouse=True)
-def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier test of this process may have been a rank: DeepSpeed leaves that in the environment."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data/`, `outputs/tiny` as a run leaves it, and a float32 copy of its model."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("evaluate")
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    write_corpus(folder)
-    config = training_config.load(dotlist=tiny(folder, run__name="tiny", run__seed=5))
-    data = prepare(config.data, report=lambda _: None)
-    model = Llama(dataclasses.replace(resolve_shape(config), max_positions=256))
-    initialize(model, seed=5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 6 if parameter.ndim == 2 else 1  # else every token is about as likely as another
-        # Bytes that are no character are written as one by a tokenizer, and held back by an endpoint.
-        texts = Tokenizer.from_file(str(data / "tokenizer.json")).decode_batch([[i] for i in range(320)])
-        model.model.embed_tokens.weight *= torch.tensor([[float(text.isascii())] for text in texts])
-    run = config.run_directory
-    identity = {
-        "model": dataclasses.asdict(model.shape),
-        "data fingerprint": Manifest.read(data).fingerprint,
-    }
-    checkpoint.save(
-        run / "checkpoints/step-0000004",
-        shards=((name, 0, {"master": p.flatten()}) for name, p in model.named_parameters()),
-        state={"step": 4, "identity": identity},
-        context=Alone(),  # type: ignore[arg-type]
-    )
-    (run / "config.yaml").write_text(to_yaml(config))
-    export(run, output=folder / "hf", dtype="float32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(trained: Path) -> Llama:
-    return load_hf(trained / "hf", dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(trained: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(trained / "hf/tokenizer.json"))
-
-
-@pytest.fixture(autouse=True)
-def working_directory(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained)
-
-
-@torch.no_grad()
-def log_likelihood(model: Llama, context: list[int], continuation: list[int]) -> float:
-    tokens = torch.tensor([context + continuation])
-    chances = model(tokens[:, :-1])[0].log_softmax(-1)
-    picked = chances[len(context) - 1 :].gather(1, tokens[0, len(context) :, None])
-    return picked.sum().item()
-
-
-def continuation_of(tokenizer: Tokenizer, context: str, text: str) -> tuple[list[int], list[int]]:
-    whole, start = tokenizer.encode(f"{context} {text}").ids, tokenizer.encode(context).ids
-    return whole[: len(start)], whole[len(start) :]
-
-
-def greedy(model: Llama, tokenizer: Tokenizer, prompt: str, *, tokens: int) -> str:
-    ids = tokenizer.encode(prompt).ids
-    made = generate(model, torch.tensor(ids), num_tokens=tokens, temperature=0)
-    return tokenizer.decode(made[len(ids) :].tolist())
-
-
-def write_task(folder: Path, name: str, rows: list[dict], **keys: Any) -> Path:
-    """A task whose data lie beside it."""
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "metadata": {"version": 1.5},
-    }
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(task | keys))
-    return file
-
-
-def metric(name: str) -> dict[str, Any]:
-    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
-
-
-@pytest.fixture(scope="module")
-def tasks(trained: Path, model: Llama, tokenizer: Tokenizer) -> Path:
-    """A folder of three tasks: `choose`, `continue` (log-likelihoods) and `complete` (generation)."""
-    folder = trained / "tasks"
-    rows = [{"question": q, "choices": CHOICES, "answer": i % 4} for i, q in enumerate(QUESTIONS)]
-    write_task(
-        folder, "choose", rows, output_type="multiple_choice", doc_to_choice="{{choices}}",
-        doc_to_target="answer", metric_list=[metric("acc")],
-    )  # fmt: skip
-    rows = [{"question": q, "text": CHOICES[i % 4]} for i, q in enumerate(QUESTIONS)]
-    write_task(
-        folder, "continue", rows, output_type="loglikelihood", doc_to_target="{{' ' + text}}",
-        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
-    )  # fmt: skip
-    rows = []
-    for i, question in enumerate(QUESTIONS[:8]):
-        written = greedy(model, tokenizer, question, tokens=6)
-        rows.append({"question": question, "text": written if i % 4 else f"not {written}"})
-    write_task(
-        folder, "complete", rows, output_type="generate_until", doc_to_target="{{text}}",
-        generation_kwargs={"until": ["never written"], "max_gen_toks": 6, "do_sample": False},
-        metric_list=[metric("exact_match")],
-    )  # fmt: skip
-    group = {"group": "both", "task": ["choose", "copy"], "aggregate_metric_list": [{"metric": "acc"}]}
-    (folder / "both.yaml").write_text(yaml.safe_dump(group))
-    (folder / "_shared.yaml").write_text("description: a part that others may include\n")
-    return folder
-
-
-def evaluate(capsys: pytest.CaptureFixture, *keys: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """(eval.json, the last line, all of stdout) of a command that succeeds."""
-    code = main(list(keys))
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    last = json.loads(captured.out.splitlines()[-1])
-    return json.loads(Path(last["file"]).read_text()), last, captured.out
-
-
-def scores(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {score["task"]: score for score in result["scores"]}
+pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("no_ranks", "working_directory")]
 
 
 def test_a_runs_scores_are_those_that_we_compute_and_nothing_is_asked_of_the_network(
@@ -302,145 +143,6 @@ def test_a_run_is_exported_where_needed_and_its_data_found(
 
 def result_exists(trained: Path) -> bool:
     return (trained / "outputs/tiny/eval.json").is_file()
-
-
-class HttpServer:
-    """An HTTP server in a thread."""
-
-    def __init__(self, serve: Callable[[], None], stop: Callable[[], None], port: int) -> None:
-        self.url, self._stop = f"http://127.0.0.1:{port}", stop
-        self._thread = threading.Thread(target=serve, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stop()
-        self._thread.join()
-
-
-@pytest.fixture(scope="module")
-def ours(trained: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """Our endpoint over our engine, in this process."""
-    keys = ("engine.device=cpu", "engine.dtype=float32", "engine.threads=1", "engine.compiled=false")
-    engine = make_torch_engine(load_serving(dotlist=keys), Served(trained / "hf", "tiny"))
-    [port] = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), port=port, log_level="warning"))
-    served = HttpServer(server.run, lambda: setattr(server, "should_exit", True), port)
-    while not server.started:
-        time.sleep(0.005)
-    yield served.url
-    engine.close()
-    served.close()
-
-
-def test_generation_through_our_endpoint_scores_as_it_does_here(
-    trained: Path, tasks: Path, ours: str, capsys: pytest.CaptureFixture
-) -> None:
-    result, last, out = evaluate(
-        capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}/v1", "output=there.json"
-    )
-    assert scores(result)["complete"]["value"] == 6 / 8
-    assert result["endpoint"] == {"url": f"{ours}/v1", "model": "tiny", "context_tokens": 256}
-    assert result["model"]["run"] == str(trained / "outputs/tiny")  # it has the name of what is served
-    assert last["perplexity"] is None and "perplexity left out: an endpoint" in out
-
-
-def test_text_prompts_serve_where_the_tokenizer_is_not_known(
-    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # without runs
-    result, last, _ = evaluate(capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}", "limit=4")
-    assert scores(result)["complete"]["value"] == 3 / 4
-    assert (scores(result)["complete"]["samples"], scores(result)["complete"]["of_samples"]) == (4, 8)
-    assert last["file"] == str(tmp_path / "outputs/eval-tiny/eval.json")
-
-
-def test_log_likelihoods_through_our_endpoint_are_those_of_the_checkpoint_here(
-    trained: Path, tasks: Path, ours: str, capsys: pytest.CaptureFixture
-) -> None:
-    keys = [f"tasks=[{tasks / 'choose.yaml'},{tasks / 'continue.yaml'}]", f"model={trained / 'hf'}"]
-    here, _, _ = evaluate(capsys, *keys, "device=cpu", "output=here.json")
-    there, _, _ = evaluate(capsys, *keys, f"endpoint={ours}", "output=there.json")
-    assert {score["task"] for score in there["scores"]} == {"choose", "continue"}
-    for found, expected in zip(there["scores"], here["scores"], strict=True):
-        close = {name: pytest.approx(expected[name], rel=1e-5) for name in ("value", "stderr")}
-        assert found == expected | close
-    assert there["endpoint"]["model"] == "tiny" and here["endpoint"] is None
-
-
-def test_log_likelihoods_through_an_endpoint_need_its_tokenizer(
-    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # without runs
-    error = refusal(capsys, [f"tasks=[{tasks / 'continue.yaml'}]", f"endpoint={ours}"])
-    assert error.startswith("error: model: continue: these count the tokens of given text")
-
-
-class Elsewhere(BaseHTTPRequestHandler):
-    """An endpoint that lists a model, and gives one answer to every completion."""
-
-    status: int
-    answer: dict[str, Any]
-
-    def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "elsewhere", "max_model_len": 256}]})
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self._send(self.status, self.answer)
-
-    def _send(self, status: int, content: Any) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("status", "answer", "reason"),
-    [
-        (400, {"error": {"message": "echo: not here"}}, "400: echo: not here"),
-        (
-            200,
-            {"choices": [{"text": "", "logprobs": None}]},
-            "without the prompt's logprobs and top_logprobs",
-        ),
-    ],
-    ids=["refused", "ignored"],
-)
-def test_an_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are_named(
-    tasks: Path, capsys: pytest.CaptureFixture, status: int, answer: dict[str, Any], reason: str
-) -> None:
-    handler = type("Handler", (Elsewhere,), {"status": status, "answer": answer})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        served = HttpServer(server.serve_forever, server.shutdown, server.server_port)
-        error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={served.url}", "output=no.json"])
-        served.close()
-    assert error.startswith("error: tasks: choose, continue: these need the log-probabilities of given text")
-    assert reason in error and "evaluate the checkpoint here" in error
-    assert not Path("no.json").exists()
-
-
-def test_a_request_that_the_endpoint_refuses_is_told_with_its_answer(
-    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
-    task = yaml.safe_load((tasks / "complete.yaml").read_text())
-    task["generation_kwargs"]["top_k"] = 5
-    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(task))
-    error = refusal(capsys, [f"tasks=[{tmp_path / 'odd.yaml'}]", f"endpoint={ours}", "limit=1"])
-    assert "refuses a request" in error and "top_k: this server does not know this parameter" in error
-
-
-def refusal(capsys: pytest.CaptureFixture, keys: list[str]) -> str:
-    """The one message of a command that is refused."""
-    assert main(keys) == 2
-    captured = capsys.readouterr()
-    [line] = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def no_such_model(trained: Path, tasks: Path) -> tuple[list[str], str]:

@@ -19,7 +19,7 @@ from tests.training.study.test_synthetic_problem import NORM, TINY, normal
 from training.study.config import StudyConfig
 from training.study.synthetic.config import SyntheticConfig, smoke
 from training.study.synthetic.problem import (
-    METHODS,
+    VARIANTS,
     NoiseStream,
     Problem,
     batched_theory,
@@ -169,7 +169,7 @@ def test_constants_are_carried_to_other_horizons_by_the_theory():
     grid[4, 1], grid[0, 2] = 1.0, 0.5
     picks = {
         name: _best(grid, [1, 2, 4, 8, 16], [0.8, 0.4, 0.2, 0.1], shortest=1 if row.any_average else 8)
-        for name, row in METHODS.items()
+        for name, row in VARIANTS.items()
     }
     config, tuning = replace(TINY, tuning_horizon=5), {2.0: {"picks": picks}}
     for name, factor in (("batched", batched_theory), ("transported", transported_theory)):
@@ -243,7 +243,7 @@ def test_the_result_is_complete_json_and_its_numbers_agree(result):
             assert (np.diff(duals.mean(1)) < 0).all()
             assert (np.mean(row["later_duals"], 1) < duals.mean(1)).all()  # past the way down
             assert row["slope"][0] == pytest.approx(slopes(result["horizons"], duals.mean(1)))
-            assert row["theory"] == pytest.approx(-METHODS[name].theory(moment["p"]).rate)
+            assert row["theory"] == pytest.approx(-VARIANTS[name].theory(moment["p"]).rate)
             for value, low, high in (row["slope"], row["later_slope"], *row["intervals"]):
                 assert low <= value <= high
             assert 0 < row["travel_share"] < 1  # a lower bound of the mean, F being convex

@@ -75,7 +75,7 @@ def control_theory(p: float) -> Exponents:
 
 
 @dataclass(frozen=True)
-class Method:
+class ScionVariant:
     """A rule and the way its parameters are chosen.
 
     Attributes:
@@ -92,11 +92,11 @@ class Method:
     any_average: bool = False
 
 
-METHODS = {
-    "batched": Method("Batched Scion", batched_theory),
-    "transported": Method("Transported Scion", transported_theory, True, True),
-    "control": Method("control: Scion at Transported's parameters", control_theory, False, True),
-    "any_average": Method("Scion, any average", batched_theory, any_average=True),
+VARIANTS = {
+    "batched": ScionVariant("Batched Scion", batched_theory),
+    "transported": ScionVariant("Transported Scion", transported_theory, True, True),
+    "control": ScionVariant("control: Scion at Transported's parameters", control_theory, False, True),
+    "any_average": ScionVariant("Scion, any average", batched_theory, any_average=True),
 }
 
 

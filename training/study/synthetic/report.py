@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluster.display import COLORS, figure, markdown, save
-from training.study.synthetic.problem import METHODS
+from training.study.synthetic.problem import VARIANTS
 
 
 def slope_verdict(slope: Sequence[float], theory: float) -> str:
@@ -72,7 +72,7 @@ def _slope_table(result: dict[str, Any]) -> list[str]:
             rows.append(
                 (
                     f"{moment['p']:g}",
-                    METHODS[name].title,
+                    VARIANTS[name].title,
                     f"{theory:.3f}, ε^{1 / theory:.2f}",
                     _interval(slope),
                     f"ε^{1 / slope[0]:.2f}" if slope[0] < 0 else "never",
@@ -93,7 +93,7 @@ def _gain_list(result: dict[str, Any]) -> list[str]:
     for moment in result["moments"]:
         p, rows = moment["p"], moment["contenders"]
         for name, ratios in moment["gain"].items():
-            other = METHODS[name].title.removeprefix("control: ")
+            other = VARIANTS[name].title.removeprefix("control: ")
             lines.append(f"- p = {p:g}: {gain_verdict(ratios[-1], other)}.")
         low, high = moment["slope_difference"][1:]
         told = "not distinct" if low <= 0 <= high else "distinct"
@@ -116,14 +116,14 @@ def _tuning_text(result: dict[str, Any]) -> list[str]:
         for name, free in (("batched", "any_average"), ("transported", "transported_any_average")):
             least = [f"{min(duals):.2f}" for duals in tuning[name]]
             taken = (_taken(picks[name]), _taken(picks[free]))
-            rows.append((f"{moment['p']:g}", METHODS[name].title, *least, *taken))
+            rows.append((f"{moment['p']:g}", VARIANTS[name].title, *least, *taken))
         if picks["any_average"]["dual"] < picks["batched"]["dual"]:
             bound.append(f"p = {moment['p']:g}")
     lines = [
         f"Tuning at T = {2 ** config['tuning_horizon']} with {config['tuning_seeds']} seeds of its own: "
         f"averages of 1/(1-β) = {', '.join(map(str, averages))} gradients by step lengths "
         f"η = {', '.join(f'{lr:g}' for lr in lrs)}, {len(averages) * len(lrs)} pairs for each rule. Averages "
-        f'below {config["shortest_average"]} could be taken by "{METHODS["any_average"].title}" only. '
+        f'below {config["shortest_average"]} could be taken by "{VARIANTS["any_average"].title}" only. '
         "Least mean dual norm over η, by average:",
         "",
         *markdown(header, rows),
@@ -132,7 +132,7 @@ def _tuning_text(result: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"That bound costs Batched Scion something at {' and '.join(bound)}: for practice the fair "
-            f'comparison is the one with "{METHODS["any_average"].title}".',
+            f'comparison is the one with "{VARIANTS["any_average"].title}".',
         ]
     return lines
 
@@ -143,7 +143,7 @@ def _taken(pick: dict[str, Any]) -> str:
 
 def _limits_text(result: dict[str, Any]) -> list[str]:
     shares = ", ".join(
-        f"{moment['contenders'][name]['travel_share']:.0%} ({METHODS[name].title}, p = {moment['p']:g})"
+        f"{moment['contenders'][name]['travel_share']:.0%} ({VARIANTS[name].title}, p = {moment['p']:g})"
         for moment in result["moments"]
         for name in ("batched", "transported")
     )
@@ -165,7 +165,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     for axes, moment in zip(panels, moments, strict=True):
         for color, (name, row) in enumerate(moment["contenders"].items()):
             value, low, high = np.array(row["intervals"]).T
-            label = f"{METHODS[name].title}: {row['slope'][0]:.3f} (theory {row['theory']:.3f})"
+            label = f"{VARIANTS[name].title}: {row['slope'][0]:.3f} (theory {row['theory']:.3f})"
             style = {"color": COLORS[color], "alpha": 1.0 if name in ("batched", "transported") else 0.5}
             axes.errorbar(
                 horizons, value, (value - low, high - value), fmt="o", markersize=4, label=label, **style

@@ -30,6 +30,7 @@ theory predicts. Against it:
   falls three quarters as fast as ε until the lag Lη/a exceeds the noise; until then transport gains nothing.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from training.study.synthetic.config import LONGEST_AVERAGE, SyntheticConfig
-from training.study.synthetic.problem import METHODS, SPECTRAL, NoiseStream, Problem, noise_bound
+from training.study.synthetic.problem import SPECTRAL, VARIANTS, NoiseStream, Problem, noise_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,13 +137,10 @@ def simulate(
         n, part = len(running), step % NOISE_STEPS
         if part == 0:
             end = step + min(NOISE_STEPS, running[0].num_steps - step)
-            noise = torch.stack(  # [steps, moments, S, r, c]
-                [
-                    torch.stack([stream.noise(p, begin=step, end=end) for stream in streams], dim=1)
-                    for p in moments
-                ],
-                dim=1,
-            )
+            drawn = [[stream.noise(p, begin=step, end=end) for stream in streams] for p in moments]
+            noise = torch.stack(
+                [torch.stack(of_p, dim=1) for of_p in drawn], dim=1
+            )  # [steps, moments, S, r, c]
         due = [i for i, trial in enumerate(running) if step % trial.stride == 0]
         if due:
             exact = norm.dual(problem.gradient(weights[due]).flatten(0, 1)).double().view(len(due), -1)
@@ -154,7 +152,7 @@ def simulate(
 
 
 class Constants(NamedTuple):
-    """What was best at the tuning horizon, and whether it lies on the rim of the grid."""
+    """The best constants at the tuning horizon, and whether they lie on the rim of the grid."""
 
     average: float
     lr: float
@@ -169,38 +167,32 @@ def tune(config: SyntheticConfig) -> dict[float, dict[str, Any]]:
     num_steps = 2**config.tuning_horizon
     averages = [2**k for k in range(LONGEST_AVERAGE.bit_length()) if 2 ** (k + 1) <= num_steps]
     lrs = [config.distance * length for length in STEP_LENGTHS]
-    grid = [
-        (p, moved, average, lr)
-        for p in config.moments
-        for moved in (False, True)
-        for average in averages
-        for lr in lrs
-    ]
     trials = [
         make_trial(transported=moved, average=average, lr=lr, num_steps=num_steps, moment=p)
-        for p, moved, average, lr in grid
+        for p, moved, average, lr in itertools.product(config.moments, (False, True), averages, lrs)
     ]
     streams = [NoiseStream(config, f"tuning{i}") for i in range(config.tuning_seeds)]
     means = torch.stack([values.mean() for values in simulate(config, trials, streams)])
     means = means.view(len(config.moments), 2, len(averages), len(lrs))
     result: dict[float, dict[str, Any]] = {}
     for p, (plain, moved) in zip(config.moments, means, strict=True):
-        result[p] = {
-            "averages": averages,
-            "lrs": lrs,
-            "batched": plain.tolist(),
-            "transported": moved.tolist(),
-        }
-        result[p]["picks"] = {
+        picks = {
             name: _best(
                 moved if method.tuned_as_transported else plain,
                 averages,
                 lrs,
                 shortest=1 if method.any_average else config.shortest_average,
             )
-            for name, method in METHODS.items()
+            for name, method in VARIANTS.items()
         }
-        result[p]["picks"]["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        picks["transported_any_average"] = _best(moved, averages, lrs, shortest=1)
+        result[p] = {
+            "averages": averages,
+            "lrs": lrs,
+            "batched": plain.tolist(),
+            "transported": moved.tolist(),
+            "picks": picks,
+        }
     return result
 
 
@@ -249,7 +241,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
     """Tune, run every method at every horizon, fit. On one core, in one thread.
 
     Args:
-        report: told what happens, a line at a time.
+        report: called with each progress line.
 
     Returns:
         JSON-ready: "config", "problem" (its constants), "horizons" in gradients, "seconds", and "moments": of
@@ -267,7 +259,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
             f"synthetic: tuned at 2^{config.tuning_horizon} gradients, {time.perf_counter() - began:.0f} s"
         )
         horizons = [2**k for k in range(config.horizons[0], config.horizons[1] + 1)]
-        kinds = [(p, name, horizon) for p in config.moments for name in METHODS for horizon in horizons]
+        kinds = [(p, name, horizon) for p in config.moments for name in VARIANTS for horizon in horizons]
         trials = [_scheduled(config, tuning, *kind) for kind in kinds]
         streams = [NoiseStream(config, f"run{i}") for i in range(config.seeds)]
         duals = dict(zip(kinds, simulate(config, trials, streams), strict=True))
@@ -294,8 +286,8 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
                 **_fits(
                     p,
                     horizons,
-                    {name: [duals[p, name, horizon] for horizon in horizons] for name in METHODS},
-                    {name: trials[kinds.index((p, name, horizons[-1]))].lr for name in METHODS},
+                    {name: [duals[p, name, horizon] for horizon in horizons] for name in VARIANTS},
+                    {name: trials[kinds.index((p, name, horizons[-1]))].lr for name in VARIANTS},
                     start_value=starts,
                 ),
             }
@@ -306,7 +298,7 @@ def run_synthetic(config: SyntheticConfig, *, report: Report = print) -> dict[st
 
 def _scheduled(config: SyntheticConfig, tuning: dict[float, Any], p: float, name: str, horizon: int) -> Trial:
     """A method's run at this horizon: its constants, scaled by its exponents."""
-    constants, method = tuning[p]["picks"][name], METHODS[name]
+    constants, method = tuning[p]["picks"][name], VARIANTS[name]
     longer, theory = horizon / 2**config.tuning_horizon, method.theory(p)
     return make_trial(
         transported=method.transported,
@@ -332,7 +324,7 @@ def _fits(
     half = len(horizons) // 2
     contenders = {
         name: {
-            "theory": -METHODS[name].theory(p).rate,
+            "theory": -VARIANTS[name].theory(p).rate,
             "duals": means[name].tolist(),
             "later_duals": later[name].tolist(),
             "intervals": [ratio_with_interval(x, np.ones_like(x), draws) for x in means[name]],
@@ -341,7 +333,7 @@ def _fits(
             "longer_half_slope": slope_with_interval(horizons[half:], means[name][half:], draws),
             "travel_share": start_value / (longest_lrs[name] * horizons[-1]) / float(means[name][-1].mean()),
         }
-        for name in METHODS
+        for name in VARIANTS
     }
 
     def difference(index: np.ndarray) -> np.ndarray:
@@ -355,7 +347,7 @@ def _fits(
                 ratio_with_interval(a, b, draws)
                 for a, b in zip(means["transported"], means[name], strict=True)
             ]
-            for name in METHODS
+            for name in VARIANTS
             if name != "transported"
         },
         "slope_difference": with_interval(difference, draws),
