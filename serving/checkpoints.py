@@ -47,7 +47,7 @@ def export_if_stale(served: Served, *, report: Callable[[str], None]) -> None:
     if run is None:
         return
     report(f"exporting {run}")
-    from training.model.export import export  # needs torch
+    from training.run.export import export  # needs torch
 
     try:
         export(run, dtype="bfloat16")

@@ -26,6 +26,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "cluster.measure.probe": (
         "optim.precision",
     ),  # what a device multiplies in is decided there and nowhere else
+    "serving.checkpoints": ("training.run.export",),  # a run is exported before it is served
     "serving.engine.memory": ("optim.precision",),
     "serving.engine.torch_engine": ("optim.precision",),
     "serving.peers.races": ("optim.precision",),
@@ -252,6 +253,36 @@ def test_every_room_is_there():
 
 def test_the_rules_hold():
     assert list(violations(MODULES)) == []
+
+
+def test_what_serving_imports_of_training_brings_no_more_of_it():
+    model = {name: file for name, file in MODULES.items() if within(name, "training.model")}
+    names = {
+        name: imports_of_ours(used(file.read_text(), name), set(MODULES)) for name, file in model.items()
+    }
+    assert {
+        f"{name} imports {other}"
+        for name, others in names.items()
+        for other in others
+        if within(other, "training") and not within(other, "training.model")
+    } == set()
+
+
+MOST_LINES = {"file": 450, "class": 200, "function": 60}
+
+
+def test_no_file_class_or_function_is_too_long_to_be_read_in_one_go():
+    """The tests too. A file that is longer holds two things."""
+    long = []
+    for file in (*MODULES.values(), *(ROOT / "tests").rglob("*.py")):
+        text = file.read_text()
+        sizes = [("file", "", text.count("\n"))]
+        for node in ast.walk(ast.parse(text)):
+            kind = {ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
+            if type(node) in kind:
+                sizes.append((kind[type(node)], node.name, node.end_lineno - node.lineno + 1))
+        long += [(str(file.relative_to(ROOT)), *size) for size in sizes if size[2] > MOST_LINES[size[0]]]
+    assert long == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster import cli
 from cluster.cli import UserError
 from training.config import RunConfig
-from training.model.export import CONFIG_FILE, DTYPES, export
+from training.run.export import CONFIG_FILE, DTYPES, export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -104,7 +104,7 @@ def test_a_stale_export_is_made_again(outputs, monkeypatch):
         exported.append((run, dtype))
         touch(run / "export" / "config.json", at=300.0)
 
-    monkeypatch.setattr("training.model.export.export", done)
+    monkeypatch.setattr("training.run.export.export", done)
     export_if_stale(find(ModelConfig()), report=notes.append)
     export_if_stale(find(ModelConfig()), report=notes.append)  # it is fresh now
     assert exported == [(run, "bfloat16")]

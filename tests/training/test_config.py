@@ -2,51 +2,20 @@
 
 import ast
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster import config as layered
-from cluster.config import Allowed, ConfigError, key, require, to_dict, to_yaml, walk
+from cluster.config import Allowed, ConfigError, key, to_dict, to_yaml, walk
 from optim.geometry import NORMS
 from optim.polar import METHODS
 from optim.rules import LINES, SCALES
+from tests.training.config_refusal import Inner, Outer, load_text, refusal
 from training import config as training_config
 from training.config import TrainConfig, load
 from training.plan import make_plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    size: int = key(1, "a size")
-    rate: float = key(0.5, "a rate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    name: str = key("x", "a name")
-    flag: bool = key(False, "a flag")
-    limit: int | None = key(None, "a limit")
-    words: tuple[str, ...] = key(("a",), "some words")
-    inner: Inner = key(Inner, "")
-
-    def __post_init__(self) -> None:
-        require(self.name != "bad", "name", "must not be bad")
-
-
-def load_text(folder: Path, text: str, *dotlist: str) -> Outer:
-    file = folder / "c.yaml"
-    file.write_text(text)
-    return layered.load(Outer, file=file, dotlist=dotlist)
-
-
-def refusal(*dotlist: str, file: Path | None = None, schema: type = TrainConfig) -> str:
-    """The message with which a configuration is refused."""
-    with pytest.raises(ConfigError) as raised:
-        layered.load(schema, file=file, dotlist=dotlist)
-    return str(raised.value)
 
 
 def test_defaults_alone_are_the_schemas():
@@ -404,65 +373,3 @@ def test_the_run_directory_is_absolute_and_knows_the_home(monkeypatch, tmp_path)
     assert load(dotlist=["run.directory=~/out", "run.name=r"]).run_directory == tmp_path / "out" / "r"
     monkeypatch.chdir(tmp_path)
     assert load(dotlist=["run.name=r"]).run_directory == tmp_path / "outputs" / "r"
-
-
-OUTSIDE = [
-    "${oc.env:CANARY}",
-    "${oc.env:CANARY,default}",
-    "before ${oc.env:CANARY} after",
-    "${oc.decode:${oc.env:CANARY}}",
-    "${${inner.unit}:CANARY}",
-    "${oc.select:name}",
-    "${somebodys:CANARY}",
-    "\\${oc.env:CANARY}",  # config.yaml would hold it unescaped, and the next start would read that
-]
-
-
-@pytest.mark.parametrize("value", OUTSIDE)
-def test_a_value_that_reads_something_outside_the_configuration_is_refused(value, tmp_path, monkeypatch):
-    monkeypatch.setenv("CANARY", "canary")
-    said = refusal(f"name={value}", schema=Outer)
-    assert ": name: " in said and "give the value itself" in said and "canary" not in said
-    file = tmp_path / "c.yaml"
-    for text in (
-        f"name: {json.dumps(value)}\n",
-        f"words: [a, {json.dumps(value)}]\n",
-        f"inner: {json.dumps(value)}\n",
-        f"inner:\n  size: {json.dumps(value)}\n",
-        f"name: !!python/object/apply:pathlib.PosixPath [{json.dumps(value)}]\n",
-        f"? {json.dumps(value)}\n: 1\n",
-    ):
-        file.write_text(text)
-        said = refusal(file=file, schema=Outer)
-        assert said.startswith(f"{file}: ") and "give the value itself" in said and "canary" not in said
-
-
-def test_a_value_that_config_yaml_could_not_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("CANARY", "canary")
-    for name in ("\\${inner.size}", "${words[0]}{oc.env:CANARY}"):
-        said = refusal("words=[$]", f"name={name}", schema=Outer)
-        assert said.startswith("name: '${") and "config.yaml" in said and "canary" not in said
-
-
-def test_a_value_may_be_that_of_another_key(tmp_path):
-    assert load_text(tmp_path, "name: ${inner.size} of ${ words[0] }\n").name == "1 of a"
-
-
-@pytest.mark.parametrize("value", ["http://me:pass@host:1", "http://host/?api_key=x", "hf_" + "a1" * 16])
-def test_a_value_that_looks_like_a_secret_is_refused(value, tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text(f"words: [{value}]\n")
-    for said in (refusal(f"name={value}", schema=Outer), refusal(file=file, schema=Outer)):
-        assert "looks like a secret" in said and "environment variable" in said and value not in said
-
-
-def test_an_unknown_key_of_a_secrets_name_is_refused_without_its_value():
-    assert refusal("api_key=hunter2", schema=Outer).startswith("api_key=***: unknown key 'api_key'")
-
-
-def test_a_yaml_key_with_a_dot_is_an_unknown_key(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("inner.size: 2\n")
-    assert "unknown key 'inner.size'" in refusal(file=file, schema=Outer)
-    file.write_text("nope.size: 2\n")
-    assert "unknown key 'nope.size'; keys here: name" in refusal(file=file, schema=Outer)

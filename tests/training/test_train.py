@@ -13,8 +13,8 @@ from cluster.record import read_metrics
 from tests.commands import ROOT, python, started, tiny, write_corpus
 from tests.waiting import wait_until
 from training import config as training_config
-from training.model.export import export
 from training.run.checkpoint import Checkpoint
+from training.run.export import export
 
 pytestmark = pytest.mark.stack
 

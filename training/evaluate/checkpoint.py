@@ -22,7 +22,7 @@ def named(model: str) -> ModelDirectory | None:
 def export_if_stale(model: ModelDirectory) -> None:
     """Export the run again if it is stale. Raises `UserError`: it cannot be exported."""
     if model.stale:
-        from training.model.export import export
+        from training.run.export import export
 
         assert model.run is not None
         export(model.run, dtype="bfloat16")

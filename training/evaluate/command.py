@@ -130,8 +130,8 @@ def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | s
     assert model is not None
     if model.run is None:
         return "the model is not a run, so its training data are unknown; name prepared data with data=DIR"
-    from training.model.export import CONFIG_FILE, find_data
     from training.run.checkpoint import Checkpoint, newest_complete
+    from training.run.export import CONFIG_FILE, find_data
 
     newest = newest_complete(model.run / "checkpoints", report=lambda _: None)
     if newest is None or not (model.run / CONFIG_FILE).is_file():
@@ -320,7 +320,7 @@ def _perplexity(
 
 
 def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
-    from training.model.export import CONFIG_FILE
+    from training.run.export import CONFIG_FILE
 
     if found.run is not None and (found.run / CONFIG_FILE).is_file():
         return training_config.load(file=found.run / CONFIG_FILE).batch.sequence_length

@@ -29,8 +29,8 @@ from tests.training.evaluate.trained_run import (
 from training.data.dataset import Manifest
 from training.evaluate import harness
 from training.evaluate.command import main
-from training.model.export import export
 from training.model.llama import Llama
+from training.run.export import export
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("no_ranks", "working_directory")]
 

@@ -16,10 +16,10 @@ from training import config as training_config
 from training.data.dataset import Manifest
 from training.data.prepare import prepare
 from training.evaluate.command import main
-from training.model.export import export
 from training.model.llama import Llama, generate, initialize, load_hf
 from training.plan import resolve_shape
 from training.run import checkpoint
+from training.run.export import export
 
 QUESTIONS = [f"Document {i}: the quick brown fox number {i % 7} jumps over" for i in range(24)]
 CHOICES = ["lazy dogs", "the hills", "it then", "rests for hours"]
