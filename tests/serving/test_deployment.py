@@ -30,7 +30,7 @@ from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.listening import compare, documented, listening
-from tests.serving.endpoint.test_service import BODIES
+from tests.serving.endpoint.test_any_body import BODIES
 from tests.waiting import wait_until
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape, to_hf_config

@@ -1,127 +1,32 @@
 """The load generator against servers of known timing, sick ones among them; the whole benchmark on one."""
 
 import asyncio
-import json
 import os
-import re
 import resource
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
-import torch
 
 from cluster.cli import RunError
-from cluster.endpoint_client import Endpoint
-from serving.bench import command as bench
-from serving.bench.config import load
 from serving.bench.latency import RequestOutcome, percentile
 from serving.bench.loadgen import (
     Lag,
-    Send,
-    over_http,
     run_closed,
     run_open,
     server_sent_events,
     to_engine,
 )
-from serving.bench.measure import Search
 from serving.bench.workload import Planned
-from tests.commands import ROOT
 from tests.fake_engine import counting_engine
+from tests.serving.bench.scripted import FIRST, GAP, Write, client, event, honest, run, server
 
 pytestmark = pytest.mark.stack
-
-FIRST, GAP = 0.05, 0.01  # seconds to the first token and between tokens
-Write = Callable[[bytes], Awaitable[None]]
-
-
-def event(**fields: object) -> bytes:
-    return (
-        b"data: " + json.dumps({"choices": [{"text": "é"}]} | fields, ensure_ascii=False).encode() + b"\n\n"
-    )
-
-
-async def honest(body: dict, write: Write) -> None:
-    """So many tokens, at known times, with their count."""
-    await asyncio.sleep(FIRST)
-    for index in range(body["max_tokens"]):
-        await write(event())
-        if index + 1 < body["max_tokens"]:
-            await asyncio.sleep(GAP)
-    usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
-    await write(event(choices=[], usage=usage) + b"data: [DONE]\n\n")
-
-
-Behaviour = Callable[[dict, Write], Awaitable[None]]
-
-
-@asynccontextmanager
-async def server(behaviour: Behaviour, *, status: int = 200) -> AsyncIterator[str]:
-    """An HTTP server whose every POST is answered by `behaviour`, chunked; a GET by a list of models."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                if head.startswith(b"GET"):
-                    listed = json.dumps({"data": [{"id": "m"}]}).encode()
-                    length = f"content-length: {len(listed)}\r\n\r\n".encode()
-                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + length + listed)
-                    continue
-                length = next(
-                    int(line.split(b":")[1])
-                    for line in head.lower().split(b"\r\n")
-                    if b"content-length" in line
-                )
-                body = json.loads(await reader.readexactly(length))
-
-                async def write(data: bytes) -> None:
-                    writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                    await writer.drain()
-
-                writer.write(f"HTTP/1.1 {status} x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
-                await behaviour(body, write)
-                writer.write(b"0\r\n\r\n")
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # the test is over
-            pass
-        finally:
-            writer.close()
-
-    served = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with served:
-        yield f"http://127.0.0.1:{served.sockets[0].getsockname()[1]}"
-        served.close()
-
-
-def client(url: str, timeout: float = 5.0) -> AbstractAsyncContextManager[Send]:
-    return over_http(Endpoint(f"{url}/v1", "m"), timeout_seconds=timeout)
 
 
 def plan(number: int, *, tokens: int = 5, every: float | None = None) -> list[Planned]:
     return [Planned(None if every is None else every * i, (1, 2, 3), tokens) for i in range(number)]
-
-
-def run(
-    behaviour: Behaviour, requests: list[Planned], *, concurrency: int | None = None, status: int = 200,
-    timeout: float = 5.0, observe: Callable[[RequestOutcome], None] | None = None,
-) -> tuple[list[RequestOutcome], Lag]:  # fmt: skip
-    outcomes: list[RequestOutcome] = []
-
-    async def body() -> Lag:
-        async with server(behaviour, status=status) as url, client(url, timeout) as send:
-            tell = observe or outcomes.append
-            if concurrency is None:
-                return await run_open(requests, send, observe=tell)
-            return await run_closed(requests, send, concurrency=concurrency, observe=tell)
-
-    lag = asyncio.run(body())
-    return sorted(outcomes, key=lambda outcome: outcome.index), lag
 
 
 def test_known_times_are_measured_as_they_are():
@@ -318,179 +223,3 @@ def test_an_engine_can_be_asked_directly():
     good = [outcome for outcome in outcomes if outcome.error is None]
     assert {outcome.error for outcome in outcomes} == {None, "overloaded"} and len(outcomes) == 8
     assert all(len(outcome.tokens) == 5 and 0.03 < (outcome.e2e or 0) < 1 for outcome in good)
-
-
-KEYS = (
-    "bench.wandb=disabled", "load.concurrency=[1,3]", "load.requests=6", "load.warm_up=2", "load.rates=[20]",
-    "load.seconds=0.5", "load.output_tokens=4", "load.most_lag_ms=1e6", "sweep.points=2",
-)  # fmt: skip
-
-
-def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    async def body() -> int:
-        async with server(honest) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *KEYS])
-
-    assert asyncio.run(body()) == 0
-    out = capsys.readouterr().out
-    summary = json.loads(out.splitlines()[-1])
-    run = tmp_path / "outputs/serve-bench"
-    assert [point["load"] for point in summary["points"]][:3] == [
-        "1 in flight",
-        "3 in flight",
-        "20.00/s poisson",
-    ]
-    assert len(summary["points"]) == 5 and summary["ceilings"] is None  # a stranger: no shares
-    assert summary["highest_rate_meeting_slo"] > 0
-    assert summary["no_shares"] in out and "does not say what its model weighs" in summary["no_shares"]
-    assert summary["points"][0]["requests"] == 6 and summary["points"][0]["ttft_p50_ms"] >= 1e3 * FIRST
-    rows = [json.loads(line) for line in (run / "requests.jsonl").read_text().splitlines()]
-    assert sum(row["load"] == "1 in flight" for row in rows) == 8
-    assert sum(row["measured"] for row in rows if row["load"] == "1 in flight") == 6
-    assert all(len(row["tokens"]) == 4 for row in rows)
-    assert json.loads((run / "summary.json").read_text())["points"] == summary["points"]
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
-    assert (run / "plots/latency.png").is_file() and (run / "config.yaml").is_file()
-    assert "serve-bench" in out and "TTFT p50" in out
-
-
-def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():
-    search = Search(met=10.0)
-    assert search.following(10.0) == 20.0 and "10.00 requests/s; none missed it" in search.describe()
-    search.lagged = 40.0
-    assert search.following(40.0) == 25.0 and "none missed it; at 40.00 the load gen" in search.describe()
-    search.missed = 20.0
-    assert search.following(20.0) == 15.0 and "10.00 requests/s; 20.00 missed it" in search.describe()
-    assert "no rate could be measured" in Search(lagged=5.0).describe()
-
-
-def test_the_search_goes_beyond_the_closed_loop_and_says_what_missed(tmp_path, monkeypatch, capsys):
-    """A server that is quick with up to 6 requests at once and slow beyond; the closed loop has one."""
-    monkeypatch.chdir(tmp_path)
-    running = 0
-
-    async def small(body: dict, write: Write) -> None:
-        nonlocal running
-        running += 1
-        await asyncio.sleep(0.05 if running <= 6 else 0.6)
-        running -= 1
-        await write(event() + b"data: [DONE]\n\n")
-
-    keys = (
-        "load.concurrency=[1]", "load.requests=8", "load.arrivals=constant", "load.seconds=1",
-        "sweep.points=6", "load.output_tokens=1", "load.most_lag_ms=1e6", "bench.wandb=disabled",
-    )  # fmt: skip
-
-    async def body() -> int:
-        async with server(small) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 0
-    out = capsys.readouterr().out
-    summary = json.loads(out.splitlines()[-1])
-    closed = summary["points"][0]["requests_per_second"]
-    met, missed = summary["highest_rate_meeting_slo"], summary["lowest_rate_missing_slo"]
-    assert max(point["rate"] or 0 for point in summary["points"]) >= 2 * closed
-    assert closed <= met < missed  # 6 at once of 50 ms are 120 a second, six times what one in flight reaches
-    assert f"highest rate that met the SLO: {met:.2f} requests/s; {missed:.2f} missed it" in out
-
-
-def test_ctrl_c_keeps_what_was_measured_and_calls_it_no_whole_run(tmp_path: Path):
-    async def body() -> tuple[int, str]:
-        async with server(honest) as url:
-            keys = [key for key in KEYS if not key.startswith("load.rates")]
-            child = subprocess.Popen(
-                [sys.executable, "-m", "serving.bench", f"bench.target={url}", *keys, "load.rates=[5]",
-                 "load.seconds=60"],
-                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            rows = tmp_path / "outputs/serve-bench/requests.jsonl"
-            while not (rows.exists() and "poisson" in rows.read_text()):
-                assert child.poll() is None
-                await asyncio.sleep(0.05)
-            child.send_signal(signal.SIGINT)
-            out, _ = await asyncio.to_thread(child.communicate)
-            return child.returncode, out
-
-    code, out = asyncio.run(body())
-    folder = tmp_path / "outputs/serve-bench"
-    assert code == 130 and "3 in flight" in out
-    assert not (folder / "summary.json").exists() and (folder / "plots/itl.png").is_file()
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    keys = [key for key in KEYS if "lag" not in key] + ["load.most_lag_ms=0.0001"]
-
-    async def body() -> int:
-        async with server(honest) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 1
-    captured = capsys.readouterr()
-    assert "not reported, because the load generator lagged: 1 in flight, 3 in flight" in captured.err
-    points = json.loads(captured.out.splitlines()[-1])["points"]
-    assert all("ttft_p50_ms" not in point and "refused" in point for point in points)
-
-
-def test_a_load_of_which_every_request_failed_fails_the_benchmark_and_is_named_last(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-
-    async def body() -> int:
-        async with server(honest, status=500) as url:
-            keys = [*KEYS, "load.rates=[]", "sweep.points=0"]
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 1
-    captured = capsys.readouterr()
-    failed = "1 in flight (HTTP 500); 3 in flight (HTTP 500); the server's log says why"
-    assert captured.err.splitlines()[-1] == f"error: every request failed: {failed}"
-    points = json.loads(captured.out.splitlines()[-1])["points"]
-    assert [point["errors"] for point in points] == [{"HTTP 500": 6}] * 2
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            ["bench.target=http://127.0.0.1:1"],
-            "bench.target: http://127.0.0.1:1/v1/models does not answer .*refused",
-        ),
-        (["load.prompt_tokens=many", "bench.target=URL"], "load.prompt_tokens: 'many' is none of"),
-        (["load.rates=[0]"], r"load.rates: must lie in .0, "),
-        (["bench.compare=sglang"], "bench.compare: 'sglang' is not one of: serve, transformers, vllm"),
-        (
-            ["bench.target=URL", "bench.target_model=x"],
-            "bench.target_model: 'x' is not served at .*; there are: m",
-        ),
-        (
-            ["load.trace=gone.jsonl", "load.concurrency=[]", "sweep.points=0", "bench.target=URL"],
-            "gone.jsonl: cannot",
-        ),
-    ],
-)
-def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, keys, message):
-    import re
-
-    monkeypatch.chdir(tmp_path)
-
-    async def body() -> int:
-        async with server(honest) as url:
-            arguments = [key.replace("URL", url) for key in keys]
-            return await asyncio.to_thread(bench.main, ["bench.wandb=disabled", *arguments])
-
-    assert asyncio.run(body()) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert re.search(message, line)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_ceilings_that_cannot_be_measured_are_missing_and_say_why(capsys):
-    model = {"engine_info": {"device": "cuda", "dtype": "bf16", "details": {}}}
-    assert bench._ceilings(load(), model) is None
-    assert re.search(r"could not be measured: .+", capsys.readouterr().err)

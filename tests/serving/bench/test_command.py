@@ -1,0 +1,197 @@
+"""`python -m serving.bench` against scripted endpoints: its record, its search, its refusals."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.bench import command as bench
+from serving.bench.config import load
+from serving.bench.measure import Search
+from tests.commands import ROOT
+from tests.serving.bench.scripted import FIRST, Write, event, honest, server
+
+pytestmark = pytest.mark.stack
+
+
+KEYS = (
+    "bench.wandb=disabled", "load.concurrency=[1,3]", "load.requests=6", "load.warm_up=2", "load.rates=[20]",
+    "load.seconds=0.5", "load.output_tokens=4", "load.most_lag_ms=1e6", "sweep.points=2",
+)  # fmt: skip
+
+
+def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    async def body() -> int:
+        async with server(honest) as url:
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *KEYS])
+
+    assert asyncio.run(body()) == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    run = tmp_path / "outputs/serve-bench"
+    assert [point["load"] for point in summary["points"]][:3] == [
+        "1 in flight",
+        "3 in flight",
+        "20.00/s poisson",
+    ]
+    assert len(summary["points"]) == 5 and summary["ceilings"] is None  # a stranger: no shares
+    assert summary["highest_rate_meeting_slo"] > 0
+    assert summary["no_shares"] in out and "does not say what its model weighs" in summary["no_shares"]
+    assert summary["points"][0]["requests"] == 6 and summary["points"][0]["ttft_p50_ms"] >= 1e3 * FIRST
+    rows = [json.loads(line) for line in (run / "requests.jsonl").read_text().splitlines()]
+    assert sum(row["load"] == "1 in flight" for row in rows) == 8
+    assert sum(row["measured"] for row in rows if row["load"] == "1 in flight") == 6
+    assert all(len(row["tokens"]) == 4 for row in rows)
+    assert json.loads((run / "summary.json").read_text())["points"] == summary["points"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
+    assert (run / "plots/latency.png").is_file() and (run / "config.yaml").is_file()
+    assert "serve-bench" in out and "TTFT p50" in out
+
+
+def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():
+    search = Search(met=10.0)
+    assert search.following(10.0) == 20.0 and "10.00 requests/s; none missed it" in search.describe()
+    search.lagged = 40.0
+    assert search.following(40.0) == 25.0 and "none missed it; at 40.00 the load gen" in search.describe()
+    search.missed = 20.0
+    assert search.following(20.0) == 15.0 and "10.00 requests/s; 20.00 missed it" in search.describe()
+    assert "no rate could be measured" in Search(lagged=5.0).describe()
+
+
+def test_the_search_goes_beyond_the_closed_loop_and_says_what_missed(tmp_path, monkeypatch, capsys):
+    """A server that is quick with up to 6 requests at once and slow beyond; the closed loop has one."""
+    monkeypatch.chdir(tmp_path)
+    running = 0
+
+    async def small(body: dict, write: Write) -> None:
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.05 if running <= 6 else 0.6)
+        running -= 1
+        await write(event() + b"data: [DONE]\n\n")
+
+    keys = (
+        "load.concurrency=[1]", "load.requests=8", "load.arrivals=constant", "load.seconds=1",
+        "sweep.points=6", "load.output_tokens=1", "load.most_lag_ms=1e6", "bench.wandb=disabled",
+    )  # fmt: skip
+
+    async def body() -> int:
+        async with server(small) as url:
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
+
+    assert asyncio.run(body()) == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    closed = summary["points"][0]["requests_per_second"]
+    met, missed = summary["highest_rate_meeting_slo"], summary["lowest_rate_missing_slo"]
+    assert max(point["rate"] or 0 for point in summary["points"]) >= 2 * closed
+    assert closed <= met < missed  # 6 at once of 50 ms are 120 a second, six times what one in flight reaches
+    assert f"highest rate that met the SLO: {met:.2f} requests/s; {missed:.2f} missed it" in out
+
+
+def test_ctrl_c_keeps_what_was_measured_and_calls_it_no_whole_run(tmp_path: Path):
+    async def body() -> tuple[int, str]:
+        async with server(honest) as url:
+            keys = [key for key in KEYS if not key.startswith("load.rates")]
+            child = subprocess.Popen(
+                [sys.executable, "-m", "serving.bench", f"bench.target={url}", *keys, "load.rates=[5]",
+                 "load.seconds=60"],
+                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            rows = tmp_path / "outputs/serve-bench/requests.jsonl"
+            while not (rows.exists() and "poisson" in rows.read_text()):
+                assert child.poll() is None
+                await asyncio.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            out, _ = await asyncio.to_thread(child.communicate)
+            return child.returncode, out
+
+    code, out = asyncio.run(body())
+    folder = tmp_path / "outputs/serve-bench"
+    assert code == 130 and "3 in flight" in out
+    assert not (folder / "summary.json").exists() and (folder / "plots/itl.png").is_file()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = [key for key in KEYS if "lag" not in key] + ["load.most_lag_ms=0.0001"]
+
+    async def body() -> int:
+        async with server(honest) as url:
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
+
+    assert asyncio.run(body()) == 1
+    captured = capsys.readouterr()
+    assert "not reported, because the load generator lagged: 1 in flight, 3 in flight" in captured.err
+    points = json.loads(captured.out.splitlines()[-1])["points"]
+    assert all("ttft_p50_ms" not in point and "refused" in point for point in points)
+
+
+def test_a_load_of_which_every_request_failed_fails_the_benchmark_and_is_named_last(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    async def body() -> int:
+        async with server(honest, status=500) as url:
+            keys = [*KEYS, "load.rates=[]", "sweep.points=0"]
+            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
+
+    assert asyncio.run(body()) == 1
+    captured = capsys.readouterr()
+    failed = "1 in flight (HTTP 500); 3 in flight (HTTP 500); the server's log says why"
+    assert captured.err.splitlines()[-1] == f"error: every request failed: {failed}"
+    points = json.loads(captured.out.splitlines()[-1])["points"]
+    assert [point["errors"] for point in points] == [{"HTTP 500": 6}] * 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["bench.target=http://127.0.0.1:1"],
+            "bench.target: http://127.0.0.1:1/v1/models does not answer .*refused",
+        ),
+        (["load.prompt_tokens=many", "bench.target=URL"], "load.prompt_tokens: 'many' is none of"),
+        (["load.rates=[0]"], r"load.rates: must lie in .0, "),
+        (["bench.compare=sglang"], "bench.compare: 'sglang' is not one of: serve, transformers, vllm"),
+        (
+            ["bench.target=URL", "bench.target_model=x"],
+            "bench.target_model: 'x' is not served at .*; there are: m",
+        ),
+        (
+            ["load.trace=gone.jsonl", "load.concurrency=[]", "sweep.points=0", "bench.target=URL"],
+            "gone.jsonl: cannot",
+        ),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, keys, message):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+
+    async def body() -> int:
+        async with server(honest) as url:
+            arguments = [key.replace("URL", url) for key in keys]
+            return await asyncio.to_thread(bench.main, ["bench.wandb=disabled", *arguments])
+
+    assert asyncio.run(body()) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ceilings_that_cannot_be_measured_are_missing_and_say_why(capsys):
+    model = {"engine_info": {"device": "cuda", "dtype": "bf16", "details": {}}}
+    assert bench._ceilings(load(), model) is None
+    assert re.search(r"could not be measured: .+", capsys.readouterr().err)
