@@ -147,14 +147,14 @@ def _limits_text(result: dict[str, Any]) -> list[str]:
         for name in ("batched", "transported")
     )
     return [
-        "What this does not show: the rates are upper bounds for the worst problem. This problem is convex, and "
-        "quadratic around its minimum. The parameters are those of the theory, not the best of each horizon. "
-        "The descent term F(θ_0)/(ηT) has the theory's slope whatever the noise. Its share of the mean over all "
-        f"iterates at the longest T is {shares}. The later half does not contain it. A slope shallower than "
-        "that of an upper bound does not contradict the bound. At short T the mean lies far below the bound, and "
-        "the terms that keep it there fade as slowly as ε itself: the lag is ηβ/(1-β), not η/(1-β), and the "
-        "descent takes a share of the run that shrinks with T. Intervals show the spread over seeds, not the "
-        "bend of the curves."
+        "What this does not show: the rates are upper bounds for the worst problem. This problem is "
+        "convex, and quadratic around its minimum. The parameters are those of the theory, not the best "
+        "of each horizon. The descent term F(θ_0)/(ηT) has the theory's slope whatever the noise. Its "
+        f"share of the mean over all iterates at the longest T is {shares}. The later half does not "
+        "contain it. A slope shallower than that of an upper bound does not contradict the bound. At "
+        "short T the mean lies far below the bound, and the terms that keep it there fade as slowly as ε "
+        "itself: the lag is ηβ/(1-β), not η/(1-β), and the descent takes a share of the run that shrinks "
+        "with T. Intervals show the spread over seeds, not the bend of the curves."
     ]
 
 
