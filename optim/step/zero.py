@@ -116,13 +116,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Stage 0: clip the whole gradient by its global norm. False if it is not finite."""
         gradients = [master.grad for master in masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self._global_grad_norm = norm
-        self.overflow = not torch.isfinite(norm)
-        if self.overflow:
-            return False
-        if self.clip > 0:
+        self._global_grad_norm, self.overflow = norm, not torch.isfinite(norm)
+        if self.clip > 0 and not self.overflow:
             torch.nn.utils.clip_grads_with_norm_(masters, self.clip, norm)
-        return True
+        return not self.overflow
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times its peak."""

@@ -16,9 +16,9 @@ import torch
 from cluster.machine import compiled
 from optim import cost, polar
 from optim.kernels import native
-from optim.kernels.passes import SegmentTable
 from tests.commands import ROOT
 from tests.guard import NO_BF16
+from tests.optim.kernels.test_passes import build
 
 CPU = torch.device("cpu")
 
@@ -136,10 +136,6 @@ def test_operands_that_do_not_fit_are_an_error():
 # Offsets in the flat tensor and in the packed buffer, in other orders, with gaps, at odd places; one empty.
 SEGMENTS = ((1, 5203, 5000), (5003, 3, 0), (5003, 0, 1), (5010, 1, 2048), (7300, 2051, 2049), (9349, 5200, 3))
 FLAT, PACKED = 9400, 10300
-
-
-def build(*segments: tuple[int, int, int]) -> SegmentTable:
-    return SegmentTable.build(*zip(*segments, strict=True), device=CPU)
 
 
 def values(size: int, *, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
