@@ -32,7 +32,7 @@ def gain_verdict(ratio: Sequence[float], other: str) -> str:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Markdown: the problem, the slopes, the ratios, the tuning, and what all this does not show."""
+    """Markdown: the problem, the slopes, the ratios, the tuning, and what they do not show."""
     sections = (_problem_text, _slope_table, _gain_list, _tuning_text, _limits_text)
     return "\n\n".join("\n".join(section(result)) for section in sections) + "\n"
 
@@ -49,8 +49,7 @@ def _problem_text(result: dict[str, Any]) -> list[str]:
         f"{config['scale']:g} per entry. {config['seeds']} seeds at each of T = {horizons} gradients; "
         "momentum and step length as the theory scales them with T, their constants tuned once at "
         f"T = {2 ** config['tuning_horizon']}. Slopes: log of the mean dual norm of the exact gradient "
-        "against log T, with 95% intervals, bootstrapped over seeds. The theory of the control is that of "
-        "its lag alone."
+        "against log T, with 95% intervals, bootstrapped over seeds. The control's theory is that of its lag."
     ]
 
 
@@ -96,11 +95,11 @@ def _gain_list(result: dict[str, Any]) -> list[str]:
             other = VARIANTS[name].title.removeprefix("control: ")
             lines.append(f"- p = {p:g}: {gain_verdict(ratios[-1], other)}.")
         low, high = moment["slope_difference"][1:]
-        told = "not distinct" if low <= 0 <= high else "distinct"
+        verdict = "not distinct" if low <= 0 <= high else "distinct"
         theory = rows["transported"]["theory"] - rows["batched"]["theory"]
         lines.append(
-            f"- p = {p:g}: Transported Scion's slope less Batched Scion's is "
-            f"{_interval(moment['slope_difference'])}, {told}; the theory says {theory:.3f}."
+            f"- p = {p:g}: Transported Scion's slope minus Batched Scion's is "
+            f"{_interval(moment['slope_difference'])}, {verdict}; the theory says {theory:.3f}."
         )
     return lines
 
@@ -148,13 +147,14 @@ def _limits_text(result: dict[str, Any]) -> list[str]:
         for name in ("batched", "transported")
     )
     return [
-        "What this does not show: the rates are upper bounds for the worst problem, and this one is convex, "
-        "and quadratic around its minimum. The parameters are the theory's, not the best of each horizon. "
-        "The way down, F(θ_0)/(ηT), has the theory's slope whatever the noise; of the mean over all iterates "
-        f"at the longest T it is {shares}. The later half is free of it. A slope shallower than that of an "
-        "upper bound is no breach of it: at short T the mean lies far below the bound, and what keeps it "
-        "there fades as slowly as ε itself (the lag is ηβ/(1-β), not η/(1-β); the way down takes a share of "
-        "the run that shrinks with T). Intervals hold the spread over seeds, not the bend of the curves."
+        "What this does not show: the rates are upper bounds for the worst problem. This problem is "
+        "convex, and quadratic around its minimum. The parameters are those of the theory, not the best "
+        "of each horizon. The descent term F(θ_0)/(ηT) has the theory's slope whatever the noise. Its "
+        f"share of the mean over all iterates at the longest T is {shares}. The later half does not "
+        "contain it. A slope shallower than that of an upper bound does not contradict the bound. At "
+        "short T the mean lies far below the bound, and the terms that keep it there fade as slowly as ε "
+        "itself: the lag is ηβ/(1-β), not η/(1-β), and the descent takes a share of the run that shrinks "
+        "with T. Intervals show the spread over seeds, not the bend of the curves."
     ]
 
 
