@@ -200,13 +200,18 @@ const Scalar* widened(const uint32_t* panel, long inputs) {
 
 #endif
 
-// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row.
+// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row. `next` is the panel that
+// will be widened next: the memory works while this one is multiplied.
 template <class Column, class Finish>
-void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const Column* panel, Finish finish) {
-  constexpr long stride = STRIP * WIDTH * (WIDENED<Column> ? PARTS : 1);
-  long tiles = (num_rows + ROWS - 1) / ROWS;
+void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const Column* panel, const uint32_t* next,
+                          Finish finish) {
+  constexpr long stride = STRIP * WIDTH * (WIDENED<Column> ? PARTS : 1), line = 64 / sizeof(uint32_t);
+  long tiles = (num_rows + ROWS - 1) / ROWS, lines = PANEL * inputs / 2 / line;
   for (long tile = 0; tile < tiles; tile++) {
     long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
+    if constexpr (WIDENED<Column>)
+      for (long l = cut(lines, tiles, tile); l < cut(lines, tiles, tile + 1); l++)
+        _mm_prefetch((const char*)(next + l * line), _MM_HINT_T1);
     const Activation* rows[ROWS];
     Vec sums[ROWS][VECTORS];
     for (long r = 0; r < count; r++) {
@@ -225,9 +230,10 @@ void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_
   if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
 #endif
 #ifndef __AVX512BF16__
-  if (num_rows >= WIDENED_ROWS) return linear_panel_by_rows(x, num_rows, inputs, widened(panel, inputs), finish);
+  const uint32_t* next = panel + PANEL * inputs / 2;
+  if (num_rows >= WIDENED_ROWS) return linear_panel_by_rows(x, num_rows, inputs, widened(panel, inputs), next, finish);
 #endif
-  linear_panel_by_rows(x, num_rows, inputs, panel, finish);
+  linear_panel_by_rows(x, num_rows, inputs, panel, nullptr, finish);
 }
 
 }  // namespace
