@@ -1,0 +1,73 @@
+"""Checkpoints of a process that is killed while it writes them."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.waiting import wait_until
+from training.run import checkpoint
+from training.run.checkpoint import Checkpoint
+from training.run.context import Context
+
+NUMEL = 1_000_000
+
+
+class OneRank(Context):
+    """A rank without others, and without a process group."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, torch.device("cpu"), "none")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def write_until_killed(root: Path, started: int) -> None:
+    """Checkpoints of the steps 1, 2, ...; each element holds the step."""
+    os.write(started, b"x")
+    for step in range(1, 1000):
+        tensors = {"master": torch.full((NUMEL,), float(step))}
+        path = checkpoint.step_directory(root, step)
+        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
+        checkpoint.prune(root, keep=2)
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path):
+    draw = random.Random(0)
+    half_written = 0
+    for attempt in range(12):
+        root = tmp_path / str(attempt)
+        root.mkdir()
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                write_until_killed(root, writing)
+            finally:
+                os._exit(1)
+        os.read(reading, 1)
+        wait_until(lambda root=root: list(root.glob(f"*/{checkpoint.COMPLETE}")))
+        time.sleep(draw.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(reading), os.close(writing)
+
+        skipped: list[str] = []
+        newest = checkpoint.newest_complete(root, report=skipped.append)
+        assert newest is not None
+        found = Checkpoint(newest)
+        step = checkpoint.step_of(newest)
+        assert found.state["step"] == step
+        assert torch.equal(found.read("weight", "master", 0, NUMEL), torch.full((NUMEL,), float(step)))
+        half_written += len(skipped)
+        # The same step is written again over what was left.
+        path = checkpoint.step_directory(root, step + 1)
+        tensors = {"master": torch.full((NUMEL,), 0.5)}
+        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step + 1}, context=OneRank())
+        assert checkpoint.newest_complete(root, report=skipped.append) == path
+        assert Checkpoint(path).read("weight", "master", 0, 1) == 0.5
+    assert half_written > 0  # some were killed while they wrote
