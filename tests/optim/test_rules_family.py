@@ -1,0 +1,195 @@
+"""Muon's variants, Scion and Transported Scion against their papers' formulas."""
+
+import pytest
+import torch
+
+from optim.geometry import parse_norm
+from optim.rules import (
+    EmaNesterov,
+    Muon,
+    MuonPlus,
+    NorMuon,
+    Scion,
+    TransportedScion,
+    new_state,
+    step,
+)
+from tests.optim.rule_cases import RULES, exact, factor, ours, tensors
+
+
+def momenta(gradients: list[torch.Tensor], *, beta: float, nesterov: bool) -> list[torch.Tensor]:
+    """The raw update of every step."""
+    average, found = torch.zeros_like(gradients[0]), []
+    for gradient in gradients:
+        average = beta * average + (1 - beta) * gradient
+        found.append(beta * average + (1 - beta) * gradient if nesterov else average)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)], ids=str)
+def test_normuon_is_algorithm_1_of_its_paper(shape):
+    """With the scale "rms" the step is 0.2 η √(rc) Ô / ‖Ô‖_F, Ô the factor over the rows' past RMS."""
+    gradients, lr, wd = exact(*shape, count=4), 0.1, 0.3
+    weight, second = torch.ones(shape, dtype=torch.float64), torch.zeros(shape[0], 1, dtype=torch.float64)
+    for update in momenta(gradients, beta=0.9, nesterov=True):
+        o = factor(update)
+        second = 0.95 * second + 0.05 * (o * o).mean(1, keepdim=True)
+        o = o / (second.sqrt() + 1e-10)
+        weight = weight * (1 - lr * wd) - 0.2 * lr * (shape[0] * shape[1]) ** 0.5 * o / o.norm()
+    rule = NorMuon(momentum=0.9, weight_decay=wd, dtype=torch.float32)
+    found = ours(rule, torch.ones(shape), [g.float() for g in gradients], lr=lr)
+    torch.testing.assert_close(found.double(), weight, rtol=0, atol=2e-5)
+
+
+def test_the_rows_of_a_normuon_update_are_levelled():
+    """Rows that Muon left short grow, and by their average over the steps, not by this step's."""
+    gradient = (
+        torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 8)[:, None]
+    )
+    plain, level = (
+        ours(rule, torch.zeros(8, 4), [gradient] * 3, lr=1.0).norm(dim=1)
+        for rule in (Muon(dtype=torch.float32), NorMuon(dtype=torch.float32))
+    )
+    assert plain.max() / plain.min() > 20 and level.max() / level.min() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("lines", "dims"), [("row", [1]), ("column", [0]), ("row_column", [1, 0]), ("column_row", [0, 1])]
+)
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)], ids=str)
+def test_muon_plus_normalises_lines_after_muon(lines, dims, shape):
+    [gradient] = exact(*shape, count=1)
+    o = factor(gradient)
+    for dim in dims:
+        o = o / o.norm(dim=dim, keepdim=True)
+    o = o * min(shape) ** 0.5 / o.norm()
+    rule = MuonPlus(lines=lines, update_scale="jordan", nesterov=False, dtype=torch.float32)
+    found = ours(rule, torch.zeros(shape), [gradient.float()], lr=1.0) / -rule.scale(*shape)
+    torch.testing.assert_close(found.double(), o, rtol=0, atol=2e-5)
+    lengths = found.norm(dim=dims[-1])
+    assert lengths.max() / lengths.min() < 1.0001  # the last lines are of one length
+
+
+def test_a_zero_gradient_moves_no_member_of_the_family():
+    for name, rule in RULES.items():
+        found = ours(rule, torch.ones(4, 6), [torch.zeros(4, 6)], lr=1.0)
+        assert torch.equal(found, torch.ones(4, 6)), name
+
+
+def test_ema_nesterov_by_hand():
+    """A 1 x 1 matrix: the factor is the sign, times what the method makes of 1."""
+    unit = factor(torch.ones(1, 1)).item()
+    rule = EmaNesterov(
+        momentum=0.0, weight_decay=0.5, lookahead=0.5, velocity_decay=0.75, ramp_steps=2, dtype=torch.float32
+    )
+    weight, state = torch.tensor([[2.0]]), new_state(rule, torch.zeros(1, 1))
+    theta, velocity, points = 2.0, 0.0, []
+    for number, (gradient, ahead, next_ahead) in enumerate(
+        [(3.0, 0.0, 0.25), (-1.0, 0.25, 0.5), (5.0, 0.5, 0.5)], 1
+    ):
+        y = theta + ahead * velocity
+        after = y * (1 - 0.1 * 0.5) - 0.1 * unit * (1 if gradient > 0 else -1)
+        velocity = 0.75 * velocity + 0.25 * (after - theta)
+        theta = after
+        points.append(theta + next_ahead * velocity)
+        found = step(rule, weight, torch.tensor([[gradient]]), state, lr=0.1, step=number)
+        assert found.item() == pytest.approx(points[-1], rel=1e-5)
+        assert weight.item() == pytest.approx(theta, rel=1e-5)
+
+
+def test_ema_nesterov_that_looks_nowhere_is_muon():
+    weight, *gradients = tensors(6, 9, count=5)
+    options = {"weight_decay": 0.1, "dtype": torch.float32}
+    found = ours(EmaNesterov(lookahead=0.0, **options), weight, gradients, lr=0.1)
+    torch.testing.assert_close(found, ours(Muon(**options), weight, gradients, lr=0.1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "norm", ["spectral", "frobenius:rms", "sign", "column:embedding", "row", "schatten:3", "spectral:input"]
+)
+@pytest.mark.parametrize("constrained", [True, False])
+def test_scion_steps_to_the_minimiser_of_its_norm(norm, constrained):
+    """θ ← (1 - ηλ)θ + ηρ·lmo(m), λ = 1 where constrained; the radius of the ball is ρ."""
+    gradients, lr, radius = exact(6, 8, count=3), 0.2, 3.0
+    geometry, decay = parse_norm(norm), 1.0 if constrained else 0.3
+    weight = torch.ones(6, 8, dtype=torch.float64) * 0.01
+    for update in momenta(gradients, beta=0.9, nesterov=False):
+        weight = (1 - lr * decay) * weight + lr * radius * geometry.lmo(update[None])[0]
+    rule = Scion(
+        0.9, norm=norm, method=None, radius=radius, constrained=constrained, weight_decay=0.3,
+        dtype=torch.float32,
+    )  # fmt: skip
+    found = ours(rule, torch.ones(6, 8) * 0.01, [g.float() for g in gradients], lr=lr)
+    torch.testing.assert_close(found.double(), weight, rtol=0, atol=2e-5)
+
+
+def test_constrained_scion_stays_in_its_ball_and_unconstrained_does_not():
+    gradients = [torch.ones(4, 4).triu()] * 40
+    for constrained in (True, False):
+        rule = Scion(norm="spectral", method=None, radius=2.0, constrained=constrained, dtype=torch.float32)
+        length = parse_norm("spectral").value(ours(rule, torch.zeros(4, 4), gradients, lr=0.1)[None]).item()
+        assert (length <= 2.0 + 1e-5) is constrained
+
+
+def test_scion_in_the_spectral_norm_is_muon_without_nesterov():
+    weight, *gradients = tensors(7, 12, count=4)
+    options = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.1, "dtype": torch.float32}
+    assert torch.equal(
+        ours(Scion(**options), weight, gradients, lr=0.1), ours(Muon(**options), weight, gradients, lr=0.1)
+    )
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize(
+    ("transport", "cap", "ramp_steps", "aheads"),
+    [
+        (1.0, 1e9, 0, [9.0, 9.0, 9.0]),  # β/(1-β) at β = 0.9
+        (0.5, 1e9, 0, [4.5, 4.5, 4.5]),
+        (1.0, 2.0, 0, [2.0, 2.0, 2.0]),
+        (1.0, 1e9, 3, [3.0, 6.0, 9.0]),
+    ],
+)
+def test_the_transported_point_is_ahead_by_the_whole_displacement(
+    transport, cap, ramp_steps, aheads, constrained
+):
+    """Y = θ + c·β/(1-β)·(θ - θ_before), the decay being part of what moved θ."""
+    weight, *gradients = tensors(5, 8, count=4)
+    options = {"momentum": 0.9, "weight_decay": 0.7, "constrained": constrained, "dtype": torch.float32}
+    rule = TransportedScion(**options, transport=transport, cap=cap, ramp_steps=ramp_steps)
+    plain, state = weight.clone(), new_state(rule, weight)
+    plain_state = new_state(rule, weight)
+    for number, (gradient, ahead) in enumerate(zip(gradients, aheads, strict=True), 1):
+        before = weight.clone()
+        point = step(rule, weight, gradient, state, lr=0.1, step=number)
+        step(Scion(**options), plain, gradient, plain_state, lr=0.1, step=number)
+        assert torch.equal(weight, plain)  # given the same gradients, the weights go Scion's way
+        expected = weight.double() + ahead * (weight.double() - before.double())
+        torch.testing.assert_close(point.double(), expected, rtol=0, atol=1e-5 * ahead)
+
+
+def test_transported_scion_with_factor_0_is_scion_bit_for_bit():
+    """Its point is then the weights themselves, also where gradients are taken at the point."""
+    target = tensors(5, 8, count=1, seed=3)[0]
+    found = []
+    for rule in (Scion(weight_decay=0.1), TransportedScion(weight_decay=0.1, transport=0.0)):
+        weight = torch.zeros(5, 8)
+        point, state = weight, new_state(rule, weight)
+        for number in range(1, 30):
+            point = step(rule, weight, point - target, state, lr=0.05, step=number)
+            assert point is weight
+        found.append(weight)
+        assert not rule.looks_ahead
+    assert torch.equal(*found)
+
+
+def test_transport_changes_where_the_gradient_is_taken():
+    target = tensors(5, 8, count=1, seed=3)[0]
+    ends = []
+    for transport in (0.0, 1.0):
+        rule = TransportedScion(transport=transport)
+        weight = torch.zeros(5, 8)
+        point, state = weight, new_state(rule, weight)
+        for number in range(1, 30):
+            point = step(rule, weight, point - target, state, lr=0.05, step=number)
+        ends.append(weight)
+    assert not torch.allclose(*ends)
