@@ -272,9 +272,9 @@ MOST_LINES = {"file": 450, "class": 200, "function": 60}
 
 
 def test_no_file_class_or_function_is_too_long_to_be_read_in_one_go():
-    """One that is longer holds two things."""
+    """The tests too. What is longer holds two things."""
     long = []
-    for file in MODULES.values():
+    for file in (*MODULES.values(), *(ROOT / "tests").rglob("*.py")):
         text = file.read_text()
         sizes = [("file", "", text.count("\n"))]
         for node in ast.walk(ast.parse(text)):

@@ -26,7 +26,8 @@ from serving.engine.protocol import Sampling
 from serving.engine.sampling import choose
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.fake_cuda import fake_cuda
-from tests.optim.step.test_fused import NUM_MATRICES, PARAMETERS, RULES, numel
+from tests.optim.step.fused_cases import PARAMETERS, RULES, numel
+from tests.optim.step.test_fused import NUM_MATRICES
 from training.model.llama import Llama
 from training.model.shapes import LlamaShape
 

@@ -2,9 +2,7 @@
 
 import functools
 import itertools
-import random
 import time
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,92 +10,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim import rules
-from optim.groups import attention_splits, partition
-from optim.kernels import native
-from optim.rules import (
-    AdamW,
-    EmaNesterov,
-    Muon,
-    MuonPlus,
-    NorMuon,
-    Scion,
-    Sgd,
-    Signum,
-    TransportedScion,
-)
 from optim.step import exchange, fused
-from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
+from tests.optim.step.fused_cases import (
+    LR,
+    NUM_STEPS,
+    PARAMETERS,
+    RULES,
+    StepCase,
+    gradient,
+    lay_out,
+    numel,
+    relative,
+    set_gradients,
+    weight,
+)
 from tests.ranks import spawn
-from training.model.llama import Llama
-from training.model.shapes import resolve
 from training.run.context import Context
 
 pytestmark = pytest.mark.stack
 
+
 WORLDS = (1, 2, 3, 5, 8)
-NUM_STEPS, LR = 3, 0.02
-PARAMETERS = {  # name -> rows of its blocks, columns
-    "a": ((12,), 12),
-    "b": ((12,), 12),
-    "c": ((12,), 12),
-    "wide": ((6,), 20),
-    "tall": ((20,), 6),
-    "oblong": ((9,), 7),
-    "qkv_proj": ((12, 4, 4), 12),
-    "q_proj": ((4, 4, 4), 12),
-    "row": ((1,), 5),
-    "column": ((3,), 1),
-}
+
+
 NUM_MATRICES = sum(len(blocks) for blocks, _ in PARAMETERS.values())
-RULES = {
-    "muon": Muon(weight_decay=0.1, dtype=torch.float32),
-    "muon-bf16": Muon(weight_decay=0.1),
-    "muon-plain": Muon(
-        0.8, nesterov=False, weight_decay=0.1, method="jordan", update_scale="rms", dtype=torch.float32
-    ),
-    "adamw": AdamW(weight_decay=0.1),
-    "normuon": NorMuon(weight_decay=0.1, dtype=torch.float32),
-    "muon_plus": MuonPlus(weight_decay=0.1, lines="column_row", dtype=torch.float32),
-    "ema_nesterov": EmaNesterov(weight_decay=0.1, dtype=torch.float32, ramp_steps=4, velocity_decay=0.5),
-    "scion": Scion(radius=3.0, constrained=True, dtype=torch.float32),
-    "scion-column": Scion(norm="column", weight_decay=0.1, dtype=torch.float32),
-    "scion-sign": Scion(norm="sign", weight_decay=0.1, dtype=torch.float32),
-    "transported": TransportedScion(weight_decay=0.1, dtype=torch.float32),
-    "transported-capped": TransportedScion(norm="frobenius:rms", cap=2.5, ramp_steps=5, dtype=torch.float32),
-    "transported-sign": TransportedScion(norm="sign:plain", weight_decay=0.1, dtype=torch.float32),
-    "sgd": Sgd(weight_decay=0.1),
-    "signum": Signum(weight_decay=0.1),
-}
+
+
 FIRST = ("muon", "muon-bf16", "muon-plain", "adamw")  # in every layout; the others in one that cuts anywhere
 
 
-@dataclass(frozen=True)
-class StepCase:
-    """One layout of PARAMETERS over the ranks.
-
-    Attributes:
-        cut: "random" (borders anywhere, any number of ranks, in any order), "flat" (end to end: ZeRO 1 and
-            2), "equal" (each in equal pieces: ZeRO 3), "alone" (all on the last rank), "replicated".
-        flats: whether the pieces lie in "one" flat tensor or in "many", one each.
-        missing: parameters without a gradient.
-        model: dtype of what the model computes with.
-        chunk: elements of a pass; a small number puts many into one piece.
-        staged: as if the matrices were computed on another device, with a few elements in each copy there.
-    """
-
-    cut: str
-    seed: int = 0
-    rule: str = "muon"
-    flats: str = "one"
-    missing: tuple[str, ...] = ()
-    chunk: int = fused.CHUNK_ELEMENTS
-    inspect: bool = False
-    model: torch.dtype = torch.float32
-    staged: bool = False
-
-
 TILED = ("random", "flat", "equal", "alone")
+
+
 CASES = [
     *(StepCase(cut, rule=rule) for cut in (*TILED, "replicated") for rule in FIRST),
     *(StepCase("random", 8, rule) for rule in RULES if rule not in FIRST),
@@ -118,88 +63,6 @@ CASES = [
     ),
     StepCase("random", 11, staged=True, missing=tuple(PARAMETERS)),
 ]
-
-
-def numel(name: str) -> int:
-    blocks, cols = PARAMETERS[name]
-    return sum(blocks) * cols
-
-
-def drawn(name: str, seed: int, scale: float) -> Tensor:
-    """The same numbers on every rank and in the oracle."""
-    generator = torch.Generator().manual_seed(1000 * seed + list(PARAMETERS).index(name))
-    return torch.randn(numel(name), generator=generator) * scale
-
-
-def weight(name: str) -> Tensor:
-    return drawn(name, 0, 0.3)
-
-
-def gradient(name: str, case: StepCase, step: int) -> Tensor | None:
-    """Of very different size from one parameter and step to the next, as gradients are."""
-    if name in case.missing:
-        return None
-    scale = 10.0 ** (list(PARAMETERS).index(name) % 4 - 3 + step)
-    return drawn(name, 1 + step + 10 * case.seed, scale)
-
-
-def holdings(case: StepCase, world_size: int) -> dict[str, list[tuple[int, int]]]:
-    """Name -> the range that every rank holds."""
-    draw = random.Random(f"{case.cut} {case.seed} {world_size}")
-    total, position, found = sum(map(numel, PARAMETERS)), 0, {}
-    for name in PARAMETERS:
-        size = numel(name)
-        if case.cut == "replicated":
-            found[name] = [(0, size)] * world_size
-            continue
-        if case.cut == "random":
-            count = draw.randint(1, world_size)
-            edges = [0, *sorted(draw.randint(0, size) for _ in range(count - 1)), size]
-            pieces = [*itertools.pairwise(edges), *[(size, size)] * (world_size - count)]
-            draw.shuffle(pieces)
-        else:
-            piece = {"flat": -(-total // world_size), "equal": -(-size // world_size), "alone": size}[
-                case.cut
-            ]
-            first = position if case.cut == "flat" else 0
-            edges = [min(max(piece * rank - first, 0), size) for rank in range(world_size + 1)]
-            pieces = list(itertools.pairwise(edges))
-            if case.cut == "alone":
-                pieces = [(0, 0)] * (world_size - 1) + [(0, size)]
-        found[name] = pieces
-        position += size
-    return found
-
-
-def lay_out(case: StepCase, world_size: int, rank: int) -> list[Fragment]:
-    """This rank's pieces in flat tensors that are NaN elsewhere, so that reading beyond a piece shows."""
-    fragments, offset, place = [], 0, {}
-    held = {name: ranges[rank] for name, ranges in holdings(case, world_size).items()}
-    for index, (name, (start, stop)) in enumerate(held.items()):
-        offset = index % 3 + (offset if case.flats == "one" else 0)
-        place[name] = (offset, offset + stop - start)
-        offset += stop - start
-    shared, models = torch.full((offset + 2,), torch.nan), {}
-    for name, (start, stop) in held.items():
-        flat = shared if case.flats == "one" else torch.full((place[name][1],), torch.nan)
-        flat.data[slice(*place[name])] = weight(name)[start:stop]
-        model = models.setdefault(id(flat), torch.full_like(flat.data, torch.nan, dtype=case.model))
-        flat.requires_grad_()
-        fragments.append(Fragment(name, *PARAMETERS[name], start, stop, flat, place[name][0], model))
-    return fragments
-
-
-def set_gradients(fragments: list[Fragment], case: StepCase, step: int) -> None:
-    for fragment in fragments:
-        fragment.flat.grad = None
-    for fragment in fragments:
-        whole = gradient(fragment.name, case, step)
-        if whole is None and (case.flats == "many" or len(case.missing) == len(PARAMETERS)):
-            continue
-        if fragment.flat.grad is None:
-            fragment.flat.grad = torch.full_like(fragment.flat, torch.nan)
-        part = torch.zeros(numel(fragment.name)) if whole is None else whole
-        fragment.view(fragment.flat.grad).copy_(part[fragment.start : fragment.stop])
 
 
 class Wire:
@@ -316,10 +179,6 @@ def assemble(results: list[dict]) -> dict[str, dict[str, Tensor]]:
             for key, tensor in tensors.items():
                 whole[name][key][start : start + tensor.numel()] = tensor
     return whole
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 each_world = pytest.mark.parametrize("world_size", WORLDS)
@@ -439,134 +298,3 @@ def test_every_phase_is_timed_and_all_lie_within_the_step(world_size):
             seconds = result["health"].seconds
             assert set(seconds) == phases and min(seconds.values()) > 0
             assert sum(seconds.values()) <= result["step_seconds"]
-
-
-def refusals(context: Context) -> list[str]:
-    """What FusedStep says to fragments that neither tile nor replicate their parameter."""
-    found = []
-    for start, stop in [(0, 8 + context.rank), (9 * context.rank, 8 + 8 * context.rank), (0, 8)]:
-        fragment = Fragment("layers.0.up_proj.weight", (4,), 4, start, stop, torch.zeros(16), 0)
-        with pytest.raises(ValueError, match="elements") as raised:
-            FusedStep(Muon(), [fragment], device=context.device)
-        found.append(str(raised.value))
-    return found
-
-
-def test_fragments_that_overlap_or_leave_a_gap_are_refused_on_every_rank():
-    first, second = spawn(refusals, world_size=2)
-    assert first == second
-    for message, elements in zip(first, ("8 to 0", "8 to 9", "8 to 0"), strict=True):
-        assert message.startswith(f"layers.0.up_proj.weight: elements {elements} are held")
-
-
-# --- alone, without a process group ------------------------------------------------------------------------
-
-
-def fragments_of(model: torch.nn.Module, splits: dict[str, tuple[int, ...]]) -> list[Fragment]:
-    """One fragment for each hidden matrix, whole."""
-    members = partition(model.named_parameters(), splits=splits)
-    return [
-        Fragment(m.name, m.blocks, m.shape[1], 0, m.parameter.numel(), m.parameter, 0)
-        for m in members
-        if m.kind == "matrix"
-    ]
-
-
-@pytest.mark.parametrize("per_head", [True, False])
-def test_per_head_makes_every_head_of_a_llama_a_matrix_of_its_own(per_head):
-    sizes = {"num_heads": 4, "num_kv_heads": 2}
-    shape = resolve("llama-5m", num_layers=2, hidden_size=32, ffn_size=48, vocab_size=300, **sizes)
-    model, rule = Llama(shape), Muon(dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    splits = attention_splits(**sizes, head_dim=shape.head_dim, per_head=per_head)
-    unit = FusedStep(rule, fragments_of(model, splits), device=torch.device("cpu"))
-    names = [matrix.name for matrix in unit.plan.matrices]
-    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2} if per_head else {}
-    for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        own = [name for name in names if ".layers.1." in name and f".{projection}." in name]
-        [prefix] = {name.partition("[")[0] for name in own}
-        count = heads.get(projection)
-        assert own == ([f"{prefix}[{head}]" for head in range(count)] if count else [prefix])
-    assert len(names) == 2 * (4 + sum(heads.values()) if per_head else 7)
-
-    unit.step(lr=1.0)
-    assert unit.num_transforms == len(names) and unit.bytes_sent == 0
-    query = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
-    for rows in (shape.head_dim, shape.hidden_size):
-        blocks = [torch.zeros(rows, shape.hidden_size) for _ in range(shape.hidden_size // rows)]
-        for block, part in zip(blocks, query.grad.split(rows), strict=True):
-            rules.step(rule, block, part, rules.new_state(rule, block), lr=1.0, step=1)
-        error = relative(query.detach(), torch.cat(blocks))
-        if per_head == (rows == shape.head_dim):
-            assert error < 1e-5
-        else:
-            assert error > 0.1  # the other split is another update
-
-
-def test_the_state_is_there_from_the_start_and_can_be_written():
-    flat = torch.ones(10)
-    fragments = [Fragment("a", (2,), 3, 0, 6, flat, 0), Fragment("b", (2,), 2, 0, 4, flat, 6)]
-    unit = FusedStep(Muon(), fragments, device=torch.device("cpu"))
-    assert [tuple(state) for state in unit.states] == [("momentum",)]
-    unit.state_of(fragments[1])["momentum"].fill_(7)  # as a checkpoint that is loaded does
-    assert unit.states[0]["momentum"].tolist() == [0] * 6 + [7] * 4
-
-
-def test_each_phase_is_that_of_its_part_of_the_rule():
-    class Slow(Muon):
-        in_kernels = False
-
-        def direction(self, *arguments, **options):
-            time.sleep(0.01)
-            return super().direction(*arguments, **options)
-
-        def transform(self, *arguments, **options):
-            time.sleep(0.02)
-            return super().transform(*arguments, **options)
-
-        def apply(self, *arguments, **options):
-            time.sleep(0.03)
-            super().apply(*arguments, **options)
-
-    flat = torch.ones(12)
-    unit = FusedStep(Slow(), [Fragment("a", (3,), 4, 0, 12, flat, 0)], device=torch.device("cpu"))
-    unit.step(lr=0.1)
-    least = {"start": 0.01, "orthogonalize": 0.02, "finish": 0.03}
-    for phase, seconds in least.items():
-        assert unit.health.seconds[phase] >= seconds
-    assert unit.health.seconds["exchange"] < 0.01  # alone there is nothing to wait for
-
-
-def test_the_rule_sees_the_number_of_the_step():
-    """Bias correction: with a constant gradient Adam's steps all have the length of the first."""
-    flat = torch.zeros(5)
-    unit = FusedStep(AdamW(), [Fragment("bias", (), 1, 0, 5, flat, 0)], device=torch.device("cpu"))
-    for count in (1, 2, 3):
-        flat.grad = torch.full((5,), 0.3)
-        unit.step(lr=0.1)
-        torch.testing.assert_close(flat, torch.full((5,), -0.1 * count))
-    unit.steps = 0  # as a resumed run would be without its count: the correction is too strong
-    unit.step(lr=0.1)
-    assert (flat + 0.4).abs().min() > 0.05
-
-
-def test_a_staged_step_gives_the_same_bits(monkeypatch):
-    """The passes of an offloaded shard, on a CPU that plays both devices, against the passes in place."""
-    monkeypatch.setattr(native, "unsupported", lambda device, dtype: "off: it sums in another order")
-    monkeypatch.setattr(exchange, "STRETCH_BYTES", 400)
-    for name, case in ((name, StepCase("alone", rule=name)) for name in RULES):
-        found = []
-        for staged in (False, True):
-            monkeypatch.setattr(exchange, "_lies_elsewhere", lambda flat, device, staged=staged: staged)
-            fragments = lay_out(case, 1, 0)
-            unit = FusedStep(RULES[name], fragments, device=torch.device("cpu"))
-            for step in range(NUM_STEPS):
-                set_gradients(fragments, case, step)
-                unit.step(lr=LR)
-            assert [group.staging is not None for group in unit._groups] == [staged] * len(unit._groups)
-            states = [tensor for state in unit.states for tensor in state.values()]
-            found.append([fragments[0].flat.detach(), fragments[0].model, *states])
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*found, strict=True)), name

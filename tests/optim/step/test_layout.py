@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optim.step.zero import ZeroOptimizer
-from tests.optim.step.test_zero import VOCABULARY, ZeroCase, build
+from tests.optim.step.zero_cases import VOCABULARY, ZeroCase, build
 from tests.ranks import spawn
 from training.run.context import Context
 

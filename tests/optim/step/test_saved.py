@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.optim.step.test_zero import STAGES, ZeroCase, assemble, batches, build, copied_shards
+from tests.optim.step.zero_cases import STAGES, ZeroCase, assemble, batches, build, copied_shards
 from tests.ranks import spawn
 from training.run import checkpoint
 from training.run.checkpoint import Checkpoint

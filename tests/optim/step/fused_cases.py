@@ -1,0 +1,170 @@
+"""Parameters, rules and layouts over which the fused step is tried."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim.rules import (
+    AdamW,
+    EmaNesterov,
+    Muon,
+    MuonPlus,
+    NorMuon,
+    Scion,
+    Sgd,
+    Signum,
+    TransportedScion,
+)
+from optim.step import fused
+from optim.step.fragments import Fragment
+
+NUM_STEPS, LR = 3, 0.02
+
+
+PARAMETERS = {  # name -> rows of its blocks, columns
+    "a": ((12,), 12),
+    "b": ((12,), 12),
+    "c": ((12,), 12),
+    "wide": ((6,), 20),
+    "tall": ((20,), 6),
+    "oblong": ((9,), 7),
+    "qkv_proj": ((12, 4, 4), 12),
+    "q_proj": ((4, 4, 4), 12),
+    "row": ((1,), 5),
+    "column": ((3,), 1),
+}
+
+
+RULES = {
+    "muon": Muon(weight_decay=0.1, dtype=torch.float32),
+    "muon-bf16": Muon(weight_decay=0.1),
+    "muon-plain": Muon(
+        0.8, nesterov=False, weight_decay=0.1, method="jordan", update_scale="rms", dtype=torch.float32
+    ),
+    "adamw": AdamW(weight_decay=0.1),
+    "normuon": NorMuon(weight_decay=0.1, dtype=torch.float32),
+    "muon_plus": MuonPlus(weight_decay=0.1, lines="column_row", dtype=torch.float32),
+    "ema_nesterov": EmaNesterov(weight_decay=0.1, dtype=torch.float32, ramp_steps=4, velocity_decay=0.5),
+    "scion": Scion(radius=3.0, constrained=True, dtype=torch.float32),
+    "scion-column": Scion(norm="column", weight_decay=0.1, dtype=torch.float32),
+    "scion-sign": Scion(norm="sign", weight_decay=0.1, dtype=torch.float32),
+    "transported": TransportedScion(weight_decay=0.1, dtype=torch.float32),
+    "transported-capped": TransportedScion(norm="frobenius:rms", cap=2.5, ramp_steps=5, dtype=torch.float32),
+    "transported-sign": TransportedScion(norm="sign:plain", weight_decay=0.1, dtype=torch.float32),
+    "sgd": Sgd(weight_decay=0.1),
+    "signum": Signum(weight_decay=0.1),
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One layout of PARAMETERS over the ranks.
+
+    Attributes:
+        cut: "random" (borders anywhere, any number of ranks, in any order), "flat" (end to end: ZeRO 1 and
+            2), "equal" (each in equal pieces: ZeRO 3), "alone" (all on the last rank), "replicated".
+        flats: whether the pieces lie in "one" flat tensor or in "many", one each.
+        missing: parameters without a gradient.
+        model: dtype of what the model computes with.
+        chunk: elements of a pass; a small number puts many into one piece.
+        staged: as if the matrices were computed on another device, with a few elements in each copy there.
+    """
+
+    cut: str
+    seed: int = 0
+    rule: str = "muon"
+    flats: str = "one"
+    missing: tuple[str, ...] = ()
+    chunk: int = fused.CHUNK_ELEMENTS
+    inspect: bool = False
+    model: torch.dtype = torch.float32
+    staged: bool = False
+
+
+def numel(name: str) -> int:
+    blocks, cols = PARAMETERS[name]
+    return sum(blocks) * cols
+
+
+def drawn(name: str, seed: int, scale: float) -> Tensor:
+    """The same numbers on every rank and in the oracle."""
+    generator = torch.Generator().manual_seed(1000 * seed + list(PARAMETERS).index(name))
+    return torch.randn(numel(name), generator=generator) * scale
+
+
+def weight(name: str) -> Tensor:
+    return drawn(name, 0, 0.3)
+
+
+def gradient(name: str, case: StepCase, step: int) -> Tensor | None:
+    """Of very different size from one parameter and step to the next, as gradients are."""
+    if name in case.missing:
+        return None
+    scale = 10.0 ** (list(PARAMETERS).index(name) % 4 - 3 + step)
+    return drawn(name, 1 + step + 10 * case.seed, scale)
+
+
+def holdings(case: StepCase, world_size: int) -> dict[str, list[tuple[int, int]]]:
+    """Name -> the range that every rank holds."""
+    draw = random.Random(f"{case.cut} {case.seed} {world_size}")
+    total, position, found = sum(map(numel, PARAMETERS)), 0, {}
+    for name in PARAMETERS:
+        size = numel(name)
+        if case.cut == "replicated":
+            found[name] = [(0, size)] * world_size
+            continue
+        if case.cut == "random":
+            count = draw.randint(1, world_size)
+            edges = [0, *sorted(draw.randint(0, size) for _ in range(count - 1)), size]
+            pieces = [*itertools.pairwise(edges), *[(size, size)] * (world_size - count)]
+            draw.shuffle(pieces)
+        else:
+            piece = {"flat": -(-total // world_size), "equal": -(-size // world_size), "alone": size}[
+                case.cut
+            ]
+            first = position if case.cut == "flat" else 0
+            edges = [min(max(piece * rank - first, 0), size) for rank in range(world_size + 1)]
+            pieces = list(itertools.pairwise(edges))
+            if case.cut == "alone":
+                pieces = [(0, 0)] * (world_size - 1) + [(0, size)]
+        found[name] = pieces
+        position += size
+    return found
+
+
+def lay_out(case: StepCase, world_size: int, rank: int) -> list[Fragment]:
+    """This rank's pieces in flat tensors that are NaN elsewhere, so that reading beyond a piece shows."""
+    fragments, offset, place = [], 0, {}
+    held = {name: ranges[rank] for name, ranges in holdings(case, world_size).items()}
+    for index, (name, (start, stop)) in enumerate(held.items()):
+        offset = index % 3 + (offset if case.flats == "one" else 0)
+        place[name] = (offset, offset + stop - start)
+        offset += stop - start
+    shared, models = torch.full((offset + 2,), torch.nan), {}
+    for name, (start, stop) in held.items():
+        flat = shared if case.flats == "one" else torch.full((place[name][1],), torch.nan)
+        flat.data[slice(*place[name])] = weight(name)[start:stop]
+        model = models.setdefault(id(flat), torch.full_like(flat.data, torch.nan, dtype=case.model))
+        flat.requires_grad_()
+        fragments.append(Fragment(name, *PARAMETERS[name], start, stop, flat, place[name][0], model))
+    return fragments
+
+
+def set_gradients(fragments: list[Fragment], case: StepCase, step: int) -> None:
+    for fragment in fragments:
+        fragment.flat.grad = None
+    for fragment in fragments:
+        whole = gradient(fragment.name, case, step)
+        if whole is None and (case.flats == "many" or len(case.missing) == len(PARAMETERS)):
+            continue
+        if fragment.flat.grad is None:
+            fragment.flat.grad = torch.full_like(fragment.flat, torch.nan)
+        part = torch.zeros(numel(fragment.name)) if whole is None else whole
+        fragment.view(fragment.flat.grad).copy_(part[fragment.start : fragment.stop])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
