@@ -77,9 +77,10 @@ def exchange(
     seconds: float = TIMEOUT_SECONDS,
     key: str = "endpoint",
 ) -> tuple[int, Any]:
-    """(status, JSON or text) of a GET, or with a body of a POST. Raises `UserError`: nothing answers."""
+    """(status, JSON or text) of a GET, or with a body of a POST. Raises `UserError`: no answer, or no key."""
+    carried = headers()
     try:
-        request = Request(url, data=None if body is None else json.dumps(body).encode(), headers=headers())
+        request = Request(url, data=None if body is None else json.dumps(body).encode(), headers=carried)
         with urlopen(request, timeout=seconds) as response:
             status, content = response.status, response.read()
     except HTTPError as error:
@@ -96,8 +97,10 @@ def exchange(
 
 
 def headers() -> dict[str, str]:
-    """Of a request: JSON, and the key in KEY_VARIABLE if it is set."""
-    secret = os.environ.get(KEY_VARIABLE)
+    """Of a request: JSON, and the key in KEY_VARIABLE if it is set. Raises `UserError`: it is no key."""
+    secret = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{KEY_VARIABLE}: has line breaks or other characters that no key has; set it again")
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
 
 

@@ -71,6 +71,16 @@ def test_a_request_carries_json_and_the_key(url, monkeypatch):
     assert endpoint_client.reason(*endpoint_client.exchange(f"{url}/gone")) == "404: {'detail': 'Not Found'}"
 
 
+def test_a_key_that_no_header_carries_is_named_and_not_shown(url, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\r\n")  # as from a file with Windows line ends
+    assert endpoint_client.exchange(url, {}) == (200, [{}, "Bearer abc"])
+    for broken in ("abc\ndef", "abc\u2026"):
+        monkeypatch.setenv("OPENAI_API_KEY", broken)
+        with pytest.raises(UserError, match="OPENAI_API_KEY: has") as refused:
+            endpoint_client.find(url, model=None)
+        assert "abc" not in str(refused.value)
+
+
 def test_whether_it_answers(url):
     assert endpoint_client.answers(f"{url}/text")
     assert not endpoint_client.answers(f"{url}/gone") and not endpoint_client.answers("http://127.0.0.1:1")
