@@ -16,7 +16,7 @@ from serving.bench import command as bench
 from serving.bench.config import load
 from serving.bench.measure import Search
 from tests.commands import ROOT
-from tests.serving.bench.scripted import FIRST, Write, event, honest, server
+from tests.serving.bench.scripted import FIRST, Behaviour, Write, event, honest, server
 
 pytestmark = pytest.mark.stack
 
@@ -27,14 +27,19 @@ KEYS = (
 )  # fmt: skip
 
 
-def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def exit_code(behaviour: Behaviour, *keys: str, status: int = 200) -> int:
+    """Of the command with `keys`, in which URL stands for the address of an endpoint that behaves so."""
 
     async def body() -> int:
-        async with server(honest) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *KEYS])
+        async with server(behaviour, status=status) as url:
+            return await asyncio.to_thread(bench.main, [key.replace("URL", url) for key in keys])
 
-    assert asyncio.run(body()) == 0
+    return asyncio.run(body())
+
+
+def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(honest, "bench.target=URL", *KEYS) == 0
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     run = tmp_path / "outputs/serve-bench"
@@ -83,12 +88,7 @@ def test_the_search_goes_beyond_the_closed_loop_and_says_what_missed(tmp_path, m
         "load.concurrency=[1]", "load.requests=8", "load.arrivals=constant", "load.seconds=1",
         "sweep.points=6", "load.output_tokens=1", "load.most_lag_ms=1e6", "bench.wandb=disabled",
     )  # fmt: skip
-
-    async def body() -> int:
-        async with server(small) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 0
+    assert exit_code(small, "bench.target=URL", *keys) == 0
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     closed = summary["points"][0]["requests_per_second"]
@@ -125,12 +125,7 @@ def test_ctrl_c_keeps_what_was_measured_and_calls_it_no_whole_run(tmp_path: Path
 def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keys = [key for key in KEYS if "lag" not in key] + ["load.most_lag_ms=0.0001"]
-
-    async def body() -> int:
-        async with server(honest) as url:
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 1
+    assert exit_code(honest, "bench.target=URL", *keys) == 1
     captured = capsys.readouterr()
     assert "not reported, because the load generator lagged: 1 in flight, 3 in flight" in captured.err
     points = json.loads(captured.out.splitlines()[-1])["points"]
@@ -141,13 +136,8 @@ def test_a_load_of_which_every_request_failed_fails_the_benchmark_and_is_named_l
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-
-    async def body() -> int:
-        async with server(honest, status=500) as url:
-            keys = [*KEYS, "load.rates=[]", "sweep.points=0"]
-            return await asyncio.to_thread(bench.main, [f"bench.target={url}", *keys])
-
-    assert asyncio.run(body()) == 1
+    keys = [*KEYS, "load.rates=[]", "sweep.points=0"]
+    assert exit_code(honest, "bench.target=URL", *keys, status=500) == 1
     captured = capsys.readouterr()
     failed = "1 in flight (HTTP 500); 3 in flight (HTTP 500); the server's log says why"
     assert captured.err.splitlines()[-1] == f"error: every request failed: {failed}"
@@ -176,16 +166,8 @@ def test_a_load_of_which_every_request_failed_fails_the_benchmark_and_is_named_l
     ],
 )
 def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, keys, message):
-    import re
-
     monkeypatch.chdir(tmp_path)
-
-    async def body() -> int:
-        async with server(honest) as url:
-            arguments = [key.replace("URL", url) for key in keys]
-            return await asyncio.to_thread(bench.main, ["bench.wandb=disabled", *arguments])
-
-    assert asyncio.run(body()) == 2
+    assert exit_code(honest, "bench.wandb=disabled", *keys) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
 
