@@ -2,9 +2,9 @@
 //
 // Weights and cache are bf16, kept as panels of pairs: panel[kk][column] holds elements 2kk and 2kk + 1 of a
 // column. One kernel, `accumulate`, does every product: the linear layers, queries by keys (a block of the cache is
-// a panel of 32 keys), and chances by values (pairs of tokens). Sums are fp32. With AVX-512, activations are bf16,
-// rounded where transformers rounds them. With AVX2 they are fp32 and never rounded: products read a single
-// element of a row at a time, and only what many columns share is worth storing in half the bytes.
+// a panel of 32 keys), and chances by values (pairs of tokens). Where the CPU has AMX, its tiles do the linear layers.
+// Sums are fp32. With AVX-512, activations are bf16, rounded where transformers rounds them. With AVX2 they are fp32
+// and never rounded: to broadcast an fp32 element costs nothing, and a bf16 one would have to be widened (simd.h).
 //
 // Where it counts: one row reads each weight once and is bound by memory; many rows are bound by the multipliers.
 // A row's sums are the same to the bit, however many rows there are.
@@ -200,8 +200,8 @@ const Scalar* widened(const uint32_t* panel, long inputs) {
 
 #endif
 
-// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row. `next` is the panel that
-// will be widened next: the memory works while this one is multiplied.
+// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row. If the panel is widened,
+// `next` is the one after it as it is stored: it comes to the cache while this one is multiplied. Else it is not read.
 template <class Column, class Finish>
 void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const Column* panel, const uint32_t* next,
                           Finish finish) {

@@ -21,8 +21,9 @@ SCRIPT = Path(__file__).with_name("contenders.py")
 PEERS = {  # peer -> environment variables that it needs
     "transformers": {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
     "vllm": {
-        # Its engine in a process of its own, as by default, polls: on two cores that costs a quarter to two
-        # fifths of the speed (batch 1, 8, 32: 55, 400 and 790 tokens/s; so 96, 608 and 1073. Not in turns).
+        # By default its engine has a process of its own, which polls. On two cores that costs a quarter to
+        # two fifths of the speed: 55, 400 and 790 tokens/s at batch 1, 8 and 32, against 96, 608 and 1073
+        # with 0 (measured one after the other, not in turns).
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default it keeps a core for itself
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
