@@ -13,6 +13,7 @@ REPLIES = {
     "/v1/models": (200, {"data": [{"id": "a", "max_model_len": 64}, {"id": "b"}]}),
     "/closed/v1/models": (401, {"error": {"message": "no\nkey"}}),
     "/text": (200, "plain"),
+    "/cut": (500, "half of it"),
 }
 
 
@@ -27,6 +28,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
+        if self.path == "/cut":
+            self.send_header("content-length", "100")
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -69,6 +72,11 @@ def test_a_request_carries_json_and_the_key(url, monkeypatch):
     assert endpoint_client.exchange(url, {}) == (200, [{}, "Bearer abc"])
     assert endpoint_client.exchange(f"{url}/text") == (200, "plain")
     assert endpoint_client.reason(*endpoint_client.exchange(f"{url}/gone")) == "404: {'detail': 'Not Found'}"
+
+
+def test_a_refusal_that_breaks_off_is_no_answer(url):
+    with pytest.raises(UserError, match=r"endpoint: .*/cut does not answer"):
+        endpoint_client.exchange(f"{url}/cut")
 
 
 def test_whether_it_answers(url):
