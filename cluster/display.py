@@ -36,9 +36,10 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a Markdown table. None is shown as a dash."""
+    """The lines of a Markdown table. None is shown as a dash; a "|" inside a cell is escaped."""
     for row in (head, ["---"] * len(head), *rows):
-        yield f"| {' | '.join(map(_cell, row))} |"
+        cells = (_cell(value).replace("|", r"\|") for value in row)
+        yield f"| {' | '.join(cells)} |"
 
 
 def figure(width: float, height: float, *, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:

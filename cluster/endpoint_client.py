@@ -81,10 +81,8 @@ def exchange(
     carried = headers()
     try:
         request = Request(url, data=None if body is None else json.dumps(body).encode(), headers=carried)
-        with urlopen(request, timeout=seconds) as response:
+        with _answer(request, seconds) as response:
             status, content = response.status, response.read()
-    except HTTPError as error:
-        status, content = error.code, error.read()
     except (OSError, HTTPException, ValueError) as error:  # refused, timed out, not HTTP, not a URL
         problem = getattr(error, "reason", None) or error
         raise UserError(
@@ -94,6 +92,14 @@ def exchange(
         return status, json.loads(content)
     except ValueError:
         return status, content.decode(errors="replace")
+
+
+def _answer(request: Request, seconds: float) -> Any:
+    """The response, whatever its status. Its body is not read yet."""
+    try:
+        return urlopen(request, timeout=seconds)
+    except HTTPError as error:
+        return error
 
 
 def headers() -> dict[str, str]:

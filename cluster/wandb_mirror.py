@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.machine.host import has_driver
 from cluster.masking import mask
 
 FSYNC_SECONDS = 1.0  # between flushes of W&B's own log; also of metrics.jsonl
@@ -129,7 +130,7 @@ class Mirror:
 
         private: dict[str, Any] = {
             "x_transaction_log_flush_interval": FSYNC_SECONDS,  # else a SIGKILL costs the copy its last 15 s
-            "x_disable_stats": shutil.which("nvidia-smi") is None,
+            "x_disable_stats": not has_driver(),
             "x_disable_meta": True,  # command line and host: our provenance holds them, masked
             "x_disable_machine_info": True,
             "x_save_requirements": False,

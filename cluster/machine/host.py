@@ -7,14 +7,18 @@ import ctypes
 import json
 import os
 import platform
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import Any
+
+from cluster.process import Child
 
 KIB = 1024
 ROOT = Path(__file__).parents[2]
 ANSWER_SECONDS = 20  # a driver that hangs, hangs whoever asks: gpus() asks from a child
+KILL_SECONDS = 1
 
 
 def describe_host() -> dict[str, Any]:
@@ -45,19 +49,27 @@ def gpus() -> dict[str, Any]:
 
     Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
     """
-    if not _has_driver():
+    if not has_driver():
         return {"gpus": [], "gpus_problem": None}
+    child = Child(
+        [sys.executable, "-m", "cluster.machine.host"],
+        cwd=ROOT,
+        text=True,
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.machine.host"],
-            cwd=ROOT, capture_output=True, text=True, timeout=ANSWER_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+        answer, errors = child.communicate(timeout=ANSWER_SECONDS)
+    except TimeoutExpired:
+        child.kill()
+        with suppress(TimeoutExpired):  # inside a driver that hangs, not even SIGKILL ends a process
+            child.wait(KILL_SECONDS)
         problem = f"NVML did not answer within {ANSWER_SECONDS} s; is the driver hung?"
         return {"gpus": [], "gpus_problem": problem}
-    if done.returncode:
-        return {"gpus": [], "gpus_problem": f"NVML: {done.stderr.strip()[-300:]}"}
-    return json.loads(done.stdout)
+    if child.returncode:
+        return {"gpus": [], "gpus_problem": f"NVML: {errors.strip()[-300:]}"}
+    return json.loads(answer)
 
 
 def throttled() -> set[int]:
@@ -77,7 +89,8 @@ def throttled() -> set[int]:
     return found
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed: its library loads. Asks the driver nothing, so it cannot hang."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -119,7 +132,6 @@ def _gpu(index: int) -> dict[str, Any]:
         "ecc_errors": errors,
         "persistence": pynvml.nvmlDeviceGetPersistenceMode(handle) == pynvml.NVML_FEATURE_ENABLED,
         "pcie": f"{generation}x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}",
-        "throttled": False,
     }
 
 

@@ -3,7 +3,7 @@
 import base64
 import html
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,50 +121,56 @@ def _plot(title: str, path: str) -> Iterator[str]:
     yield from (f"## {title}", "", f"![{title}]({path})")
 
 
+def _section(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: str = ""
+) -> Iterator[str]:
+    """A title, a text if there is one, and a table."""
+    yield from (f"## {title}", "")
+    if text:
+        yield from (text, "")
+    yield from markdown(head, rows)
+
+
 def _divisors(comparisons: Sequence[Comparison]) -> Iterator[str]:
-    yield from ("## What other divisors would have said", "")
-    yield (
+    text = (
         "A's rate per unit of each divisor over B's. They disagree: choosing the divisor can make parity. At "
         "equal MBU an A40 decodes 1.37 times an H100's tokens/s per peak FLOP/s (6.61 / 4.81), for no reason "
         "but the divisor."
     )
-    yield ""
     names = list(dict.fromkeys(name for each in comparisons for name in each.divisors))
     rows = (
         (each.id, f"{each.parity.centre:.3g}",
          *(f"{each.divisors[name]:.3g}" if name in each.divisors else None for name in names))
         for each in comparisons
     )  # fmt: skip
-    yield from markdown(("figure", "own bound (parity)", *names), rows)
+    head = ("figure", "own bound (parity)", *names)
+    return _section("What other divisors would have said", head, rows, text=text)
 
 
 def _shares(comparisons: Sequence[Comparison]) -> Iterator[str]:
-    yield from ("## Shares of every ceiling", "")
-    yield (
+    text = (
         "Medians. `MFU` and `MBU` of the datasheet where there is one, of what a square product and a large "
         "read reached here, and of the model's own products, there and back. Of the link: over a whole step, "
         "and during communication alone (where a GPU computes beside it, its bytes count and its time does "
         "not: above 100% something was hidden)."
     )
-    yield ""
     rows = (
         (each.id, letter, ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in listed.items()))
         for each in comparisons
         for letter, figure in zip("AB", each.figures, strict=True)
         if (listed := figure.get("shares"))
     )
-    yield from markdown(("figure", "side", "shares"), rows)
+    return _section("Shares of every ceiling", ("figure", "side", "shares"), rows, text=text)
 
 
 def _costs(parity: Parity) -> Iterator[str]:
-    yield from ("## Energy, money, memory, latency", "")
     rows = (
         (each.id, letter, *_cost(figure, is_roofline=side.is_roofline))
         for each in parity.comparisons
         for letter, side, figure in zip("AB", parity.sides, each.figures, strict=True)
     )
     head = ("figure", "side", "J/token", "price of 1M tokens", "peak memory of the process", "latency")
-    yield from markdown(head, rows)
+    return _section("Energy, money, memory, latency", head, rows)
 
 
 def _cost(figure: Any, *, is_roofline: bool) -> tuple[str | None, ...]:
@@ -185,9 +191,9 @@ def _cost(figure: Any, *, is_roofline: bool) -> tuple[str | None, ...]:
 
 
 def _ceilings(parity: Parity) -> Iterator[str]:
-    yield from ("## Ceilings, measured", "")
     a, b = (dict(_measured(side)) for side in parity.sides)
-    yield from markdown(("", "A", "B"), ((name, a.get(name), b.get(name)) for name in a | b))
+    rows = ((name, a.get(name), b.get(name)) for name in a | b)
+    return _section("Ceilings, measured", ("", "A", "B"), rows)
 
 
 def _measured(side: Side) -> Iterator[tuple[str, str]]:
@@ -222,11 +228,10 @@ def _sources(parity: Parity) -> Iterator[str]:
         yield f"- {letter}: `{side.origin}`; {commit_of(side)}"
     yield from ("", "### Commands, by figure", "")
     rows = (
-        (each.id, letter, f"`{figure['command'].replace('|', chr(92) + '|')}`",
-         ", ".join(f"{value:.4g}" for value in figure["values"]))
+        (each.id, letter, f"`{figure['command']}`", ", ".join(f"{value:.4g}" for value in figure["values"]))
         for each in parity.comparisons
         for letter, figure in zip("AB", each.figures, strict=True)
-    )  # fmt: skip
+    )
     yield from markdown(("figure", "side", "command", "runs"), rows)
 
 

@@ -13,6 +13,7 @@ REPLIES = {
     "/v1/models": (200, {"data": [{"id": "a", "max_model_len": 64}, {"id": "b"}]}),
     "/closed/v1/models": (401, {"error": {"message": "no\nkey"}}),
     "/text": (200, "plain"),
+    "/cut": (500, "half of it"),
 }
 
 
@@ -27,6 +28,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
+        if self.path == "/cut":
+            self.send_header("content-length", "100")
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -79,6 +82,11 @@ def test_a_key_that_no_header_carries_is_named_and_not_shown(url, monkeypatch):
         with pytest.raises(UserError, match="OPENAI_API_KEY: has") as refused:
             endpoint_client.find(url, model=None)
         assert "abc" not in str(refused.value)
+
+
+def test_a_refusal_that_breaks_off_is_no_answer(url):
+    with pytest.raises(UserError, match=r"endpoint: .*/cut does not answer"):
+        endpoint_client.exchange(f"{url}/cut")
 
 
 def test_whether_it_answers(url):

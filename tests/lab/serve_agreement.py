@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, endpoint_client, files, process
+from cluster import cli, display, endpoint_client, files, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark, turns
@@ -271,19 +271,24 @@ def compare(medians: Mapping[str, Any], referees: Sequence[str]) -> list[dict[st
 
 def table(result: Mapping[str, Any]) -> str:
     """The rows of `compare`, for people."""
-    lines = [f"{name}: {case}" for name, case in result["cases"].items()]
-    heads = f"{'ours':>9}{'- true':>8}{'referee':>10}{'- true':>8}{'ours - referee':>22}"
-    lines.append(f"\n{'ms':<28}{heads}  agree")
-    for row in result["rows"]:
-        what = f"{row['case']} {row['referee']} {row['figure']}"
-        lines.append(
-            f"{what:<28}{row['ours_ms']:>9.1f}{row['ours_less_true_ms']:>+8.1f}{row['referee_ms']:>10.1f}"
-            f"{row['referee_less_true_ms']:>+8.1f}{row['difference_ms']:>+12.1f}"
-            f"{row['difference_percent']:>+9.2f}%  {'yes' if row['agrees'] else 'NO'}"
+    cases = [f"{name}: {case}" for name, case in result["cases"].items()]
+    heads = ("ms", "ours", "- true", "referee", "- true", "ours - referee", "in %", "agree")
+    rows = [
+        (
+            f"{row['case']} {row['referee']} {row['figure']}",
+            f"{row['ours_ms']:.1f}",
+            f"{row['ours_less_true_ms']:+.1f}",
+            f"{row['referee_ms']:.1f}",
+            f"{row['referee_less_true_ms']:+.1f}",
+            f"{row['difference_ms']:+.1f}",
+            f"{row['difference_percent']:+.2f}%",
+            "yes" if row["agrees"] else "NO",
         )
+        for row in result["rows"]
+    ]
     within = f"within {result['agree_percent']:g}% or {result['agree_ms']:g} ms"
-    lines.append(f"{result['agreeing']} of {result['compared']} agree {within}")
-    return "\n".join(lines)
+    agreeing = f"{result['agreeing']} of {result['compared']} agree {within}"
+    return "\n".join([*cases, "", display.table(heads, rows, left=(0, -1)), agreeing])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

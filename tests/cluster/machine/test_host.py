@@ -35,7 +35,7 @@ def answer(tmp_path, monkeypatch):
     """Makes NVML answer so, to this process and to children."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(host, "_has_driver", lambda: True)
+    monkeypatch.setattr(host, "has_driver", lambda: True)
     monkeypatch.delitem(host.sys.modules, "pynvml", raising=False)
 
     def write(changes=""):
