@@ -54,7 +54,8 @@ class Rule:
         whole: the rule needs whole matrices.
         orthogonal: updates of whole matrices are meant to be orthogonal, or nearly so.
         looks_ahead: `apply` may return another point than the weights.
-        in_kernels: `direction` is MomentumRule's, and `finish` says all of `apply`.
+        in_kernels: `direction` is MomentumRule's, and `finish` says all of `apply`. False for a class that
+            overrides one of them, unless that class sets it.
         state_names: laid out as the weights.
         row_state_names: one number per row of a whole matrix, kept by its owner.
     """
@@ -68,6 +69,13 @@ class Rule:
     in_kernels: ClassVar[bool] = False
     state_names: ClassVar[tuple[str, ...]] = ()
     row_state_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        asked = {"direction", "apply", "in_kernels"}
+        nearest = next(vars(base) for base in cls.__mro__ if asked & vars(base).keys())
+        if "in_kernels" not in nearest:
+            cls.in_kernels = False  # the compiled passes would ignore what this class or a mixin overrides
 
     def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
         """Update `state` in place with `gradient`; return the raw update, a new tensor. `step` is from 1."""
@@ -198,7 +206,6 @@ class EmaNesterov(Muon):
     ramp_steps: int = 0
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum", "velocity")
-    in_kernels: ClassVar[bool] = False
 
     @property
     def looks_ahead(self) -> bool:  # type: ignore[override]
@@ -233,6 +240,8 @@ class Scion(MomentumRule):
     method: str | None = "polar_express"
     radius: float = 1.0
     constrained: bool = False
+
+    in_kernels: ClassVar[bool] = True  # where it needs whole matrices, `direction` is MomentumRule's
 
     @cached_property
     def geometry(self) -> Norm:

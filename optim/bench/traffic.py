@@ -32,10 +32,7 @@ class Traffic:
         self._counting = False
         for name in self.SHARES:
             wrapped = self._wrap(name, getattr(dist, name))
-            for module in (
-                dist,
-                dist.distributed_c10d,
-            ):  # torch's own functions call each other in the latter
+            for module in (dist, dist.distributed_c10d):  # in the latter torch's functions call each other
                 setattr(module, name, wrapped)
 
     @contextmanager

@@ -36,7 +36,7 @@ class ZeroRace:
         gflops: of products of these matrices in bf16, all cores at once.
         whole: engine.backward and engine.step together.
         backward: engine.backward alone.
-        phases: of "ours", by phase of `optim.step.fused.Health`; one per round.
+        phases: of "ours", by phase of `optim.step.health.Health`; one per round.
         sent: bytes over all ranks of one backward and step, less those of the backward of its null.
         newton_schulz: matrices orthogonalised in one step, over all ranks.
         differences: of each Muon, ‖update - ours‖ / ‖ours‖ of the first step, over all matrices.

@@ -56,10 +56,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = []
         for label, rule in rules.items():
             if chosen := [member for member in members if member.label == label]:
-                params, lr = (
-                    [member.parameter for member in chosen],
-                    peak_lr[label],
-                )  # DeepSpeed replaces params
+                params, lr = [member.parameter for member in chosen], peak_lr[label]
+                # DeepSpeed replaces "params" by its shards, so "members" keeps the parameters.
                 groups.append({"params": params, "members": chosen, "rule": rule, "peak_lr": lr, "lr": lr})
         self.clip = clip
         self.noise = noise

@@ -8,10 +8,7 @@ import torch
 from optim import rules
 from optim.groups import attention_splits, partition
 from optim.kernels import native
-from optim.rules import (
-    AdamW,
-    Muon,
-)
+from optim.rules import AdamW, EmaNesterov, Muon, MuonPlus, NorMuon, Scion, TransportedScion
 from optim.step import exchange
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
@@ -98,10 +95,44 @@ def test_the_state_is_there_from_the_start_and_can_be_written():
     assert unit.states[0]["momentum"].tolist() == [0] * 6 + [7] * 4
 
 
+class OwnDirection(Muon):
+    def direction(self, *arguments, **options):
+        return super().direction(*arguments, **options).square_()
+
+
+class OwnApply(Muon):
+    def apply(self, weight, update, **options):
+        return super().apply(weight, update.sign(), **options)
+
+
+class Mixed(OwnDirection, NorMuon):
+    pass
+
+
+@pytest.mark.parametrize("changed", [OwnDirection, OwnApply, Mixed])
+def test_a_rule_that_overrides_a_pass_is_obeyed_where_there_are_compiled_passes(changed):
+    initial, gradient = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0))
+
+    def fused_step(rule):
+        flat = initial.flatten().clone()
+        flat.grad = gradient.flatten()
+        FusedStep(rule, [Fragment("a", (20,), 12, 0, 240, flat, 0)], device=torch.device("cpu")).step(lr=0.1)
+        return flat.view(20, 12)
+
+    rule, expected = changed(), initial.clone()
+    rules.step(rule, expected, gradient, rules.new_state(rule, expected, num_rows=20), lr=0.1, step=1)
+    assert relative(fused_step(rule) - initial, expected - initial) < 1e-2
+    assert relative(fused_step(Muon()) - initial, expected - initial) > 0.1
+
+
+def test_the_rules_that_the_compiled_passes_know():
+    by_class = {type(rule): rule.in_kernels for rule in RULES.values() if rule.whole}
+    assert by_class.pop(EmaNesterov) is False
+    assert by_class == dict.fromkeys([Muon, NorMuon, MuonPlus, Scion, TransportedScion], True)
+
+
 def test_each_phase_is_that_of_its_part_of_the_rule():
     class Slow(Muon):
-        in_kernels = False
-
         def direction(self, *arguments, **options):
             time.sleep(0.01)
             return super().direction(*arguments, **options)
