@@ -149,7 +149,7 @@ def run(numbers: Sequence[int], *, device: str, folder: Path | None, limit_secon
 
 
 def card_of(host: Mapping[str, Any], device: str) -> str:
-    """The name of the result: the GPU's, by nvidia-smi. This process starts no CUDA, which takes memory."""
+    """The name of the result: the GPU's, by NVML. This process starts no CUDA, which takes memory."""
     if device == "cpu":
         return "rehearsal"
     return host["gpus"][0] if host["gpus"] else UNKNOWN
@@ -158,9 +158,7 @@ def card_of(host: Mapping[str, Any], device: str) -> str:
 def output_file(card: str, folder: Path | None, device: str) -> Path:
     """<folder>/<card>_gpu.json; the folder is made. A rehearsal is no baseline. Raises `UserError`."""
     if card == UNKNOWN and folder is None:
-        raise UserError(
-            "nvidia-smi names no GPU here; use --device cpu to rehearse, or --out to try all the same"
-        )
+        raise UserError("NVML names no GPU here; use --device cpu to rehearse, or --out to try all the same")
     folder = folder or ROOT / ("outputs" if device == "cpu" else "tests/baselines")
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")

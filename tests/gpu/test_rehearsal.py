@@ -233,7 +233,7 @@ def test_no_block_begins_without_time_and_an_unknown_one_is_refused(faulty, caps
 def test_without_a_gpu_no_baseline_is_begun(capsys, monkeypatch):
     monkeypatch.setattr(command, "describe_host", lambda: {"gpus": []})
     assert command.main([]) == 2
-    assert "nvidia-smi names no GPU here" in capsys.readouterr().err
+    assert "NVML names no GPU here" in capsys.readouterr().err
 
 
 def test_a_result_is_named_by_its_card(tmp_path):
