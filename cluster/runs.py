@@ -1,6 +1,7 @@
 """Finds runs and their checkpoints: the only code that searches `outputs/`.
 
 find("newest", key="model", instead="or name ...")     what to serve or evaluate: a run or a HF directory
+directory_of("first-light")                            a run directory, also one without a checkpoint
 in_folder()                                            all runs with a complete checkpoint or an export
 complete_checkpoints(run / "checkpoints")              step folders that are whole, the oldest first
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from cluster.cli import UserError
 
 OUTPUTS = Path("outputs")
+CONFIG_FILE = "config.yaml"  # in a run directory: the resolved configuration
 EXPORT = "export"  # in a run directory: the Hugging Face checkpoint
 COMPLETE = "COMPLETE"  # in a checkpoint: the file that is written last
 NEWEST = "newest"
@@ -49,7 +51,7 @@ def find(model: str, *, key: str, instead: str) -> ModelDirectory:
     """
     if model == NEWEST:
         return of_run(_newest(key=key, instead=instead))
-    for directory in (Path(model).expanduser().absolute(), (OUTPUTS / model).absolute()):
+    for directory in _places(model):
         if (directory / "config.json").is_file():
             run = directory.parent
             if directory.name == EXPORT and _last_trained(run):
@@ -62,6 +64,17 @@ def find(model: str, *, key: str, instead: str) -> ModelDirectory:
         f"{key}: {model!r} is neither a Hugging Face directory with a config.json nor a run with a complete "
         f"checkpoint; runs in {OUTPUTS.absolute()}: {there}; train one with `make train`"
     )
+
+
+def directory_of(run: str) -> Path:
+    """The run directory of a path, or else of a run's name in OUTPUTS. Raises `UserError`."""
+    places = _places(run)
+    for directory in places:
+        if (directory / CONFIG_FILE).is_file():
+            return directory
+    there = ", ".join(sorted(file.parent.name for file in OUTPUTS.glob(f"*/{CONFIG_FILE}"))) or "none"
+    searched = " nor ".join(map(str, dict.fromkeys(places)))
+    raise UserError(f"{run}: no such run: no {CONFIG_FILE} in {searched}; runs in {OUTPUTS}/: {there}")
 
 
 def of_run(run: Path) -> ModelDirectory:
@@ -78,6 +91,10 @@ def in_folder(outputs: Path = OUTPUTS) -> list[Path]:
 def complete_checkpoints(root: Path) -> list[Path]:
     """The checkpoints under `root` that are marked complete, the oldest first."""
     return sorted(mark.parent for mark in root.glob(f"step-*/{COMPLETE}"))
+
+
+def _places(name_or_path: str) -> tuple[Path, Path]:
+    return Path(name_or_path).expanduser().absolute(), (OUTPUTS / name_or_path).absolute()
 
 
 def _newest(*, key: str, instead: str) -> Path:

@@ -103,6 +103,7 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     "training.evaluate.harness",
+    "training.launch",
     "training.plan",
     "training.data.prepare",
     "training.projection",

@@ -5,10 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import cli
-from cluster.cli import UserError
-from training.config import RunConfig
-from training.run.export import CONFIG_FILE, DTYPES, export
+from cluster import cli, runs
+from training.run.export import DTYPES, export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def body() -> None:
-        run = find_run(options.run)
+        run = runs.directory_of(options.run)
         print(export(run, output=options.output, step=options.step, dtype=options.dtype).describe())
 
     return cli.run(body)
@@ -35,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", metavar="RUN", help=f"a run directory, or the name of one under {RunConfig().directory}/"
+        "run", metavar="RUN", help=f"a run directory, or the name of one under {runs.OUTPUTS}/"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: <run>/export")
     parser.add_argument(
@@ -49,20 +47,6 @@ def _parser() -> argparse.ArgumentParser:
         "with; float32: the master weights themselves",
     )
     return parser
-
-
-def find_run(name_or_path: str) -> Path:
-    """The run directory of a path, or else of a run's name under `outputs/`. Raises `UserError`."""
-    outputs = Path(RunConfig().directory)
-    candidates = [Path(name_or_path).expanduser().absolute(), (outputs / name_or_path).absolute()]
-    for directory in candidates:
-        if (directory / CONFIG_FILE).is_file():
-            return directory
-    there = ", ".join(sorted(file.parent.name for file in outputs.glob(f"*/{CONFIG_FILE}"))) or "none"
-    searched = " nor ".join(map(str, dict.fromkeys(candidates)))
-    raise UserError(
-        f"{name_or_path}: no such run: no {CONFIG_FILE} in {searched}; runs in {outputs}/: {there}"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import cli, files
 from cluster import config as layered
@@ -22,18 +22,21 @@ from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
-from training.run.checkpoint import step_of
 from training.run.plots import plot_losses
 from training.run.spent import Spent
-from training.run.start import Start, prepare_run
-from training.run.watch import Follower, NodeWatch, ShowRows
+
+if TYPE_CHECKING:
+    from training.run.start import Start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     parser = cli.make_parser("training.launch", description=__doc__.splitlines()[0], keys=TrainConfig())
     parser.add_argument(
-        "--cluster", type=Path, metavar="CLUSTER.yaml", help="train there: submit, and follow (README)"
+        "--cluster",
+        type=Path,
+        metavar="CLUSTER.yaml",
+        help="train there: submit, and follow (cluster/README.md)",
     )
     parser.add_argument(
         "--skip-preflight",
@@ -74,6 +77,10 @@ def _on_cluster(cluster: Path) -> tuple[str, ...]:
 
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
+    from training.run.checkpoint import step_of
+    from training.run.start import prepare_run
+    from training.run.watch import Follower, NodeWatch
+
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
@@ -93,7 +100,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     finish_run(config, spent, rest="workers")
 
 
-def _fit(start: Start) -> None:
+def _fit(start: "Start") -> None:
     """One Ray Train run, to its end."""
     directory = start.config.run_directory
     arguments = {"start": start, "command": sys.argv}
@@ -122,6 +129,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     ranks = workers.torch_ranks(config.workers)
     from training.run.context import torch_context
     from training.run.loop import train
+    from training.run.start import prepare_run
+    from training.run.watch import ShowRows
 
     with Progress(plan.num_steps) as progress:
         if ranks.rank == 0:

@@ -8,10 +8,11 @@ import torch
 from cluster.config import ConfigError
 from tests.ranks import spawn
 from training import config as training_config
+from training.config import MATRIX_RULES
 from training.model.llama import Llama, initialize
 from training.plan import activation_bytes, make_plan, memory_bytes, resolve_shape
 from training.run.context import Context
-from training.run.engine import build_deepspeed_engine
+from training.run.engine import build_deepspeed_engine, make_rules
 
 SMALL = (
     "model.num_layers=3",
@@ -86,6 +87,23 @@ def test_weights_masters_and_state_are_those_of_the_engine() -> None:
         assert all(rank["weights"] == planned["weights"] for rank in kept)
         for name, part in (("master", "master weights (fp32)"), ("state", "momentum and moments")):
             assert abs(sum(rank[name] for rank in kept) - 2 * planned[part]) <= 2, (rule, part)
+
+
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_planned_state_is_what_each_rule_keeps(rule: str) -> None:
+    """plan.py cannot import the rules, which need torch, so it names those that keep one number each."""
+    config = training_config.load(dotlist=[*SMALL, f"optim.matrix.rule={rule}"])
+    shape = resolve_shape(config)
+    planned = memory_bytes(config, shape, num_workers=1)["momentum and moments"]
+    matrices = shape.matrices().items()
+    elements = sum(rows * cols * count for (rows, cols), count in matrices)
+    num_rows = sum(rows * count for (rows, _), count in matrices)
+    rules = make_rules(config.optim)
+    of_others = next(iter(rules.values()))  # of every norm of Scion's, or AdamW
+    of_matrices = rules.get("matrix", of_others)
+    numbers = elements * len(of_matrices.state_names) + num_rows * len(of_matrices.row_state_names)
+    numbers += (shape.num_parameters - elements) * len(of_others.state_names)
+    assert planned == 4 * numbers
 
 
 def test_the_1b4_run_fits_an_a40_and_says_so_exactly() -> None:

@@ -8,7 +8,6 @@ perplexity is of the validation split of the data that the run was trained on.
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from cluster.cli import RunError, UserError
 from cluster.display import pairs
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
-from cluster.runs import NEWEST, ModelDirectory
+from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
 from training.evaluate import checkpoint, harness
@@ -131,11 +130,11 @@ def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | s
     if model.run is None:
         return "the model is not a run, so its training data are unknown; name prepared data with data=DIR"
     from training.run.checkpoint import Checkpoint, newest_complete
-    from training.run.export import CONFIG_FILE, find_data
+    from training.run.export import find_data
 
     newest = newest_complete(model.run / "checkpoints", report=lambda _: None)
     if newest is None or not (model.run / CONFIG_FILE).is_file():
-        return f"{model.run} has no config.yaml or checkpoint that says which data it used; name data=DIR"
+        return f"{model.run} has no {CONFIG_FILE} or checkpoint that says which data it used; name data=DIR"
     fingerprint = Checkpoint(newest).state["identity"]["data fingerprint"]
     try:
         run_config = training_config.load(file=model.run / CONFIG_FILE)
@@ -320,12 +319,6 @@ def _perplexity(
 
 
 def _sequence_length(found: ModelDirectory, model: "Llama") -> int:
-    from training.run.export import CONFIG_FILE
-
     if found.run is not None and (found.run / CONFIG_FILE).is_file():
         return training_config.load(file=found.run / CONFIG_FILE).batch.sequence_length
     return min(SEQUENCE_LENGTH, model.shape.max_positions)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ per GPU comes from training/plan.py.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
@@ -196,7 +195,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 
     return cli.run(body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

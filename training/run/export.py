@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster import runs
 from cluster.cli import UserError
+from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, DataError, Manifest, sha256_of
@@ -25,7 +26,6 @@ from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)

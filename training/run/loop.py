@@ -32,11 +32,10 @@ from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
 from training.run.spent import Spent
-from training.run.start import Start
+from training.run.start import PARTITION, Start
 from training.run.validation import Validation
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
-PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 
 Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]

@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
+from cluster.display import figure, save
 from cluster.record import read_metrics
 
 
 def plot_losses(run_directory: Path) -> Path:
     """Training and validation loss against tokens: `plots/loss.png`, from `metrics.jsonl`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_metrics(run_directory / "metrics.jsonl")
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    drawn, [axes] = figure(8, 5)
     for name, style in (
         ("loss", {"alpha": 0.6, "linewidth": 1}),
         ("validation_loss", {"marker": "o", "markersize": 4}),
@@ -22,11 +18,5 @@ def plot_losses(run_directory: Path) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_directory.name)
-    axes.grid(alpha=0.3)
     axes.legend()
-    path = run_directory / "plots" / "loss.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+    return save(drawn, run_directory / "plots" / "loss.png")

@@ -9,12 +9,15 @@ from typing import Any
 from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
+from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset, require_tuning_sequences
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete
 from training.run.context import Context
+
+PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         metrics.unlink()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_text(directory / "config.yaml", layered.to_yaml(config))
+        files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
     return start

@@ -65,7 +65,7 @@ class Validation:
             targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
             loss = self._engine(batch[:, :-1].contiguous(), targets).item()
             totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
-        context.sum(totals := totals.to(context.device))
+        totals = context.sum(totals.to(context.device))
         return (totals[0] / totals[1]).item()
 
     @torch.no_grad()

@@ -8,14 +8,14 @@ from cluster.progress import Progress
 from cluster.record import follow
 from training.config import TrainConfig
 from training.run.checkpoint import step_of
-from training.run.start import newest_of
+from training.run.start import PARTITION, newest_of
 
 
 class ShowRows:
     """Shows rows in the progress line; before the first, how the parameters were divided."""
 
     def __init__(self, config: TrainConfig, progress: Progress) -> None:
-        self._partition = config.run_directory / "partition.txt"
+        self._partition = config.run_directory / PARTITION
         self._progress = progress
         self._any = False
 

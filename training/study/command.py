@@ -98,10 +98,11 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     data = prepare(plan.data_config, report=lambda line: print(line, file=sys.stderr))
     print(_describe(plan), file=sys.stderr, flush=True)
     study = StudyResults(plan, execute(plan))
+    fingerprint = Manifest.read(data).fingerprint
     about = About(
         command=command,
-        data_fingerprint=Manifest.read(data).fingerprint,
-        provenance=provenance.collect(command=sys.argv, data_fingerprint=Manifest.read(data).fingerprint),
+        data_fingerprint=fingerprint,
+        provenance=provenance.collect(command=sys.argv, data_fingerprint=fingerprint),
     )
     report = describe_study(study, about=about, synthetic=run_synthetic_problem(plan.config))
     source = {"study": layered.to_dict(plan.config), **dataclasses.asdict(about)}
@@ -276,7 +277,3 @@ def last_step(metrics: Path, *, tail_bytes: int = 8192) -> int:
         stream.seek(max(0, metrics.stat().st_size - tail_bytes))
         lines = stream.read().split(b"\n")[:-1]
     return int(json.loads(lines[-1])["step"]) if lines else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,6 +13,7 @@ from operator import attrgetter
 from cluster.config import require
 from cluster.display import pairs
 from training.config import DataConfig
+from training.model.shapes import LlamaShape
 from training.plan import Plan, make_plan
 from training.study.config import RuleConfig, StudyConfig
 from training.study.runs import REPORT, TUNING, RunConfigs, StudyRun
@@ -75,6 +76,11 @@ class StudyPlan:
         """Steps and cost of a run. Raises `ConfigError`."""
         return make_plan(self.configs.of(run))
 
+    def shape_of(self, width: str) -> LlamaShape:
+        """The model of a width; no noise changes it."""
+        noise = next(iter(self.config.noises))
+        return self.plan_of(self.tuning_of(noise=noise, width=width)[0]).shape
+
     @property
     def data_config(self) -> DataConfig:
         """The corpus, which every run shares."""
@@ -131,9 +137,7 @@ def _grid(name: str, rule: RuleConfig) -> str:
 
 
 def _width(plan: StudyPlan, width: str) -> str:
-    noise = next(iter(plan.config.noises))
-    shape = plan.plan_of(plan.tuning_of(noise=noise, width=width)[0]).shape
-    return f"{width} ({shape.num_parameters:,} parameters)"
+    return f"{width} ({plan.shape_of(width).num_parameters:,} parameters)"
 
 
 def _time(

@@ -346,8 +346,7 @@ def _effort(results: Iterable[Result]) -> str:
 
 
 def _width(plan: StudyPlan, width: str) -> str:
-    noise = next(iter(plan.config.noises))
-    shape = plan.plan_of(plan.tuning_of(noise=noise, width=width)[0]).shape
+    shape = plan.shape_of(width)
     return (
         f"{width}: {shape.num_parameters:,} parameters, {shape.num_layers} layers, hidden "
         f"{shape.hidden_size}, FFN {shape.ffn_size}, {shape.num_heads} heads, vocabulary {shape.vocab_size}"
