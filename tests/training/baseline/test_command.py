@@ -53,8 +53,10 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     training = figures["training/mine/muon"]
     assert len(training["values"]) == 2
     assert sum(training["time_shares"].values()) == pytest.approx(1)
-    assert training["time_shares"]["compute"] > training["time_shares"]["data"] > 0
     rows = found["cells"][0]["rounds"]
+    for part in ("compute", "communication", "optimizer", "data"):
+        shares = [row[f"seconds_{part}"] / row["phased_step_seconds"] for row in rows]
+        assert training["time_shares"][part] == pytest.approx(sum(shares) / 2) and min(shares) >= 0
     assert training["values"] == [row["tokens_per_step"] / row["step_seconds"] for row in rows]
     peak = found["ceilings"]["product_tflops"]["best"] * 1e12
     mfu = [value * SHAPE.flops_per_token(32) / peak for value in training["values"]]
