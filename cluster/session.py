@@ -41,7 +41,7 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # a worker forks after the tokenizer has threads
     "WANDB_SILENT": "true",
     "LOCAL_RANK": "0",  # DeepSpeed insists on it; the launchers overwrite it
-    # ASUNCION_COMMIT, from cluster.provenance, carries the commit to workers without a git folder
+    # ASUNCION_COMMIT, from cluster.record.provenance, carries the commit to workers without a git folder
 }
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # else DeepSpeed searches, and warns in every process

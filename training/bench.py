@@ -29,7 +29,7 @@ from cluster.cli import RunError, UserError
 from cluster.measure import benchmark, probe
 from cluster.process import Child
 from cluster.progress import Progress
-from cluster.record import follow
+from cluster.record.record import follow
 from cluster.session import free_ports
 from training import config as training_config
 from training.config import TrainConfig

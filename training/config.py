@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require
-from cluster.record import WANDB_MODES
+from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
 
 LAUNCHERS = ("ray", "torch")

@@ -32,7 +32,7 @@ from cluster.laptop.fleet import ask, head_script, note
 from cluster.laptop.inventory import Inventory, shell
 from cluster.laptop.package import Package, pack
 from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
-from cluster.provenance import commit_environment
+from cluster.record.provenance import commit_environment
 
 PREFLIGHT = "preflight"  # name of its runs
 RUN_FILE = "run.yaml"  # the resolved configuration, in the package

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import display, files, provenance
+from cluster import display, files
 from cluster.cli import RunError, UserError
 from cluster.machine.host import describe_host
+from cluster.record import provenance
 from cluster.session import ROOT
 
 MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import cli, files, provenance
+from cluster import cli, files
 from cluster.cli import UserError
 from cluster.parity import plots
 from cluster.parity.baseline_file import Side, read_side
 from cluster.parity.parity import Parity, as_json, compare
 from cluster.parity.report import report, to_html
-from cluster.record import WANDB_MODES, Record
+from cluster.record import provenance
+from cluster.record.record import WANDB_MODES, Record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import provenance
 from cluster.machine import host, toolchain
 from cluster.measure import probe
+from cluster.record import provenance
 
 CPU_GEMM_SIZE = 1024  # the nodes' CPUs are measured briefly; their GPUs are what counts
 

@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, endpoint_client, files, process, provenance
+from cluster import cli, endpoint_client, files, process
 from cluster import config as layered
 from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
-from cluster.record import Record
+from cluster.record import provenance
+from cluster.record.record import Record
 from cluster.session import ROOT
 from serving.bench import config as bench_config
 from serving.bench import report

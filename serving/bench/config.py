@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import key
-from cluster.record import WANDB_MODES
+from cluster.record.record import WANDB_MODES
 from serving.config import ServeConfig
 
 COMPARISONS = ("transformers", "vllm", "serve")

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from cluster.cli import RunError, UserError
 from cluster.endpoint_client import Endpoint
-from cluster.record import Record
+from cluster.record.record import Record
 from serving.bench import report
 from serving.bench.config import LoadConfig, ServeBenchConfig
 from serving.bench.latency import RequestOutcome, Slo, summarise

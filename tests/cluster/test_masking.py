@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, config, provenance, wandb_mirror
+from cluster import cli, config
 from cluster.masking import MASK, is_secret, mask, mask_secrets, masked
-from cluster.record import Record
+from cluster.record import provenance, wandb_mirror
+from cluster.record.record import Record
 from training.run import workers
 
 HEX40 = "0123456789abcdef" * 2 + "01234567"

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cluster import provenance
 from cluster.machine.host import describe_host
 from cluster.measure import probe
+from cluster.record import provenance
 from optim.kernels import gpu
 from optim.precision import product_dtype
 from tests.gpu.block import Run

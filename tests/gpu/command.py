@@ -26,10 +26,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, provenance
+from cluster import cli, files
 from cluster.cli import RunError, UserError
 from cluster.machine.host import describe_host
 from cluster.process import Child
+from cluster.record import provenance
 from cluster.session import ROOT, set_defaults, worker_environment
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "tokenizers", "safetensors")

@@ -18,8 +18,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import cli, provenance
+from cluster import cli
 from cluster.cli import RunError
+from cluster.record import provenance
 from cluster.session import ROOT
 
 FOLDER = ROOT / ".whl"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import BAD_INPUT
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from cluster.runs import COMPLETE
 from tests.commands import python, tiny, write_corpus
 from training import launch

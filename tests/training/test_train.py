@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from tests.commands import ROOT, python, started, tiny, write_corpus
 from tests.waiting import wait_until
 from training import config as training_config

@@ -15,14 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, provenance
+from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.laptop import inventory, remote
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
 from cluster.parity import baseline_file
-from cluster.record import Record
+from cluster.record import provenance
+from cluster.record.record import Record
 from training.baseline import plan as baseline_plan
 from training.baseline.figures import rates, shares_text, table
 from training.baseline.measure import measure, measure_device, num_nodes, peaks_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster import config as layered
 from cluster.config import ConfigError, key
-from cluster.record import WANDB_MODES
+from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
 from optim.cost import orthogonalize_flops
 from training import config as training_config

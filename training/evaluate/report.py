@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import display, provenance
+from cluster import display
+from cluster.record import provenance
 from training.evaluate import harness
 from training.evaluate.harness import TaskScore
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from cluster import config as layered
-from cluster import files, provenance
+from cluster import files
 from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import Record
+from cluster.record import provenance
+from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor

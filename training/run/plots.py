@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.display import figure, save
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 
 
 def plot_losses(run_directory: Path) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.progress import Progress
-from cluster.record import follow
+from cluster.record.record import follow
 from training.config import TrainConfig
 from training.run.checkpoint import step_of
 from training.run.start import PARTITION, newest_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import files
 from cluster.cli import RunError, UserError
 from cluster.masking import mask
-from cluster.provenance import commit_environment
+from cluster.record.provenance import commit_environment
 from cluster.session import ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig
 

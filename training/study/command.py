@@ -20,12 +20,13 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, files, provenance
+from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
 from cluster.process import Child
 from cluster.progress import Progress
-from cluster.provenance import commit_environment
+from cluster.record import provenance
+from cluster.record.provenance import commit_environment
 from cluster.session import ROOT, ray_session, worker_environment
 from training.data.dataset import Manifest
 from training.data.prepare import prepare

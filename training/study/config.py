@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require
-from cluster.record import WANDB_MODES
+from cluster.record.record import WANDB_MODES
 from cluster.session import ROOT, SessionConfig
 from training.config import SEEDS
 from training.study.synthetic.config import SyntheticConfig, smoke

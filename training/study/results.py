@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from training.config import TrainConfig
 from training.study.config import RuleConfig
 from training.study.plan import StudyPlan

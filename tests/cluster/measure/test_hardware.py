@@ -1,7 +1,7 @@
 import pytest
 
-from cluster import provenance
 from cluster.measure import hardware
+from cluster.record import provenance
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster import files
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from tests.commands import tiny, write_corpus
 from tests.ranks import spawn
 from training import config as training_config

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cluster.config import load
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from optim import noise
 from optim.geometry import parse_norm
 from tests.commands import python, tiny, write_corpus

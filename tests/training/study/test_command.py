@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import FAILED, INTERRUPTED
-from cluster.record import read_metrics
+from cluster.record.record import read_metrics
 from tests.commands import TINY, python, started, write_corpus
 from tests.waiting import wait_until
 from training.study.config import OWN_KEYS

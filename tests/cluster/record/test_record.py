@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import record
-from cluster.record import Record, follow, read_metrics
+from cluster.record import record
+from cluster.record.record import Record, follow, read_metrics
 from tests.commands import ROOT
 
 
@@ -42,7 +42,7 @@ def log_steps(directory, first, last, **how):
 def in_subprocess(code, *arguments, home, **environment):
     """Run `code` with our helpers in scope, in a process that has its own W&B state and no login."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    program = f"import sys; sys.path.insert(0, 'tests/cluster'); from test_record import *\n{code}"
+    program = f"import sys; sys.path.insert(0, 'tests/cluster/record'); from test_record import *\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,

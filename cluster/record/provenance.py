@@ -16,7 +16,7 @@ NOT_CODE = ":(exclude)tests/baselines"  # a bench that writes its file does not 
 COMMIT_VARIABLE = "ASUNCION_COMMIT"
 PACKAGES = ("torch", "deepspeed", "ray", "wandb", "numpy", "tokenizers", "safetensors")
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def collect(

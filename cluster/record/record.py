@@ -1,7 +1,7 @@
 """The record of a run: `metrics.jsonl` and `summary.json` always, Weights & Biases as their mirror.
 
-The files are the record, and everything downstream reads them; `cluster.wandb_mirror` copies them to W&B.
-Every string that either of them is given is masked (`cluster.masking`).
+The files are the record, and everything downstream reads them. `wandb_mirror` copies them to W&B. Every
+string in either of them is masked (`cluster.masking`).
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from cluster import files
 from cluster.masking import masked
-from cluster.wandb_mirror import FSYNC_SECONDS, Mirror
+from cluster.record.wandb_mirror import FSYNC_SECONDS, Mirror
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
 _NONFINITE = "_nonfinite"
