@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,22 @@ class ProgressAlarm:
         if state != self._seen:
             if self._told:
                 text = f"the run moves again, after {self._quiet_seconds / 60:.1f} minutes"
-                events.append(self._directory, "progress", text)
+                self._tell("progress", text, since=("no_progress",))
             self._seen, self._quiet_seconds, self._told = state, 0.0, False
             return
         self._quiet_seconds += seconds
         if self._limit and self._quiet_seconds >= self._limit and not self._told:
             self._told = True
-            events.append(
-                self._directory,
-                "no_progress",
+            text = (
                 f"no new line in metrics.jsonl for {self._quiet_seconds / 60:.1f} minutes, seen from "
                 f"{self._observer}; a worker may hang: look at the processes, or stop the run and run the "
-                "same command again, which resumes it (record.stalled_minutes)",
+                "same command again, which resumes it (record.stalled_minutes)"
             )
+            self._tell("no_progress", text, since=("progress", *events.STARTS, *events.WORKERS))
+
+    def _tell(self, kind: str, text: str, *, since: Sequence[str]) -> None:
+        """Append the event, unless another observer has."""
+        events.append_first(self._directory, kind, text, among=(kind,), since=since)
 
     def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_stat, (self._directory / "metrics.jsonl", self._directory / "checkpoints")))

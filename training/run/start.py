@@ -9,12 +9,13 @@ from typing import Any
 from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
+from cluster.record import events
 from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset, require_tuning_sequences
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
-from training.run.checkpoint import Checkpoint, newest_complete
+from training.run.checkpoint import Checkpoint, newest_complete, step_of
 from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
@@ -96,4 +97,20 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    _tell_start(start)
     return start
+
+
+def _tell_start(start: Start) -> None:
+    """The event that begins this start. A resumed run keeps its events, a fresh one replaces them."""
+    directory, saved = start.config.run_directory, start.checkpoint
+    if saved is None:
+        (directory / events.FILE).unlink(missing_ok=True)
+        events.append(directory, "started", f"a run of {start.plan.num_steps} steps begins", step=0)
+        return
+    earlier = events.read(directory)
+    if earlier and not events.has_ended(earlier):
+        text = "the start before ended without a last word: killed, or its node was lost"
+        events.end(directory, "killed", text)
+    step = step_of(saved)
+    events.append(directory, "resumed", f"the run continues from {saved.name}", step=step)
