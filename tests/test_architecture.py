@@ -154,6 +154,8 @@ TORCH_FREE = (
 # What runs on a node before there is an environment.
 STANDARD_ONLY = (
     "cluster.files",
+    "cluster.masking",
+    "cluster.record.events",
     "cluster.head.answers",
     "cluster.head.keeper",
     "cluster.head.shell",

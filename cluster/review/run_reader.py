@@ -25,6 +25,7 @@ from typing import Any
 
 from cluster import files
 from cluster.progress import duration
+from cluster.record import events
 from cluster.record.record import decode_row, is_being_written
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
@@ -89,7 +90,7 @@ class Run:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """The rows of events.jsonl, oldest first."""
-        return list(self.iterate(self.directory / "events.jsonl"))
+        return events.read(self.directory)
 
     @cached_property
     def checkpoints(self) -> list[int]:
@@ -129,7 +130,7 @@ class Run:
     @cached_property
     def written(self) -> float | None:
         """When the newest of metrics.jsonl, events.jsonl and provenance.json was written, as a Unix time."""
-        names = ("metrics.jsonl", "events.jsonl", "provenance.json")
+        names = ("metrics.jsonl", events.FILE, "provenance.json")
         times = [file.stat().st_mtime for name in names if (file := self.directory / name).exists()]
         return max(times, default=None)
 
