@@ -87,6 +87,7 @@ TORCH_FREE = (
     "cluster.measure.probe",
     "cluster.progress",
     "cluster.record.record",
+    "cluster.review.run_reader",
     "optim.bench",
     "optim.cost",
     "optim.bench.share",
@@ -153,6 +154,8 @@ TORCH_FREE = (
 # What runs on a node before there is an environment.
 STANDARD_ONLY = (
     "cluster.files",
+    "cluster.masking",
+    "cluster.record.events",
     "cluster.head.answers",
     "cluster.head.keeper",
     "cluster.head.shell",
