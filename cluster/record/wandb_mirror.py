@@ -8,13 +8,17 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cluster.machine.host import has_driver
 from cluster.masking import mask
 from cluster.record import wandb_keys
+from cluster.record.alerts import Alerts
 
 MAX_TAG = 64  # letters; W&B refuses a run with a longer tag
 FSYNC_SECONDS = 1.0  # between flushes of W&B's own log; also of metrics.jsonl
@@ -31,6 +35,7 @@ class Mirror:
     UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
     CLOSE_SECONDS = 20.0
     MAX_WAITING_ROWS = 10_000
+    ALERT_SECONDS = 1.0  # between looks into events.jsonl
 
     def __init__(
         self, directory: Path, *, mode: str, run_id: str, job_type: str, tags: Sequence[str], **about: Any
@@ -44,6 +49,8 @@ class Mirror:
         self._problems: list[str] = []
         self._num_missed = 0
         self._closed = False
+        self._alerts = Alerts(directory, run_id=run_id, name=about["name"])
+        self._alert_at = 0.0
         self._known: set[str] = set()  # keys that have a definition
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
@@ -90,6 +97,7 @@ class Mirror:
         self._closed = True
 
         def finish(run: Any) -> None:
+            self._alert(run)
             found = wandb_keys.wandb_row(summary, job_type=self._job_type)
             run.summary.update({key: value for key, value in found.items() if key not in self._known})
             run.finish(exit_code=exit_code)
@@ -103,7 +111,7 @@ class Mirror:
     def _work(self, mode: str) -> None:
         try:
             run = self._start(mode)
-            while run is not None and (do := self._calls.get()):
+            while run is not None and (do := self._next_call(run)):
                 do(run)
         except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
             if self._state == "starting":
@@ -112,6 +120,19 @@ class Mirror:
                 self._problems.append(
                     f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
                 )
+
+    def _next_call(self, run: Any) -> Callable[[Any], None] | None:
+        """The next call. While it waits, and between calls, it sends new alerts once in ALERT_SECONDS."""
+        while True:
+            if time.monotonic() >= self._alert_at:
+                self._alert(run)
+            with suppress(queue.Empty):
+                return self._calls.get(timeout=max(0.0, self._alert_at - time.monotonic()))
+
+    def _alert(self, run: Any) -> None:
+        self._alert_at = time.monotonic() + self.ALERT_SECONDS
+        wait = timedelta(milliseconds=1)  # between alerts of one title; 0 would be taken for a minute
+        self._alerts.send(lambda *alert: run.alert(*alert, wait_duration=wait))
 
     def _log(self, run: Any, row: dict[str, Any]) -> None:
         for key in sorted(set(row) - self._known):
