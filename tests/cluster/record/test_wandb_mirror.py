@@ -13,7 +13,7 @@ with open_record(Path(sys.argv[1]), wandb_mode="auto", resume_step=resume_step) 
     if resume_step:
         run.finish({})
     else:
-        while True:  # until W&B's file holds everything, as `leet inspect` shows to the test; then it is killed
+        while True:  # until the test kills it, once W&B's file holds what was logged
             print(run.wandb_status, flush=True)
             time.sleep(0.2)
 """
@@ -26,7 +26,7 @@ def history(directory):
 
 
 def killed_at_110(directory, *, home, **environment):
-    """A run that logged steps 1 to 110 and was killed, once its file of W&B held `rows`."""
+    """A run that logged steps 1 to 110, and was killed once W&B's file held most of them."""
     writer = in_subprocess(WRITER, directory, 0, 110, home=home, **environment)
     for line in writer.stdout:
         if line.startswith("offline") and len(history(directory)) >= 100:
