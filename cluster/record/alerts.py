@@ -14,10 +14,11 @@ MOST_TITLE = 63  # letters; W&B's titles are shorter than 64
 class Alerts:
     """Where in `events.jsonl` the next alert is to be found."""
 
-    def __init__(self, directory: Path, *, run_id: str, name: str) -> None:
+    def __init__(self, directory: Path, *, name: str, run_id: str | None) -> None:
+        """`run_id`: W&B's, under which an earlier start may have sent some. None: begin with the first."""
         self._directory, self._run_id, self._name = directory, run_id, name
         sent = (directory / SENT).read_text().split() if (directory / SENT).exists() else []
-        self._position = int(sent[1]) if sent[:1] == [run_id] else 0  # else of a run that this one replaces
+        self._position = int(sent[1]) if run_id and sent[:1] == [run_id] else 0
 
     def send(self, alert: Callable[[str, str, str], None]) -> None:
         """Call `alert(title, text, level)` for each new warning (level "WARN") and error ("ERROR")."""
@@ -26,7 +27,7 @@ class Alerts:
             step = "" if event["step"] is None else f", step {event['step']}"
             title = f"{event['kind'].replace('_', ' ')}{step}: {self._name}"
             alert(title[:MOST_TITLE], event["text"], "ERROR" if event["level"] == events.ERROR else "WARN")
-        if position != self._position:
-            self._position = position
+        moved, self._position = position != self._position, position
+        if moved and self._run_id:
             with suppress(OSError):  # a full disk: after a resume these are sent again
                 files.write_text(self._directory / SENT, f"{self._run_id} {position}\n")

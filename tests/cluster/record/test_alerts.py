@@ -35,6 +35,14 @@ def test_a_title_fits_into_what_wandb_takes(tmp_path):
     assert len(title) == 63 and title.startswith("loss not finite, step 123456: a-very")
 
 
+def test_without_an_id_every_start_sends_all(tmp_path):
+    events.append(tmp_path, "failed", "one")
+    assert len(titles(Alerts(tmp_path, run_id="a1", name="night"))) == 1
+    for _ in range(2):
+        assert len(titles(Alerts(tmp_path, run_id=None, name="night"))) == 1
+    assert len(titles(Alerts(tmp_path, run_id="a1", name="night"))) == 0
+
+
 def test_the_offline_run_of_wandb_holds_the_alerts(tmp_path):
     code = """
 from pathlib import Path
@@ -44,7 +52,8 @@ directory = Path(sys.argv[1])
 with open_record(directory, wandb_mode="offline") as run:
     run.log({"step": 1, "loss": 9.0})
     events.append(directory, "loss_spike", "the loss is 9", step=1)
-    wait_until((directory / "wandb_alerts_sent").exists, told=lambda: run.wandb_status)  # while the run goes on
+    # while the run goes on
+    wait_until(lambda: any(b"loss spike" in file.read_bytes() for file in directory.glob("wandb/*/*.wandb")))
     events.append(directory, "failed", "out of memory", step=2)  # sent when it ends
 assert run.wandb_status.startswith("offline"), run.wandb_status
 """
