@@ -98,8 +98,8 @@ def write(folder: Path, *, entity: str | None, project: str, reports: Sequence[P
         files.write_json(folder / f"{name}.json", spec_of(report))
     print(f"{len(views.VIEWS)} views and {len(built)} reports: {folder}")
     print(
-        "They are not in W&B, because this machine has no key. Run `.venv/bin/wandb login` or set "
-        "WANDB_API_KEY, then run `make dashboard` again: it saves them."
+        "They are not in W&B: no key was found, or its mode is offline. To save them, run `.venv/bin/wandb "
+        "login` or set WANDB_API_KEY, then run `make dashboard` again"
     )
 
 
@@ -128,6 +128,8 @@ def save(*, entity: str | None, project: str, reports: Sequence[Path]) -> None:
     with _asking("the W&B server"):
         api = wandb.Api()
         entity = entity or api.default_entity
+    if not entity:
+        raise UserError("--entity: this W&B key has no team or user of its own; name one")
     place = f"{entity}/{project}"
     with _asking(place):
         for view in views.VIEWS:
@@ -173,8 +175,8 @@ def _asking(what: str) -> Iterator[None]:
     except (wandb.errors.Error, WandbApiFailedError) as error:
         reason = " ".join(mask(str(error)).split())[:300]
         raise RunError(
-            f"{what}: W&B refused: {reason}. What is listed above was saved. Check --entity, --project and the "
-            "key (`wandb login --relogin`), and whether it may write there; then run the command again"
+            f"{what}: W&B refused: {reason}. What is listed above was saved. Check --entity, --project and "
+            "the key (`wandb login --relogin`), and whether it may write there; then run the command again"
         ) from error
 
 

@@ -47,7 +47,8 @@ def build(view: View, *, entity: str, project: str) -> ws.Workspace:
     )
     found._internal_name = internal_name(view)
     for section in found.sections:
-        for panel in section.panels:
+        panels: list[Any] = section.panels
+        for panel in panels:
             panel._id = id_of(view.slug, section.name, repr(panel))
     return found
 

@@ -75,8 +75,9 @@ def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report
     """
     source = read(folder)
     first, *rest = source.sections
-    place = {"entity": entity, "project": project} if entity else {}
-    runs = wr.Runset(name=source.name, filters=[source.runs], **place)
+    runs = wr.Runset(name=source.name, filters=[source.runs])
+    if entity:
+        runs.entity, runs.project = entity, project
     runs._id = views.id_of("report", source.name)
     for number, panel in enumerate(source.panels):
         row, column = divmod(number, PER_ROW)
