@@ -251,6 +251,37 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield name, value, f"{doc} ({allowed})" if allowed else doc
 
 
+def changes(config: Any) -> dict[str, list[Any]]:
+    """Dotted key -> [default, value] of every leaf of a config object that differs from its default."""
+    defaults = {name: value for name, value, _ in walk(type(config)())}
+    here = ((name, defaults.get(name), value) for name, value, _ in walk(config))
+    return {name: _plain([default, value]) for name, default, value in here if default != value}
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: tuples are lists, dataclasses mappings."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file of a run holds, as plain values, whatever keys its version had.
+
+    Raises:
+        ValueError: it is not YAML; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except OSError:
+        raise
+    except Exception as error:  # the YAML scanner's own errors share no public base class
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

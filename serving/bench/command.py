@@ -122,7 +122,9 @@ def _bench(
     record = Record.open(
         directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        provenance=provenance.collect(
+            command=sys.argv, data_fingerprint=None, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.bench.wandb,
         project=config.bench.project,
         group="serving",

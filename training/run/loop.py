@@ -70,7 +70,9 @@ def open_record(start: Start, command: list[str]) -> Record:
     return Record.open(
         config.run_directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=command, data_fingerprint=fingerprint),
+        provenance=provenance.collect(
+            command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.record.wandb,
         project=config.record.project,
         group=config.record.group,
