@@ -50,9 +50,11 @@ def test_a_pause_between_two_lines_takes_neither_time_nor_steps(monkeypatch):
     assert timed.line()["step_seconds"] == 1.0
     timed.start()
     for _ in range(4):
-        clock.now += 2.0
+        for part, seconds in (("data", 0.5), ("compute", 1.0), ("optimizer", 0.5)):
+            with timed.phase(part):
+                clock.now += seconds
         timed.count_step()
     timed.pause()
-    assert timed.line() == {"step_seconds": 2.0, **timed.rates(2.0)}
+    assert timed.line() == {"step_seconds": 2.0, "data_wait_seconds": 0.5, **timed.rates(2.0)}
     assert timed.step_seconds == [1.0] * 5 + [2.0] * 4
     assert timed.summary()["median_step_seconds"] == 1.0
