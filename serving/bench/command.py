@@ -86,7 +86,7 @@ def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         print(report.describe(model["engine_info"], ceiling), flush=True)
-    directory = (Path(config.bench.directory) / config.bench.name).absolute()
+    directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
     with _bench(config, endpoint, model, directory) as bench:
         try:
             bench.measure_all()

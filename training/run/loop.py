@@ -297,5 +297,5 @@ class Trainer:
 
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
-    report = Path(config.record.ceilings or "")
+    report = Path(config.record.ceilings or "").expanduser()
     return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None
