@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def require_package() -> None:
-    """Raises `UserError` if wandb-workspaces, which `make` installs with `dev`, is not there."""
-    if find_spec("wandb_workspaces") is None:
+    """Raises `UserError` if wandb-workspaces is not there."""
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError as error:
         raise UserError(
             "wandb-workspaces is not installed; it is the optional extra `review`: "
-            "pip install --constraint constraints.txt --editable '.[review]'"
-        )
+            ".venv/bin/pip install --constraint constraints.txt --editable '.[review]'"
+        ) from error
 
 
 def describe() -> list[str]:

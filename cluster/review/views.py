@@ -109,13 +109,12 @@ def _training() -> list[ws.Section]:
             curve("Tokens per second, all workers", "throughput/tokens_per_second"),
             curve("MFU, share of the datasheet's peak", "throughput/mfu"),
             curve("MFU, share of the measured product", "throughput/mfu_of_measured"),
-            curve("Seconds per step", "throughput/step_seconds"),
         ),
         _section(
-            "Phases of the optimizer's step",
-            curve("Seconds by phase, slowest rank", *phases, plot_type="stacked-area"),
-            curve("Waiting for the exchange", "optimizer/exchange_seconds"),
-            curve("Imbalance of the owners' FLOPs", "optimizer/imbalance"),
+            "Where a step's time goes",
+            curve("Seconds per step", "throughput/step_seconds"),
+            curve("Rank 0 waits for data, seconds per step", "throughput/data_wait_seconds"),
+            curve("Optimizer, seconds by phase, slowest rank", *phases, plot_type="stacked-area"),
         ),
         _section(
             "Stability",
@@ -142,6 +141,8 @@ def _optimizer() -> list[ws.Section]:
             "Gradient noise",
             curve("Tail index, median of the matrices", "noise/tail_index_median"),
             curve("Noise to signal in the dual norm, median", "noise/to_signal_dual_median", log_y=True),
+            curve("Tail index: histogram over the matrices", "noise/tail_index_by_layer"),
+            table("noise/layers"),
         ),
     ]
 

@@ -1,7 +1,7 @@
 """A stand-in for W&B's table of views, on loopback: what `wandb.Api()` asks, and views and reports.
 
-It answers the questions of wandb 0.31 and wandb-workspaces 0.4.13. It does not show that W&B's own server does
-the same.
+It answers the questions of wandb 0.31 and wandb-workspaces 0.4.13. It does not show that W&B's own server
+does the same.
 """
 
 import base64
@@ -70,7 +70,14 @@ class ViewsServer:
             if self.refuse:
                 return 200, {"errors": [{"message": self.refuse}], "data": {"upsertView": None}}
             return 200, {"data": {"upsertView": self._upsert(given)}}
-        found = {"viewer": {"id": "1", "username": "ana", "entity": ENTITY, "teams": {"edges": []}}}
+        about = {"name": PROJECT, "entityName": ENTITY, "createdAt": "", "isBenchmark": False, "user": None}
+        found: dict[str, Any] = {
+            "viewer": {"id": "1", "username": "ana", "entity": ENTITY, "teams": {"edges": []}},
+            "models": {
+                "pageInfo": {"endCursor": None, "hasNextPage": False},
+                "edges": [{"node": {"id": "p", **about}}],
+            },
+        }
         if "allViews" in query or "internalId" in query:
             here = (given.get("entity") or given["entityName"], given.get("project") or given["projectName"])
             views = [
