@@ -6,16 +6,24 @@ import wandb
 
 from cluster.review import views
 from tests.cluster.review.panel_keys import logged, shown_by
+from tests.commands import ROOT
 from tests.waiting import wait_until
 
-BY_A_TEST_OF_ITS_COMMAND = ("train", "throughput", "optimizer", "noise", "validation")
+# section -> the test that holds its keys against what a command logged
+HELD = {
+    **dict.fromkeys(
+        ("train", "throughput", "optimizer", "noise", "validation"), "tests/training/test_train.py"
+    ),
+    "serve": "tests/serving/bench/test_command.py",
+    "parity": "tests/cluster/parity/test_parity.py",
+}
 
 
 def test_every_key_belongs_to_a_section_that_a_test_holds_against_a_run():
     names = {name for section, name in shown_by() if section in ("history", "summary")}
-    sections = {name.partition("/")[0] for name in names if "/" in name}
-    assert sections == set(BY_A_TEST_OF_ITS_COMMAND)
-    assert {name for name in names if "/" not in name} == {"step", "tokens", "seconds"} & names
+    assert {name.partition("/")[0] for name in names} - {"step", "tokens", "seconds"} == set(HELD)
+    for file in set(HELD.values()):
+        assert "that_the_views_show" in (ROOT / file).read_text(), file
 
 
 def test_what_w_and_b_samples_itself_has_the_names_that_its_sampler_knows(tmp_path: Path):

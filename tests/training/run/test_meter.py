@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.record.wandb_keys import wandb_key
+from tests.cluster.review.panel_keys import shown_by
 from training.run import meter as module
 from training.run.meter import Meter
 
@@ -23,6 +25,7 @@ def test_mfu_is_a_share_of_the_datasheet_and_of_the_measured_ceiling():
     assert rates["tokens_per_second"] == 100_000  # 1e14 FLOP/s over two devices
     assert rates["mfu"] == pytest.approx(50 / 149.7)
     assert rates["mfu_of_measured"] == pytest.approx(0.5)
+    assert ("history", wandb_key("mfu_of_measured")) in shown_by("training")
 
 
 def test_an_unknown_device_has_no_mfu_but_a_reason_and_may_have_a_measured_one():
