@@ -1,0 +1,119 @@
+"""What happened to a run: `events.jsonl` in its directory, one JSON object a line, only appended to.
+
+    {"time": "2026-11-26T12:05:34Z", "kind": "loss_spike", "level": "warning", "step": 120, "text": "..."}
+
+Any process of the run may append: rank 0 and the launcher do. A resumed run keeps the events of its earlier
+starts. `training.run.alarms` decides when a run raises an alarm.
+"""
+
+import json
+import math
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.masking import masked
+
+FILE = "events.jsonl"
+INFO, WARNING, ERROR = "info", "warning", "error"
+KINDS = {  # kind -> its level, and what it reports
+    "started": (INFO, "a run began at step 0"),
+    "resumed": (INFO, "a run continues from a checkpoint; steps after it are taken again"),
+    "restarted": (WARNING, "Ray started the workers again within one start of the run"),
+    "checkpoint": (INFO, "a checkpoint was written"),
+    "skipped_steps": (WARNING, "steps changed nothing, because their gradient was not finite"),
+    "finished": (INFO, "the run took its last step"),
+    "stopped": (INFO, "a user ended the run"),
+    "failed": (ERROR, "the run ended before its last step"),
+    "killed": (ERROR, "an earlier start ended without a last word; the next start reports it"),
+    "loss_not_finite": (ERROR, "the loss became NaN or infinite"),
+    "loss_spike": (WARNING, "the loss rose far above its recent values"),
+    "no_progress": (ERROR, "no new step for a long time"),
+    "progress": (INFO, "the run moves again after no_progress"),
+    "node_lost": (ERROR, "a node left Ray while the run was going"),
+    "node_joined": (INFO, "a node joined Ray while the run was going"),
+    "disk_nearly_full": (WARNING, "little space is left where the run directory is"),
+}
+LAST = ("finished", "stopped", "failed", "killed")  # each ends one start of a run
+
+
+def append(
+    directory: Path, kind: str, text: str, *, level: str | None = None, step: int | None = None, **more: Any
+) -> None:
+    """Append one event, with one write. On return it survives the death of the process (SIGKILL too).
+
+    Without `level` it is the one of KINDS. If the file cannot be written, say because the disk is full, the
+    event is printed on stderr instead: an event never ends a run.
+
+    Args:
+        text: one sentence.
+        more: flat and JSON-ready. Strings are masked; a float that is not finite becomes "nan" or "inf".
+    """
+    assert kind in KINDS, kind
+    event = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "kind": kind,
+        "level": level or KINDS[kind][0],
+        "step": step,
+        "text": text,
+        **{name: _strict(value) for name, value in more.items()},
+    }
+    line = f"{json.dumps(masked(event), allow_nan=False)}\n".encode()
+    path = directory / FILE
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            written = os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+        problem = None if written == len(line) else "no space for a whole line"
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        print(f"{path}: {problem}; the event: {describe(masked(event))}", file=sys.stderr, flush=True)
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """The events of a run, the oldest first; empty if it has none."""
+    return read_from(directory, 0)[0]
+
+
+def read_from(directory: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The events that begin at byte `position` or later, and the position to ask for next.
+
+    A last line without its newline is left for the next call. A damaged line (a full disk, or a loss of
+    power, may tear one) is skipped, and so hides no other event.
+    """
+    try:
+        with (directory / FILE).open("rb") as file:
+            file.seek(position)
+            whole, newline, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    return [event for event in map(_parsed, whole.split(b"\n")) if event], position + len(whole + newline)
+
+
+def alarms(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The warnings and errors among them."""
+    return [event for event in events if event["level"] != INFO]
+
+
+def describe(event: dict[str, Any]) -> str:
+    """An event in one line for people: "2026-11-26 12:05 warning: step 120: the loss ..."."""
+    step = f"step {event['step']}: " if event["step"] is not None else ""
+    return f"{event['time'][:16].replace('T', ' ')} {event['level']}: {step}{' '.join(event['text'].split())}"
+
+
+def _strict(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(event, dict) and {"time", "kind", "level", "step", "text"} <= event.keys()
+    return event if whole else None
