@@ -64,6 +64,7 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
     with Record.open(
         folder, config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
         provenance=about, wandb_mode=wandb_mode, project="asuncion", group="parity", name=folder.name,
+        job_type="parity",
         resume_step=None,
     ) as record:  # fmt: skip
         drawn = plots.draw(parity, folder / "plots")

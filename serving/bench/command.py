@@ -86,7 +86,7 @@ def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         print(report.describe(model["engine_info"], ceiling), flush=True)
-    directory = (Path(config.bench.directory) / config.bench.name).absolute()
+    directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
     with _bench(config, endpoint, model, directory) as bench:
         try:
             bench.measure_all()
@@ -122,10 +122,13 @@ def _bench(
     record = Record.open(
         directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        provenance=provenance.collect(
+            command=sys.argv, data_fingerprint=None, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.bench.wandb,
         project=config.bench.project,
         group="serving",
+        job_type="serve-bench",
         name=config.bench.name,
         resume_step=None,
     )

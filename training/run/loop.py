@@ -70,7 +70,9 @@ def open_record(start: Start, command: list[str]) -> Record:
     return Record.open(
         config.run_directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=command, data_fingerprint=fingerprint),
+        provenance=provenance.collect(
+            command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.record.wandb,
         project=config.record.project,
         group=config.record.group,
@@ -140,7 +142,7 @@ class Trainer:
             output.row({"step": 0, "tokens": 0, **self.validate()})
         self._start_meter()
         while self.step < self.plan.num_steps:
-            self.losses.add(self.take_step())
+            self.losses.add(self.take_step(phase=self.meter.phase))
             self.meter.count_step()
             last = self.step == self.plan.num_steps
             logging, evaluating, saving = (
@@ -295,5 +297,5 @@ class Trainer:
 
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
-    report = Path(config.record.ceilings or "")
+    report = Path(config.record.ceilings or "").expanduser()
     return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None

@@ -15,6 +15,7 @@ import torch
 from serving.bench import command as bench
 from serving.bench.config import load
 from serving.bench.measure import Search
+from tests.cluster.review.panel_keys import logged, shown_by
 from tests.commands import ROOT
 from tests.serving.bench.scripted import FIRST, Behaviour, Write, event, honest, server
 
@@ -41,7 +42,7 @@ def exit_code(behaviour: Behaviour, *keys: str, status: int = 200) -> int:
 
 def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert exit_code(honest, "bench.target=URL", *KEYS) == 0
+    assert exit_code(honest, "bench.target=URL", *KEYS, "bench.wandb=offline") == 0
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     run = tmp_path / "outputs/serve-bench"
@@ -62,6 +63,12 @@ def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypa
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
     assert (run / "plots/latency.png").is_file() and (run / "config.yaml").is_file()
     assert "serve-bench" in out and "TTFT p50" in out
+    everything_that_the_views_show_is_in_wandb(run)
+
+
+def everything_that_the_views_show_is_in_wandb(run: Path) -> None:
+    shown = {(where, name) for where, name in shown_by() if name.startswith("serve/")}
+    assert len(shown) > 10 and shown - logged(run) == set()
 
 
 def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():
