@@ -1,32 +1,57 @@
-"""Sends the warnings and errors of `events.jsonl` as alerts, each once, also across resumes of the run."""
+"""Sends the warnings and errors of `events.jsonl` to W&B as alerts, each once, also across resumes of a run."""
 
+import queue
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from cluster import files
 from cluster.record import events
 
 SENT = "wandb_alerts_sent"  # in the run directory: the W&B run's id, and up to which byte its events are sent
 MOST_TITLE = 63  # letters; W&B's titles are shorter than 64
+SECONDS = 1.0  # between looks into events.jsonl
+# between alerts of one title; W&B takes 0 for a minute
+WAIT = timedelta(milliseconds=1)
 
 
 class Alerts:
-    """Where in `events.jsonl` the next alert is to be found."""
+    """Sends what is new in the `events.jsonl` of a run directory.
 
-    def __init__(self, directory: Path, *, name: str, run_id: str | None) -> None:
-        """`run_id`: W&B's, under which an earlier start may have sent some. None: begin with the first."""
+    Args:
+        name: the run's, for the titles.
+        run_id: the W&B run, to which an earlier start may have sent some. None: begin with the first event.
+            Offline each start has a file of its own, and only the newest is uploaded: it holds all alerts.
+        alert: of the W&B run.
+    """
+
+    def __init__(self, directory: Path, *, name: str, run_id: str | None, alert: Callable[..., None]) -> None:
         self._directory, self._run_id, self._name = directory, run_id, name
+        self._alert = alert
+        self._next = 0.0
         sent = (directory / SENT).read_text().split() if (directory / SENT).exists() else []
         self._position = int(sent[1]) if run_id and sent[:1] == [run_id] else 0
 
-    def send(self, alert: Callable[[str, str, str], None]) -> None:
-        """Call `alert(title, text, level)` for each new warning (level "WARN") and error ("ERROR")."""
+    def get(self, calls: "queue.SimpleQueue[Any]") -> Any:
+        """`calls.get()`, which sends new alerts about once in SECONDS while it waits and between calls."""
+        while True:
+            if time.monotonic() >= self._next:
+                self.send()
+                self._next = time.monotonic() + SECONDS
+            with suppress(queue.Empty):
+                return calls.get(timeout=max(0.0, self._next - time.monotonic()))
+
+    def send(self) -> None:
+        """Send what is new."""
         found, position = events.read_from(self._directory, self._position)
         for event in events.alarms(found):
             step = "" if event["step"] is None else f", step {event['step']}"
-            title = f"{event['kind'].replace('_', ' ')}{step}: {self._name}"
-            alert(title[:MOST_TITLE], event["text"], "ERROR" if event["level"] == events.ERROR else "WARN")
+            title = f"{event['kind'].replace('_', ' ')}{step}: {self._name}"[:MOST_TITLE]
+            level = "ERROR" if event["level"] == events.ERROR else "WARN"
+            self._alert(title, event["text"], level, wait_duration=WAIT)
         moved, self._position = position != self._position, position
         if moved and self._run_id:
             with suppress(OSError):  # a full disk: after a resume these are sent again

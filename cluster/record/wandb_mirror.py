@@ -8,10 +8,7 @@ import os
 import queue
 import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,6 @@ class Mirror:
     UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
     CLOSE_SECONDS = 20.0
     MAX_WAITING_ROWS = 10_000
-    ALERT_SECONDS = 1.0  # between looks into events.jsonl
 
     def __init__(
         self,
@@ -57,8 +53,6 @@ class Mirror:
         self._problems: list[str] = []
         self._num_missed = 0
         self._closed = False
-        self._alerts: Alerts | None = None
-        self._alert_at = 0.0
         self._known: set[str] = set()  # keys of rows so far
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._calls.put(lambda run: self._repeat(run, earlier))
@@ -106,7 +100,7 @@ class Mirror:
         self._closed = True
 
         def finish(run: Any) -> None:
-            self._alert(run)
+            self._alerts.send()
             found = wandb_keys.wandb_row(summary, job_type=self._job_type)
             run.summary.update({key: value for key, value in found.items() if key not in self._known})
             run.finish(exit_code=exit_code)
@@ -120,7 +114,7 @@ class Mirror:
     def _work(self, mode: str) -> None:
         try:
             run = self._start(mode)
-            while run is not None and (do := self._next_call(run)):
+            while run is not None and (do := self._alerts.get(self._calls)):
                 do(run)
         except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
             if self._state == "starting":
@@ -129,23 +123,6 @@ class Mirror:
                 self._problems.append(
                     f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
                 )
-
-    def _next_call(self, run: Any) -> Callable[[Any], None] | None:
-        """The next call. While it waits, and between calls, it sends new alerts once in ALERT_SECONDS."""
-        while True:
-            if time.monotonic() >= self._alert_at:
-                self._alert(run)
-            with suppress(queue.Empty):
-                return self._calls.get(timeout=max(0.0, self._alert_at - time.monotonic()))
-
-    def _alert(self, run: Any) -> None:
-        self._alert_at = time.monotonic() + self.ALERT_SECONDS
-        wait = timedelta(milliseconds=1)  # between alerts of one title; 0 would be taken for a minute
-        # offline each start has a file of its own, and only the newest is uploaded: it holds all alerts
-        self._alerts = self._alerts or Alerts(
-            self._directory, name=run.name, run_id=None if run.offline else self.run_id
-        )
-        self._alerts.send(lambda *alert: run.alert(*alert, wait_duration=wait))
 
     def _repeat(self, run: Any, rows: Sequence[dict[str, Any]]) -> None:
         """Log the rows that a resumed run has kept and W&B lacks, so that each step is there once.
@@ -196,6 +173,8 @@ class Mirror:
         for axis in wandb_keys.AXES:
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
+        earlier = None if run.offline else self.run_id
+        self._alerts = Alerts(self._directory, name=run.name, run_id=earlier, alert=run.alert)
         self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
         return run
 

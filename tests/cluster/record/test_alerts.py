@@ -1,46 +1,67 @@
+import queue
+from concurrent.futures import ThreadPoolExecutor
+
 from cluster.record import events
 from cluster.record.alerts import Alerts
 from tests.cluster.record.test_record import in_subprocess, wandb_records
+from tests.waiting import wait_until
 
 
-def titles(alerts):
+def sent_by(directory, *, run_id, name="night"):
+    """What a start of the run sends, in a list that grows, and the object that sends it."""
     sent = []
-    alerts.send(lambda title, text, level: sent.append((title, text, level)))
-    return sent
+    alert = lambda title, text, level, **_: sent.append((title, text, level))  # noqa: E731
+    alerts = Alerts(directory, run_id=run_id, name=name, alert=alert)
+    alerts.send()
+    return sent, alerts
 
 
 def test_each_warning_and_error_is_sent_once_also_across_a_resume(tmp_path):
     events.append(tmp_path, "started", "begins")
     events.append(tmp_path, "loss_spike", "the loss is 9", step=7)
-    alerts = Alerts(tmp_path, run_id="a1", name="night")
-    assert titles(alerts) == [("loss spike, step 7: night", "the loss is 9", "WARN")]
-    assert titles(alerts) == []
+    sent, alerts = sent_by(tmp_path, run_id="a1")
+    alerts.send()
+    assert sent == [("loss spike, step 7: night", "the loss is 9", "WARN")]
     events.append(tmp_path, "failed", "a node was lost")  # by the launcher, after the run's mirror has ended
-    again = Alerts(tmp_path, run_id="a1", name="night")
-    assert titles(again) == [("failed: night", "a node was lost", "ERROR")]
-    assert titles(Alerts(tmp_path, run_id="a1", name="night")) == []
+    assert sent_by(tmp_path, run_id="a1")[0] == [("failed: night", "a node was lost", "ERROR")]
+    assert sent_by(tmp_path, run_id="a1")[0] == []
 
 
 def test_a_fresh_run_of_the_same_name_sends_its_own(tmp_path):
     events.append(tmp_path, "failed", "one")
-    assert len(titles(Alerts(tmp_path, run_id="a1", name="night"))) == 1
+    assert len(sent_by(tmp_path, run_id="a1")[0]) == 1
     (tmp_path / events.FILE).unlink()
     events.append(tmp_path, "failed", "two")
-    assert [text for _, text, _ in titles(Alerts(tmp_path, run_id="b2", name="night"))] == ["two"]
-
-
-def test_a_title_fits_into_what_wandb_takes(tmp_path):
-    events.append(tmp_path, "loss_not_finite", "the loss is nan", step=123456)
-    ((title, _, _),) = titles(Alerts(tmp_path, run_id="a1", name="a-very-long-name" * 9))
-    assert len(title) == 63 and title.startswith("loss not finite, step 123456: a-very")
+    assert [text for _, text, _ in sent_by(tmp_path, run_id="b2")[0]] == ["two"]
 
 
 def test_without_an_id_every_start_sends_all(tmp_path):
     events.append(tmp_path, "failed", "one")
-    assert len(titles(Alerts(tmp_path, run_id="a1", name="night"))) == 1
     for _ in range(2):
-        assert len(titles(Alerts(tmp_path, run_id=None, name="night"))) == 1
-    assert len(titles(Alerts(tmp_path, run_id="a1", name="night"))) == 0
+        assert len(sent_by(tmp_path, run_id=None)[0]) == 1
+
+
+def test_a_title_fits_into_what_wandb_takes(tmp_path):
+    events.append(tmp_path, "loss_not_finite", "the loss is nan", step=123456)
+    ((title, _, _),) = sent_by(tmp_path, run_id="a1", name="a-very-long-name" * 9)[0]
+    assert len(title) == 63 and title.startswith("loss not finite, step 123456: a-very")
+
+
+def test_calls_come_in_their_order_while_alerts_are_sent(tmp_path):
+    calls = queue.SimpleQueue()
+    sent, alerts = sent_by(tmp_path, run_id=None)
+    for number in range(3):
+        calls.put(number)
+    assert [alerts.get(calls) for _ in range(3)] == [0, 1, 2]
+    events.append(tmp_path, "failed", "one")
+
+    def put_once_it_is_sent():
+        wait_until(lambda: sent)
+        calls.put(3)
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(put_once_it_is_sent)
+        assert alerts.get(calls) == 3
 
 
 def test_the_offline_run_of_wandb_holds_the_alerts(tmp_path):
