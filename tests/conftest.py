@@ -1,5 +1,6 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
+import os
 import signal
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from tests.tiers import tier
 
 __all__ = ["tier"]  # a fixture of every test
+
+os.environ["WANDB_MODE"] = "disabled"  # for every command that is not told otherwise: a W&B run takes 2 s
 
 # They start Ray or several commands at once, so one worker runs all of them: together they need more cores.
 # They come first, so that the other worker has everything else to choose from.
