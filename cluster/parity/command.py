@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster import cli, files
 from cluster.cli import UserError
+from cluster.measure.intervals import Interval
 from cluster.parity import plots
 from cluster.parity.baseline_file import Side, read_side
 from cluster.parity.parity import Parity, as_json, compare
@@ -24,7 +25,7 @@ from cluster.record.record import WANDB_MODES
 from cluster.record.result import record_result
 
 FIGURES = (
-    *("figure", "parity", "parity_low", "parity_high", "absolute", "absolute_low", "absolute_high"),
+    *("figure", "parity", "low", "high", "absolute", "absolute_low", "absolute_high"),
     *("bound_a", "bound_b"),
 )
 CLAIMS = ("verdict", "claim", "because")
@@ -72,19 +73,17 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
     text = report(parity, {title: f"plots/{path.name}" for title, path in drawn.items()}, tolerance)
     files.write_text(folder / "report.md", text)
     files.write_text(folder / "report.html", to_html(text, folder))
-    figures = [
-        [c.id, *_interval(c.parity), *_interval(c.absolute), *map(str, c.bounds)] for c in parity.comparisons
-    ]
+    figures = [[c.id, *_ends(c.parity), *_ends(c.absolute), *c.bounds] for c in parity.comparisons]
     claims = [[claim.verdict, claim.text, claim.because] for claim in parity.claims]
     record_result(
         folder, job_type="parity", name=folder.name, provenance=about, wandb_mode=wandb_mode,
         config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
-        summary=as_json(parity), tables={"figures_table": (FIGURES, figures), "claims": (CLAIMS, claims)},
+        summary=as_json(parity), tables={"parity": (FIGURES, figures), "claims": (CLAIMS, claims)},
         images={path.stem: path for path in drawn.values()}, attachments=[folder / "report.html"],
     )  # fmt: skip
 
 
-def _interval(interval: Interval) -> list[float | None]:
+def _ends(interval: Interval) -> list[float | None]:
     return [interval.centre, interval.low, interval.high]
 
 

@@ -11,6 +11,7 @@ from cluster.parity import command as parity
 from cluster.parity.baseline_file import read_side
 from cluster.parity.parity import compare
 from tests.cluster.parity.sides import A40, FLOPS, H100, claims, figure, write
+from tests.cluster.review.panel_keys import logged, shown_by
 
 
 def both(folder, ours, theirs):
@@ -229,7 +230,7 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
     a = write(tmp_path, A40, [figure(A40, kind, 0.4) for kind in FLOPS])
     b = write(tmp_path, H100, [figure(H100, kind, 0.5) for kind in FLOPS])
     folder = tmp_path / "out"
-    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
+    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "offline"]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["training/llama-1b4/muon"]["parity"][0] == pytest.approx(0.8)
     assert json.loads((folder / "summary.json").read_text())["figures"] == last
@@ -248,6 +249,12 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
         "roofline.png",
         "time.png",
     ]
+    everything_that_the_views_show_is_in_wandb(folder)
+
+
+def everything_that_the_views_show_is_in_wandb(folder):
+    shown = {(where, name) for where, name in shown_by() if name.startswith("parity/")}
+    assert shown and shown - logged(folder) == set()
 
 
 def edited(**changes):
