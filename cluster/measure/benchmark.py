@@ -131,8 +131,8 @@ def publish(
     """Write `result` and where it comes from to `output`; the last line on stdout is `result` as JSON.
 
     Args:
-        job_type: of `cluster.record.wandb_keys`; its record, in the folder `record_directory(output)`, goes to
-            W&B with all medians and spreads as a table.
+        job_type: of `cluster.record.wandb_keys`. The record lies in `record_directory(output)`; W&B shows all
+            medians and spreads as a table.
         config: the resolved keys, for W&B.
     """
     about = provenance.collect(command=sys.argv, data_fingerprint=data_fingerprint)
