@@ -1,4 +1,4 @@
-"""Sends the warnings and errors of `events.jsonl` to W&B as alerts, each once, also across resumes of a run."""
+"""Sends the warnings and errors of `events.jsonl` to W&B as alerts: once each, whatever starts a run has."""
 
 import queue
 import time

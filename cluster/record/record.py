@@ -139,7 +139,11 @@ class Record:
         """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
         self._mirror.file(path)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture in W&B. The file must stay as it is until the record is finished."""
+        self._mirror.image(name, path)
+
+    def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `Mirror.CLOSE_SECONDS`.
 
         `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
@@ -148,7 +152,7 @@ class Record:
         self._fsync()
         summary = masked(summary)
         self._write_summary(summary)  # before W&B gets to take its time
-        self._mirror.close(summary=summary, exit_code=0)
+        self._mirror.close(summary=summary, exit_code=exit_code)
         self._write_summary(summary)
 
     def close(self, *, exit_code: int = 0) -> None:
