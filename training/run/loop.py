@@ -18,7 +18,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import provenance
+from cluster.record import lineage, provenance
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
@@ -261,6 +261,7 @@ class Trainer:
                     "zero_stage": self.config.zero.stage,
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
+                    "lineage": lineage.of_writer(self.config.run_directory) if self.context.is_main else None,
                 },
                 context=self.context,
             )
