@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,9 +30,10 @@ class Record:
     has finished), `wandb_run_id` and `wandb/`.
     """
 
-    def __init__(self, directory: Path, mirror: Mirror) -> None:
+    def __init__(self, directory: Path, mirror: Mirror, *, seconds_before: float = 0.0) -> None:
         self._directory = directory
         self._mirror = mirror
+        self._began = time.monotonic() - seconds_before
         self._path = directory / "metrics.jsonl"
         self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         files.fsync_folder(directory)
@@ -50,6 +51,9 @@ class Record:
         group: str | None,
         name: str,
         resume_step: int | None,
+        job_type: str = "train",
+        tags: Sequence[str] = (),
+        inputs: Sequence[Mapping[str, Any]] = (),
     ) -> Self:
         """Start the record of a run, or continue it.
 
@@ -64,6 +68,12 @@ class Record:
             resume_step: the step of the checkpoint that the run continues from, or None for a fresh start.
                 Rows after this step are dropped, because the run will log them again, and the W&B run is
                 continued. A fresh start replaces the metrics, summary and W&B id that a run left here.
+            job_type: what kind of work this is, one of `wandb_keys.JOB_TYPES`; names the section of its keys
+                in W&B.
+            tags: what to find the run by in W&B, such as its rule and ZeRO stage; the hardware and the commit
+                are added from `provenance`.
+            inputs: what the run is made from, for its lineage: each with `kind`, `name`, `path` and
+                `fingerprint`. Written to `provenance.json`.
 
         Raises:
             ValueError: a line of metrics.jsonl other than a torn last one is damaged.
@@ -71,8 +81,8 @@ class Record:
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
-        _rewind(directory / "metrics.jsonl", last_step=resume_step)
-        provenance = masked(provenance)
+        last_row = _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        provenance = masked({**provenance, **({"inputs": list(inputs)} if inputs else {})})
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
         mirror = Mirror(
@@ -83,8 +93,10 @@ class Record:
             project=project,
             group=group,
             name=name,
+            job_type=job_type,
+            tags=[*tags, *_tags_of(provenance)],
         )
-        return cls(directory, mirror)
+        return cls(directory, mirror, seconds_before=last_row.get("seconds", 0.0))
 
     @property
     def wandb_status(self) -> str:
@@ -92,9 +104,11 @@ class Record:
         return self._mirror.status
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to `metrics.jsonl` and hand it to W&B under the same keys.
+        """Append one row to `metrics.jsonl` and hand it to W&B under the keys of `wandb_keys`.
 
-        `row` is flat and JSON-ready, with an int `step`; units belong in the keys. A value that is not
+        `row` is flat and JSON-ready, with an int `step`; units belong in the keys. `seconds` is added unless
+        it is there: wall time since the run began, in all its starts up to the row that this one continues.
+        One object of objects, {layer: {quantity: value}}, becomes a table and histograms. A value that is not
         finite, which strict JSON cannot write, becomes null beside `<key>_nonfinite`: "nan", "inf" or "-inf";
         `read_metrics` and `follow` give it back as a float. On return the row survives the death of the
         process (SIGKILL too), and within about a second of steady logging a loss of power.
@@ -106,12 +120,13 @@ class Record:
         assert self._descriptor is not None, "log() on a closed record"
         if type(row.get("step")) is not int:
             raise ValueError(f"{self._path}: a row needs an int 'step'; got {row.get('step')!r}")
-        row = masked(row)
+        seconds = time.monotonic() - self._began
+        row = masked({"seconds": seconds, **row})
         line = f"{json.dumps(_encode(row), allow_nan=False)}\n".encode()
         _append(self._descriptor, line, path=self._path)
         if time.monotonic() >= self._fsync_at:
             self._fsync()
-        self._mirror.put(row)
+        self._mirror.put(row, seconds=seconds)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show rows as a table in W&B; the run's files hold them already."""
@@ -241,19 +256,29 @@ def _append(descriptor: int, line: bytes, *, path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space for a whole row; free some and resume the run", str(path))
 
 
-def _rewind(path: Path, *, last_step: int | None) -> None:
-    """Drop the torn end and the rows after `last_step`; every row if it is None."""
+def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
+    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns the last row."""
     if not path.exists():
-        return
+        return {}
     content = path.read_bytes()
     lines = content.split(b"\n")
-    kept = b"".join(
-        lines[number - 1] + b"\n"
+    rows = [
+        (lines[number - 1] + b"\n", row)
         for number, row in _parse(content, path=path)
         if last_step is not None and row["step"] <= last_step
-    )
+    ]
+    kept = b"".join(line for line, _ in rows)
     if kept != content:
         files.write_text(path, kept.decode())
+    return rows[-1][1] if rows else {}
+
+
+def _tags_of(provenance: Mapping[str, Any]) -> list[str]:
+    """The hardware and the commit, as far as the provenance has them."""
+    host, commit = provenance.get("host", {}), provenance.get("commit", "unknown")
+    device = (host.get("gpus") or [host.get("cpu")])[0]
+    code = [] if commit == "unknown" else [commit[:7] + "-dirty" * bool(provenance.get("dirty"))]
+    return [device, *code] if device else code
 
 
 def _with_earlier_starts(

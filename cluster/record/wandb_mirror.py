@@ -3,19 +3,21 @@
 It runs in a thread of its own, so that nothing W&B does or fails to do can block, slow down or kill a run.
 """
 
+import math
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.machine.host import has_driver
 from cluster.masking import mask
+from cluster.record import wandb_keys
 
+MAX_TAG = 64  # letters; W&B refuses a run with a longer tag
 FSYNC_SECONDS = 1.0  # between flushes of W&B's own log; also of metrics.jsonl
-_TABLE, _FILE = "table", "file"
 
 
 class Mirror:
@@ -30,16 +32,20 @@ class Mirror:
     CLOSE_SECONDS = 20.0
     MAX_WAITING_ROWS = 10_000
 
-    def __init__(self, directory: Path, *, mode: str, run_id: str, **about: Any) -> None:
+    def __init__(
+        self, directory: Path, *, mode: str, run_id: str, job_type: str, tags: Sequence[str], **about: Any
+    ) -> None:
         self.run_id = run_id
         self._directory = directory
+        self._job_type = job_type
+        about |= {"job_type": job_type, "tags": [tag[:MAX_TAG] for tag in dict.fromkeys(tags)]}
         self._about = about
         self._state = "starting"
         self._problems: list[str] = []
         self._num_missed = 0
-        self._exit_code = 0
         self._closed = False
-        self._calls: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._known: set[str] = set()  # keys that have a definition
+        self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
         self._thread.start()
 
@@ -48,29 +54,48 @@ class Mirror:
         missed = [f"{self._num_missed} rows missed, because W&B was too slow"] if self._num_missed else []
         return "; ".join([self._state, *self._problems, *missed])
 
-    def put(self, row: dict[str, Any]) -> None:
+    def put(self, row: dict[str, Any], *, seconds: float) -> None:
         """Hand over a row; it is missed if W&B is `MAX_WAITING_ROWS` behind, ignored if W&B failed."""
         if self._calls.qsize() < self.MAX_WAITING_ROWS:
-            self._calls.put(("log", dict(row)))
+            row = wandb_keys.wandb_row(row, job_type=self._job_type) | {"seconds": seconds}
+            self.call(lambda run: self._log(run, row))
         elif self._thread.is_alive():
             self._num_missed += 1
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Hand over a table."""
-        content = {"columns": list(columns), "data": [list(row) for row in rows]}
-        self._calls.put((_TABLE, {name: content}))
+        key, content = wandb_keys.wandb_key(name, job_type=self._job_type), [list(row) for row in rows]
+        self.call(lambda run: run.log({key: _table(columns, content)}))
 
     def file(self, path: Path) -> None:
         """Hand over a file."""
-        self._calls.put((_FILE, {"path": path}))
+
+        def save(run: Any) -> None:
+            # wandb would link to it; a copy is there wherever the run's folder is uploaded from
+            run.save(shutil.copy(path, run.dir), base_path=run.dir, policy="now")
+
+        self.call(save)
+
+    def call(self, do: Callable[[Any], None]) -> None:
+        """Have the mirror's thread call `do` with W&B's run, after what was handed over before.
+
+        `do` runs once, later or never. If it raises, the mirror stops and its status says why.
+        """
+        self._calls.put(do)
 
     def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
         """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
         if self._closed:
             return
         self._closed = True
-        self._exit_code = exit_code
-        self._calls.put(("finish", summary))
+
+        def finish(run: Any) -> None:
+            found = wandb_keys.wandb_row(summary, job_type=self._job_type)
+            run.summary.update({key: value for key, value in found.items() if key not in self._known})
+            run.finish(exit_code=exit_code)
+
+        self.call(finish)
+        self._calls.put(None)
         self._thread.join(self.CLOSE_SECONDS)
         if self._thread.is_alive():
             self._problems.append(f"W&B was not done {self.CLOSE_SECONDS:g} s after the run; left behind")
@@ -78,20 +103,8 @@ class Mirror:
     def _work(self, mode: str) -> None:
         try:
             run = self._start(mode)
-            while run is not None:
-                call, content = self._calls.get()
-                if call == "finish":
-                    run.summary.update(content)
-                    run.finish(exit_code=self._exit_code)
-                    return
-                if call == _FILE:
-                    # wandb would link to it; a copy is there wherever the run's folder is uploaded from
-                    copy = shutil.copy(content["path"], run.dir)
-                    run.save(copy, base_path=run.dir, policy="now")
-                    continue
-                if call == _TABLE:
-                    content = {name: _wandb_table(about) for name, about in content.items()}
-                run.log(content)
+            while run is not None and (do := self._calls.get()):
+                do(run)
         except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
             if self._state == "starting":
                 self._state = f"disabled: {_reason(error)}"
@@ -99,6 +112,13 @@ class Mirror:
                 self._problems.append(
                     f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
                 )
+
+    def _log(self, run: Any, row: dict[str, Any]) -> None:
+        for key in sorted(set(row) - self._known):
+            if which := wandb_keys.summary_of(key):
+                run.define_metric(key, step_metric="step", summary=which)
+        self._known |= set(row)
+        run.log({name: shown for key, value in row.items() for name, shown in _shown(key, value).items()})
 
     def _start(self, mode: str) -> Any:
         """The W&B run in this mode, or offline if the server cannot be reached; None if disabled."""
@@ -120,7 +140,8 @@ class Mirror:
             self._problems.append(_reason(error))
             wandb.teardown()  # or the id would still be "in use"
             run = self._init("offline")
-        run.define_metric("step")
+        for axis in wandb_keys.AXES:
+            run.define_metric(axis)
         run.define_metric("*", step_metric="step")
         self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
         return run
@@ -162,10 +183,27 @@ class Mirror:
         return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
 
 
-def _wandb_table(about: dict[str, Any]) -> Any:
+def _shown(key: str, value: Any) -> dict[str, Any]:
+    """What W&B shows of a value: {layer: {quantity: number}} as a table and a histogram per quantity."""
+    if not isinstance(value, dict) or not value or not all(isinstance(v, dict) for v in value.values()):
+        return {key: value}
     import wandb
 
-    return wandb.Table(**about, allow_mixed_types=True)
+    section, _, name = key.rpartition("/")
+    quantities = list(dict.fromkeys(quantity for each in value.values() for quantity in each))
+    rows = [[layer, *(each.get(quantity) for quantity in quantities)] for layer, each in value.items()]
+    shown = {key: _table([name, *quantities], rows)}
+    for column, quantity in enumerate(quantities, start=1):
+        numbers = [row[column] for row in rows if row[column] is not None and math.isfinite(row[column])]
+        if numbers:
+            shown[f"{section}/{quantity}_by_layer"] = wandb.Histogram(numbers)
+    return shown
+
+
+def _table(columns: Sequence[str], rows: list[list[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
 
 
 def _auto_mode(settings: Any) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.record import record
 from cluster.record.record import Record, follow, read_metrics
+from cluster.record.wandb_keys import wandb_row
 from tests.commands import ROOT
 
 
@@ -74,6 +75,7 @@ def test_rows_are_strict_json_and_come_back_with_their_non_finite_values(tmp_pat
     assert [on_disk[f"{name}_nonfinite"] for name in ("loss", "up", "down")] == ["nan", "inf", "-inf"]
     (back,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(back.pop("loss")) and row.pop("loss") is not None
+    assert back.pop("seconds") >= 0
     assert back == row
 
 
@@ -93,7 +95,8 @@ def test_resuming_drops_the_torn_line_and_the_rows_after_the_checkpoint(tmp_path
     assert steps(tmp_path) == list(range(1, 11))
     log_steps(tmp_path, 7, 9, resume_step=6)
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 1.0}
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert (first["step"], first["loss"]) == (1, 1.0)
 
 
 def test_a_fresh_start_replaces_what_an_earlier_run_left(tmp_path):
@@ -234,7 +237,8 @@ with open_record(Path(sys.argv[1]), wandb_mode="auto") as run:
     records = wandb_records(tmp_path)
     rows = [r["history"]["item"] for r in records if r["type"] == "history"]
     ours = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
-    assert ours == read_metrics(tmp_path / "metrics.jsonl")
+    assert ours == [wandb_row(row, job_type="train") for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert set(ours[0]) == {"step", "seconds", "train/loss", "throughput/mfu"}
     (run,) = (r["run"] for r in records if r["type"] == "run")
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     assert (run["run_id"], run["display_name"], run["project"]) == (run_id, "first-light", "asuncion")
@@ -243,7 +247,7 @@ with open_record(Path(sys.argv[1]), wandb_mode="auto") as run:
     assert {"glob_name": "*", "step_metric": "step"}.items() <= next(
         r["metric"] for r in records if r["type"] == "metric" and "glob_name" in r["metric"]
     ).items()
-    assert '"best_loss"' in json.dumps([r for r in records if r["type"] == "summary"])
+    assert '"train/best_loss"' in json.dumps([r for r in records if r["type"] == "summary"])
     status = json.loads((tmp_path / "summary.json").read_text())["wandb_status"]
     assert status == f"offline: wandb sync {tmp_path}/wandb/offline-run-*-{run_id}"
 
@@ -253,7 +257,7 @@ def test_a_table_is_shown_in_wandb_and_is_no_row_of_the_metrics(tmp_path):
         record.table("requests", ["load", "ttft"], [["1 in flight", 0.25], ["1 in flight", None]])
         record.log({"step": 1})
         record.finish({})
-    [table] = (tmp_path / "wandb").glob("offline-run-*/files/media/table/requests*.json")
+    [table] = (tmp_path / "wandb").glob("offline-run-*/files/media/table/train/requests*.json")
     assert json.loads(table.read_text())["data"] == [["1 in flight", 0.25], ["1 in flight", None]]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
