@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster import cli, files
 from cluster.cli import UserError
 from cluster.parity import plots
-from cluster.parity.baseline_file import Side, read_side
+from cluster.parity.baseline_file import Side, origin_of, read_side
 from cluster.parity.parity import Parity, as_json, compare
 from cluster.parity.report import report, to_html
 from cluster.record import provenance
@@ -64,7 +64,7 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
     with Record.open(
         folder, config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
         provenance=about, wandb_mode=wandb_mode, project="asuncion", group="parity", name=folder.name,
-        resume_step=None,
+        resume_step=None, inputs=[origin_of(side) for side in parity.sides],
     ) as record:  # fmt: skip
         drawn = plots.draw(parity, folder / "plots")
         text = report(parity, {title: f"plots/{path.name}" for title, path in drawn.items()}, tolerance)

@@ -14,7 +14,8 @@ from typing import Any
 
 from cluster.machine.host import has_driver
 from cluster.masking import mask
-from cluster.record import wandb_keys
+from cluster.record import wandb_artifacts, wandb_keys
+from cluster.record.origins import Origin
 
 MAX_TAG = 64  # letters; W&B refuses a run with a longer tag
 FSYNC_SECONDS = 1.0  # between flushes of W&B's own log; also of metrics.jsonl
@@ -75,6 +76,17 @@ class Mirror:
             run.save(shutil.copy(path, run.dir), base_path=run.dir, policy="now")
 
         self.call(save)
+
+    def artifact(self, made: Origin, *, used: bool) -> None:
+        """Hand over a thing that the run used or made. If W&B cannot take it, the status says so."""
+
+        def log(run: Any) -> None:
+            try:
+                wandb_artifacts.log(run, made, used=used)
+            except Exception as error:  # rows count more than lineage, which the files have too
+                self._problems.append(f"{made['kind']} {made['name']} is not in W&B: {_reason(error)}")
+
+        self.call(log)
 
     def call(self, do: Callable[[Any], None]) -> None:
         """Have the mirror's thread call `do` with W&B's run, after what was handed over before.

@@ -22,8 +22,8 @@ from cluster import config as layered
 from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
-from cluster.record import lineage, provenance
-from cluster.record.lineage import Origin
+from cluster.record import origins, provenance
+from cluster.record.origins import Origin
 from cluster.record.record import Record
 from cluster.session import ROOT
 from serving import checkpoints
@@ -156,7 +156,7 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
     The model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours).
     """
     endpoint, listed = endpoint_client.find(url, model=config.bench.target_model, key="bench.target")
-    origin = lineage.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
+    origin = origins.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
     if config.bench.target is None:
         origin = checkpoints.origin_of(config.model, checkpoints.find(config.model))
     info = listed.get("engine_info")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
-from cluster.record.lineage import Origin
+from cluster.record.origins import Origin
 from serving.engine.protocol import EngineInfo, Finish, Sampling, Token
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

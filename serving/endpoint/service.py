@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from cluster.record.lineage import Origin
+from cluster.record.origins import Origin
 from serving.endpoint.bodies import MOST_BODY_BYTES, Bodies
 from serving.endpoint.hosts import allowed_hosts, require_allowed
 from serving.endpoint.openai_api import (
@@ -80,7 +80,7 @@ def make_endpoint(
         hosts: names that requests may carry as Host and Origin; None: any.
         body_seconds: a body that takes longer to arrive is refused (408).
         observe: called with the name and seconds of each of LATENCIES; /metrics has them too.
-        origin: of the model, for /v1/models (`cluster.record.lineage`).
+        origin: of the model, for /v1/models (`cluster.record.origins`).
     """
 
     async def check_hosts(request: Request) -> None:

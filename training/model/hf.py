@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from cluster import files
-from cluster.record import lineage
+from cluster.record import origins
 from training.model.shapes import LlamaShape, to_hf_config
 
 
@@ -23,7 +23,7 @@ def save_hf(
     tokenizer_file: Path,
     eos_id: int,
     bos_id: int | None = None,
-    checkpoint: lineage.Origin | None = None,
+    checkpoint: origins.Origin | None = None,
 ) -> None:
     """Write config, weights and tokenizer such that transformers (4 or 5), vLLM and `load_hf` load them.
 
@@ -56,7 +56,7 @@ def save_hf(
         files.write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
         files.write_json(folder / "tokenizer_config.json", tokenizer_config)
         if checkpoint is not None:
-            lineage.write_export(folder, checkpoint)
+            origins.write_export(folder, checkpoint)
 
 
 def _weights(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster import runs
 from cluster.cli import UserError
-from cluster.record import lineage
+from cluster.record import origins
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
@@ -75,7 +75,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
             dtype=DTYPES[dtype],
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
-            checkpoint=lineage.of_checkpoint(saved.path),
+            checkpoint=origins.of_checkpoint(saved.path),
         )
     except ValueError as error:
         raise UserError(str(error)) from error
