@@ -8,17 +8,22 @@ A configuration is recorded, printed and sent to W&B. So it reads nothing outsid
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.masking import mask, mask_secrets
 
 T = TypeVar("T")
+ANCHORS = "x-"  # a file's top-level keys that begin so are ignored: a place for YAML anchors
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf chooses
+_Written = Iterator[tuple[str, str]]
 # ${of.another.key}. All else after "${" calls a resolver, as ${oc.env:HOME} does, or may become such a call.
 _ANOTHER_KEY = re.compile(r"\$\{\s*[\w.\[\]-]+\s*\}")
 
@@ -30,6 +35,7 @@ class ConfigError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Allowed:
     """The values that a key allows: bounds of a number, choices, or the form of a text. Null always passes.
+    Infinity and NaN are refused unless `finite` is false.
 
     Of a list, each item is meant.
     """
@@ -38,15 +44,18 @@ class Allowed:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    finite: bool = True
     choices: Collection[Any] = ()
     pattern: tuple[str, str] | None = None  # a regular expression, and what a text that it refuses lacks
 
     def problem(self, value: Any) -> str | None:
-        """Why `value` is refused, or None. Null passes, NaN does not pass a bound."""
+        """Why `value` is refused, or None. Null passes."""
         if isinstance(value, list | tuple):
             return next(filter(None, map(self.problem, value)), None)
         if value is None:
             return None
+        if self.finite and isinstance(value, float) and not math.isfinite(value):
+            return f"must be finite, not {value}"
         if self.choices and value not in self.choices:
             return f"{value!r} is not one of: {_listed(self.choices)}"
         if self.pattern and not re.fullmatch(self.pattern[0], value):
@@ -128,7 +137,9 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
             a resolver, or one that looks like a secret.
     """
     merged = OmegaConf.structured(schema)
-    for origin, layer in _layers(file, dotlist):
+    for origin, layer, written in _layers(file, dotlist):
+        for name, problem in _misread(schema, layer, written):
+            raise ConfigError(f"{name}: {problem}" if origin != str(file) else f"{origin}: {name}: {problem}")
         for name, text in _texts(OmegaConf.to_container(layer, resolve=False)):
             require("${" not in _ANOTHER_KEY.sub("", text), f"{origin}: {name}", f"{text!r} {_OUTSIDE}")
         try:
@@ -149,7 +160,8 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
     return found
 
 
-def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
+def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig, _Written]]:
+    """(its name for messages, the layer, the scalars as they are written) of each layer."""
     if file is not None:
         try:
             layer = OmegaConf.load(file)
@@ -161,14 +173,49 @@ def _layers(file: Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, Di
             raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{file}: holds a list; the top level must be a mapping of sections")
-        yield str(file), layer
+        for name in [name for name in layer if str(name).startswith(ANCHORS)]:
+            del layer[name]
+        yield str(file), layer, _scalars(yaml.compose(file.read_text(), Loader=_LOADER))
     for argument in dotlist:
         if "=" not in argument or argument.startswith("="):
             raise ConfigError(f"{argument!r}: expected key=value, for example batch.tokens=16384")
         try:
-            yield mask_secrets([argument])[0], OmegaConf.from_dotlist([argument])
+            name, _, text = argument.partition("=")
+            written = _scalars(yaml.compose(text, Loader=_LOADER), name)
+            yield mask_secrets([argument])[0], OmegaConf.from_dotlist([argument]), written
         except Exception as error:
             raise ConfigError(f"{argument!r}: not a valid value: {' '.join(str(error).split())}") from error
+
+
+def _scalars(node: yaml.Node | None, name: str = "") -> _Written:
+    """(dotted key, text) of every scalar that stands without quotes."""
+    if isinstance(node, yaml.MappingNode):
+        for each, value in node.value:
+            merges = each.value == "<<"  # another mapping into this one
+            yield from _scalars(value, name if merges else f"{name}.{each.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _scalars(value, f"{name}[{index}]")
+    elif isinstance(node, yaml.ScalarNode) and not node.style:
+        yield name, node.value
+
+
+def _misread(schema: type, layer: DictConfig, written: _Written) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) of scalars that YAML reads as something else than is meant.
+
+    Where a whole number belongs, 1e6 becomes one.
+    """
+    for name, text in written:
+        kinds = _kinds(schema, name)
+        if "${" in text or not kinds:
+            continue
+        value = OmegaConf.select(layer, name)
+        if text == "None" and type(None) in kinds:
+            yield name, "'None' is a text; write null for no value"
+        elif int in kinds and isinstance(value, float) and value.is_integer():
+            OmegaConf.update(layer, name, int(value))
+        elif str in kinds and value is not None and not isinstance(value, str) and str(value) != text:
+            yield name, f"YAML reads {text} as {value}; quote a text: '{text}', in a shell \"'{text}'\""
 
 
 _OUTSIDE = (
@@ -235,9 +282,20 @@ def _keys_under(schema: type, path: str) -> list[str]:
     return [field.name for field in dataclasses.fields(schema)]
 
 
+def _kinds(schema: Any, path: str) -> tuple[type, ...]:
+    """Types that the value of a dotted key may have: (int, NoneType) of `int | None`; else none."""
+    for name in filter(None, re.split(r"[.\[\]]", path)):
+        if dataclasses.is_dataclass(schema):
+            schema = {field.name: field.type for field in dataclasses.fields(schema)}.get(name)
+        else:
+            schema = _item_type(schema)
+    return get_args(schema) or ((schema,) if isinstance(schema, type) else ())
+
+
 def _item_type(schema: Any) -> Any:
-    """X of dict[str, X] and of list[X]."""
-    return get_args(schema)[-1]
+    """X of dict[str, X], list[X] and tuple[X, ...]; None of what holds no items."""
+    arguments = [each for each in get_args(schema) if each is not ...]
+    return arguments[-1] if get_origin(schema) in (dict, list, tuple) else None
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -249,6 +307,37 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
         else:
             doc, allowed = field.metadata.get("doc", ""), str(field.metadata.get("allowed", ""))
             yield name, value, f"{doc} ({allowed})" if allowed else doc
+
+
+def changes(config: Any) -> dict[str, list[Any]]:
+    """Dotted key -> [default, value] of every leaf of a config object that differs from its default."""
+    defaults = {name: value for name, value, _ in walk(type(config)())}
+    here = ((name, defaults.get(name), value) for name, value, _ in walk(config))
+    return {name: _plain([default, value]) for name, default, value in here if default != value}
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: tuples are lists, dataclasses mappings."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file of a run holds, as plain values, whatever keys its version had.
+
+    Raises:
+        ValueError: it is not YAML; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except OSError:
+        raise
+    except Exception as error:  # the YAML scanner's own errors share no public base class
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

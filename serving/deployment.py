@@ -271,7 +271,7 @@ def _absolute(config: ServeConfig) -> ServeConfig:
     model = config.model
     if model.shape is None or model.shape in shapes.SHAPES:
         return config
-    return replace(config, model=replace(model, shape=str(Path(model.shape).absolute())))
+    return replace(config, model=replace(model, shape=str(Path(model.shape).expanduser().absolute())))
 
 
 def _check_free(host: str, port: int) -> None:

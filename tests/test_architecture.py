@@ -87,6 +87,7 @@ TORCH_FREE = (
     "cluster.measure.probe",
     "cluster.progress",
     "cluster.record.record",
+    "cluster.review.run_reader",
     "optim.bench",
     "optim.cost",
     "optim.bench.share",

@@ -90,7 +90,7 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
             gpu["throttled"] = gpu["index"] in measured["throttled"]
         facts[node]["clock_skew_seconds"] = clock_skew(node)
         ray.kill(inspectors[node])  # the ranks need its GPUs
-    for file in Path(config.storage).glob(f".{mark}-*"):
+    for file in Path(config.storage).expanduser().glob(f".{mark}-*"):
         file.unlink(missing_ok=True)
     report("links within and between nodes ...")
     for node in addresses:
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(layered.to_yaml(config))
             return
-        output = Path(config.output)
+        output = Path(config.output).expanduser()
         output.parent.mkdir(parents=True, exist_ok=True)
         with ray_session(config.session, resources={"CPU": 1}, worker_env={}):
             found = examine(config, report=lambda text: print(text, flush=True))

@@ -36,8 +36,8 @@ class Inspector:
             },
             **host.gpus(),
             "toolchain_problem": toolchain.missing(),
-            "scratch": _folder(Path(scratch), disk_bytes),
-            "storage": _folder(Path(storage), disk_bytes, mark=mark),
+            "scratch": _folder(Path(scratch).expanduser(), disk_bytes),
+            "storage": _folder(Path(storage).expanduser(), disk_bytes, mark=mark),
         }
 
     def clock(self) -> float:
@@ -46,7 +46,9 @@ class Inspector:
 
     def sees(self, storage: str, mark: str) -> list[str]:
         """Hosts whose mark is on the storage, as seen from here."""
-        return sorted(file.name.removeprefix(f".{mark}-") for file in Path(storage).glob(f".{mark}-*"))
+        return sorted(
+            file.name.removeprefix(f".{mark}-") for file in Path(storage).expanduser().glob(f".{mark}-*")
+        )
 
     def ceilings(self, num_gpus: int, repeats: int) -> dict[str, Any]:
         """`ceilings`, a `probe.Ceilings` of every GPU that works or of the CPU; `problem`; `throttled`.

@@ -20,7 +20,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def collect(
-    *, command: Sequence[str], data_fingerprint: str | None, packages: Sequence[str] = PACKAGES
+    *,
+    command: Sequence[str],
+    data_fingerprint: str | None,
+    packages: Sequence[str] = PACKAGES,
+    config_changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything needed to tell where a run came from, as JSON-ready values.
 
@@ -29,6 +33,7 @@ def collect(
             program of ours is named from our root.
         data_fingerprint: hash of the data manifest, or None for work without data.
         packages: names of distributions whose versions matter.
+        config_changes: of `cluster.config.changes`: what differs from the defaults of this version.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -38,6 +43,7 @@ def collect(
         "packages": versions(packages),
         "data_fingerprint": data_fingerprint,
         "host": describe_host(),
+        "config_changes": config_changes,
     }
 
 

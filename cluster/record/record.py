@@ -5,6 +5,7 @@ string in either of them is masked (`cluster.masking`).
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -37,6 +38,7 @@ class Record:
         self._began = time.monotonic() - seconds_before
         self._path = directory / "metrics.jsonl"
         self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        _claim(self._descriptor)
         files.fsync_folder(directory)
         self._fsync_at = time.monotonic() + FSYNC_SECONDS
 
@@ -84,7 +86,7 @@ class Record:
         (directory / "summary.json").unlink(missing_ok=True)
         last_row = _rewind(directory / "metrics.jsonl", last_step=resume_step)
         used = masked([origins.checked(each) for each in inputs])
-        provenance = {**masked(provenance), "job_type": job_type, "inputs": used}
+        provenance = {**masked(provenance), "job_type": job_type, **({"inputs": used} if used else {})}
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
         mirror = Mirror(
@@ -221,6 +223,30 @@ def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -
         time.sleep(poll_seconds)
 
 
+def is_being_written(path: Path) -> bool:
+    """Whether a record holds this `metrics.jsonl` open, on storage that has locks; else False."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _claim(descriptor: int) -> None:
+    """Let `is_being_written` see this writer, until its process ends. A reader that looks is soon gone."""
+    for _ in range(100):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.001)
+        except OSError:  # this storage has no locks
+            return
+
+
 def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row). Text after the last newline is ignored: its log() never returned."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=num_lines_before + 1):
@@ -230,7 +256,7 @@ def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator
             raise ValueError(f"{path}, line {number}: {error}; repair or remove the line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove the line")
-        yield number, _decode(row)
+        yield number, decode_row(row)
 
 
 def _encode(row: dict[str, Any]) -> dict[str, Any]:
@@ -246,8 +272,8 @@ def _encode(row: dict[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def _decode(row: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_encode` on a flat row."""
+def decode_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A flat row of the file with its non-finite values as floats."""
     nonfinite = {k.removesuffix(_NONFINITE): float(v) for k, v in row.items() if k.endswith(_NONFINITE)}
     return {k: nonfinite.get(k, v) for k, v in row.items() if not k.endswith(_NONFINITE)}
 

@@ -88,7 +88,7 @@ def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         print(report.describe(model["engine_info"], ceiling), flush=True)
-    directory = (Path(config.bench.directory) / config.bench.name).absolute()
+    directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
     with _bench(config, endpoint, model, directory, origin) as bench:
         try:
             bench.measure_all()
@@ -124,7 +124,9 @@ def _bench(
     record = Record.open(
         directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        provenance=provenance.collect(
+            command=sys.argv, data_fingerprint=None, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.bench.wandb,
         project=config.bench.project,
         group="serving",
@@ -157,8 +159,9 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
     """
     endpoint, listed = endpoint_client.find(url, model=config.bench.target_model, key="bench.target")
     origin = origins.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
-    if config.bench.target is None:
-        origin = checkpoints.origin_of(config.model, checkpoints.find(config.model))
+    if config.bench.target is None:  # here its folder is known too; a newer run than the one served is not it
+        ours = checkpoints.origin_of(config.model, checkpoints.find(config.model))
+        origin = ours if origin.get("fingerprint") in (None, ours["fingerprint"]) else origin
     info = listed.get("engine_info")
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
     about = {

@@ -82,7 +82,7 @@ class Bench:
         for rate in load.rates:
             self._at_rate(rate)
         if load.trace is not None:
-            file = Path(load.trace)
+            file = Path(load.trace).expanduser()
             size = {"vocab_size": self.model["vocab_size"], "context_tokens": self.model["max_model_len"]}
             self._measure(from_trace(file, **size, seed=load.seed), f"trace {file.name}")
         self.num_asked = len(self.points)
@@ -204,7 +204,7 @@ class Bench:
                 raise UserError(f"load.conversations: needs a model with a {TOKENIZER_FILE}, to count tokens")
             tokenizer = load_tokenizer(directory)
             return from_conversations(
-                Path(load.conversations), number,
+                Path(load.conversations).expanduser(), number,
                 count_tokens=lambda text: len(tokenizer.encode(text).ids),
                 context_tokens=model["max_model_len"], seed=seed, due=due,
             )  # fmt: skip

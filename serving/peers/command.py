@@ -1,5 +1,6 @@
 """`python -m serving.bench bench.compare=...`: a race, its table and its baseline file."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,12 +20,12 @@ def compare(config: ServeBenchConfig) -> None:
         result = overhead.measure(config, report=note)
     else:
         result = races.race(
-            {peer: config.bench.python or sys.executable},
+            {peer: os.path.expanduser(config.bench.python or sys.executable)},
             num_rounds=num_rounds,
             threads=config.engine.threads or describe_host()["cpu_cores"],
             shape=shapes.resolve(config.model.shape) if config.model.shape else races.TINY,
             report=note,
         )
     print(benchmark.table(result))
-    chosen = Path(config.bench.output) if config.bench.output else None
+    chosen = Path(config.bench.output).expanduser() if config.bench.output else None
     benchmark.publish(result, benchmark.prepare_output(chosen, f"serve_{peer}"), data_fingerprint=None)

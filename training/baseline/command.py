@@ -139,7 +139,7 @@ def _described(about: Mapping[str, Any], ceilings: Mapping[str, Any]) -> str:
 
 
 def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
-    path = Path(config.output) if config.output else benchmark.baseline_path(host, WHAT)
+    path = Path(config.output).expanduser() if config.output else benchmark.baseline_path(host, WHAT)
     for key, file in (("output", path), ("directory", _run_directory(config) / "summary.json")):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _output(config: BaselineConfig, host: Mapping[str, Any]) -> Path:
 
 
 def _run_directory(config: BaselineConfig) -> Path:
-    return Path(config.directory) / config.name
+    return Path(config.directory).expanduser() / config.name
 
 
 def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> str:

@@ -51,7 +51,7 @@ def _all_ceilings(
             links = asdict(probe.measure_node_links(ranks, device=device, num_bytes=LINK_BYTES[device]))
         except (RuntimeError, subprocess.TimeoutExpired) as error:  # the rest can be measured all the same
             links = {"problem": str(error).splitlines()[0]}
-    folder = Path(config.storage or config.train.data)
+    folder = Path(config.storage or config.train.data).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     disk = probe.measure_disk(folder, num_bytes=DISK_BYTES[device])
     rates = {f"{what}_gb_per_s": {"best": rate, "spread": [rate, rate]}
@@ -62,7 +62,7 @@ def _all_ceilings(
 
 def _preflight(config: BaselineConfig) -> dict[str, Any]:
     """What the preflight found of Ray's nodes (`cluster.preflight.command.examine`), or {}."""
-    report = Path(config.preflight or "")
+    report = Path(config.preflight or "").expanduser()
     return files.read_json(report)["found"] if report.is_file() else {}
 
 

@@ -101,7 +101,9 @@ def run_ray(config: TrainConfig, plan: Plan, **size: int) -> dict[str, Any]:
     """
     from training.run.start import Start
 
-    config = replace(config, data=replace(config.data, directory=str(Path(config.data.directory).absolute())))
+    config = replace(
+        config, data=replace(config.data, directory=str(Path(config.data.directory).expanduser().absolute()))
+    )
     start = Start.of(config, plan, prepare(config.data, report=_to_stderr).absolute())
     with (
         tempfile.TemporaryDirectory(prefix=".steps-", dir=config.data.directory) as folder,

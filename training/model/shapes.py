@@ -202,7 +202,7 @@ def resolve(name_or_path: str | Path, **overrides: Any) -> LlamaShape:
         ValueError: no such name or file, a config that our model cannot follow, sizes that fit no model, or a
             link in the directory that leads out of it.
     """
-    shape = SHAPES.get(str(name_or_path)) or _read(Path(name_or_path))
+    shape = SHAPES.get(str(name_or_path)) or _read(Path(name_or_path).expanduser())
     changes = {name: value for name, value in overrides.items() if value is not None}
     heads = changes.get("num_heads", shape.num_heads)
     if shape.num_heads * shape.head_dim == shape.hidden_size:

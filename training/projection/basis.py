@@ -46,7 +46,7 @@ def basis_of(config: ProjectionConfig) -> Basis:
         UserError: a baseline that cannot be used, or a device without baseline and datasheet.
     """
     sheet = hardware.lookup(config.device)
-    path = Path(config.baseline) if config.baseline else _found_baseline(config.device)
+    path = Path(config.baseline).expanduser() if config.baseline else _found_baseline(config.device)
     if path is not None:
         return replace(_basis_of_baseline(config, path), peak_tflops=sheet.bf16_tflops if sheet else None)
     if sheet is None:

@@ -70,7 +70,9 @@ def open_record(start: Start, command: list[str]) -> Record:
     return Record.open(
         config.run_directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(command=command, data_fingerprint=fingerprint),
+        provenance=provenance.collect(
+            command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
+        ),
         wandb_mode=config.record.wandb,
         project=config.record.project,
         group=config.record.group,
@@ -304,5 +306,5 @@ class Trainer:
 
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
-    report = Path(config.record.ceilings or "")
+    report = Path(config.record.ceilings or "").expanduser()
     return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None
