@@ -169,8 +169,7 @@ class Trainer:
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
             if saving:
-                saved = self.save(wall_seconds=self._wall_seconds + time.monotonic() - started)
-                output.checkpoint(saved)
+                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
             self._start_meter()
         return {
@@ -255,8 +254,7 @@ class Trainer:
 
         wall_seconds: that the loop has taken until now, in this and in earlier starts.
         """
-        root = self.config.run_directory / "checkpoints"
-        path = checkpoint.step_directory(root, self.step)
+        path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         with self.spent.part("checkpoint"):
             checkpoint.save(
                 path,
@@ -270,12 +268,11 @@ class Trainer:
                     "zero_stage": self.config.zero.stage,
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
-                    "lineage": origins.of_writer(self.config.run_directory) if self.context.is_main else None,
                 },
                 context=self.context,
             )
             if self.context.is_main:
-                checkpoint.prune(root, keep=self.config.checkpoint.keep)
+                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
         return path
 
     def _resume(self, saved: Checkpoint) -> None:
