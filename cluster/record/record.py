@@ -84,7 +84,7 @@ class Record:
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
-        last_row = _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        rows = _rewind(directory / "metrics.jsonl", last_step=resume_step)
         used = masked([origins.checked(each) for each in inputs])
         provenance = {**masked(provenance), "job_type": job_type, **({"inputs": used} if used else {})}
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
@@ -99,10 +99,11 @@ class Record:
             name=name,
             job_type=job_type,
             tags=[*tags, *_tags_of(provenance)],
+            earlier=rows,
         )
         for each in origins.flat(used):
             mirror.artifact(each, used=True)
-        return cls(directory, mirror, seconds_before=last_row.get("seconds", 0.0))
+        return cls(directory, mirror, seconds_before=rows[-1].get("seconds", 0.0) if rows else 0.0)
 
     @property
     def wandb_status(self) -> str:
@@ -290,10 +291,10 @@ def _append(descriptor: int, line: bytes, *, path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space for a whole row; free some and resume the run", str(path))
 
 
-def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
-    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns the last row."""
+def _rewind(path: Path, *, last_step: int | None) -> list[dict[str, Any]]:
+    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns what is kept."""
     if not path.exists():
-        return {}
+        return []
     content = path.read_bytes()
     lines = content.split(b"\n")
     rows = [
@@ -304,7 +305,7 @@ def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
     kept = b"".join(line for line, _ in rows)
     if kept != content:
         files.write_text(path, kept.decode())
-    return rows[-1][1] if rows else {}
+    return [row for _, row in rows]
 
 
 def _tags_of(provenance: Mapping[str, Any]) -> list[str]:
