@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parity = compare(a, b, tolerance=options.tolerance)
         folder = options.output or Path("outputs") / f"parity-{_stem(a)}-{_stem(b)}"
         write(parity, folder, tolerance=options.tolerance, wandb_mode=options.wandb)
+        print(parity.finding)
         for claim in parity.claims:
             print(f"{claim.verdict:<14}{claim.text} ({claim.because})")
         print(f"report: {folder / 'report.html'}")
@@ -64,7 +65,8 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
     with Record.open(
         folder, config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
         provenance=about, wandb_mode=wandb_mode, project="asuncion", group="parity", name=folder.name,
-        resume_step=None, inputs=[origin_of(side) for side in parity.sides],
+        job_type="parity", inputs=[origin_of(side) for side in parity.sides],
+        resume_step=None,
     ) as record:  # fmt: skip
         drawn = plots.draw(parity, folder / "plots")
         text = report(parity, {title: f"plots/{path.name}" for title, path in drawn.items()}, tolerance)

@@ -26,7 +26,7 @@ EXPORT_FILE = "lineage.json"  # in an export
 STATE_FILE = "state.json"  # in a checkpoint
 PROVENANCE_FILE = "provenance.json"  # in a run directory and in a folder of results
 RUN_ID_FILE = "wandb_run_id"
-OF_SHARDS = "state.json, which names the shards and their sizes; not the weights"
+OF_OLD_STATE = "state.json, which names the shards and their sizes; not the weights"
 OF_SIZES = "config.json, names and sizes; not the weights"
 
 _ALWAYS = ("kind", "name", "path", "fingerprint", "commit", "inputs")
@@ -107,6 +107,8 @@ def of_writer(run: Path) -> dict[str, Any]:
 def of_checkpoint(directory: Path) -> Origin:
     """A checkpoint of a run; one without `lineage` in its state takes it from the run directory around it.
 
+    The fingerprint is that of state.json, which holds the SHA-256 of every shard.
+
     Raises:
         ValueError, OSError: state.json is damaged or missing.
     """
@@ -118,9 +120,10 @@ def of_checkpoint(directory: Path) -> Origin:
         about = {"commit": run["commit"], "dirty": run.get("dirty"), "inputs": [run]}
     inputs = [checked(each) for each in about["inputs"]]
     name = f"{inputs[0]['name']}/{directory.name}"
+    hashed = all(isinstance(shard, dict) and "sha256" in shard for shard in state["files"].values())
     return origin(
         "checkpoint", name, path=directory, about=about, inputs=inputs, step=state.get("step"),
-        fingerprint=hashlib.sha256(content).hexdigest(), fingerprint_of=OF_SHARDS,
+        fingerprint=hashlib.sha256(content).hexdigest(), fingerprint_of=None if hashed else OF_OLD_STATE,
     )  # fmt: skip
 
 
@@ -135,8 +138,7 @@ def write_export(folder: Path, checkpoint: Origin, **about: Any) -> None:
     parts = {file.name: file for file in sorted(folder.iterdir()) if file.name != EXPORT_FILE}
     whole = hashlib.sha256()
     for name, file in parts.items():
-        with file.open("rb") as stream:
-            whole.update(f"{name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        whole.update(f"{name}\n{files.sha256_of(file)}\n".encode())
     sizes = {name: file.stat().st_size for name, file in parts.items()}
     made = origin(
         "export", checkpoint["inputs"][0]["name"], about={"time": _now(), **code_version()},
@@ -210,7 +212,7 @@ def of_results(file: Path, content: Mapping[str, Any] | None = None) -> Origin:
     hardware = content.get("hardware")
     return origin(
         kind, name, path=file, about=about, inputs=_inputs(about),
-        fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
+        fingerprint=files.sha256_of(file),
         hardware=hardware.get("name") if isinstance(hardware, Mapping) else None,
     )  # fmt: skip
 

@@ -168,7 +168,7 @@ class Mirror:
 
             opentelemetry_proxy.disable()  # without a network it holds up the end of the process by 20 s
         if mode == "auto":
-            mode = _auto_mode(wandb.setup(settings=wandb.Settings(silent=True)).settings)
+            mode = auto_mode()
         if mode == "disabled":
             self._state = "disabled: as configured"
             return None
@@ -244,8 +244,11 @@ def _table(columns: Sequence[str], rows: list[list[Any]]) -> Any:
     return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
 
 
-def _auto_mode(settings: Any) -> str:
+def auto_mode() -> str:
     """WANDB_MODE or the mode in W&B's settings file; else online with a key or login; else offline."""
+    import wandb
+
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if "WANDB_MODE" in os.environ or settings.mode != "online":
         return settings.mode
     from wandb.sdk.lib.wbauth import read_netrc_auth  # `wandb login` keeps the key in the netrc file
