@@ -147,7 +147,11 @@ class Record:
         """Show a thing that the run made in W&B: an artifact by reference, without its content."""
         self._mirror.artifact(masked(made), used=False)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture in W&B. The file must stay as it is until the record is finished."""
+        self._mirror.image(name, path)
+
+    def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `Mirror.CLOSE_SECONDS`.
 
         `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
@@ -156,7 +160,7 @@ class Record:
         self._fsync()
         summary = masked(summary)
         self._write_summary(summary)  # before W&B gets to take its time
-        self._mirror.close(summary=summary, exit_code=0)
+        self._mirror.close(summary=summary, exit_code=exit_code)
         self._write_summary(summary)
 
     def close(self, *, exit_code: int = 0) -> None:

@@ -76,6 +76,11 @@ class Mirror:
         key, content = wandb_keys.wandb_key(name, job_type=self._job_type), [list(row) for row in rows]
         self.call(lambda run: run.log({key: _table(columns, content)}, commit=False))  # with the next row
 
+    def image(self, name: str, path: Path) -> None:
+        """Hand over a picture."""
+        key = wandb_keys.wandb_key(name, job_type=self._job_type)
+        self.call(lambda run: run.log({key: _image(path)}, commit=False))
+
     def file(self, path: Path) -> None:
         """Hand over a file."""
 
@@ -112,7 +117,8 @@ class Mirror:
 
         def finish(run: Any) -> None:
             found = wandb_keys.wandb_row(summary, job_type=self._job_type)
-            run.summary.update({key: value for key, value in found.items() if key not in self._known})
+            plain = {key: value for key, value in found.items() if not _is_table(value)}
+            run.summary.update({key: value for key, value in plain.items() if key not in self._known})
             run.finish(exit_code=exit_code)
 
         self.call(finish)
@@ -162,6 +168,8 @@ class Mirror:
 
     def _start(self, mode: str) -> Any:
         """The W&B run in this mode, or offline if the server cannot be reached; None if disabled."""
+        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+            mode = "disabled"  # without importing wandb, which takes a second
         if mode != "disabled":
             import wandb
             from wandb.analytics.opentelemetry import opentelemetry_proxy
@@ -242,6 +250,17 @@ def _table(columns: Sequence[str], rows: list[list[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
+
+
+def _image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a list of lists or objects, which W&B's summary shows to nobody."""
+    return isinstance(value, list) and any(isinstance(each, list | dict) for each in value)
 
 
 def auto_mode() -> str:
