@@ -75,8 +75,7 @@ class Record:
                 in W&B.
             tags: what to find the run by in W&B, such as its rule and ZeRO stage; the hardware and the commit
                 are added from `provenance`.
-            inputs: origins (`cluster.record.origins`) of what the run is made from. Written to
-                `provenance.json`, and shown in W&B as the artifacts that it used.
+            inputs: origins (`cluster.record.origins`) of what it is made from; to `provenance.json` and W&B.
 
         Raises:
             ValueError: a line of metrics.jsonl other than a torn last one is damaged.

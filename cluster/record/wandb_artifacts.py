@@ -14,16 +14,28 @@ What wandb 0.31 does, and why `run.log_artifact` and `run.use_artifact` are not 
 import re
 from typing import Any
 
+from cluster.masking import mask
 from cluster.record.origins import Origin, place_of
 
 KINDS = ("dataset", "checkpoint", "export", "model", "baseline")
 MAX_NAME = 128  # letters; W&B refuses longer names
 
 
-def log(run: Any, made: Origin, *, used: bool) -> None:
-    """Log one thing as an artifact of W&B's `run`, made by it or `used` by it; other kinds are left out."""
-    if made["kind"] not in KINDS:
-        return
+def log(run: Any, made: Origin, *, used: bool) -> list[str]:
+    """Log one thing as an artifact of W&B's `run`, made by it or `used` by it. Returns problems, for its status.
+
+    Kinds that are runs in W&B, or stand for no files, are left out.
+    """
+    if made["kind"] in KINDS:
+        try:
+            _log(run, made, used=used)
+        except Exception as error:  # rows count more than lineage, which the files have too
+            reason = " ".join(mask(str(error)).split())[:200]
+            return [f"{made['kind']} {made['name']} is not in W&B: {type(error).__name__}: {reason}"]
+    return []
+
+
+def _log(run: Any, made: Origin, *, used: bool) -> None:
     import wandb
     from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 

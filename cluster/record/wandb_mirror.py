@@ -92,14 +92,7 @@ class Mirror:
 
     def artifact(self, made: Origin, *, used: bool) -> None:
         """Hand over a thing that the run used or made. If W&B cannot take it, the status says so."""
-
-        def log(run: Any) -> None:
-            try:
-                wandb_artifacts.log(run, made, used=used)
-            except Exception as error:  # rows count more than lineage, which the files have too
-                self._problems.append(f"{made['kind']} {made['name']} is not in W&B: {_reason(error)}")
-
-        self.call(log)
+        self.call(lambda run: self._problems.extend(wandb_artifacts.log(run, made, used=used)))
 
     def call(self, do: Callable[[Any], None]) -> None:
         """Have the mirror's thread call `do` with W&B's run, after what was handed over before.
