@@ -22,7 +22,7 @@ MAX_NAME = 128  # letters; W&B refuses longer names
 
 
 def log(run: Any, made: Origin, *, used: bool) -> list[str]:
-    """Log one thing as an artifact of W&B's `run`, made by it or `used` by it. Returns problems, for its status.
+    """Log one thing as an artifact of W&B's `run`, made or `used` by it. Returns problems, for the status.
 
     Kinds that are runs in W&B, or stand for no files, are left out.
     """

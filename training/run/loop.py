@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from training.run.noise_probe import measure_noise
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
+from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 
@@ -53,14 +55,29 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
-    trainer = Trainer(start, context)
-    if context.is_main:
-        about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-        files.write_text(start.config.run_directory / PARTITION, about)
-    with open_record(start, command) if context.is_main else nullcontext() as record:
-        summary = trainer.run(Output(record, observe))
-        if record is not None:
-            record.finish(summary)
+    config = start.config
+    final = context.launcher != "ray" or config.workers.max_failures == 0
+    failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
+    with failures():
+        trainer = Trainer(start, context)
+        if context.is_main:
+            about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+            files.write_text(config.run_directory / PARTITION, about)
+            observe = _both(report_workers(config, context, step=trainer.step).see, observe)
+        with open_record(start, command) if context.is_main else nullcontext() as record:
+            with failures():  # while W&B can still be told
+                summary = trainer.run(Output(record, observe))
+            if record is not None:
+                record.finish(summary)
+                report_end(config, summary)
+
+
+def _both(first: Observe, second: Observe) -> Observe:
+    def observe(row: dict[str, Any]) -> None:
+        first(row)
+        second(row)
+
+    return observe
 
 
 def open_record(start: Start, command: list[str]) -> Record:
@@ -257,8 +274,7 @@ class Trainer:
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         with self.spent.part("checkpoint"):
             checkpoint.save(
-                path,
-                shards=self.optimizer.shards(),
+                path, shards=self.optimizer.shards(), context=self.context,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -269,9 +285,9 @@ class Trainer:
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
                 },
-                context=self.context,
-            )
+            )  # fmt: skip
             if self.context.is_main:
+                report_checkpoint(self.config, step=self.step)
                 checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
         return path
 
