@@ -19,7 +19,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import provenance
+from cluster.record import origins, provenance
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
@@ -95,6 +95,7 @@ def open_record(start: Start, command: list[str]) -> Record:
         group=config.record.group,
         name=config.run.name,
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
+        inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
     )
 
 
@@ -109,6 +110,10 @@ class Output:
         if self.record is not None:
             self.record.log(row)
             self.observe(row)
+
+    def checkpoint(self, path: Path) -> None:
+        if self.record is not None:
+            self.record.output(origins.of_checkpoint(path))
 
 
 class Trainer:
@@ -181,7 +186,7 @@ class Trainer:
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
             if saving:
-                self.save(wall_seconds=self._wall_seconds + time.monotonic() - started)
+                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
             self._start_meter()
         return {
@@ -261,16 +266,15 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> None:
-        """Write a checkpoint of the current step and drop the ones that are no longer kept.
+    def save(self, *, wall_seconds: float) -> Path:
+        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
 
         wall_seconds: that the loop has taken until now, in this and in earlier starts.
         """
-        root = self.config.run_directory / "checkpoints"
+        path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         with self.spent.part("checkpoint"):
             checkpoint.save(
-                checkpoint.step_directory(root, self.step),
-                shards=self.optimizer.shards(),
+                path, shards=self.optimizer.shards(), context=self.context,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -281,11 +285,11 @@ class Trainer:
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
                 },
-                context=self.context,
-            )
+            )  # fmt: skip
             if self.context.is_main:
                 report_checkpoint(self.config, step=self.step)
-                checkpoint.prune(root, keep=self.config.checkpoint.keep)
+                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
+        return path
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
