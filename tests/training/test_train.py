@@ -204,8 +204,9 @@ def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
     with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
 
     def stop_a_worker() -> None:
+        earlier = len(alarms("no_progress"))  # while Ray starts
         os.kill(train_workers(with_own_session["RAY_TMPDIR"])[0], signal.SIGSTOP)
-        wait_until(lambda: alarms("no_progress"), told=lambda: events.read(run))
+        wait_until(lambda: len(alarms("no_progress")) > earlier, told=lambda: events.read(run))
 
     def alarms(kind: str) -> list[str]:
         return [event["text"] for event in events.read(run) if event["kind"] == kind]
