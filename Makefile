@@ -4,13 +4,14 @@ CONFIG ?=
 ARGS ?=
 CLUSTER ?=
 RUN ?=
+RUNS ?=
 A ?=
 B ?=
 SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection serve serve-bench up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection serve serve-bench report compare up status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -50,6 +51,16 @@ serve: $(VENV)/ready
 ## serve-bench   serve a model, and measure throughput and latency
 serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+##
+## Look at runs, without W&B
+## report        one HTML page of a run: curves, events, configuration (RUN=name)
+report: $(VENV)/ready
+	$(PY) cluster.review.page $(or $(RUN),$(error say RUN=, a run directory or its name in outputs/)) $(ARGS)
+
+## compare       one HTML page of several runs: which is better (RUNS=a,b,c)
+compare: $(VENV)/ready
+	$(PY) cluster.review.compare $(or $(RUNS),$(error say RUNS=a,b, run directories or names in outputs/)) $(ARGS)
 
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)

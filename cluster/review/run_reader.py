@@ -30,6 +30,7 @@ from cluster.record.record import decode_row, is_being_written
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 ENDS = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
+AXES = ("step", "tokens", "seconds")
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, for the newest rows
 PATIENCE_SECONDS = 60.0  # a silent run counts as running for this long, and for three intervals of its rows
 
@@ -56,12 +57,18 @@ class Run:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.metrics = directory / "metrics.jsonl"
+        self.requests = directory / "requests.jsonl"
         self.problems: list[str] = []
 
     @property
     def name(self) -> str:
         """The directory's name."""
         return self.directory.name
+
+    @property
+    def serving(self) -> bool:
+        """Whether it is a run of the load generator, whose rows are loads and not steps."""
+        return self.requests.exists()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -80,6 +87,12 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """provenance.json, or {}."""
         return self._read(self.directory / "provenance.json", files.read_json)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of its code, with "+dirty" if there were uncommitted changes."""
+        found = self.provenance.get("commit")
+        return found and found + "+dirty" * bool(self.provenance.get("dirty"))
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
@@ -120,6 +133,41 @@ class Run:
                     column.rows.append(number)
                     column.values.append(value)
         return found
+
+    def curve(self, key: str, *, over: str = "step") -> tuple[array, array]:
+        """(x, y) of the rows that hold both, in the order of the file; empty without any.
+
+        Args:
+            over: "step", "tokens" or "seconds" (of wall time; of the steps alone in a run without that key).
+        """
+        column, axis = self.columns.get(key), self._axes.get(over)
+        if column is None or axis is None:
+            return array("d"), array("d")
+        if axis.rows == column.rows:
+            return axis.values, column.values
+        x = dict(zip(axis.rows, axis.values, strict=True))
+        both = [(x[row], y) for row, y in zip(column.rows, column.values, strict=True) if row in x]
+        return array("d", [x for x, _ in both]), array("d", [y for _, y in both])
+
+    @cached_property
+    def _axes(self) -> dict[str, Column]:
+        axes = {name: self.columns[name] for name in AXES if name in self.columns}
+        if "seconds" not in axes and "step_seconds" in self.columns:
+            axes["seconds"] = self._seconds_of_steps()
+        return axes
+
+    def _seconds_of_steps(self) -> Column:
+        """The time of all steps until each row."""
+        seconds, total, before = Column(), 0.0, 0.0
+        took = dict(zip(self.columns["step_seconds"].rows, self.columns["step_seconds"].values, strict=True))
+        steps = self.columns.get("step", Column())
+        for row, step in zip(steps.rows, steps.values, strict=True):
+            if row in took:
+                total += (step - before) * took[row]
+                before = step
+            seconds.rows.append(row)
+            seconds.values.append(total)
+        return seconds
 
     @property
     def num_rows(self) -> int:
