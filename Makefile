@@ -11,7 +11,8 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection serve serve-bench report compare up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard up status \
+  preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -44,6 +45,10 @@ parity: $(VENV)/ready
 projection: $(VENV)/ready
 	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
+## lineage       which data, commit and checkpoint a result comes from (RUN=path or name)
+lineage: $(VENV)/ready
+	$(PY) cluster.record.lineage $(or $(RUN),$(error say RUN=, a run, checkpoint, export or file of results))
+
 ## serve         serve the newest run, or model.path=, until Ctrl-C
 serve: $(VENV)/ready
 	$(PY) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -53,7 +58,7 @@ serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 ##
-## Look at runs, without W&B
+## Review
 ## report        one HTML page of a run: curves, events, configuration (RUN=name)
 report: $(VENV)/ready
 	$(PY) cluster.review.page $(or $(RUN),$(error say RUN=, a run directory or its name in outputs/)) $(ARGS)
@@ -61,6 +66,10 @@ report: $(VENV)/ready
 ## compare       one HTML page of several runs: which is better (RUNS=a,b,c)
 compare: $(VENV)/ready
 	$(PY) cluster.review.compare $(or $(RUNS),$(error say RUNS=a,b, run directories or names in outputs/)) $(ARGS)
+
+## dashboard     make the team's views in Weights & Biases, or update them
+dashboard: $(VENV)/ready
+	$(PY) cluster.review.dashboard $(ARGS)
 
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)

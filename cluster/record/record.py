@@ -5,9 +5,7 @@ string in either of them is masked (`cluster.masking`).
 """
 
 import errno
-import fcntl
 import json
-import math
 import os
 import secrets
 import time
@@ -18,10 +16,10 @@ from typing import Any, Self
 
 from cluster import files
 from cluster.masking import masked
+from cluster.record import origins, row_format
 from cluster.record.wandb_mirror import FSYNC_SECONDS, Mirror
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
-_NONFINITE = "_nonfinite"
 
 
 class Record:
@@ -37,7 +35,7 @@ class Record:
         self._began = time.monotonic() - seconds_before
         self._path = directory / "metrics.jsonl"
         self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        _claim(self._descriptor)
+        row_format.claim(self._descriptor)
         files.fsync_folder(directory)
         self._fsync_at = time.monotonic() + FSYNC_SECONDS
 
@@ -74,8 +72,7 @@ class Record:
                 in W&B.
             tags: what to find the run by in W&B, such as its rule and ZeRO stage; the hardware and the commit
                 are added from `provenance`.
-            inputs: what the run is made from, for its lineage: each with `kind`, `name`, `path` and
-                `fingerprint`. Written to `provenance.json`.
+            inputs: origins (`cluster.record.origins`) of what it is made from; to `provenance.json` and W&B.
 
         Raises:
             ValueError: a line of metrics.jsonl other than a torn last one is damaged.
@@ -83,8 +80,9 @@ class Record:
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
-        last_row = _rewind(directory / "metrics.jsonl", last_step=resume_step)
-        provenance = masked({**provenance, **({"inputs": list(inputs)} if inputs else {})})
+        rows = _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        used = masked([origins.checked(each) for each in inputs])
+        provenance = {**masked(provenance), "job_type": job_type, **({"inputs": used} if used else {})}
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
         mirror = Mirror(
@@ -97,8 +95,11 @@ class Record:
             name=name,
             job_type=job_type,
             tags=[*tags, *_tags_of(provenance)],
+            earlier=rows,
         )
-        return cls(directory, mirror, seconds_before=last_row.get("seconds", 0.0))
+        for each in origins.flat(used):
+            mirror.artifact(each, used=True)
+        return cls(directory, mirror, seconds_before=rows[-1].get("seconds", 0.0) if rows else 0.0)
 
     @property
     def wandb_status(self) -> str:
@@ -124,7 +125,7 @@ class Record:
             raise ValueError(f"{self._path}: a row needs an int 'step'; got {row.get('step')!r}")
         seconds = time.monotonic() - self._began
         row = masked({"seconds": seconds, **row})
-        line = f"{json.dumps(_encode(row), allow_nan=False)}\n".encode()
+        line = f"{json.dumps(row_format.encode(row), allow_nan=False)}\n".encode()
         _append(self._descriptor, line, path=self._path)
         if time.monotonic() >= self._fsync_at:
             self._fsync()
@@ -138,7 +139,15 @@ class Record:
         """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
         self._mirror.file(path)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def output(self, made: origins.Origin) -> None:
+        """Show a thing that the run made in W&B: an artifact by reference, without its content."""
+        self._mirror.artifact(masked(made), used=False)
+
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture in W&B. The file must stay as it is until the record is finished."""
+        self._mirror.image(name, path)
+
+    def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `Mirror.CLOSE_SECONDS`.
 
         `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
@@ -147,7 +156,7 @@ class Record:
         self._fsync()
         summary = masked(summary)
         self._write_summary(summary)  # before W&B gets to take its time
-        self._mirror.close(summary=summary, exit_code=0)
+        self._mirror.close(summary=summary, exit_code=exit_code)
         self._write_summary(summary)
 
     def close(self, *, exit_code: int = 0) -> None:
@@ -173,7 +182,7 @@ class Record:
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         about = {"wandb_status": self.wandb_status, "wandb_run_id": self._mirror.run_id}
-        files.write_json(self._directory / "summary.json", _encode({**summary, **about}))
+        files.write_json(self._directory / "summary.json", row_format.encode({**summary, **about}))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -215,30 +224,6 @@ def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -
         time.sleep(poll_seconds)
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a record holds this `metrics.jsonl` open, on storage that has locks; else False."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _claim(descriptor: int) -> None:
-    """Let `is_being_written` see this writer, until its process ends. A reader that looks is soon gone."""
-    for _ in range(100):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.001)
-        except OSError:  # this storage has no locks
-            return
-
-
 def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row). Text after the last newline is ignored: its log() never returned."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=num_lines_before + 1):
@@ -248,26 +233,7 @@ def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator
             raise ValueError(f"{path}, line {number}: {error}; repair or remove the line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove the line")
-        yield number, decode_row(row)
-
-
-def _encode(row: dict[str, Any]) -> dict[str, Any]:
-    """Write non-finite floats, here and in nested dicts, as null beside `<key>_nonfinite`."""
-    encoded: dict[str, Any] = {}
-    for key, value in row.items():
-        if key.endswith(_NONFINITE):
-            raise ValueError(f"key {key!r}: the ending {_NONFINITE!r} is reserved")
-        if isinstance(value, float) and not math.isfinite(value):
-            encoded[key], encoded[key + _NONFINITE] = None, str(float(value))
-        else:
-            encoded[key] = _encode(value) if isinstance(value, dict) else value
-    return encoded
-
-
-def decode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A flat row of the file with its non-finite values as floats."""
-    nonfinite = {k.removesuffix(_NONFINITE): float(v) for k, v in row.items() if k.endswith(_NONFINITE)}
-    return {k: nonfinite.get(k, v) for k, v in row.items() if not k.endswith(_NONFINITE)}
+        yield number, row_format.decode(row)
 
 
 def _append(descriptor: int, line: bytes, *, path: Path) -> None:
@@ -282,10 +248,10 @@ def _append(descriptor: int, line: bytes, *, path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space for a whole row; free some and resume the run", str(path))
 
 
-def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
-    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns the last row."""
+def _rewind(path: Path, *, last_step: int | None) -> list[dict[str, Any]]:
+    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns what is kept."""
     if not path.exists():
-        return {}
+        return []
     content = path.read_bytes()
     lines = content.split(b"\n")
     rows = [
@@ -296,7 +262,7 @@ def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
     kept = b"".join(line for line, _ in rows)
     if kept != content:
         files.write_text(path, kept.decode())
-    return rows[-1][1] if rows else {}
+    return [row for _, row in rows]
 
 
 def _tags_of(provenance: Mapping[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from cluster import cli, runs
 from cluster.cli import UserError
+from cluster.display import duration
 from cluster.measure import intervals
-from cluster.progress import duration
 from cluster.review import page as run_page
 from cluster.review.charts import Chart, Charts, Curve
 from cluster.review.document import Page, Section, Table, write

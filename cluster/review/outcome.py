@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cluster.progress import duration
+from cluster.display import duration
 from cluster.review.run_reader import FINISHED, Run
 from cluster.review.words import commit, number
 

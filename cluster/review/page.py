@@ -13,7 +13,8 @@ from typing import Any
 
 from cluster import cli, runs
 from cluster.cli import UserError
-from cluster.progress import duration
+from cluster.display import duration
+from cluster.record import lineage
 from cluster.review import requests_section, training_charts
 from cluster.review.charts import Mark
 from cluster.review.document import Page, Section, Table, write
@@ -204,11 +205,11 @@ def samples_section(run: Run) -> Section:
 def lineage_section(run: Run) -> Section:
     """Which commit, data and checkpoint it comes from."""
     section = Section("Lineage")
-    inputs = run.provenance.get("inputs") or []
-    if inputs:
-        keys = ("kind", "name", "path", "fingerprint", "commit")
-        rows = [[plain(one.get(key)) for key in keys] for one in inputs]
-        section.tables.append(Table(("Made from", "Name", "Path", "Fingerprint", "Commit"), rows))
+    if run.provenance:
+        try:
+            section.texts.append(("", lineage.describe(lineage.find(str(run.directory)))))
+        except UserError as error:
+            section.paragraphs.append(str(error))
     if run.checkpoints:
         section.paragraphs.append(f"Complete checkpoints: steps {', '.join(map(number, run.checkpoints))}.")
     return section

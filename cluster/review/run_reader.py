@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.progress import duration
-from cluster.record import events
-from cluster.record.record import decode_row, is_being_written
+from cluster.display import duration
+from cluster.record import events, row_format
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 ENDS = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
@@ -98,7 +97,7 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None: the run has not finished."""
         path = self.directory / "summary.json"
-        return decode_row(self._read(path, files.read_json)) if path.exists() else None
+        return row_format.decode(self._read(path, files.read_json)) if path.exists() else None
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
@@ -202,7 +201,7 @@ class Run:
             return State(FAILED, "the directory holds no row and no provenance.json: no run began here")
         silent = max(0.0, time.time() - self.written)
         since = f"its last row is {duration(silent)} old"
-        if is_being_written(self.metrics):
+        if row_format.is_being_written(self.metrics):
             due = f", and one was due every {duration(self._interval)}" if silent > self._patience else ""
             return State(RUNNING, since + due)
         if ended := self._end():
@@ -259,7 +258,7 @@ class Run:
                     break  # being written, or torn by a crash
                 try:
                     row = json.loads(line)
-                    yield decode_row(row)
+                    yield row_format.decode(row)
                 except (ValueError, AttributeError):  # not JSON, or no object
                     damaged += 1
         if damaged:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from cluster import display
+
 
 def number(value: Any, *, digits: int = 5) -> str:
     """A number in about so many digits, without trailing zeros: 6,500; 0.0153; 5.136; nan; "-" for None."""
@@ -10,15 +12,12 @@ def number(value: Any, *, digits: int = 5) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if not math.isfinite(value):
-        return str(float(value))
-    size = abs(value)
-    if value == int(value) and size < 1e15:
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    if not 1e-4 <= size < 1e15:
-        return f"{value:.{digits - 1}g}"
-    places = max(0, digits - 1 - math.floor(math.log10(size))) if size < 1000 else 0
-    return f"{value:,.{places}f}".rstrip("0").rstrip(".") if places else f"{value:,.0f}"
+    if 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    text = display.number(value, digits=digits)
+    return text.rstrip("0").rstrip(".") if "." in text and "·" not in text else text
 
 
 def shortened(text: str, *, most: int) -> str:

@@ -56,7 +56,7 @@ def test_an_axis_is_logarithmic_where_a_linear_one_would_flatten_the_curve(value
         (5.13604, "5.136"),
         (0.02, "0.02"),
         (0.00015, "0.00015"),
-        (1.2e-7, "1.2e-07"),
+        (1.2e-7, "1.2000·10⁻⁷"),
         (1_420_400_000, "1,420,400,000"),
         (math.nan, "nan"),
         (-math.inf, "-inf"),
