@@ -1,4 +1,4 @@
-"""How a row stands in `metrics.jsonl`, and who writes it. Standard library only: whoever looks at a run reads it.
+"""How a row stands in `metrics.jsonl`, and whether one is being written. Standard library only.
 
 Strict JSON has no NaN and no infinity. Such a value is null beside `<key>_nonfinite`: "nan", "inf" or "-inf".
 """

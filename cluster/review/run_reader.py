@@ -17,7 +17,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +26,11 @@ from typing import Any
 from cluster import files
 from cluster.display import duration
 from cluster.record import events, row_format
+from cluster.review import columns
+from cluster.review.columns import Column
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 ENDS = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
-AXES = ("step", "tokens", "seconds")
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, for the newest rows
 PATIENCE_SECONDS = 60.0  # a silent run counts as running for this long, and for three intervals of its rows
 
@@ -40,14 +41,6 @@ class State:
 
     name: str
     reason: str = ""
-
-
-@dataclass
-class Column:
-    """The numbers of one key: `values[i]` stands in row `rows[i]`. Not-a-number and infinities are kept."""
-
-    rows: array = field(default_factory=lambda: array("L"))
-    values: array = field(default_factory=lambda: array("d"))
 
 
 class Run:
@@ -123,15 +116,8 @@ class Run:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """All numbers of metrics.jsonl by key; 9 bytes or more each. True and False are 1 and 0."""
-        found: dict[str, Column] = {}
-        for number, row in enumerate(self.iterate(self.metrics)):
-            for key, value in row.items():
-                if isinstance(value, int | float):
-                    column = found.setdefault(key, Column())
-                    column.rows.append(number)
-                    column.values.append(value)
-        return found
+        """All numbers of metrics.jsonl by key. True and False are 1 and 0."""
+        return columns.of_rows(self.iterate(self.metrics))
 
     def curve(self, key: str, *, over: str = "step") -> tuple[array, array]:
         """(x, y) of the rows that hold both, in the order of the file; empty without any.
@@ -139,34 +125,14 @@ class Run:
         Args:
             over: "step", "tokens" or "seconds" (of wall time; of the steps alone in a run without that key).
         """
-        column, axis = self.columns.get(key), self._axes.get(over)
-        if column is None or axis is None:
-            return array("d"), array("d")
-        if axis.rows == column.rows:
-            return axis.values, column.values
-        x = dict(zip(axis.rows, axis.values, strict=True))
-        both = [(x[row], y) for row, y in zip(column.rows, column.values, strict=True) if row in x]
-        return array("d", [x for x, _ in both]), array("d", [y for _, y in both])
+        axis = self.columns.get(over)
+        if over == "seconds" and axis is None:
+            axis = self._seconds_of_steps
+        return columns.curve(self.columns.get(key), axis)
 
     @cached_property
-    def _axes(self) -> dict[str, Column]:
-        axes = {name: self.columns[name] for name in AXES if name in self.columns}
-        if "seconds" not in axes and "step_seconds" in self.columns:
-            axes["seconds"] = self._seconds_of_steps()
-        return axes
-
-    def _seconds_of_steps(self) -> Column:
-        """The time of all steps until each row."""
-        seconds, total, before = Column(), 0.0, 0.0
-        took = dict(zip(self.columns["step_seconds"].rows, self.columns["step_seconds"].values, strict=True))
-        steps = self.columns.get("step", Column())
-        for row, step in zip(steps.rows, steps.values, strict=True):
-            if row in took:
-                total += (step - before) * took[row]
-                before = step
-            seconds.rows.append(row)
-            seconds.values.append(total)
-        return seconds
+    def _seconds_of_steps(self) -> Column | None:
+        return columns.seconds_of_steps(self.columns)
 
     @property
     def num_rows(self) -> int:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.review.charts import Chart, Charts, Curve, Mark
+from cluster.review.columns import AXES
 from cluster.review.document import Section, Table
-from cluster.review.run_reader import AXES, Run
+from cluster.review.run_reader import Run
 from cluster.review.words import number
 
 MOST_OTHERS = 24  # charts of keys that this version does not know
