@@ -82,7 +82,7 @@ def spread_of(key: str) -> str:
     return f"spread_{key.removeprefix('speedup_')}"
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> display.Table:
     """A table of every median in `result` with its spread; a dash where nothing was measured."""
     keys = [key for key in result if spread_of(key) in result]
     rows = []

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from cluster.display import show
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark
 from serving.bench.config import ServeBenchConfig
@@ -26,6 +27,6 @@ def compare(config: ServeBenchConfig) -> None:
             shape=shapes.resolve(config.model.shape) if config.model.shape else races.TINY,
             report=note,
         )
-    print(benchmark.table(result))
+    show(benchmark.table(result))
     chosen = Path(config.bench.output).expanduser() if config.bench.output else None
     benchmark.publish(result, benchmark.prepare_output(chosen, f"serve_{peer}"), data_fingerprint=None)
