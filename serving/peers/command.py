@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from cluster import config as layered
 from cluster.display import show
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark
@@ -29,4 +30,8 @@ def compare(config: ServeBenchConfig) -> None:
         )
     show(benchmark.table(result))
     chosen = Path(config.bench.output).expanduser() if config.bench.output else None
-    benchmark.publish(result, benchmark.prepare_output(chosen, f"serve_{peer}"), data_fingerprint=None)
+    output = benchmark.prepare_output(chosen, f"serve_{peer}")
+    benchmark.publish(
+        result, output, job_type="race", wandb_mode=config.bench.wandb, project=config.bench.project,
+        config=layered.to_dict(config), data_fingerprint=None,
+    )  # fmt: skip
