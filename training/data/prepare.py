@@ -6,6 +6,7 @@ content, so a second run reuses it; it appears by one rename, so an interrupted 
 complete. Memory is bounded by a batch of documents and the tokenizer's sample, not by the corpus.
 """
 
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -14,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from cluster import config as layered
 from cluster.files import sha256_of
 from training import config as training_config
 from training.config import DataConfig
-from training.data.corpora import Corpus, Document, reading
+from training.data.corpora import Corpus, Document, Skipped
 from training.data.dataset import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -38,6 +39,7 @@ from training.data.dataset import (
     Shard,
     Split,
 )
+from training.data.readers import reading
 
 Report = Callable[[str], None]
 
@@ -84,11 +86,13 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
     """
     request = DataRequest.of(config)
     target = request.target
-    with _writing(target, report=report):
+    with _writing(target, report=report) as read_only:
         if target.exists():
             try:
                 Manifest.read(target).verify(target)
             except DataError as error:
+                if read_only:
+                    raise
                 report(f"rebuilding {target}: {str(error).removesuffix(f'; {REMEDY}')}")
             else:
                 report(f"reusing {target}, from {request.corpus.description}")
@@ -120,6 +124,8 @@ class DataRequest:
             with reading(path):
                 tokenizer = ["file", sha256_of(path)]
         asked = [FORMAT_VERSION, corpus.identity, tokenizer, config.validation_fraction, config.shard_tokens]
+        if config.max_bad_fraction != DataConfig.max_bad_fraction:
+            asked.append(config.max_bad_fraction)
         return cls(config, corpus, hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     @property
@@ -134,21 +140,32 @@ class DataRequest:
 
 
 @contextmanager
-def _writing(target: Path, *, report: Report) -> Iterator[None]:
-    """The sole right to write `target`. The kernel frees the lock of a process that dies."""
+def _writing(target: Path, *, report: Report) -> Iterator[bool]:
+    """The sole right to write `target`. The kernel frees the lock of a process that dies.
+
+    Gives whether nothing can be written there, as on a read-only mount, and `target` has to do as it is.
+    """
     folder = target.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{target.name}.lock").open("w") as lock:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((folder / f".{target.name}.lock").open("w"))
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not target.exists():
+                    raise
+                yield True
+                return
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 report(f"waiting for another prepare of {target}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield False
     except OSError as error:
-        problem, remedy = error.strerror or error, "free some space or set data.directory"
-        raise DataError(f"{folder}: cannot be written ({problem}); {remedy}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"{'free some space or ' if full else ''}set data.directory"
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------
@@ -210,7 +227,8 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> Non
         shutil.copyfile(given, path)
         report(f"tokenizer: {given}")
         return
-    documents = (d for d in corpus.documents() if d.split(config.validation_fraction) == "train")
+    divided = corpus.divided(config, Skipped(config.max_bad_fraction))
+    documents = (document for split, document in divided if split == "train")
     sample = _sample(documents, max_bytes=TOKENIZER_SAMPLE_BYTES)
     tokenizer = train_tokenizer((document.text for document in sample), vocab_size=config.vocab_size)
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -247,12 +265,13 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
         SplitWriter(folder, name, dtype=dtype, shard_tokens=config.shard_tokens) for name in SPLITS
     )
     text_sha256, reported = hashlib.sha256(), started
-    for batch in _batches(request.corpus.documents()):
-        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        pairs = [(d, [*e.ids, end_id]) for d, e in zip(batch, encodings, strict=True)]
+    skipped = Skipped(config.max_bad_fraction)
+    for batch in _batches(request.corpus.divided(config, skipped)):
+        encodings = tokenizer.encode_batch_fast([d.text for _, d in batch], add_special_tokens=False)
+        encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
         for writer in (train, validation):
-            writer.write([(d, ids) for d, ids in pairs if d.split(config.validation_fraction) == writer.name])
-        text_sha256.update(b"".join(document.digest for document in batch))
+            writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])
+        text_sha256.update(b"".join(document.digest for _, document in batch))
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             tokens = train.tokens + validation.tokens
@@ -263,6 +282,8 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
             f"data.source: {config.source!r} gives {train.documents} train and {validation.documents} "
             "validation documents; both need some: add documents or change data.validation_fraction"
         )
+    if skipped.number:
+        report(skipped.describe())
     text_bytes = train.text_bytes + validation.text_bytes
     report(
         f"tokens: {train.tokens:,} train, {validation.tokens:,} validation "
@@ -281,15 +302,17 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
         dtype=dtype,
         train=train.split(),
         validation=validation.split(),
+        skipped_records=skipped.number,
+        skipped_first=tuple(skipped.first),
     )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of at most 4096, that end once they hold 4 MiB."""
-    batch: list[Document] = []
+def _batches(divided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """(split, document) in groups of at most 4096, that end once they hold 4 MiB."""
+    batch: list[tuple[str, Document]] = []
     num_bytes = 0
-    for document in documents:
-        batch.append(document)
+    for split, document in divided:
+        batch.append((split, document))
         num_bytes += document.num_bytes
         if num_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
             yield batch

@@ -148,9 +148,9 @@ def test_txt_jsonl_and_parquet_of_the_same_documents_give_the_same_tokens(
 
 
 def test_empty_documents_are_left_out(config: DataConfig) -> None:
-    write_jsonl(Path(config.source), ["", " \n", *texts(50)])
+    write_jsonl(Path(config.source), ["", " \n", *texts(150)])
     manifest = Manifest.read(prepare(config, report=silent))
-    assert manifest.train.documents + manifest.validation.documents == 50
+    assert manifest.train.documents + manifest.validation.documents == 150
 
 
 def test_the_tokenizer_sample_is_bounded_and_spread_over_the_corpus() -> None:
@@ -183,7 +183,7 @@ def test_a_trained_tokenizer_decodes_every_text_exactly() -> None:
 
 
 def test_the_name_of_a_special_token_in_a_text_does_not_end_the_document(config: DataConfig) -> None:
-    documents = [f"{text} <|endoftext|> more" for text in texts(50)]
+    documents = [f"{text} <|endoftext|> more" for text in texts(150)]
     write_jsonl(Path(config.source), documents)
     folder = prepare(config, report=silent)
     assert sorted(read_split(folder, "train") + read_split(folder, "validation")) == sorted(documents)
@@ -339,7 +339,7 @@ GOOD = b'{"text": "fine"}\n'
     ("files", "problem"),
     [
         ({}, "matches no file"),
-        ({"a.csv": b"x"}, r"a\.csv: cannot read \.csv; only \.txt \.jsonl \.parquet"),
+        ({"a.csv": b"x"}, r"a\.csv: cannot read \.csv; only \.txt \.jsonl \.json \.parquet"),
         ({"README": b"x"}, "README: cannot read files without extension"),
         ({"a.txt": b"x", "b.jsonl": GOOD}, r"mixes \.jsonl and \.txt"),
         ({"a.txt": b"", "b.txt": b" \n"}, "gives 0 train and 0 validation documents"),
@@ -376,7 +376,7 @@ def test_an_unusable_source_is_refused_by_name(
     [
         ({"body": ["x"]}, "no column 'text' among body"),
         ({"text": [1, 2]}, "column 'text' holds int64, not strings"),
-        ({"text": ["x", "y", None]}, "row 3 has no 'text'"),
+        ({"text": ["x", "y", None]}, "row 3: no text in 'text'"),
     ],
 )
 def test_an_unusable_parquet_column_is_refused(
