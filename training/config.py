@@ -60,6 +60,10 @@ class DataConfig:
     )
     tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
     vocab_size: int = key(8192, "vocabulary of a trained tokenizer", least=300, most=1_000_000)
+    add_special_tokens: bool = key(
+        True, "begin each text as the tokenizer's post-processor does; false: without special tokens"
+    )
+    end_of_text: str | None = key(None, "the token that ends a document; default: found by its usual names")
     validation_fraction: float = key(
         0.01, "share of the documents that is held out, chosen by their hash", above=0, below=0.5
     )

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,7 +46,16 @@ Report = Callable[[str], None]
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "[EOS]")
+# of GPT-2 and Qwen, LLaMA 3, DeepSeek, LLaMA 2 and Mistral, Gemma, and others
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's own bars)
+    "</s>",
+    "<eos>",
+    "<|eot_id|>",
+    "[EOS]",
+)
 
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
@@ -122,7 +132,7 @@ class DataRequest:
         else:
             path = Path(config.tokenizer).expanduser()
             with reading(path):
-                tokenizer = ["file", sha256_of(path)]
+                tokenizer = ["file", sha256_of(path), config.add_special_tokens, config.end_of_text]
         asked = [FORMAT_VERSION, corpus.identity, tokenizer, config.validation_fraction, config.shard_tokens]
         if config.max_bad_fraction != DataConfig.max_bad_fraction:
             asked.append(config.max_bad_fraction)
@@ -209,13 +219,46 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document, by its usual names. Raises `DataError` if there is none."""
-    for name in END_OF_TEXT_NAMES:
-        if (token := tokenizer.token_to_id(name)) is not None:
+def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
+    """The id of the token that ends a document: `name`, or the first of its usual names.
+
+    Raises:
+        DataError: there is none.
+    """
+    for each in END_OF_TEXT_NAMES if name is None else (name,):
+        if (token := tokenizer.token_to_id(each)) is not None:
             return token
+    if name is not None:
+        raise DataError(f"data.end_of_text: the tokenizer has no token {name!r}")
     names = " ".join(END_OF_TEXT_NAMES)
-    raise DataError(f"data.tokenizer: no end-of-text token; add one of {names} to its added_tokens")
+    raise DataError(f"data.tokenizer: no end-of-text token of the names {names}; name it by data.end_of_text")
+
+
+def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """A tokenizer.json's `post_processor` without the special tokens after the text, and their names.
+
+    A prompt must not end with them: what ends a document is added by `prepare`. So plain `encode` gives the
+    same tokens in training, sampling, the export and serving.
+
+    Raises:
+        DataError: a post-processor of encoders.
+    """
+    kind = processor["type"] if processor else None
+    if processor and kind == "TemplateProcessing":
+        single, closing = list(processor["single"]), list[str]()
+        while single and "SpecialToken" in single[-1]:
+            closing.append(single.pop()["SpecialToken"]["id"])
+        return {**processor, "single": single}, closing
+    if processor and kind == "Sequence":
+        parts = [opening_only(part) for part in processor["processors"]]
+        return {**processor, "processors": [part for part, _ in parts]}, [
+            name for _, names in parts for name in names
+        ]
+    if kind in (None, "ByteLevel"):
+        return processor, []
+    raise DataError(
+        f"data.tokenizer: its post-processor {kind} is one of encoders; set data.add_special_tokens=false"
+    )
 
 
 def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> None:
@@ -225,7 +268,15 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> Non
         given = Path(config.tokenizer).expanduser()
         load_tokenizer(given)  # so that a refusal names this file, not the copy
         shutil.copyfile(given, path)
-        report(f"tokenizer: {given}")
+        content = json.loads(given.read_bytes())
+        processor, closing = content.get("post_processor"), list[str]()
+        if config.add_special_tokens:
+            processor, closing = opening_only(processor)
+        elif (processor or {}).get("type") != "ByteLevel":
+            processor = None
+        if processor != content.get("post_processor"):
+            path.write_text(json.dumps({**content, "post_processor": processor}, ensure_ascii=False), "utf-8")
+        report(f"tokenizer: {given}{', without the closing ' + ' '.join(closing) if closing else ''}")
         return
     divided = corpus.divided(config, Skipped(config.max_bad_fraction))
     documents = (document for split, document in divided if split == "train")
@@ -258,7 +309,7 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
     """Encode the corpus with the tokenizer in `folder` and write its shards there."""
     config, started = request.config, time.monotonic()
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    end_id = end_of_text_id(tokenizer)
+    end_id = end_of_text_id(tokenizer, config.end_of_text)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     train, validation = (
@@ -267,7 +318,7 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
     text_sha256, reported = hashlib.sha256(), started
     skipped = Skipped(config.max_bad_fraction)
     for batch in _batches(request.corpus.divided(config, skipped)):
-        encodings = tokenizer.encode_batch_fast([d.text for _, d in batch], add_special_tokens=False)
+        encodings = tokenizer.encode_batch_fast([d.text for _, d in batch])
         encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
         for writer in (train, validation):
             writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])

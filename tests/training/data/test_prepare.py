@@ -19,56 +19,13 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from tests.commands import ROOT
+from tests.training.data.small_corpus import change, silent, texts, write_jsonl
 from training.config import DataConfig
 from training.data import corpora
 from training.data import prepare as preparation
 from training.data.corpora import Corpus
 from training.data.dataset import DataError, Manifest, TokenDataset
 from training.data.prepare import main, prepare, train_tokenizer
-
-WORDS = (
-    "the",
-    "lamp",
-    "of",
-    "harbour",
-    "ships",
-    "wait",
-    "Asunción",
-    "—",
-    "🚢\t",
-    "",
-    "late",
-    "then\r\n",
-    "go",
-)
-
-
-def texts(count: int, *, words: int = 60) -> list[str]:
-    """Different documents of some 250 bytes, with emoji, tabs, doubled spaces and line ends."""
-    random = np.random.default_rng(0)
-    return [f"{i}: " + " ".join(random.choice(WORDS, size=words)) for i in range(count)]
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
-    source = write_jsonl(tmp_path / "corpus.jsonl", texts(400))
-    return DataConfig(
-        source=str(source), directory=str(tmp_path / "data"), vocab_size=320, validation_fraction=0.1
-    )
-
-
-def silent(_line: str) -> None:
-    pass
-
-
-def change(config: DataConfig, **values: object) -> DataConfig:
-    return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 
 def read_split(folder: Path, split: str) -> list[str]:
@@ -395,8 +352,12 @@ def test_an_unusable_tokenizer_is_refused(config: DataConfig, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"given\.json: not a Hugging Face tokenizer\.json"):
         prepare(change(config, tokenizer=str(given)), report=silent)
     given.write_text(train_tokenizer(texts(10), vocab_size=300).to_str().replace("<|endoftext|>", "<fin>"))
-    with pytest.raises(DataError, match=r"no end-of-text token; add one of <\|endoftext\|>"):
+    with pytest.raises(DataError, match=r"no end-of-text token .* <\|endoftext\|> .* data\.end_of_text"):
         prepare(change(config, tokenizer=str(given)), report=silent)
+    with pytest.raises(DataError, match=r"data\.end_of_text: the tokenizer has no token '<end>'"):
+        prepare(change(config, tokenizer=str(given), end_of_text="<end>"), report=silent)
+    named = Manifest.read(prepare(change(config, tokenizer=str(given), end_of_text="<fin>"), report=silent))
+    assert named.end_of_text_id == 0
 
 
 # --- command ------------------------------------------------------------------------------------------
@@ -405,7 +366,9 @@ def test_an_unusable_tokenizer_is_refused(config: DataConfig, tmp_path: Path) ->
 def test_the_command_prepares_and_a_dry_run_writes_nothing(
     config: DataConfig, capsys: pytest.CaptureFixture
 ) -> None:
-    keys = [f"data.{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]
+    keys = [
+        f"data.{field.name}={json.dumps(getattr(config, field.name))}" for field in dataclasses.fields(config)
+    ]
     assert main(["--dry-run", *keys]) == 0
     planned = capsys.readouterr().out
     assert "not there yet" in planned
