@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
-from wandb_workspaces.expr import FilterExpr, Metric
 
 from cluster import files
 from cluster.cli import UserError
@@ -26,7 +25,7 @@ class Source:
 
     Attributes:
         sections: title and Markdown of each.
-        runs: W&B's filter for them.
+        runs: W&B's filter expression for them.
         panels: what W&B draws of these runs.
     """
 
@@ -35,7 +34,7 @@ class Source:
     question: str
     intro: str
     sections: list[tuple[str, str]]
-    runs: FilterExpr
+    runs: str
     panels: list[Any]
 
 
@@ -47,13 +46,13 @@ def read(folder: Path) -> Source:
         name = study["name"] + "-smoke" * study["smoke"]
         about = {
             "question": _study_question(study),
-            "runs": Metric("Group") == name,
+            "runs": f"Group == {name!r}",
             "panels": views.study_panels(),
         }
     elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
         name = folder.name
         question = "What share of its own ceiling does each machine reach, and how do these shares compare?"
-        about = {"question": question, "runs": Metric("Name") == name, "panels": views.parity_panels()}
+        about = {"question": question, "runs": f"Name == {name!r}", "panels": views.parity_panels()}
     else:
         raise UserError(
             f"{folder}: no study (report.md, results.json) and no parity (report.md, summary.json) is here; "
@@ -75,7 +74,7 @@ def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report
     """
     source = read(folder)
     first, *rest = source.sections
-    runs = wr.Runset(name=source.name, filters=[source.runs])
+    runs = wr.Runset(name=source.name, filters=source.runs)
     if entity:
         runs.entity, runs.project = entity, project
     runs._id = views.id_of("report", source.name)
