@@ -62,8 +62,8 @@ def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
     """The peer's seconds / ours of each round. Raises `RunError` if ours is not above 0 in every round."""
     if min(ours) <= 0:
         raise RunError(
-            f"a time of ours came out as {min(ours):.2g} s, the difference of two measurements: this machine "
-            "is too busy to measure it; stop what else runs, or use more --rounds"
+            f"a time of ours came out as {display.number(min(ours))} s, the difference of two measurements: "
+            "this machine is too busy to measure it; stop what else runs, or use more --rounds"
         )
     return [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
 

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parity = compare(a, b, tolerance=options.tolerance)
         folder = options.output or Path("outputs") / f"parity-{_stem(a)}-{_stem(b)}"
         write(parity, folder, tolerance=options.tolerance, wandb_mode=options.wandb)
+        print(parity.finding)
         for claim in parity.claims:
             print(f"{claim.verdict:<14}{claim.text} ({claim.because})")
         print(f"report: {folder / 'report.html'}")
