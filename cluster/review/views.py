@@ -138,6 +138,12 @@ def _optimizer() -> list[ws.Section]:
             curve("Gradient norm", "train/gradient_norm", log_y=True),
         ),
         _section(
+            "Attention logits",
+            curve("Largest logit of the model", "optimizer/attention_logit_max"),
+            curve("Largest logit: histogram over the layers", "optimizer/attention_logit_max_by_layer"),
+            table("optimizer/attention"),
+        ),
+        _section(
             "Gradient noise",
             curve("Tail index, median of the matrices", "noise/tail_index_median"),
             curve("Noise to signal in the dual norm, median", "noise/to_signal_dual_median", log_y=True),

@@ -41,18 +41,15 @@ class Source:
 def read(folder: Path) -> Source:
     """The study or parity in a folder. Raises `UserError` if there is neither, or no report.md yet."""
     results, summary, report = (folder / name for name in ("results.json", "summary.json", "report.md"))
+    panels: list[Any]
     if report.is_file() and results.is_file():
         study = files.read_json(results)["study"]
         name = study["name"] + "-smoke" * study["smoke"]
-        about = {
-            "question": _study_question(study),
-            "runs": f"Group == {name!r}",
-            "panels": views.study_panels(),
-        }
+        question, runs, panels = _study_question(study), f"Group == {name!r}", views.study_panels()
     elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
-        name = folder.name
+        name = folder.absolute().name
         question = "What share of its own ceiling does each machine reach, and how do these shares compare?"
-        about = {"question": question, "runs": f"Name == {name!r}", "panels": views.parity_panels()}
+        runs, panels = f"Name == {name!r}", views.parity_panels()
     else:
         raise UserError(
             f"{folder}: no study (report.md, results.json) and no parity (report.md, summary.json) is here; "
@@ -62,7 +59,13 @@ def read(folder: Path) -> Source:
     title, _, intro = head.partition("\n")
     sections = [(heading, body.strip()) for heading, body in zip(rest[::2], rest[1::2], strict=True)]
     return Source(
-        name, title.removeprefix("# ")[:MOST_TITLE], intro=intro.strip(), sections=sections, **about
+        name,
+        title.removeprefix("# ")[:MOST_TITLE],
+        question,
+        intro.strip(),
+        sections,
+        runs=runs,
+        panels=panels,
     )
 
 
