@@ -134,12 +134,6 @@ class Run:
     def _seconds_of_steps(self) -> Column | None:
         return columns.seconds_of_steps(self.columns)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of metrics.jsonl."""
-        steps = self.columns.get("step")
-        return len(steps.rows) if steps else 0
-
     @cached_property
     def written(self) -> float | None:
         """When the newest of metrics.jsonl, events.jsonl and provenance.json was written, as a Unix time."""
