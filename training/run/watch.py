@@ -175,7 +175,7 @@ def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) ->
     directory = config.run_directory
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Ray makes SIGTERM a SystemExit
+    except KeyboardInterrupt:
         if final:
             text = "a user or a signal ended the run; the same command resumes it"
             events.end(directory, "stopped", text)
