@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from cluster.record.record import read_metrics
 from tests.cluster.review.panel_keys import logged, shown_by
 from tests.commands import ROOT, python, started, tiny, write_corpus
+from tests.standstill import STEP
 from tests.waiting import wait_until
 from training import config as training_config
 from training.run.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def losses(run: Path) -> dict[int, tuple]:
 
 
 def kill_at(step: int, run: Path, *arguments: object, ranks: int = 0, **environment: str) -> int:
-    """Start a run, and SIGKILL it once `step` is in its metrics; the last step that was written by then."""
+    """Start a run, SIGKILL it where it stands still after `step`; the last step that was written by then."""
     metrics = run / "metrics.jsonl"
 
     def last() -> int:
@@ -55,8 +56,9 @@ def kill_at(step: int, run: Path, *arguments: object, ranks: int = 0, **environm
         rows = read_metrics(metrics)[-1:] if metrics.exists() else []
         return rows[0]["step"] if rows and rows[0]["step"] >= step else 0
 
-    with started(*arguments, ranks=ranks, **environment) as process:
-        return wait_until(last, seconds=180, told=f"step {step}")
+    still = {STEP: str(step), **environment}
+    with started("tests.standstill", *arguments, ranks=ranks, **still) as process:
+        return wait_until(last, told=f"step {step}")
 
 
 @pytest.fixture(scope="module")
