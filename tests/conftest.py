@@ -1,5 +1,6 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
+import os
 import signal
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.waiting import PATIENCE_SECONDS
 
 __all__ = ["tier"]  # a fixture of every test
 
+os.environ["WANDB_MODE"] = "disabled"  # for every command that is not told otherwise: a W&B run takes 2 s
 # A machine that stands still for seconds has no part in whether a property holds.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -26,6 +26,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import Table, show
 from cluster.measure import benchmark, probe
 from cluster.process import Child
 from cluster.progress import Progress
@@ -82,12 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"schedule.tokens: makes {plan.num_steps} steps; use over {SETTLING_STEPS}")
         given = ["--config", str(options.config), *keys] if options.config else keys
         if options.dry_run:
-            print(layered.to_yaml(config), plan.describe(), sep="\n")
+            show(layered.to_yaml(config), plan.table())
             for name in LAUNCHERS:
                 print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
             return
         output = benchmark.prepare_output(options.output, WHAT)
-        bench(config, plan, given, num_rounds=options.rounds, output=output)
+        result, fingerprint = bench(config, plan, given, num_rounds=options.rounds)
+        benchmark.publish(
+            result, output, job_type="launcher-bench", wandb_mode=options.wandb,
+            config=layered.to_dict(config), data_fingerprint=fingerprint,
+        )  # fmt: skip
 
     return cli.run(body)
 
@@ -98,8 +103,13 @@ def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list
     return [f"schedule.tokens={NUM_STEPS * batch.tokens}", *DEFAULTS, *overrides]
 
 
-def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
-    """Prepare the data, print the ceiling, measure, print the table, write `output`, print one JSON line."""
+def bench(
+    config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int
+) -> tuple[dict[str, Any], str]:
+    """Prepare the data, print the ceiling, measure, print the table.
+
+    Returns the result, and the fingerprint of the data.
+    """
     result: dict[str, Any] = {
         "bench": WHAT,
         "arguments": given,
@@ -121,8 +131,8 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
         flush=True,
     )
     result |= compare(measure(plan, given, num_rounds=num_rounds))
-    print(table(result))
-    benchmark.publish(result, output, data_fingerprint=Manifest.read(data).fingerprint)
+    show(*table(result))
+    return result, Manifest.read(data).fingerprint
 
 
 def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, LaunchTimes]]:
@@ -203,9 +213,9 @@ def compare(rounds: Sequence[dict[str, LaunchTimes]]) -> dict[str, Any]:
     return {**medians, "overhead_ray_percent": 100 * (1 / medians["speedup_torchrun_step"] - 1)}
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> tuple[Table, str]:
     """The result of `compare`, for people."""
-    return f"{benchmark.table(result)}\noverhead_ray_percent {result['overhead_ray_percent']:+.2f}"
+    return benchmark.table(result), f"overhead_ray_percent {result['overhead_ray_percent']:+.2f}"
 
 
 def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
