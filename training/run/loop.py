@@ -32,10 +32,12 @@ from training.run.context import Context
 from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
+from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
 
+LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 
 Observe = Callable[[dict[str, Any]], None]
@@ -60,6 +62,8 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
     with open_record(start, command) if context.is_main else nullcontext() as record:
         summary = trainer.run(Output(record, observe))
         if record is not None:
+            record.image("loss_plot", plot_losses(start.config.run_directory))
+            record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
             record.finish(summary)
 
 
@@ -77,6 +81,8 @@ def open_record(start: Start, command: list[str]) -> Record:
         project=config.record.project,
         group=config.record.group,
         name=config.run.name,
+        job_type="train",
+        tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
     )
 
@@ -218,10 +224,11 @@ class Trainer:
             **self.meter.line(),
         }
 
-    def optimizer_health(self) -> dict[str, float | None]:
+    def optimizer_health(self) -> dict[str, Any]:
         """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
-        health = self.optimizer.health()
-        return {f"optimizer_{name}": value for name, value in health.items()}
+        last, every = self.step == self.plan.num_steps, LAYERS_EVERY * self.config.optim.inspect_every_steps
+        health = self.optimizer.health(layers=last or self._due(every))
+        return {f"optimizer_{name}": value for name, value in health.items() if value != {}}
 
     def measure_noise(self) -> dict[str, Any]:
         """The noise of the gradients at this point, on the micro-batches that come next."""
