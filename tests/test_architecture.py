@@ -48,7 +48,11 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record.wandb_mirror", "cluster.review.dashboard"),
+    "wandb": (
+        "cluster.record.wandb_mirror",
+        "cluster.record.wandb_artifacts",
+        "cluster.review.dashboard",
+    ),
     "wandb_workspaces": ("cluster.review.dashboard", "cluster.review.views", "cluster.review.wandb_reports"),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its

@@ -291,6 +291,22 @@ class RecordConfig:
     ceilings: str | None = key(
         None, "report of cluster.preflight; mfu_of_measured is a share of the product that its GPUs reached"
     )
+    spike_deviations: float = key(
+        7.0,
+        "loss_spike, in events.jsonl: a loss so many robust standard deviations above the median of the last "
+        "50 lines; 0: never",
+        least=0,
+    )
+    stalled_minutes: float = key(
+        10.0,
+        "no_progress, in events.jsonl: minutes without a new line of metrics.jsonl or a checkpoint; 0: never",
+        least=0,
+    )
+    disk_free_gb: float = key(
+        2.0,
+        "disk_nearly_full, in events.jsonl: less is free at run.directory; also less than two checkpoints",
+        least=0,
+    )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
     project: str = key("asuncion", "Weights & Biases project")
     group: str | None = key(None, "Weights & Biases group")

@@ -78,7 +78,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import prepare_run
-    from training.run.watch import Follower, NodeWatch
+    from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
@@ -89,22 +89,26 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             start = prepare_run(config, plan, report=progress.note)
         if start is None:
             return
-        with ExitStack() as stack:
+        with report_failure(config), ExitStack() as stack:
             with spent.part("Ray"):
                 stack.enter_context(workers.session(config))
             first_step = step_of(start.checkpoint) if start.checkpoint else 0
+            stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
-            stack.enter_context(NodeWatch(config, report=progress.note))
+            stack.enter_context(NodeWatch(config))
             _fit(start)
     finish_run(config, spent, rest="workers")
 
 
 def _fit(start: "Start") -> None:
     """One Ray Train run, to its end."""
+    from training.run.watch import report_failure
+
     directory = start.config.run_directory
     arguments = {"start": start, "command": sys.argv}
     try:
-        workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
+        with report_failure(start.config):
+            workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
     except RunError as error:
         raise RunError(
             f"training failed: {error}\nthe whole traceback is in {directory / 'failure.log'}; "
@@ -129,7 +133,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from training.run.context import torch_context
     from training.run.loop import train
     from training.run.start import prepare_run
-    from training.run.watch import ShowRows
+    from training.run.watch import RunWatch, ShowRows
 
     with Progress(plan.num_steps) as progress:
         if ranks.rank == 0:
@@ -138,7 +142,10 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
         if start is None:
             return
-        with torch_context(ranks, gpu=config.workers.gpu) as context:
+        with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
+            if ranks.rank < 2:  # the second one sees a first that stands still
+                note = None if ranks.rank else progress.note
+                stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
             train(start, command=sys.argv, context=context, observe=ShowRows(config, progress))
     if ranks.rank == 0:
         finish_run(config, spent, rest="other")

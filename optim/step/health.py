@@ -115,9 +115,9 @@ def over_all_ranks(steps: Sequence[Health], device: torch.device) -> dict[str, f
 
 
 def layers_of_all_ranks(steps: Sequence[Health]) -> dict[str, dict[str, float]]:
-    """Matrix -> its values in `Health.layers`, over all units and ranks, in the order of the layers; collective.
+    """Matrix -> its values in `Health.layers`, of all units and ranks, layer by layer; collective.
 
-    Only of inspected steps. It gathers objects, some 100 bytes a matrix.
+    Empty unless the step was inspected. It gathers objects, some 100 bytes a matrix.
     """
     mine = {name: values for health in steps for name, values in health.layers.items()}
     everyone = [mine]

@@ -22,9 +22,11 @@ from cluster import config as layered
 from cluster.cli import RunError
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
-from cluster.record import provenance
+from cluster.record import origins, provenance
+from cluster.record.origins import Origin
 from cluster.record.record import Record
 from cluster.session import ROOT
+from serving import checkpoints
 from serving.bench import config as bench_config
 from serving.bench import report
 from serving.bench.config import ServeBenchConfig
@@ -82,22 +84,25 @@ def describe(config: ServeBenchConfig) -> str:
 
 def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]:
     """Measure an endpoint and report. Returns the summary, and why it lacks figures that were asked for."""
-    endpoint, model = _find_model(url, config.bench.target_model)
+    endpoint, model, origin = _find_model(config, url)
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         print(report.describe(model["engine_info"], ceiling), flush=True)
     directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
-    with _bench(config, endpoint, model, directory) as bench:
+    with _bench(config, endpoint, model, directory, origin) as bench:
         try:
             bench.measure_all()
         except KeyboardInterrupt:  # show what was measured, but write no summary.json: the run is not whole
-            _show(bench, _summary(bench, ceiling), directory)
+            _show(bench, _summary(bench, ceiling), directory, _draw(bench, directory))
             raise
-        summary = _summary(bench, ceiling)
+        summary, plots = _summary(bench, ceiling), _draw(bench, directory)
         rows = [[load, *(getattr(one, name) for name in REQUEST_COLUMNS)] for load, one in bench.rows]
         bench.record.table("requests", ["load", *REQUEST_COLUMNS], rows)
+        bench.record.table("loads", *_loads(bench.points))
+        for plot in plots:
+            bench.record.image(f"{plot.stem}_plot", plot)
         bench.record.finish(summary)
-    _show(bench, summary, directory)
+    _show(bench, summary, directory, plots)
     problem = None
     if bench.refused:
         problem = f"not reported, because the load generator lagged: {', '.join(bench.refused)}"
@@ -115,7 +120,7 @@ def finish(summary: dict[str, Any], problem: str | None) -> None:
 
 @contextmanager
 def _bench(
-    config: ServeBenchConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path
+    config: ServeBenchConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path, origin: Origin
 ) -> Iterator[Bench]:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "config.yaml", layered.to_yaml(config))
@@ -131,14 +136,25 @@ def _bench(
         job_type="serve-bench",
         name=config.bench.name,
         resume_step=None,
+        inputs=[origin],
     )
     with record, (directory / "requests.jsonl").open("w") as requests:
         yield Bench(config, endpoint, model, requests, record)
 
 
-def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
-    """Print the table and what it means, and draw the pictures."""
-    plots = report.plot(bench.points, bench.itls, directory / "plots")
+def _draw(bench: Bench, directory: Path) -> list[Path]:
+    return report.plot(bench.points, bench.itls, directory / "plots")
+
+
+def _loads(points: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a table with every figure of every load."""
+    flat = [{key: value for key, value in point.items() if not isinstance(value, dict)} for point in points]
+    columns = list(dict.fromkeys(key for point in flat for key in point))
+    return columns, [[point.get(column) for column in columns] for point in flat]
+
+
+def _show(bench: Bench, summary: dict[str, Any], directory: Path, plots: Sequence[Path]) -> None:
+    """Print the table and what it means."""
     slo = asdict(bench.config.slo)
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
     print(f"\n{report.table(bench.points)}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
@@ -150,17 +166,25 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
     print(f"run directory: {directory} ({', '.join(plot.name for plot in plots)})")
 
 
-def _find_model(url: str, name: str | None) -> tuple[Endpoint, dict[str, Any]]:
-    """The endpoint, and its model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours)."""
-    endpoint, listed = endpoint_client.find(url, model=name, key="bench.target")
+def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str, Any], Origin]:
+    """The endpoint, its model and where that comes from.
+
+    The model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours).
+    """
+    endpoint, listed = endpoint_client.find(url, model=config.bench.target_model, key="bench.target")
+    origin = origins.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
+    if config.bench.target is None:  # here its folder is known too; a newer run than the one served is not it
+        ours = checkpoints.origin_of(config.model, checkpoints.find(config.model))
+        origin = ours if origin.get("fingerprint") in (None, ours["fingerprint"]) else origin
     info = listed.get("engine_info")
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
-    return endpoint, {
+    about = {
         "id": endpoint.model,
         "max_model_len": endpoint.context_tokens or 2048,
         "vocab_size": info["vocab_size"] if info else 256,
         "engine_info": info,
     }
+    return endpoint, about, origin
 
 
 def _ceilings(config: ServeBenchConfig, model: dict[str, Any]) -> dict[str, Any] | None:

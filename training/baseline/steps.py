@@ -28,6 +28,7 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.measure import hardware
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
+from cluster.record import origins
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.prepare import prepare
@@ -141,7 +142,11 @@ def _on_rank(start: Any, context: Any, *, num_nodes: int = 1, **size: int) -> di
             raise
         raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
     every = context.gather(found)
-    return _over_ranks(every) | _about(trainer, num_nodes=num_nodes) if context.is_main else None
+    if not context.is_main:
+        return None
+    data = start.train_set
+    origin = origins.of_dataset(data.directory, data.manifest.fingerprint)
+    return _over_ranks(every) | _about(trainer, num_nodes=num_nodes) | {"input": origin}
 
 
 def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ perplexity is of the validation split of the data that the run was trained on.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from cluster.cli import RunError, UserError
 from cluster.display import pairs
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
+from cluster.record import origins
+from cluster.record.origins import Origin
+from cluster.record.result import record_result
 from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         result = run(config, evaluation, report=lambda note: print(note, flush=True))
         print(table(result))
+        print(f"W&B: {record(config, evaluation, result)}")
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
@@ -64,6 +68,7 @@ class Evaluation:
         endpoint: where to send requests; None evaluates here.
         data: the prepared folder for the perplexity, or why there is none.
         output: the file of the result.
+        served: what the endpoint says of its model's lineage.
     """
 
     model: ModelDirectory | None
@@ -71,6 +76,7 @@ class Evaluation:
     sources: Sources
     data: Path | str
     output: Path
+    served: Any = None
 
     @property
     def name(self) -> str:
@@ -102,9 +108,10 @@ def plan(config: EvaluateConfig) -> Evaluation:
     """
     if config.tasks:
         harness.require_installed()
-    endpoint = None
+    endpoint: Endpoint | None = None
+    listed: Mapping[str, Any] = {}
     if config.endpoint is not None:
-        endpoint, _ = endpoint_client.find(config.endpoint, model=config.endpoint_model)
+        endpoint, listed = endpoint_client.find(config.endpoint, model=config.endpoint_model)
     if endpoint is not None and config.model == NEWEST:
         model = checkpoint.named(endpoint.model)
     else:
@@ -113,7 +120,8 @@ def plan(config: EvaluateConfig) -> Evaluation:
     data = _find_data(config, model)
     if not config.tasks and isinstance(data, str):
         raise UserError(f"tasks: none are named, and there is no perplexity to measure: {data}")
-    return Evaluation(model, endpoint, sources, data, _output(config, model, endpoint))
+    output = _output(config, model, endpoint)
+    return Evaluation(model, endpoint, sources, data, output, served=listed.get("lineage"))
 
 
 def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | str:
@@ -173,6 +181,7 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
         endpoint=dataclasses.asdict(evaluation.endpoint) if evaluation.endpoint else None,
         left_out=evaluation.data if isinstance(evaluation.data, str) else None,
         config=layered.to_dict(config),
+        inputs=_origins(evaluation, measured),
     )
     result = masked(result)  # the notes are lm_eval's and an endpoint's own words
     try:
@@ -182,6 +191,31 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
             f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
         ) from error
     return result
+
+
+def record(config: EvaluateConfig, evaluation: Evaluation, result: dict[str, Any]) -> str:
+    """Record an evaluation as a run of its own, beside the file of the result. Returns W&B's status."""
+    columns = tuple(field.name for field in dataclasses.fields(TaskScore))
+    scores = [[score[column] for column in columns] for score in result["scores"]]
+    held_out = {key: value for key, value in result["perplexity"].items() if isinstance(value, int | float)}
+    return record_result(
+        evaluation.output.with_suffix(""), job_type="evaluation", name=f"eval-{evaluation.name}",
+        project=config.project, wandb_mode=config.wandb, config=result["config"],
+        provenance=result["provenance"], inputs=result["provenance"].get("inputs", []),
+        summary={**held_out, **last_line(result, evaluation.output)},
+        tables={"scores_table": (columns, scores)} if scores else {}, attachments=[evaluation.output],
+    )  # fmt: skip
+
+
+def _origins(evaluation: Evaluation, measured: Measured) -> list[Origin]:
+    """Of the model, as the endpoint names it where there is one, and of the held-out data."""
+    endpoint, model, data = evaluation.endpoint, evaluation.model, evaluation.data
+    made = [origins.of_endpoint(endpoint.model, endpoint.url, evaluation.served)] if endpoint else []
+    if endpoint is None and model is not None:
+        made.append(origins.of_model(model.directory))
+    if measured.held_out is not None and isinstance(data, Path):
+        made.append(origins.of_dataset(data, measured.held_out.data_fingerprint))
+    return made
 
 
 def _with_tasks(config: EvaluateConfig, evaluation: Evaluation) -> Measured:

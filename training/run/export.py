@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster import runs
 from cluster.cli import UserError
 from cluster.files import sha256_of
+from cluster.record import origins
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
@@ -79,6 +80,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
             dtype=DTYPES[dtype],
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
+            checkpoint=origins.of_checkpoint(saved.path),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import provenance
+from cluster.record import origins, provenance
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
@@ -36,6 +37,7 @@ from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
+from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
 
 LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
@@ -55,16 +57,31 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
-    trainer = Trainer(start, context)
-    if context.is_main:
-        about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-        files.write_text(start.config.run_directory / PARTITION, about)
-    with open_record(start, command) if context.is_main else nullcontext() as record:
-        summary = trainer.run(Output(record, observe))
-        if record is not None:
-            record.image("loss_plot", plot_losses(start.config.run_directory))
-            record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
-            record.finish(summary)
+    config = start.config
+    final = context.launcher != "ray" or config.workers.max_failures == 0
+    failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
+    with failures():
+        trainer = Trainer(start, context)
+        if context.is_main:
+            about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+            files.write_text(config.run_directory / PARTITION, about)
+            observe = _both(report_workers(config, context, step=trainer.step).see, observe)
+        with open_record(start, command) if context.is_main else nullcontext() as record:
+            with failures():  # while W&B can still be told
+                summary = trainer.run(Output(record, observe))
+            if record is not None:
+                record.image("loss_plot", plot_losses(config.run_directory))
+                record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
+                record.finish(summary)
+                report_end(config, summary)
+
+
+def _both(first: Observe, second: Observe) -> Observe:
+    def observe(row: dict[str, Any]) -> None:
+        first(row)
+        second(row)
+
+    return observe
 
 
 def open_record(start: Start, command: list[str]) -> Record:
@@ -84,6 +101,7 @@ def open_record(start: Start, command: list[str]) -> Record:
         job_type="train",
         tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
+        inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
     )
 
 
@@ -98,6 +116,10 @@ class Output:
         if self.record is not None:
             self.record.log(row)
             self.observe(row)
+
+    def checkpoint(self, path: Path) -> None:
+        if self.record is not None:
+            self.record.output(origins.of_checkpoint(path))
 
 
 class Trainer:
@@ -170,7 +192,7 @@ class Trainer:
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
             if saving:
-                self.save(wall_seconds=self._wall_seconds + time.monotonic() - started)
+                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
             self._start_meter()
         return {
@@ -251,16 +273,15 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> None:
-        """Write a checkpoint of the current step and drop the ones that are no longer kept.
+    def save(self, *, wall_seconds: float) -> Path:
+        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
 
         wall_seconds: that the loop has taken until now, in this and in earlier starts.
         """
-        root = self.config.run_directory / "checkpoints"
+        path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         with self.spent.part("checkpoint"):
             checkpoint.save(
-                checkpoint.step_directory(root, self.step),
-                shards=self.optimizer.shards(),
+                path, shards=self.optimizer.shards(), context=self.context,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -271,10 +292,11 @@ class Trainer:
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
                 },
-                context=self.context,
-            )
+            )  # fmt: skip
             if self.context.is_main:
-                checkpoint.prune(root, keep=self.config.checkpoint.keep)
+                report_checkpoint(self.config, step=self.step)
+                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
+        return path
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
