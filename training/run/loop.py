@@ -25,6 +25,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.model.attention import LogitProbe
 from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
@@ -148,6 +149,7 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
+        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -247,9 +249,11 @@ class Trainer:
         }
 
     def optimizer_health(self) -> dict[str, Any]:
-        """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
+        """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
         last, every = self.step == self.plan.num_steps, LAYERS_EVERY * self.config.optim.inspect_every_steps
-        health = self.optimizer.health(layers=last or self._due(every))
+        health = self.optimizer.health(layers=last or self._due(every)) | self.logits.read(
+            self.context.gather
+        )
         return {f"optimizer_{name}": value for name, value in health.items() if value != {}}
 
     def measure_noise(self) -> dict[str, Any]:
