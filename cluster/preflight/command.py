@@ -229,12 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "nodes": sorted(found["nodes"]),
         }
         files.write_json(output, {**verdict, "found": found})
-<<<<<<< HEAD
-        print(f"W&B: {record(config, output, verdict, found)}")
-        print(f"{table(found, findings)}\nreport: {output}")
-=======
-        show(*table(found, findings), f"report: {output}")
->>>>>>> main
+        status = record(config, output, verdict, found)
+        show(*table(found, findings), f"report: {output}", f"W&B: {status}")
         if failures:
             raise RunError(f"preflight failed: {len(failures)} of its checks, above")
         print(f"preflight passed on {len(found['nodes'])} nodes")

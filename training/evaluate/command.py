@@ -51,14 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             show(layered.to_yaml(config), evaluation.describe())
             return
-<<<<<<< HEAD
-        result = run(config, evaluation, report=lambda note: print(note, flush=True))
-        print(table(result))
-        print(f"W&B: {record(config, evaluation, result)}")
-=======
         result = run(config, evaluation, report=show)
-        show(*table(result))
->>>>>>> main
+        show(*table(result), f"W&B: {record(config, evaluation, result)}")
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)

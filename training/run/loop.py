@@ -251,9 +251,8 @@ class Trainer:
     def optimizer_health(self) -> dict[str, Any]:
         """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
         last, every = self.step == self.plan.num_steps, LAYERS_EVERY * self.config.optim.inspect_every_steps
-        health = self.optimizer.health(layers=last or self._due(every)) | self.logits.read(
-            self.context.gather
-        )
+        health = self.optimizer.health(layers=last or self._due(every))
+        health |= self.logits.read(self.context.gather)
         return {f"optimizer_{name}": value for name, value in health.items() if value != {}}
 
     def measure_noise(self) -> dict[str, Any]:
