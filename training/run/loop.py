@@ -176,10 +176,10 @@ class Trainer:
             self.meter.count_step()
             last = self.step == self.plan.num_steps
             logging, evaluating, saving = (
-                last or self._due(section.every_steps)
+                last or _due(self.step, section.every_steps)
                 for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
             )
-            probing = self._due(self.config.optim.noise.measure_every_steps)
+            probing = _due(self.step, self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
                 continue
             self.context.synchronize()
@@ -251,7 +251,7 @@ class Trainer:
     def optimizer_health(self) -> dict[str, Any]:
         """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
         last, every = self.step == self.plan.num_steps, LAYERS_EVERY * self.config.optim.inspect_every_steps
-        health = self.optimizer.health(layers=last or self._due(every))
+        health = self.optimizer.health(layers=last or _due(self.step, every))
         health |= self.logits.read(self.context.gather)
         return {f"optimizer_{name}": value for name, value in health.items() if value != {}}
 
@@ -309,10 +309,6 @@ class Trainer:
         self._wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
-    def _due(self, every_steps: int) -> bool:
-        """Whether something falls on this step; 0: it never does."""
-        return every_steps > 0 and self.step % every_steps == 0
-
     def _start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
@@ -325,6 +321,11 @@ class Trainer:
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
             )
+
+
+def _due(step: int, every_steps: int) -> bool:
+    """Whether something falls on this step; 0: it never does."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def _measured_tflops(config: TrainConfig) -> float | None:
