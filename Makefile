@@ -10,7 +10,7 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection serve serve-bench up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection serve serve-bench sync up status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -50,6 +50,10 @@ serve: $(VENV)/ready
 ## serve-bench   serve a model, and measure throughput and latency
 serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+## sync          send to W&B what is only on disk: all of outputs/, or RUN=name
+sync: $(VENV)/ready
+	$(PY) cluster.review.sync $(if $(RUN),--run $(RUN))
 
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)

@@ -48,7 +48,7 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record.wandb_mirror",),
+    "wandb": ("cluster.record.wandb_mirror", "cluster.record.wandb_log", "cluster.review.wandb_uploads"),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.

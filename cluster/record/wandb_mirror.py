@@ -110,7 +110,7 @@ class Mirror:
                 self._state = f"disabled: {_reason(error)}"
             else:
                 self._problems.append(
-                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
+                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync()}"
                 )
 
     def _log(self, run: Any, row: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class Mirror:
         for axis in wandb_keys.AXES:
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
-        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
+        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync()}"
         return run
 
     def _init(self, mode: Any) -> Any:
@@ -179,8 +179,8 @@ class Mirror:
             **self._about,
         )
 
-    def _sync(self, kind: str) -> str:
-        return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
+    def _sync(self) -> str:
+        return f"make sync RUN={os.path.relpath(self._directory)}"
 
 
 def _shown(key: str, value: Any) -> dict[str, Any]:
@@ -210,10 +210,14 @@ def _auto_mode(settings: Any) -> str:
     """WANDB_MODE or the mode in W&B's settings file; else online with a key or login; else offline."""
     if "WANDB_MODE" in os.environ or settings.mode != "online":
         return settings.mode
+    return "online" if signed_in(settings) else "offline"
+
+
+def signed_in(settings: Any) -> bool:
+    """Whether W&B has an API key or a login for its server."""
     from wandb.sdk.lib.wbauth import read_netrc_auth  # `wandb login` keeps the key in the netrc file
 
-    signed_in = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
-    return "online" if signed_in else "offline"
+    return bool(settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url))
 
 
 def _reason(error: Exception) -> str:
