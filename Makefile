@@ -10,7 +10,7 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection serve serve-bench sync up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection serve serve-bench dashboard sync up status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -50,6 +50,12 @@ serve: $(VENV)/ready
 ## serve-bench   serve a model, and measure throughput and latency
 serve-bench: $(VENV)/ready
 	$(PY) serving.bench $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+##
+## Review
+## dashboard     make the team's views in Weights & Biases, or update them
+dashboard: $(VENV)/ready
+	$(PY) cluster.review.dashboard $(ARGS)
 
 ## sync          send to W&B what is only on disk: all of outputs/, or RUN=name
 sync: $(VENV)/ready

@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: temporary sibling, fsync, rename, fsync of the parent."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON or malformed UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def set_mode_of_folder(path: Path) -> None:

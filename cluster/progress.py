@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from cluster.display import duration, in_thousands
+
 PLAIN_SECONDS = 5.0  # between lines where they cannot be rewritten
 RECENT_STEPS = 50  # in the rate behind the ETA
 
@@ -119,23 +121,3 @@ def fit(fields: list[str], *, width: int) -> str:
     while len("  ".join(fields)) >= width and len(fields) > 2:
         del fields[-2]
     return "  ".join(fields)[: width - 1]
-
-
-def in_thousands(rate: float) -> str:
-    """Three digits or so of a rate: '812', '9.8k', '123k', '1.2M'."""
-    for scale, suffix in ((1e6, "M"), (1e3, "k")):
-        if rate >= 0.9995 * scale:
-            return f"{rate / scale:.1f}{suffix}" if rate < 99.95 * scale else f"{rate / scale:.0f}{suffix}"
-    return f"{rate:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units of a duration in seconds: '9s', '2m10s', '1h05m', '3d04h'."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02}h"
-    if hours:
-        return f"{hours}h{m:02}m"
-    return f"{minutes}m{s:02}s" if minutes else f"{s}s"

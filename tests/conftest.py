@@ -1,14 +1,25 @@
 """What every test starts with, and how `make test` divides the suite between its two workers."""
 
+import os
 import signal
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.tiers import tier
+from tests.waiting import PATIENCE_SECONDS
 
 __all__ = ["tier"]  # a fixture of every test
+
+os.environ["WANDB_MODE"] = "disabled"  # for every command that is not told otherwise: a W&B run takes 2 s
+# A machine that stands still for seconds has no part in whether a property holds.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+for part in ("connect", "read", "write", "pool"):  # httpx gives up after 5 s, unless told otherwise
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, PATIENCE_SECONDS)
 
 # They start Ray or several commands at once, so one worker runs all of them: together they need more cores.
 # They come first, so that the other worker has everything else to choose from.

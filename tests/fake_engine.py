@@ -1,7 +1,10 @@
 """An engine without a model: it counts. Slots, queue, cancellation and failure are real."""
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,7 @@ from serving.config import ServeConfig
 from serving.engine.protocol import Engine, EngineInfo
 from serving.engine.scheduler import Scheduler, Span
 from serving.engine.torch_engine import TorchEngine
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 VOCABULARY, CONTEXT = 400, 512
 FAILING = [397, 211, 389]  # a prompt that begins with these tokens breaks the engine; no chance draws it
@@ -21,14 +25,17 @@ class Counting:
 
     Args:
         nan_from: the logits after this token, and after all that follow it, are not numbers.
+        hold: while there is such a file, no step ends.
     """
 
-    def __init__(self, step_seconds: float, *, nan_from: int | None = None) -> None:
-        self.step_seconds, self._nan_from = step_seconds, nan_from
+    def __init__(self, step_seconds: float, *, nan_from: int | None = None, hold: Path | None = None) -> None:
+        self.step_seconds, self._nan_from, self._hold = step_seconds, nan_from, hold
         self._scored: list[int] = []
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(self.step_seconds)
+        while self._hold is not None and self._hold.exists():
+            time.sleep(0.005)
         scored = ((s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored))
         self._scored = [self._last(tokens[: place + 1]) for tokens, place in scored]
         sampled = [span.request.tokens for span in spans if span.samples]
@@ -58,6 +65,7 @@ def counting_engine(
     step_seconds: float = STEP_SECONDS,
     name: str = "counting",
     nan_from: int | None = None,
+    hold: Path | None = None,
 ) -> TorchEngine:
     """The engine of the project over a decoder that counts."""
     info = EngineInfo(
@@ -66,27 +74,63 @@ def counting_engine(
         flops_per_token=1, head_flops=0, attention_flops=0, details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=slots, cache_tokens=slots * CONTEXT, step_tokens=64)
-    decoder = Counting(step_seconds, nan_from=nan_from)
+    decoder = Counting(step_seconds, nan_from=nan_from, hold=hold)
     return TorchEngine(decoder, scheduler, info=info, eos_ids=[])
 
 
 def make(
-    config: ServeConfig, served: Served, *, step_seconds: float = 0.02, nan_from: int | None = None
-) -> TorchEngine:
+    config: ServeConfig, served: Served, *, step_seconds: float = 0.02, nan_from: int | None = None,
+    hold: Path | None = None,
+) -> TorchEngine:  # fmt: skip
     """A factory for `serving.deployment`."""
     options = config.engine
     return counting_engine(
         slots=options.slots, waiting=options.waiting, step_seconds=step_seconds, name=served.name,
-        nan_from=nan_from,
+        nan_from=nan_from, hold=hold,
     )  # fmt: skip
 
 
-def idle(engine: Engine, *, within_seconds: float = 5.0) -> bool:
+class Gate:
+    """Holds the steps of an engine in this process: in a `with` block only one that is under way may end."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        forward = engine._decoder.forward
+        self._open, self._held = threading.Event(), threading.Event()
+        self._open.set()
+
+        def gated(spans: Sequence[Span]) -> torch.Tensor:
+            if not self._open.is_set():
+                self._held.set()
+                assert self._open.wait(PATIENCE_SECONDS)
+            return forward(spans)
+
+        engine._decoder.forward = gated  # type: ignore[method-assign]
+
+    def hold(self) -> None:
+        self._held.clear()
+        self._open.clear()
+
+    def wait(self) -> None:
+        """Until a step is held."""
+        assert self._held.wait(PATIENCE_SECONDS), "the engine takes no step"
+
+    def release(self) -> None:
+        self._open.set()
+
+    def __enter__(self) -> None:
+        self.hold()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def idle(engine: Engine) -> bool:
     """Whether nothing is left with the engine, soon."""
-    deadline = time.monotonic() + within_seconds
-    while time.monotonic() < deadline:
+
+    def is_idle() -> bool:
         stats = engine.stats()
-        if stats.running == stats.waiting == 0:
-            return True
-        time.sleep(0.002)
+        return stats.running == stats.waiting == 0
+
+    with suppress(AssertionError):
+        return wait_until(is_idle)
     return False

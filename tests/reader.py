@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from serving.engine.protocol import Engine, EngineFailed, Sampling, Token
+from tests.waiting import PATIENCE_SECONDS
 
 
 class Reader:
@@ -25,5 +26,5 @@ class Reader:
             self._done.set()
 
     def wait(self) -> list[int]:
-        assert self._done.wait(60), "the request did not end"
+        assert self._done.wait(PATIENCE_SECONDS), "the request did not end"
         return [token.id for token in self.tokens]

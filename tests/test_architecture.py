@@ -48,7 +48,13 @@ NOT_IMPORTED = ("command", "launch", "app")  # entry points: only `python -m` ru
 
 HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
-    "wandb": ("cluster.record.wandb_mirror", "cluster.record.wandb_log", "cluster.review.wandb_uploads"),
+    "wandb": (
+        "cluster.record.wandb_mirror",
+        "cluster.record.wandb_log",
+        "cluster.review.dashboard",
+        "cluster.review.wandb_uploads",
+    ),
+    "wandb_workspaces": ("cluster.review.dashboard", "cluster.review.views", "cluster.review.wandb_reports"),
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
@@ -87,6 +93,7 @@ TORCH_FREE = (
     "cluster.measure.probe",
     "cluster.progress",
     "cluster.record.record",
+    "cluster.review.dashboard",
     "cluster.review.run_reader",
     "optim.bench",
     "optim.cost",

@@ -87,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
             return
         output = benchmark.prepare_output(options.output, WHAT)
-        bench(config, plan, given, num_rounds=options.rounds, output=output)
+        result, fingerprint = bench(config, plan, given, num_rounds=options.rounds)
+        benchmark.publish(
+            result, output, job_type="launcher-bench", wandb_mode=options.wandb,
+            config=layered.to_dict(config), data_fingerprint=fingerprint,
+        )  # fmt: skip
 
     return cli.run(body)
 
@@ -98,8 +102,13 @@ def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list
     return [f"schedule.tokens={NUM_STEPS * batch.tokens}", *DEFAULTS, *overrides]
 
 
-def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int, output: Path) -> None:
-    """Prepare the data, print the ceiling, measure, print the table, write `output`, print one JSON line."""
+def bench(
+    config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int
+) -> tuple[dict[str, Any], str]:
+    """Prepare the data, print the ceiling, measure, print the table.
+
+    Returns the result, and the fingerprint of the data.
+    """
     result: dict[str, Any] = {
         "bench": WHAT,
         "arguments": given,
@@ -122,7 +131,7 @@ def bench(config: TrainConfig, plan: Plan, given: list[str], *, num_rounds: int,
     )
     result |= compare(measure(plan, given, num_rounds=num_rounds))
     print(table(result))
-    benchmark.publish(result, output, data_fingerprint=Manifest.read(data).fingerprint)
+    return result, Manifest.read(data).fingerprint
 
 
 def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, LaunchTimes]]:

@@ -18,6 +18,8 @@ from cluster import display, files
 from cluster.cli import RunError, UserError
 from cluster.machine.host import describe_host
 from cluster.record import provenance
+from cluster.record.record import WANDB_MODES
+from cluster.record.result import record_result
 from cluster.session import ROOT
 
 MAX_LOAD = 0.25  # per core: two threads that wait for each other on a busy core take many times as long
@@ -31,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, roun
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"default: tests/baselines/<hardware>_{what}.json"
     )
+    parser.add_argument("--wandb", choices=WANDB_MODES, default="auto", help="W&B mode (default: auto)")
 
 
 def busy(load_average: float, *, cores: int | None) -> str | None:
@@ -62,8 +65,8 @@ def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
     """The peer's seconds / ours of each round. Raises `RunError` if ours is not above 0 in every round."""
     if min(ours) <= 0:
         raise RunError(
-            f"a time of ours came out as {min(ours):.2g} s, the difference of two measurements: this machine "
-            "is too busy to measure it; stop what else runs, or use more --rounds"
+            f"a time of ours came out as {display.number(min(ours))} s, the difference of two measurements: "
+            "this machine is too busy to measure it; stop what else runs, or use more --rounds"
         )
     return [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
 
@@ -84,12 +87,17 @@ def spread_of(key: str) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     """A table of every median in `result` with its spread; a dash where nothing was measured."""
-    keys = [key for key in result if spread_of(key) in result]
-    rows = []
-    for key in keys:
-        values = (result[key], *(result[spread_of(key)] or (None, None)))
-        rows.append((key, *(None if value is None else f"{value:.3f}" for value in values)))
+    rows = [
+        (key, *(None if value is None else f"{value:.3f}" for value in values))
+        for key, *values in _medians(result)
+    ]
     return display.table(("", "median", "min", "max"), rows)
+
+
+def _medians(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Key, median, min and max of every median in `result`."""
+    keys = [key for key in result if spread_of(key) in result]
+    return [(key, result[key], *(result[spread_of(key)] or (None, None))) for key in keys]
 
 
 def baseline_path(host: Mapping[str, Any], what: str) -> Path:
@@ -110,9 +118,43 @@ def prepare_output(output: Path | None, what: str) -> Path:
     return path
 
 
-def publish(result: Mapping[str, Any], output: Path, *, data_fingerprint: str | None) -> None:
-    """Write `result` and where it comes from to `output`; the last line on stdout is `result` as JSON."""
+def publish(
+    result: Mapping[str, Any],
+    output: Path,
+    *,
+    job_type: str,
+    wandb_mode: str,
+    data_fingerprint: str | None,
+    config: Mapping[str, Any] | None = None,
+    project: str = "asuncion",
+) -> None:
+    """Write `result` and where it comes from to `output`; the last line on stdout is `result` as JSON.
+
+    Args:
+        job_type: of `cluster.record.wandb_keys`. The record lies in `record_directory(output)`; W&B shows all
+            medians and spreads as a table.
+        config: the resolved keys, for W&B.
+    """
     about = provenance.collect(command=sys.argv, data_fingerprint=data_fingerprint)
     files.write_json(output, {**result, "provenance": about})
+    status = record_result(
+        record_directory(output),
+        job_type=job_type,
+        name=output.stem,
+        config=config or {},
+        provenance=about,
+        summary=result,
+        wandb_mode=wandb_mode,
+        project=project,
+        tables={"medians": (("quantity", "median", "min", "max"), _medians(result))},
+        attachments=[output],
+    )
     print(f"written to {output}")
+    print(f"W&B: {status}")
     print(json.dumps(result))
+
+
+def record_directory(output: Path) -> Path:
+    """The run directory of a result: beside its file; in outputs/ if the file is a committed baseline."""
+    is_baseline = output.parent.absolute() == ROOT / "tests" / "baselines"
+    return ROOT / "outputs" / output.stem if is_baseline else output.with_suffix("")

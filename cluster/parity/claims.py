@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.display import number, span
 from cluster.measure.intervals import Interval, of_ratio
 from cluster.parity.baseline_file import KINDS, Side
 from cluster.parity.comparison import Comparison
@@ -27,6 +28,7 @@ class Claim:
 
 
 def make_claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tolerance: float) -> list[Claim]:
+    """Every claim, those that are not decided last."""
     found: list[Claim] = []
     for kind in KINDS:
         if group := [each for each in comparisons if each.kind == kind]:
@@ -39,7 +41,45 @@ def make_claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tol
         found += _scaling(letter, side, tolerance)
         if side.busy:
             found.append(Claim(f"{letter} had nothing else to do", "contradicted", side.busy))
-    return [*found, *(caveat for each in comparisons for caveat in _caveats(each))]
+    found += [caveat for each in comparisons for caveat in _caveats(each)]
+    return sorted(found, key=lambda claim: claim.verdict == "not decided")
+
+
+def finding(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tolerance: float) -> str:
+    """The result of the comparison in one sentence."""
+    groups = {kind: [each for each in comparisons if each.kind == kind] for kind in KINDS}
+    groups = {kind: group for kind, group in groups.items() if group}
+    if any(side.is_roofline for side in sides):
+        measured = 1 if sides[0].is_roofline else 0
+        shares = [
+            f"{_percents([each.shares[measured].centre for each in group])} in {kind}"
+            for kind, group in groups.items()
+        ]
+        decided = [_against_roofline(each, sides, tolerance).verdict for each in comparisons]
+        known = f"{decided.count('supported')} of {len(decided)} figures are known to within {tolerance:.0%}"
+        reached = f"{sides[measured].name} reaches {_listed(shares)} of its own roofline"
+        return f"{reached} ({known})."
+    found: dict[str, list[str]] = {}
+    for kind, group in groups.items():
+        parities = span([each.parity.centre for each in group])
+        verdict = _throughout(kind, group, tolerance).verdict
+        found.setdefault(verdict, []).append(f"{kind} ({parities})")
+    parts = [f"{verdict} in {_listed(found[verdict])}" for verdict in VERDICTS if verdict in found]
+    rates = span([each.absolute.centre for each in comparisons])
+    return (
+        f"Parity within {tolerance:.0%} between {sides[0].name} (A) and {sides[1].name} (B), each against "
+        f"its own hardware, is {_listed(parts)}; in absolute terms a device of A runs at {rates} times the "
+        "rate of one of B."
+    )
+
+
+def _percents(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0%}", f"{max(values):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _scaling(letter: str, side: Side, tolerance: float) -> Iterator[Claim]:
@@ -75,10 +115,10 @@ def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: flo
 
 def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:
     verdicts = [_decided(each, tolerance) for each in group]
-    centres = sorted(each.parity.centre for each in group)
+    centres = [each.parity.centre for each in group]
     overall = next((worst for worst in ("contradicted", "not decided") if worst in verdicts), "supported")
     counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS)
-    because = f"of {len(group)} figures {counts}; parities from {centres[0]:.3g} to {centres[-1]:.3g}"
+    because = f"of {len(group)} figures {counts}; parities {span(centres)}"
     return Claim(f"{kind}: parity within {tolerance:.0%} throughout", overall, because)
 
 
@@ -148,7 +188,7 @@ def _runs(each: Comparison) -> str:
 def show(interval: Interval) -> str:
     """For example "0.874 [0.851, 0.897]", or "0.874 [one run]"."""
     if interval.exact:
-        return f"{interval.centre:.3g}"
+        return number(interval.centre)
     if interval.low is None or interval.high is None:
-        return f"{interval.centre:.3g} [one run]"
-    return f"{interval.centre:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+        return f"{number(interval.centre)} [one run]"
+    return f"{number(interval.centre)} [{number(interval.low)}, {number(interval.high)}]"

@@ -15,12 +15,20 @@ from pathlib import Path
 
 from cluster import cli, files
 from cluster.cli import UserError
+from cluster.measure.intervals import Interval
 from cluster.parity import plots
 from cluster.parity.baseline_file import Side, read_side
 from cluster.parity.parity import Parity, as_json, compare
 from cluster.parity.report import report, to_html
 from cluster.record import provenance
-from cluster.record.record import WANDB_MODES, Record
+from cluster.record.record import WANDB_MODES
+from cluster.record.result import record_result
+
+FIGURES = (
+    *("figure", "parity", "low", "high", "absolute", "absolute_low", "absolute_high"),
+    *("bound_a", "bound_b"),
+)
+CLAIMS = ("verdict", "claim", "because")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parity = compare(a, b, tolerance=options.tolerance)
         folder = options.output or Path("outputs") / f"parity-{_stem(a)}-{_stem(b)}"
         write(parity, folder, tolerance=options.tolerance, wandb_mode=options.wandb)
+        print(parity.finding)
         for claim in parity.claims:
             print(f"{claim.verdict:<14}{claim.text} ({claim.because})")
         print(f"report: {folder / 'report.html'}")
@@ -61,22 +70,22 @@ def _stem(side: Side) -> str:
 def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) -> None:
     """Write the report, its plots and its record to `folder`; the record is mirrored to W&B."""
     about = provenance.collect(command=sys.argv, data_fingerprint=None)
-    with Record.open(
-        folder, config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
-        provenance=about, wandb_mode=wandb_mode, project="asuncion", group="parity", name=folder.name,
-        resume_step=None,
-    ) as record:  # fmt: skip
-        drawn = plots.draw(parity, folder / "plots")
-        text = report(parity, {title: f"plots/{path.name}" for title, path in drawn.items()}, tolerance)
-        files.write_text(folder / "report.md", text)
-        files.write_text(folder / "report.html", to_html(text, folder))
-        columns = ["figure", "parity", "low", "high", "absolute", "bound_a", "bound_b"]
-        rows = [
-            [c.id, c.parity.centre, c.parity.low, c.parity.high, c.absolute.centre, *c.bounds]
-            for c in parity.comparisons
-        ]
-        record.table("parity", columns, rows)
-        record.finish(as_json(parity))
+    drawn = plots.draw(parity, folder / "plots")
+    text = report(parity, {title: f"plots/{path.name}" for title, path in drawn.items()}, tolerance)
+    files.write_text(folder / "report.md", text)
+    files.write_text(folder / "report.html", to_html(text, folder))
+    figures = [[c.id, *_ends(c.parity), *_ends(c.absolute), *c.bounds] for c in parity.comparisons]
+    claims = [[claim.verdict, claim.text, claim.because] for claim in parity.claims]
+    record_result(
+        folder, job_type="parity", name=folder.name, provenance=about, wandb_mode=wandb_mode,
+        config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
+        summary=as_json(parity), tables={"parity": (FIGURES, figures), "claims": (CLAIMS, claims)},
+        images={path.stem: path for path in drawn.values()}, attachments=[folder / "report.html"],
+    )  # fmt: skip
+
+
+def _ends(interval: Interval) -> list[float | None]:
+    return [interval.centre, interval.low, interval.high]
 
 
 if __name__ == "__main__":

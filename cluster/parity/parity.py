@@ -19,7 +19,7 @@ from typing import Any
 from cluster.cli import UserError
 from cluster.measure.intervals import Interval
 from cluster.parity.baseline_file import KINDS, Peaks, Side
-from cluster.parity.claims import Claim, make_claims
+from cluster.parity.claims import Claim, finding, make_claims
 from cluster.parity.comparison import (
     Comparison,
     ceilings_apart,
@@ -32,8 +32,9 @@ from cluster.parity.comparison import (
 
 @dataclass(frozen=True)
 class Parity:
-    """The comparison of two sides."""
+    """The comparison of two sides. `finding` says its result in one sentence."""
 
+    finding: str
     sides: tuple[Side, Side]
     peaks: tuple[Peaks, Peaks]
     comparisons: list[Comparison]
@@ -68,7 +69,14 @@ def compare(a: Side, b: Side, *, tolerance: float) -> Parity:
         raise UserError(f"{a.origin} and {b.origin} have no figure in common: {'; '.join(missing[:3])}")
     comparisons.sort(key=lambda each: KINDS.index(each.kind))
     missing += [line for side in (a, b) for line in _unmeasured(side)]
-    return Parity((a, b), peaks, comparisons, make_claims(comparisons, (a, b), tolerance), missing)
+    return Parity(
+        finding=finding(comparisons, (a, b), tolerance),
+        sides=(a, b),
+        peaks=peaks,
+        comparisons=comparisons,
+        claims=make_claims(comparisons, (a, b), tolerance),
+        missing=missing,
+    )
 
 
 def _unmeasured(side: Side) -> list[str]:
@@ -94,7 +102,7 @@ def _unmeasured(side: Side) -> list[str]:
 
 
 def as_json(parity: Parity) -> dict[str, Any]:
-    """For `summary.json`: by figure, its parity, both shares and the absolute ratio, with intervals."""
+    """For `summary.json`: the finding; by figure parity, shares and absolute ratio, with intervals."""
 
     def plain(interval: Interval) -> list[float | None]:
         return [interval.centre, interval.low, interval.high]
@@ -102,6 +110,7 @@ def as_json(parity: Parity) -> dict[str, Any]:
     return {
         "a": parity.sides[0].origin,
         "b": parity.sides[1].origin,
+        "finding": parity.finding,
         "figures": {
             each.id: {
                 "parity": plain(each.parity),

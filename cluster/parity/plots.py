@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster import display
 from cluster.display import COLORS
@@ -13,19 +14,17 @@ PARTS = dict(zip(("compute", "communication", "optimizer", "data", "other"), COL
 
 
 def draw(parity: Parity, folder: Path) -> dict[str, Path]:
-    """Draw every figure that has data. Returns title -> PNG in `folder`."""
-    made = {"Parity of each figure": _parities(parity, folder / "parity.png")}
-    made["Rooflines"] = _rooflines(parity, folder / "roofline.png")
+    """Draw every figure that has data. Returns title -> PNG in `folder`, the rooflines first."""
+    made = {"Rooflines": _rooflines(parity, folder / "roofline.png")}
+    made["Parity of each figure"] = _parities(parity, folder / "parity.png")
     if times := [each for each in parity.comparisons if any("time_shares" in f for f in each.figures)]:
         made["Where the time of a training step goes"] = _times(times, parity, folder / "time.png")
     return made
 
 
 def _parities(parity: Parity, path: Path) -> Path:
-    from matplotlib.ticker import FormatStrFormatter, NullFormatter
-
     rows = list(reversed(parity.comparisons))
-    figure, [axes] = display.figure(8, 1.2 + 0.32 * len(rows))
+    figure, [axes] = display.figure(6, 1.2 + 0.36 * len(rows))
     for place, each in enumerate(rows):
         for interval, color, offset, label in (
             (each.parity, "#222222", 0.12, "normalised: A's share / B's"),
@@ -41,17 +40,16 @@ def _parities(parity: Parity, path: Path) -> Path:
     names = [f"{each.id} ({' / '.join(dict.fromkeys(each.bounds))})" for each in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _plain_ticks(axes.xaxis)
     axes.set_xlabel("A / B (1: parity); bars: 95% intervals from the runs")
     axes.legend(
-        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.6 + 0.32 * len(rows))), ncols=2
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.6 + 0.36 * len(rows))), ncols=2
     )
     return display.save(figure, path)
 
 
 def _rooflines(parity: Parity, path: Path) -> Path:
-    figure, [axes] = display.figure(8, 5)
+    figure, [axes] = display.figure(6.4, 4.2)
     points = [
         (side, each, figure_["flops"] / figure_["bytes"])
         for each in parity.comparisons
@@ -85,8 +83,22 @@ def _rooflines(parity: Parity, path: Path) -> Path:
             place = " (right edge: bytes not counted)" if kind == "training" else ""
             axes.plot([], [], mark, color="#555555", label=f"{kind}{place}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s of one device")
-    axes.legend(fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     return display.save(figure, path)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Numbers as people write them, also between powers of ten where few of these are in sight."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high / low < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: display.number(value, digits=1)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
@@ -96,7 +108,7 @@ def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
             if "time_shares" in found and not parity.sides["AB".index(side)].is_roofline:
                 bars.append((f"{each.id.removeprefix('training/')} on {side}", found["time_shares"]))
     bars.reverse()
-    figure, [axes] = display.figure(8, 1.1 + 0.32 * len(bars))
+    figure, [axes] = display.figure(6, 1.1 + 0.36 * len(bars))
     for place, (_, times) in enumerate(bars):
         left = 0.0
         for part, color in PARTS.items():
@@ -105,6 +117,6 @@ def _times(rows: Sequence[Comparison], parity: Parity, path: Path) -> Path:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.set(xlim=(0, 1), xlabel="share of a step, each part waited for")
     axes.legend(
-        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.8 / (0.5 + 0.32 * len(bars))), ncols=4
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.8 / (0.5 + 0.36 * len(bars))), ncols=3
     )
     return display.save(figure, path)

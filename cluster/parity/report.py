@@ -2,15 +2,17 @@
 
 import base64
 import html
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.display import markdown
+from cluster.display import markdown, number, span
 from cluster.measure.probe import LINK_PEAK
+from cluster.parity import public
 from cluster.parity.baseline_file import Side, commit_of
-from cluster.parity.claims import SHARE, show
+from cluster.parity.claims import SHARE, VERDICTS, show
 from cluster.parity.comparison import Comparison
 from cluster.parity.parity import Parity
 
@@ -43,24 +45,40 @@ FORMULAS = (  # name, formula, where it stands
     ("interval", "at least 95%, from the logarithms of the runs' values: Student's t, Banerjee's for ratios",
      "cluster/measure/intervals.py"),
 )  # fmt: skip
+FIGURES_RIGHT = (1, 2, 3, 5, 6, 7)  # columns of numbers
 FORMULAS_HEAD = ("name", "formula", "stands in")
 STYLE = """\
-body{font:16px/1.5 system-ui,sans-serif;color:#1d2125;max-width:60rem;margin:2.5rem auto;padding:0 1.25rem}
-h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #d9dde1}
-table{border-collapse:collapse;font-size:.86rem;margin:1rem 0;display:block;overflow-x:auto}
+body{font:16px/1.5 system-ui,sans-serif;color:#1d2125;background:#fff;max-width:64rem;margin:2.5rem auto;
+padding:0 1.25rem}
+h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.4rem;border-bottom:1px solid #d9dde1}
+blockquote{margin:1.25rem 0;padding:.6rem 1.1rem;border-left:4px solid #1b6ca8;background:#f2f7fb;
+font-size:1.15rem}
+blockquote p{margin:.3rem 0}
+table{border-collapse:collapse;font-size:.84rem;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.3rem .6rem;border-bottom:1px solid #e4e7ea;text-align:left;vertical-align:top}
-th{background:#f4f6f8}td:not(:first-child){font-variant-numeric:tabular-nums}
-img{max-width:100%}code{font-size:.84em;background:#f4f6f8;padding:.1em .25em;overflow-wrap:anywhere}
+th{background:#f4f6f8}td{font-variant-numeric:tabular-nums}.n{white-space:nowrap;color:#5b6168;font-weight:400}
+td[style*=right] .n{display:block}
+.supported{color:#2c6e2f}.contradicted{color:#a33520}.undecided{color:#5b6168}
+img{display:block;width:100%;max-width:42rem;margin:0 auto}
+code{font-size:.84em;background:#f4f6f8;padding:.1em .25em;overflow-wrap:anywhere}
+@media(max-width:40rem){body{margin:1rem auto;padding:0 .8rem}h1{font-size:1.3rem}
+blockquote{font-size:1.05rem}
+td:first-child,th:first-child{position:sticky;left:0;background:#fff;min-width:5.5rem}
+th:first-child{background:#f4f6f8}}
+@media print{body{font-size:10pt;margin:0;max-width:none}table{display:table;font-size:7pt}
+img{max-width:14cm}h2,img,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
 
 def report(parity: Parity, plots: dict[str, str], tolerance: float) -> str:
-    """The report in Markdown; `plots` maps a title to a path beside it."""
+    """The report in Markdown; `plots` maps a title to a path beside it, the first opens the report."""
     a, b = parity.sides
+    (opening, *others) = plots.items()
     sections: list[Iterator[str]] = [
-        _claims(parity, tolerance),
         _figures(parity),
-        *(_plot(title, path) for title, path in plots.items()),
+        _public(),
+        _claims(parity, tolerance),
+        *(_plot(title, path) for title, path in others),
         _divisors(parity.comparisons),
         _shares(parity.comparisons),
         _costs(parity),
@@ -71,10 +89,9 @@ def report(parity: Parity, plots: dict[str, str], tolerance: float) -> str:
     head = [
         f"# Parity: {a.name} (A) against {b.name} (B)",
         "",
-        "Each machine is set against its own hardware: a rate is divided by what the resource that bounds it "
-        "allows (MFU where compute does, MBU where memory bandwidth does, share of link where the link "
-        "between ranks or nodes does), and the two shares by each other. 1 is parity. Absolute rates stand "
-        "beside, because a normalised figure trains no model.",
+        f"> {parity.finding}",
+        "",
+        f"![{opening[0]}]({opening[1]})",
     ]
     return "\n".join([*head, *(line for section in sections for line in ("", *section))]) + "\n"
 
@@ -93,28 +110,54 @@ def _claims(parity: Parity, tolerance: float) -> Iterator[str]:
 
 def _figures(parity: Parity) -> Iterator[str]:
     yield from ("## Figures", "")
-    head = ("figure", "A tokens/s", "B tokens/s", "A / B absolute", "bound", "A's share", "B's share")
-    yield from markdown((*head, "**parity**"), map(_figure, parity.comparisons))
+    yield from markdown(_figures_head("A", "B"), map(_figure, parity.comparisons), right=FIGURES_RIGHT)
     yield ""
     yield (
-        "Rates are of one device; in brackets 95% intervals from the rounds of one session, where rates and "
-        "measured ceilings scatter; what differs from session to session is not in them. Shares are of these "
-        "ceilings:"
+        "Each rate is divided by what the resource that bounds it allows (MFU where compute does, MBU where "
+        "memory bandwidth does, share of link where the link between ranks or nodes does), and the two "
+        "shares by each other. 1 is parity. Absolute rates stand beside, because a normalised figure trains "
+        "no model. Rates are of one device; in brackets 95% intervals from the rounds of one session, where "
+        "rates and measured ceilings scatter; what differs from session to session is not in them. Shares "
+        "are of these ceilings:"
     )
     yield ""
     rows = (
-        (letter, f"{peaks.flops / 1e12:.4g}", f"{peaks.bytes_per_s / 1e9:.4g}", peaks.source, _links(side))
+        (letter, f"{peaks.flops / 1e12:,.4g}", f"{peaks.bytes_per_s / 1e9:,.4g}", peaks.source, _links(side))
         for letter, peaks, side in zip("AB", parity.peaks, parity.sides, strict=True)
     )
-    yield from markdown(("", "peak TFLOP/s", "bandwidth GB/s", "from", "measured link GB/s"), rows)
+    yield from markdown(
+        ("", "peak TFLOP/s", "bandwidth GB/s", "from", "measured link GB/s"), rows, right=(1, 2)
+    )
+
+
+def _figures_head(a: str, b: str) -> tuple[str, ...]:
+    rates = (f"{a} tokens/s", f"{b} tokens/s", f"{a} / {b} absolute")
+    return ("figure", "parity", f"{a}'s share", f"{b}'s share", "bound", *rates)
 
 
 def _figure(each: Comparison) -> tuple[str, ...]:
     bounded = zip(each.bounds, each.shares, strict=True)
     shares = [f"{SHARE[bound]} {_percent(share)}" for bound, share in bounded]
     bounds = " / ".join(dict.fromkeys(each.bounds))
-    parity = f"**{show(each.parity)}**{'; decides nothing, see above' if any(each.voids) else ''}"
-    return (each.id, *map(show, each.rates), show(each.absolute), bounds, *shares, parity)
+    parity = f"**{show(each.parity)}**{'; decides nothing, see below' if any(each.voids) else ''}"
+    return (each.id, parity, *shares, bounds, *map(show, (*each.rates, each.absolute)))
+
+
+def _public() -> Iterator[str]:
+    """The row of public evidence, with the formulas of the other rows."""
+    found = public.evidence()
+    a, b = (public.STEP_MS[name] for name in ("a40", "h100"))
+    yield from ("## Public evidence, not measured by this project", "")
+    yield from markdown(_figures_head("A40", "H100"), [_figure(found)], right=FIGURES_RIGHT)
+    yield ""
+    yield (
+        f"One training script on {public.DEVICES} x A40 at {a:,} ms and on {public.DEVICES} x H100 SXM at "
+        f"{b:,} ms per step: the H100 is {number(a / b)} times as fast, and its bf16 peak is "
+        f"{number(found.divisors['per peak FLOP/s'] / found.absolute.centre)} times as high. "
+        f"{' '.join(public.CAVEATS)} [Source: modded-nanogpt]({public.SOURCE}), "
+        f"{public.TOKENS_PER_STEP:,} tokens per step, {public.flops_per_token():,} FLOPs per token by the "
+        "formula below."
+    )
 
 
 def _plot(title: str, path: str) -> Iterator[str]:
@@ -122,13 +165,18 @@ def _plot(title: str, path: str) -> Iterator[str]:
 
 
 def _section(
-    title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: str = ""
+    title: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    text: str = "",
+    right: Sequence[int] = (),
 ) -> Iterator[str]:
-    """A title, a text if there is one, and a table."""
+    """A title, a text if there is one, and a table; `right`: see `markdown`."""
     yield from (f"## {title}", "")
     if text:
         yield from (text, "")
-    yield from markdown(head, rows)
+    yield from markdown(head, rows, right=right)
 
 
 def _divisors(comparisons: Sequence[Comparison]) -> Iterator[str]:
@@ -139,12 +187,13 @@ def _divisors(comparisons: Sequence[Comparison]) -> Iterator[str]:
     )
     names = list(dict.fromkeys(name for each in comparisons for name in each.divisors))
     rows = (
-        (each.id, f"{each.parity.centre:.3g}",
-         *(f"{each.divisors[name]:.3g}" if name in each.divisors else None for name in names))
+        (each.id, number(each.parity.centre),
+         *(number(each.divisors[name]) if name in each.divisors else None for name in names))
         for each in comparisons
     )  # fmt: skip
     head = ("figure", "own bound (parity)", *names)
-    return _section("What other divisors would have said", head, rows, text=text)
+    right = range(1, len(head))
+    return _section("What other divisors would have said", head, rows, text=text, right=right)
 
 
 def _shares(comparisons: Sequence[Comparison]) -> Iterator[str]:
@@ -169,24 +218,24 @@ def _costs(parity: Parity) -> Iterator[str]:
         for each in parity.comparisons
         for letter, side, figure in zip("AB", parity.sides, each.figures, strict=True)
     )
-    head = ("figure", "side", "J/token", "price of 1M tokens", "peak memory of the process", "latency")
+    head = ("figure", "side", "mJ per token", "price of 1M tokens", "peak memory of the process", "latency")
     return _section("Energy, money, memory, latency", head, rows)
 
 
 def _cost(figure: Any, *, is_roofline: bool) -> tuple[str | None, ...]:
     """Cells: energy, price, memory and latency."""
     joules, cost = figure["joules_per_token"], figure["cost_per_million_tokens"]
-    energy = f"{statistics.median(joules):.3g}" if joules else "not measured"
-    price = None if cost is None else f"{cost:.3g} {figure.get('cost_of', '')}"
+    energy = number(1e3 * statistics.median(joules)) if joules else "not measured"
+    price = None if cost is None else f"{number(cost)} {figure.get('cost_of', '')}"
     if is_roofline:
         return f"{energy} at the power limit, not measured", price, None, None
     latency = None
     for key, name in (("ttft_ms", "TTFT"), ("itl_ms", "ITL")):
         if key in figure:
-            latency = f"{name} {statistics.median(figure[key]):.3g} ms"
+            latency = f"{name} {number(statistics.median(figure[key]))} ms"
     if "step_seconds" in figure:
-        spread = f"{min(figure['step_seconds_p10']):.3g} to {max(figure['step_seconds_p90']):.3g}"
-        latency = f"step {statistics.median(figure['step_seconds']):.3g} s (p10 to p90: {spread})"
+        spread = span([*figure["step_seconds_p10"], *figure["step_seconds_p90"]])
+        latency = f"step {number(statistics.median(figure['step_seconds']))} s (p10 to p90: {spread})"
     return energy, price, f"{figure['peak_memory_bytes'] / 1e9:.2f} GB", latency
 
 
@@ -208,10 +257,10 @@ def _measured(side: Side) -> Iterator[tuple[str, str]]:
     for key, ends in (("links", "ranks"), ("links_between_nodes", "nodes")):
         links = ceilings.get(key) or {}
         if "num_ranks" in links:
-            number = f"{links['num_ranks']} {ends}"
-            yield f"all-reduce, {number}, bus GB/s", _rate(links["all_reduce_gb_per_s"])
-            yield f"all-to-all, {number}, bus GB/s", _rate(links["all_to_all_gb_per_s"])
-            yield f"all-reduce of 4 bytes, {number}, µs", f"{links['all_reduce_latency_us']:.4g}"
+            among = f"{links['num_ranks']} {ends}"
+            yield f"all-reduce, {among}, bus GB/s", _rate(links["all_reduce_gb_per_s"])
+            yield f"all-to-all, {among}, bus GB/s", _rate(links["all_to_all_gb_per_s"])
+            yield f"all-reduce of 4 bytes, {among}, µs", number(links["all_reduce_latency_us"])
     for what in ("write", "read"):
         yield f"disk {what}, GB/s", _rate(ceilings["disk"][f"{what}_gb_per_s"])
 
@@ -228,7 +277,12 @@ def _sources(parity: Parity) -> Iterator[str]:
         yield f"- {letter}: `{side.origin}`; {commit_of(side)}"
     yield from ("", "### Commands, by figure", "")
     rows = (
-        (each.id, letter, f"`{figure['command']}`", ", ".join(f"{value:.4g}" for value in figure["values"]))
+        (
+            each.id,
+            letter,
+            f"`{figure['command']}`",
+            "; ".join(number(value, digits=4) for value in figure["values"]),
+        )
         for each in parity.comparisons
         for letter, figure in zip("AB", each.figures, strict=True)
     )
@@ -245,7 +299,7 @@ def _links(side: Side) -> str | None:
 
 
 def _rate(rate: Any) -> str:
-    return f"{rate['best']:.4g} ({rate['spread'][0]:.4g} to {rate['spread'][1]:.4g})"
+    return f"{number(rate['best'])} ({span(rate['spread'])})"
 
 
 def _percent(interval: Any) -> str:
@@ -262,6 +316,12 @@ def to_html(text: str, folder: Path) -> str:
     for picture in sorted((folder / "plots").glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()
         body = body.replace(f'src="plots/{picture.name}"', f'src="data:image/png;base64,{data}"')
+    body = re.sub(
+        r" (\[(?:[\d.,% ]+|one run)\])", r' <span class="n">\1</span>', body
+    )  # intervals, in one line
+    for verdict in VERDICTS:
+        name = verdict.removeprefix("not ").replace("decided", "undecided")
+        body = body.replace(f"<strong>{verdict}</strong>", f'<strong class="{name}">{verdict}</strong>')
     title = html.escape(text.partition("\n")[0].removeprefix("# "))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import display
 from cluster.config import key
+from cluster.display import number
+from cluster.display import table as text_table
 from cluster.machine.host import KIB
 from cluster.measure import hardware
 
@@ -164,9 +165,9 @@ def _speeds(nodes: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Ite
         }
         median = statistics.median(rates.values()) if rates else 0.0
         for (node, index), rate in rates.items():
-            reaches = f"{f'GPU {index}' if is_gpu else 'its CPU'} reaches {rate:.3g} {unit}"
+            reaches = f"{f'GPU {index}' if is_gpu else 'its CPU'} reaches {number(rate)} {unit}"
             if rate < limits.of_median * median:
-                what = f"{reaches} where the median is {median:.3g}; what else runs there?"
+                what = f"{reaches} where the median is {number(median)}; what else runs there?"
                 yield Finding(node, what, is_failure=is_gpu)
             device = hardware.lookup(nodes[node]["ceilings"][index]["device"])
             peak = device and (device.bf16_tflops if unit == "TFLOP/s" else device.memory_gb_per_s)
@@ -198,7 +199,7 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
         median = statistics.median(rates.values())
         for node, rate in rates.items():
             if rate < limits.of_median * median:
-                slow = f"all-reduce {what}: {rate:.3g} GB/s where the median is {median:.3g}"
+                slow = f"all-reduce {what}: {number(rate)} GB/s where the median is {number(median)}"
                 yield Finding(node, f"{slow}; look at its cable, port and PCIe width", is_failure=is_gpu)
 
 
@@ -207,24 +208,33 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
     rows = []
     for node, facts in found["nodes"].items():
         rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
-        cells = (node, str(len(facts["gpus"])), *(f"{min(each):.3g}" if each else "-" for each in rates))
+        cells = (
+            node,
+            str(len(facts["gpus"])),
+            *(number(min(each)) if each else "-" for each in rates),
+        )
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    lines = [display.table(COLUMNS, rows)]
+    lines = [text_table(COLUMNS, rows)]
     for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
         if links and "problem" not in links:
             reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))
             latency = f"latency {links['all_reduce_latency_us']:.0f} us"
             lines.append(
-                f"{name}: all-reduce {reduced:.3g} GB/s (bus), all-to-all {exchanged:.3g} GB/s, {latency}"
+                f"{name}: all-reduce {number(reduced)} GB/s (bus), all-to-all {number(exchanged)} GB/s, "
+                f"{latency}"
             )
     lines += [f"{'FAILED ' if finding.is_failure else 'warning'}  {finding}" for finding in findings]
     return "\n".join(lines)
 
 
 def _disk(folder: dict[str, Any]) -> str:
-    return "-" if folder["problem"] else f"{folder['write_gb_per_s']:.2g}/{folder['read_gb_per_s']:.2g}"
+    return (
+        "-"
+        if folder["problem"]
+        else "/".join(number(folder[f"{way}_gb_per_s"], digits=2) for way in ("write", "read"))
+    )
 
 
 def _link(links: dict[str, Any] | None) -> str:
-    return "-" if not links or "problem" in links else f"{links['all_reduce_gb_per_s']['best']:.3g}"
+    return "-" if not links or "problem" in links else number(links["all_reduce_gb_per_s"]["best"])

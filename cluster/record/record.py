@@ -83,7 +83,7 @@ class Record:
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
-        last_row = _rewind(directory / "metrics.jsonl", last_step=resume_step)
+        rows = _rewind(directory / "metrics.jsonl", last_step=resume_step)
         provenance = masked({**provenance, **({"inputs": list(inputs)} if inputs else {})})
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
@@ -97,8 +97,9 @@ class Record:
             name=name,
             job_type=job_type,
             tags=[*tags, *_tags_of(provenance)],
+            earlier=rows,
         )
-        return cls(directory, mirror, seconds_before=last_row.get("seconds", 0.0))
+        return cls(directory, mirror, seconds_before=rows[-1].get("seconds", 0.0) if rows else 0.0)
 
     @property
     def wandb_status(self) -> str:
@@ -138,7 +139,11 @@ class Record:
         """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
         self._mirror.file(path)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def image(self, name: str, path: Path) -> None:
+        """Show a picture in W&B. The file must stay as it is until the record is finished."""
+        self._mirror.image(name, path)
+
+    def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Write `summary.json` and end the W&B run, waiting for its upload at most `Mirror.CLOSE_SECONDS`.
 
         `wandb_status` and `wandb_run_id` are added to `summary`; values that are not finite are written as
@@ -147,7 +152,7 @@ class Record:
         self._fsync()
         summary = masked(summary)
         self._write_summary(summary)  # before W&B gets to take its time
-        self._mirror.close(summary=summary, exit_code=0)
+        self._mirror.close(summary=summary, exit_code=exit_code)
         self._write_summary(summary)
 
     def close(self, *, exit_code: int = 0) -> None:
@@ -282,10 +287,10 @@ def _append(descriptor: int, line: bytes, *, path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space for a whole row; free some and resume the run", str(path))
 
 
-def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
-    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns the last row."""
+def _rewind(path: Path, *, last_step: int | None) -> list[dict[str, Any]]:
+    """Drop the torn end and the rows after `last_step`, or every row if it is None. Returns what is kept."""
     if not path.exists():
-        return {}
+        return []
     content = path.read_bytes()
     lines = content.split(b"\n")
     rows = [
@@ -296,7 +301,7 @@ def _rewind(path: Path, *, last_step: int | None) -> dict[str, Any]:
     kept = b"".join(line for line, _ in rows)
     if kept != content:
         files.write_text(path, kept.decode())
-    return rows[-1][1] if rows else {}
+    return [row for _, row in rows]
 
 
 def _tags_of(provenance: Mapping[str, Any]) -> list[str]:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.machine.host import has_driver
 from cluster.masking import mask
 from cluster.record import wandb_keys
 
 MAX_TAG = 64  # letters; W&B refuses a run with a longer tag
+EARLIER = "earlier"  # folder of W&B's files of earlier starts, which nobody needs to upload
 FSYNC_SECONDS = 1.0  # between flushes of W&B's own log; also of metrics.jsonl
 
 
@@ -33,7 +33,15 @@ class Mirror:
     MAX_WAITING_ROWS = 10_000
 
     def __init__(
-        self, directory: Path, *, mode: str, run_id: str, job_type: str, tags: Sequence[str], **about: Any
+        self,
+        directory: Path,
+        *,
+        mode: str,
+        run_id: str,
+        job_type: str,
+        tags: Sequence[str],
+        earlier: Sequence[dict[str, Any]] = (),
+        **about: Any,
     ) -> None:
         self.run_id = run_id
         self._directory = directory
@@ -44,8 +52,9 @@ class Mirror:
         self._problems: list[str] = []
         self._num_missed = 0
         self._closed = False
-        self._known: set[str] = set()  # keys that have a definition
+        self._known: set[str] = set()  # keys of rows so far
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._calls.put(lambda run: self._repeat(run, earlier))
         self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
         self._thread.start()
 
@@ -57,15 +66,19 @@ class Mirror:
     def put(self, row: dict[str, Any], *, seconds: float) -> None:
         """Hand over a row; it is missed if W&B is `MAX_WAITING_ROWS` behind, ignored if W&B failed."""
         if self._calls.qsize() < self.MAX_WAITING_ROWS:
-            row = wandb_keys.wandb_row(row, job_type=self._job_type) | {"seconds": seconds}
-            self.call(lambda run: self._log(run, row))
-        elif self._thread.is_alive():
+            self.call(lambda run: self._log(run, row, seconds=seconds))
+        else:
             self._num_missed += 1
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Hand over a table."""
         key, content = wandb_keys.wandb_key(name, job_type=self._job_type), [list(row) for row in rows]
-        self.call(lambda run: run.log({key: _table(columns, content)}))
+        self.call(lambda run: run.log({key: _table(columns, content)}, commit=False))  # with the next row
+
+    def image(self, name: str, path: Path) -> None:
+        """Hand over a picture."""
+        key = wandb_keys.wandb_key(name, job_type=self._job_type)
+        self.call(lambda run: run.log({key: _image(path)}, commit=False))
 
     def file(self, path: Path) -> None:
         """Hand over a file."""
@@ -81,7 +94,8 @@ class Mirror:
 
         `do` runs once, later or never. If it raises, the mirror stops and its status says why.
         """
-        self._calls.put(do)
+        if self._thread.is_alive():
+            self._calls.put(do)
 
     def close(self, *, summary: dict[str, Any], exit_code: int) -> None:
         """End the W&B run and wait for it, at most `CLOSE_SECONDS`. Later calls do nothing."""
@@ -91,7 +105,8 @@ class Mirror:
 
         def finish(run: Any) -> None:
             found = wandb_keys.wandb_row(summary, job_type=self._job_type)
-            run.summary.update({key: value for key, value in found.items() if key not in self._known})
+            plain = {key: value for key, value in found.items() if not _is_table(value)}
+            run.summary.update({key: value for key, value in plain.items() if key not in self._known})
             run.finish(exit_code=exit_code)
 
         self.call(finish)
@@ -113,22 +128,43 @@ class Mirror:
                     f"stopped by {_reason(error)}; to send the copy on disk: {self._sync()}"
                 )
 
-    def _log(self, run: Any, row: dict[str, Any]) -> None:
-        for key in sorted(set(row) - self._known):
+    def _repeat(self, run: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Log the rows that a resumed run has kept and W&B lacks, so that each step is there once.
+
+        Online, W&B says at which step it goes on (`starting_step`) and drops rows of earlier steps, which it
+        has from an earlier start. Offline, every start has a file of its own, and `wandb sync` appends one to
+        the other: so the newest file holds all rows, and those of earlier starts are set aside.
+        """
+        for row in rows:
+            if row["step"] >= run.starting_step:
+                self._log(run, row, seconds=row.get("seconds", 0.0))
+        folders = self._directory / "wandb"
+        for folder in folders.glob(f"*run-*-{self.run_id}"):
+            if not folder.samefile(Path(run.dir).parent):
+                (folders / EARLIER).mkdir(exist_ok=True)
+                folder.rename(folders / EARLIER / folder.name)
+
+    def _log(self, run: Any, row: dict[str, Any], *, seconds: float) -> None:
+        """Log a row now (`commit`) as W&B's step of that number."""
+        found = wandb_keys.wandb_row(row, job_type=self._job_type) | {"seconds": seconds}
+        for key in sorted(set(found) - self._known):
             if which := wandb_keys.summary_of(key):
                 run.define_metric(key, step_metric="step", summary=which)
-        self._known |= set(row)
-        run.log({name: shown for key, value in row.items() for name, shown in _shown(key, value).items()})
+        self._known |= set(found)
+        shown = {name: each for key, value in found.items() for name, each in _shown(key, value).items()}
+        run.log(shown, step=row["step"], commit=True)
 
     def _start(self, mode: str) -> Any:
         """The W&B run in this mode, or offline if the server cannot be reached; None if disabled."""
+        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+            mode = "disabled"  # without importing wandb, which takes a second
         if mode != "disabled":
             import wandb
             from wandb.analytics.opentelemetry import opentelemetry_proxy
 
             opentelemetry_proxy.disable()  # without a network it holds up the end of the process by 20 s
         if mode == "auto":
-            mode = _auto_mode(wandb.setup(settings=wandb.Settings(silent=True)).settings)
+            mode = auto_mode()
         if mode == "disabled":
             self._state = "disabled: as configured"
             return None
@@ -151,9 +187,7 @@ class Mirror:
 
         private: dict[str, Any] = {
             "x_transaction_log_flush_interval": FSYNC_SECONDS,  # else a SIGKILL costs the copy its last 15 s
-            "x_disable_stats": not has_driver(),
             "x_disable_meta": True,  # command line and host: our provenance holds them, masked
-            "x_disable_machine_info": True,
             "x_save_requirements": False,
         }
         known = wandb.Settings.model_fields
@@ -206,8 +240,22 @@ def _table(columns: Sequence[str], rows: list[list[Any]]) -> Any:
     return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
 
 
-def _auto_mode(settings: Any) -> str:
+def _image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a list of lists or objects, which W&B's summary shows to nobody."""
+    return isinstance(value, list) and any(isinstance(each, list | dict) for each in value)
+
+
+def auto_mode() -> str:
     """WANDB_MODE or the mode in W&B's settings file; else online with a key or login; else offline."""
+    import wandb
+
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if "WANDB_MODE" in os.environ or settings.mode != "online":
         return settings.mode
     return "online" if signed_in(settings) else "offline"

@@ -18,7 +18,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import cli
@@ -107,7 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(layered.to_yaml(assumed), *(f"{case:<10}{CASES[case]}" for case in cases), sep="\n")
             return
         output = benchmark.prepare_output(options.output, "optim")
-        bench(cases, assumed, num_rounds=options.rounds, output=output)
+        result = bench(cases, assumed, num_rounds=options.rounds)
+        config = layered.to_dict(assumed) | {"cases": cases, "rounds": options.rounds}
+        benchmark.publish(
+            result, output, job_type="optim-bench", wandb_mode=options.wandb, config=config,
+            data_fingerprint=None,
+        )  # fmt: skip
 
     return cli.run(body)
 
@@ -130,8 +134,8 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output: Path) -> None:
-    """Run the cases: for each its ceiling, then its table. Write `output`; print one JSON line."""
+def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int) -> dict[str, Any]:
+    """Run the cases, and print for each its ceiling, then its table. Returns the result."""
     result: dict[str, Any] = {
         "bench": "optim",
         "cases": list(cases),
@@ -154,7 +158,7 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int, output
             for world_size in WORLD_SIZES:
                 result |= zero_case(int(case[-1]), world_size, num_rounds=num_rounds)
     print(f"\n{target_table(result)}\n")
-    benchmark.publish(result, output, data_fingerprint=None)
+    return result
 
 
 def target_table(result: Mapping[str, Any]) -> str:

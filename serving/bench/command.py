@@ -128,6 +128,7 @@ def _bench(
         wandb_mode=config.bench.wandb,
         project=config.bench.project,
         group="serving",
+        job_type="serve-bench",
         name=config.bench.name,
         resume_step=None,
     )

@@ -10,18 +10,18 @@ from cluster.measure import hardware
 COLUMNS = (  # header, key of a point, format
     ("load", "load", "{}"),
     ("ok/all", "counts", "{}"),
-    ("out tok/s", "output_tokens_per_second", "{:.0f}"),
-    ("total tok/s", "total_tokens_per_second", "{:.0f}"),
-    ("TTFT p50", "ttft_p50_ms", "{:.1f}"),
-    ("p90", "ttft_p90_ms", "{:.1f}"),
-    ("p99", "ttft_p99_ms", "{:.1f}"),
-    ("TPOT p50", "tpot_p50_ms", "{:.2f}"),
-    ("p90", "tpot_p90_ms", "{:.2f}"),
-    ("p99", "tpot_p99_ms", "{:.2f}"),
-    ("ITL p50", "itl_p50_ms", "{:.2f}"),
-    ("p99", "itl_p99_ms", "{:.2f}"),
-    ("E2E p50", "e2e_p50_ms", "{:.0f}"),
-    ("p99", "e2e_p99_ms", "{:.0f}"),
+    ("out tok/s", "output_tokens_per_second", "{:,.0f}"),
+    ("total tok/s", "total_tokens_per_second", "{:,.0f}"),
+    ("TTFT p50", "ttft_p50_ms", "{:,.1f}"),
+    ("p90", "ttft_p90_ms", "{:,.1f}"),
+    ("p99", "ttft_p99_ms", "{:,.1f}"),
+    ("TPOT p50", "tpot_p50_ms", "{:,.2f}"),
+    ("p90", "tpot_p90_ms", "{:,.2f}"),
+    ("p99", "tpot_p99_ms", "{:,.2f}"),
+    ("ITL p50", "itl_p50_ms", "{:,.2f}"),
+    ("p99", "itl_p99_ms", "{:,.2f}"),
+    ("E2E p50", "e2e_p50_ms", "{:,.0f}"),
+    ("p99", "e2e_p99_ms", "{:,.0f}"),
     ("goodput/s", "goodput_per_second", "{:.2f}"),
     ("SLO met", "attainment", "{:.0%}"),
     ("MBU", "mbu", "{:.1%}"),
@@ -121,16 +121,17 @@ def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
 def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
     """The model, the engine and the ceilings, for people."""
     details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
-    peak = f"{ceiling['product_tflops']:.3g} TFLOP/s in {ceiling['product_dtype']}"
+    peak = f"{display.number(ceiling['product_tflops'])} TFLOP/s in {ceiling['product_dtype']}"
     flops, head_flops = info["flops_per_token"] - info["head_flops"], info["head_flops"]
     rows = [
         ("model", f"{info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}"),
         ("engine", f"{info['engine']} on {info['device']}: {details}"),
-        ("ceilings", f"{peak}, {ceiling['gb_per_s']:.3g} GB/s ({ceiling['source']})"),
+        ("ceilings", f"{peak}, {display.number(ceiling['gb_per_s'])} GB/s ({ceiling['source']})"),
         (
             "decoding",
-            f"{info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least {ceiling['step_ms']:.3g} ms, "
-            f"at most {ceiling['decode_tokens_per_second']:,.0f} tok/s each",
+            f"{info['weight_bytes'] / 1e6:,.1f} MB of weights a step: at least "
+            f"{display.number(ceiling['step_ms'])} ms, at most "
+            f"{ceiling['decode_tokens_per_second']:,.0f} tok/s each",
         ),
         (
             "prefilling",

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from cluster import config as layered
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark
 from serving.bench.config import ServeBenchConfig
@@ -28,4 +29,8 @@ def compare(config: ServeBenchConfig) -> None:
         )
     print(benchmark.table(result))
     chosen = Path(config.bench.output).expanduser() if config.bench.output else None
-    benchmark.publish(result, benchmark.prepare_output(chosen, f"serve_{peer}"), data_fingerprint=None)
+    output = benchmark.prepare_output(chosen, f"serve_{peer}")
+    benchmark.publish(
+        result, output, job_type="race", wandb_mode=config.bench.wandb, project=config.bench.project,
+        config=layered.to_dict(config), data_fingerprint=None,
+    )  # fmt: skip

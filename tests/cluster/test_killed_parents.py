@@ -19,7 +19,7 @@ from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
 
-END_SECONDS = 5.0
+END_SECONDS = 30.0  # below the 40 s for which an embedded Ray's agents go on without us (cluster/process.py)
 
 
 def study(folder: Path) -> list[object]:

@@ -13,23 +13,34 @@ import pytest
 from cluster import process
 from cluster.process import Child
 from cluster.session import ROOT
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 SLEEP = ["sleep", "600"]
 
 
-def below(pid: int, *, number: int, within_seconds: float = 20.0) -> list[psutil.Process]:
+def below(pid: int, *, number: int) -> list[psutil.Process]:
     """The descendants of a process, once there are as many."""
-    deadline = time.monotonic() + within_seconds
-    while len(found := psutil.Process(pid).children(recursive=True)) < number:
-        assert time.monotonic() < deadline, f"{len(found)} of {number}"
-        time.sleep(0.02)
-    return found
+
+    def enough() -> list[psutil.Process]:
+        found = psutil.Process(pid).children(recursive=True)
+        return found if len(found) >= number else []
+
+    return wait_until(enough, told=f"{number} processes below {pid}")
 
 
-def alive(processes: list[psutil.Process], *, within_seconds: float = 5.0) -> list[psutil.Process]:
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has just ended
+        return False
+
+
+def alive(
+    processes: list[psutil.Process], *, within_seconds: float = PATIENCE_SECONDS
+) -> list[psutil.Process]:
     """Those that have not ended in that time."""
     deadline = time.monotonic() + within_seconds
-    while left := [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
+    while left := [one for one in processes if runs(one)]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
@@ -91,7 +102,7 @@ def test_a_signal_reaches_the_command_and_its_group():
     with Child(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGUSR1)
-        assert child.stdout.readline() == "here\n" and child.wait(5) == 5
+        assert child.stdout.readline() == "here\n" and child.wait(PATIENCE_SECONDS) == 5
         child.send_signal(signal.SIGUSR1)  # to nobody
 
 
@@ -100,7 +111,7 @@ def test_the_end_is_orderly_if_there_is_patience_for_it(tmp_path):
     script = f"trap 'echo orderly > {file}; exit 0' TERM; echo ready; sleep 600 & wait"
     with Child(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        child.end(patience_seconds=10)
+        child.end(patience_seconds=PATIENCE_SECONDS)
     assert child.returncode == 0 and file.read_text() == "orderly\n"
     with Child(["sh", "-c", "trap '' TERM; echo ready; sleep 600"], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
@@ -113,7 +124,7 @@ def test_what_a_command_leaves_running_ends_with_it():
     started = below(child.pid, number=3)
     [command] = psutil.Process(child.pid).children()
     command.kill()
-    assert child.wait(5) == -signal.SIGKILL and alive(started) == []
+    assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL and alive(started) == []
 
 
 HEADLESS = """
@@ -132,18 +143,19 @@ def test_a_process_whose_first_thread_has_ended_is_not_taken_for_ended(attempt):
         assert child.stdout is not None
         orphan = psutil.Process(int(child.stdout.readline()))
         [command] = psutil.Process(child.pid).children()
-        while command.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        wait_until(lambda: command.status() == psutil.STATUS_ZOMBIE)
         child.kill()
-        assert child.wait(5) == -signal.SIGKILL and alive([orphan], within_seconds=0.0) == []
+        assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+        assert alive([orphan], within_seconds=0.0) == []
 
 
 def test_ssh_s_shared_connection_outlives_the_command_that_opened_it(tmp_path):
     file = tmp_path / "pid"
-    with Child(
-        ["sh", "-c", f"setsid sh -c 'echo $$ > {file}; exec sleep 600' & sleep 0.5"], whole_tree=False
-    ) as child:
-        assert child.wait(10) == 0
+    daemon_then_end = (
+        f"setsid sh -c 'echo $$ > {file}; exec sleep 600' & until [ -s {file} ]; do sleep 0.05; done"
+    )
+    with Child(["sh", "-c", daemon_then_end], whole_tree=False) as child:
+        assert child.wait(PATIENCE_SECONDS) == 0
     [daemon] = alive([psutil.Process(int(file.read_text()))], within_seconds=0.2)
     daemon.kill()
 
@@ -210,7 +222,7 @@ def test_children_that_threads_start_at_once_do_not_keep_each_other_alive():
         thread.join()
     for child in children:
         child.kill()
-        assert child.wait(5) == -signal.SIGKILL
+        assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
 
 
 # --- what libraries start ---------------------------------------------------------------------------------
@@ -227,7 +239,7 @@ def test_what_a_library_leaves_is_killed_after_the_block_and_nothing_else(tmp_pa
         leftover = subprocess.Popen(SLEEP, stdout=log)
         bystander = subprocess.Popen(SLEEP, stdout=elsewhere)
         stranger = subprocess.Popen(SLEEP, stdout=log, start_new_session=True)  # somebody reads the log
-    assert leftover.wait(5) == -signal.SIGKILL
+    assert leftover.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     assert bystander.poll() is None and stranger.poll() is None
     for one in (bystander, stranger):
         one.kill()

@@ -137,7 +137,9 @@ def main() -> int:
             _require(lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE))
         result = benchmark.medians(samples)
         print(benchmark.table(result))
-        benchmark.publish(result, output, data_fingerprint=None)
+        benchmark.publish(
+            result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None
+        )
 
     return cli.run(body)
 

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tests.commands import ROOT, tiny, write_corpus
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
 CLUSTER = ("head", "worker1", "worker2")
@@ -198,8 +199,9 @@ class Lab:
     def power_off(self, name: str, *, wipe: bool = False) -> None:
         """End a host at once, as a loss of power would; `wipe` installs it anew, with the same host key."""
         host = self._hosts.pop(name)
-        for child in _children(host.pid):
-            os.kill(child, signal.SIGKILL)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
+            for child in _children(host.pid):
+                os.kill(child, signal.SIGKILL)
         host.kill()
         host.wait()
         if wipe:
@@ -217,7 +219,9 @@ class Lab:
             *(*environment, *map(str, command)),
         ]  # fmt: skip
 
-    def run(self, name: str, script: str, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, script: str, *, timeout: float = 4 * PATIENCE_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         """A bash script on a host, to its end."""
         return subprocess.run(
             self.command(name, "bash", "-c", script),
@@ -232,7 +236,9 @@ class Lab:
         quoted = " ".join(f"'{argument}'" for argument in arguments)
         return self.command("nyc", "bash", "-c", f"cd {ROOT} && exec .venv/bin/python -m {quoted}")
 
-    def call(self, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *arguments: Any, timeout: float = 4 * PATIENCE_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         """`python -m ...` on the laptop, to its end."""
         return subprocess.run(
             self.ours(*arguments), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
@@ -336,12 +342,16 @@ class Running:
         """Standard error so far."""
         return bytes(self._err).decode(errors="replace")
 
-    def until(self, pattern: str, *, seconds: float) -> float:
+    def until(self, pattern: str, *, seconds: float = PATIENCE_SECONDS) -> float:
         """Wait for a regular expression in the output; returns the seconds that it took."""
         begin = time.monotonic()
         while not re.search(pattern, self.out + self.err, re.MULTILINE):
             code = self._process.poll()
             waited = time.monotonic() - begin
+            if code is not None:  # all that it has written counts
+                self.wait()
+                if re.search(pattern, self.out + self.err, re.MULTILINE):
+                    break
             told = f"no {pattern!r} (exit code {code}):\n{self.out}\n{self.err}"
             assert code is None and waited < seconds, told
             time.sleep(0.02)
@@ -352,11 +362,11 @@ class Running:
         for child in _children(self._process.pid):
             os.kill(child, number)
 
-    def wait(self, *, seconds: float) -> int:
+    def wait(self, *, seconds: float = PATIENCE_SECONDS) -> int:
         """Its exit code."""
         code = self._process.wait(timeout=seconds)
         for reader in self._readers:
-            reader.join(timeout=5)
+            reader.join(timeout=PATIENCE_SECONDS)
         return code
 
 

@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = benchmark.prepare_output(options.output, WHAT)
         result = check(config, [*prefix, *given], num_rounds=options.rounds, steps=options.steps)
         print(table(result))
-        benchmark.publish(result, output, data_fingerprint=None)
+        benchmark.publish(
+            result, output, job_type="projection", wandb_mode=options.wandb, config=layered.to_dict(config),
+            data_fingerprint=None,
+        )  # fmt: skip
 
     return cli.run(body)
 

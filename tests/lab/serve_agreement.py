@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load = benchmark.load_average()
         result = {"load_average_before": load, **measure(found, num_rounds=options.rounds)}
         print(table(result))
-        benchmark.publish(result, output, data_fingerprint=None)
+        benchmark.publish(result, output, job_type="race", wandb_mode=options.wandb, data_fingerprint=None)
 
     return cli.run(body)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster.files import sha256_of
 from tests.commands import ROOT
 from training.data.dataset import Manifest, TokenDataset, validation_batches
 from training.export import main
@@ -195,8 +196,13 @@ def split_in_two(path: Path) -> None:
     for rank, tensors in enumerate(ranks):
         file = path / f"rank-{rank:05d}-of-00002.safetensors"
         save_file(tensors, file)
-        state["files"][file.name] = file.stat().st_size
+        state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    write_state(path, state)
+
+
+def write_state(path: Path, state: dict) -> None:
     (path / "state.json").write_text(json.dumps(state))
+    (path / "COMPLETE").write_text(f"{sha256_of(path / 'state.json')}\n")
 
 
 def test_the_shape_is_the_checkpoints_and_not_a_later_configs(run: Path) -> None:
@@ -216,10 +222,30 @@ def test_the_shape_is_the_checkpoints_and_not_a_later_configs(run: Path) -> None
 
 
 def change_state(run: Path, change: Callable[[dict], object]) -> None:
-    file = run / "checkpoints/step-0000004/state.json"
-    state = json.loads(file.read_text())
+    path = run / "checkpoints/step-0000004"
+    state = json.loads((path / "state.json").read_text())
     change(state)
-    file.write_text(json.dumps(state))
+    write_state(path, state)
+
+
+def flip_a_bit(file: Path, *, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_run_directory_is_enough_and_of_two_checkpoints_the_sound_one_is_exported(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    expected = masters(run, step=2)
+    shutil.rmtree("data")
+    [shard] = (run / "checkpoints/step-0000004").glob("*.safetensors")
+    flip_a_bit(shard, place=-100)
+    assert main(["tiny", "--dtype", "float32"]) == 0
+    captured = capsys.readouterr()
+    assert f"{shard}: SHA-256 " in captured.err and "step 2" in captured.out
+    assert_weights(run / "export", expected)
+    assert main(["tiny", "--step", "4"]) == 2  # as it was asked for by name
 
 
 def no_run(run: Path) -> tuple[list[str], str]:
@@ -247,7 +273,7 @@ def output_below_a_file(run: Path) -> tuple[list[str], str]:
 def missing_shard(run: Path) -> tuple[list[str], str]:
     [file] = (run / "checkpoints/step-0000004").glob("*.safetensors")
     file.unlink()
-    return ["tiny"], f"{file}: missing shard; "
+    return ["tiny", "--step", "4"], f"{file}: missing shard; "
 
 
 def shard_outside(run: Path) -> tuple[list[str], str]:
@@ -273,6 +299,7 @@ def missing_piece(run: Path) -> tuple[list[str], str]:
 
 def data_gone(run: Path) -> tuple[list[str], str]:
     shutil.rmtree("data")
+    shutil.rmtree(run / "tokenizer")
     return ["tiny"], "/data: holds no usable prepared data with the run's fingerprint "
 
 
@@ -283,7 +310,8 @@ def other_data(run: Path) -> tuple[list[str], str]:
 
 def damaged_tokenizer(run: Path) -> tuple[list[str], str]:
     [file] = Path("data").absolute().glob("corpus-*/tokenizer.json")
-    file.write_text(file.read_text() + " ")
+    for each in (file, run / "tokenizer/tokenizer.json"):
+        each.write_text(each.read_text() + " ")
     return ["tiny"], f"{file} is missing or corrupt"
 
 

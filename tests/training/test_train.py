@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.record.record import read_metrics
+from tests.cluster.review.panel_keys import logged, shown_by
 from tests.commands import ROOT, python, started, tiny, write_corpus
 from tests.waiting import wait_until
 from training import config as training_config
@@ -19,6 +20,11 @@ from training.run.export import export
 pytestmark = pytest.mark.stack
 
 NUM_STEPS = 40
+REFERENCE = {
+    "record__wandb": "offline",
+    "optim__inspect_every_steps": 10,
+    "optim__noise__measure_every_steps": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def kill_at(step: int, run: Path, *arguments: object, ranks: int = 0, **environm
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
     """The run directory of an uninterrupted run under torchrun, two ranks, with an offline W&B mirror."""
-    keys = run_keys(folder, "reference", record__wandb="offline")
+    keys = run_keys(folder, "reference", **REFERENCE)
     done = python("training.launch", *keys, ranks=2, WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     assert "validation loss" in done.stdout and "sample 'The name of the'" in done.stdout
@@ -83,10 +89,22 @@ def test_a_run_leaves_its_record(reference: Path, folder: Path) -> None:
     provenance = json.loads((reference / "provenance.json").read_text())
     assert len(provenance["data_fingerprint"]) == 64 and provenance["packages"]["deepspeed"] == "0.19.8"
     resolved = training_config.load(file=reference / "config.yaml")
-    assert resolved == training_config.load(dotlist=run_keys(folder, "reference", record__wandb="offline"))
+    assert resolved == training_config.load(dotlist=run_keys(folder, "reference", **REFERENCE))
     assert (reference / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     kept = sorted(path.name for path in (reference / "checkpoints").iterdir())
     assert kept == ["step-0000035", "step-0000040"]
+
+
+def test_wandb_has_every_key_that_the_views_show_of_training(reference: Path) -> None:
+    """Those of a GPU whose ceiling is known: `test_meter.py`."""
+    sections = ("train", "throughput", "validation", "optimizer", "noise")
+    shown = {
+        (where, name)
+        for where, name in shown_by()
+        if where == "config" or name.partition("/")[0] in (*sections, "step", "tokens", "seconds")
+    }
+    assert ("history", "noise/tail_index_by_layer") in shown and ("config", "optim.matrix.lr") in shown
+    assert shown - logged(reference) == {("history", "throughput/mfu_of_measured")}
 
 
 def test_a_killed_run_resumes_bit_for_bit(reference: Path, folder: Path) -> None:
@@ -133,7 +151,7 @@ def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_expor
 
 def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:
     before = (reference / "metrics.jsonl").read_bytes()
-    again = python("training.launch", *run_keys(folder, "reference", record__wandb="offline"), ranks=2)
+    again = python("training.launch", *run_keys(folder, "reference", **REFERENCE), ranks=2)
     assert again.returncode == 0 and "is complete at step 40" in again.stderr
     assert (reference / "metrics.jsonl").read_bytes() == before
 

@@ -18,6 +18,7 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
+from cluster.display import number
 from cluster.laptop import inventory, remote
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
@@ -123,7 +124,7 @@ def _capacity(about: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Capacity
 
 def _described(about: Mapping[str, Any], ceilings: Mapping[str, Any]) -> str:
     """Device, ceilings and what could not be measured, for people."""
-    peaks = {name: f"{peak:.3g}" for name, peak in peaks_of(ceilings).items()}
+    peaks = {name: number(peak) for name, peak in peaks_of(ceilings).items()}
     nodes = f"{about['num_nodes']} nodes of " if about["num_nodes"] > 1 else ""
     lines = [
         f"{nodes}{about['num_devices']} x {about['name']}: "

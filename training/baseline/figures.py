@@ -204,5 +204,5 @@ def shares_text(figure: Mapping[str, Any]) -> str:
 
 def table(figures: Iterable[Mapping[str, Any]]) -> str:
     """The figures, for people."""
-    rows = ((each["id"], *(f"{n:.4g}" for n in rates(each)), shares_text(each)) for each in figures)
+    rows = ((each["id"], *(display.number(n) for n in rates(each)), shares_text(each)) for each in figures)
     return display.table(("", "tokens/s", "min", "max", "shares"), rows, left=(0, 4))

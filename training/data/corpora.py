@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.files import sha256_of
 from training.config import DataConfig
-from training.data.dataset import DataError, sha256_of
+from training.data.dataset import DataError
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000

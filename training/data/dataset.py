@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.cli import UserError
+from cluster.files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -139,12 +140,6 @@ class Manifest:
                 raise DataError(f"{path}: missing; {REMEDY}")
             if sha256_of(path) != expected:
                 raise DataError(f"{path}: corrupt, its SHA-256 is not the manifest's; {REMEDY}")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _decode(kind: Any, value: Any, name: str) -> Any:

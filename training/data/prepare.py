@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import cli, files
 from cluster import config as layered
+from cluster.files import sha256_of
 from training import config as training_config
 from training.config import DataConfig
 from training.data.corpora import Corpus, Document, reading
@@ -36,7 +37,6 @@ from training.data.dataset import (
     Manifest,
     Shard,
     Split,
-    sha256_of,
 )
 
 Report = Callable[[str], None]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.cli import UserError
-from training.data.dataset import Manifest, TokenDataset, sha256_of, validation_batches
+from cluster.files import sha256_of
+from training.data.dataset import Manifest, TokenDataset, validation_batches
 from training.model.llama import Llama
 
 

@@ -96,7 +96,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
+    return None if value is None else f"{value:,.4f}"
 
 
 def last_line(result: Mapping[str, Any], output: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, prod
 from typing import Any
 
+from cluster.display import number
 from optim.cost import ADAMW_BYTES, PASS_BYTES
 from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
@@ -45,7 +46,7 @@ class Network:
 
     def describe(self) -> str:
         """One line for people."""
-        return f"{self.bytes_per_s / 1e9:.3g} GB/s per node each way: {self.source}"
+        return f"{number(self.bytes_per_s / 1e9)} GB/s per node each way: {self.source}"
 
 
 NO_NETWORK = Network(inf, "one node")

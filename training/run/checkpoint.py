@@ -1,9 +1,12 @@
 """Checkpoints that any world size and ZeRO stage can read.
 
-`checkpoints/step-NNNNNNN/` holds one safetensors file per rank, `state.json`, and `COMPLETE`, written last:
-without it the checkpoint does not count. A tensor is a piece of one parameter's fp32 master weights or
-optimizer state, keyed `parameter|tensor|first element`. A reader takes the pieces that its own shards need,
-whichever rank wrote them. The model's bf16 weights are not stored: they are the masters, rounded.
+`checkpoints/step-NNNNNNN/` holds one safetensors file per rank, `state.json` with the SHA-256 of each, and
+`COMPLETE` with that of `state.json`. `COMPLETE` is written last; without it the checkpoint does not count. A
+checkpoint that no longer matches its hashes is marked `DAMAGED` instead, and the one before is used.
+
+A tensor is a piece of one parameter's fp32 master weights or optimizer state, keyed
+`parameter|tensor|first element`. A reader takes the pieces that its own shards need, whichever rank wrote
+them. The model's bf16 weights are not stored: they are the masters, rounded.
 """
 
 import bisect
@@ -11,8 +14,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +29,18 @@ from cluster.cli import UserError
 from cluster.runs import COMPLETE, complete_checkpoints
 from training.run.context import Context
 
-FORMAT_VERSION = 1
+T = TypeVar("T")
+FORMAT_VERSION = 2
 STATE = "state.json"
+DAMAGED = "DAMAGED"  # in a checkpoint that was complete: what is wrong with it
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or used. The message names the file and the remedy."""
+
+
+class DamagedError(CheckpointError):
+    """A complete checkpoint whose files are not what was written."""
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -47,7 +58,36 @@ def newest_complete(root: Path, *, report: Callable[[str], None]) -> Path | None
     for path in sorted(root.glob("step-*"), reverse=True):
         if (path / COMPLETE).exists():
             return path
-        report(f"skipping {path}: half-written (no {COMPLETE} file)")
+        problem = "damaged" if (path / DAMAGED).exists() else "half-written"
+        report(f"skipping {path}: {problem} (no {COMPLETE} file)")
+    return None
+
+
+def newest_sound(root: Path, *, report: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint under `root` whose files are what was written; None if there is none.
+
+    Each newer one that is half-written or damaged is reported. A damaged one is marked so, if `root` can be
+    written, and no longer counts: `prune` would keep it in place of a sound one.
+
+    Raises:
+        DamagedError: there are complete checkpoints, and all are damaged.
+    """
+    newest_complete(root, report=report)
+    damaged: dict[Path, DamagedError] = {}
+    for path in reversed(complete_checkpoints(root)):
+        try:
+            Checkpoint(path).verify()
+        except DamagedError as error:
+            damaged[path] = error
+            continue
+        for each, problem in damaged.items():
+            report(f"{problem}; going on with {path}")
+            with suppress(OSError):
+                files.write_text(each / DAMAGED, f"{problem}\n")
+                (each / COMPLETE).unlink()
+        return path
+    if damaged:
+        raise next(iter(damaged.values()))
     return None
 
 
@@ -79,10 +119,10 @@ def save(
         shutil.rmtree(path, ignore_errors=True)  # a half-written one of an earlier start
     context.gather(None)
     name = f"rank-{context.rank:05d}-of-{context.world_size:05d}.safetensors"
-    problem, size = _attempt(path, lambda: _write_tensors(path / name, shards))
-    problems, sizes = zip(*context.gather((problem, (name, size))), strict=True)
+    problem, written = _attempt(path, lambda: _write_tensors(path / name, shards))
+    problems, shards_written = zip(*context.gather((problem, (name, written))), strict=True)
     if context.is_main and not any(problems):
-        content = {"format": FORMAT_VERSION, **state, "files": dict(sizes)}
+        content = {"format": FORMAT_VERSION, **state, "files": dict(shards_written)}
         problem, _ = _attempt(path, lambda: _write_marks(path, content))
     problems = (*problems, *context.gather(problem))
     if any(problems):
@@ -91,7 +131,7 @@ def save(
         raise CheckpointError(next(filter(None, problems)))
 
 
-def _attempt(path: Path, write: Callable[[], int]) -> tuple[str | None, int]:
+def _attempt(path: Path, write: Callable[[], T]) -> tuple[str | None, T | None]:
     """(problem, result): one rank's failure must reach the others before it is raised."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -102,10 +142,14 @@ def _attempt(path: Path, write: Callable[[], int]) -> tuple[str | None, int]:
             reason = error.strerror or reason
         elif system := re.search(r"I/O error: (.*) \(os error", reason):  # safetensors' own wrapping of errno
             reason = system[1]
-        return f"{path}: cannot be written ({reason}); free space there, then run the same command again", 0
+        return (
+            f"{path}: cannot be written ({reason}); free space there, then run the same command again",
+            None,
+        )
 
 
-def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor]]]) -> int:
+def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor]]]) -> dict[str, Any]:
+    """Returns what `state.json` says of the file."""
     tensors = {
         f"{parameter}|{name}|{start}": tensor.detach().cpu().contiguous()
         for parameter, start, named in shards
@@ -115,14 +159,13 @@ def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor
     files.set_mode_of_folder(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return path.stat().st_size
+    return {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
 
 
-def _write_marks(path: Path, content: dict[str, Any]) -> int:
+def _write_marks(path: Path, content: dict[str, Any]) -> None:
     files.write_json(path / STATE, content)
-    files.write_text(path / COMPLETE, "")
+    files.write_text(path / COMPLETE, f"{files.sha256_of(path / STATE)}\n")
     files.fsync_folder(path.parent)
-    return 0
 
 
 class Checkpoint:
@@ -132,38 +175,38 @@ class Checkpoint:
         state: what `save` was given.
 
     Raises:
-        CheckpointError: a file is missing, truncated, unreadable or outside the checkpoint, or the format
-            version is another.
+        DamagedError: a file is missing, truncated or unreadable, or `state.json` is not what was written.
+        CheckpointError: a file lies outside the checkpoint, or the format version is another.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._remedy = f"restore it, or delete {path} to use the checkpoint before"
         try:
             self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path / STATE}: unreadable ({error}); delete {path} to use the one before"
-            ) from error
+            raise DamagedError(f"{path / STATE}: unreadable ({error}); {self._remedy}") from error
         if self.state.get("format") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: format {self.state.get('format')}, but this version reads {FORMAT_VERSION}"
             )
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for name, size in self.state["files"].items():
+        if (path / COMPLETE).read_text().strip() != files.sha256_of(path / STATE):
+            raise DamagedError(f"{path / STATE}: its SHA-256 is not that in {COMPLETE}; {self._remedy}")
+        for name, written in self.state["files"].items():
             try:
                 file = files.inside(path, name)
             except ValueError as error:
                 raise CheckpointError(f"{path / STATE}: {error}") from error
-            self._index(file, size)
+            self._index(file, written["bytes"])
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 
     def _index(self, file: Path, size: int) -> None:
-        remedy = f"restore it, or delete {self.path} to use the checkpoint before"
         if not file.exists():
-            raise CheckpointError(f"{file}: missing shard; {remedy}")
+            raise DamagedError(f"{file}: missing shard; {self._remedy}")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes instead of {size}; {remedy}")
+            raise DamagedError(f"{file}: {file.stat().st_size} bytes instead of {size}; {self._remedy}")
         try:
             handle = safe_open(file, framework="pt")
             for key in handle.keys():  # noqa: SIM118 (not a dict)
@@ -172,7 +215,19 @@ class Checkpoint:
                 piece = (int(start), int(start) + numel, handle, key)
                 self._pieces.setdefault((parameter, name), []).append(piece)
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{file}: corrupt ({error}); {remedy}") from error
+            raise DamagedError(f"{file}: corrupt ({error}); {self._remedy}") from error
+
+    def verify(self) -> None:
+        """Raise a `DamagedError` unless every shard has the SHA-256 that it was written with."""
+        names = list(self.state["files"])
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(lambda name: files.sha256_of(self.path / name), names))
+        for name, found in zip(names, hashes, strict=True):
+            if found != (written := self.state["files"][name]["sha256"]):
+                raise DamagedError(
+                    f"{self.path / name}: SHA-256 {found[:12]}… instead of {written[:12]}…: not what was "
+                    f"written; {self._remedy}"
+                )
 
     def read(self, parameter: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one tensor of a parameter: 1-D, fp32.

@@ -1,11 +1,12 @@
 """A run's checkpoint as a Hugging Face LLaMA directory; `training.export` is the command, serving calls it.
 
-Reads the run directory and the prepared data (for the tokenizer). Needs neither GPU nor Ray.
+Reads the run directory alone, unless the tokenizer in it is damaged: then that of the prepared data. Needs
+neither GPU nor Ray.
 """
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from cluster import runs
 from cluster.cli import UserError
+from cluster.files import sha256_of
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
-from training.data.dataset import MANIFEST_FILE, DataError, Manifest, sha256_of
+from training.data.dataset import MANIFEST_FILE, DataError, Manifest
 from training.model.hf import save_hf
 from training.model.shapes import LlamaShape, RopeScaling
 from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
+from training.run.start import TOKENIZER
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -65,7 +68,9 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
     saved = Checkpoint(_checkpoint_directory(run / "checkpoints", step=step))
     shape = _shape(saved.state["identity"]["model"])
     directory = (output.expanduser() if output else run / "export").absolute()
-    data, manifest = find_data(config, fingerprint=saved.state["identity"]["data fingerprint"], run=run)
+    fingerprint = saved.state["identity"]["data fingerprint"]
+    kept, _ = _search([run / TOKENIZER / MANIFEST_FILE], fingerprint)
+    data, manifest = kept or find_data(config, fingerprint=fingerprint, run=run)
     try:
         save_hf(
             directory,
@@ -94,8 +99,20 @@ def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path
         UserError: there is none.
     """
     root = Path(config.data.directory).expanduser().absolute()
+    found, unusable = _search(sorted(root.glob(f"[!.]*/{MANIFEST_FILE}")), fingerprint)  # "." is half-written
+    if found is None:
+        raise UserError(
+            f"{root}: holds no usable prepared data with the run's fingerprint {fingerprint[:12]}…; run this "
+            f"where the run was started, or prepare the data with `python -m training.data.prepare --config "
+            f"{run / CONFIG_FILE}`{''.join(unusable)}"
+        )
+    return found
+
+
+def _search(manifests: Iterable[Path], fingerprint: str) -> tuple[tuple[Path, Manifest] | None, list[str]]:
+    """The first folder with this fingerprint whose tokenizer is intact; why others are not usable."""
     unusable = []
-    for file in sorted(root.glob(f"[!.]*/{MANIFEST_FILE}")):  # the dot: folders half-written by prepare
+    for file in manifests:
         try:
             manifest = Manifest.read(file.parent)
         except DataError as error:
@@ -104,18 +121,14 @@ def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path
         if manifest.fingerprint == fingerprint:
             tokenizer = file.parent / manifest.tokenizer_file
             if tokenizer.is_file() and sha256_of(tokenizer) == manifest.tokenizer_sha256:
-                return file.parent, manifest
+                return (file.parent, manifest), unusable
             unusable.append(f"; {tokenizer} is missing or corrupt")
-    raise UserError(
-        f"{root}: holds no usable prepared data with the run's fingerprint {fingerprint[:12]}…, whose "
-        f"tokenizer the export needs; run this where the run was started, or prepare the data with "
-        f"`python -m training.data.prepare --config {run / CONFIG_FILE}`{''.join(unusable)}"
-    )
+    return None, unusable
 
 
 def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
     if step is None:
-        newest = checkpoint.newest_complete(root, report=lambda note: print(note, file=sys.stderr))
+        newest = checkpoint.newest_sound(root, report=lambda note: print(note, file=sys.stderr))
         if newest is None:
             raise UserError(f"{root}: no complete checkpoint; train until the first one is written")
         return newest
@@ -123,6 +136,7 @@ def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
     if step not in complete:
         steps = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(f"--step {step}: no complete checkpoint of that step in {root}; there are: {steps}")
+    Checkpoint(complete[step]).verify()
     return complete[step]
 
 

@@ -142,7 +142,7 @@ class Trainer:
             output.row({"step": 0, "tokens": 0, **self.validate()})
         self._start_meter()
         while self.step < self.plan.num_steps:
-            self.losses.add(self.take_step())
+            self.losses.add(self.take_step(phase=self.meter.phase))
             self.meter.count_step()
             last = self.step == self.plan.num_steps
             logging, evaluating, saving = (

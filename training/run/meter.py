@@ -2,6 +2,8 @@
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,7 @@ class Meter:
     _started: float = 0.0
     _seconds: float = 0.0  # of the steps since the last line, and their number
     _num_steps: int = 0
+    _data_seconds: float = 0.0  # of these
 
     def start(self) -> None:
         """Begin to time, or go on. Call once the device has finished what came before."""
@@ -47,12 +50,26 @@ class Meter:
         """One more step has been taken while the clock ran."""
         self._num_steps += 1
 
+    @contextmanager
+    def phase(self, part: str) -> Iterator[None]:
+        """Time a part of a step, as `Trainer.take_step` names it, by the host's clock: only "data" counts.
+
+        What a GPU computes meanwhile is not waited for, so other parts would be too short.
+        """
+        began = time.perf_counter()
+        yield
+        if part == "data":
+            self._data_seconds += time.perf_counter() - began
+
     def line(self) -> dict[str, Any]:
-        """Seconds per step, tokens per second and MFU of the steps that were timed since the last line."""
-        seconds = self._seconds / self._num_steps
+        """Means over the steps that were timed since the last line: seconds, tokens per second and MFU.
+
+        data_wait_seconds: of a step, how long this rank waited for its micro-batches.
+        """
+        seconds, waited = self._seconds / self._num_steps, self._data_seconds / self._num_steps
         self.step_seconds += [seconds] * self._num_steps
-        self._seconds, self._num_steps = 0.0, 0
-        return {"step_seconds": seconds, **self.rates(seconds)}
+        self._seconds, self._data_seconds, self._num_steps = 0.0, 0.0, 0
+        return {"step_seconds": seconds, "data_wait_seconds": waited, **self.rates(seconds)}
 
     def summary(self) -> dict[str, Any]:
         """The median step and its rates; empty if no step was timed."""

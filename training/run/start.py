@@ -11,13 +11,14 @@ from cluster import files
 from cluster.cli import UserError
 from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
-from training.data.dataset import TokenDataset, require_tuning_sequences
+from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
-from training.run.checkpoint import Checkpoint, newest_complete
+from training.run.checkpoint import Checkpoint, newest_complete, newest_sound
 from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
+TOKENIZER = "tokenizer"  # in the run directory: the data's manifest and tokenizer, for exports
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Start:
         checkpoint than the launcher saw. Rank 0 looks for it, so that all continue from the same.
         """
         newest = newest_of(self.config, report=lambda _: None) if context.is_main else None
+        if newest and newest != self.checkpoint:  # which the launcher has verified
+            newest = newest_sound(newest.parent, report=lambda _: None)
         plan = self.plan
         if plan.num_workers != context.world_size:
             plan = make_plan(self.config, num_workers=context.world_size)
@@ -68,7 +71,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     Returns None if the run is already complete.
     """
     directory = config.run_directory
-    newest = newest_of(config, report=report)
+    newest = newest_sound(config.run_directory / "checkpoints", report=report)
     saved = Checkpoint(newest) if newest else None
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
@@ -94,6 +97,13 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
+        _keep_tokenizer(start.train_set, directory / TOKENIZER)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
     return start
+
+
+def _keep_tokenizer(data: TokenDataset, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in (data.manifest.tokenizer_file, MANIFEST_FILE):
+        files.write_text(target / name, (data.directory / name).read_text())

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.display import markdown
+from cluster.display import markdown, number
 from cluster.machine.host import describe_host
 from training.study.config import StudyConfig
 from training.study.plan import StudyPlan
@@ -389,8 +389,9 @@ def _limits(study: StudyResults) -> list[str]:
     share = tokens / planned.shape.num_parameters
     widths = len(config.widths)
     return [
-        f"Models of {planned.shape.num_parameters:,} parameters and less, {share:.2g} tokens per parameter "
-        "(about 20 are usual): the order of optimizers at this size and horizon need not hold at another.",
+        f"Models of {planned.shape.num_parameters:,} parameters and less, {number(share, digits=2)} tokens "
+        "per parameter (about 20 are usual): the order of optimizers at this size and horizon need not hold "
+        "at another.",
         f"One corpus ({first.data.source}), one tokenizer, one batch size, one form of schedule.",
         f"{len(config.seeds)} seeds: the bands are their extremes, not confidence intervals.",
         "Only learning rates were tuned, those of hidden matrices and of the other parameters in the ratios "

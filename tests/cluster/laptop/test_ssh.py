@@ -4,6 +4,7 @@ import pytest
 
 from cluster.laptop.inventory import Inventory
 from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently
+from tests.waiting import PATIENCE_SECONDS
 
 SITE = Inventory(name="here", head="10.0.0.1", workers=("10.0.0.2",))
 
@@ -55,7 +56,7 @@ def test_a_lost_link_is_waited_for_and_told_once(monkeypatch):
             raise answer
         return answer
 
-    assert patiently(attempt, patience=10, report=said.append) == "here"
+    assert patiently(attempt, patience=PATIENCE_SECONDS, report=said.append) == "here"
     assert len(said) == 2 and "link lost: gone" in said[0] and "link is back" in said[1]
 
 
@@ -76,5 +77,5 @@ def test_a_refusal_is_not_tried_again():
 
     calls = []
     with pytest.raises(NodeError):
-        patiently(attempt, patience=10, report=lambda text: None)
+        patiently(attempt, patience=PATIENCE_SECONDS, report=lambda text: None)
     assert len(calls) == 1

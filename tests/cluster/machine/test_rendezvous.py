@@ -9,8 +9,9 @@ import pytest
 from cluster.machine.rendezvous import interface_of, meet
 from cluster.session import free_ports
 from tests.listening import listening
+from tests.waiting import PATIENCE_SECONDS
 
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=PATIENCE_SECONDS)
 
 
 def test_an_interface_is_found_by_its_address():
@@ -39,9 +40,9 @@ def test_the_store_and_gloo_listen_on_loopback_alone():
     ranks = [context.Process(target=rank_of_two, args=(rank, port, results)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    found = [results.get(timeout=60) for _ in ranks]
+    found = [results.get(timeout=PATIENCE_SECONDS) for _ in ranks]
     for rank in ranks:
-        rank.join(timeout=60)
+        rank.join(timeout=PATIENCE_SECONDS)
     assert found == [([3.0, 3.0, 3.0], {"127.0.0.1"})] * 2
 
 

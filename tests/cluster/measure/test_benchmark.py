@@ -63,12 +63,27 @@ def test_a_number_of_rounds_without_a_median_is_refused():
 
 def test_what_is_published_is_the_last_line_and_the_file_adds_its_origin(tmp_path, capsys):
     output = benchmark.prepare_output(tmp_path / "new" / "x.json", "optim")
-    benchmark.publish({"speedup_a_b": 2.0}, output, data_fingerprint="f00d")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"speedup_a_b": 2.0}
+    result = {"speedup_a_b": 2.0, "spread_a_b": [1.5, 2.5]}
+    benchmark.publish(
+        result, output, job_type="race", wandb_mode="offline", config={"rounds": 2}, data_fingerprint="f00d"
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     written = files.read_json(output)
     about = written.pop("provenance")
-    assert written == {"speedup_a_b": 2.0}
+    assert written == result
     assert about["data_fingerprint"] == "f00d" and about["packages"]["torch"].startswith("2.13")
+    run = tmp_path / "new" / "x"
+    assert files.read_json(run / "provenance.json")["command"] == about["command"]
+    assert files.read_json(run / "summary.json")["speedup_a_b"] == 2.0
+    [table] = (run / "wandb").glob("offline-run-*/files/media/table/bench/medians*.json")
+    assert files.read_json(table)["data"] == [["speedup_a_b", 2.0, 1.5, 2.5]]
+    assert len(list((run / "wandb").glob("offline-run-*/files/x.json"))) == 1
+
+
+def test_the_record_of_a_committed_baseline_lies_in_outputs(tmp_path):
+    assert benchmark.record_directory(tmp_path / "x.json") == tmp_path / "x"
+    baseline = benchmark.baseline_path({"cpu": "c", "cpu_cores": 2}, "optim")
+    assert benchmark.record_directory(baseline) == benchmark.ROOT / "outputs" / "c-2-cores_optim"
 
 
 def test_a_busy_machine_is_said_by_its_cores(monkeypatch, capsys):

@@ -3,14 +3,18 @@
 import copy
 import html.parser
 import json
+import re
 
 import pytest
 
 from cluster.cli import UserError
 from cluster.parity import command as parity
+from cluster.parity import public
 from cluster.parity.baseline_file import read_side
 from cluster.parity.parity import compare
 from tests.cluster.parity.sides import A40, FLOPS, H100, claims, figure, write
+from tests.cluster.review.panel_keys import logged, shown_by
+from training.model.shapes import LlamaShape
 
 
 def both(folder, ours, theirs):
@@ -52,7 +56,7 @@ def test_against_a_datasheet_it_is_the_share_of_the_own_roofline(tmp_path):
     found = compare(read_side(str(a)), read_side("datasheet:a40"), tolerance=0.1)
     assert [each.parity.centre for each in found.comparisons] == pytest.approx([0.36, 0.7], rel=1e-3)
     assert found.comparisons[1].figures[1]["joules_per_token"] == pytest.approx([300 * 2.7e9 / 696e9])
-    assert found.claims[0].verdict == "supported" and "0.36 [" in found.claims[0].text
+    assert found.claims[0].verdict == "supported" and "0.360 [" in found.claims[0].text
 
 
 def test_a_machine_without_a_datasheet_is_measured_against_its_own_ceilings_on_both_sides(tmp_path):
@@ -210,6 +214,72 @@ def test_a_busy_machine_is_said_and_decides_nothing_on_its_cpu(tmp_path, kind, v
     assert share.verdict == verdict
 
 
+def test_the_finding_is_one_sentence_with_the_verdict_of_each_kind(tmp_path):
+    found = both(tmp_path, {"training": 0.36, "decode": 0.7}, {"training": 0.45, "decode": 0.7})
+    assert found.finding == (
+        "Parity within 10% between 8 x NVIDIA A40 (A) and 8 x NVIDIA H100 80GB HBM3 (B), each against its "
+        "own hardware, is supported in decode (1.00) and contradicted in training (0.800); in absolute "
+        "terms a device of A runs at 0.121 to 0.208 times the rate of one of B."
+    )
+    a = write(tmp_path, A40, [figure(A40, "training", 0.36), figure(A40, "decode", 0.7)])
+    assert compare(read_side("datasheet:h100"), read_side(str(a)), tolerance=0.1).finding == (
+        "8 x NVIDIA A40 reaches 36% in training and 70% in decode of its own roofline (2 of 2 figures are "
+        "known to within 10%)."
+    )
+
+
+def test_what_is_not_decided_comes_last(tmp_path):
+    kinds = {"training": 0.41, "prefill": 0.5, "decode": 0.63}  # 0.911 and 0.9: the interval holds the border
+    found = both(tmp_path, kinds, {"training": 0.45, "prefill": 0.5, "decode": 0.7})
+    verdicts = [claim.verdict == "not decided" for claim in found.claims]
+    assert verdicts == [False] * 2 + [True] * 4
+    assert (
+        "supported in prefill (1.00) and not decided in training (0.911) and decode (0.900)" in found.finding
+    )
+
+
+def test_public_evidence_uses_the_same_formulas():
+    """By hand: 8.55e8 FLOPs per token x 524,288 tokens / (8 devices x step x peak)."""
+    found = public.evidence()
+    assert found.absolute.centre == pytest.approx(1 / 3.164, rel=1e-3)
+    assert [share.centre for share in found.shares] == pytest.approx([0.360, 0.1725], rel=2e-3)
+    assert found.parity.centre == pytest.approx(6.606 / 3.164, rel=1e-3)
+    assert found.parity.low is None and found.bounds == ("compute", "compute")
+    shape = LlamaShape(
+        vocab_size=50304, hidden_size=768, num_layers=12, num_heads=6, num_kv_heads=6, head_dim=128,
+        ffn_size=2048,
+    )  # fmt: skip
+    assert public.flops_per_token() == shape.flops_per_token(1024)  # its MLP has 3 x 2048 as much as 2 x 3072
+
+
+def page_of(tmp_path, a, b):
+    """The HTML page of two files."""
+    folder = tmp_path / "out"
+    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_opens_with_the_finding_the_rooflines_and_the_table(tmp_path):
+    sides = [write(tmp_path, device, [figure(device, kind, 0.4) for kind in FLOPS]) for device in (A40, H100)]
+    text = page_of(tmp_path, *sides)
+    opening = ("<h1>", "<blockquote>", "Parity within 10%", 'alt="Rooflines"', "<table>", ">parity</th>")
+    later = ("Public evidence, not measured", "3.16 times as fast", "6.61 times as high", "What may be said")
+    places = [text.index(needed) for needed in (*opening, *later)]
+    assert places == sorted(places)
+    assert "e+0" not in re.sub(r'src="[^"]*"', "", text)
+
+
+def test_names_from_a_file_are_text_and_not_markup(tmp_path):
+    name = "NVIDIA <script>alert(1)</script>"
+    a = write(tmp_path, A40, [figure(A40, "decode", 0.4)])
+    content = json.loads(a.read_text())
+    content["hardware"]["name"] = name
+    content["figures"][0]["command"] = "python </code><img src=https://x.example/y.png>"
+    a.write_text(json.dumps(content))
+    text = page_of(tmp_path, a, a)
+    assert "<script" not in text and "<img src=https" not in text and "&lt;script&gt;" in text
+
+
 class Page(html.parser.HTMLParser):
     """What an HTML file would load, and its headings."""
 
@@ -229,14 +299,15 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
     a = write(tmp_path, A40, [figure(A40, kind, 0.4) for kind in FLOPS])
     b = write(tmp_path, H100, [figure(H100, kind, 0.5) for kind in FLOPS])
     folder = tmp_path / "out"
-    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
+    assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "offline"]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["training/llama-1b4/muon"]["parity"][0] == pytest.approx(0.8)
     assert json.loads((folder / "summary.json").read_text())["figures"] == last
     text = (folder / "report.md").read_text()
     for needed in (
         "python -m measure training", str(a), "6·N_matmul", "cluster/measure/intervals.py", "0" * 12,
-        "Where the time of a training step goes", "0.8 [", "not measured",
+        "Where the time of a training step goes", "0.800 [", "not measured",
+        "Public evidence, not measured by this project",
     ):  # fmt: skip
         assert needed in text, needed
     page = Page()
@@ -248,6 +319,12 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, capsys):
         "roofline.png",
         "time.png",
     ]
+    everything_that_the_views_show_is_in_wandb(folder)
+
+
+def everything_that_the_views_show_is_in_wandb(folder):
+    shown = {(where, name) for where, name in shown_by() if name.startswith("parity/")}
+    assert shown and shown - logged(folder) == set()
 
 
 def edited(**changes):

@@ -106,14 +106,14 @@ def test_on_several_nodes_the_network_is_the_link_and_what_they_keep_is_said(tmp
     assert across.shares[0].low < 0.5 * scatter * 0.9  # the network was measured once, slowest to fastest
     texts = {claim.text: claim.verdict for claim in found.claims}
     kept = [text for text in texts if "keeps" in text]
-    assert kept[0].startswith("training/llama-1b4/muon/2 nodes: a device of A keeps 0.8 [")
-    assert kept[1].startswith("training/llama-1b4/muon/2 nodes: a device of B keeps 1 [")
+    assert kept[0].startswith("training/llama-1b4/muon/2 nodes: a device of A keeps 0.800 [")
+    assert kept[1].startswith("training/llama-1b4/muon/2 nodes: a device of B keeps 1.00 [")
     assert texts[kept[0]] == "supported"
     folder = tmp_path / "out"
     assert parity.main([str(a), str(b), "--output", str(folder), "--wandb", "disabled"]) == 0
     text = (folder / "report.md").read_text()
-    assert "10 (9 to 10), all-reduce bus bandwidth, 2 nodes |" in text
-    assert "| all-reduce of 4 bytes, 2 nodes, µs | 80 | 80 |" in text
+    assert "10.0 (9.00 to 10.0), all-reduce bus bandwidth, 2 nodes |" in text
+    assert "| all-reduce of 4 bytes, 2 nodes, µs | 80.0 | 80.0 |" in text
 
 
 def test_a_network_of_fewer_nodes_is_not_that_of_the_figure(tmp_path):
@@ -162,7 +162,7 @@ def test_the_report_names_the_link_that_a_share_is_of(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).popitem()[1]["bounds"] == ["link", "link"]
     text = (folder / "report.md").read_text()
     for needed in (
-        "| link | share of link 50.0% [", "10 (5 to 10), all-reduce bus bandwidth, 8 ranks |",
+        "| share of link 50.0% [", "10.0 (5.00 to 10.0), all-reduce bus bandwidth, 8 ranks |",
         f"{name} 50.0%, {name}, during communication alone 90.0%", "per byte/s of the measured link",
     ):  # fmt: skip
         assert needed in text, needed

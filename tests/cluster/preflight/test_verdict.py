@@ -82,13 +82,13 @@ FAULTS = {  # what is done to the second node -> what is said of it
     "scratch: /x: No space left": lambda node: node["scratch"].update(problem="/x: No space left on device"),
     "storage is another place than that of n1, n3": lambda node: node["storage"].update(sees=["n2"]),
     "its clock is off by +7.0 s": lambda node: node.update(clock_skew_seconds=7.0),
-    "GPU 1 reaches 90 TFLOP/s where the median is 120": lambda node: node["ceilings"][1].update(
+    "GPU 1 reaches 90.0 TFLOP/s where the median is 120": lambda node: node["ceilings"][1].update(
         product_tflops=ceiling(90.0)
     ),
     "GPU 0 reaches 300 GB/s, below 60%": lambda node: node["ceilings"][0].update(
         copy_gb_per_s=ceiling(300.0)
     ),
-    "all-reduce within it: 5 GB/s": lambda node: node.update(links=links(5.0)),
+    "all-reduce within it: 5.00 GB/s": lambda node: node.update(links=links(5.0)),
     "all-reduce within the node failed: timeout": lambda node: node.update(links={"problem": "timeout"}),
 }
 
@@ -138,7 +138,7 @@ def test_a_slow_cpu_is_a_warning_and_other_faults_of_cpu_nodes_are_not():
     slow["clock_skew_seconds"] = -9.0
     findings = verdict(found, expect=ExpectConfig(nodes=3, gpus=0))
     assert [finding.is_failure for finding in findings] == [True, False]
-    assert "clock" in findings[0].message and "its CPU reaches 1 TFLOP/s" in findings[1].message
+    assert "clock" in findings[0].message and "its CPU reaches 1.00 TFLOP/s" in findings[1].message
 
 
 def test_the_limits_decide():

@@ -55,8 +55,8 @@ def in_subprocess(code, *arguments, home, **environment):
 
 
 def wandb_records(directory):
-    """The records of the only offline W&B run in a run directory, by W&B's own reader."""
-    (offline_run,) = (directory / "wandb").glob("offline-run-*")
+    """The records of the newest start of the offline W&B run in a run directory, by W&B's own reader."""
+    *_, offline_run = sorted((directory / "wandb").glob("offline-run-*"))
     wandb = Path(sys.executable).with_name("wandb")
     answer = subprocess.run(
         [wandb, "leet", "inspect", "--json", offline_run], capture_output=True, text=True, check=True

@@ -15,6 +15,7 @@ from serving.bench.loadgen import (
     run_open,
 )
 from serving.bench.workload import Planned
+from tests.waiting import PATIENCE_SECONDS
 
 FIRST, GAP = 0.05, 0.01  # seconds to the first token and between tokens
 
@@ -79,13 +80,13 @@ async def server(behaviour: Behaviour, *, status: int = 200) -> AsyncIterator[st
         served.close()
 
 
-def client(url: str, timeout: float = 5.0) -> AbstractAsyncContextManager[Send]:
+def client(url: str, timeout: float = PATIENCE_SECONDS) -> AbstractAsyncContextManager[Send]:
     return over_http(Endpoint(f"{url}/v1", "m"), timeout_seconds=timeout)
 
 
 def run(
     behaviour: Behaviour, requests: list[Planned], *, concurrency: int | None = None, status: int = 200,
-    timeout: float = 5.0, observe: Callable[[RequestOutcome], None] | None = None,
+    timeout: float = PATIENCE_SECONDS, observe: Callable[[RequestOutcome], None] | None = None,
 ) -> tuple[list[RequestOutcome], Lag]:  # fmt: skip
     outcomes: list[RequestOutcome] = []
 

@@ -1,18 +1,18 @@
 """The endpoint behind a real uvicorn, with an engine that counts."""
 
 import json
+import socket
 import threading
-import time
 from typing import Any
 
 import httpx
 import uvicorn
 
-from cluster.session import free_ports
 from serving.endpoint.service import make_endpoint
 from serving.endpoint.text import numbered_tokenizer
 from serving.engine.torch_engine import TorchEngine
 from tests.fake_engine import VOCABULARY
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 class Server:
@@ -20,14 +20,14 @@ class Server:
 
     def __init__(self, engine: TorchEngine, **options: Any) -> None:
         self.engine = engine
-        [self.port] = free_ports(1)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         app = make_endpoint(engine, numbered_tokenizer(VOCABULARY), **options)
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
+        wait_until(lambda: self._server.started)
 
     def close(self) -> None:
         self.engine.close()
@@ -36,7 +36,7 @@ class Server:
 
     def post(self, **fields: Any) -> httpx.Response:
         body = {"model": "counting", "prompt": [97], "max_tokens": 3} | fields
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_SECONDS)
 
     def events(self, **fields: Any) -> list[Any]:
         """The events of a stream; [DONE] as it is."""

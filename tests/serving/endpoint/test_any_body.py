@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tests.fake_engine import VOCABULARY, counting_engine, idle
 from tests.serving.endpoint.server import Server
+from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.stack
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 # Anything that JSON can say, near and far from what a request may say.
@@ -56,11 +58,11 @@ def quick() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def connection(quick: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=quick.url, timeout=20) as opened:
+    with httpx.Client(base_url=quick.url, timeout=PATIENCE_SECONDS) as opened:
         yield opened
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, deadline=None, suppress_health_check=FIXTURES)
 @given(body=BODIES)
 def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, body):
     if isinstance(body["max_tokens"], int):
@@ -75,7 +77,7 @@ def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, body):
     assert idle(quick.engine)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=FIXTURES)
 @given(body=st.binary(max_size=200))
 def test_nor_are_any_bytes(connection, body):
     headers = {"content-type": "application/json"}

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-import time
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,18 +10,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from serving.endpoint.openai_api import Refusal
 from serving.endpoint.prompts import PIECE_CHARACTERS, SHORT_CHARACTERS, Prompts
 from serving.endpoint.text import numbered_tokenizer
+from tests.waiting import PATIENCE_SECONDS
 
 
 class Counted:
-    """A tokenizer that counts the characters it is given."""
+    """A tokenizer that counts the characters it is given, and waits before each text until it may go on."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self.num_characters = tokenizer, 0
+    def __init__(self, tokenizer: Tokenizer, may_go_on: Callable[[], bool] = lambda: True) -> None:
+        self._tokenizer, self._may_go_on, self.num_characters = tokenizer, may_go_on, 0
 
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 
     def encode_batch(self, texts: list[str]) -> list[object]:
+        assert self._may_go_on()
         self.num_characters += sum(map(len, texts))
         return self._tokenizer.encode_batch(texts)
 
@@ -74,34 +76,43 @@ def test_a_dense_prompt_is_given_up_after_a_little_more_than_the_context():
 
 
 def test_the_event_loop_goes_on_beside_a_long_prompt():
-    prompts = Prompts(numbered_tokenizer(400), context_tokens=400_000)
+    """Each piece of it waits for a turn of the loop."""
+    turns = threading.Semaphore(0)
+    slow = Counted(numbered_tokenizer(400), lambda: turns.acquire(timeout=PATIENCE_SECONDS))
+    prompts = Prompts(slow, context_tokens=400_000)
 
-    async def ticks() -> int:
-        work, number = asyncio.create_task(prompts.encode("a ship " * 50_000)), 0
+    async def encode() -> list[int]:
+        work = asyncio.create_task(prompts.encode("a ship " * 50_000))
         while not work.done():
-            number += 1
+            turns.release()
             await asyncio.sleep(0.001)
-        assert len(work.result()) == 350_000
-        return number
+        return work.result()
 
-    assert asyncio.run(ticks()) >= 20
+    assert len(asyncio.run(encode())) == 350_000
 
 
 def test_a_caller_that_is_cancelled_ends_the_work():
-    counted = Counted(numbered_tokenizer(400))
+    """The third piece is under way when the caller leaves: it ends, and none begins."""
+    begun, gone, threads = threading.Event(), threading.Event(), set()
+
+    def third_waits() -> bool:
+        threads.add(threading.current_thread().name.rstrip("0123456789"))
+        if counted.num_characters < 2 * PIECE_CHARACTERS:
+            return True
+        begun.set()
+        return gone.wait(PATIENCE_SECONDS)
+
+    counted = Counted(numbered_tokenizer(400), third_waits)
     prompts = Prompts(counted, context_tokens=10_000_000)
 
     async def leave() -> None:
         work = asyncio.create_task(prompts.encode("a ship " * 1_000_000))
-        while counted.num_characters < 2 * PIECE_CHARACTERS:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
         work.cancel()
+        await asyncio.wait([work])
 
     asyncio.run(leave())
-    deadline = time.monotonic() + 10
-    while (before := counted.num_characters) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        if counted.num_characters == before:
-            break
-    assert counted.num_characters < 3_500_000
-    assert any(thread.name.startswith("prompts") for thread in threading.enumerate())
+    gone.set()
+    prompts._threads.shutdown()  # waits for what is under way
+    assert counted.num_characters == 3 * PIECE_CHARACTERS
+    assert threads == {"prompts_"}

@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -14,8 +13,9 @@ from serving.endpoint import prompts
 from serving.endpoint import service as endpoint
 from serving.endpoint.bodies import MOST_BODY_BYTES
 from serving.endpoint.prompts import Prompts
-from tests.fake_engine import CONTEXT, FAILING, VOCABULARY, counting_engine, idle
+from tests.fake_engine import CONTEXT, FAILING, VOCABULARY, Gate, counting_engine, idle
 from tests.serving.endpoint.server import Server, head
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.stack
 
@@ -211,7 +211,7 @@ def test_a_bad_field_is_named(server, fields, param, message):
 )
 def test_a_bad_body_is_refused(server, body, headers, status, message):
     headers = {"content-type": "application/json"} | headers
-    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=30)
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
 
@@ -247,7 +247,7 @@ def test_a_client_that_leaves_while_its_prompt_is_encoded_gets_no_slot(monkeypat
 
     def encode(self: Prompts, prompt: str, stop: threading.Event) -> list[int]:
         begun.set()
-        assert stop.wait(10)  # it is told to stop
+        assert stop.wait(PATIENCE_SECONDS)  # it is told to stop
         go_on.set()
         return [1]
 
@@ -257,8 +257,8 @@ def test_a_client_that_leaves_while_its_prompt_is_encoded_gets_no_slot(monkeypat
     body = json.dumps({"model": "counting", "prompt": "a" * 300}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(head(f"content-length: {len(body)}") + body)
-        assert begun.wait(10)
-    assert go_on.wait(10)
+        assert begun.wait(PATIENCE_SECONDS)
+    assert go_on.wait(PATIENCE_SECONDS)
     assert server.engine.stats().prompt_tokens == 0 and idle(server.engine)
     server.close()
 
@@ -273,6 +273,7 @@ def test_other_paths_and_methods_have_openai_s_errors_too(server):
 
 def test_health_and_metrics(server):
     server.post()
+    assert idle(server.engine)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     text = httpx.get(f"{server.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -289,7 +290,8 @@ def test_what_the_model_is_stands_in_the_list_of_models(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot_within_a_step(stream):
-    server = Server(counting_engine(step_seconds=0.05))
+    server = Server(counting_engine())
+    gate = Gate(server.engine)
     body = json.dumps({"model": "counting", "prompt": [1], "max_tokens": 400, "stream": stream}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -297,42 +299,48 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(stream):
     )
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(head.encode() + body)
-        while server.engine.stats().generated_tokens < 3:
-            time.sleep(0.01)
+        wait_until(lambda: server.engine.stats().generated_tokens >= 3)
+        gate.hold()
+        gate.wait()
     left = server.engine.stats().steps
-    assert idle(server.engine)
-    stats = server.engine.stats()
-    assert stats.steps <= left + 2 and stats.cancelled == 1
+    assert idle(server.engine)  # while the step is still under way
+    gate.release()
+    stats = wait_until(lambda: (now := server.engine.stats()).steps > left and now)
+    assert stats.steps == left + 1 and stats.cancelled == 1
     assert server.post(max_tokens=1).status_code == 200
     server.close()
 
 
 def test_overload_is_429_with_when_to_retry_and_then_all_is_well():
-    server = Server(counting_engine(slots=2, waiting=3, step_seconds=0.01))
+    server = Server(counting_engine(slots=2, waiting=3))
+    gate = Gate(server.engine)
     answers: list[httpx.Response] = []
 
     def ask() -> None:
         answers.append(server.post(max_tokens=30))
 
     threads = [threading.Thread(target=ask) for _ in range(20)]
-    for thread in threads:
-        thread.start()
+    with gate:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(answers) == 15)  # the others fit
+        assert {answer.status_code for answer in answers} == {429}
     for thread in threads:
         thread.join()
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(answers) == 20 and 5 <= 20 - len(refused) <= 8
+    assert len(answers) == 20 and len(refused) == 15
     assert {answer.status_code for answer in answers} == {200, 429}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert refused[0].json()["error"]["type"] == "rate_limit_error"
     assert idle(server.engine) and server.post().status_code == 200
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     slow = [threading.Thread(target=ask) for _ in range(5)]
-    for thread in slow:
-        thread.start()
-    while (stats := server.engine.stats()).running < 2 or stats.waiting < 3:
-        time.sleep(0.002)
-    with pytest.raises(RateLimitError):
-        client.completions.create(model="counting", prompt="a")
+    with gate:
+        for thread in slow:
+            thread.start()
+        wait_until(lambda: (stats := server.engine.stats()).running + stats.waiting == 5)
+        with pytest.raises(RateLimitError):
+            client.completions.create(model="counting", prompt="a")
     for thread in slow:
         thread.join()
     server.close()

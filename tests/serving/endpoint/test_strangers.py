@@ -1,7 +1,6 @@
 """Clients and pages that nobody trusts: unfinished and oversized bodies, foreign hosts and origins."""
 
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -11,19 +10,29 @@ import pytest
 from serving.endpoint import bodies
 from tests.fake_engine import counting_engine
 from tests.serving.endpoint.server import Server, head
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.stack
 
 
-def raw(server: Server, request: bytes, *, seconds: float = 10.0) -> bytes:
+def connect(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_SECONDS)
+
+
+def received(sock: socket.socket) -> bytes:
     """What comes back until the server closes the connection."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as sock:
-        sock.sendall(request)
-        answer = b""
-        with suppress(ConnectionResetError):
-            while part := sock.recv(65536):
-                answer += part
-        return answer
+    answer = b""
+    with suppress(ConnectionResetError):
+        while part := sock.recv(65536):
+            answer += part
+    return answer
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    with connect(server) as sock:
+        with suppress(ConnectionError):  # it may close before it has read everything
+            sock.sendall(request)
+        return received(sock)
 
 
 @pytest.fixture(scope="module")
@@ -33,35 +42,52 @@ def hasty() -> Iterator[Server]:
     made.close()
 
 
-def test_unfinished_bodies_are_408_and_hold_up_nobody(hasty):
+def begin_many(server: Server) -> list[socket.socket]:
+    """Connections on which a body begins that never ends."""
     starts = (
         head("content-length: 100"),
         head("content-length: 100") + b"{",
         head("transfer-encoding: chunked"),
     )
-    sockets = [socket.create_connection(("127.0.0.1", hasty.port), timeout=10) for _ in range(300)]
+    sockets = [connect(server) for _ in range(300)]
     for number, sock in enumerate(sockets):
         sock.sendall(starts[number % len(starts)])
-    assert httpx.get(f"{hasty.url}/health").status_code == 200
-    assert hasty.post().status_code == 200
+    return sockets
+
+
+@pytest.fixture
+def patient() -> Iterator[Server]:
+    made = Server(counting_engine(), body_seconds=2 * PATIENCE_SECONDS)
+    yield made
+    made.close()
+
+
+def test_unfinished_bodies_hold_up_nobody(patient):
+    sockets = begin_many(patient)
+    assert httpx.get(f"{patient.url}/health").status_code == 200
+    assert patient.post().status_code == 200
     for sock in sockets:
-        answer = b""
-        while part := sock.recv(65536):
-            answer += part
+        sock.close()
+
+
+def test_unfinished_bodies_are_408(hasty):
+    for sock in begin_many(hasty):
+        answer = received(sock)
         sock.close()
         assert answer.startswith(b"HTTP/1.1 408 ") and b'"type":"invalid_request_error"' in answer
 
 
 def test_a_body_that_comes_slowly_is_408_too(hasty):
-    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as sock:
+    with connect(hasty) as sock:
         sock.sendall(head("content-length: 1000"))
-        start = time.monotonic()
         sock.settimeout(0.05)
         answer = b""
-        while not answer and time.monotonic() < start + 5:
-            sock.sendall(b" ")
+        for _ in range(999):  # it never ends, and has 50 s
+            with suppress(ConnectionError):
+                sock.sendall(b" ")
             with suppress(TimeoutError):
                 answer = sock.recv(65536)
+                break
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
@@ -81,22 +107,33 @@ def test_a_body_that_no_prompt_of_this_context_needs_is_refused_before_it_has_ar
     ) or status == 400  # no number of that size is one
 
 
-def test_bodies_that_hold_too_much_push_out_the_oldest_and_not_the_newest(server, monkeypatch):
+def test_bodies_that_hold_too_much_push_out_the_oldest_and_not_the_newest(monkeypatch):
     monkeypatch.setattr(bodies, "MOST_HELD_BYTES", 50_000)
+    made: list[bodies.Bodies] = []
+    make = bodies.Bodies.__init__
+
+    def noted(self: bodies.Bodies, **options: object) -> None:
+        made.append(self)
+        make(self, **options)
+
+    monkeypatch.setattr(bodies.Bodies, "__init__", noted)
+    server = Server(counting_engine(), body_seconds=2 * PATIENCE_SECONDS)
+    [held] = made
     stalled = []
-    for _ in range(4):
-        sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        sock.sendall(head("content-length: 30000") + b" " * 20_000)
-        stalled.append(sock)
-        time.sleep(0.05)
-    answers = [sock.recv(65536) for sock in stalled[:2]]
-    assert all(answer.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1" in answer for answer in answers)
+    for number in range(4):
+        stalled.append(connect(server))
+        stalled[-1].sendall(head("content-length: 30000") + b" " * 20_000)
+        if number > 1:  # the one before it, and no other, has to go
+            answer = received(stalled[number - 2])
+            assert answer.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1" in answer
+        wait_until(lambda number=number: held._held == 20_000 * min(number + 1, 2))
     assert server.post(user="x" * 5_000).status_code == 200
     body = b'{"model":"counting","prompt":[1],"max_tokens":1}'.ljust(10_000)
     stalled[3].sendall(body)
     assert stalled[3].recv(65536).startswith(b"HTTP/1.1 200 ")
     for sock in stalled:
         sock.close()
+    server.close()
 
 
 @pytest.mark.parametrize(

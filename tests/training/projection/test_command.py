@@ -9,6 +9,7 @@ import pytest
 from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.display import number
 from tests.training.projection.test_step_model import job, links
 from training.model.shapes import SHAPES
 from training.projection import basis as projection_basis
@@ -171,7 +172,7 @@ def test_the_measured_network_decides_the_time_between_nodes(tmp_path, capsys):
         assert projection.main([f"baseline={path}", "nodes=[2]", "stages=[1]", "rule=muon"]) == 0
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert last["between_nodes"].startswith(
-            f"{found['all_reduce_gb_per_s']['best']:.3g} GB/s per node each"
+            f"{number(found['all_reduce_gb_per_s']['best'])} GB/s per node each"
         )
         seconds.append(last["projection"][0]["seconds"]["inter-node link"])
     assert seconds[1] == pytest.approx(2 * seconds[0])
@@ -262,7 +263,7 @@ def test_the_command_prints_tables_and_one_json_line(capsys, tmp_path):
     text = "\n".join(lines)
     assert (
         "measured: here_baseline.json" in text
-        and "between nodes  3.1 GB/s per node each way: ASSUMED" in text
+        and "between nodes  3.10 GB/s per node each way: ASSUMED" in text
     )
     assert "batch_tokens=524,288 does not divide over 4,096 GPUs" in text
 

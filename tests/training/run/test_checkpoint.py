@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.waiting import wait_until
@@ -71,3 +72,43 @@ def test_sigkill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path):
         assert checkpoint.newest_complete(root, report=skipped.append) == path
         assert Checkpoint(path).read("weight", "master", 0, 1) == 0.5
     assert half_written > 0  # some were killed while they wrote
+
+
+def write(root: Path, *steps: int) -> None:
+    for step in steps:
+        path = checkpoint.step_directory(root, step)
+        tensors = {"master": torch.full((4,), float(step))}
+        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["rank-00000-of-00001.safetensors", checkpoint.STATE, checkpoint.COMPLETE])
+def test_of_a_flipped_bit_the_file_is_named_and_the_checkpoint_before_is_used(file, tmp_path):
+    write(tmp_path, 1, 2, 3)
+    damaged = checkpoint.step_directory(tmp_path, 3)
+    flip_a_bit(damaged / file)
+    reports: list[str] = []
+    newest = checkpoint.newest_sound(tmp_path, report=reports.append)
+    assert newest == checkpoint.step_directory(tmp_path, 2)
+    assert len(reports) == 1 and str(damaged) in reports[0] and f"going on with {newest}" in reports[0]
+    # It counts no longer, so that the sound ones outlive it.
+    write(tmp_path, 4)
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{n}" for n in (2, 3, 4)]
+    write(tmp_path, 3)
+    assert checkpoint.newest_sound(tmp_path, report=reports.append) == tmp_path / "step-0000004"
+    Checkpoint(damaged).verify()
+
+
+def test_if_every_checkpoint_is_damaged_nothing_starts_again_from_the_beginning(tmp_path):
+    write(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip_a_bit(checkpoint.step_directory(tmp_path, step) / "rank-00000-of-00001.safetensors")
+    for _ in range(2):  # the second time too
+        with pytest.raises(checkpoint.DamagedError, match=r"step-0000002/rank.* SHA-256 .* delete "):
+            checkpoint.newest_sound(tmp_path, report=print)

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.record.wandb_keys import wandb_key
+from tests.cluster.review.panel_keys import shown_by
 from training.run import meter as module
 from training.run.meter import Meter
 
@@ -23,6 +25,7 @@ def test_mfu_is_a_share_of_the_datasheet_and_of_the_measured_ceiling():
     assert rates["tokens_per_second"] == 100_000  # 1e14 FLOP/s over two devices
     assert rates["mfu"] == pytest.approx(50 / 149.7)
     assert rates["mfu_of_measured"] == pytest.approx(0.5)
+    assert ("history", wandb_key("mfu_of_measured")) in shown_by("training")
 
 
 def test_an_unknown_device_has_no_mfu_but_a_reason_and_may_have_a_measured_one():
@@ -50,9 +53,11 @@ def test_a_pause_between_two_lines_takes_neither_time_nor_steps(monkeypatch):
     assert timed.line()["step_seconds"] == 1.0
     timed.start()
     for _ in range(4):
-        clock.now += 2.0
+        for part, seconds in (("data", 0.5), ("compute", 1.0), ("optimizer", 0.5)):
+            with timed.phase(part):
+                clock.now += seconds
         timed.count_step()
     timed.pause()
-    assert timed.line() == {"step_seconds": 2.0, **timed.rates(2.0)}
+    assert timed.line() == {"step_seconds": 2.0, "data_wait_seconds": 0.5, **timed.rates(2.0)}
     assert timed.step_seconds == [1.0] * 5 + [2.0] * 4
     assert timed.summary()["median_step_seconds"] == 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.display import COLORS, figure, markdown, save
+from cluster.display import COLORS, figure, markdown, number, save
 from training.study.synthetic.problem import VARIANTS
 
 
@@ -44,7 +44,7 @@ def _problem_text(result: dict[str, Any]) -> list[str]:
     return [
         f"F(X) = δ² Σ log cosh(X/δ), X {config['rows']}x{config['cols']}, δ = {config['width']:g}, from "
         f"entries of RMS {config['distance']:g}. In the spectral norm its gradient has Lipschitz constant "
-        f"{problem['gradient_lipschitz']:g}, its Hessian {problem['hessian_lipschitz']:.3g}. Noise: "
+        f"{problem['gradient_lipschitz']:g}, its Hessian {number(problem['hessian_lipschitz'])}. Noise: "
         f"{config['noise']}{tail}, {'skewed' if config['skewed'] else 'symmetric'}, scale "
         f"{config['scale']:g} per entry. {config['seeds']} seeds at each of T = {horizons} gradients; "
         "momentum and step length as the theory scales them with T, their constants tuned once at "

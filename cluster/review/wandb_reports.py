@@ -1,0 +1,115 @@
+"""A W&B report of a study or a parity: the text of its own report.md, with live panels of its runs."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+from wandb_workspaces.expr import FilterExpr, Metric
+
+from cluster import files
+from cluster.cli import UserError
+from cluster.review import views
+
+MADE_BY = "Made by `make dashboard` from {name}. The next `make dashboard` replaces changes made here."
+PICTURE = re.compile(
+    r"^!\[[^]]*\]\([^)]*\)\n*", re.MULTILINE
+)  # a file beside report.md, which W&B does not have
+MOST_TITLE = 128  # letters, by W&B
+PANEL_WIDTH, PANEL_HEIGHT, PER_ROW = 12, 8, 2  # in units of a report's grid, which is 24 wide
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a folder says: its question, its report.md by sections, and its runs in W&B.
+
+    Attributes:
+        sections: title and Markdown of each.
+        runs: W&B's filter for them.
+        panels: what W&B draws of these runs.
+    """
+
+    name: str
+    title: str
+    question: str
+    intro: str
+    sections: list[tuple[str, str]]
+    runs: FilterExpr
+    panels: list[Any]
+
+
+def read(folder: Path) -> Source:
+    """The study or parity in a folder. Raises `UserError` if there is neither, or no report.md yet."""
+    results, summary, report = (folder / name for name in ("results.json", "summary.json", "report.md"))
+    if report.is_file() and results.is_file():
+        study = files.read_json(results)["study"]
+        name = study["name"] + "-smoke" * study["smoke"]
+        about = {
+            "question": _study_question(study),
+            "runs": Metric("Group") == name,
+            "panels": views.study_panels(),
+        }
+    elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
+        name = folder.name
+        question = "What share of its own ceiling does each machine reach, and how do these shares compare?"
+        about = {"question": question, "runs": Metric("Name") == name, "panels": views.parity_panels()}
+    else:
+        raise UserError(
+            f"{folder}: no study (report.md, results.json) and no parity (report.md, summary.json) is here; "
+            "name a folder that `make study` or `make parity` has written"
+        )
+    head, *rest = re.split(r"^## (.+)\n", PICTURE.sub("", report.read_text()), flags=re.MULTILINE)
+    title, _, intro = head.partition("\n")
+    sections = [(heading, body.strip()) for heading, body in zip(rest[::2], rest[1::2], strict=True)]
+    return Source(
+        name, title.removeprefix("# ")[:MOST_TITLE], intro=intro.strip(), sections=sections, **about
+    )
+
+
+def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report:
+    """The report of the study or parity in a folder.
+
+    Args:
+        entity: None offline. Otherwise the runs are looked up in W&B when the report is serialised.
+    """
+    source = read(folder)
+    first, *rest = source.sections
+    runs = wr.Runset(name=source.name, filters=[source.runs])
+    if entity:
+        runs.entity, runs.project = entity, project
+    runs._id = views.id_of("report", source.name)
+    for number, panel in enumerate(source.panels):
+        row, column = divmod(number, PER_ROW)
+        x, y = column * PANEL_WIDTH, row * PANEL_HEIGHT
+        panel.layout = wr.Layout(x=x, y=y, w=PANEL_WIDTH, h=PANEL_HEIGHT)
+        panel._id = views.id_of("report", source.name, str(number))
+    return wr.Report(
+        project=project,
+        entity=entity or "",
+        title=source.title,
+        description=MADE_BY.format(name=source.name),
+        width="fluid",
+        blocks=[
+            wr.CalloutBlock(text=source.question),
+            *([wr.MarkdownBlock(text=source.intro)] if source.intro else []),
+            *_section(*first),
+            wr.H2(text="The runs"),
+            wr.PanelGrid(runsets=[runs], panels=source.panels),
+            *(block for section in rest for block in _section(*section)),
+        ],
+    )
+
+
+def _section(title: str, markdown: str) -> list[Any]:
+    return [wr.H2(text=title), wr.MarkdownBlock(text=markdown)]
+
+
+def _study_question(study: dict[str, Any]) -> str:
+    titles = {name: rule["title"] or name for name, rule in study["rules"].items()}
+    asked = (
+        f"At equal tuning effort, which of {', '.join(titles.values())} reaches the lowest validation loss"
+    )
+    if reference := study["claims"]["reference"]:
+        return f"{asked}, and how many tokens does each need to reach the loss of {titles[reference]}?"
+    return f"{asked}?"
