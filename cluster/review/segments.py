@@ -134,8 +134,7 @@ class Staged:
         records = staged._kept(identities(there or ()), superseded_from=min(repeated, default=None))
         if any(each.sent for each in later):
             records = (record for record in records if not record.HasField("summary"))
-        if live or later:
-            records = _unfinished(records)
+        records = _ended_once(records, finished=not (live or later))
         wandb_log.write(staged.log, records)
         return staged
 
@@ -202,15 +201,21 @@ class Staged:
         self.log.with_name(self.log.name + _STATE).write_text(content)
 
 
-def _unfinished(records: Iterable[Any]) -> Iterator[Any]:
-    """The records with an end that does not end the run. Without any, wandb ends it as failed."""
-    record = None
+def _ended_once(records: Iterable[Any], *, finished: bool) -> Iterator[Any]:
+    """The records with one end, and last: a run that timed out at its end may have two, and rows between.
+
+    Without any, wandb ends the run as failed. With one that is not `finished`, the run goes on in W&B.
+    """
+    record = end = None
     for record in records:
-        if not record.HasField("exit"):
+        if record.HasField("exit"):
+            end = record
+        else:
             yield record
-    if record is not None:
+    if not finished and record is not None:
         end = type(record)()
         end.exit.not_complete = True
+    if end is not None:
         yield end
 
 

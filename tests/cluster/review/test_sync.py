@@ -78,7 +78,7 @@ def sync(home, server, **constants):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder with outputs/first-light: an offline run, killed by SIGKILL after step 110; its log is torn."""
+    """A folder with outputs/first-light: an offline run, SIGKILL after step 110, a torn log."""
     home = tmp_path_factory.mktemp("trained")
     process = start(RECORD + KILLED, home / "outputs/first-light", home=home)
     assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
@@ -206,37 +206,42 @@ from cluster.record.wandb_mirror import Mirror
 Mirror.UPLOAD_SECONDS = Mirror.CLOSE_SECONDS = 1.0
 run = record(1, 5, mode="online")
 print("logged", flush=True)
-sys.stdin.read()
+sys.stdin.readline()
 for step in range(6, 11):
     run.log({"step": step, "loss": 1 / step})
 run.finish({})
+wait_for_rows(10)
+os.kill(os.getpid(), signal.SIGKILL)  # or wandb tries for longer
 """
     with WandbServer() as server:
-        training = start(RECORD + code, directory, home=tmp_path, **server.environment)
+        often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, not 15
+        training = start(RECORD + code, directory, home=tmp_path, **server.environment, **often)
         assert training.stdout.readline() == "logged\n"
         wait_until(lambda: any(run.rows for run in server.runs.values()))
         server.stop()
-        training.communicate()
+        training.communicate("go on\n")
         there = steps(server)
         assert there == [1, 2, 3, 4, 5][: len(there)]
         server.start()
+        (segment,) = find(directory)
+        os.utime(segment.log)
         assert "left alone" in sync(tmp_path, server)[1]  # its own client may still be at it
         assert steps(server) == there
-        (segment,) = find(directory)
         os.utime(segment.log, (1, 1))
-        code, printed, problems = sync(tmp_path, server)
-        assert (code, problems) == (0, ""), printed
+        code, _, problems = sync(tmp_path, server)
+        assert (code, problems) == (0, "")
     assert steps(server) == list(range(1, 11)) and segment.sent
 
 
 def test_without_a_key_or_a_server_nothing_is_touched(home):
-    before = sorted(home.rglob("*"))
-    code, printed, problems = sync(home, server := WandbServer())
+    before = sorted((home / "outputs").rglob("*"))
+    with WandbServer() as server:
+        pass
+    code, printed, problems = sync(home, server)
     assert code == 1 and printed == "" and "does not answer; nothing was sent" in problems
-    server.environment["WANDB_API_KEY"] = ""
     process = start("from cluster.review import sync; raise SystemExit(sync.main())", home=home)
-    assert process.communicate()[1].startswith("error: no API key for https://")
-    assert process.returncode == 2 and sorted(home.rglob("*")) == before
+    assert process.communicate()[1].startswith("error: no API key for https://") and process.returncode == 2
+    assert sorted((home / "outputs").rglob("*")) == before
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 100])
