@@ -10,7 +10,7 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection serve serve-bench dashboard sync up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench dashboard sync up status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -42,6 +42,10 @@ parity: $(VENV)/ready
 ## projection    predict the days of a training run on N nodes
 projection: $(VENV)/ready
 	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+## lineage       which data, commit and checkpoint a result comes from (RUN=path or name)
+lineage: $(VENV)/ready
+	$(PY) cluster.record.lineage $(or $(RUN),$(error say RUN=, a run, checkpoint, export or file of results))
 
 ## serve         serve the newest run, or model.path=, until Ctrl-C
 serve: $(VENV)/ready

@@ -7,6 +7,8 @@ from pathlib import Path
 from cluster import runs
 from cluster.cli import UserError
 from cluster.config import ConfigError
+from cluster.record import origins
+from cluster.record.origins import Origin
 from serving.config import ModelConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
@@ -53,6 +55,13 @@ def export_if_stale(served: Served, *, report: Callable[[str], None]) -> None:
         export(run, dtype="bfloat16")
     except (UserError, ConfigError) as error:
         raise UserError(f"{run}: cannot be exported: {error}") from error
+
+
+def origin_of(config: ModelConfig, served: Served) -> Origin:
+    """Where the weights come from; of a stale run only after `export_if_stale`."""
+    if served.directory is None:
+        return origins.random_weights(str(config.shape))
+    return origins.of_model(served.directory)
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:

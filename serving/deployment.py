@@ -27,6 +27,7 @@ from prometheus_client import Histogram as Buckets
 from cluster import display, endpoint_client
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.process import no_leftovers
+from cluster.record import origins
 from cluster.session import (
     HAPROXY,
     environment,
@@ -88,6 +89,7 @@ class Replica:
     def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
         self._engine, self._metrics = EngineProcess(factory, config, served), RayMetrics()
         self._options = config.deployment
+        self._origin = origins.without_places(checkpoints.origin_of(config.model, served))
         if served.directory is None:
             self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)
         else:
@@ -100,6 +102,7 @@ class Replica:
             hosts=allowed_hosts(self._options.host, self._options.allowed_hosts),
             body_seconds=self._options.receive_seconds,
             observe=self._metrics.observe,
+            origin=self._origin,
         )
 
     async def check_health(self) -> None:
@@ -140,7 +143,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
     ).bind(config, served, factory)
 
 
-def describe(config: ServeConfig) -> str:
+def describe(config: ServeConfig) -> display.Table:
     """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
     from serving.engine import torch_engine
 

@@ -50,6 +50,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "omegaconf": ("cluster.config",),
     "wandb": (
         "cluster.record.wandb_mirror",
+        "cluster.record.wandb_artifacts",
         "cluster.record.wandb_log",
         "cluster.review.dashboard",
         "cluster.review.wandb_uploads",

@@ -47,11 +47,23 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = key(
-        "botocore", "'botocore' (embedded corpus) or a file, folder or glob: .txt .jsonl .parquet"
+        "botocore",
+        "'botocore' (embedded corpus) or a file, folder, glob or URL (s3://, hf://) of .txt .jsonl .json "
+        "or .parquet; the first three also compressed",
     )
-    text_field: str = key("text", "field of a .jsonl line or column of a .parquet file that holds the text")
+    text_field: str = key("text", "field or column that holds the text; a.b is b inside of a")
+    max_bad_fraction: float = key(
+        0.001,
+        "share of the records that may be unusable; they are skipped, counted and named",
+        least=0,
+        most=1,
+    )
     tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
     vocab_size: int = key(8192, "vocabulary of a trained tokenizer", least=300, most=1_000_000)
+    add_special_tokens: bool = key(
+        True, "begin each text as the tokenizer's post-processor does; false: without special tokens"
+    )
+    end_of_text: str | None = key(None, "the token that ends a document; default: found by its usual names")
     validation_fraction: float = key(
         0.01, "share of the documents that is held out, chosen by their hash", above=0, below=0.5
     )
@@ -290,6 +302,22 @@ class RecordConfig:
     )
     ceilings: str | None = key(
         None, "report of cluster.preflight; mfu_of_measured is a share of the product that its GPUs reached"
+    )
+    spike_deviations: float = key(
+        7.0,
+        "loss_spike, in events.jsonl: a loss so many robust standard deviations above the median of the last "
+        "50 lines; 0: never",
+        least=0,
+    )
+    stalled_minutes: float = key(
+        10.0,
+        "no_progress, in events.jsonl: minutes without a new line of metrics.jsonl or a checkpoint; 0: never",
+        least=0,
+    )
+    disk_free_gb: float = key(
+        2.0,
+        "disk_nearly_full, in events.jsonl: less is free at run.directory; also less than two checkpoints",
+        least=0,
     )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
     project: str = key("asuncion", "Weights & Biases project")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import show
 from cluster.laptop import inventory, remote
 from cluster.progress import Progress
 from training import config as training_config
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = training_config.load(**given)
         plan = make_plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+            show(layered.to_yaml(config), plan.table())
         elif options.cluster:
             remote.start(
                 options.cluster,
@@ -79,33 +80,37 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import prepare_run
-    from training.run.watch import Follower, NodeWatch
+    from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
-    print(plan.describe(), flush=True)
+    show(plan.table())
     with Progress(plan.num_steps) as progress:
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
         if start is None:
             return
-        with ExitStack() as stack:
+        with report_failure(config), ExitStack() as stack:
             with spent.part("Ray"):
                 stack.enter_context(workers.session(config))
             first_step = step_of(start.checkpoint) if start.checkpoint else 0
+            stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
-            stack.enter_context(NodeWatch(config, report=progress.note))
+            stack.enter_context(NodeWatch(config))
             _fit(start)
     finish_run(config, spent, rest="workers")
 
 
 def _fit(start: "Start") -> None:
     """One Ray Train run, to its end."""
+    from training.run.watch import report_failure
+
     directory = start.config.run_directory
     arguments = {"start": start, "command": sys.argv}
     try:
-        workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
+        with report_failure(start.config):
+            workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
     except RunError as error:
         raise RunError(
             f"training failed: {error}\nthe whole traceback is in {directory / 'failure.log'}; "
@@ -130,16 +135,19 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from training.run.context import torch_context
     from training.run.loop import train
     from training.run.start import prepare_run
-    from training.run.watch import ShowRows
+    from training.run.watch import RunWatch, ShowRows
 
     with Progress(plan.num_steps) as progress:
         if ranks.rank == 0:
-            progress.note(plan.describe())
+            progress.note(plan.table())
         with spent.part("data"):
             start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
         if start is None:
             return
-        with torch_context(ranks, gpu=config.workers.gpu) as context:
+        with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
+            if ranks.rank < 2:  # the second one sees a first that stands still
+                note = None if ranks.rank else progress.note
+                stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
             train(start, command=sys.argv, context=context, observe=ShowRows(config, progress))
     if ranks.rank == 0:
         finish_run(config, spent, rest="other")

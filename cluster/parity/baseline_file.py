@@ -24,6 +24,8 @@ from cluster.cli import UserError
 from cluster.measure import benchmark, hardware
 from cluster.measure.hardware import Device
 from cluster.measure.probe import LINK_PEAK, PEAKS
+from cluster.record import origins
+from cluster.record.origins import Origin
 
 FORMAT = 2
 KEYS = {"hardware", "ceilings", "cells", "figures"}  # without which a file is not one of ours
@@ -247,6 +249,13 @@ def _problem(content: Mapping[str, Any]) -> str | None:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def origin_of(side: Side) -> Origin:
+    """Where a side's figures come from. Raises `UserError`: the file says it in a form that is not ours."""
+    if side.is_roofline:
+        return origins.origin("datasheet", side.name)
+    return origins.of_results(Path(side.origin), side.content)
 
 
 def commit_of(side: Side) -> str:

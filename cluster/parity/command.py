@@ -17,7 +17,7 @@ from cluster import cli, files
 from cluster.cli import UserError
 from cluster.measure.intervals import Interval
 from cluster.parity import plots
-from cluster.parity.baseline_file import Side, read_side
+from cluster.parity.baseline_file import Side, origin_of, read_side
 from cluster.parity.parity import Parity, as_json, compare
 from cluster.parity.report import report, to_html
 from cluster.record import provenance
@@ -78,6 +78,7 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
     claims = [[claim.verdict, claim.text, claim.because] for claim in parity.claims]
     record_result(
         folder, job_type="parity", name=folder.name, provenance=about, wandb_mode=wandb_mode,
+        inputs=[origin_of(side) for side in parity.sides],
         config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
         summary=as_json(parity), tables={"parity": (FIGURES, figures), "claims": (CLAIMS, claims)},
         images={path.stem: path for path in drawn.values()}, attachments=[folder / "report.html"],

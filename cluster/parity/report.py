@@ -11,10 +11,11 @@ from typing import Any
 from cluster.display import markdown, number, span
 from cluster.measure.probe import LINK_PEAK
 from cluster.parity import public
-from cluster.parity.baseline_file import Side, commit_of
+from cluster.parity.baseline_file import Side, commit_of, origin_of
 from cluster.parity.claims import SHARE, VERDICTS, show
 from cluster.parity.comparison import Comparison
 from cluster.parity.parity import Parity
+from cluster.record import lineage
 
 FORMULAS = (  # name, formula, where it stands
     ("rate", "tokens / seconds / devices, the median step of a run",
@@ -275,18 +276,20 @@ def _sources(parity: Parity) -> Iterator[str]:
     yield from ("", "### Files", "")
     for letter, side in zip("AB", parity.sides, strict=True):
         yield f"- {letter}: `{side.origin}`; {commit_of(side)}"
+        yield from ("", "```", lineage.describe(origin_of(side)), "```", "")
     yield from ("", "### Commands, by figure", "")
     rows = (
         (
             each.id,
             letter,
+            lineage.brief(figure.get("input")),
             f"`{figure['command']}`",
             "; ".join(number(value, digits=4) for value in figure["values"]),
         )
         for each in parity.comparisons
         for letter, figure in zip("AB", each.figures, strict=True)
     )
-    yield from markdown(("figure", "side", "command", "runs"), rows)
+    yield from markdown(("figure", "side", "of", "command", "runs"), rows)
 
 
 def _links(side: Side) -> str | None:

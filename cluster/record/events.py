@@ -3,13 +3,16 @@
     {"time": "2026-11-26T12:05:34Z", "kind": "loss_spike", "level": "warning", "step": 120, "text": "..."}
 
 Any process of the run may append: rank 0 and the launcher do. A resumed run keeps the events of its earlier
-starts. `training.run.alarms` decides when a run raises an alarm.
+starts. `alarms` has the rules for the warnings.
 """
 
+import fcntl
 import json
 import math
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,23 +23,28 @@ FILE = "events.jsonl"
 INFO, WARNING, ERROR = "info", "warning", "error"
 KINDS = {  # kind -> its level, and what it reports
     "started": (INFO, "a run began at step 0"),
-    "resumed": (INFO, "a run continues from a checkpoint; steps after it are taken again"),
-    "restarted": (WARNING, "Ray started the workers again within one start of the run"),
+    "resumed": (INFO, "the same command continues a run from a checkpoint"),
+    "workers": (INFO, "the workers of a start take their first step"),
+    "restarted": (WARNING, "Ray started the workers again, from the newest checkpoint"),
+    "worker_failed": (WARNING, "a worker ended with an error; Ray may start the workers again"),
     "checkpoint": (INFO, "a checkpoint was written"),
-    "skipped_steps": (WARNING, "steps changed nothing, because their gradient was not finite"),
+    "checkpoint_damaged": (WARNING, "a checkpoint is half-written, and an older one is used"),
     "finished": (INFO, "the run took its last step"),
     "stopped": (INFO, "a user ended the run"),
-    "failed": (ERROR, "the run ended before its last step"),
+    "failed": (ERROR, "the run ended with an error"),
     "killed": (ERROR, "an earlier start ended without a last word; the next start reports it"),
-    "loss_not_finite": (ERROR, "the loss became NaN or infinite"),
+    "loss_not_finite": (ERROR, "a loss became NaN or infinite"),
     "loss_spike": (WARNING, "the loss rose far above its recent values"),
-    "no_progress": (ERROR, "no new step for a long time"),
+    "skipped_steps": (WARNING, "steps changed nothing, because their gradient was not finite"),
+    "no_progress": (ERROR, "neither a line of metrics.jsonl nor a checkpoint for some minutes"),
     "progress": (INFO, "the run moves again after no_progress"),
     "node_lost": (ERROR, "a node left Ray while the run was going"),
     "node_joined": (INFO, "a node joined Ray while the run was going"),
     "disk_nearly_full": (WARNING, "little space is left where the run directory is"),
 }
-LAST = ("finished", "stopped", "failed", "killed")  # each ends one start of a run
+STARTS = ("started", "resumed")  # of the run, by its launcher
+WORKERS = ("workers", "restarted")  # of its workers, by rank 0
+ENDS = ("finished", "stopped", "failed", "killed")  # each ends one start of a run, and one alone
 
 
 def append(
@@ -73,6 +81,34 @@ def append(
         problem = error.strerror
     if problem:
         print(f"{path}: {problem}; the event: {describe(masked(event))}", file=sys.stderr, flush=True)
+
+
+def end(directory: Path, kind: str, text: str, *, step: int | None = None, **more: Any) -> None:
+    """Append one of ENDS, unless this start has ended already: the first report has the cause."""
+    assert kind in ENDS, kind
+    append_first(directory, kind, text, among=ENDS, since=STARTS, step=step, **more)
+
+
+def append_first(
+    directory: Path, kind: str, text: str, *, among: Sequence[str], since: Sequence[str], **more: Any
+) -> None:
+    """Append an event, unless another process was first with one `among` these kinds `since` those kinds."""
+    with suppress(OSError), (directory / FILE).open("ab") as file:  # storage without locks: without one then
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if newest(read(directory), (*among, *since)) not in among:
+            append(directory, kind, text, **more)
+        return
+    append(directory, kind, text, **more)
+
+
+def has_ended(found: list[dict[str, Any]]) -> bool:
+    """Whether the newest start among these events has ended. False without any."""
+    return newest(found, (*STARTS, *ENDS)) in ENDS
+
+
+def newest(found: list[dict[str, Any]], kinds: Sequence[str]) -> str | None:
+    """The kind of the newest event that is of these kinds."""
+    return next((event["kind"] for event in reversed(found) if event["kind"] in kinds), None)
 
 
 def read(directory: Path) -> list[dict[str, Any]]:

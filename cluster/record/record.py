@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from cluster import files
 from cluster.masking import masked
+from cluster.record import origins
 from cluster.record.wandb_mirror import FSYNC_SECONDS, Mirror
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
@@ -74,8 +75,7 @@ class Record:
                 in W&B.
             tags: what to find the run by in W&B, such as its rule and ZeRO stage; the hardware and the commit
                 are added from `provenance`.
-            inputs: what the run is made from, for its lineage: each with `kind`, `name`, `path` and
-                `fingerprint`. Written to `provenance.json`.
+            inputs: origins (`cluster.record.origins`) of what it is made from; to `provenance.json` and W&B.
 
         Raises:
             ValueError: a line of metrics.jsonl other than a torn last one is damaged.
@@ -84,7 +84,8 @@ class Record:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").unlink(missing_ok=True)
         rows = _rewind(directory / "metrics.jsonl", last_step=resume_step)
-        provenance = masked({**provenance, **({"inputs": list(inputs)} if inputs else {})})
+        used = masked([origins.checked(each) for each in inputs])
+        provenance = {**masked(provenance), "job_type": job_type, **({"inputs": used} if used else {})}
         provenance = _with_earlier_starts(directory / "provenance.json", provenance, resume_step=resume_step)
         files.write_json(directory / "provenance.json", provenance)
         mirror = Mirror(
@@ -99,6 +100,8 @@ class Record:
             tags=[*tags, *_tags_of(provenance)],
             earlier=rows,
         )
+        for each in origins.flat(used):
+            mirror.artifact(each, used=True)
         return cls(directory, mirror, seconds_before=rows[-1].get("seconds", 0.0) if rows else 0.0)
 
     @property
@@ -138,6 +141,10 @@ class Record:
     def file(self, path: Path) -> None:
         """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
         self._mirror.file(path)
+
+    def output(self, made: origins.Origin) -> None:
+        """Show a thing that the run made in W&B: an artifact by reference, without its content."""
+        self._mirror.artifact(masked(made), used=False)
 
     def image(self, name: str, path: Path) -> None:
         """Show a picture in W&B. The file must stay as it is until the record is finished."""

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.masking import mask
-from cluster.record import wandb_keys
+from cluster.record import wandb_artifacts, wandb_keys
+from cluster.record.alerts import Alerts
+from cluster.record.origins import Origin
 
 MAX_TAG = 64  # letters; W&B refuses a run with a longer tag
 EARLIER = "earlier"  # folder of W&B's files of earlier starts, which nobody needs to upload
@@ -46,12 +48,10 @@ class Mirror:
         self.run_id = run_id
         self._directory = directory
         self._job_type = job_type
-        about |= {"job_type": job_type, "tags": [tag[:MAX_TAG] for tag in dict.fromkeys(tags)]}
-        self._about = about
+        self._about = about | {"job_type": job_type, "tags": [tag[:MAX_TAG] for tag in dict.fromkeys(tags)]}
         self._state = "starting"
         self._problems: list[str] = []
-        self._num_missed = 0
-        self._closed = False
+        self._num_missed, self._closed = 0, False
         self._known: set[str] = set()  # keys of rows so far
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._calls.put(lambda run: self._repeat(run, earlier))
@@ -60,7 +60,7 @@ class Mirror:
 
     @property
     def status(self) -> str:
-        missed = [f"{self._num_missed} rows missed, because W&B was too slow"] if self._num_missed else []
+        missed = [f"{self._num_missed} rows missed, because W&B was too slow"] * bool(self._num_missed)
         return "; ".join([self._state, *self._problems, *missed])
 
     def put(self, row: dict[str, Any], *, seconds: float) -> None:
@@ -89,6 +89,10 @@ class Mirror:
 
         self.call(save)
 
+    def artifact(self, made: Origin, *, used: bool) -> None:
+        """Hand over a thing that the run used or made. If W&B cannot take it, the status says so."""
+        self.call(lambda run: self._problems.extend(wandb_artifacts.log(run, made, used=used)))
+
     def call(self, do: Callable[[Any], None]) -> None:
         """Have the mirror's thread call `do` with W&B's run, after what was handed over before.
 
@@ -104,6 +108,7 @@ class Mirror:
         self._closed = True
 
         def finish(run: Any) -> None:
+            self._alerts.send()
             found = wandb_keys.wandb_row(summary, job_type=self._job_type)
             plain = {key: value for key, value in found.items() if not _is_table(value)}
             run.summary.update({key: value for key, value in plain.items() if key not in self._known})
@@ -118,14 +123,14 @@ class Mirror:
     def _work(self, mode: str) -> None:
         try:
             run = self._start(mode)
-            while run is not None and (do := self._calls.get()):
+            while run is not None and (do := self._alerts.get(self._calls)):
                 do(run)
         except Exception as error:  # whatever W&B does, the run goes on and its record says what happened
             if self._state == "starting":
                 self._state = f"disabled: {_reason(error)}"
             else:
                 self._problems.append(
-                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync()}"
+                    f"stopped by {_reason(error)}; to send the copy on disk: {_sync(self._directory)}"
                 )
 
     def _repeat(self, run: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -179,7 +184,9 @@ class Mirror:
         for axis in wandb_keys.AXES:
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
-        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync()}"
+        earlier = None if run.offline else self.run_id
+        self._alerts = Alerts(self._directory, name=run.name, run_id=earlier, alert=run.alert)
+        self._state = f"online: {run.url}" if run.url else f"offline: {_sync(self._directory)}"
         return run
 
     def _init(self, mode: Any) -> Any:
@@ -203,6 +210,8 @@ class Mirror:
             **{name: value for name, value in private.items() if name in known},
         )
         wandb.setup(settings=wandb.Settings(silent=True))  # silences what precedes init, such as the login
+        # Files of tables wait there for their upload. In the home, `make pull` would not bring them along.
+        os.environ["WANDB_DATA_DIR"] = str(self._directory.absolute() / "wandb")
         return wandb.init(
             dir=self._directory,
             mode=mode,
@@ -213,8 +222,10 @@ class Mirror:
             **self._about,
         )
 
-    def _sync(self) -> str:
-        return f"make sync RUN={os.path.relpath(self._directory)}"
+
+def _sync(directory: Path) -> str:
+    where = directory.absolute()
+    return f"make sync RUN={where.name if where.parent.name == 'outputs' else where}"
 
 
 def _shown(key: str, value: Any) -> dict[str, Any]:

@@ -20,11 +20,14 @@ from typing import Any
 from cluster import cli, endpoint_client, files, process
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import show
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
-from cluster.record import provenance
+from cluster.record import origins, provenance
+from cluster.record.origins import Origin
 from cluster.record.record import Record
 from cluster.session import ROOT
+from serving import checkpoints
 from serving.bench import config as bench_config
 from serving.bench import report
 from serving.bench.config import ServeBenchConfig
@@ -82,12 +85,12 @@ def describe(config: ServeBenchConfig) -> str:
 
 def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]:
     """Measure an endpoint and report. Returns the summary, and why it lacks figures that were asked for."""
-    endpoint, model = _find_model(url, config.bench.target_model)
+    endpoint, model, origin = _find_model(config, url)
     ceiling = _ceilings(config, model)
     if ceiling is not None:
-        print(report.describe(model["engine_info"], ceiling), flush=True)
+        show(report.describe(model["engine_info"], ceiling))
     directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
-    with _bench(config, endpoint, model, directory) as bench:
+    with _bench(config, endpoint, model, directory, origin) as bench:
         try:
             bench.measure_all()
         except KeyboardInterrupt:  # show what was measured, but write no summary.json: the run is not whole
@@ -115,7 +118,7 @@ def finish(summary: dict[str, Any], problem: str | None) -> None:
 
 @contextmanager
 def _bench(
-    config: ServeBenchConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path
+    config: ServeBenchConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path, origin: Origin
 ) -> Iterator[Bench]:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "config.yaml", layered.to_yaml(config))
@@ -131,6 +134,7 @@ def _bench(
         job_type="serve-bench",
         name=config.bench.name,
         resume_step=None,
+        inputs=[origin],
     )
     with record, (directory / "requests.jsonl").open("w") as requests:
         yield Bench(config, endpoint, model, requests, record)
@@ -141,7 +145,8 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
     plots = report.plot(bench.points, bench.itls, directory / "plots")
     slo = asdict(bench.config.slo)
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
-    print(f"\n{report.table(bench.points)}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
+    show("", report.table(bench.points), "")
+    print(f"SLO: {limits}; latencies in ms, from the scheduled arrival")
     print(summary["no_shares"] or report.FORMULAS)
     for fault in summary["ceiling_faults"]:
         print(fault)
@@ -150,17 +155,25 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
     print(f"run directory: {directory} ({', '.join(plot.name for plot in plots)})")
 
 
-def _find_model(url: str, name: str | None) -> tuple[Endpoint, dict[str, Any]]:
-    """The endpoint, and its model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours)."""
-    endpoint, listed = endpoint_client.find(url, model=name, key="bench.target")
+def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str, Any], Origin]:
+    """The endpoint, its model and where that comes from.
+
+    The model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours).
+    """
+    endpoint, listed = endpoint_client.find(url, model=config.bench.target_model, key="bench.target")
+    origin = origins.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
+    if config.bench.target is None:  # here its folder is known too; a newer run than the one served is not it
+        ours = checkpoints.origin_of(config.model, checkpoints.find(config.model))
+        origin = ours if origin.get("fingerprint") in (None, ours["fingerprint"]) else origin
     info = listed.get("engine_info")
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
-    return endpoint, {
+    about = {
         "id": endpoint.model,
         "max_model_len": endpoint.context_tokens or 2048,
         "vocab_size": info["vocab_size"] if info else 256,
         "engine_info": info,
     }
+    return endpoint, about, origin
 
 
 def _ceilings(config: ServeBenchConfig, model: dict[str, Any]) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from cluster.cli import RunError, UserError
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
 from serving import config as serving_config
 from serving.bench.latency import percentile
-from serving.checkpoints import export_if_stale, find
+from serving.checkpoints import export_if_stale, find, origin_of
 from serving.config import ServeConfig
 from serving.engine.process import make_engine
 from serving.engine.protocol import Engine, EngineFailed, Token, answer_all
@@ -99,7 +99,12 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
         if isinstance(error, EngineFailed):
             raise RunError(said) from error
         raise
-    return {"info": asdict(engine.info), "points": points, "peak_memory_bytes": peak_memory_bytes(device)}
+    return {
+        "info": asdict(engine.info),
+        "input": origin_of(config.model, served),
+        "points": points,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
 
 
 def answer(

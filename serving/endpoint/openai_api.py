@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
+from cluster.record.origins import Origin
 from serving.engine.protocol import EngineInfo, Finish, Sampling, Token
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -237,8 +238,8 @@ def _top(token: Token, text_of: Callable[[int], str]) -> dict[str, float] | None
     return {likeliest: token.score.top_logprob, own: token.score.logprob}
 
 
-def models(info: EngineInfo, *, since: int) -> dict[str, Any]:
-    """The body of GET /v1/models. `engine_info` is our extension."""
+def models(info: EngineInfo, *, since: int, origin: Origin | None = None) -> dict[str, Any]:
+    """The body of GET /v1/models. `engine_info` and `lineage`, the model's origin, are our extensions."""
     model = {
         "id": info.model,
         "object": "model",
@@ -246,5 +247,6 @@ def models(info: EngineInfo, *, since: int) -> dict[str, Any]:
         "owned_by": "asuncion",
         "max_model_len": info.context_tokens,
         "engine_info": dataclasses.asdict(info),
+        "lineage": origin,
     }
     return {"object": "list", "data": [model]}

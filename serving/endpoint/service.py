@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
+from cluster.record.origins import Origin
 from serving.endpoint.bodies import MOST_BODY_BYTES, Bodies
 from serving.endpoint.hosts import allowed_hosts, require_allowed
 from serving.endpoint.openai_api import (
@@ -71,6 +72,7 @@ def make_endpoint(
     hosts: frozenset[str] | None = allowed_hosts("localhost", ()),
     body_seconds: float = BODY_SECONDS,
     observe: Observe = lambda name, seconds: None,
+    origin: Origin | None = None,
 ) -> FastAPI:
     """POST /v1/completions; GET /v1/models, /health, /metrics.
 
@@ -78,6 +80,7 @@ def make_endpoint(
         hosts: names that requests may carry as Host and Origin; None: any.
         body_seconds: a body that takes longer to arrive is refused (408).
         observe: called with the name and seconds of each of LATENCIES; /metrics has them too.
+        origin: of the model, for /v1/models (`cluster.record.origins`).
     """
 
     async def check_hosts(request: Request) -> None:
@@ -93,7 +96,7 @@ def make_endpoint(
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return models(engine.info, since=service.since)
+        return models(engine.info, since=service.since, origin=origin)
 
     @app.get("/health")
     async def health() -> Response:

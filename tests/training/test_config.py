@@ -278,6 +278,9 @@ REFUSED = {
     "evaluation.tuning_sequences": ["-1"],
     "evaluation.sample_tokens": ["-1"],
     "record.every_steps": ["0"],
+    "record.spike_deviations": ["-1"],
+    "record.stalled_minutes": ["-1"],
+    "record.disk_free_gb": ["-1"],
     "record.wandb": ["on"],
     "session.object_store_megabytes": ["79"],
 }

@@ -18,12 +18,12 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
-from cluster.display import number
+from cluster.display import number, show
 from cluster.laptop import inventory, remote
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
 from cluster.parity import baseline_file
-from cluster.record import provenance
+from cluster.record import origins, provenance
 from cluster.record.record import Record
 from training.baseline import plan as baseline_plan
 from training.baseline.figures import rates, shares_text, table
@@ -101,9 +101,11 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
         raise UserError("train.shapes, serve.models: nothing is left to measure; the plan above says why")
     partial = output.with_name(f"{output.stem}.partial.json")
     measure(cells, config, result, partial)
+    inputs = origins.unique(figure["input"] for figure in result["figures"] if figure["input"])
+    result["provenance"] = {**result["provenance"], "inputs": inputs}
     files.write_json(output, {**result, "complete": True})
     partial.unlink()
-    print(table(result["figures"]), *result["ceiling_faults"], f"written to {output}", sep="\n")
+    show(table(result["figures"]), *result["ceiling_faults"], f"written to {output}")
     print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))
@@ -166,8 +168,10 @@ def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> s
     with Record.open(
         _run_directory(config), config=result["config"], provenance=result["provenance"],
         wandb_mode=config.wandb, project=config.project, group="baseline", name=config.name, resume_step=None,
+        inputs=result["provenance"].get("inputs", []),
     ) as record:  # fmt: skip
         record.table("figures", FIGURE_COLUMNS, rows)
         record.file(output)
+        record.output(origins.of_results(output))
         record.finish({"output": str(output), "hardware": result["hardware"]["name"], "figures": summary})
         return record.wandb_status

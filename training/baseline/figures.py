@@ -18,7 +18,8 @@ def figures(
 ) -> list[dict[str, Any]]:
     """Rates with what bounds them, one value per round.
 
-    Each has `id`, `unit`, `values` (of one device), `flops` and `bytes` (the least per unit of work; `bytes`
+    Each has `id`, `unit`, `values` (of one device), `input` (the origin of its weights, in training of its
+    data; `cluster.record.origins`), `flops` and `bytes` (the least per unit of work; `bytes`
     is None in training, where work does not pass through memory once per unit), in training `ranks`, `nodes`
     and `link_bytes` (see `_trained`), `joules_per_token` and `cost_per_million_tokens` (None if unknown),
     `shares` of each ceiling, by name, and the `command`.
@@ -66,6 +67,7 @@ def _trained(cell: Mapping[str, Any]) -> dict[str, Any]:
         "ranks": rows[0]["num_workers"],
         "nodes": nodes,
         "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
+        "input": rows[0].get("input"),
         "communication_seconds": [row["seconds_communication"] for row in rows],
         "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
         "step_seconds": [row["step_seconds"] for row in rows],
@@ -90,6 +92,7 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             "unit": "tokens/s per device",
             "devices": 1,
             "batch": batch,
+            "input": rows[0].get("input"),
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
             "command": cell["command"],
         }
@@ -202,7 +205,7 @@ def shares_text(figure: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in figure["shares"].items())
 
 
-def table(figures: Iterable[Mapping[str, Any]]) -> str:
+def table(figures: Iterable[Mapping[str, Any]]) -> display.Table:
     """The figures, for people."""
     rows = ((each["id"], *(display.number(n) for n in rates(each)), shares_text(each)) for each in figures)
     return display.table(("", "tokens/s", "min", "max", "shares"), rows, left=(0, 4))

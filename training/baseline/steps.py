@@ -26,8 +26,10 @@ import numpy as np
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import show
 from cluster.measure import hardware
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
+from cluster.record import origins
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.prepare import prepare
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = training_config.load(file=options.config, dotlist=keys)
             plan = make_plan(config)
             if options.dry_run:
-                print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+                show(layered.to_yaml(config), plan.table())
                 return
             measured = (run_ray if options.ray else run)(config, plan, **size)
         if measured is not None:
@@ -141,7 +143,11 @@ def _on_rank(start: Any, context: Any, *, num_nodes: int = 1, **size: int) -> di
             raise
         raise RunError(f"out of memory: {str(error).splitlines()[0]}") from error
     every = context.gather(found)
-    return _over_ranks(every) | _about(trainer, num_nodes=num_nodes) if context.is_main else None
+    if not context.is_main:
+        return None
+    data = start.train_set
+    origin = origins.of_dataset(data.directory, data.manifest.fingerprint)
+    return _over_ranks(every) | _about(trainer, num_nodes=num_nodes) | {"input": origin}
 
 
 def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]:

@@ -8,16 +8,18 @@ perplexity is of the validation split of the data that the run was trained on.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.display import pairs
+from cluster.display import Table, pairs, show
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
+from cluster.record import origins
+from cluster.record.origins import Origin
 from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
@@ -46,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = layered.load(EvaluateConfig, file=options.config, dotlist=options.overrides)
         evaluation = plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{evaluation.describe()}")
+            show(layered.to_yaml(config), evaluation.describe())
             return
-        result = run(config, evaluation, report=lambda note: print(note, flush=True))
-        print(table(result))
+        result = run(config, evaluation, report=show)
+        show(*table(result))
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
@@ -64,6 +66,7 @@ class Evaluation:
         endpoint: where to send requests; None evaluates here.
         data: the prepared folder for the perplexity, or why there is none.
         output: the file of the result.
+        served: what the endpoint says of its model's lineage.
     """
 
     model: ModelDirectory | None
@@ -71,6 +74,7 @@ class Evaluation:
     sources: Sources
     data: Path | str
     output: Path
+    served: Any = None
 
     @property
     def name(self) -> str:
@@ -80,8 +84,8 @@ class Evaluation:
         assert self.endpoint is not None
         return self.endpoint.model
 
-    def describe(self) -> str:
-        """The plan for people, in lines."""
+    def describe(self) -> Table:
+        """The plan for people."""
         where = f"{self.endpoint.model} at {self.endpoint.url}" if self.endpoint else "here"
         return pairs(
             [
@@ -102,9 +106,10 @@ def plan(config: EvaluateConfig) -> Evaluation:
     """
     if config.tasks:
         harness.require_installed()
-    endpoint = None
+    endpoint: Endpoint | None = None
+    listed: Mapping[str, Any] = {}
     if config.endpoint is not None:
-        endpoint, _ = endpoint_client.find(config.endpoint, model=config.endpoint_model)
+        endpoint, listed = endpoint_client.find(config.endpoint, model=config.endpoint_model)
     if endpoint is not None and config.model == NEWEST:
         model = checkpoint.named(endpoint.model)
     else:
@@ -113,7 +118,8 @@ def plan(config: EvaluateConfig) -> Evaluation:
     data = _find_data(config, model)
     if not config.tasks and isinstance(data, str):
         raise UserError(f"tasks: none are named, and there is no perplexity to measure: {data}")
-    return Evaluation(model, endpoint, sources, data, _output(config, model, endpoint))
+    output = _output(config, model, endpoint)
+    return Evaluation(model, endpoint, sources, data, output, served=listed.get("lineage"))
 
 
 def _find_data(config: EvaluateConfig, model: ModelDirectory | None) -> Path | str:
@@ -153,7 +159,7 @@ def _output(config: EvaluateConfig, model: ModelDirectory | None, endpoint: Endp
     return Path(RunConfig().directory).absolute() / f"eval-{plain}" / RESULT_FILE
 
 
-def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str], None]) -> dict[str, Any]:
+def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[Table], None]) -> dict[str, Any]:
     """Evaluate, write the result and return it.
 
     Raises:
@@ -173,6 +179,7 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
         endpoint=dataclasses.asdict(evaluation.endpoint) if evaluation.endpoint else None,
         left_out=evaluation.data if isinstance(evaluation.data, str) else None,
         config=layered.to_dict(config),
+        inputs=_origins(evaluation, measured),
     )
     result = masked(result)  # the notes are lm_eval's and an endpoint's own words
     try:
@@ -182,6 +189,17 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
             f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
         ) from error
     return result
+
+
+def _origins(evaluation: Evaluation, measured: Measured) -> list[Origin]:
+    """Of the model, as the endpoint names it where there is one, and of the held-out data."""
+    endpoint, model, data = evaluation.endpoint, evaluation.model, evaluation.data
+    made = [origins.of_endpoint(endpoint.model, endpoint.url, evaluation.served)] if endpoint else []
+    if endpoint is None and model is not None:
+        made.append(origins.of_model(model.directory))
+    if measured.held_out is not None and isinstance(data, Path):
+        made.append(origins.of_dataset(data, measured.held_out.data_fingerprint))
+    return made
 
 
 def _with_tasks(config: EvaluateConfig, evaluation: Evaluation) -> Measured:

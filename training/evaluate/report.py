@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import display
 from cluster.record import provenance
+from cluster.record.origins import Origin
 from training.evaluate import harness
 from training.evaluate.harness import TaskScore
 
@@ -42,6 +43,7 @@ def to_json(
     endpoint: Mapping[str, Any] | None,
     left_out: str | None,
     config: Mapping[str, Any],
+    inputs: Sequence[Origin],
 ) -> dict[str, Any]:
     """The content of eval.json.
 
@@ -50,6 +52,7 @@ def to_json(
         endpoint: that was evaluated, if any.
         left_out: why there is no perplexity, if there is none.
         config: the resolved keys.
+        inputs: origins of the model and of the data.
     """
     held_out = measured.held_out
     entry: dict[str, Any] = {"left_out": left_out}
@@ -63,15 +66,18 @@ def to_json(
         "lm_eval": provenance.versions(harness.PACKAGES)["lm_eval"],
         "notes": measured.notes,
         "config": config,
-        "provenance": provenance.collect(
-            command=sys.argv,
-            data_fingerprint=held_out.data_fingerprint if held_out else None,
-            packages=(*provenance.PACKAGES, *harness.PACKAGES),
-        ),
+        "provenance": {
+            **provenance.collect(
+                command=sys.argv,
+                data_fingerprint=held_out.data_fingerprint if held_out else None,
+                packages=(*provenance.PACKAGES, *harness.PACKAGES),
+            ),
+            "inputs": list(inputs),
+        },
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> tuple[display.Table, str]:
     """The result for people: a line per metric, the perplexity first."""
     rows: list[tuple[Any, ...]] = []
     held_out = result["perplexity"]
@@ -92,7 +98,7 @@ def table(result: Mapping[str, Any]) -> str:
                 *(_figure(score[name]) for name in ("value", "stderr")),
             )
         )
-    return f"{display.table(HEADERS, rows, left=(0, 4, 5))}\n{ending}"
+    return display.table(HEADERS, rows, left=(0, 4, 5)), ending
 
 
 def _figure(value: float | None) -> str | None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from cluster import files
+from cluster.record import origins
 from training.model.shapes import LlamaShape, to_hf_config
 
 
@@ -22,6 +23,7 @@ def save_hf(
     tokenizer_file: Path,
     eos_id: int,
     bos_id: int | None = None,
+    checkpoint: origins.Origin | None = None,
 ) -> None:
     """Write config, weights and tokenizer such that transformers (4 or 5), vLLM and `load_hf` load them.
 
@@ -33,6 +35,7 @@ def save_hf(
         tokenizer_file: a `tokenizer.json` of the tokenizers library.
         eos_id: the token that ends a text.
         bos_id: the token that begins one, if there is any.
+        checkpoint: what the tensors come from, for lineage.json; None writes no such file.
 
     Raises:
         ValueError: tensors are missing, unexpected or mis-shaped, the tokenizer does not know an id or has
@@ -52,6 +55,8 @@ def save_hf(
         files.write_json(folder / "config.json", config)
         files.write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
         files.write_json(folder / "tokenizer_config.json", tokenizer_config)
+        if checkpoint is not None:
+            origins.write_export(folder, checkpoint)
 
 
 def _weights(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cluster import files
 from cluster.cli import UserError
+from cluster.record import origins
 from cluster.runs import COMPLETE, complete_checkpoints
 from training.run.context import Context
 
@@ -112,6 +113,8 @@ def save(
 ) -> None:
     """Write one checkpoint. Every rank calls it, with its own `shards` (`ZeroOptimizer.shards`).
 
+    Its state says what the run directory around `path` knows of commit and data (`cluster.record.origins`).
+
     Raises:
         CheckpointError: on every rank, if any rank could not write; what was written is removed.
     """
@@ -122,7 +125,8 @@ def save(
     problem, written = _attempt(path, lambda: _write_tensors(path / name, shards))
     problems, shards_written = zip(*context.gather((problem, (name, written))), strict=True)
     if context.is_main and not any(problems):
-        content = {"format": FORMAT_VERSION, **state, "files": dict(shards_written)}
+        lineage = origins.of_writer(path.parent.parent)
+        content = {"format": FORMAT_VERSION, **state, "lineage": lineage, "files": dict(shards_written)}
         problem, _ = _attempt(path, lambda: _write_marks(path, content))
     problems = (*problems, *context.gather(problem))
     if any(problems):

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster import runs
 from cluster.cli import UserError
 from cluster.files import sha256_of
+from cluster.record import origins
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
@@ -79,6 +81,8 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
             dtype=DTYPES[dtype],
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
+            bos_id=next(iter(Tokenizer.from_file(str(data / manifest.tokenizer_file)).encode("").ids), None),
+            checkpoint=origins.of_checkpoint(saved.path),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

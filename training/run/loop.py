@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from cluster import config as layered
 from cluster import files
 from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import provenance
+from cluster.record import origins, provenance
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.model.attention import LogitProbe
 from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
@@ -35,6 +37,7 @@ from training.run.noise_probe import measure_noise
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
+from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
 
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 
@@ -53,14 +56,29 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
-    trainer = Trainer(start, context)
-    if context.is_main:
-        about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-        files.write_text(start.config.run_directory / PARTITION, about)
-    with open_record(start, command) if context.is_main else nullcontext() as record:
-        summary = trainer.run(Output(record, observe))
-        if record is not None:
-            record.finish(summary)
+    config = start.config
+    final = context.launcher != "ray" or config.workers.max_failures == 0
+    failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
+    with failures():
+        trainer = Trainer(start, context)
+        if context.is_main:
+            about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+            files.write_text(config.run_directory / PARTITION, about)
+            observe = _both(report_workers(config, context, step=trainer.step).see, observe)
+        with open_record(start, command) if context.is_main else nullcontext() as record:
+            with failures():  # while W&B can still be told
+                summary = trainer.run(Output(record, observe))
+            if record is not None:
+                record.finish(summary)
+                report_end(config, summary)
+
+
+def _both(first: Observe, second: Observe) -> Observe:
+    def observe(row: dict[str, Any]) -> None:
+        first(row)
+        second(row)
+
+    return observe
 
 
 def open_record(start: Start, command: list[str]) -> Record:
@@ -78,6 +96,7 @@ def open_record(start: Start, command: list[str]) -> Record:
         group=config.record.group,
         name=config.run.name,
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
+        inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
     )
 
 
@@ -92,6 +111,10 @@ class Output:
         if self.record is not None:
             self.record.log(row)
             self.observe(row)
+
+    def checkpoint(self, path: Path) -> None:
+        if self.record is not None:
+            self.record.output(origins.of_checkpoint(path))
 
 
 class Trainer:
@@ -120,6 +143,7 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
+        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -164,7 +188,7 @@ class Trainer:
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
             if saving:
-                self.save(wall_seconds=self._wall_seconds + time.monotonic() - started)
+                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
             self._start_meter()
         return {
@@ -218,9 +242,9 @@ class Trainer:
             **self.meter.line(),
         }
 
-    def optimizer_health(self) -> dict[str, float | None]:
-        """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
-        health = self.optimizer.health()
+    def optimizer_health(self) -> dict[str, Any]:
+        """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
+        health = self.optimizer.health() | self.logits.read(self.context.gather)
         return {f"optimizer_{name}": value for name, value in health.items()}
 
     def measure_noise(self) -> dict[str, Any]:
@@ -244,16 +268,15 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> None:
-        """Write a checkpoint of the current step and drop the ones that are no longer kept.
+    def save(self, *, wall_seconds: float) -> Path:
+        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
 
         wall_seconds: that the loop has taken until now, in this and in earlier starts.
         """
-        root = self.config.run_directory / "checkpoints"
+        path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         with self.spent.part("checkpoint"):
             checkpoint.save(
-                checkpoint.step_directory(root, self.step),
-                shards=self.optimizer.shards(),
+                path, shards=self.optimizer.shards(), context=self.context,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -264,10 +287,11 @@ class Trainer:
                     "wall_seconds": wall_seconds,
                     "losses_since_line": self.losses.as_text(),
                 },
-                context=self.context,
-            )
+            )  # fmt: skip
             if self.context.is_main:
-                checkpoint.prune(root, keep=self.config.checkpoint.keep)
+                report_checkpoint(self.config, step=self.step)
+                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
+        return path
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)

@@ -9,12 +9,13 @@ from typing import Any
 from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
+from cluster.record import events
 from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
-from training.run.checkpoint import Checkpoint, newest_complete, newest_sound
+from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, step_of
 from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
@@ -71,7 +72,10 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     Returns None if the run is already complete.
     """
     directory = config.run_directory
-    newest = newest_sound(config.run_directory / "checkpoints", report=report)
+    damaged: list[str] = []
+    newest = newest_sound(config.run_directory / "checkpoints", report=damaged.append)
+    for line in damaged:
+        report(line)
     saved = Checkpoint(newest) if newest else None
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
@@ -100,7 +104,27 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         _keep_tokenizer(start.train_set, directory / TOKENIZER)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    _tell_start(start, damaged)
     return start
+
+
+def _tell_start(start: Start, damaged: list[str]) -> None:
+    """The event that begins this start. A resumed run keeps its events, a fresh one replaces them.
+
+    damaged: lines about the checkpoints that could not be used.
+    """
+    directory, saved = start.config.run_directory, start.checkpoint
+    if saved is None:
+        (directory / events.FILE).unlink(missing_ok=True)
+        events.append(directory, "started", f"a run of {start.plan.num_steps} steps begins", step=0)
+    else:
+        if not events.has_ended(events.read(directory)):
+            events.end(
+                directory, "killed", "the start before left no last word: killed, or its node was lost"
+            )
+        events.append(directory, "resumed", f"the run continues from {saved.name}", step=step_of(saved))
+    for line in damaged:
+        events.append(directory, "checkpoint_damaged", line)
 
 
 def _keep_tokenizer(data: TokenDataset, target: Path) -> None:

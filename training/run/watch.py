@@ -1,14 +1,24 @@
-"""What the launcher shows while Ray's workers train: the rows of the record, and nodes that come and go."""
+"""Who watches a run: the launcher shows its rows and its alarms, and each rank reports its own failure."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from cluster.cli import RunError
+from cluster.masking import mask
 from cluster.progress import Progress
-from cluster.record.record import follow
+from cluster.record import events
+from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm
+from cluster.record.record import follow, read_metrics
 from training.config import TrainConfig
-from training.run.checkpoint import step_of
+from training.run.checkpoint import step_directory, step_of
+from training.run.context import Context
 from training.run.start import PARTITION, newest_of
+
+SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
+NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
 
 class ShowRows:
@@ -44,24 +54,75 @@ class _Background:
         self._thread.join()
 
 
+class RunWatch(_Background):
+    """Raises the alarms that the loop cannot raise itself (`cluster.record.alarms`), and shows all alarms.
+
+    Args:
+        observer: the process in which this runs, for the events.
+        note: shows a line. None: only watch whether the run makes progress, for where another shows the rest.
+    """
+
+    POLL_SECONDS = 2.0
+
+    def __init__(self, config: TrainConfig, *, observer: str, note: Callable[[str], None] | None) -> None:
+        super().__init__()
+        directory, record = config.run_directory, config.record
+        self._directory = directory
+        self._note = note
+        self._progress = ProgressAlarm(directory, minutes=record.stalled_minutes, observer=observer)
+        self._disk = DiskAlarm(directory, gigabytes=record.disk_free_gb)
+        _, self._position = events.read_from(directory, 0)
+        self._problem = ""
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self.stop.wait(self.POLL_SECONDS):
+            now = time.monotonic()
+            # this process may have been stopped too: only the time in which it looked counts
+            self._look(seconds=min(now - before, 2 * self.POLL_SECONDS))
+            before = now
+        self._show()
+
+    def _look(self, *, seconds: float) -> None:
+        try:
+            self._progress.check(seconds=seconds)
+            if self._note:
+                self._disk.check()
+        except OSError as error:
+            if self._note and str(error) != self._problem:
+                self._note(f"the run directory cannot be watched: {error}")
+            self._problem = str(error)
+        self._show()
+
+    def _show(self) -> None:
+        found, self._position = events.read_from(self._directory, self._position)
+        if self._note is None:
+            return
+        for event in found:
+            if event["kind"] in SHOWN or (event["level"] != events.INFO and event["kind"] not in NOT_SHOWN):
+                self._note(events.describe(event))
+
+
 class NodeWatch(_Background):
     """Reports which nodes are lost or have joined while a run is going, and what the run does about it."""
 
     POLL_SECONDS = 2.0
 
-    def __init__(self, config: TrainConfig, *, report: Callable[[str], None]) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         super().__init__()
+        self._directory = config.run_directory
         self._workers = config.workers
-        self._report = report
 
     def run(self) -> None:
         before = self._alive()
         while not self.stop.wait(self.POLL_SECONDS):
             now = self._alive()
             for node in sorted(before - now):
-                self._report(f"node {node} is lost, {len(now)} left; {self._consequence()}")
+                text = f"node {node} is lost, {len(now)} left; {self._consequence()}"
+                events.append(self._directory, "node_lost", text, node=node)
             for node in sorted(now - before):
-                self._report(f"node {node} has joined, {len(now)} now")
+                text = f"node {node} has joined, {len(now)} now"
+                events.append(self._directory, "node_joined", text, node=node)
             before = now
 
     def _consequence(self) -> str:
@@ -101,3 +162,71 @@ class Follower(_Background):
             last = row["step"]
             if row["step"] >= self._first_step:
                 self._show(row)
+
+
+@contextmanager
+def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) -> Iterator[None]:
+    """An error or a signal in the block becomes an event, before it goes on. The first process reports it.
+
+    Args:
+        who: begins the event's text, such as "rank 3: ".
+        final: it ends the run, and not only this worker, which may be started again.
+    """
+    directory = config.run_directory
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray makes SIGTERM a SystemExit
+        if final:
+            text = "a user or a signal ended the run; the same command resumes it"
+            events.end(directory, "stopped", text)
+        raise
+    except Exception as error:
+        text = f"{who}{reason(error)}"
+        if final:
+            events.end(directory, "failed", text)
+        else:
+            since = (*events.STARTS, *events.WORKERS)
+            events.append_first(directory, "worker_failed", text, among=("worker_failed",), since=since)
+        raise
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line: the message of ours, or class and first line of another's."""
+    if isinstance(error, RunError):
+        return mask(str(error))
+    lines = [line.strip() for line in mask(str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossAlarms:
+    """The event that the workers go on from `step`. Returns what watches their losses.
+
+    It comes before their record opens, which takes back the lines after `step`.
+    """
+    directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    kept = [row for row in rows if row["step"] <= step]
+    count = f"{context.world_size} worker{'s' * (context.world_size > 1)}"
+    text = f"{count} on {context.device_name} ({context.launcher}) go on from step {step}"
+    if len(rows) > len(kept):
+        text += f"; steps {step + 1} to {rows[-1]['step']} are taken again"
+    since = events.newest(events.read(directory), (*events.STARTS, *events.WORKERS))
+    kind = "restarted" if since in events.WORKERS else "workers"
+    events.append(directory, kind, text, step=step, world_size=context.world_size)
+    alarms = LossAlarms(directory, deviations=config.record.spike_deviations)
+    alarms.replay(kept)
+    return alarms
+
+
+def report_checkpoint(config: TrainConfig, *, step: int) -> None:
+    """The event that a checkpoint was written."""
+    folder = step_directory(config.run_directory / "checkpoints", step)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    text = f"{folder.name} is complete, {size / 1e9:.3g} GB"
+    events.append(config.run_directory, "checkpoint", text, step=step, size_bytes=size)
+
+
+def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:
+    """The event that the run is finished."""
+    text = f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens"
+    events.end(config.run_directory, "finished", text, step=summary["step"])

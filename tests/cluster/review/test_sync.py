@@ -78,7 +78,7 @@ def sync(home, server, **constants):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder with outputs/first-light: an offline run, SIGKILL after step 110, a torn log."""
+    """A folder with first-light: an offline run, SIGKILL after step 110, a torn log."""
     home = tmp_path_factory.mktemp("trained")
     process = start(RECORD + KILLED, home / "outputs/first-light", home=home)
     assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
@@ -87,12 +87,13 @@ def killed(tmp_path_factory):
         file.write(b"\x01\x02\x03\x04\x40\x00\x01torn")
     for file in (home / "outputs/first-light").iterdir():
         os.utime(file, (1, 1))  # long ago: the run is not running any more
-    return home
+    (home / "outputs").rename(home / "pulled")  # as `make pull` brings it to another machine
+    return home / "pulled"
 
 
 @pytest.fixture
 def home(killed, tmp_path):
-    shutil.copytree(killed / "outputs", tmp_path / "outputs", symlinks=True)
+    shutil.copytree(killed, tmp_path / "outputs", symlinks=True)
     return tmp_path
 
 
@@ -244,9 +245,9 @@ def test_without_a_key_or_a_server_nothing_is_touched(home):
     assert sorted((home / "outputs").rglob("*")) == before
 
 
-@pytest.mark.parametrize("cut", [0, 1, 7, 100])
+@pytest.mark.parametrize("cut", [0, 7])
 def test_a_log_is_read_up_to_its_torn_end_as_wandb_reads_it(tmp_path, killed, cut):
-    records = list(wandb_log.read(find(killed / "outputs/first-light")[0].log)) * 20
+    records = list(wandb_log.read(find(killed / "first-light")[0].log)) * 20
     copy = tmp_path / "run-1.wandb"
     wandb_log.write(copy, records)
     assert copy.stat().st_size > 10 * (1 << 15)  # blocks

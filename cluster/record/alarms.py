@@ -1,0 +1,176 @@
+"""When a run raises an alarm: the rules behind the warnings and errors in `events.jsonl`.
+
+Rank 0 feeds `LossAlarms`. A thread of another process, if there is one, asks `ProgressAlarm` and `DiskAlarm`
+now and then: a process that is stuck cannot report it.
+"""
+
+import math
+import os
+import shutil
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import runs
+from cluster.record import events
+
+WINDOW = 50  # logged losses that a spike is compared with
+LEAST_HISTORY = 20  # logged losses before the first alarm
+LEAST_RISE = 0.1  # nats: where the loss is nearly constant, a smaller rise is no spike
+CALM = 10  # logged losses below the limit, after which another spike is an event of its own
+NORMAL = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
+CHECKPOINTS = 2  # that must fit: the next is written before the oldest is deleted, and another may be larger
+ENOUGH = 1.1  # free space, as a share of the limit, above which the disk is no longer nearly full
+
+
+class LossAlarms:
+    """Watches the lines of `metrics.jsonl`: loss_not_finite, loss_spike, skipped_steps.
+
+    A loss is a spike if it lies `deviations` standard deviations, and LEAST_RISE, above the median of the
+    last WINDOW. Seven deviations are those of OLMo 2's spike score (arXiv 2501.00656, 3.2). There they
+    are counted from the mean of the last 1000. Here median and median absolute deviation stand for mean and
+    standard deviation, because a spike does not move them; if the loss stays high they follow it after
+    WINDOW / 2 lines. While the loss falls fast its deviation is large, and a small spike is missed.
+
+    A spike, a series of skipped steps or of losses that are not finite is one event, however long it lasts.
+    """
+
+    def __init__(self, directory: Path, *, deviations: float) -> None:
+        """`deviations`: 0 turns loss_spike off."""
+        self._directory = directory
+        self._deviations = deviations
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._num_calm = CALM  # losses since the last one above the limit
+        self._not_finite: set[str] = set()
+        self._num_skipped = 0
+        self._skipping = False
+        self._told = {(event["kind"], event["step"]) for event in events.read(directory)}
+        self._silent = False
+
+    def replay(self, rows: list[dict[str, Any]]) -> None:
+        """Take in the lines of earlier starts, without events."""
+        self._silent = True
+        for row in rows[-2 * WINDOW :]:
+            self.see(row)
+        self._silent = False
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Take in a line, as `Record.log` was given it."""
+        for key in ("loss", "validation_loss"):
+            if key in row:
+                self._see_finite(row, key)
+        if "skipped_steps" in row:
+            self._see_skips(row)
+        if math.isfinite(row.get("loss", math.nan)):
+            self._see_loss(row)
+
+    def _see_finite(self, row: dict[str, Any], key: str) -> None:
+        if math.isfinite(row[key]):
+            self._not_finite.discard(key)
+        elif key not in self._not_finite:
+            self._not_finite.add(key)
+            self._tell("loss_not_finite", f"the {key.replace('_', ' ')} is {row[key]}", row)
+
+    def _see_skips(self, row: dict[str, Any]) -> None:
+        skipped = row["skipped_steps"] - self._num_skipped
+        self._num_skipped = row["skipped_steps"]
+        if skipped > 0 and not self._skipping:
+            what = "the last step" if skipped == 1 else f"{skipped} steps up to here"
+            self._tell("skipped_steps", f"{what} changed nothing: the gradient was not finite", row)
+        self._skipping = skipped > 0
+
+    def _see_loss(self, row: dict[str, Any]) -> None:
+        loss, norm = row["loss"], row.get("gradient_norm")
+        if self._deviations and len(self._losses) >= LEAST_HISTORY:
+            median = statistics.median(self._losses)
+            deviation = NORMAL * statistics.median(abs(each - median) for each in self._losses)
+            limit = median + max(self._deviations * deviation, LEAST_RISE)
+            if loss > limit and self._num_calm >= CALM:
+                text = f"the loss is {loss:.4g}; the median before is {median:.4g}, the limit {limit:.4g}"
+                if norm is not None and self._norms:
+                    text += f"; the gradient norm is {norm:.3g}, usually {statistics.median(self._norms):.3g}"
+                self._tell("loss_spike", text, row, loss=loss, median=median, limit=limit)
+            self._num_calm = 0 if loss > limit else self._num_calm + 1
+        self._losses.append(loss)
+        if norm is not None and math.isfinite(norm):
+            self._norms.append(norm)
+
+    def _tell(self, kind: str, text: str, row: dict[str, Any], **more: Any) -> None:
+        """Append the event, unless an earlier start took the same step and told it."""
+        if not self._silent and (kind, row["step"]) not in self._told:
+            about = {name: row[name] for name in ("gradient_norm", "lr", "tokens") if name in row}
+            events.append(self._directory, kind, text, step=row["step"], **about, **more)
+
+
+class ProgressAlarm:
+    """Raises no_progress when neither `metrics.jsonl` nor a checkpoint has changed for some minutes."""
+
+    def __init__(self, directory: Path, *, minutes: float, observer: str) -> None:
+        """`minutes`: 0 turns it off. `observer`: who watches, for the event."""
+        self._directory = directory
+        self._limit = 60 * minutes
+        self._observer = observer
+        self._seen = self._state()
+        self._quiet_seconds = 0.0
+        self._told = False
+
+    def check(self, *, seconds: float) -> None:
+        """Look again. seconds: since the last call, without time in which this process itself stood still."""
+        state = self._state()
+        if state != self._seen:
+            if self._told:
+                text = f"the run moves again, after {self._quiet_seconds / 60:.1f} minutes"
+                self._tell("progress", text, since=("no_progress",))
+            self._seen, self._quiet_seconds, self._told = state, 0.0, False
+            return
+        self._quiet_seconds += seconds
+        if self._limit and self._quiet_seconds >= self._limit and not self._told:
+            self._told = True
+            text = (
+                f"no new line in metrics.jsonl for {self._quiet_seconds / 60:.1f} minutes, seen from "
+                f"{self._observer}; a worker may hang: look at the processes, or stop the run and run the "
+                "same command again, which resumes it (record.stalled_minutes)"
+            )
+            self._tell("no_progress", text, since=("progress", *events.STARTS, *events.WORKERS))
+
+    def _tell(self, kind: str, text: str, *, since: Sequence[str]) -> None:
+        """Append the event, unless another observer has."""
+        events.append_first(self._directory, kind, text, among=(kind,), since=since)
+
+    def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(map(_stat, (self._directory / "metrics.jsonl", self._directory / "checkpoints")))
+
+
+class DiskAlarm:
+    """Raises disk_nearly_full when less than `gigabytes`, or than CHECKPOINTS checkpoints, is free."""
+
+    def __init__(self, directory: Path, *, gigabytes: float) -> None:
+        self._directory = directory
+        self._bytes = gigabytes * 1e9
+        self._told = False
+
+    def check(self) -> None:
+        """Look again. Raises `OSError`: the file system does not answer."""
+        free = shutil.disk_usage(self._directory).free
+        newest = runs.complete_checkpoints(self._directory / "checkpoints")[-1:]
+        checkpoint = sum(file.stat().st_size for folder in newest for file in folder.iterdir())
+        limit = max(self._bytes, CHECKPOINTS * checkpoint)
+        if free < limit and not self._told:
+            self._told = True
+            why = f"a checkpoint takes {checkpoint / 1e9:.3g} GB" if checkpoint else "record.disk_free_gb"
+            text = f"{free / 1e9:.3g} GB free at {self._directory}, less than {limit / 1e9:.3g} GB ({why})"
+            events.append(self._directory, "disk_nearly_full", f"{text}; free some space", free_bytes=free)
+        elif free > ENOUGH * limit:
+            self._told = False
+
+
+def _stat(path: Path) -> tuple[int, int, int] | None:
+    """What changes when the file is appended to or replaced; None if it does not exist."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
