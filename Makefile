@@ -4,13 +4,15 @@ CONFIG ?=
 ARGS ?=
 CLUSTER ?=
 RUN ?=
+RUNS ?=
 A ?=
 B ?=
 SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench dashboard sync up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
+  status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -57,6 +59,14 @@ serve-bench: $(VENV)/ready
 
 ##
 ## Review
+## report        one HTML page of a run: curves, events, configuration (RUN=name)
+report: $(VENV)/ready
+	$(PY) cluster.review.page $(or $(RUN),$(error say RUN=, a run directory or its name in outputs/)) $(ARGS)
+
+## compare       one HTML page of several runs: which is better (RUNS=a,b,c)
+compare: $(VENV)/ready
+	$(PY) cluster.review.compare $(or $(RUNS),$(error say RUNS=a,b, run directories or names in outputs/)) $(ARGS)
+
 ## dashboard     make the team's views in Weights & Biases, or update them
 dashboard: $(VENV)/ready
 	$(PY) cluster.review.dashboard $(ARGS)

@@ -53,7 +53,7 @@ HOMES = {  # library or call -> the only modules that may use it
         "cluster.record.wandb_artifacts",
         "cluster.record.wandb_log",
         "cluster.review.dashboard",
-        "cluster.review.wandb_uploads",
+        "cluster.review.sync.uploads",
     ),
     "wandb_workspaces": ("cluster.review.dashboard", "cluster.review.views", "cluster.review.wandb_reports"),
     "ray.init": ("cluster.session",),

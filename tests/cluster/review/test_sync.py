@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cluster.record import wandb_log
-from cluster.review.segments import find
+from cluster.review.sync.segments import find
 from tests.cluster.review.wandb_server import WandbServer
 from tests.commands import ROOT
 from tests.waiting import wait_until
@@ -64,9 +64,9 @@ def start(code, *arguments, home, **environment):
 
 
 def start_sync(home, server, **constants):
-    """`make sync` in `home`, with other values of the constants of `wandb_uploads`."""
-    patched = "; ".join(f"wandb_uploads.{name} = {value}" for name, value in constants.items())
-    code = f"from cluster.review import sync, wandb_uploads; {patched}\nraise SystemExit(sync.main())"
+    """`make sync` in `home`, with other values of the constants of `uploads`."""
+    patched = "; ".join(f"uploads.{name} = {value}" for name, value in constants.items())
+    code = f"from cluster.review.sync import command, uploads; {patched}\nraise SystemExit(command.main())"
     return start(code, home=home, **server.environment)
 
 
@@ -240,7 +240,7 @@ def test_without_a_key_or_a_server_nothing_is_touched(home):
         pass
     code, printed, problems = sync(home, server)
     assert code == 1 and printed == "" and "does not answer; nothing was sent" in problems
-    process = start("from cluster.review import sync; raise SystemExit(sync.main())", home=home)
+    process = start("from cluster.review.sync import command; raise SystemExit(command.main())", home=home)
     assert process.communicate()[1].startswith("error: no API key for https://") and process.returncode == 2
     assert sorted((home / "outputs").rglob("*")) == before
 

@@ -11,7 +11,6 @@ ends this command, the next one sends the rest.
 
 import argparse
 import fcntl
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,8 +19,8 @@ from pathlib import Path
 from cluster import cli, runs
 from cluster.cli import RunError, UserError
 from cluster.review.run_reader import RUNNING, Run
-from cluster.review.segments import Segment, Staged, find
-from cluster.review.wandb_uploads import Uploads
+from cluster.review.sync.segments import Segment, Staged, find
+from cluster.review.sync.uploads import Uploads
 
 FRESH_SECONDS = 60.0  # an online run's log that was written so recently may still be sent by the run itself
 ENDED = ("finished", "failed")  # in W&B
@@ -159,7 +158,3 @@ def _directory(run: str) -> Path:
     raise UserError(
         f"{run}: no W&B files in {runs.OUTPUTS / run}/wandb; was it logged with wandb.mode=disabled?"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

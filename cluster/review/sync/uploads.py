@@ -16,7 +16,7 @@ from cluster import process
 from cluster.cli import RunError, UserError
 from cluster.masking import mask
 from cluster.record.wandb_mirror import signed_in
-from cluster.review.segments import Segment, Staged, identities
+from cluster.review.sync.segments import Segment, Staged, identities
 
 ANSWER_SECONDS = 20.0
 LOST_SECONDS = 60.0  # without an answer before an upload is given up; wandb itself would go on for a week
