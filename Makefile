@@ -78,10 +78,13 @@ sync: $(VENV)/ready
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
 ## up            start every node, or name those that did not join, with the reason
-## status        nodes, runs and the last preflight
+## status        nodes, runs, their alarms and the last preflight; the runs here without CLUSTER= (RUN=name)
 ## down          end every process of the cluster; runs and data stay
-up status down: $(VENV)/ready
+up down: $(VENV)/ready
 	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+
+status: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.laptop.fleet status $(CLUSTER),cluster.review.status $(RUN))
 
 ## attach        follow a run's log (RUN=name, or the newest)
 ## stop          stop a run; its checkpoints stay
