@@ -235,7 +235,8 @@ def _shown(key: str, value: Any) -> dict[str, Any]:
     rows = [[layer, *(each.get(quantity) for quantity in quantities)] for layer, each in value.items()]
     shown = {key: _table([name, *quantities], rows)}
     for column, quantity in enumerate(quantities, start=1):
-        numbers = [row[column] for row in rows if row[column] is not None and math.isfinite(row[column])]
+        values = [row[column] for row in rows]
+        numbers = [each for each in values if isinstance(each, int | float) and math.isfinite(each)]
         if numbers:
             shown[f"{section}/{quantity}_by_layer"] = wandb.Histogram(numbers)
     return shown
