@@ -198,26 +198,33 @@ def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
 ) -> None:
     # Relative, as by default: the driver's working directory counts, not the workers'.
     outputs = os.path.relpath(folder / "outputs", ROOT)
-    keys = run_keys(folder, "ray", launcher="ray", run__directory=outputs, record__stalled_minutes=0.1)
+    keys = run_keys(
+        folder,
+        "ray",
+        launcher="ray",
+        run__directory=outputs,
+        record__stalled_minutes=0.1,
+        workers__max_failures=1,
+    )
     run = folder / "outputs" / "ray"
     with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
 
-    def stop_a_worker() -> None:
-        os.kill(train_workers(with_own_session["RAY_TMPDIR"])[0], signal.SIGSTOP)
-        wait_until(alarms, told=lambda: events.read(run))
+    def told(kind: str, *, after: str = "started") -> list[str]:
+        found = [(event["kind"], event["text"]) for event in events.read(run)]
+        begin = next((place for place, event in enumerate(found) if event[0] == after), len(found))
+        return [text for each, text in found[begin:] if each == kind]
 
-    def alarms() -> list[str]:
-        """Of the run that stands still, and not of one that starts slowly: since its last checkpoint."""
-        told = events.read(run)
-        last = max(
-            (place for place, one in enumerate(told) if one["kind"] == "checkpoint"), default=len(told)
-        )
-        return [event["text"] for event in told[last:] if event["kind"] == "no_progress"]
+    def lose_a_worker() -> None:
+        wait_until(lambda: told("no_progress", after="checkpoint"), told=lambda: events.read(run))
+        os.kill(train_workers(with_own_session["RAY_TMPDIR"])[0], signal.SIGKILL)
+        wait_until(lambda: told("no_progress", after="restarted"), told=lambda: events.read(run))
 
-    seen = kill_at(8, run, "training.launch", *keys, before=stop_a_worker, **with_own_session)
-    assert "seen from the launcher" in alarms()[-1]
+    seen = kill_at(8, run, "training.launch", *keys, before=lose_a_worker, **with_own_session)
     assert max(losses(run)) >= seen
+    assert "seen from the launcher" in told("no_progress")[-1]
+    assert "Ray started the workers again: 2 workers" in told("restarted")[0]
     again = python("training.launch", *keys, **with_own_session)
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stderr and "step 40/40" in again.stderr
+    assert told("killed") and told("finished", after="resumed") and not told("failed")
     assert losses(run) == losses(reference)

@@ -19,6 +19,7 @@ from training.run.checkpoint import step_directory, step_of
 from training.run.context import Context
 from training.run.start import PARTITION, newest_of
 
+MOST_REASON = 300  # letters of an error that is not ours
 SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
@@ -197,7 +198,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RunError):
         return mask(str(error))
     lines = [line.strip() for line in mask(str(error)).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:MOST_REASON]}" if lines else type(error).__name__
 
 
 def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossAlarms:
@@ -214,6 +215,8 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
         text += f"; steps {step + 1} to {rows[-1]['step']} are taken again"
     since = events.newest(events.read(directory), (*events.STARTS, *events.WORKERS))
     kind = "restarted" if since in events.WORKERS else "workers"
+    if kind == "restarted":
+        text = f"Ray started the workers again: {text}"
     events.append(directory, kind, text, step=step, world_size=context.world_size)
     alarms = LossAlarms(directory, deviations=config.record.spike_deviations)
     alarms.replay(kept)

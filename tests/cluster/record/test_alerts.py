@@ -1,9 +1,14 @@
+import os
 import queue
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from cluster.record import events
 from cluster.record.alerts import Alerts
 from tests.cluster.record.test_record import in_subprocess, wandb_records
+from tests.cluster.review.wandb_server import WandbServer
 from tests.waiting import wait_until
 
 
@@ -86,3 +91,42 @@ assert run.wandb_status.startswith("offline"), run.wandb_status
         ("loss spike, step 1: first-light", "the loss is 9", "WARN"),
         ("failed, step 2: first-light", "out of memory", "ERROR"),
     ]
+
+
+ONE_START = """
+from pathlib import Path
+from cluster.record import events
+directory, mode, resume, kind = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+with open_record(directory, wandb_mode=mode, resume_step=resume or None) as run:
+    run.log({"step": resume + 1, "loss": 9.0})
+    events.append(directory, kind, f"a {kind}", step=resume + 1)
+assert run.wandb_status.startswith(mode), run.wandb_status
+"""
+
+
+def start(directory, home, *arguments, server):
+    process = in_subprocess(ONE_START, directory, *arguments, home=home, **server.environment)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+
+
+def test_alerts_reach_the_server_once_online_and_by_sync(tmp_path):
+    with WandbServer() as server:
+
+        def titles():
+            return [alert["title"] for alert in server.alerts]
+
+        start(tmp_path / "online", tmp_path, "online", 0, "loss_spike", server=server)
+        assert titles() == ["loss spike, step 1: first-light"]
+        events.append(tmp_path / "online", "failed", "by the launcher, whose workers are gone")
+        start(tmp_path / "online", tmp_path, "online", 1, "checkpoint", server=server)
+        assert titles() == ["loss spike, step 1: first-light", "failed: first-light"]
+
+        server.alerts.clear()
+        start(tmp_path / "offline", tmp_path, "offline", 0, "loss_spike", server=server)
+        start(tmp_path / "offline", tmp_path, "offline", 1, "loss_not_finite", server=server)
+        assert titles() == []
+        (newest,) = (tmp_path / "offline/wandb").glob("offline-run-*")
+        sync = [Path(sys.executable).with_name("wandb"), "sync", newest]
+        subprocess.run(sync, env={**os.environ, "HOME": str(tmp_path), **server.environment}, check=True)
+        assert titles() == ["loss spike, step 1: first-light", "loss not finite, step 2: first-light"]
