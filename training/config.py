@@ -47,11 +47,23 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = key(
-        "botocore", "'botocore' (embedded corpus) or a file, folder or glob: .txt .jsonl .parquet"
+        "botocore",
+        "'botocore' (embedded corpus) or a file, folder, glob or URL (s3://, hf://) of .txt .jsonl .json "
+        "or .parquet; the first three also compressed",
     )
-    text_field: str = key("text", "field of a .jsonl line or column of a .parquet file that holds the text")
+    text_field: str = key("text", "field or column that holds the text; a.b is b inside of a")
+    max_bad_fraction: float = key(
+        0.001,
+        "share of the records that may be unusable; they are skipped, counted and named",
+        least=0,
+        most=1,
+    )
     tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
     vocab_size: int = key(8192, "vocabulary of a trained tokenizer", least=300, most=1_000_000)
+    add_special_tokens: bool = key(
+        True, "begin each text as the tokenizer's post-processor does; false: without special tokens"
+    )
+    end_of_text: str | None = key(None, "the token that ends a document; default: found by its usual names")
     validation_fraction: float = key(
         0.01, "share of the documents that is held out, chosen by their hash", above=0, below=0.5
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import show
 from cluster.laptop import inventory, remote
 from cluster.progress import Progress
 from training import config as training_config
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = training_config.load(**given)
         plan = make_plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+            show(layered.to_yaml(config), plan.table())
         elif options.cluster:
             remote.start(
                 options.cluster,
@@ -84,7 +85,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
-    print(plan.describe(), flush=True)
+    show(plan.table())
     with Progress(plan.num_steps) as progress:
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
@@ -138,7 +139,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
     with Progress(plan.num_steps) as progress:
         if ranks.rank == 0:
-            progress.note(plan.describe())
+            progress.note(plan.table())
         with spent.part("data"):
             start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
         if start is None:

@@ -21,6 +21,7 @@ from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
 from cluster.config import key
+from cluster.display import show
 from cluster.preflight.inspection import Inspector, Rank
 from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, table
 from cluster.session import SessionConfig, ray_session
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "nodes": sorted(found["nodes"]),
         }
         files.write_json(output, {**verdict, "found": found})
-        print(f"{table(found, findings)}\nreport: {output}")
+        show(*table(found, findings), f"report: {output}")
         if failures:
             raise RunError(f"preflight failed: {len(failures)} of its checks, above")
         print(f"preflight passed on {len(found['nodes'])} nodes")

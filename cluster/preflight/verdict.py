@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import key
-from cluster.display import number
+from cluster.display import Table, number, pairs
 from cluster.display import table as text_table
 from cluster.machine.host import KIB
 from cluster.measure import hardware
@@ -203,7 +203,7 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
                 yield Finding(node, f"{slow}; look at its cable, port and PCIe width", is_failure=is_gpu)
 
 
-def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
+def table(found: dict[str, Any], findings: Sequence[Finding]) -> list[str | Table]:
     """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
     rows = []
     for node, facts in found["nodes"].items():
@@ -215,7 +215,7 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
         )
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    lines = [text_table(COLUMNS, rows)]
+    lines: list[str | Table] = [text_table(COLUMNS, rows)]
     for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
         if links and "problem" not in links:
             reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))
@@ -224,8 +224,8 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
                 f"{name}: all-reduce {number(reduced)} GB/s (bus), all-to-all {number(exchanged)} GB/s, "
                 f"{latency}"
             )
-    lines += [f"{'FAILED ' if finding.is_failure else 'warning'}  {finding}" for finding in findings]
-    return "\n".join(lines)
+    said = [("FAILED" if finding.is_failure else "warning", str(finding)) for finding in findings]
+    return [*lines, *([pairs(said)] if said else [])]
 
 
 def _disk(folder: dict[str, Any]) -> str:

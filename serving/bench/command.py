@@ -20,6 +20,7 @@ from typing import Any
 from cluster import cli, endpoint_client, files, process
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import show
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
 from cluster.record import origins, provenance
@@ -87,7 +88,7 @@ def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]
     endpoint, model, origin = _find_model(config, url)
     ceiling = _ceilings(config, model)
     if ceiling is not None:
-        print(report.describe(model["engine_info"], ceiling), flush=True)
+        show(report.describe(model["engine_info"], ceiling))
     directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
     with _bench(config, endpoint, model, directory, origin) as bench:
         try:
@@ -144,7 +145,8 @@ def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
     plots = report.plot(bench.points, bench.itls, directory / "plots")
     slo = asdict(bench.config.slo)
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
-    print(f"\n{report.table(bench.points)}\n\nSLO: {limits}; latencies in ms, from the scheduled arrival")
+    show("", report.table(bench.points), "")
+    print(f"SLO: {limits}; latencies in ms, from the scheduled arrival")
     print(summary["no_shares"] or report.FORMULAS)
     for fault in summary["ceiling_faults"]:
         print(fault)

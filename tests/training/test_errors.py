@@ -88,27 +88,44 @@ def test_another_seed_than_the_checkpoint_had_is_refused(unfinished: Path, capsy
     assert "run.seed was 1234 and is now 5" in message
 
 
+def shard_of_the_only_checkpoint(folder: Path) -> Path:
+    checkpoints = folder / "outputs/run/checkpoints"
+    newest = checkpoints / "step-0000008"
+    for each in set(checkpoints.iterdir()) - {newest}:
+        shutil.rmtree(each)
+    return next(newest.glob("rank-*"))
+
+
 def test_a_missing_shard_of_a_complete_checkpoint_is_named(unfinished: Path, capsys) -> None:
-    shard = next((unfinished / "outputs/run/checkpoints/step-0000008").glob("rank-*"))
+    shard = shard_of_the_only_checkpoint(unfinished)
     shard.unlink()
     message = refusal(capsys, *tiny(unfinished, run__name="run"))
     assert f"{shard}: missing shard" in message and "delete" in message
 
 
 def test_a_truncated_shard_is_named(unfinished: Path, capsys) -> None:
-    shard = next((unfinished / "outputs/run/checkpoints/step-0000008").glob("rank-*"))
+    shard = shard_of_the_only_checkpoint(unfinished)
     os.truncate(shard, 1000)
     assert f"{shard}: 1000 bytes instead of" in refusal(capsys, *tiny(unfinished, run__name="run"))
 
 
-def test_a_half_written_checkpoint_is_skipped_for_the_one_before(unfinished: Path) -> None:
+@pytest.mark.parametrize("damage", ["half-written", "damaged"])
+def test_an_unusable_checkpoint_is_skipped_for_the_one_before(unfinished: Path, damage: str) -> None:
     run = unfinished / "outputs" / "run"
-    (run / "checkpoints/step-0000008" / COMPLETE).unlink()
+    newest = run / "checkpoints/step-0000008"
+    said = f"skipping {newest}: half-written"
+    if damage == "half-written":
+        (newest / COMPLETE).unlink()
+    else:
+        shard = next(newest.glob("rank-*"))
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 1
+        shard.write_bytes(content)
+        said = f"{shard}: SHA-256 "
     before = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[1:]]
     done = python("training.launch", *tiny(unfinished, run__name="run"))
     assert done.returncode == 0, done.stderr
-    assert f"skipping {run}/checkpoints/step-0000008: half-written" in done.stderr
-    assert "from step 6" in done.stderr
+    assert said in done.stderr and "from step 6" in done.stderr
     assert [row["loss"] for row in read_metrics(run / "metrics.jsonl")[1:]] == before
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import UserError
-from cluster.display import number
+from cluster.display import number, show
 from cluster.laptop import inventory, remote
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
@@ -105,7 +105,7 @@ def run(config: BaselineConfig, *, dry_run: bool = False) -> None:
     result["provenance"] = {**result["provenance"], "inputs": inputs}
     files.write_json(output, {**result, "complete": True})
     partial.unlink()
-    print(table(result["figures"]), *result["ceiling_faults"], f"written to {output}", sep="\n")
+    show(table(result["figures"]), *result["ceiling_faults"], f"written to {output}")
     print(f"W&B: {mirror(result, config, output)}")
     medians = {figure["id"]: statistics.median(figure["values"]) for figure in result["figures"]}
     print(json.dumps({"output": str(output), **medians}))

@@ -1,41 +1,44 @@
-"""Where documents come from: the embedded corpus, and files of text, .jsonl or Parquet.
+"""Where documents come from, the embedded corpus or files (`readers`), and into which split each falls.
 
-Memory is bounded by a document, a .jsonl line or a Parquet row group, not by the corpus; only the
-embedded corpus (27 MB) is held whole. Every refusal is a `DataError` that names the file and the line.
+Memory is bounded by a record, not by the corpus; only the embedded corpus (27 MB) is held whole. Every
+refusal is a `DataError` that names the file and the line.
 """
 
 import functools
-import glob
 import gzip
 import hashlib
 import html
 import importlib.metadata
 import itertools
 import json
-import os
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.files import sha256_of
 from training.config import DataConfig
 from training.data.dataset import DataError
+from training.data.readers import Record, find, reading
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000
 MIN_PARAGRAPH_CHARACTERS = 40
-TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several documents
+FEW_HELD_OUT = 10  # documents to hold out, below which the text is divided and not the documents
 
 
 class Document(NamedTuple):
-    """A text with its SHA-256, which decides the split and who is drawn into the tokenizer's sample."""
+    """A text with its SHA-256, which decides who is drawn into the tokenizer's sample."""
 
     digest: bytes
     text: str
     num_bytes: int
+
+    @classmethod
+    def of(cls, text: str) -> "Document":
+        encoded = text.encode()
+        return cls(hashlib.sha256(encoded).digest(), text, len(encoded))
 
     def split(self, validation_fraction: float) -> str:
         """'train' or 'validation'; equal texts fall into the same split."""
@@ -43,26 +46,89 @@ class Document(NamedTuple):
         return "validation" if share < validation_fraction else "train"
 
 
+class Skipped:
+    """Counts the records that cannot be used, and refuses the corpus if they are too many.
+
+    Attributes:
+        first: the first few, as "where: problem".
+    """
+
+    NAMED = 10
+
+    def __init__(self, max_fraction: float) -> None:
+        self.records = self.number = 0
+        self.first: list[str] = []
+        self._max_fraction = max_fraction
+
+    def texts(self, records: Iterable[Record]) -> Iterator[str]:
+        """The usable ones. Raises `DataError` after the last: more than the fraction is not."""
+        for record in records:
+            self.records += 1
+            if isinstance(record, str):
+                yield record
+                continue
+            self.number += 1
+            if len(self.first) < self.NAMED:
+                self.first.append(f"{record.where}: {record.problem}")
+            if not self._max_fraction:
+                break
+        if self.number > self._max_fraction * self.records:
+            more = f" ({self.number} of {self.records} records cannot be used; data.max_bad_fraction allows "
+            raise DataError(f"{self.first[0]}{more}{self._max_fraction:g})")
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"skipped {self.number:,} of {self.records:,} records that cannot be used, first {self.first[0]}"
+        )
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """A source of documents. `texts()` starts the same stream each time it is called."""
+    """A source of documents. `records()` starts the same stream each time it is called."""
 
     stem: str
     description: str
     identity: Any  # JSON value that determines the texts
-    texts: Callable[[], Iterable[str]]
+    records: Callable[[], Iterable[Record]]
 
     @classmethod
     def of(cls, config: DataConfig) -> "Corpus":
         """The corpus that `data.source` names. Hashes source files; raises `DataError`."""
-        return _botocore() if config.source == "botocore" else _local_files(config)
+        return _botocore() if config.source == "botocore" else _files(config)
 
-    def documents(self) -> Iterator[Document]:
-        """The texts in order, without those that are empty or only whitespace."""
-        for text in self.texts():
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        """The texts in order, without those that are empty or only whitespace.
+
+        Args:
+            skipped: counts the unusable records; without it none may be.
+        """
+        for text in (skipped or Skipped(0.0)).texts(self.records()):
             if text and not text.isspace():
-                encoded = text.encode()
-                yield Document(hashlib.sha256(encoded).digest(), text, len(encoded))
+                yield Document.of(text)
+
+    def divided(self, config: DataConfig, skipped: Skipped) -> Iterator[tuple[str, Document]]:
+        """(split, document) of all documents.
+
+        A document's hash decides its split. Of few documents that would be a matter of luck: then the last
+        `data.validation_fraction` of the text is held out, and the document at the cut is cut at a line.
+        """
+        fraction = config.validation_fraction
+        few = list(itertools.islice(self.documents(Skipped(1.0)), math.ceil(FEW_HELD_OUT / fraction)))
+        if len(few) * fraction >= FEW_HELD_OUT:
+            for document in self.documents(skipped):
+                yield document.split(fraction), document
+            return
+        left = round((1 - fraction) * sum(len(document.text) for document in few))
+        for document in self.documents(skipped):
+            cut = len(document.text)
+            if left < cut:
+                ends = (document.text.rfind(end, 0, left) + 1 for end in ("\n", " "))
+                cut = next(filter(None, ends), left) if left else 0
+            for split, text in (("train", document.text[:cut]), ("validation", document.text[cut:])):
+                if text and not text.isspace():
+                    yield split, Document.of(text)
+            left = max(left - len(document.text), 0)
 
 
 # --- the embedded corpus ------------------------------------------------------------------------------
@@ -77,7 +143,7 @@ def _botocore() -> Corpus:
         stem="botocore",
         description=f"botocore {BOTOCORE_VERSION}",
         identity=["botocore", BOTOCORE_VERSION],
-        texts=functools.cache(lambda: list(botocore_texts(_botocore_folder()))),  # 27 MB, asked for twice
+        records=functools.cache(lambda: list(botocore_texts(_botocore_folder()))),  # 27 MB, asked for twice
     )
 
 
@@ -164,110 +230,19 @@ def html_paragraphs(fragment: str) -> Iterator[str]:
 # --- files --------------------------------------------------------------------------------------------
 
 
-def _local_files(config: DataConfig) -> Corpus:
-    """The corpus of a file, a folder (recursively, without hidden files) or a glob, in order of path."""
-    path, field = Path(config.source).expanduser(), config.text_field
-    pattern = f"{glob.escape(str(path))}/**/*" if path.is_dir() else str(path)
-    candidates = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    files = [file for file in candidates if file.is_file()]
-    extensions = sorted({file.suffix for file in files})
-    for file in files:
-        if file.suffix not in READERS:
-            kind = file.suffix or "files without extension"
-            raise DataError(f"{file}: cannot read {kind}; only {' '.join(READERS)}")
-    if len(extensions) != 1:
-        problem = f"mixes {' and '.join(extensions)}; choose with a glob"
-        if not files:
-            problem = f"matches no file; give 'botocore', or a file, folder or glob of {' '.join(READERS)}"
-        raise DataError(f"data.source: {config.source!r} {problem}")
-
-    root = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    hashes = []
-    for file in files:
-        with reading(file):
-            name = str(file.absolute().relative_to(root))
-            hashes.append((name, file.stat().st_size, sha256_of(file)))
-    num_bytes = sum(size for _, size, _ in hashes)
-    read = READERS[extensions[0]]
+def _files(config: DataConfig) -> Corpus:
+    files, left_out = find(config.source)
+    num_bytes = sum(file.num_bytes for file in files)
+    kind, field = files[0].kind, config.text_field
+    source = Path(config.source.rstrip("/"))
+    stem = files[0].name.partition(".")[0] if len(files) == 1 else source.name
     return Corpus(
-        stem=re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else root.name).strip(".-") or "corpus",
-        description=f"{config.source} ({len(files)} {extensions[0]}, {num_bytes / 1e6:.1f} MB)",
-        identity=["files", hashes, None if read is _read_txt else field],
-        texts=lambda: itertools.chain.from_iterable(read(file, field) for file in files),
+        stem=re.sub(r"[^\w.-]+", "-", stem).strip(".-") or "corpus",
+        description=f"{config.source} ({len(files)} .{kind}, {num_bytes / 1e6:.1f} MB{left_out})",
+        identity=[
+            kind,
+            [[file.name, file.num_bytes, file.identity] for file in files],
+            field if kind != "txt" else None,
+        ],
+        records=lambda: itertools.chain.from_iterable(file.records(field) for file in files),
     )
-
-
-def _read_txt(file: Path, _field: str) -> Iterator[str]:
-    """The whole file as one text; a long one in pieces of 1 to 2 Mi characters that end with a line."""
-    with reading(file), file.open(encoding="utf-8", newline="") as stream:
-        while text := stream.read(TEXT_PIECE_CHARACTERS) + stream.readline(TEXT_PIECE_CHARACTERS):
-            yield text
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[str]:
-    with reading(file), file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _jsonl_text(line, field, where=f"{file}:{number}")
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
-
-
-def _jsonl_text(line: bytes, field: str, *, where: str) -> str:
-    remedy = "fix or remove the line"
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not valid UTF-8 ({error.reason}); {remedy}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); {remedy}") from error
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        fields = ", ".join(record) if isinstance(record, dict) else "none, it is not an object"
-        raise DataError(f"{where}: no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
-    if _SURROGATE.search(text):
-        raise DataError(f"{where}: {field!r} holds half a surrogate pair; {remedy}")
-    return text
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
-    import pyarrow  # here, because it takes half a second
-    from pyarrow import parquet
-
-    remedy = "set data.text_field"
-    try:
-        with reading(file), parquet.ParquetFile(file) as table:
-            columns = {column.name: str(column.type) for column in table.schema_arrow}
-            if field not in columns:
-                raise DataError(f"{file}: no column {field!r} among {', '.join(columns)}; {remedy}")
-            if columns[field] not in ("string", "large_string"):
-                raise DataError(f"{file}: column {field!r} holds {columns[field]}, not strings; {remedy}")
-            batches = table.iter_batches(batch_size=1024, columns=[field])
-            rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, text in enumerate(rows, start=1):
-                if text is None:
-                    raise DataError(f"{file}: row {number} has no {field!r}; remove the row")
-                yield text
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error}); write it again") from error
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turn what goes wrong while `file` is read into a `DataError` that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        remedy = "convert it, for example with iconv"
-        raise DataError(f"{file}: not valid UTF-8 ({error.reason}); {remedy}") from error
-    except OSError as error:
-        problem, remedy = error.strerror or error, "check the path and its permissions"
-        raise DataError(f"{file}: cannot be read ({problem}); {remedy}") from error

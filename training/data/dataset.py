@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cluster.cli import UserError
 from cluster.files import sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
@@ -56,7 +56,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `request` is the hash of everything that was asked of `prepare`."""
+    """What a prepared folder holds. `request` is the hash of everything that was asked of `prepare`.
+
+    `skipped_records` of the source could not be used; `skipped_first` says where the first ones are, and why.
+    """
 
     version: int
     request: str
@@ -69,6 +72,8 @@ class Manifest:
     dtype: str
     train: Split
     validation: Split
+    skipped_records: int
+    skipped_first: tuple[str, ...]
 
     def __post_init__(self) -> None:
         shards = [shard for split in SPLITS for shard in self.split(split).shards]

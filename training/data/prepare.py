@@ -6,6 +6,7 @@ content, so a second run reuses it; it appears by one rename, so an interrupted 
 complete. Memory is bounded by a batch of documents and the tokenizer's sample, not by the corpus.
 """
 
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -14,10 +15,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,7 +29,7 @@ from cluster import config as layered
 from cluster.files import sha256_of
 from training import config as training_config
 from training.config import DataConfig
-from training.data.corpora import Corpus, Document, reading
+from training.data.corpora import Corpus, Document, Skipped
 from training.data.dataset import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -38,12 +40,22 @@ from training.data.dataset import (
     Shard,
     Split,
 )
+from training.data.readers import reading
 
 Report = Callable[[str], None]
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "[EOS]")
+# of GPT-2 and Qwen, LLaMA 3, DeepSeek, LLaMA 2 and Mistral, Gemma, and others
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's own bars)
+    "</s>",
+    "<eos>",
+    "<|eot_id|>",
+    "[EOS]",
+)
 
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
@@ -84,11 +96,13 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
     """
     request = DataRequest.of(config)
     target = request.target
-    with _writing(target, report=report):
+    with _writing(target, report=report) as read_only:
         if target.exists():
             try:
                 Manifest.read(target).verify(target)
             except DataError as error:
+                if read_only:
+                    raise
                 report(f"rebuilding {target}: {str(error).removesuffix(f'; {REMEDY}')}")
             else:
                 report(f"reusing {target}, from {request.corpus.description}")
@@ -118,8 +132,10 @@ class DataRequest:
         else:
             path = Path(config.tokenizer).expanduser()
             with reading(path):
-                tokenizer = ["file", sha256_of(path)]
+                tokenizer = ["file", sha256_of(path), config.add_special_tokens, config.end_of_text]
         asked = [FORMAT_VERSION, corpus.identity, tokenizer, config.validation_fraction, config.shard_tokens]
+        if config.max_bad_fraction != DataConfig.max_bad_fraction:
+            asked.append(config.max_bad_fraction)
         return cls(config, corpus, hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     @property
@@ -134,21 +150,32 @@ class DataRequest:
 
 
 @contextmanager
-def _writing(target: Path, *, report: Report) -> Iterator[None]:
-    """The sole right to write `target`. The kernel frees the lock of a process that dies."""
+def _writing(target: Path, *, report: Report) -> Iterator[bool]:
+    """The sole right to write `target`. The kernel frees the lock of a process that dies.
+
+    Gives whether nothing can be written there, as on a read-only mount, and `target` has to do as it is.
+    """
     folder = target.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{target.name}.lock").open("w") as lock:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((folder / f".{target.name}.lock").open("w"))
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not target.exists():
+                    raise
+                yield True
+                return
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 report(f"waiting for another prepare of {target}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield False
     except OSError as error:
-        problem, remedy = error.strerror or error, "free some space or set data.directory"
-        raise DataError(f"{folder}: cannot be written ({problem}); {remedy}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"{'free some space or ' if full else ''}set data.directory"
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------
@@ -192,13 +219,46 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document, by its usual names. Raises `DataError` if there is none."""
-    for name in END_OF_TEXT_NAMES:
-        if (token := tokenizer.token_to_id(name)) is not None:
+def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
+    """The id of the token that ends a document: `name`, or the first of its usual names.
+
+    Raises:
+        DataError: there is none.
+    """
+    for each in END_OF_TEXT_NAMES if name is None else (name,):
+        if (token := tokenizer.token_to_id(each)) is not None:
             return token
+    if name is not None:
+        raise DataError(f"data.end_of_text: the tokenizer has no token {name!r}")
     names = " ".join(END_OF_TEXT_NAMES)
-    raise DataError(f"data.tokenizer: no end-of-text token; add one of {names} to its added_tokens")
+    raise DataError(f"data.tokenizer: no end-of-text token of the names {names}; name it by data.end_of_text")
+
+
+def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """A tokenizer.json's `post_processor` without the special tokens after the text, and their names.
+
+    A prompt must not end with them: what ends a document is added by `prepare`. So plain `encode` gives the
+    same tokens in training, sampling, the export and serving.
+
+    Raises:
+        DataError: a post-processor of encoders.
+    """
+    kind = processor["type"] if processor else None
+    if processor and kind == "TemplateProcessing":
+        single, closing = list(processor["single"]), list[str]()
+        while single and "SpecialToken" in single[-1]:
+            closing.append(single.pop()["SpecialToken"]["id"])
+        return {**processor, "single": single}, closing
+    if processor and kind == "Sequence":
+        parts = [opening_only(part) for part in processor["processors"]]
+        return {**processor, "processors": [part for part, _ in parts]}, [
+            name for _, names in parts for name in names
+        ]
+    if kind in (None, "ByteLevel"):
+        return processor, []
+    raise DataError(
+        f"data.tokenizer: its post-processor {kind} is one of encoders; set data.add_special_tokens=false"
+    )
 
 
 def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> None:
@@ -208,9 +268,18 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> Non
         given = Path(config.tokenizer).expanduser()
         load_tokenizer(given)  # so that a refusal names this file, not the copy
         shutil.copyfile(given, path)
-        report(f"tokenizer: {given}")
+        content = json.loads(given.read_bytes())
+        processor, closing = content.get("post_processor"), list[str]()
+        if config.add_special_tokens:
+            processor, closing = opening_only(processor)
+        elif (processor or {}).get("type") != "ByteLevel":
+            processor = None
+        if processor != content.get("post_processor"):
+            path.write_text(json.dumps({**content, "post_processor": processor}, ensure_ascii=False), "utf-8")
+        report(f"tokenizer: {given}{', without the closing ' + ' '.join(closing) if closing else ''}")
         return
-    documents = (d for d in corpus.documents() if d.split(config.validation_fraction) == "train")
+    divided = corpus.divided(config, Skipped(config.max_bad_fraction))
+    documents = (document for split, document in divided if split == "train")
     sample = _sample(documents, max_bytes=TOKENIZER_SAMPLE_BYTES)
     tokenizer = train_tokenizer((document.text for document in sample), vocab_size=config.vocab_size)
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -240,19 +309,20 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
     """Encode the corpus with the tokenizer in `folder` and write its shards there."""
     config, started = request.config, time.monotonic()
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    end_id = end_of_text_id(tokenizer)
+    end_id = end_of_text_id(tokenizer, config.end_of_text)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     train, validation = (
         SplitWriter(folder, name, dtype=dtype, shard_tokens=config.shard_tokens) for name in SPLITS
     )
     text_sha256, reported = hashlib.sha256(), started
-    for batch in _batches(request.corpus.documents()):
-        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        pairs = [(d, [*e.ids, end_id]) for d, e in zip(batch, encodings, strict=True)]
+    skipped = Skipped(config.max_bad_fraction)
+    for batch in _batches(request.corpus.divided(config, skipped)):
+        encodings = tokenizer.encode_batch_fast([d.text for _, d in batch])
+        encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
         for writer in (train, validation):
-            writer.write([(d, ids) for d, ids in pairs if d.split(config.validation_fraction) == writer.name])
-        text_sha256.update(b"".join(document.digest for document in batch))
+            writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])
+        text_sha256.update(b"".join(document.digest for _, document in batch))
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             tokens = train.tokens + validation.tokens
@@ -263,6 +333,8 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
             f"data.source: {config.source!r} gives {train.documents} train and {validation.documents} "
             "validation documents; both need some: add documents or change data.validation_fraction"
         )
+    if skipped.number:
+        report(skipped.describe())
     text_bytes = train.text_bytes + validation.text_bytes
     report(
         f"tokens: {train.tokens:,} train, {validation.tokens:,} validation "
@@ -281,15 +353,17 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
         dtype=dtype,
         train=train.split(),
         validation=validation.split(),
+        skipped_records=skipped.number,
+        skipped_first=tuple(skipped.first),
     )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of at most 4096, that end once they hold 4 MiB."""
-    batch: list[Document] = []
+def _batches(divided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """(split, document) in groups of at most 4096, that end once they hold 4 MiB."""
+    batch: list[tuple[str, Document]] = []
     num_bytes = 0
-    for document in documents:
-        batch.append(document)
+    for split, document in divided:
+        batch.append((split, document))
         num_bytes += document.num_bytes
         if num_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
             yield batch

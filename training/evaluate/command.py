@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.display import pairs
+from cluster.display import Table, pairs, show
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
 from cluster.record import origins
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = layered.load(EvaluateConfig, file=options.config, dotlist=options.overrides)
         evaluation = plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{evaluation.describe()}")
+            show(layered.to_yaml(config), evaluation.describe())
             return
-        result = run(config, evaluation, report=lambda note: print(note, flush=True))
-        print(table(result))
+        result = run(config, evaluation, report=show)
+        show(*table(result))
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
@@ -84,8 +84,8 @@ class Evaluation:
         assert self.endpoint is not None
         return self.endpoint.model
 
-    def describe(self) -> str:
-        """The plan for people, in lines."""
+    def describe(self) -> Table:
+        """The plan for people."""
         where = f"{self.endpoint.model} at {self.endpoint.url}" if self.endpoint else "here"
         return pairs(
             [
@@ -159,7 +159,7 @@ def _output(config: EvaluateConfig, model: ModelDirectory | None, endpoint: Endp
     return Path(RunConfig().directory).absolute() / f"eval-{plain}" / RESULT_FILE
 
 
-def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str], None]) -> dict[str, Any]:
+def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[Table], None]) -> dict[str, Any]:
     """Evaluate, write the result and return it.
 
     Raises:

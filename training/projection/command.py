@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster import cli
 from cluster import config as layered
-from cluster.display import table
+from cluster.display import Table, pairs, show, table
 from cluster.measure import hardware
 from training.config import (
     BatchConfig,
@@ -127,18 +127,19 @@ def training_config_of(config: ProjectionConfig, stage: int, batch: Batch) -> Tr
     )
 
 
-def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def describe(
+    config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str | Table]:
     """What is measured and what is assumed, then a table for each number of nodes."""
     sheet = hardware.lookup(config.device)
     links = config.links
     yield f"{config.shape} with {config.rule}, {config.tokens:,.0f} tokens, on {config.device}"
-    yield f"a GPU          {basis.source}"
-    yield (
-        f"in a node      ASSUMED: PCIe {links.pcie_gb_per_s:g} GB/s each way, NVLink "
-        f"{links.nvlink_gb_per_s:g} GB/s each way; set links.* to what `make preflight` measured"
+    assumed = (
+        f"ASSUMED: PCIe {links.pcie_gb_per_s:g} GB/s each way, NVLink {links.nvlink_gb_per_s:g} GB/s each "
+        "way; set links.* to what `make preflight` measured"
     )
-    if max(config.nodes) > 1:
-        yield f"between nodes  {basis.network.describe()}"
+    between = [("between nodes", basis.network.describe())] if max(config.nodes) > 1 else []
+    yield pairs([("a GPU        ", basis.source), ("in a node", assumed), *between])
     yield "only `overlapped` hides communication behind compute; bottleneck: the largest part"
     memory = sheet.memory_gb * 1e9 if sheet else inf
     for num_nodes in dict.fromkeys(row["nodes"] for row in rows):
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{layered.to_yaml(config)}\n{about}")
             return
         rows = project(config, basis)
-        print(*describe(config, basis, rows), sep="\n")
+        show(*describe(config, basis, rows))
         sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
         print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 

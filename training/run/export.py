@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster import runs
@@ -80,6 +81,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
             dtype=DTYPES[dtype],
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
+            bos_id=next(iter(Tokenizer.from_file(str(data / manifest.tokenizer_file)).encode("").ids), None),
             checkpoint=origins.of_checkpoint(saved.path),
         )
     except ValueError as error:

@@ -25,6 +25,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.model.attention import LogitProbe
 from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
@@ -142,6 +143,7 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
+        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -240,9 +242,9 @@ class Trainer:
             **self.meter.line(),
         }
 
-    def optimizer_health(self) -> dict[str, float | None]:
-        """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
-        health = self.optimizer.health()
+    def optimizer_health(self) -> dict[str, Any]:
+        """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
+        health = self.optimizer.health() | self.logits.read(self.context.gather)
         return {f"optimizer_{name}": value for name, value in health.items()}
 
     def measure_noise(self) -> dict[str, Any]:

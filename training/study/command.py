@@ -23,6 +23,7 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import Table, show
 from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record import provenance
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = StudyPlan(config)
         plan.check()
         if options.dry_run:
-            print(layered.to_yaml(config), _describe(plan), sep="\n")
+            show(layered.to_yaml(config), _describe(plan))
             return
         run_study(plan, command=command_line(options))
 
@@ -67,7 +68,7 @@ def command_line(options: Any) -> str:
     return " ".join(["python -m training.study", *given, *options.overrides])
 
 
-def _describe(plan: StudyPlan) -> str:
+def _describe(plan: StudyPlan) -> Table:
     return describe_plan(plan, measured_seconds(plan), parallel=parallel_runs(plan.config))
 
 
@@ -97,7 +98,7 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "study.yaml", layered.to_yaml(plan.config))
     data = prepare(plan.data_config, report=lambda line: print(line, file=sys.stderr))
-    print(_describe(plan), file=sys.stderr, flush=True)
+    show(_describe(plan), file=sys.stderr)
     study = StudyResults(plan, execute(plan))
     fingerprint = Manifest.read(data).fingerprint
     about = About(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import ROOT
 from training.config import DataConfig
-from training.data import corpora
+from training.data import corpora, readers
 from training.data.corpora import Corpus
 from training.data.dataset import DataError
 
@@ -18,17 +18,17 @@ from training.data.dataset import DataError
 def test_a_long_text_file_becomes_pieces_that_end_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora, "TEXT_PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(readers, "TEXT_PIECE_CHARACTERS", 500)
     text = "".join(f"line {i} of the — long — file\r\n" for i in range(1000))
     source = tmp_path / "book.txt"
     source.write_bytes(text.encode())
     corpus = Corpus.of(DataConfig(source=str(source)))
-    pieces = list(corpus.texts())
+    pieces = list(corpus.records())
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 1000
     assert all(piece.endswith("\n") for piece in pieces)
     source.write_text("ñ" * 3000)  # one line longer than a piece
-    pieces = list(corpus.texts())
+    pieces = list(corpus.records())
     assert [len(piece) for piece in pieces] == [1000, 1000, 1000]
 
 

@@ -51,6 +51,8 @@ def write_folder(
         end_of_text_id=0,
         dtype=dtype,
         **splits,
+        skipped_records=0,
+        skipped_first=(),
     )
     (directory / "manifest.json").write_text(manifest.to_json())
     return tokens
@@ -273,7 +275,7 @@ def test_a_garbled_manifest_is_refused(folder: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 99}, "format version 99, not 1"),
+        ({"version": 99}, "format version 99, not 2"),
         ({"vocab_size": "many"}, "vocab_size must be of type int"),
         ({"vocab_size": 70_000}, "contradict"),
         ({"end_of_text_id": 1000}, "contradict"),

@@ -19,56 +19,13 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from tests.commands import ROOT
+from tests.training.data.small_corpus import change, silent, texts, write_jsonl
 from training.config import DataConfig
 from training.data import corpora
 from training.data import prepare as preparation
 from training.data.corpora import Corpus
 from training.data.dataset import DataError, Manifest, TokenDataset
 from training.data.prepare import main, prepare, train_tokenizer
-
-WORDS = (
-    "the",
-    "lamp",
-    "of",
-    "harbour",
-    "ships",
-    "wait",
-    "Asunción",
-    "—",
-    "🚢\t",
-    "",
-    "late",
-    "then\r\n",
-    "go",
-)
-
-
-def texts(count: int, *, words: int = 60) -> list[str]:
-    """Different documents of some 250 bytes, with emoji, tabs, doubled spaces and line ends."""
-    random = np.random.default_rng(0)
-    return [f"{i}: " + " ".join(random.choice(WORDS, size=words)) for i in range(count)]
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
-    source = write_jsonl(tmp_path / "corpus.jsonl", texts(400))
-    return DataConfig(
-        source=str(source), directory=str(tmp_path / "data"), vocab_size=320, validation_fraction=0.1
-    )
-
-
-def silent(_line: str) -> None:
-    pass
-
-
-def change(config: DataConfig, **values: object) -> DataConfig:
-    return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 
 def read_split(folder: Path, split: str) -> list[str]:
@@ -148,9 +105,9 @@ def test_txt_jsonl_and_parquet_of_the_same_documents_give_the_same_tokens(
 
 
 def test_empty_documents_are_left_out(config: DataConfig) -> None:
-    write_jsonl(Path(config.source), ["", " \n", *texts(50)])
+    write_jsonl(Path(config.source), ["", " \n", *texts(150)])
     manifest = Manifest.read(prepare(config, report=silent))
-    assert manifest.train.documents + manifest.validation.documents == 50
+    assert manifest.train.documents + manifest.validation.documents == 150
 
 
 def test_the_tokenizer_sample_is_bounded_and_spread_over_the_corpus() -> None:
@@ -183,7 +140,7 @@ def test_a_trained_tokenizer_decodes_every_text_exactly() -> None:
 
 
 def test_the_name_of_a_special_token_in_a_text_does_not_end_the_document(config: DataConfig) -> None:
-    documents = [f"{text} <|endoftext|> more" for text in texts(50)]
+    documents = [f"{text} <|endoftext|> more" for text in texts(150)]
     write_jsonl(Path(config.source), documents)
     folder = prepare(config, report=silent)
     assert sorted(read_split(folder, "train") + read_split(folder, "validation")) == sorted(documents)
@@ -339,7 +296,7 @@ GOOD = b'{"text": "fine"}\n'
     ("files", "problem"),
     [
         ({}, "matches no file"),
-        ({"a.csv": b"x"}, r"a\.csv: cannot read \.csv; only \.txt \.jsonl \.parquet"),
+        ({"a.csv": b"x"}, r"a\.csv: cannot read \.csv; only \.txt \.jsonl \.json \.parquet"),
         ({"README": b"x"}, "README: cannot read files without extension"),
         ({"a.txt": b"x", "b.jsonl": GOOD}, r"mixes \.jsonl and \.txt"),
         ({"a.txt": b"", "b.txt": b" \n"}, "gives 0 train and 0 validation documents"),
@@ -376,7 +333,7 @@ def test_an_unusable_source_is_refused_by_name(
     [
         ({"body": ["x"]}, "no column 'text' among body"),
         ({"text": [1, 2]}, "column 'text' holds int64, not strings"),
-        ({"text": ["x", "y", None]}, "row 3 has no 'text'"),
+        ({"text": ["x", "y", None]}, "row 3: no text in 'text'"),
     ],
 )
 def test_an_unusable_parquet_column_is_refused(
@@ -395,8 +352,12 @@ def test_an_unusable_tokenizer_is_refused(config: DataConfig, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"given\.json: not a Hugging Face tokenizer\.json"):
         prepare(change(config, tokenizer=str(given)), report=silent)
     given.write_text(train_tokenizer(texts(10), vocab_size=300).to_str().replace("<|endoftext|>", "<fin>"))
-    with pytest.raises(DataError, match=r"no end-of-text token; add one of <\|endoftext\|>"):
+    with pytest.raises(DataError, match=r"no end-of-text token .* <\|endoftext\|> .* data\.end_of_text"):
         prepare(change(config, tokenizer=str(given)), report=silent)
+    with pytest.raises(DataError, match=r"data\.end_of_text: the tokenizer has no token '<end>'"):
+        prepare(change(config, tokenizer=str(given), end_of_text="<end>"), report=silent)
+    named = Manifest.read(prepare(change(config, tokenizer=str(given), end_of_text="<fin>"), report=silent))
+    assert named.end_of_text_id == 0
 
 
 # --- command ------------------------------------------------------------------------------------------
@@ -405,7 +366,9 @@ def test_an_unusable_tokenizer_is_refused(config: DataConfig, tmp_path: Path) ->
 def test_the_command_prepares_and_a_dry_run_writes_nothing(
     config: DataConfig, capsys: pytest.CaptureFixture
 ) -> None:
-    keys = [f"data.{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]
+    keys = [
+        f"data.{field.name}={json.dumps(getattr(config, field.name))}" for field in dataclasses.fields(config)
+    ]
     assert main(["--dry-run", *keys]) == 0
     planned = capsys.readouterr().out
     assert "not there yet" in planned

@@ -87,11 +87,21 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", ["rank-00000-of-00001.safetensors", checkpoint.STATE, checkpoint.COMPLETE])
-def test_of_a_flipped_bit_the_file_is_named_and_the_checkpoint_before_is_used(file, tmp_path):
+SHARD = "rank-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        *((flip_a_bit, file) for file in (SHARD, checkpoint.STATE, checkpoint.COMPLETE)),
+        *((Path.unlink, file) for file in (SHARD, checkpoint.STATE)),
+        *((lambda path: os.truncate(path, 20), file) for file in (SHARD, checkpoint.STATE)),
+    ],
+)
+def test_of_a_damaged_checkpoint_the_file_is_named_and_the_one_before_is_used(damage, file, tmp_path):
     write(tmp_path, 1, 2, 3)
     damaged = checkpoint.step_directory(tmp_path, 3)
-    flip_a_bit(damaged / file)
+    damage(damaged / file)
     reports: list[str] = []
     newest = checkpoint.newest_sound(tmp_path, report=reports.append)
     assert newest == checkpoint.step_directory(tmp_path, 2)
@@ -108,7 +118,7 @@ def test_of_a_flipped_bit_the_file_is_named_and_the_checkpoint_before_is_used(fi
 def test_if_every_checkpoint_is_damaged_nothing_starts_again_from_the_beginning(tmp_path):
     write(tmp_path, 1, 2)
     for step in (1, 2):
-        flip_a_bit(checkpoint.step_directory(tmp_path, step) / "rank-00000-of-00001.safetensors")
+        flip_a_bit(checkpoint.step_directory(tmp_path, step) / SHARD)
     for _ in range(2):  # the second time too
         with pytest.raises(checkpoint.DamagedError, match=r"step-0000002/rank.* SHA-256 .* delete "):
             checkpoint.newest_sound(tmp_path, report=print)

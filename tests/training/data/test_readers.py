@@ -1,0 +1,225 @@
+"""Corpora as people have them: every kind of file gives the same documents, and bad records are counted."""
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from training.config import DataConfig
+from training.data.corpora import Corpus, Skipped
+from training.data.dataset import DataError, Manifest
+from training.data.prepare import prepare
+from training.data.readers import find
+
+TEXTS = [f"text {number}: día, {'x' * number}" for number in range(7)]
+LINES = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)).encode()
+ARRAY = json.dumps([{"text": text, "n": [1.5]} for text in TEXTS], indent=1).encode()
+BOM = b"\xef\xbb\xbf"
+
+
+def documents(source: object, **keys: object) -> list[str]:
+    return [document.text for document in Corpus.of(DataConfig(source=str(source), **keys)).documents()]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.ndjson", LINES.replace(b"\n", b"\r\n")),
+        ("A.JSONL", BOM + LINES + b"\n\n"),
+        ("a.json", ARRAY),
+        ("a.json", BOM + b"\n " + ARRAY),
+        ("part-00000-c000.json", LINES),  # as Spark names lines
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES[:100]) + gzip.compress(LINES[100:])),
+        ("a.JSON.BZ2", bz2.compress(ARRAY)),
+        ("a.jsonl.xz", lzma.compress(LINES)),
+        ("a.jsonl.zst", zstandard.compress(LINES)),
+        ("a.jsonl.zst", zstandard.compress(LINES[:100]) + zstandard.compress(LINES[100:])),
+    ],
+)
+def test_the_same_texts_come_out_of_every_kind_of_json(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert documents(tmp_path / name) == documents(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    content = BOM + b"caf\xc3\xa9\r\nline"
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)(content)
+    (tmp_path / name).write_bytes(packed)
+    assert documents(tmp_path / name) == ["café\r\nline"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_the_same_texts_come_out_of_every_kind_of_column(kind: pa.DataType, tmp_path: Path) -> None:
+    plain = pa.array(TEXTS)
+    column = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    nested = pa.StructArray.from_arrays([pa.array(range(7)), column], names=["id", "body"])
+    parquet.write_table(pa.table({"text": column, "a.b": column, "a": nested}), tmp_path / "a.parquet")
+    for field in ("text", "a.body", "a.b"):
+        assert documents(tmp_path / "a.parquet", text_field=field) == TEXTS
+
+
+def test_a_nested_field_is_found_in_json(tmp_path: Path) -> None:
+    lines = [{"a": {"b": "one"}}, {"a.b": "two", "a": {"b": "no"}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert documents(tmp_path / "a.jsonl", text_field="a.b") == ["one", "two"]
+
+
+def test_of_a_hub_snapshot_and_a_spark_output_the_other_files_are_left_out_and_said(tmp_path: Path) -> None:
+    hub, spark = tmp_path / "hub", tmp_path / "spark"
+    (hub / "data").mkdir(parents=True)
+    parquet.write_table(
+        pa.table({"text": TEXTS * 5000}), hub / "data/train-00000-of-00001.parquet", compression="none"
+    )
+    for name in ("README.md", "LICENSE.txt", "dataset_infos.json", ".gitattributes"):
+        (hub / name).write_text("{}")
+    spark.mkdir()
+    (spark / "part-00000.json").write_bytes(LINES)
+    (spark / "part-00001.json").write_bytes(LINES)
+    (spark / "_SUCCESS").write_bytes(b"")
+    (spark / ".part-00000.json.crc").write_bytes(b"x")
+    assert documents(hub) == TEXTS * 5000
+    assert "left out 3 other files, such as LICENSE.txt" in Corpus.of(DataConfig(source=str(hub))).description
+    assert documents(spark) == TEXTS * 2
+    assert "left out 1 other files, such as _SUCCESS" in Corpus.of(DataConfig(source=str(spark))).description
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    source.mkdir(), elsewhere.mkdir()
+    (source / "a.jsonl").write_bytes(LINES)
+    (elsewhere / "b.jsonl").write_text('{"text": "elsewhere"}')
+    (source / "itself").symlink_to(source)
+    (source / "there").symlink_to(elsewhere)
+    (source / "again.jsonl").symlink_to(source / "a.jsonl")
+    (source / "nowhere.jsonl").symlink_to(source / "gone")
+    assert sorted(documents(source)) == sorted([*TEXTS, "elsewhere"])
+
+
+def test_a_url_is_read_like_a_folder() -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.pipe("/corpus/b.jsonl.gz", gzip.compress(LINES))
+    system.pipe("/corpus/a.jsonl", b'{"text": "first"}')
+    system.pipe("/corpus/README.md", b"x")
+    assert documents("memory://corpus") == ["first", *TEXTS]
+    assert documents("memory://corpus/*.gz") == documents("memory://corpus/b.jsonl.gz") == TEXTS
+    identities = [file.identity for file in find("memory://corpus")[0]]
+    system.pipe("/corpus/a.jsonl", b'{"text": "other"}')
+    assert [file.identity for file in find("memory://corpus")[0]] != identities
+    for wrong in ("memory://nothing", "nosuch://bucket/x"):
+        with pytest.raises(DataError, match=rf"data\.source: '?{wrong}"):
+            documents(wrong)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", cut(gzip.compress(LINES))),
+        ("a.jsonl.gz", LINES),
+        ("a.jsonl.bz2", cut(bz2.compress(LINES))),
+        ("a.jsonl.bz2", LINES),
+        ("a.jsonl.xz", LINES),
+        ("a.jsonl.zst", LINES),
+        ("a.json", cut(ARRAY)),
+        ("a.json", b'[{"text": "x"}, {"te'),
+        ("a.json", b'["\xff"]'),
+        ("a.parquet", cut(LINES)),
+        ("a.txt.gz", gzip.compress(b"\xff\xfe")),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: .*; "):
+        documents(tmp_path / name)
+
+
+def test_bad_records_are_skipped_counted_and_named_up_to_a_share(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(400)]
+    bad = ["{", '{"text": 3}', '"text"', "null", '{"text": "\\ud800"}', "[" * 100_000]
+    for place, line in enumerate(bad):
+        lines.insert(50 * place, line)
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(lines))
+    config = DataConfig(
+        source=str(source), directory=str(tmp_path / "data"), vocab_size=300, validation_fraction=0.1,
+        max_bad_fraction=0.02,
+    )  # fmt: skip
+    reports: list[str] = []
+    manifest = Manifest.read(prepare(config, report=reports.append))
+    assert manifest.skipped_records == len(bad)
+    assert manifest.train.documents + manifest.validation.documents == 400
+    assert [first.partition(": ")[0] for first in manifest.skipped_first] == [
+        f"{source}:{50 * n + 1}" for n in range(6)
+    ]
+    assert any(
+        line.startswith(f"skipped 6 of 406 records that cannot be used, first {source}:1: ")
+        for line in reports
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .* \(6 of 406 records .* allows 0\.01\)"):
+        list(Corpus.of(config).documents(Skipped(0.01)))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .* \(1 of 1 records .* allows 0\)"):
+        list(Corpus.of(config).documents())
+
+
+def shares(source: Path, fraction: float) -> tuple[float, str]:
+    """(share of the held-out characters, all texts in order)."""
+    divided = list(
+        Corpus.of(DataConfig(source=str(source))).divided(
+            DataConfig(validation_fraction=fraction), Skipped(0.0)
+        )
+    )
+    size = {split: sum(len(d.text) for s, d in divided if s == split) for split in ("train", "validation")}
+    return size["validation"] / sum(size.values()), "".join(document.text for _, document in divided)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.4])
+@pytest.mark.parametrize("make", ["one text", "three texts", "no lines"])
+def test_few_texts_are_divided_by_the_share_of_their_text(make: str, fraction: float, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    text = "".join(" ".join(draw.choices(["river", "día", "ship"], k=9)) + "\n" for _ in range(3000))
+    if make == "no lines":
+        text = text.replace("\n", " ").replace(" ", "-")
+    parts = (
+        [text[: len(text) // 2], text[len(text) // 2 : -1000], text[-1000:]]
+        if make == "three texts"
+        else [text]
+    )
+    for number, part in enumerate(parts):
+        (tmp_path / f"{number}.txt").write_text(part)
+    held_out, whole = shares(tmp_path, fraction)
+    assert held_out == pytest.approx(fraction, abs=0.001) and held_out > 0
+    assert whole == text
+
+
+def test_the_first_file_that_everybody_tries(tmp_path: Path) -> None:
+    source = tmp_path / "input.txt"
+    source.write_text("".join(f"{number} " + "To be, or not to be\n" * 40 + "\n" for number in range(1400)))
+    config = DataConfig(source=str(source), directory=str(tmp_path / "data"), vocab_size=300)
+    manifest = Manifest.read(prepare(config, report=lambda _: None))
+    assert manifest.validation.text_bytes / source.stat().st_size == pytest.approx(0.01, rel=0.02)

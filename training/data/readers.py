@@ -1,0 +1,367 @@
+"""Files of text as records: .txt, .jsonl, .json and Parquet, plain or compressed, here or behind a URL.
+
+A record is a text, or a `Bad` one that says what is wrong with it. What makes a whole file useless is a
+`DataError` that names it. Memory is bounded by a record or a Parquet row group, not by the file.
+"""
+
+import bz2
+import functools
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cluster.files import sha256_of
+from training.data.dataset import DataError
+
+TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several records
+COMPANION_SHARE = 0.01  # files of another kind may lie beside the corpus, up to this share of its bytes
+KINDS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+READABLE = ".txt .jsonl .json .parquet, the first three also with .gz .bz2 .xz .zst"
+
+
+class Bad(NamedTuple):
+    """A record that cannot be used: the file and the place in it, and the problem with its remedy."""
+
+    where: str
+    problem: str
+
+
+Record = str | Bad
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus.
+
+    Attributes:
+        path: local path, or what its file system calls it.
+        name: relative to the corpus.
+        identity: SHA-256 of a local file; size and what the file system tells apart versions by, elsewhere.
+    """
+
+    path: str
+    name: str
+    kind: str
+    num_bytes: int
+    identity: Any
+    opener: Callable[[], IO[bytes]]
+
+    def records(self, field: str) -> Iterator[Record]:
+        """Its records in order; `field` holds the text of all but .txt."""
+        with reading(self.path), self.opener() as stream:
+            if self.kind == "parquet":
+                yield from _parquet(stream, field, self.path)
+            else:
+                yield from _READERS[self.kind](_decompressed(stream, self.name), field, self.path)
+
+
+def find(source: str) -> tuple[list[SourceFile], str]:
+    """The files of `data.source`, in order of path, and a note on those that were left out.
+
+    Raises:
+        DataError: nothing there, nothing readable, or several kinds that cannot be told from companions.
+    """
+    candidates = list(_remote(source) if "://" in source else _local(source))
+    if not candidates:
+        raise DataError(
+            f"data.source: {source!r} matches no file; give 'botocore', or a file, folder, glob or URL of "
+            f"{READABLE}"
+        )
+    sizes: Counter[str] = Counter()
+    for _, name, size, _ in candidates:
+        if kind := kind_of(name):
+            sizes[kind] += size
+    if not sizes:
+        path, name, _, _ = candidates[0]
+        suffix = Path(name).suffix or "files without extension"
+        raise DataError(f"{path}: cannot read {suffix}; only {READABLE}")
+    [(chosen, _), *others] = sizes.most_common()
+    if sum(size for _, size in others) > COMPANION_SHARE * sum(sizes.values()):
+        kinds = " and ".join(sorted(f".{kind}" for kind in sizes))
+        raise DataError(f"data.source: {source!r} mixes {kinds}; choose with a glob")
+    files, left_out = [], []
+    for path, name, size, opener in candidates:
+        if kind_of(name) == chosen:
+            with reading(path):
+                identity = sha256_of(Path(path)) if "://" not in source else opener.identity  # type: ignore[attr-defined]
+            files.append(SourceFile(path, name, chosen, size, identity, opener))
+        else:
+            left_out.append(name)
+    note = f"; left out {len(left_out)} other files, such as {left_out[0]}" if left_out else ""
+    return files, note
+
+
+def kind_of(name: str) -> str | None:
+    """txt, jsonl, json or parquet by a file's name; None of what cannot be read."""
+    stem, suffix = os.path.splitext(name.lower())
+    compressed = suffix in COMPRESSIONS
+    kind = KINDS.get(os.path.splitext(stem)[1] if compressed else suffix)
+    return None if compressed and kind == "parquet" else kind
+
+
+_Candidate = tuple[str, str, int, Callable[[], Any]]
+
+
+def _local(source: str) -> Iterator[_Candidate]:
+    """(path, name, bytes, opener) of a file, a folder's files without hidden ones, or a glob's; each once."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        paths = [path]
+    elif path.is_dir():
+        paths = sorted(_walk(path))
+    else:
+        paths = [each for each in sorted(map(Path, glob.glob(str(path), recursive=True))) if each.is_file()]
+    if not paths:
+        return
+    root = Path(os.path.commonpath([each.absolute().parent for each in paths]))
+    seen = set()
+    for each in paths:
+        if (real := each.resolve()) not in seen:
+            seen.add(real)
+            with reading(each):
+                size = each.stat().st_size
+            yield str(each), str(each.absolute().relative_to(root)), size, functools.partial(each.open, "rb")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below `folder`. Links to folders are followed, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file()
+        )
+
+
+@dataclass(frozen=True)
+class _RemoteFile:
+    system: Any
+    path: str
+    identity: Any
+
+    def __call__(self) -> IO[bytes]:
+        return self.system.open(self.path, "rb")
+
+
+def _remote(source: str) -> Iterator[_Candidate]:
+    """The same behind an fsspec URL: s3://, gs://, hf://, http://, …"""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(source)
+        paths = system.glob(path) if glob.has_magic(path) else system.find(path)
+        infos = {each: system.info(each) for each in sorted(paths)}
+    except Exception as error:  # every file system has its own
+        raise DataError(
+            f"data.source: {source}: cannot be listed ({type(error).__name__}: {error}); check the URL, the "
+            "credentials, and that the package for its protocol is installed (s3fs for s3://)"
+        ) from error
+    for each, info in infos.items():
+        version = next(
+            (
+                str(info[name])
+                for name in ("ETag", "etag", "sha256", "LastModified", "mtime", "created")
+                if info.get(name)
+            ),
+            "",
+        )
+        size = info.get("size") or 0
+        name = each.removeprefix(path).lstrip("/") or each.rpartition("/")[2]
+        if info.get("type") == "file" and not any(part.startswith(".") for part in name.split("/")):
+            yield each, name, size, _RemoteFile(system, each, [size, version])
+
+
+def _decompressed(stream: IO[bytes], name: str) -> Any:
+    match os.path.splitext(name.lower())[1]:
+        case ".gz":
+            return gzip.open(stream)
+        case ".bz2":
+            return bz2.open(stream)
+        case ".xz":
+            return lzma.open(stream)
+        case ".zst":
+            import zstandard
+
+            frames = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+            return io.BufferedReader(frames)
+    return stream
+
+
+# --- kinds --------------------------------------------------------------------------------------------
+
+
+def _txt(stream: IO[bytes], _field: str, _path: str) -> Iterator[Record]:
+    """The whole file as one text; a long one in pieces of 1 to 2 Mi characters that end with a line."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    while piece := text.read(TEXT_PIECE_CHARACTERS) + text.readline(TEXT_PIECE_CHARACTERS):
+        yield piece
+
+
+def _jsonl(stream: Iterable[bytes], field: str, path: str) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield _parsed(line, field, where=f"{path}:{number}")
+
+
+def _parsed(line: bytes, field: str, *, where: str) -> Record:
+    remedy = "fix or remove the line"
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Bad(where, f"not valid UTF-8 ({error.reason}); {remedy}")
+    except json.JSONDecodeError as error:
+        return Bad(where, f"not JSON ({error.msg}, column {error.colno}); {remedy}")
+    except RecursionError:
+        return Bad(where, f"nested too deeply; {remedy}")
+    return text_of(record, field, where=where)
+
+
+def _json(stream: IO[bytes], field: str, path: str) -> Iterator[Record]:
+    """An array of objects; else lines, as Spark and others write under this name."""
+    import ijson
+
+    head = b""
+    while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := stream.read(1 << 12)):
+        head += more
+    parts = _Joined(head.removeprefix(b"\xef\xbb\xbf"), stream)
+    if not head.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _jsonl(io.BufferedReader(parts), field, path)
+        return
+    try:
+        for number, record in enumerate(ijson.items(parts, "item"), start=1):
+            yield text_of(record, field, where=f"{path}, record {number}")
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: not a whole JSON array ({' '.join(str(error).split())}); write it again"
+        ) from error
+
+
+class _Joined(io.RawIOBase):
+    """What was read of a stream, and the rest of it."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
+
+
+def text_of(record: Any, field: str, *, where: str) -> Record:
+    """The text in `field` of an object. "a.b" is b of the object in a, unless there is a field "a.b"."""
+    remedy = "fix or remove the record"
+    value = record
+    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none, it is not an object"
+        return Bad(where, f"no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
+    if _SURROGATE.search(value):
+        return Bad(where, f"{field!r} holds half a surrogate pair; {remedy}")
+    return value
+
+
+def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[Record]:
+    import pyarrow  # here, because it takes half a second
+    from pyarrow import compute, parquet
+
+    try:
+        with parquet.ParquetFile(stream) as table:
+            inner = _column(table.schema_arrow, field, path)
+            rows = itertools.count(1)
+            for group in range(table.num_row_groups):  # pyarrow cannot join the dictionaries of several
+                for batch in table.iter_batches(batch_size=1024, columns=[field], row_groups=[group]):
+                    column = compute.struct_field(batch.column(0), inner) if inner else batch.column(0)
+                    if pyarrow.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    for value in column.to_pylist():
+                        yield _cell(value, field, where=f"{path}: row {next(rows)}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _column(schema: Any, field: str, path: str) -> list[str]:
+    """Names inside the column of `field` that lead to its text; empty for a plain column."""
+    import pyarrow
+
+    names = [field] if field in schema.names else field.split(".")
+    kind: Any = pyarrow.struct(list(schema))
+    for name in names:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            columns = ", ".join(schema.names)
+            raise DataError(f"{path}: no column {field!r} among {columns}; set data.text_field")
+        kind = kind.field(name).type
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(value) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
+        raise DataError(f"{path}: column {field!r} holds {kind}, not strings; set data.text_field")
+    return names[1:]
+
+
+def _cell(value: str | bytes | None, field: str, *, where: str) -> Record:
+    if value is None:
+        return Bad(where, f"no text in {field!r}; remove the row")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            return Bad(where, f"not valid UTF-8 ({error.reason}); remove the row")
+    return value
+
+
+_READERS: dict[str, Callable[[Any, str, str], Iterator[Record]]] = {
+    "txt": _txt,
+    "jsonl": _jsonl,
+    "json": _json,
+}
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a `DataError` that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        remedy = "convert it, for example with iconv"
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason}); {remedy}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
+    except OSError as error:
+        problem, remedy = error.strerror or error, "check the path and its permissions"
+        raise DataError(f"{path}: cannot be read ({problem}); {remedy}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd"):
+            raise
+        raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
