@@ -2,7 +2,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +47,7 @@ def in_subprocess(code, *arguments, home, **environment):
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,
         env={**clean, "HOME": str(home), **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,11 +55,11 @@ def in_subprocess(code, *arguments, home, **environment):
 
 
 def wandb_records(directory):
-    """The records of the newest start of the offline W&B run in a run directory, by W&B's own reader."""
-    *_, offline_run = sorted((directory / "wandb").glob("offline-run-*"))
+    """The records of the newest start of the W&B run in a run directory, by W&B's own reader."""
+    *_, newest = sorted((directory / "wandb").glob("*run-*-*"))
     wandb = Path(sys.executable).with_name("wandb")
     answer = subprocess.run(
-        [wandb, "leet", "inspect", "--json", offline_run], capture_output=True, text=True, check=True
+        [wandb, "leet", "inspect", "--json", newest], capture_output=True, text=True, check=True
     ).stdout
     return [json.loads(line) for line in answer.splitlines()]
 
@@ -273,36 +273,3 @@ def test_a_file_is_copied_into_the_wandb_run(tmp_path):
     saved = [r["files"]["files"] for r in wandb_records(tmp_path / "offline") if r["type"] == "files"]
     assert [each["path"] for files in saved for each in files].count("result.json") == 1
     assert not (tmp_path / "disabled/wandb").exists()
-
-
-def test_an_unreachable_wandb_server_neither_blocks_nor_kills_the_run(tmp_path):
-    code = """
-record.Mirror.INIT_SECONDS = 3.0
-run = open_record(Path(sys.argv[1]), wandb_mode="online")
-slowest = 0.0
-for step in range(1, 101):
-    started = time.monotonic()
-    run.log({"step": step, "loss": 1 / step})
-    slowest = max(slowest, time.monotonic() - started)
-    time.sleep(0.01)
-started = time.monotonic()
-run.finish({})
-run.close()
-print(slowest, time.monotonic() - started)
-"""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        key = "0123456789" * 4
-        started = time.monotonic()
-        writer = in_subprocess(code, tmp_path, home=tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY=key)
-        printed, problems = writer.communicate()
-    assert writer.returncode == 0 and problems == ""
-    slowest_log, finish = map(float, printed.split())
-    assert slowest_log < 1.0
-    assert finish < record.Mirror.CLOSE_SECONDS + 1 and time.monotonic() - started < 30
-    assert steps(tmp_path) == list(range(1, 101))
-    status = json.loads((tmp_path / "summary.json").read_text())["wandb_status"]
-    assert status.startswith("offline: wandb sync ") and "connection refused" in status
-    assert len([r for r in wandb_records(tmp_path) if r["type"] == "history"]) == 100
-    assert key.encode() not in b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
