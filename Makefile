@@ -11,8 +11,8 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard up status \
-  preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
+  status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -70,6 +70,10 @@ compare: $(VENV)/ready
 ## dashboard     make the team's views in Weights & Biases, or update them
 dashboard: $(VENV)/ready
 	$(PY) cluster.review.dashboard $(ARGS)
+
+## sync          send to W&B what is only on disk: all of outputs/, or RUN=name
+sync: $(VENV)/ready
+	$(PY) cluster.review.sync $(if $(RUN),--run $(RUN))
 
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)

@@ -51,7 +51,9 @@ HOMES = {  # library or call -> the only modules that may use it
     "wandb": (
         "cluster.record.wandb_mirror",
         "cluster.record.wandb_artifacts",
+        "cluster.record.wandb_log",
         "cluster.review.dashboard",
+        "cluster.review.sync.uploads",
     ),
     "wandb_workspaces": ("cluster.review.dashboard", "cluster.review.views", "cluster.review.wandb_reports"),
     "ray.init": ("cluster.session",),
