@@ -78,14 +78,14 @@ def _on_cluster(cluster: Path) -> tuple[str, ...]:
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
-    from training.run.start import prepare_run
+    from training.run.start import prepare_run, sole_writer
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     print(plan.describe(), flush=True)
-    with Progress(plan.num_steps) as progress:
+    with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
         if start is None:
@@ -133,14 +133,19 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     ranks = workers.torch_ranks(config.workers)
     from training.run.context import torch_context
     from training.run.loop import train
-    from training.run.start import prepare_run
+    from training.run.start import prepare_run, sole_writer
     from training.run.watch import RunWatch, ShowRows
 
-    with Progress(plan.num_steps) as progress:
+    with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
             progress.note(plan.describe())
+
+        def prepare() -> "Start | None":  # by rank 0
+            owned.enter_context(sole_writer(config, report=progress.note))
+            return prepare_run(config, plan, report=progress.note)
+
         with spent.part("data"):
-            start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
+            start = ranks.on_main(prepare)
         if start is None:
             return
         with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cluster import config as layered
 from cluster import files
-from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
 from cluster.record import origins, provenance
 from cluster.record.record import Record
@@ -36,16 +35,10 @@ from training.run.noise_probe import measure_noise
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
-from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
-
-MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
+from training.run.watch import Skips, report_checkpoint, report_end, report_failure, report_workers
 
 Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
-
-
-class TrainingError(RunError):
-    """The run cannot go on; the message says what happened and what to change."""
 
 
 def train(start: Start, *, command: list[str], context: Context, observe: Observe) -> None:
@@ -150,7 +143,7 @@ class Trainer:
             context=context,
         )
         self.step = 0  # optimizer steps taken, skipped ones included
-        self.consecutive_skips = 0
+        self.skips = Skips(config, num_steps=plan.num_steps)
         self.resumed_from: int | None = None
         self._wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
@@ -185,7 +178,7 @@ class Trainer:
                 row |= self.measure_noise()
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
-            if saving:
+            if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
                 output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
             self._start_meter()
@@ -226,7 +219,7 @@ class Trainer:
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
         self.step += 1
-        self._count_skips(skipped=self.optimizer.applied_steps == applied)
+        self.skips.count(self.step, applied=self.optimizer.applied_steps)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -278,7 +271,7 @@ class Trainer:
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
-                    "consecutive_skips": self.consecutive_skips,
+                    "consecutive_skips": self.skips.in_a_row,
                     "identity": self.identity,
                     "world_size": self.context.world_size,
                     "zero_stage": self.config.zero.stage,
@@ -295,7 +288,7 @@ class Trainer:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
-        self.consecutive_skips = saved.state["consecutive_skips"]
+        self.skips.resume(saved.state)
         self._wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
@@ -306,15 +299,6 @@ class Trainer:
     def _start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
-
-    def _count_skips(self, *, skipped: bool) -> None:
-        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-        if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
-            raise TrainingError(
-                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps in a row; "
-                "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
-                "it resumes from the newest checkpoint"
-            )
 
 
 def _measured_tflops(config: TrainConfig) -> float | None:
