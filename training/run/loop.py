@@ -28,23 +28,33 @@ from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
-from training.run.context import Context
+from training.run.context import Context, Stop
 from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
-from training.run.watch import Skips, report_checkpoint, report_end, report_failure, report_workers
+from training.run.watch import (
+    Skips,
+    report_checkpoint,
+    report_end,
+    report_failure,
+    report_stop,
+    report_workers,
+)
 
 Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
-def train(start: Start, *, command: list[str], context: Context, observe: Observe) -> None:
-    """Run, or resume, a run to its last step on this rank.
+def train(
+    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
+) -> bool:
+    """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
     Args:
+        asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
@@ -52,7 +62,7 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
     final = context.launcher != "ray" or config.workers.max_failures == 0
     failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
     with failures():
-        trainer = Trainer(start, context)
+        trainer = Trainer(start, context, Stop(asked_to_stop))
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             files.write_text(config.run_directory / PARTITION, about)
@@ -60,9 +70,12 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
         with open_record(start, command) if context.is_main else nullcontext() as record:
             with failures():  # while W&B can still be told
                 summary = trainer.run(Output(record, observe))
-            if record is not None:
+            if record is not None and summary is not None:
                 record.finish(summary)
                 report_end(config, summary)
+            elif record is not None:
+                report_stop(config, step=trainer.step)
+    return summary is not None
 
 
 def _both(first: Observe, second: Observe) -> Observe:
@@ -112,7 +125,8 @@ class Output:
 class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
-    def __init__(self, start: Start, context: Context) -> None:
+    def __init__(self, start: Start, context: Context, stop: Stop | None = None) -> None:
+        self.stop = stop or Stop(lambda: False)
         self.spent = Spent()
         with self.spent.part("start"):
             self._build(start, context)
@@ -149,8 +163,8 @@ class Trainer:
         if start.checkpoint is not None:
             self._resume(Checkpoint(start.checkpoint))
 
-    def run(self, output: Output) -> dict[str, Any]:
-        """All remaining steps. Returns the summary of the run."""
+    def run(self, output: Output) -> dict[str, Any] | None:
+        """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
         started = time.monotonic()
         held_out: dict[str, float] = {}
         if self.step == 0:
@@ -164,6 +178,8 @@ class Trainer:
                 last or self._due(section.every_steps)
                 for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
             )
+            stopping = self.stop.due(self.step) and not last
+            saving = saving or stopping
             probing = self._due(self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
                 continue
@@ -181,6 +197,8 @@ class Trainer:
             if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
                 output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
+            if stopping:
+                return None
             self._start_meter()
         return {
             "step": self.step,

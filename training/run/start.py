@@ -27,6 +27,7 @@ from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 LOCK = "launcher.lock"  # in the run directory: held by the launcher of a start, whom it names
+STOP = "stop"  # in the run directory, while it runs: its workers are asked to stop
 WORKERS_END_SECONDS = 120.0  # in which workers end after their launcher was killed
 TOKENIZER = "tokenizer"  # in the run directory: the data's manifest and tokenizer, for exports
 
@@ -103,6 +104,7 @@ def sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterat
             lock.write(f"process {os.getpid()} on {platform.node()}\n")
             lock.flush()
             _wait_for_workers(directory, report=report)
+        (directory / STOP).unlink(missing_ok=True)
         yield
 
 

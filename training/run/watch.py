@@ -236,6 +236,12 @@ def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:
     events.end(config.run_directory, "finished", text, step=summary["step"])
 
 
+def report_stop(config: TrainConfig, *, step: int) -> None:
+    """The event that the run stopped because it was asked to."""
+    text = f"asked to stop, after step {step}; the same command resumes it"
+    events.end(config.run_directory, "stopped", text, step=step)
+
+
 class TrainingError(RunError):
     """The run cannot go on; the message says what happened and what to change."""
 
