@@ -1,12 +1,19 @@
 """Numbers, tables of text, tables of Markdown, and figures, in one style."""
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 DPI = 120
 COLORS = ("#1b6ca8", "#c8553d", "#e0a458", "#6a994e", "#c4c8cc")  # in this order
+STYLES = {  # of cells that say how something ended
+    "supported": "green", "contradicted": "red", "not decided": "yellow",
+    "FAILED": "bold red", "warning": "yellow",
+}  # fmt: skip
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -52,31 +59,122 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{s:02}s" if minutes else f"{s}s"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[int] = (0,)) -> str:
-    """Columns as wide as their widest cell, two spaces apart. None is shown as a dash.
+@dataclass(frozen=True)
+class Table:
+    """A table of text. `str` gives plain columns as wide as their widest cell, two spaces apart.
 
-    Args:
+    `show` draws it on a terminal by rich: long texts are folded, and columns that do not fit continue below.
+
+    Attributes:
+        head: of the columns; empty for a table of names and values.
+        rows: of cells; None is shown as a dash.
         left: the columns that are aligned left, such as names; -1 is the last. Others are aligned right.
     """
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    text = [place in left or place - len(head) in left for place in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_text else cell.rjust(width)
-            for cell, width, is_text in zip(row, widths, text, strict=True)
-        ).rstrip()
-        for row in cells
-    )
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[int]
+
+    def __str__(self) -> str:
+        widths, text = self._widths(), self._is_text()
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if is_text else cell.rjust(width)
+                for cell, width, is_text in zip(row, widths, text, strict=True)
+            ).rstrip()
+            for row in self._lines()
+        )
+
+    def _lines(self) -> list[Sequence[str]]:
+        return [self.head, *self.rows] if self.head else list(self.rows)
+
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(*self._lines(), strict=True)]
+
+    def _is_text(self) -> list[bool]:
+        number = len(self._widths())
+        return [place in self.left or place - number in self.left for place in range(number)]
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        text = self._is_text()
+        for places in _blocks(self._widths(), text, width=options.max_width):
+            drawn = RichTable(box=None, show_header=bool(self.head), pad_edge=False, padding=(0, 2, 0, 0))
+            for place in places:
+                name = self.head[place] if self.head else ""
+                drawn.add_column(
+                    Text(name), justify="left" if text[place] else "right", no_wrap=not text[place],
+                    overflow="fold", style="" if self.head or place else "bold",
+                )  # fmt: skip
+            for row in self.rows:
+                drawn.add_row(*(Text(row[place], style=STYLES.get(row[place], "")) for place in places))
+            yield drawn
+
+
+def _blocks(widths: Sequence[int], text: Sequence[bool], *, width: int) -> list[list[int]]:
+    """Columns that fit beside each other; the first column begins each block. Text may shrink to a third."""
+    needed = [
+        min(size, max(width // 3, 12)) if is_text else size
+        for size, is_text in zip(widths, text, strict=True)
+    ]
+    blocks, used = [[0]], needed[0]
+    for place in range(1, len(needed)):
+        if len(blocks[-1]) > 1 and used + 2 + needed[place] > width:
+            blocks.append([0])
+            used = needed[0]
+        blocks[-1].append(place)
+        used += 2 + needed[place]
+    return blocks
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, left: Sequence[int] = (0,)) -> Table:
+    """A table; `left` as in `Table`. None is shown as a dash."""
+    return Table(head, [[_cell(value) for value in row] for row in rows], left)
 
 
 def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def pairs(rows: Iterable[tuple[str, Any]]) -> str:
+def pairs(rows: Iterable[tuple[str, Any]]) -> Table:
     """A table of names and values, without a head."""
-    return table(("", ""), rows, left=(0, 1)).partition("\n")[2]
+    return table((), rows, left=(0, 1))
+
+
+def show(*parts: str | Table, file: TextIO | None = None, console: Any = None) -> None:
+    """Print texts and tables, each from a new line: plain where `file` (standard output) is no terminal.
+
+    Args:
+        console: rich's, if there is one for `file`.
+    """
+    stream = file or sys.stdout
+    if console is None and on_terminal(stream) and any(isinstance(part, Table) for part in parts):
+        console = console_of(stream)
+    if console is not None:
+        for part in parts:
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    else:
+        print(*parts, sep="\n", file=stream)
+    stream.flush()
+
+
+def console_of(stream: TextIO) -> Any:
+    """rich's console for a terminal. By itself it would take the width of another stream's."""
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, width=columns_of(stream))
+
+
+def columns_of(stream: TextIO) -> int:
+    """How wide a terminal is now; 80 where it does not say."""
+    return os.get_terminal_size(stream.fileno()).columns or 80
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """Whether somebody looks at this stream, on a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def markdown(

@@ -1,6 +1,5 @@
-"""One line that tells how far a run is: rewritten in place on a terminal, now and then elsewhere."""
+"""How far a command is: a bar on a terminal, by rich; elsewhere a plain line now and then."""
 
-import os
 import statistics
 import sys
 import time
@@ -9,68 +8,78 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from cluster.display import duration, in_thousands
+from cluster.display import Table, columns_of, console_of, duration, in_thousands, on_terminal, show
 
 PLAIN_SECONDS = 5.0  # between lines where they cannot be rewritten
 RECENT_STEPS = 50  # in the rate behind the ETA
+BAR_COLUMNS = 20  # none on a terminal of less than three times as many
 
 
 class Progress:
-    """The progress line of a run of `total_steps` optimizer steps. Use it as a context manager.
+    """The progress of a command of `total` steps. Use it as a context manager.
+
+    Nothing is written before the first update. On a terminal it is one line with a bar, never longer than the
+    terminal is wide, in colour unless NO_COLOR is set. rich is imported there alone.
 
     Args:
-        total_steps: the step at which the run is complete.
+        total: the step at which the command is done; None: unknown, so there is no ETA.
+        unit: what is counted.
         stream: where to write; standard error unless told.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        total_steps: int,
+        total: int | None,
         *,
+        unit: str = "step",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total_steps = total_steps
+        self._total = total
+        self._unit = unit
         self._stream = stream or sys.stderr
         self._clock = clock
-        self._in_place = self._stream.isatty()
+        self._in_place = on_terminal(self._stream)
+        self._bar: Any = None  # rich's, from the first row on
         self._latest: dict[str, Any] = {}
+        self._first: tuple[float, int] | None = None  # when the first row came, and its step
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._next_plain = -float("inf")
         self._pending = False  # the newest row is not on the stream yet
-        self._shown = ""  # what stands on the terminal's current line
 
     def update(self, row: dict[str, Any]) -> None:
-        """Take in a row of `metrics.jsonl` and show it.
+        """Take in a row, such as one of `metrics.jsonl`, and show it.
 
-        Keys used, all but `step` optional: step, loss and validation_loss (nats per token),
-        tokens_per_second (all devices), mfu (fraction of 1; None where the peak is unknown), step_seconds.
+        Keys used, all but `step` optional: step, doing (a few words), loss and validation_loss (nats per
+        token), tokens_per_second (all devices), mfu (fraction of 1; None where the peak is unknown) and
+        step_seconds; without these the ETA comes from the time since the first row.
         A value missing in this row stays as last seen, as the validation loss does between evaluations.
         """
         self._latest.update(row)
+        self._first = self._first or (self._clock(), row["step"])
         if "step_seconds" in row:
             self._step_seconds.append(row["step_seconds"])
         self._pending = True
-        if self._in_place or self._clock() >= self._next_plain or row["step"] >= self._total_steps:
+        done = self._total is not None and row["step"] >= self._total
+        if self._in_place or done or self._clock() >= self._next_plain:
             self._show()
 
-    def note(self, text: str) -> None:
-        """Print `text` as a line of its own; the progress line continues below."""
-        self._erase()
-        self._stream.write(f"{text}\n")
-        if self._in_place and self._latest:
-            self._show()
-        self._stream.flush()
+    def advance(self, doing: str | None = None, *, by: int = 1) -> None:
+        """Count `by` more steps; 0 shows what is done next, and where the first step begins."""
+        self.update({"step": self._latest.get("step", 0) + by} | ({"doing": doing} if doing else {}))
+
+    def note(self, text: str | Table) -> None:
+        """Print `text` as lines of their own; the progress line continues below."""
+        show(text, file=self._stream, console=self._bar and self._bar.console)
 
     def close(self) -> None:
         """Show the newest row if it is not shown yet, and end the line."""
         if self._pending:
             self._show()
-        if self._shown:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._shown = ""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def __enter__(self) -> Self:
         return self
@@ -82,25 +91,26 @@ class Progress:
 
     def _show(self) -> None:
         self._pending = False
-        fields = self._fields()
-        if self._in_place:
-            line = fit(fields, width=os.get_terminal_size(self._stream.fileno()).columns or 80)
-            self._stream.write(f"\r{line.ljust(len(self._shown))}")
-            self._shown = line
-        else:
-            self._stream.write("  ".join(fields) + "\n")
+        if not self._in_place:
+            self._stream.write("  ".join(self._fields()) + "\n")
+            self._stream.flush()
             self._next_plain = self._clock() + PLAIN_SECONDS
-        self._stream.flush()
-
-    def _erase(self) -> None:
-        if self._shown:
-            self._stream.write(f"\r{' ' * len(self._shown)}\r")
-            self._shown = ""
+            return
+        self._bar = self._bar or _bar(self._stream, self._total)
+        self._bar.console.width = columns_of(self._stream)  # a person may have changed it
+        room = self._bar.console.width - (BAR_COLUMNS + 1) * (len(self._bar.columns) > 1)
+        (task,) = self._bar.task_ids
+        self._bar.update(
+            task, completed=self._latest["step"], description=fit(self._fields(), width=room), refresh=True
+        )
 
     def _fields(self) -> list[str]:
         """The parts of the line. All but the first and the last can be left out, the last of them first."""
         latest = self._latest
-        fields = [f"step {latest['step']}/{self._total_steps}"]
+        step = f"{latest['step']:,}"
+        fields = [f"{self._unit} {step}" if self._total is None else f"{self._unit} {step}/{self._total:,}"]
+        if latest.get("doing"):
+            fields.append(latest["doing"])
         if latest.get("loss") is not None:
             fields.append(f"loss {latest['loss']:.3f}")
         if latest.get("validation_loss") is not None:
@@ -109,10 +119,34 @@ class Progress:
             fields.append(f"{in_thousands(latest['tokens_per_second'])} tok/s")
         if latest.get("mfu") is not None:
             fields.append(f"MFU {latest['mfu']:.1%}")
-        if self._step_seconds:
-            remaining = max(self._total_steps - latest["step"], 0)
-            fields.append(f"ETA {duration(remaining * statistics.median(self._step_seconds))}")
+        if (seconds := self._seconds_left()) is not None:
+            fields.append(f"ETA {duration(seconds)}")
         return fields
+
+    def _seconds_left(self) -> float | None:
+        if self._total is None or self._first is None:
+            return None
+        left = max(self._total - self._latest["step"], 0)
+        if self._step_seconds:
+            return left * statistics.median(self._step_seconds)
+        begin, first = self._first
+        done = self._latest["step"] - first
+        return left * (self._clock() - begin) / done if done > 0 else None
+
+
+def _bar(stream: TextIO, total: int | None) -> Any:
+    """rich's progress, started, with one task. It draws when told: no thread runs beside a training."""
+    from rich import progress
+
+    console = console_of(stream)
+    text = progress.TextColumn("{task.description}", markup=False)
+    bar = progress.BarColumn(bar_width=BAR_COLUMNS)
+    columns = (bar, text) if console.width >= 3 * BAR_COLUMNS else (text,)
+    made = progress.Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False)
+    made.add_task("", total=total)
+    made.start()
+    console.show_cursor()  # rich hides it, and a killed process would leave it so
+    return made
 
 
 def fit(fields: list[str], *, width: int) -> str:

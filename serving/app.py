@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from cluster import cli
 from cluster import config as layered
+from cluster.display import show
 from serving import config as serving_config
 from serving.config import ServeConfig
 from serving.deployment import describe, serving
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> None:
         config = serving_config.load(file=options.config, dotlist=options.overrides)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{describe(config)}")
+            show(layered.to_yaml(config), describe(config))
             return
         with serving(config, report=print) as url:
             print(f"serving at {url}/v1 until Ctrl-C", flush=True)

@@ -143,7 +143,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
     ).bind(config, served, factory)
 
 
-def describe(config: ServeConfig) -> str:
+def describe(config: ServeConfig) -> display.Table:
     """What would be served, and its size. Exports and starts nothing. Raises `UserError`."""
     from serving.engine import torch_engine
 

@@ -26,6 +26,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import Table, show
 from cluster.measure import benchmark, probe
 from cluster.process import Child
 from cluster.progress import Progress
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"schedule.tokens: makes {plan.num_steps} steps; use over {SETTLING_STEPS}")
         given = ["--config", str(options.config), *keys] if options.config else keys
         if options.dry_run:
-            print(layered.to_yaml(config), plan.describe(), sep="\n")
+            show(layered.to_yaml(config), plan.table())
             for name in LAUNCHERS:
                 print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
             return
@@ -130,7 +131,7 @@ def bench(
         flush=True,
     )
     result |= compare(measure(plan, given, num_rounds=num_rounds))
-    print(table(result))
+    show(*table(result))
     return result, Manifest.read(data).fingerprint
 
 
@@ -212,9 +213,9 @@ def compare(rounds: Sequence[dict[str, LaunchTimes]]) -> dict[str, Any]:
     return {**medians, "overhead_ray_percent": 100 * (1 / medians["speedup_torchrun_step"] - 1)}
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> tuple[Table, str]:
     """The result of `compare`, for people."""
-    return f"{benchmark.table(result)}\noverhead_ray_percent {result['overhead_ray_percent']:+.2f}"
+    return benchmark.table(result), f"overhead_ray_percent {result['overhead_ray_percent']:+.2f}"
 
 
 def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError, Stopped, told_to_stop
+from cluster.display import show
 from cluster.laptop import inventory, remote
 from cluster.progress import Progress
 from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
-from training.run.plots import plot_losses
 from training.run.spent import Spent
 
 STOPPING = "stopping, with a checkpoint, after the next step; a second signal breaks off at once"
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = training_config.load(**given)
         plan = make_plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+            show(layered.to_yaml(config), plan.table())
         elif options.cluster:
             remote.start(
                 options.cluster,
@@ -87,7 +87,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
-    print(plan.describe(), flush=True)
+    show(plan.table())
     with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
@@ -160,7 +160,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
-            progress.note(plan.describe())
+            progress.note(plan.table())
 
         def prepare() -> "Start | None":  # by rank 0
             owned.enter_context(sole_writer(config, report=progress.note))
@@ -185,9 +185,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
 
 def finish_run(config: TrainConfig, spent: Spent, *, rest: str) -> None:
-    """Plot the run, and print its result and where the time went. `rest`: see `Spent.describe`."""
+    """Print the run's result and where the time went. `rest`: see `Spent.describe`."""
     directory = config.run_directory
-    plot_losses(directory)
     summary = files.read_json(directory / "summary.json")
     print(f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens")
     for prompt, text in summary["samples"].items():

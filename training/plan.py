@@ -6,6 +6,7 @@ from math import ceil, prod
 from typing import Any
 
 from cluster.config import ConfigError
+from cluster.display import Table, pairs
 from cluster.measure import hardware
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model import shapes
@@ -45,6 +46,10 @@ class Plan:
         return sum(self.memory_bytes.values())
 
     def describe(self) -> str:
+        """The plan for people, as text."""
+        return str(self.table())
+
+    def table(self) -> Table:
         """The plan as a table for people."""
         rows = [
             ("parameters", f"{self.shape.num_parameters:,} ({self.shape.num_parameters / 1e9:.4f}B)"),
@@ -60,12 +65,12 @@ class Plan:
             ("training time", self._time()),
             ("memory per worker", f"{self.total_memory_bytes / 1e9:.2f} GB"),
         ]
-        rows += [(f"  {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()]
+        rows += [(f" {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()]
         if (machine := platform.machine()) not in TESTED_MACHINES:
             rows.append(("not tested", f"nothing here has run on {machine} yet"))
         if self.device:
             rows.append(("memory available", f"{self.device.memory_gb:g} GB ({self.device.name})"))
-        return "\n".join(f"{name:<24}{value}" for name, value in rows)
+        return pairs((f"{name:<22}", value) for name, value in rows)
 
     def _time(self) -> str:
         if self.device is None:

@@ -85,7 +85,7 @@ def spread_of(key: str) -> str:
     return f"spread_{key.removeprefix('speedup_')}"
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> display.Table:
     """A table of every median in `result` with its spread; a dash where nothing was measured."""
     rows = [
         (key, *(None if value is None else f"{value:.3f}" for value in values))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import key
-from cluster.display import number
+from cluster.display import Table, number, pairs
 from cluster.display import table as text_table
 from cluster.machine.host import KIB
 from cluster.measure import hardware
@@ -203,8 +203,23 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
                 yield Finding(node, f"{slow}; look at its cable, port and PCIe width", is_failure=is_gpu)
 
 
-def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
-    """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
+def table(found: dict[str, Any], findings: Sequence[Finding]) -> list[str | Table]:
+    """The measurements by node, the links, and the findings."""
+    lines: list[str | Table] = [text_table(COLUMNS, node_rows(found))]
+    for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
+        if links and "problem" not in links:
+            reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))
+            latency = f"latency {links['all_reduce_latency_us']:.0f} us"
+            lines.append(
+                f"{name}: all-reduce {number(reduced)} GB/s (bus), all-to-all {number(exchanged)} GB/s, "
+                f"{latency}"
+            )
+    said = [("FAILED" if finding.is_failure else "warning", str(finding)) for finding in findings]
+    return [*lines, *([pairs(said)] if said else [])]
+
+
+def node_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row under COLUMNS for each node. Disks in GB/s, written and read."""
     rows = []
     for node, facts in found["nodes"].items():
         rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
@@ -215,17 +230,7 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> str:
         )
         disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
         rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    lines = [text_table(COLUMNS, rows)]
-    for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
-        if links and "problem" not in links:
-            reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))
-            latency = f"latency {links['all_reduce_latency_us']:.0f} us"
-            lines.append(
-                f"{name}: all-reduce {number(reduced)} GB/s (bus), all-to-all {number(exchanged)} GB/s, "
-                f"{latency}"
-            )
-    lines += [f"{'FAILED ' if finding.is_failure else 'warning'}  {finding}" for finding in findings]
-    return "\n".join(lines)
+    return rows
 
 
 def _disk(folder: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.config import key
+from cluster.display import show
 from cluster.measure import benchmark, hardware
 from cluster.measure.benchmark import spread_of
 from cluster.session import worker_environment
@@ -202,7 +203,7 @@ def step_case(case: str, *, num_rounds: int) -> dict[str, Any]:
         print(
             "torch_muon is left out: it multiplies in bf16, for which this CPU takes about 100 times as long"
         )
-    print(benchmark.table(found))
+    show(benchmark.table(found))
     if sheet := hardware.lookup(where):
         floor_ms = 1e3 * floor_seconds(shapes, **_peaks(sheet))
         found |= {f"datasheet_floor_ms_{case}": floor_ms}

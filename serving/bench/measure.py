@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cluster.cli import RunError, UserError
+from cluster.display import Table, show
 from cluster.endpoint_client import Endpoint
 from cluster.record.record import Record
 from serving.bench import report
@@ -23,9 +24,9 @@ from serving.endpoint.text import TOKENIZER_FILE, load_tokenizer
 ATTEMPTS = 3  # at a measurement, while the load generator lags; a new cluster is still settling at first
 
 
-def note(text: str) -> None:
+def note(text: str | Table) -> None:
     """Report progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    show(text, file=sys.stderr)
 
 
 @dataclass

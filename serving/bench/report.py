@@ -118,7 +118,7 @@ def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
     return [fault for fault in found if fault]
 
 
-def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
+def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> display.Table:
     """The model, the engine and the ceilings, for people."""
     details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
     peak = f"{display.number(ceiling['product_tflops'])} TFLOP/s in {ceiling['product_dtype']}"
@@ -142,7 +142,7 @@ def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> str:
     return display.pairs(rows)
 
 
-def table(points: Sequence[Mapping[str, Any]]) -> str:
+def table(points: Sequence[Mapping[str, Any]]) -> display.Table:
     """The measurements, one a line; latencies in milliseconds."""
     shown = [column for column in COLUMNS if any(point.get(column[1]) is not None for point in points)]
     rows = [

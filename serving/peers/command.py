@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from cluster import config as layered
+from cluster.display import show
 from cluster.machine.host import describe_host
 from cluster.measure import benchmark
 from serving.bench.config import ServeBenchConfig
@@ -27,7 +28,7 @@ def compare(config: ServeBenchConfig) -> None:
             shape=shapes.resolve(config.model.shape) if config.model.shape else races.TINY,
             report=note,
         )
-    print(benchmark.table(result))
+    show(benchmark.table(result))
     chosen = Path(config.bench.output).expanduser() if config.bench.output else None
     output = benchmark.prepare_output(chosen, f"serve_{peer}")
     benchmark.publish(

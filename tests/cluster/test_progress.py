@@ -1,11 +1,13 @@
-import fcntl
-import io
-import os
-import pty
-import struct
-import termios
+"""The progress line: plain, and on a pseudo terminal."""
 
+import io
+import re
+
+import pytest
+
+from cluster.display import table
 from cluster.progress import Progress, fit
+from tests.terminal import COLOUR, on_terminal, screen
 
 
 def row(step, **values):
@@ -64,37 +66,88 @@ def test_one_slow_step_does_not_move_the_eta():
     assert stream.getvalue().splitlines()[-1].endswith("ETA 3m00s")
 
 
-def on_terminal(columns, use):
-    """What `use(progress)` writes on a terminal of that width."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    written = b""
-    with os.fdopen(slave, "w") as stream:
-        with Progress(250, stream=stream) as progress:
+def shown(columns, use, total=250):
+    """What stands on a terminal of that width after `use(progress)`, and all that was written."""
+
+    def draw(stream):
+        with Progress(total, stream=stream) as progress:
             use(progress)
-        print("END", file=stream, flush=True)
-        while not written.endswith(b"END\r\n"):
-            written += os.read(master, 100_000)
-    os.close(master)
-    return written.removesuffix(b"END\r\n").decode().replace("\r\n", "\n")
+
+    written = on_terminal(columns, draw)
+    return screen(written, columns=columns), written
 
 
-def test_a_terminal_rewrites_the_line_within_its_width():
-    written = on_terminal(40, lambda progress: [progress.update(row(step)) for step in (119, 120)])
-    first, second = written.removesuffix("\n").split("\r")[1:]
-    assert second == "step 120/250  loss 5.123  ETA 2m10s"
-    assert len(first) < 40 and len(second) < 40 and written.count("\n") == 1
+def test_a_narrow_terminal_rewrites_the_line_within_its_width():
+    lines, _ = shown(40, lambda progress: [progress.update(row(step)) for step in (119, 120)])
+    assert lines == ["step 120/250  loss 5.123  ETA 2m10s", ""]
 
 
-def test_a_note_stands_on_a_line_of_its_own():
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_wider_terminal_shows_a_bar(columns):
+    lines, _ = shown(columns, lambda progress: [progress.update(row(step)) for step in range(1, 126)])
+    assert len(lines) == 2 and len(lines[0]) <= columns and lines[1] == ""
+    bar, _, text = lines[0].partition(" step 125/250  loss 5.123")
+    assert set(bar) <= set("━╸╺") and len(bar) == 20 and text.endswith("ETA 2m05s")
+
+
+def test_a_note_stands_on_lines_of_its_own():
     def use(progress):
+        progress.note("[bold]before[/bold]")
         progress.update(row(1))
         progress.note("checkpoint saved")
+        progress.note(table(("a", "b"), [("x", 1)]))
         progress.update(row(2))
 
-    *_, noted, last = on_terminal(120, use).removesuffix("\n").split("\n")
-    assert noted.endswith("\rcheckpoint saved")
-    assert last.split("\r")[-1].startswith("step 2/250")
+    lines, _ = shown(50, use)
+    assert lines[:4] == ["[bold]before[/bold]", "checkpoint saved", "a  b", "x  1"]
+    assert lines[4].startswith("step 2/250") and lines[5:] == [""]
+
+
+def test_a_failure_leaves_the_line_whole_and_the_cursor_visible():
+    def draw(stream):
+        def fail():
+            with Progress(250, stream=stream) as progress:
+                progress.update(row(1))
+                raise KeyError("broken")
+
+        with pytest.raises(KeyError):
+            fail()
+        print("error: broken", file=stream)
+
+    written = on_terminal(80, draw)
+    assert screen(written, columns=80)[1:] == ["error: broken", ""]
+    assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l")
+
+
+def test_colours_only_without_no_color(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, coloured = shown(80, lambda progress: progress.update(row(100)))
+    monkeypatch.setenv("NO_COLOR", "1")
+    _, plain = shown(80, lambda progress: progress.update(row(100)))
+    assert re.search(COLOUR, coloured) and not re.search(COLOUR, plain)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    _, written = shown(80, lambda progress: progress.update(row(120)))
+    assert written == "step 120/250  loss 5.123  9.8k tok/s  MFU 41.2%  ETA 2m10s\n"
+
+
+def test_without_the_seconds_of_a_step_the_eta_comes_from_the_time_so_far():
+    stream, now = io.StringIO(), [0.0]
+    with Progress(4, unit="cell", stream=stream, clock=lambda: now[0]) as progress:
+        progress.advance("decode", by=0)
+        now[0] = 30.0
+        progress.advance("prefill")
+    assert stream.getvalue().splitlines() == ["cell 0/4  decode", "cell 1/4  prefill  ETA 1m30s"]
+
+
+def test_an_unknown_total_has_no_eta():
+    stream = io.StringIO()
+    with Progress(None, unit="document", stream=stream) as progress:
+        progress.update({"step": 12_345, "tokens_per_second": 812.0})
+    assert stream.getvalue() == "document 12,345  812 tok/s\n"
 
 
 def test_the_last_but_one_field_is_left_out_first():

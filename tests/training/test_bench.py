@@ -57,7 +57,7 @@ def test_the_overhead_is_positive_where_ray_is_slower():
 
 
 def test_the_table_has_a_line_for_every_median_and_the_overhead():
-    lines = bench.table({"rounds": 3, **bench.compare(ROUNDS)}).splitlines()
+    lines = "\n".join(map(str, bench.table({"rounds": 3, **bench.compare(ROUNDS)}))).splitlines()
     assert len(lines) == 1 + 6 + 1
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert cells["step_seconds_ray"] == ["2.000", "1.000", "3.000"]

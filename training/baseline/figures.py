@@ -205,7 +205,7 @@ def shares_text(figure: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {statistics.median(part):.1%}" for name, part in figure["shares"].items())
 
 
-def table(figures: Iterable[Mapping[str, Any]]) -> str:
+def table(figures: Iterable[Mapping[str, Any]]) -> display.Table:
     """The figures, for people."""
     rows = ((each["id"], *(display.number(n) for n in rates(each)), shares_text(each)) for each in figures)
     return display.table(("", "tokens/s", "min", "max", "shares"), rows, left=(0, 4))

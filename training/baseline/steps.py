@@ -26,6 +26,7 @@ import numpy as np
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import show
 from cluster.measure import hardware
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
 from cluster.record import origins
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = training_config.load(file=options.config, dotlist=keys)
             plan = make_plan(config)
             if options.dry_run:
-                print(f"{layered.to_yaml(config)}\n{plan.describe()}")
+                show(layered.to_yaml(config), plan.table())
                 return
             measured = (run_ray if options.ray else run)(config, plan, **size)
         if measured is not None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.display import pairs
+from cluster.display import Table, pairs, show
 from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
 from cluster.record import origins
 from cluster.record.origins import Origin
+from cluster.record.result import record_result
 from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
@@ -48,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = layered.load(EvaluateConfig, file=options.config, dotlist=options.overrides)
         evaluation = plan(config)
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}\n{evaluation.describe()}")
+            show(layered.to_yaml(config), evaluation.describe())
             return
-        result = run(config, evaluation, report=lambda note: print(note, flush=True))
-        print(table(result))
+        result = run(config, evaluation, report=show)
+        show(*table(result), f"W&B: {record(config, evaluation, result)}")
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
@@ -84,8 +85,8 @@ class Evaluation:
         assert self.endpoint is not None
         return self.endpoint.model
 
-    def describe(self) -> str:
-        """The plan for people, in lines."""
+    def describe(self) -> Table:
+        """The plan for people."""
         where = f"{self.endpoint.model} at {self.endpoint.url}" if self.endpoint else "here"
         return pairs(
             [
@@ -159,7 +160,7 @@ def _output(config: EvaluateConfig, model: ModelDirectory | None, endpoint: Endp
     return Path(RunConfig().directory).absolute() / f"eval-{plain}" / RESULT_FILE
 
 
-def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str], None]) -> dict[str, Any]:
+def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[Table], None]) -> dict[str, Any]:
     """Evaluate, write the result and return it.
 
     Raises:
@@ -189,6 +190,20 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[str
             f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
         ) from error
     return result
+
+
+def record(config: EvaluateConfig, evaluation: Evaluation, result: dict[str, Any]) -> str:
+    """Record an evaluation as a run of its own, beside the file of the result. Returns W&B's status."""
+    columns = tuple(field.name for field in dataclasses.fields(TaskScore))
+    scores = [[score[column] for column in columns] for score in result["scores"]]
+    held_out = {key: value for key, value in result["perplexity"].items() if isinstance(value, int | float)}
+    return record_result(
+        evaluation.output.with_suffix(""), job_type="evaluation", name=f"eval-{evaluation.name}",
+        project=config.project, wandb_mode=config.wandb, config=result["config"],
+        provenance=result["provenance"], inputs=result["provenance"].get("inputs", []),
+        summary={**held_out, **last_line(result, evaluation.output)},
+        tables={"scores_table": (columns, scores)} if scores else {}, attachments=[evaluation.output],
+    )  # fmt: skip
 
 
 def _origins(evaluation: Evaluation, measured: Measured) -> list[Origin]:

@@ -77,7 +77,7 @@ def to_json(
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> tuple[display.Table, str]:
     """The result for people: a line per metric, the perplexity first."""
     rows: list[tuple[Any, ...]] = []
     held_out = result["perplexity"]
@@ -98,7 +98,7 @@ def table(result: Mapping[str, Any]) -> str:
                 *(_figure(score[name]) for name in ("value", "stderr")),
             )
         )
-    return f"{display.table(HEADERS, rows, left=(0, 4, 5))}\n{ending}"
+    return display.table(HEADERS, rows, left=(0, 4, 5)), ending
 
 
 def _figure(value: float | None) -> str | None:

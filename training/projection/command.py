@@ -10,15 +10,19 @@ per GPU comes from training/plan.py.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 from cluster import cli
 from cluster import config as layered
-from cluster.display import table
+from cluster.display import Table, pairs, show, table
 from cluster.measure import hardware
+from cluster.record import provenance
+from cluster.record.result import record_result
 from training.config import (
     BatchConfig,
     MatrixOptimConfig,
@@ -127,18 +131,19 @@ def training_config_of(config: ProjectionConfig, stage: int, batch: Batch) -> Tr
     )
 
 
-def describe(config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def describe(
+    config: ProjectionConfig, basis: Basis, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str | Table]:
     """What is measured and what is assumed, then a table for each number of nodes."""
     sheet = hardware.lookup(config.device)
     links = config.links
     yield f"{config.shape} with {config.rule}, {config.tokens:,.0f} tokens, on {config.device}"
-    yield f"a GPU          {basis.source}"
-    yield (
-        f"in a node      ASSUMED: PCIe {links.pcie_gb_per_s:g} GB/s each way, NVLink "
-        f"{links.nvlink_gb_per_s:g} GB/s each way; set links.* to what `make preflight` measured"
+    assumed = (
+        f"ASSUMED: PCIe {links.pcie_gb_per_s:g} GB/s each way, NVLink {links.nvlink_gb_per_s:g} GB/s each "
+        "way; set links.* to what `make preflight` measured"
     )
-    if max(config.nodes) > 1:
-        yield f"between nodes  {basis.network.describe()}"
+    between = [("between nodes", basis.network.describe())] if max(config.nodes) > 1 else []
+    yield pairs([("a GPU        ", basis.source), ("in a node", assumed), *between])
     yield "only `overlapped` hides communication behind compute; bottleneck: the largest part"
     memory = sheet.memory_gb * 1e9 if sheet else inf
     for num_nodes in dict.fromkeys(row["nodes"] for row in rows):
@@ -158,6 +163,21 @@ def _cells(row: Mapping[str, Any], memory: float) -> list[str | None]:
         f"{row['memory_bytes'] / 1e9:.1f}",
         f"{row['bottleneck']}{' (DOES NOT FIT)' * (row['memory_bytes'] > memory)}",
     ]
+
+
+def record(config: ProjectionConfig, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> str:
+    """Record a projection as a run: its rows as a table. Returns W&B's status."""
+    columns = [name for name, value in rows[0].items() if not isinstance(value, dict)]
+    table_rows = [
+        [*(row[name] for name in columns), *(row["seconds"][part] for part in PARTS)] for row in rows
+    ]
+    return record_result(
+        Path(config.directory), job_type="projection", name=f"{config.shape}-{config.device}",
+        project=config.project, wandb_mode=config.wandb, config=layered.to_dict(config),
+        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        summary={"projection": rows, **sources},
+        tables={"rows": ([*columns, *(f"{part}_seconds" for part in PARTS)], table_rows)},
+    )  # fmt: skip
 
 
 def batch_line(config: ProjectionConfig, row: Mapping[str, Any]) -> str:
@@ -190,8 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{layered.to_yaml(config)}\n{about}")
             return
         rows = project(config, basis)
-        print(*describe(config, basis, rows), sep="\n")
+        show(*describe(config, basis, rows))
         sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
+        print(f"W&B: {record(config, rows, sources)}")
         print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 
     return cli.run(body)

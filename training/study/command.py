@@ -23,6 +23,7 @@ from typing import Any
 from cluster import cli, files
 from cluster import config as layered
 from cluster.cli import RunError
+from cluster.display import Table, show
 from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record import provenance
@@ -33,6 +34,7 @@ from training.data.prepare import prepare
 from training.study.config import DEFAULT_FILE, StudyConfig, load
 from training.study.plan import StudyPlan, describe_plan
 from training.study.plots import plot_study
+from training.study.publish import publish_study
 from training.study.report import About, describe_study
 from training.study.results import Result, RunFailure, StudyResults, read_result, write_tables
 from training.study.runs import StudyRun, is_finished
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = StudyPlan(config)
         plan.check()
         if options.dry_run:
-            print(layered.to_yaml(config), _describe(plan), sep="\n")
+            show(layered.to_yaml(config), _describe(plan))
             return
         run_study(plan, command=command_line(options))
 
@@ -67,7 +69,7 @@ def command_line(options: Any) -> str:
     return " ".join(["python -m training.study", *given, *options.overrides])
 
 
-def _describe(plan: StudyPlan) -> str:
+def _describe(plan: StudyPlan) -> Table:
     return describe_plan(plan, measured_seconds(plan), parallel=parallel_runs(plan.config))
 
 
@@ -97,7 +99,7 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "study.yaml", layered.to_yaml(plan.config))
     data = prepare(plan.data_config, report=lambda line: print(line, file=sys.stderr))
-    print(_describe(plan), file=sys.stderr, flush=True)
+    show(_describe(plan), file=sys.stderr)
     study = StudyResults(plan, execute(plan))
     fingerprint = Manifest.read(data).fingerprint
     about = About(
@@ -112,6 +114,7 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     files.write_text(directory / "report.md", report)
     for result in study.failed():
         print(f"{result.status}: {result.name}: {result.error}", file=sys.stderr)
+    print(f"W&B: {publish_study(study, about=about, data=data)}")
     print(f"report: {directory / 'report.md'}")
     if missing := study.rules_without_a_result():
         raise RunError(

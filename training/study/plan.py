@@ -11,7 +11,7 @@ from functools import cached_property
 from operator import attrgetter
 
 from cluster.config import require
-from cluster.display import pairs
+from cluster.display import Table, pairs
 from training.config import DataConfig
 from training.model.shapes import LlamaShape
 from training.plan import Plan, make_plan
@@ -112,7 +112,7 @@ _NO_TUNING_SEQUENCES = (
 _WHY = "the runs of a study must be measured alike"
 
 
-def describe_plan(plan: StudyPlan, seconds_of: Mapping[str, float], *, parallel: int) -> str:
+def describe_plan(plan: StudyPlan, seconds_of: Mapping[str, float], *, parallel: int) -> Table:
     """The plan for people. `seconds_of`: width -> measured seconds of a run, where there are any."""
     config, runs = plan.config, plan.typical_runs()
     num_tuning, widest = len(plan.tuning_runs()), plan.plan_of(runs[0])

@@ -62,7 +62,7 @@ POINTS = [
 
 
 def test_the_table_shows_a_dash_for_what_was_not_measured_and_no_empty_columns():
-    lines = table(POINTS).splitlines()
+    lines = str(table(POINTS)).splitlines()
     assert lines[0].split() == ["load", "ok/all", "TTFT", "p50", "SLO", "met", "MBU"]
     assert lines[1].split() == ["1", "in", "flight", "9/10", "12.3", "90%", "50.0%"]
     assert lines[2].split() == ["2.00/s", "poisson", "refused", "-", "-", "-"]
