@@ -22,6 +22,7 @@ from cluster.review.outcome import Outcome, sentence
 from cluster.review.run_reader import Run
 from cluster.review.words import commit, number, plain
 
+LONG_BYTES = 50_000_000  # of metrics.jsonl; reading them takes seconds
 MOST_MARKS = 30  # on the curves; more would hide them
 PAGE = "report.html"
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         run = find(options.run)
+        if run.metrics.exists() and (size := run.metrics.stat().st_size) > LONG_BYTES:
+            print(f"reading {size / 1e6:,.0f} MB of {run.metrics}", file=sys.stderr, flush=True)
         path = write(make_page(run), options.output or run.directory / PAGE)
         print(f"{_sentence(run)}\npage: {path.absolute()}")
 

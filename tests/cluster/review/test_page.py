@@ -165,7 +165,7 @@ def test_a_page_is_small_and_thinned_where_a_run_is_long(tmp_path):
             values = spike if step == 12_345 else {"loss": 4.0, "gradient_norm": 1.0}
             file.write(json.dumps({"step": step, "tokens": 100 * step, **values}) + "\n")
     text = read(directory).text
-    assert "training: 20,000 values, the lowest and the highest of each 20 drawn" in text
+    assert "training: 20,000 values, drawn as the lowest, the median and the highest of each 20" in text
     assert (directory / "report.html").stat().st_size < 3e6
 
 
