@@ -137,7 +137,7 @@ class Charts:
         """A chart of these curves. `unit`: what stands at the y axis."""
         drawn = [thin(curve.x, curve.y) for curve in curves]
         logarithmic = _is_wide(np.concatenate([y for _, y in drawn]))
-        figure = self._figure(f"{unit}, log scale" if logarithmic else unit, logarithmic, height)
+        figure = self._figure(", ".join(filter(None, (unit, "log scale" * logarithmic))), logarithmic, height)
         for place, (curve, (x, y)) in enumerate(zip(curves, drawn, strict=True)):
             color = PALETTE[(place if curve.color is None else curve.color) % len(PALETTE)]
             self._draw(figure, curve, x, y, color)
@@ -249,7 +249,7 @@ def _mark(figure: Any, marks: Sequence[Mark]) -> None:
 def _is_wide(y: Any) -> bool:
     """Whether a linear axis would flatten the curves: all positive, over some orders of magnitude."""
     finite = y[np.isfinite(y)]
-    return len(finite) > 0 and finite.min() > 0 and finite.max() > WIDE_RATIO * float(np.median(finite))
+    return len(finite) > 0 and bool(finite.min() > 0 and finite.max() > WIDE_RATIO * np.median(finite))
 
 
 def _formatter() -> Any:
@@ -259,7 +259,8 @@ def _formatter() -> Any:
     return CustomJSTickFormatter(
         code="""
         const size = Math.abs(tick)
-        for (const [scale, suffix] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]])
+        if (size >= 1e15 || (size > 0 && size < 1e-6)) return tick.toExponential()
+        for (const [scale, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
             if (size >= scale && size >= 1e4)
                 return (tick / scale).toLocaleString("en", {maximumFractionDigits: 3}) + suffix
         return tick.toLocaleString("en", {maximumSignificantDigits: 6})

@@ -94,7 +94,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.latest.get("loss") is not None:
         found.append(("Training loss", number(run.latest["loss"])))
     found.append(("Tokens", _known(run.latest.get("tokens"))))
-    found.append(("Tokens per second", _known(outcome.tokens_per_second)))
+    found.append(("Tokens per second", _known(outcome.tokens_per_second, digits=3)))
     if "mfu" in run.latest:
         mfu = summary.get("mfu", run.latest.get("mfu"))
         found.append(("MFU", f"{mfu:.1%}" if mfu is not None else f"unknown: {run.latest.get('mfu_reason')}"))
@@ -102,7 +102,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
-    workers = f"{config['workers.count']} x " if config.get("workers.count") else ""
+    workers = f"{config['workers.count']} × " if config.get("workers.count") else ""
     gpus = host.get("gpus") or []
     device = gpus[0] if gpus and config.get("workers.gpu", True) else host.get("cpu")
     found.append(("Hardware", f"{workers}{device}" if device else None))
@@ -115,8 +115,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value not in (None, "", "-")]
 
 
-def _known(value: Any) -> str | None:
-    return None if value is None else number(value)
+def _known(value: Any, *, digits: int = 5) -> str | None:
+    return None if value is None else number(value, digits=digits)
 
 
 def _time_parts(total: str, summary: dict[str, Any]) -> str:
@@ -206,15 +206,13 @@ def samples_section(run: Run) -> Section:
 
 
 def lineage_section(run: Run) -> Section:
-    """Which commit, data and checkpoint it comes from."""
+    """Which commit, data and checkpoint it comes from, and which checkpoints it holds."""
     section = Section("Lineage")
     if run.provenance:
         try:
             section.texts.append(("", lineage.describe(lineage.find(str(run.directory)))))
         except UserError as error:
             section.paragraphs.append(str(error))
-    if run.checkpoints:
-        section.paragraphs.append(f"Complete checkpoints: steps {', '.join(map(number, run.checkpoints))}.")
     return section
 
 

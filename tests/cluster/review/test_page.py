@@ -108,7 +108,7 @@ def test_a_run_of_an_older_version_has_a_page(tmp_path):
     (tmp_path / "provenance.json").write_text('{"commit": "abc", "host": null, "packages": null}')
     (tmp_path / "summary.json").write_text('{"loss": 4.2, "samples": null}')
     found = read(tmp_path)
-    assert "Finished" in found.text and "train loss" in found.text
+    assert "Finished" in found.text and "Train loss" in found.text
     assert "did not record which keys differ" in found.text and "optimizer.lr 0.1" in found.text
 
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_shows_its_starts(tmp_path):
 
 def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):
     text = read(make_run(tmp_path / "a", rows(4, attention_logits_max=12.5))).text
-    assert "Other measurements attention logits max" in text
+    assert "Other measurements Attention logits max" in text
 
 
 def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
