@@ -11,8 +11,8 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard up status \
-  preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
+  status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -71,13 +71,20 @@ compare: $(VENV)/ready
 dashboard: $(VENV)/ready
 	$(PY) cluster.review.dashboard $(ARGS)
 
+## sync          send to W&B what is only on disk: all of outputs/, or RUN=name
+sync: $(VENV)/ready
+	$(PY) cluster.review.sync $(if $(RUN),--run $(RUN))
+
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
 ## up            start every node, or name those that did not join, with the reason
-## status        nodes, runs and the last preflight
+## status        nodes, runs, their alarms and the last preflight; the runs here without CLUSTER= (RUN=name)
 ## down          end every process of the cluster; runs and data stay
-up status down: $(VENV)/ready
+up down: $(VENV)/ready
 	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+
+status: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.laptop.fleet status $(CLUSTER),cluster.review.status $(RUN))
 
 ## attach        follow a run's log (RUN=name, or the newest)
 ## stop          stop a run; its checkpoints stay

@@ -26,9 +26,13 @@ def encode(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(row: dict[str, Any]) -> dict[str, Any]:
-    """A flat row of the file with its non-finite values as floats."""
+    """A row of the file, and the objects in it, with their non-finite values as floats."""
     nonfinite = {k.removesuffix(_NONFINITE): float(v) for k, v in row.items() if k.endswith(_NONFINITE)}
-    return {k: nonfinite.get(k, v) for k, v in row.items() if not k.endswith(_NONFINITE)}
+    return {
+        key: nonfinite.get(key, decode(value) if isinstance(value, dict) else value)
+        for key, value in row.items()
+        if not key.endswith(_NONFINITE)
+    }
 
 
 def is_being_written(path: Path) -> bool:
