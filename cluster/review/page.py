@@ -102,7 +102,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
-    workers = f"{config['workers.count']} × " if config.get("workers.count") else ""
+    number_of = config.get("workers.count")
+    workers = f"{number_of} worker{'s' * (number_of != 1)} on " if isinstance(number_of, int) else ""
     gpus = host.get("gpus") or []
     device = gpus[0] if gpus and config.get("workers.gpu", True) else host.get("cpu")
     found.append(("Hardware", f"{workers}{device}" if device else None))
