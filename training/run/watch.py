@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import RunError
+from cluster.files import size_text
 from cluster.masking import mask
 from cluster.progress import Progress
 from cluster.record import events
 from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm
 from cluster.record.record import follow, read_metrics
+from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import step_directory, step_of
 from training.run.context import Context
@@ -179,15 +181,15 @@ def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) ->
     directory = config.run_directory
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Ray makes SIGTERM a SystemExit
+    except KeyboardInterrupt:
         if final:
             text = "a user or a signal ended the run; the same command resumes it"
-            events.end(directory, "stopped", text)
+            events.end(directory, "stopped", text, step=Run(directory).last_step)
         raise
     except Exception as error:
         text = f"{who}{reason(error)}"
         if final:
-            events.end(directory, "failed", text)
+            events.end(directory, "failed", text, step=Run(directory).last_step)
         else:
             since = (*events.STARTS, *events.WORKERS)
             events.append_first(directory, "worker_failed", text, among=("worker_failed",), since=since)
@@ -210,8 +212,8 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
     directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
     kept = [row for row in rows if row["step"] <= step]
-    count = f"{context.world_size} worker{'s' * (context.world_size > 1)}"
-    text = f"{count} on {context.device_name} ({context.launcher}) go on from step {step}"
+    num = context.world_size
+    text = f"{num} worker{'s' * (num > 1)} ({context.device_name}, {context.launcher}) from step {step} on"
     if len(rows) > len(kept):
         text += f"; steps {step + 1} to {rows[-1]['step']} are taken again"
     since = events.newest(events.read(directory), (*events.STARTS, *events.WORKERS))
@@ -226,7 +228,7 @@ def report_checkpoint(config: TrainConfig, *, step: int) -> None:
     """The event that a checkpoint was written."""
     folder = step_directory(config.run_directory / "checkpoints", step)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    text = f"{folder.name} is complete, {size / 1e9:.3g} GB"
+    text = f"{folder.name} is complete, {size_text(size)}"
     events.append(config.run_directory, "checkpoint", text, step=step, size_bytes=size)
 
 
