@@ -45,7 +45,8 @@ def read(folder: Path) -> Source:
     if report.is_file() and results.is_file():
         study = files.read_json(results)["study"]
         name = study["name"] + "-smoke" * study["smoke"]
-        question, runs, panels = _study_question(study), f"Group == {name!r}", views.study_panels()
+        question, runs = _study_question(study), f"Group == {name!r}"
+        panels = views.study_panels(sorted(path.stem for path in (folder / "figures").glob("*.png")))
     elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
         name = folder.absolute().name
         question = "What share of its own ceiling does each machine reach, and how do these shares compare?"

@@ -13,6 +13,7 @@ from tests.cluster.parity import sides
 from tests.cluster.review.panel_keys import shown, shown_by
 from tests.training.study import made_up
 from training.study.plan import StudyPlan
+from training.study.plots import plot_study
 from training.study.report import describe_study
 from training.study.results import write_tables
 
@@ -25,6 +26,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = made_up.study_of(plan)
     write_tables(results, folder, about={"study": to_dict(plan.config)})
     (folder / "report.md").write_text(describe_study(results, about=made_up.about()))
+    plot_study(results, folder / "figures")
     return folder
 
 
@@ -68,7 +70,8 @@ def test_the_report_of_a_study_asks_shows_its_runs_and_says_what_report_md_says(
     assert "figures/" not in text  # pictures beside report.md, which W&B does not have
     grid = grid_of(blocks)
     assert [grid["runSets"][0]["filters"]["filters"][0]["key"]["name"], filter_of(grid)] == ["group", "s"]
-    assert {key for key in shown(grid) if key[0] != "run"} <= shown_by("study")
+    keys = {key for key in shown(grid) if key[0] != "run"}
+    assert {("table", "study/rules"), ("image", "study/loss_rate")} < keys <= shown_by("study")
 
 
 def filter_of(grid: dict) -> str:
