@@ -10,9 +10,7 @@ from typing import Any
 from cluster.review import views
 from cluster.review.dashboard import spec_of
 
-Key = tuple[
-    str, str
-]  # kind and name: "history", "table", "image", "summary", "config", "system", "run"
+Key = tuple[str, str]  # kind and name: "history", "table", "image", "summary", "config", "system", "run"
 SHOWN_AS = {"table-file": "table", "image-file": "image", "histogram": "history"}  # W&B's types of values
 RUN_FIELDS = {  # of W&B itself
     *("displayName", "name", "group", "state", "jobType", "createdAt", "tags", "_step", "_absolute_runtime"),
