@@ -21,6 +21,7 @@ from cluster import files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.measure import benchmark
 from cluster.measure.turns import DISTURBING_CORES, quietest, turns
+from cluster.progress import Progress
 from serving.peers.contender_process import OURS, PEERS, RaceTurn, Times, Work, running
 from training.model.shapes import LlamaShape, resolve, to_hf_config
 
@@ -229,14 +230,18 @@ def race(
             report(f"{name} is ready after {results.load_seconds[name]:.0f} s: {listed}")
             contenders[name] = contender
         vocab_size = resolve(model).vocab_size
+        num_turns = (WARM_UP_ROUNDS + num_rounds) * len(cases) * len(contenders)
+        progress = stack.enter_context(Progress(num_turns, unit="turn"))
         for number in range(-WARM_UP_ROUNDS, num_rounds):
             which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
             for case_name, case in cases.items():
                 requests = work(case_name, case, vocab_size=vocab_size, round_number=number)
                 for name in turns(list(contenders), number):
+                    progress.advance(f"{case_name}, {name}", by=0)
                     turn = quietest(partial(contenders[name].turn, requests, case.concurrency))
                     rate = case.rate(turn.times, requests[0])
-                    report(f"{which}, {case_name}, {name}: {rate:.0f} tokens/s{_disturbed(turn)}")
+                    report(f"{which}, {case_name}, {name}: {rate:,.0f} tokens/s{_disturbed(turn)}")
+                    progress.advance()
                     if number >= 0:
                         results.add(case_name, name, rate, turn)
     return race_result(results)
