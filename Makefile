@@ -4,13 +4,15 @@ CONFIG ?=
 ARGS ?=
 CLUSTER ?=
 RUN ?=
+RUNS ?=
 A ?=
 B ?=
 SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench dashboard up status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
+  status preflight attach stop pull down \
   test test-cluster check format clean help
 
 ## Train, serve, measure
@@ -57,17 +59,32 @@ serve-bench: $(VENV)/ready
 
 ##
 ## Review
+## report        one HTML page of a run: curves, events, configuration (RUN=name)
+report: $(VENV)/ready
+	$(PY) cluster.review.page $(or $(RUN),$(error say RUN=, a run directory or its name in outputs/)) $(ARGS)
+
+## compare       one HTML page of several runs: which is better (RUNS=a,b,c)
+compare: $(VENV)/ready
+	$(PY) cluster.review.compare $(or $(RUNS),$(error say RUNS=a,b, run directories or names in outputs/)) $(ARGS)
+
 ## dashboard     make the team's views in Weights & Biases, or update them
 dashboard: $(VENV)/ready
 	$(PY) cluster.review.dashboard $(ARGS)
 
+## sync          send to W&B what is only on disk: all of outputs/, or RUN=name
+sync: $(VENV)/ready
+	$(PY) cluster.review.sync $(if $(RUN),--run $(RUN))
+
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
 ## up            start every node, or name those that did not join, with the reason
-## status        nodes, runs and the last preflight
+## status        nodes, runs, their alarms and the last preflight; the runs here without CLUSTER= (RUN=name)
 ## down          end every process of the cluster; runs and data stay
-up status down: $(VENV)/ready
+up down: $(VENV)/ready
 	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+
+status: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.laptop.fleet status $(CLUSTER),cluster.review.status $(RUN))
 
 ## attach        follow a run's log (RUN=name, or the newest)
 ## stop          stop a run; its checkpoints stay

@@ -23,7 +23,6 @@ from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
-from training.run.plots import plot_losses
 from training.run.spent import Spent
 
 if TYPE_CHECKING:
@@ -154,9 +153,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
 
 def finish_run(config: TrainConfig, spent: Spent, *, rest: str) -> None:
-    """Plot the run, and print its result and where the time went. `rest`: see `Spent.describe`."""
+    """Print the run's result and where the time went. `rest`: see `Spent.describe`."""
     directory = config.run_directory
-    plot_losses(directory)
     summary = files.read_json(directory / "summary.json")
     print(f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens")
     for prompt, text in summary["samples"].items():

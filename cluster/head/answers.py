@@ -24,6 +24,7 @@ from typing import Any
 from cluster import files
 from cluster.head.keeper import state
 from cluster.head.ray_rest import FINAL, Ray, RayDown
+from cluster.review.status import report as report_runs
 
 SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN = 0, 10, 11, 12, 13  # of `follow`
 OUTCOMES = {"SUCCEEDED": SUCCEEDED, "FAILED": RUN_FAILED, "STOPPED": RUN_STOPPED}
@@ -49,7 +50,10 @@ class Head:
         self.ray = Ray(site["dashboard_port"])
 
     def status(self) -> dict[str, Any]:
-        """The keeper's states of the nodes and Ray's jobs; `problem` if Ray does not answer."""
+        """The keeper's states of the nodes, Ray's jobs, and lines about the newest runs with their alarms.
+
+        `problem` if Ray does not answer.
+        """
         answer: dict[str, Any] = {
             **state(Path(self.site["scratch"])),
             "alive": [],
@@ -71,6 +75,7 @@ class Head:
         if report.exists():
             found = json.loads(report.read_text())
             answer["preflight"] = {name: found.get(name) for name in ("passed", "time", "nodes", "failures")}
+        answer["outputs"] = report_runs(Path(self.site["storage"]) / "outputs")
         return answer
 
     def submit(self, request: dict[str, Any], package: bytes) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _wait(
 
 
 def status(cluster: Path) -> str:
-    """The nodes and runs of the cluster, as a table."""
+    """The nodes and runs of the cluster, as a table; under it the newest runs' progress and alarms."""
     site = inventory.load(cluster)
     answer = ask(site, head_script(site, "status"))
     states = (answer["keeper"] or {"nodes": {}})["nodes"]
@@ -238,6 +238,8 @@ def status(cluster: Path) -> str:
     for job in answer["jobs"][-5:]:
         lasted = ((job["end_time"] or answer["now"] * 1e3) - (job["start_time"] or answer["now"] * 1e3)) / 1e3
         lines.append(f"  run {job['submission_id']:<24}{job['status'].lower():<12}{lasted:.0f} s")
+    if answer.get("outputs"):
+        lines += ["run directories, the newest first:", *answer["outputs"]]
     return "\n".join(lines)
 
 

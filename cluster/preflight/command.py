@@ -23,8 +23,11 @@ from cluster.cli import RunError
 from cluster.config import key
 from cluster.display import show
 from cluster.preflight.inspection import Inspector, Rank
-from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, table
+from cluster.preflight.verdict import COLUMNS, ExpectConfig, LimitsConfig, judge, node_rows, table
 from cluster.progress import Progress
+from cluster.record import provenance
+from cluster.record.record import WANDB_MODES
+from cluster.record.result import record_result
 from cluster.session import SessionConfig, ray_session
 
 STEP_SECONDS = 300.0  # for each step of the preflight, on all nodes
@@ -43,6 +46,8 @@ class PreflightConfig:
     scratch: str = key("/tmp", "folder on each node's own disk")
     storage: str = key("outputs", "folder on the storage that all nodes share")
     output: str = key("outputs/preflight.json", "the report")
+    wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
+    project: str = key("asuncion", "W&B project")
     expect: ExpectConfig = key(ExpectConfig, "")
     limits: LimitsConfig = key(LimitsConfig, "")
     size: SizeConfig = key(SizeConfig, "")
@@ -201,6 +206,19 @@ def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, An
             ray.kill(actor)
 
 
+def record(config: PreflightConfig, output: Path, verdict: dict[str, Any], found: dict[str, Any]) -> str:
+    """Record a preflight as a run, beside its report. Returns W&B's status."""
+    findings = [["failure", each] for each in verdict["failures"]]
+    findings += [["warning", each] for each in verdict["warnings"]]
+    return record_result(
+        output.with_suffix(""), job_type="preflight", name=f"preflight-{verdict['time']}",
+        project=config.project, wandb_mode=config.wandb, config=layered.to_dict(config),
+        provenance=provenance.collect(command=sys.argv, data_fingerprint=None), summary=verdict,
+        tables={"nodes_table": (COLUMNS, node_rows(found)), "findings": (("level", "finding"), findings)},
+        attachments=[output], exit_code=int(not verdict["passed"]),
+    )  # fmt: skip
+
+
 def _session() -> str:
     """The name of Ray's session. A verdict is valid until Ray is restarted."""
     import ray
@@ -234,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "nodes": sorted(found["nodes"]),
         }
         files.write_json(output, {**verdict, "found": found})
-        show(*table(found, findings), f"report: {output}")
+        status = record(config, output, verdict, found)
+        show(*table(found, findings), f"report: {output}", f"W&B: {status}")
         if failures:
             raise RunError(f"preflight failed: {len(failures)} of its checks, above")
         print(f"preflight passed on {len(found['nodes'])} nodes")

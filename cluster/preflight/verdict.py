@@ -204,18 +204,8 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
 
 
 def table(found: dict[str, Any], findings: Sequence[Finding]) -> list[str | Table]:
-    """The measurements by node, the links, and the findings. Disks in GB/s, written and read."""
-    rows = []
-    for node, facts in found["nodes"].items():
-        rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
-        cells = (
-            node,
-            str(len(facts["gpus"])),
-            *(number(min(each)) if each else "-" for each in rates),
-        )
-        disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
-        rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
-    lines: list[str | Table] = [text_table(COLUMNS, rows)]
+    """The measurements by node, the links, and the findings."""
+    lines: list[str | Table] = [text_table(COLUMNS, node_rows(found))]
     for name, links in (("all nodes", found["links"]), *found["pairs"].items()):
         if links and "problem" not in links:
             reduced, exchanged = (links[f"{what}_gb_per_s"]["best"] for what in ("all_reduce", "all_to_all"))
@@ -226,6 +216,21 @@ def table(found: dict[str, Any], findings: Sequence[Finding]) -> list[str | Tabl
             )
     said = [("FAILED" if finding.is_failure else "warning", str(finding)) for finding in findings]
     return [*lines, *([pairs(said)] if said else [])]
+
+
+def node_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row under COLUMNS for each node. Disks in GB/s, written and read."""
+    rows = []
+    for node, facts in found["nodes"].items():
+        rates = [[row[name]["best"] for row in facts["ceilings"] if row[name]] for name in RATES]
+        cells = (
+            node,
+            str(len(facts["gpus"])),
+            *(number(min(each)) if each else "-" for each in rates),
+        )
+        disks = (_disk(facts["scratch"]), _disk(facts["storage"]))
+        rows.append((*cells, *disks, _link(facts["links"]), f"{facts['clock_skew_seconds'] * 1e3:+.1f}"))
+    return rows
 
 
 def _disk(folder: dict[str, Any]) -> str:

@@ -5,9 +5,7 @@ string in either of them is masked (`cluster.masking`).
 """
 
 import errno
-import fcntl
 import json
-import math
 import os
 import secrets
 import time
@@ -18,11 +16,10 @@ from typing import Any, Self
 
 from cluster import files
 from cluster.masking import masked
-from cluster.record import origins
+from cluster.record import origins, row_format
 from cluster.record.wandb_mirror import FSYNC_SECONDS, Mirror
 
 WANDB_MODES = ("auto", "offline", "online", "disabled")  # see `Record.open`
-_NONFINITE = "_nonfinite"
 
 
 class Record:
@@ -38,7 +35,7 @@ class Record:
         self._began = time.monotonic() - seconds_before
         self._path = directory / "metrics.jsonl"
         self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        _claim(self._descriptor)
+        row_format.claim(self._descriptor)
         files.fsync_folder(directory)
         self._fsync_at = time.monotonic() + FSYNC_SECONDS
 
@@ -128,7 +125,7 @@ class Record:
             raise ValueError(f"{self._path}: a row needs an int 'step'; got {row.get('step')!r}")
         seconds = time.monotonic() - self._began
         row = masked({"seconds": seconds, **row})
-        line = f"{json.dumps(_encode(row), allow_nan=False)}\n".encode()
+        line = f"{json.dumps(row_format.encode(row), allow_nan=False)}\n".encode()
         _append(self._descriptor, line, path=self._path)
         if time.monotonic() >= self._fsync_at:
             self._fsync()
@@ -185,7 +182,7 @@ class Record:
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         about = {"wandb_status": self.wandb_status, "wandb_run_id": self._mirror.run_id}
-        files.write_json(self._directory / "summary.json", _encode({**summary, **about}))
+        files.write_json(self._directory / "summary.json", row_format.encode({**summary, **about}))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -227,30 +224,6 @@ def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -
         time.sleep(poll_seconds)
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a record holds this `metrics.jsonl` open, on storage that has locks; else False."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _claim(descriptor: int) -> None:
-    """Let `is_being_written` see this writer, until its process ends. A reader that looks is soon gone."""
-    for _ in range(100):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.001)
-        except OSError:  # this storage has no locks
-            return
-
-
 def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row). Text after the last newline is ignored: its log() never returned."""
     for number, line in enumerate(content.split(b"\n")[:-1], start=num_lines_before + 1):
@@ -260,26 +233,7 @@ def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator
             raise ValueError(f"{path}, line {number}: {error}; repair or remove the line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove the line")
-        yield number, decode_row(row)
-
-
-def _encode(row: dict[str, Any]) -> dict[str, Any]:
-    """Write non-finite floats, here and in nested dicts, as null beside `<key>_nonfinite`."""
-    encoded: dict[str, Any] = {}
-    for key, value in row.items():
-        if key.endswith(_NONFINITE):
-            raise ValueError(f"key {key!r}: the ending {_NONFINITE!r} is reserved")
-        if isinstance(value, float) and not math.isfinite(value):
-            encoded[key], encoded[key + _NONFINITE] = None, str(float(value))
-        else:
-            encoded[key] = _encode(value) if isinstance(value, dict) else value
-    return encoded
-
-
-def decode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A flat row of the file with its non-finite values as floats."""
-    nonfinite = {k.removesuffix(_NONFINITE): float(v) for k, v in row.items() if k.endswith(_NONFINITE)}
-    return {k: nonfinite.get(k, v) for k, v in row.items() if not k.endswith(_NONFINITE)}
+        yield number, row_format.decode(row)
 
 
 def _append(descriptor: int, line: bytes, *, path: Path) -> None:

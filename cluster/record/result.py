@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.record.origins import Origin
 from cluster.record.record import Record
 
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # columns, rows
@@ -29,6 +30,7 @@ def record_result(
     tables: Mapping[str, Table] | None = None,
     images: Mapping[str, Path] | None = None,
     attachments: Sequence[Path] = (),
+    outputs: Sequence[Origin] = (),
     same_run: bool = False,
     exit_code: int = 0,
 ) -> str:
@@ -41,6 +43,7 @@ def record_result(
         summary: JSON-ready; goes to `summary.json`.
         tables, images: what W&B shows, by name.
         attachments: files to keep in W&B.
+        outputs: as in `Record.output`.
         same_run: continue the W&B run of the last time, for a report that is written again and again.
         exit_code: of the work, as W&B shows it.
 
@@ -66,5 +69,7 @@ def record_result(
             record.image(image, path)
         for path in attachments:
             record.file(path)
+        for made in outputs:
+            record.output(made)
         record.finish(dict(summary), exit_code=exit_code)
         return record.wandb_status

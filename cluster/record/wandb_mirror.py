@@ -31,7 +31,7 @@ class Mirror:
 
     INIT_SECONDS = 10.0
     UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
-    CLOSE_SECONDS = 20.0
+    CLOSE_SECONDS = 60.0  # 3 s is usual; a machine that is busy with the end of a run takes ten times as long
     MAX_WAITING_ROWS = 10_000
 
     def __init__(
@@ -130,7 +130,7 @@ class Mirror:
                 self._state = f"disabled: {_reason(error)}"
             else:
                 self._problems.append(
-                    f"stopped by {_reason(error)}; to send the copy on disk: {self._sync('run')}"
+                    f"stopped by {_reason(error)}; to send the copy on disk: {_sync(self._directory)}"
                 )
 
     def _repeat(self, run: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -186,7 +186,7 @@ class Mirror:
         run.define_metric("*", step_metric="step")
         earlier = None if run.offline else self.run_id
         self._alerts = Alerts(self._directory, name=run.name, run_id=earlier, alert=run.alert)
-        self._state = f"online: {run.url}" if run.url else f"offline: {self._sync('offline-run')}"
+        self._state = f"online: {run.url}" if run.url else f"offline: {_sync(self._directory)}"
         return run
 
     def _init(self, mode: Any) -> Any:
@@ -210,6 +210,8 @@ class Mirror:
             **{name: value for name, value in private.items() if name in known},
         )
         wandb.setup(settings=wandb.Settings(silent=True))  # silences what precedes init, such as the login
+        # Files of tables wait there for their upload. In the home, `make pull` would not bring them along.
+        os.environ["WANDB_DATA_DIR"] = str(self._directory.absolute() / "wandb")
         return wandb.init(
             dir=self._directory,
             mode=mode,
@@ -220,8 +222,10 @@ class Mirror:
             **self._about,
         )
 
-    def _sync(self, kind: str) -> str:
-        return f"wandb sync {self._directory / 'wandb'}/{kind}-*-{self.run_id}"
+
+def _sync(directory: Path) -> str:
+    where = directory.absolute()
+    return f"make sync RUN={where.name if where.parent.name == 'outputs' else where}"
 
 
 def _shown(key: str, value: Any) -> dict[str, Any]:
@@ -235,7 +239,8 @@ def _shown(key: str, value: Any) -> dict[str, Any]:
     rows = [[layer, *(each.get(quantity) for quantity in quantities)] for layer, each in value.items()]
     shown = {key: _table([name, *quantities], rows)}
     for column, quantity in enumerate(quantities, start=1):
-        numbers = [row[column] for row in rows if row[column] is not None and math.isfinite(row[column])]
+        values = [row[column] for row in rows]
+        numbers = [each for each in values if isinstance(each, int | float) and math.isfinite(each)]
         if numbers:
             shown[f"{section}/{quantity}_by_layer"] = wandb.Histogram(numbers)
     return shown
@@ -265,10 +270,14 @@ def auto_mode() -> str:
     settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if "WANDB_MODE" in os.environ or settings.mode != "online":
         return settings.mode
+    return "online" if signed_in(settings) else "offline"
+
+
+def signed_in(settings: Any) -> bool:
+    """Whether W&B has an API key or a login for its server."""
     from wandb.sdk.lib.wbauth import read_netrc_auth  # `wandb login` keeps the key in the netrc file
 
-    signed_in = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
-    return "online" if signed_in else "offline"
+    return bool(settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url))
 
 
 def _reason(error: Exception) -> str:

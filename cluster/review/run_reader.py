@@ -17,16 +17,17 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.progress import duration
-from cluster.record import events
-from cluster.record.record import decode_row, is_being_written
+from cluster.display import duration
+from cluster.record import events, row_format
+from cluster.review import columns
+from cluster.review.columns import Column
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 ENDS = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
@@ -42,26 +43,24 @@ class State:
     reason: str = ""
 
 
-@dataclass
-class Column:
-    """The numbers of one key: `values[i]` stands in row `rows[i]`. Not-a-number and infinities are kept."""
-
-    rows: array = field(default_factory=lambda: array("L"))
-    values: array = field(default_factory=lambda: array("d"))
-
-
 class Run:
     """A run directory of training, serving or any other command that keeps a record."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.metrics = directory / "metrics.jsonl"
+        self.requests = directory / "requests.jsonl"
         self.problems: list[str] = []
 
     @property
     def name(self) -> str:
         """The directory's name."""
         return self.directory.name
+
+    @property
+    def serving(self) -> bool:
+        """Whether it is a run of the load generator, whose rows are loads and not steps."""
+        return self.requests.exists()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -81,11 +80,17 @@ class Run:
         """provenance.json, or {}."""
         return self._read(self.directory / "provenance.json", files.read_json)
 
+    @property
+    def commit(self) -> str | None:
+        """The commit of its code, with "+dirty" if there were uncommitted changes."""
+        found = self.provenance.get("commit")
+        return found and found + "+dirty" * bool(self.provenance.get("dirty"))
+
     @cached_property
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None: the run has not finished."""
         path = self.directory / "summary.json"
-        return decode_row(self._read(path, files.read_json)) if path.exists() else None
+        return row_format.decode(self._read(path, files.read_json)) if path.exists() else None
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
@@ -111,21 +116,23 @@ class Run:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """All numbers of metrics.jsonl by key; 9 bytes or more each. True and False are 1 and 0."""
-        found: dict[str, Column] = {}
-        for number, row in enumerate(self.iterate(self.metrics)):
-            for key, value in row.items():
-                if isinstance(value, int | float):
-                    column = found.setdefault(key, Column())
-                    column.rows.append(number)
-                    column.values.append(value)
-        return found
+        """All numbers of metrics.jsonl by key. True and False are 1 and 0."""
+        return columns.of_rows(self.iterate(self.metrics))
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of metrics.jsonl."""
-        steps = self.columns.get("step")
-        return len(steps.rows) if steps else 0
+    def curve(self, key: str, *, over: str = "step") -> tuple[array, array]:
+        """(x, y) of the rows that hold both, in the order of the file; empty without any.
+
+        Args:
+            over: "step", "tokens" or "seconds" (of wall time; of the steps alone in a run without that key).
+        """
+        axis = self.columns.get(over)
+        if over == "seconds" and axis is None:
+            axis = self._seconds_of_steps
+        return columns.curve(self.columns.get(key), axis)
+
+    @cached_property
+    def _seconds_of_steps(self) -> Column | None:
+        return columns.seconds_of_steps(self.columns)
 
     @cached_property
     def written(self) -> float | None:
@@ -154,7 +161,7 @@ class Run:
             return State(FAILED, "the directory holds no row and no provenance.json: no run began here")
         silent = max(0.0, time.time() - self.written)
         since = f"its last row is {duration(silent)} old"
-        if is_being_written(self.metrics):
+        if row_format.is_being_written(self.metrics):
             due = f", and one was due every {duration(self._interval)}" if silent > self._patience else ""
             return State(RUNNING, since + due)
         if ended := self._end():
@@ -211,7 +218,7 @@ class Run:
                     break  # being written, or torn by a crash
                 try:
                     row = json.loads(line)
-                    yield decode_row(row)
+                    yield row_format.decode(row)
                 except (ValueError, AttributeError):  # not JSON, or no object
                     damaged += 1
         if damaged:

@@ -117,10 +117,13 @@ def _training() -> list[ws.Section]:
             curve("Optimizer, seconds by phase, slowest rank", *phases, plot_type="stacked-area"),
         ),
         _section(
-            "Stability",
+            "A jump of the loss, by step",
+            curve("Training loss", "train/loss"),
             curve("Gradient norm", "train/gradient_norm", log_y=True),
             curve("Skipped steps", "train/skipped_steps"),
             curve("Learning rates", "train/lr", "train/lr_vector"),
+            curve("Largest attention logit", "optimizer/attention_logit_max"),
+            curve("Orthogonality error, worst matrix", "optimizer/orthogonality_error_max", log_y=True),
         ),
         _section("Differences between runs", wr.RunComparer(diff_only="split"), columns=1, is_open=False),
     ]
@@ -136,6 +139,12 @@ def _optimizer() -> list[ws.Section]:
             curve("Orthogonalisations per step, all ranks", "optimizer/orthogonalisations"),
             curve("Imbalance of the owners' FLOPs", "optimizer/imbalance"),
             curve("Gradient norm", "train/gradient_norm", log_y=True),
+        ),
+        _section(
+            "Attention logits",
+            curve("Largest logit of the model", "optimizer/attention_logit_max"),
+            curve("Largest logit: histogram over the layers", "optimizer/attention_logit_max_by_layer"),
+            table("optimizer/attention"),
         ),
         _section(
             "Gradient noise",
@@ -262,13 +271,14 @@ def _fleet() -> list[ws.Section]:
 
 
 LOSS, RULE = "summary:validation/loss.min", "config:optim.value.matrix.rule"
+COMMIT, DATA = "config:provenance.value.commit", "config:provenance.value.data_fingerprint"
 VIEWS = (
     View(
         "training",
         "Training",
         ("train",),
         _training,
-        columns=(LOSS, "summary:throughput/tokens_per_second.mean", RULE, "run:group", "run:state"),
+        columns=(LOSS, "summary:throughput/tokens_per_second.mean", RULE, COMMIT, DATA, "run:state"),
     ),
     View("optimizer", "Optimizer health", ("train",), _optimizer, columns=(RULE, LOSS, "run:group")),
     View("study", "Study: rules compared", ("train", "study"), _study, columns=("run:group", RULE, LOSS)),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
-from wandb_workspaces.expr import FilterExpr, Metric
 
 from cluster import files
 from cluster.cli import UserError
@@ -26,7 +25,7 @@ class Source:
 
     Attributes:
         sections: title and Markdown of each.
-        runs: W&B's filter for them.
+        runs: W&B's filter expression for them.
         panels: what W&B draws of these runs.
     """
 
@@ -35,25 +34,22 @@ class Source:
     question: str
     intro: str
     sections: list[tuple[str, str]]
-    runs: FilterExpr
+    runs: str
     panels: list[Any]
 
 
 def read(folder: Path) -> Source:
     """The study or parity in a folder. Raises `UserError` if there is neither, or no report.md yet."""
     results, summary, report = (folder / name for name in ("results.json", "summary.json", "report.md"))
+    panels: list[Any]
     if report.is_file() and results.is_file():
         study = files.read_json(results)["study"]
         name = study["name"] + "-smoke" * study["smoke"]
-        about = {
-            "question": _study_question(study),
-            "runs": Metric("Group") == name,
-            "panels": views.study_panels(),
-        }
+        question, runs, panels = _study_question(study), f"Group == {name!r}", views.study_panels()
     elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
-        name = folder.name
+        name = folder.absolute().name
         question = "What share of its own ceiling does each machine reach, and how do these shares compare?"
-        about = {"question": question, "runs": Metric("Name") == name, "panels": views.parity_panels()}
+        runs, panels = f"Name == {name!r}", views.parity_panels()
     else:
         raise UserError(
             f"{folder}: no study (report.md, results.json) and no parity (report.md, summary.json) is here; "
@@ -63,7 +59,13 @@ def read(folder: Path) -> Source:
     title, _, intro = head.partition("\n")
     sections = [(heading, body.strip()) for heading, body in zip(rest[::2], rest[1::2], strict=True)]
     return Source(
-        name, title.removeprefix("# ")[:MOST_TITLE], intro=intro.strip(), sections=sections, **about
+        name,
+        title.removeprefix("# ")[:MOST_TITLE],
+        question,
+        intro.strip(),
+        sections,
+        runs=runs,
+        panels=panels,
     )
 
 
@@ -75,7 +77,7 @@ def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report
     """
     source = read(folder)
     first, *rest = source.sections
-    runs = wr.Runset(name=source.name, filters=[source.runs])
+    runs = wr.Runset(name=source.name, filters=source.runs)
     if entity:
         runs.entity, runs.project = entity, project
     runs._id = views.id_of("report", source.name)

@@ -138,7 +138,8 @@ class ShapeGroup:
             norms = self.squares.index_select(0, self._owned_index).sqrt().float()
             update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms, rows=self.rows)
             if health is not None:
-                health.inspect(update, self.scale, orthogonal=self.rule.orthogonal)
+                names = [self.plan.matrices[index].name for index in self.owned]
+                health.inspect(update, self.scale, orthogonal=self.rule.orthogonal, names=names)
             self.whole.view(-1, *self.shape).copy_(update)
         self.squares.zero_()
 

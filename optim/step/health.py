@@ -1,5 +1,6 @@
 """What a step measures of itself: seconds by phase, and how good its updates are."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ class Health:
         errors: of each owned matrix, ‖OOᵀ - I‖_F / √n of its update O before scaling; only under a rule that
             means to orthogonalise.
         mean_squares: of each owned matrix, the mean square of its update after scaling.
+        layers: owned matrix -> "update_rms" and "orthogonality_error", from the same numbers.
     """
 
     device: torch.device
@@ -32,6 +34,7 @@ class Health:
     transforms: int = 0
     errors: list[float] = field(default_factory=list)
     mean_squares: list[float] = field(default_factory=list)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
     _marks: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     @contextmanager
@@ -59,16 +62,26 @@ class Health:
     def _add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    def inspect(self, update: Tensor, scale: float, *, orthogonal: bool) -> None:
-        """Add the mean square, and the orthogonality error if asked, of each update [B, r, c]."""
+    def inspect(self, update: Tensor, scale: float, *, orthogonal: bool, names: Sequence[str]) -> None:
+        """Add the mean square, and the orthogonality error if asked, of each update [B, r, c].
+
+        names: of the B matrices.
+        """
         squares = torch.linalg.vector_norm(update, dim=(-2, -1), dtype=torch.float32).square()
-        self.mean_squares += (squares * scale**2 / update[0].numel()).tolist()
+        mean_squares = (squares * scale**2 / update[0].numel()).tolist()
+        self.mean_squares += mean_squares
+        self.layers |= {
+            name: {"update_rms": square**0.5} for name, square in zip(names, mean_squares, strict=True)
+        }
         if orthogonal:
             short = update.float()
             short = short.mT if short.size(-2) > short.size(-1) else short
             gram = short @ short.mT
             gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-            self.errors += (torch.linalg.matrix_norm(gram) / gram.size(-1) ** 0.5).tolist()
+            errors = (torch.linalg.matrix_norm(gram) / gram.size(-1) ** 0.5).tolist()
+            self.errors += errors
+            for name, error in zip(names, errors, strict=True):
+                self.layers[name]["orthogonality_error"] = error
 
 
 def over_all_ranks(steps: Sequence[Health], device: torch.device) -> dict[str, float]:
@@ -99,3 +112,22 @@ def over_all_ranks(steps: Sequence[Health], device: torch.device) -> dict[str, f
     if num_squares:
         found["update_rms"] = (total_square / num_squares) ** 0.5
     return found
+
+
+def layers_of_all_ranks(steps: Sequence[Health]) -> dict[str, dict[str, float]]:
+    """Matrix -> its values in `Health.layers`, of all units and ranks, layer by layer; collective.
+
+    Empty unless the step was inspected. It gathers objects, some 100 bytes a matrix.
+    """
+    mine = {name: values for health in steps for name, values in health.layers.items()}
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    found = {name: values for part in everyone for name, values in part.items()}
+    return {name: found[name] for name in sorted(found, key=_by_number)}
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

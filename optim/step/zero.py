@@ -164,14 +164,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Who owns the matrices and what travels, as text."""
         return _describe(list(self._units.values()))
 
-    def health(self) -> dict[str, float]:
+    def health(self, *, layers: bool = False) -> dict[str, Any]:
         """What the last step measured over all ranks, and the owners' imbalance of FLOPs; collective.
 
-        Keys: "imbalance" and those of `health.over_all_ranks`.
+        Keys: "imbalance" and those of `health.over_all_ranks`; "layers" if asked for, of each matrix.
         """
         imbalance = max((plan.imbalance for plan in self.plans), default=0.0)
         steps = [unit.health for unit in self._units.values()]
-        return {"imbalance": imbalance} | health.over_all_ranks(steps, self._engine.device)
+        found = {"imbalance": imbalance} | health.over_all_ranks(steps, self._engine.device)
+        return found | ({"layers": health.layers_of_all_ranks(steps)} if layers else {})
 
     def shards(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """What this rank must save: (parameter name, first element, {"master" or state name: 1-D tensor}).

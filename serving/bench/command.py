@@ -94,13 +94,16 @@ def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]
         try:
             bench.measure_all()
         except KeyboardInterrupt:  # show what was measured, but write no summary.json: the run is not whole
-            _show(bench, _summary(bench, ceiling), directory)
+            _show(bench, _summary(bench, ceiling), directory, _draw(bench, directory))
             raise
-        summary = _summary(bench, ceiling)
+        summary, plots = _summary(bench, ceiling), _draw(bench, directory)
         rows = [[load, *(getattr(one, name) for name in REQUEST_COLUMNS)] for load, one in bench.rows]
         bench.record.table("requests", ["load", *REQUEST_COLUMNS], rows)
+        bench.record.table("loads", *_loads(bench.points))
+        for plot in plots:
+            bench.record.image(f"{plot.stem}_plot", plot)
         bench.record.finish(summary)
-    _show(bench, summary, directory)
+    _show(bench, summary, directory, plots)
     problem = None
     if bench.refused:
         problem = f"not reported, because the load generator lagged: {', '.join(bench.refused)}"
@@ -140,9 +143,19 @@ def _bench(
         yield Bench(config, endpoint, model, requests, record)
 
 
-def _show(bench: Bench, summary: dict[str, Any], directory: Path) -> None:
-    """Print the table and what it means, and draw the pictures."""
-    plots = report.plot(bench.points, bench.itls, directory / "plots")
+def _draw(bench: Bench, directory: Path) -> list[Path]:
+    return report.plot(bench.points, bench.itls, directory / "plots")
+
+
+def _loads(points: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a table with every figure of every load."""
+    flat = [{key: value for key, value in point.items() if not isinstance(value, dict)} for point in points]
+    columns = list(dict.fromkeys(key for point in flat for key in point))
+    return columns, [[point.get(column) for column in columns] for point in flat]
+
+
+def _show(bench: Bench, summary: dict[str, Any], directory: Path, plots: Sequence[Path]) -> None:
+    """Print the table and what it means."""
     slo = asdict(bench.config.slo)
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
     show("", report.table(bench.points), "")

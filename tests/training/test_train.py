@@ -3,15 +3,20 @@
 import json
 import os
 import re
+import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.record import events
 from cluster.record.record import read_metrics
 from tests.cluster.review.panel_keys import logged, shown_by
 from tests.commands import ROOT, python, started, tiny, write_corpus
+from tests.standstill import STEP
 from tests.waiting import wait_until
 from training import config as training_config
 from training.run.checkpoint import Checkpoint
@@ -45,8 +50,18 @@ def losses(run: Path) -> dict[int, tuple]:
     return {row["step"]: tuple(row.get(key) for key in keys) for row in read_metrics(run / "metrics.jsonl")}
 
 
-def kill_at(step: int, run: Path, *arguments: object, ranks: int = 0, **environment: str) -> int:
-    """Start a run, and SIGKILL it once `step` is in its metrics; the last step that was written by then."""
+def kill_at(
+    step: int,
+    run: Path,
+    *arguments: object,
+    ranks: int = 0,
+    before: Callable[[], None] = lambda: None,
+    **environment: str,
+) -> int:
+    """Start a run, SIGKILL it where it stands still after `step`; the last step that was written by then.
+
+    before: called before the SIGKILL.
+    """
     metrics = run / "metrics.jsonl"
 
     def last() -> int:
@@ -55,8 +70,22 @@ def kill_at(step: int, run: Path, *arguments: object, ranks: int = 0, **environm
         rows = read_metrics(metrics)[-1:] if metrics.exists() else []
         return rows[0]["step"] if rows and rows[0]["step"] >= step else 0
 
-    with started(*arguments, ranks=ranks, **environment) as process:
-        return wait_until(last, seconds=180, told=f"step {step}")
+    still = {STEP: str(step), **environment}
+    with started("tests.standstill", *arguments, ranks=ranks, **still) as process:
+        seen = wait_until(last, told=f"step {step}")
+        before()
+        return seen
+
+
+def train_workers(session: str) -> list[int]:
+    """Process ids of Ray Train's workers in this session of Ray."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is not ours
+            ours = f"RAY_TMPDIR={session}".encode() in entry.joinpath("environ").read_bytes().split(b"\0")
+            if ours and b"RayTrainWorker" in entry.joinpath("cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +147,17 @@ def test_a_killed_run_resumes_bit_for_bit(reference: Path, folder: Path) -> None
     assert "resuming" in again.stderr
     assert losses(run) == losses(reference)
     assert all(before[step] == losses(reference)[step] for step in before)
+    found = [(event["kind"], event["step"]) for event in events.read(run)]
+    starts = [kind for kind, _ in found if kind != "checkpoint"]
+    # the rank that is killed last sees the other go, and may still say so
+    assert starts in (
+        ["started", "workers", end, "resumed", "workers", "finished"] for end in ("killed", "failed")
+    )
+    resumed = dict(found)["resumed"]
+    assert found.index(("checkpoint", resumed)) < found.index(("resumed", resumed)) and resumed > 0
+    if max(before) > resumed:
+        text = [event["text"] for event in events.read(run) if event["kind"] == "workers"][1]
+        assert f"steps {resumed + 1} to {max(before)} are taken again" in text
 
 
 def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_exports_its_weights(
@@ -160,10 +200,25 @@ def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
     reference: Path, folder: Path, tmp_path: Path
 ) -> None:
     # Relative, as by default: the driver's working directory counts, not the workers'.
-    keys = run_keys(folder, "ray", launcher="ray", run__directory=os.path.relpath(folder / "outputs", ROOT))
+    outputs = os.path.relpath(folder / "outputs", ROOT)
+    keys = run_keys(folder, "ray", launcher="ray", run__directory=outputs, record__stalled_minutes=0.1)
     run = folder / "outputs" / "ray"
     with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
-    seen = kill_at(8, run, "training.launch", *keys, **with_own_session)
+
+    def stop_a_worker() -> None:
+        os.kill(train_workers(with_own_session["RAY_TMPDIR"])[0], signal.SIGSTOP)
+        wait_until(alarms, told=lambda: events.read(run))
+
+    def alarms() -> list[str]:
+        """Of the run that stands still, and not of one that starts slowly: since its last checkpoint."""
+        told = events.read(run)
+        last = max(
+            (place for place, one in enumerate(told) if one["kind"] == "checkpoint"), default=len(told)
+        )
+        return [event["text"] for event in told[last:] if event["kind"] == "no_progress"]
+
+    seen = kill_at(8, run, "training.launch", *keys, before=stop_a_worker, **with_own_session)
+    assert "seen from the launcher" in alarms()[-1]
     assert max(losses(run)) >= seen
     again = python("training.launch", *keys, **with_own_session)
     assert again.returncode == 0, again.stderr

@@ -24,7 +24,7 @@ from cluster.machine.host import describe_host
 from cluster.measure import benchmark, hardware
 from cluster.parity import baseline_file
 from cluster.record import origins, provenance
-from cluster.record.record import Record
+from cluster.record.result import record_result
 from training.baseline import plan as baseline_plan
 from training.baseline.figures import rates, shares_text, table
 from training.baseline.measure import measure, measure_device, num_nodes, peaks_of
@@ -165,13 +165,10 @@ def mirror(result: Mapping[str, Any], config: BaselineConfig, output: Path) -> s
         rows.append([figure["id"], median, least, most, joules, cost, shares_text(figure)])
         middle = {name: statistics.median(part) for name, part in figure["shares"].items()}
         summary[figure["id"]] = {"tokens_per_second": median, "shares": middle}
-    with Record.open(
-        _run_directory(config), config=result["config"], provenance=result["provenance"],
-        wandb_mode=config.wandb, project=config.project, group="baseline", name=config.name, resume_step=None,
-        inputs=result["provenance"].get("inputs", []),
-    ) as record:  # fmt: skip
-        record.table("figures", FIGURE_COLUMNS, rows)
-        record.file(output)
-        record.output(origins.of_results(output))
-        record.finish({"output": str(output), "hardware": result["hardware"]["name"], "figures": summary})
-        return record.wandb_status
+    return record_result(
+        _run_directory(config), job_type="baseline", name=config.name, project=config.project,
+        config=result["config"], provenance=result["provenance"], wandb_mode=config.wandb,
+        summary={"output": str(output), "hardware": result["hardware"]["name"], "figures": summary},
+        tables={"figures_table": (FIGURE_COLUMNS, rows)}, attachments=[output],
+        inputs=result["provenance"].get("inputs", []), outputs=[origins.of_results(output)],
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from cluster.endpoint_client import Endpoint
 from cluster.masking import masked
 from cluster.record import origins
 from cluster.record.origins import Origin
+from cluster.record.result import record_result
 from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(layered.to_yaml(config), evaluation.describe())
             return
         result = run(config, evaluation, report=show)
-        show(*table(result))
+        show(*table(result), f"W&B: {record(config, evaluation, result)}")
         print(json.dumps(last_line(result, evaluation.output)))
 
     return cli.run(body)
@@ -189,6 +190,20 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[Tab
             f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
         ) from error
     return result
+
+
+def record(config: EvaluateConfig, evaluation: Evaluation, result: dict[str, Any]) -> str:
+    """Record an evaluation as a run of its own, beside the file of the result. Returns W&B's status."""
+    columns = tuple(field.name for field in dataclasses.fields(TaskScore))
+    scores = [[score[column] for column in columns] for score in result["scores"]]
+    held_out = {key: value for key, value in result["perplexity"].items() if isinstance(value, int | float)}
+    return record_result(
+        evaluation.output.with_suffix(""), job_type="evaluation", name=f"eval-{evaluation.name}",
+        project=config.project, wandb_mode=config.wandb, config=result["config"],
+        provenance=result["provenance"], inputs=result["provenance"].get("inputs", []),
+        summary={**held_out, **last_line(result, evaluation.output)},
+        tables={"scores_table": (columns, scores)} if scores else {}, attachments=[evaluation.output],
+    )  # fmt: skip
 
 
 def _origins(evaluation: Evaluation, measured: Measured) -> list[Origin]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.config import key, require
+from cluster.record.record import WANDB_MODES
 from cluster.runs import NEWEST
 
 
@@ -58,6 +59,9 @@ class EvaluateConfig:
     output: str | None = key(
         None, "file of the result; default: eval.json in the run's directory, else in outputs/eval-<model>/"
     )
+
+    wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
+    project: str = key("asuncion", "W&B project")
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model", "is empty")

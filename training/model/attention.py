@@ -1,9 +1,13 @@
-"""Scaled dot-product attention by torch, in a dtype that the device multiplies, and its choice of kernels."""
+"""Scaled dot-product attention by torch, in a dtype that the device multiplies; its kernels and logits."""
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim.precision import product_dtype
@@ -39,3 +43,50 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> T
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return mixed.to(q.dtype)
+
+
+@torch.no_grad()
+def largest_logit(q: Tensor, k: Tensor) -> Tensor:
+    """The largest q kᵀ/√C of a query and its past or itself, an fp32 scalar. Shapes as in `sdpa`; S is T.
+
+    One head at a time, which saves memory.
+    """
+    wide, group = product_dtype(q.dtype, q.device), q.shape[1] // k.shape[1]
+    q, k = q.to(wide), k.to(wide)
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    heads = range(q.shape[1])
+    tops = [(q[:, h] @ k[:, h // group].mT).masked_fill_(future, -math.inf).amax() for h in heads]
+    return torch.stack(tops).amax().float() / math.sqrt(q.shape[-1])
+
+
+class LogitProbe:
+    """The largest attention logit of each layer, in the newest forward pass of a model that trains.
+
+    Logits that grow make attention collapse to single tokens. Under Muon they have to be watched (Kimi K2,
+    arXiv 2507.20534). The probe does not change what the model computes, to the bit.
+    """
+
+    def __init__(self, decoder: nn.Module, *, when: Callable[[], bool]) -> None:
+        """decoder: `training.model.llama.Decoder`. when: whether to look at the pass that begins now."""
+        self._when = when
+        self._found: dict[int, Tensor] = {}
+        decoder.register_forward_pre_hook(self._join, with_kwargs=True)
+
+    def read(self, gather: Callable[[dict[int, float]], list[dict[int, float]]]) -> dict[str, Any]:
+        """Collective, by `gather`. Empty if no pass was looked at; else over all ranks' last micro-batches:
+
+        attention_logit_max, and `attention`: {"layers.<number>": {"attention_logit_max": ...}}.
+        """
+        ranks = gather({layer: top.item() for layer, top in self._found.items()})
+        tops = {layer: max(rank[layer] for rank in ranks) for layer in sorted(ranks[0])}
+        if not tops:
+            return {}
+        layers = {f"layers.{layer}": {"attention_logit_max": top} for layer, top in tops.items()}
+        return {"attention_logit_max": max(tops.values()), "attention": layers}
+
+    def _join(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, "attend": self._attend}) if decoder.training and self._when() else None
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._found[layer] = largest_logit(q, k)
+        return sdpa(q, k, v)

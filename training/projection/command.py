@@ -10,15 +10,19 @@ per GPU comes from training/plan.py.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 from cluster import cli
 from cluster import config as layered
 from cluster.display import Table, pairs, show, table
 from cluster.measure import hardware
+from cluster.record import provenance
+from cluster.record.result import record_result
 from training.config import (
     BatchConfig,
     MatrixOptimConfig,
@@ -161,6 +165,21 @@ def _cells(row: Mapping[str, Any], memory: float) -> list[str | None]:
     ]
 
 
+def record(config: ProjectionConfig, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> str:
+    """Record a projection as a run: its rows as a table. Returns W&B's status."""
+    columns = [name for name, value in rows[0].items() if not isinstance(value, dict)]
+    table_rows = [
+        [*(row[name] for name in columns), *(row["seconds"][part] for part in PARTS)] for row in rows
+    ]
+    return record_result(
+        Path(config.directory), job_type="projection", name=f"{config.shape}-{config.device}",
+        project=config.project, wandb_mode=config.wandb, config=layered.to_dict(config),
+        provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        summary={"projection": rows, **sources},
+        tables={"rows": ([*columns, *(f"{part}_seconds" for part in PARTS)], table_rows)},
+    )  # fmt: skip
+
+
 def batch_line(config: ProjectionConfig, row: Mapping[str, Any]) -> str:
     """Nodes, GPUs and the batch, and how much it had to grow."""
     nodes = "1 node" if row["nodes"] == 1 else f"{row['nodes']} nodes"
@@ -193,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = project(config, basis)
         show(*describe(config, basis, rows))
         sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
+        print(f"W&B: {record(config, rows, sources)}")
         print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 
     return cli.run(body)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.config import key, require
+from cluster.record.record import WANDB_MODES
 from training.config import MUON_RULES
 from training.model.shapes import SHAPES
 
@@ -58,6 +59,9 @@ class ProjectionConfig:
     activation_checkpointing: bool = key(
         False, "counted in the memory only; the baseline contains its extra compute"
     )
+    wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
+    project: str = key("asuncion", "W&B project")
+    directory: str = key("outputs/projection", "its run directory")
     links: LinkConfig = key(LinkConfig, "what the GPUs send through")
     assumed: AssumedConfig = key(AssumedConfig, "without a baseline")
 

@@ -25,6 +25,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.model.attention import LogitProbe
 from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
@@ -33,11 +34,13 @@ from training.run.context import Context
 from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
+from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
 from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
 
+LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
 MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 
 Observe = Callable[[dict[str, Any]], None]
@@ -68,6 +71,8 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
             with failures():  # while W&B can still be told
                 summary = trainer.run(Output(record, observe))
             if record is not None:
+                record.image("loss_plot", plot_losses(config.run_directory))
+                record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
                 record.finish(summary)
                 report_end(config, summary)
 
@@ -94,6 +99,8 @@ def open_record(start: Start, command: list[str]) -> Record:
         project=config.record.project,
         group=config.record.group,
         name=config.run.name,
+        job_type="train",
+        tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
         inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
     )
@@ -142,6 +149,7 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
+        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -168,10 +176,10 @@ class Trainer:
             self.meter.count_step()
             last = self.step == self.plan.num_steps
             logging, evaluating, saving = (
-                last or self._due(section.every_steps)
+                last or _due(self.step, section.every_steps)
                 for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
             )
-            probing = self._due(self.config.optim.noise.measure_every_steps)
+            probing = _due(self.step, self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
                 continue
             self.context.synchronize()
@@ -240,10 +248,12 @@ class Trainer:
             **self.meter.line(),
         }
 
-    def optimizer_health(self) -> dict[str, float | None]:
-        """What the last step's optimizer did, for the row: phases, quality of the updates, balance."""
-        health = self.optimizer.health()
-        return {f"optimizer_{name}": value for name, value in health.items()}
+    def optimizer_health(self) -> dict[str, Any]:
+        """Of the last step, for the row: the optimizer's phases, updates and balance; attention's logits."""
+        last, every = self.step == self.plan.num_steps, LAYERS_EVERY * self.config.optim.inspect_every_steps
+        health = self.optimizer.health(layers=last or _due(self.step, every))
+        health |= self.logits.read(self.context.gather)
+        return {f"optimizer_{name}": value for name, value in health.items() if value != {}}
 
     def measure_noise(self) -> dict[str, Any]:
         """The noise of the gradients at this point, on the micro-batches that come next."""
@@ -299,10 +309,6 @@ class Trainer:
         self._wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
-    def _due(self, every_steps: int) -> bool:
-        """Whether something falls on this step; 0: it never does."""
-        return every_steps > 0 and self.step % every_steps == 0
-
     def _start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
@@ -315,6 +321,11 @@ class Trainer:
                 "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
                 "it resumes from the newest checkpoint"
             )
+
+
+def _due(step: int, every_steps: int) -> bool:
+    """Whether something falls on this step; 0: it never does."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def _measured_tflops(config: TrainConfig) -> float | None:

@@ -113,16 +113,19 @@ def _tell_start(start: Start, damaged: list[str]) -> None:
 
     damaged: lines about the checkpoints that could not be used.
     """
-    directory, saved = start.config.run_directory, start.checkpoint
+    directory, saved, num_steps = start.config.run_directory, start.checkpoint, start.plan.num_steps
     if saved is None:
         (directory / events.FILE).unlink(missing_ok=True)
-        events.append(directory, "started", f"a run of {start.plan.num_steps} steps begins", step=0)
+        events.append(
+            directory, "started", f"a run of {num_steps:,} steps begins", step=0, num_steps=num_steps
+        )
     else:
         if not events.has_ended(events.read(directory)):
             events.end(
                 directory, "killed", "the start before left no last word: killed, or its node was lost"
             )
-        events.append(directory, "resumed", f"the run continues from {saved.name}", step=step_of(saved))
+        text, step = f"the run continues from {saved.name}", step_of(saved)
+        events.append(directory, "resumed", text, step=step, num_steps=num_steps)
     for line in damaged:
         events.append(directory, "checkpoint_damaged", line)
 

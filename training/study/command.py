@@ -34,6 +34,7 @@ from training.data.prepare import prepare
 from training.study.config import DEFAULT_FILE, StudyConfig, load
 from training.study.plan import StudyPlan, describe_plan
 from training.study.plots import plot_study
+from training.study.publish import publish_study
 from training.study.report import About, describe_study
 from training.study.results import Result, RunFailure, StudyResults, read_result, write_tables
 from training.study.runs import StudyRun, is_finished
@@ -113,6 +114,7 @@ def run_study(plan: StudyPlan, *, command: str) -> None:
     files.write_text(directory / "report.md", report)
     for result in study.failed():
         print(f"{result.status}: {result.name}: {result.error}", file=sys.stderr)
+    print(f"W&B: {publish_study(study, about=about, data=data)}")
     print(f"report: {directory / 'report.md'}")
     if missing := study.rules_without_a_result():
         raise RunError(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.record.record import read_metrics
+from cluster.review.outcome import Curve, Outcome, tokens_to
+from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.study.config import RuleConfig
 from training.study.plan import StudyPlan
@@ -21,7 +22,6 @@ COLUMNS = (
     *("run", "phase", "rule", "lr", "vector_ratio", "width", "noise", "seed", "status"),
     *("validation_loss", "tuning_loss", "tokens", "seconds", "error"),
 )
-Curve = tuple[tuple[int, float], ...]  # (tokens, validation loss in nats per token), tokens ascending
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,12 @@ def read_result(plan: StudyPlan, run: StudyRun, failure: RunFailure | None = Non
         return _of_finished(run, config, directory)
     if failure is None:
         return Result(run, name, NOT_RUN)
-    return Result(run, name, FAILED, error=str(failure), curve=_curve(directory))
+    return Result(run, name, FAILED, error=str(failure), curve=Outcome(Run(directory)).curve)
 
 
 def _of_finished(run: StudyRun, config: TrainConfig, directory: Path) -> Result:
-    summary, curve = files.read_json(directory / "summary.json"), _curve(directory)
+    files_of_run = Run(directory)
+    summary, curve = files.read_json(directory / "summary.json"), Outcome(files_of_run).curve
     loss, start = summary.get("validation_loss"), curve[0][1] if curve else math.inf
     problem = divergence(loss, start=start)
     return Result(
@@ -91,7 +92,7 @@ def _of_finished(run: StudyRun, config: TrainConfig, directory: Path) -> Result:
         tokens=summary["tokens"],
         seconds=summary["wall_seconds"],
         error=problem,
-        commit=_commit(directory),
+        commit=files_of_run.commit,
         curve=curve,
     )
 
@@ -103,20 +104,6 @@ def divergence(loss: float | None, *, start: float) -> str | None:
     if loss >= start:
         return f"the final validation loss {loss:.3f} is not below {start:.3f}, that of the untrained model"
     return None
-
-
-def _curve(directory: Path) -> Curve:
-    metrics = directory / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
-    return tuple((row["tokens"], row["validation_loss"]) for row in rows if "validation_loss" in row)
-
-
-def _commit(directory: Path) -> str | None:
-    path = directory / "provenance.json"
-    if not path.exists():
-        return None
-    about = files.read_json(path)
-    return about["commit"] + "+dirty" * bool(about["dirty"])
 
 
 @dataclass(frozen=True)
@@ -230,22 +217,6 @@ class Spread:
 def losses(results: Iterable[Result]) -> list[float]:
     """Final validation losses of the finished runs."""
     return [r.validation_loss for r in results if r.ok and r.validation_loss is not None]
-
-
-def tokens_to(curve: Curve, target: float) -> float | None:
-    """Tokens at which the curve first reaches `target` (nats per token), linearly between evaluations.
-
-    None if it never does. A curve that begins at or below the target reaches it at its first point.
-    """
-    before: tuple[int, float] | None = None
-    for tokens, loss in curve:
-        if loss <= target:
-            if before is None:
-                return float(tokens)
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (tokens - before[0])
-        before = (tokens, loss)
-    return None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import pytest
 
 from cluster.head.answers import Head, Refused
 from cluster.head.ray_rest import Ray, RayDown
+from cluster.record import events
+from tests.cluster.review.factories import make_run, row
 
 REQUEST = {
     "run": "night",
@@ -19,6 +21,9 @@ REQUEST = {
     "gated": False,
     "digest": hashlib.sha256(b"code").hexdigest(),
 }
+
+
+NODE = {"node_ip": "10.0.0.1", "node_name": "head", "resources_total": {"CPU": 2}}
 
 
 class JobServer(ThreadingHTTPServer):
@@ -42,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/version":
             self._answer({"session_name": "session_now"})
         else:
-            self._answer({"data": {"result": {"result": [{"node_ip": "10.0.0.1"}]}}})
+            self._answer({"data": {"result": {"result": [NODE]}}})
 
     def do_PUT(self):
         self.server.uploads[self.path.rpartition("/")[2]] = self._body()
@@ -169,3 +174,11 @@ def test_a_run_that_only_ray_knows_is_followed_too(head, server):
     (head.runs / "night-1.json").unlink()
     server.jobs["night-1"]["status"] = "FAILED"
     assert head.submit(REQUEST, b"code")["id"] == "night-2"
+
+
+def test_the_status_holds_the_newest_runs_and_their_alarms(head, tmp_path):
+    run = make_run(tmp_path / "outputs" / "night", [row(step) for step in range(3)], finish=False)
+    events.append(run, "node_lost", "node 10.0.0.2 is lost, 1 left")
+    first, alarm = head.status()["outputs"]
+    assert first.split()[:2] == ["run", "night"] and "step 2" in first
+    assert alarm.endswith("error: node 10.0.0.2 is lost, 1 left")

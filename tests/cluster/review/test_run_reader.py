@@ -17,7 +17,7 @@ from training import config as training_config
 def test_a_finished_run_is_read_whole(tmp_path):
     run = Run(make_run(tmp_path / "a", map(row, range(1, 11)), changes={"optim.matrix.lr": [0.02, 0.04]}))
     assert run.state.name == "finished" and run.problems == []
-    assert (run.last_step, run.planned_steps, run.num_rows) == (10, 10, 10)
+    assert (run.last_step, run.planned_steps, len(run.columns["step"].rows)) == (10, 10, 10)
     assert run.config["optim.matrix.rule"] == "muon" and run.summary["tokens"] == 1000
     assert run.changes == {"optim.matrix.lr": [0.02, 0.04]} and run.events == []
     held_out = run.columns["validation_loss"]
@@ -92,7 +92,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 def test_what_is_not_there_is_empty_and_named(tmp_path):
     run = Run(tmp_path / "nothing")
     assert run.state.name == "failed" and "no run began here" in run.state.reason
-    assert run.columns == {} and run.latest == {} and run.num_rows == 0 and run.planned_steps is None
+    assert run.columns == {} and run.latest == {} and run.planned_steps is None
     assert run.config == {} and run.problems == ["config.yaml: missing"]
 
 

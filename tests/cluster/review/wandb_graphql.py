@@ -105,6 +105,8 @@ class State:
         about = {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": teams}
         return {"viewer": about}
 
+    _GetDefaultEntity = _Viewer
+
     def _ServerFeaturesQuery(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 

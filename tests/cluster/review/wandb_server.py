@@ -15,7 +15,7 @@ the client a HOME of its own, or it reads the user's netrc and settings.
 
 Faults:
     server.stop(); server.start()            # it is gone, open connections too; it is back, with its state
-    server.stop_after = 3                    # it is gone after it took in three more `file_stream` requests
+    server.stop_after = 3                    # it is gone after it took in three more requests with rows
     server.lose_answers = True               # ... and the client does not get the third one's answer
     server.refuse = lambda name: ...         # True: this request is answered 400
     server.wait_seconds = lambda name: 30.0  # before a request is answered
@@ -138,11 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests.append(name)
             if server.refuse(name):
                 return self._send(400, {"errors": [{"message": f"{name} is refused"}]})
+            before = sum(run.num_received for run in server.runs.values())
             try:
                 answer = act()
             except LookupError as error:
                 return self._send(400, {"errors": [{"message": str(error)}]})
-            if server.stop_after is not None and name.startswith("file_stream"):
+            if (
+                server.stop_after is not None
+                and sum(run.num_received for run in server.runs.values()) > before
+            ):
                 server.stop_after -= 1
                 if server.stop_after == 0:
                     server.stop_after = None

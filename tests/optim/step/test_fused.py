@@ -271,6 +271,10 @@ def test_inspection_measures_the_updates_of_the_last_step(world_size):
         assert len(errors) == NUM_MATRICES
         assert errors == pytest.approx(sorted(exact_errors), rel=1e-3)
         assert squares == pytest.approx(sorted(exact_squares), rel=1e-3)
+        layers = {name: each for result in results for name, each in result["health"].layers.items()}
+        assert len(layers) == NUM_MATRICES  # each by its one owner
+        assert sorted(each["orthogonality_error"] for each in layers.values()) == errors
+        assert sorted(each["update_rms"] ** 2 for each in layers.values()) == pytest.approx(squares)
 
 
 def inspected(case: StepCase) -> tuple[list[float], list[float]]:

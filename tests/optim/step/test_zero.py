@@ -102,7 +102,13 @@ def test_the_health_of_a_step_is_that_of_all_ranks(world_size: int) -> None:
             assert health["update_rms"] == pytest.approx(oracle(case, world_size).update_rms, rel=rel), case
         if case.rule != "muon" or case.noise != "none":  # noise moves `idle` too
             continue
+        layers = health["layers"]
+        assert len(layers) == case.num_matrices
+        errors = [each["orthogonality_error"] for each in layers.values()]
+        assert max(errors) == pytest.approx(health["orthogonality_error_max"])
+        assert sum(errors) / len(errors) == pytest.approx(health["orthogonality_error"])
         assert set(health) == {
+            "layers",
             *(f"{phase}_seconds" for phase in PHASES),
             *("imbalance", "orthogonalisations"),
             *("orthogonality_error", "orthogonality_error_max", "update_rms"),

@@ -222,7 +222,7 @@ def run_case(context: Context, case: ZeroCase, *, num_steps: int = NUM_STEPS, **
         "calls": len(optimizer.plans),
         "bytes_sent": optimizer.bytes_sent,
         "text": optimizer.describe(),
-        "health": optimizer.health(),
+        "health": optimizer.health(layers=True),
         "state_keys": keys,
         "weights": {name: parameter.detach().clone() for name, parameter in whole},
     }

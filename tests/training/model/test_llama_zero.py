@@ -5,6 +5,7 @@ import torch
 
 from optim.step.layout import quiet_deepspeed
 from tests.ranks import spawn
+from training.model.attention import LogitProbe
 from training.model.llama import Llama, generate, initialize
 from training.model.shapes import resolve
 from training.run.context import Context
@@ -43,6 +44,7 @@ def train(context: Context) -> list[tuple[list[float], list[int]]]:
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero_init):
             model = build(tied=tied, activation_checkpointing=zero_init)
         initialize(model, seed=5)
+        probe = LogitProbe(model.model, when=lambda: True)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         losses = []
@@ -53,6 +55,11 @@ def train(context: Context) -> list[tuple[list[float], list[int]]]:
             losses.append(loss.item())
         sample = generate(engine, torch.arange(4), num_tokens=3, seed=1)
         outcomes.append((losses, sample.tolist()))
+        seen = probe.read(context.gather)
+        assert seen["attention_logit_max"] == max(
+            x["attention_logit_max"] for x in seen["attention"].values()
+        )
+        assert list(seen["attention"]) == ["layers.0", "layers.1"]
     return outcomes
 
 

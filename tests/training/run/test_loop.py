@@ -89,6 +89,7 @@ def test_everything_comes_as_often_as_asked_whatever_else_is_due(runs):
     assert steps_with(rows, "validation_loss") == [0, 5, 10, 15, 20]
     assert steps_with(rows, "noise") == [6, 12, 18]
     assert steps_with(rows, "optimizer_update_rms") == [7, 14]
+    assert steps_with(rows, "optimizer_attention_logit_max") == [7, 14]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert all(row["tokens"] == 512 * row["step"] for row in rows)
 

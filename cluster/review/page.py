@@ -1,0 +1,258 @@
+"""`make report RUN=...`: one HTML page of a run, which needs no network and no W&B.
+
+    python -m cluster.review.page RUN [--output FILE.html]
+
+RUN is a run directory, or the name of a run under outputs/. The page is written to RUN/report.html.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import cli, runs
+from cluster.cli import UserError
+from cluster.display import duration
+from cluster.record import lineage
+from cluster.review import requests_section, training_charts
+from cluster.review.charts import Mark
+from cluster.review.document import Page, Section, Table, write
+from cluster.review.outcome import Outcome, sentence
+from cluster.review.run_reader import Run
+from cluster.review.words import commit, number, plain
+
+MOST_MARKS = 30  # on the curves; more would hide them
+PAGE = "report.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = argparse.ArgumentParser("python -m cluster.review.page", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="a run directory, or a run's name under outputs/")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="where to write the page")
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        run = find(options.run)
+        path = write(make_page(run), options.output or run.directory / PAGE)
+        print(f"{_sentence(run)}\npage: {path.absolute()}")
+
+    return cli.run(body)
+
+
+def find(name: str) -> Run:
+    """The run of this directory, or of this name under outputs/. Raises `UserError` if there is none."""
+    places = [Path(name).expanduser().absolute(), (runs.OUTPUTS / name).absolute()]
+    for place in places:
+        if place.is_dir() and name:
+            return Run(place)
+    there = ", ".join(sorted(path.name for path in runs.OUTPUTS.glob("*") if path.is_dir())) or "none"
+    raise UserError(f"{name or 'RUN'}: no such run directory; directories in {runs.OUTPUTS}/: {there}")
+
+
+def make_page(run: Run) -> Page:
+    """The page of a run of any kind and state."""
+    marked = numbered(run)
+    sections = [
+        *requests_section.sections(run),
+        *training_charts.sections(run, marks=list(marked.values())),
+        events_section(run, marked),
+        samples_section(run),
+        lineage_section(run),
+        config_section(run),
+        system_section(run),
+    ]
+    order = ("Curves", "Events")  # what happened stands where its marks are
+    sections.sort(key=lambda section: order.index(section.title) if section.title in order else len(order))
+    return Page(
+        title=run.name,
+        state=run.state.name,
+        sentence=_sentence(run),
+        notices=[*run.problems],
+        facts=facts(run),
+        sections=[section for section in sections if section],
+    )
+
+
+def _sentence(run: Run) -> str:
+    return sentence(run, measured=requests_section.sentence(run) if run.serving else "")
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The figures at the top of the page; what is unknown is left out."""
+    summary, about, config = run.summary or {}, run.provenance, run.config
+    host = about.get("host") or {}
+    outcome = Outcome(run)
+    found: list[tuple[str, Any]] = []
+    if outcome.loss is not None:
+        also = f" (best {number(outcome.best)})" if outcome.best not in (None, outcome.loss) else ""
+        found.append(("Validation loss, nats per token", f"{number(outcome.loss)}{also}"))
+    if run.latest.get("loss") is not None:
+        found.append(("Training loss", number(run.latest["loss"])))
+    found.append(("Tokens", _known(run.latest.get("tokens"))))
+    found.append(("Tokens per second", _known(outcome.tokens_per_second)))
+    if "mfu" in run.latest:
+        mfu = summary.get("mfu", run.latest.get("mfu"))
+        found.append(("MFU", f"{mfu:.1%}" if mfu is not None else f"unknown: {run.latest.get('mfu_reason')}"))
+    if outcome.seconds:
+        found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
+    found.append(("Parameters", _known(summary.get("num_parameters"))))
+    found.append(("Optimizer", config.get("optim.matrix.rule")))
+    workers = f"{config['workers.count']} x " if config.get("workers.count") else ""
+    gpus = host.get("gpus") or []
+    device = gpus[0] if gpus and config.get("workers.gpu", True) else host.get("cpu")
+    found.append(("Hardware", f"{workers}{device}" if device else None))
+    found.append(("Commit", commit(about) if about.get("commit") else None))
+    found.append(
+        ("Data", f"{config.get('data.source', '')} {str(about.get('data_fingerprint') or '')[:12]}".strip())
+    )
+    found.append(("Last start", str(about.get("time") or "").replace("T", " ").replace("+00:00", " UTC")))
+    found.append(("Weights & Biases", summary.get("wandb_status")))
+    return [(name, str(value)) for name, value in found if value not in (None, "", "-")]
+
+
+def _known(value: Any) -> str | None:
+    return None if value is None else number(value)
+
+
+def _time_parts(total: str, summary: dict[str, Any]) -> str:
+    names = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
+    parts = {name: summary.get(f"{name}_seconds") or 0.0 for name in names}
+    said = ", ".join(f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.5)
+    return f"{total} ({said})" if said else total
+
+
+def numbered(run: Run) -> dict[int, Mark]:
+    """Place in `run.events` -> its mark on the curves: warnings, errors, and starts after the first."""
+    marks: dict[int, Mark] = {}
+    for place, event in enumerate(run.events):
+        step, level = event.get("step"), event.get("level", "info")
+        if not isinstance(step, int) or (
+            level == "info" and event.get("kind") not in ("resumed", "restarted")
+        ):
+            continue
+        if len(marks) < MOST_MARKS:
+            marks[place] = Mark(step, str(len(marks) + 1), str(event.get("text")), level)
+    return marks
+
+
+def events_section(run: Run, marked: dict[int, Mark]) -> Section:
+    """What happened, with the loss and the gradient norm there; routine events are folded."""
+    section = Section("Events")
+    head = ("No.", "Step", "Time (UTC)", "Level", "What", "Loss", "Gradient norm")
+    rows = [(place, event) for place, event in enumerate(run.events)]
+    alarms = [pair for pair in rows if pair[0] in marked or pair[1].get("level") != "info"]
+    others = [pair for pair in rows if pair not in alarms]
+    around = {key: _around(run, key) for key in ("loss", "gradient_norm")}
+
+    def cells(place: int, event: dict[str, Any]) -> list[str]:
+        step = event.get("step")
+        when = str(event.get("time", ""))[:19].replace("T", " ")
+        moved = [around[key](step) for key in ("loss", "gradient_norm")]
+        numbered = marked[place].number if place in marked else ""
+        at = number(step) if step is not None else "-"
+        return [numbered, at, when, str(event.get("level")), str(event.get("text")), *moved]
+
+    if alarms:
+        section.paragraphs.append(
+            "The dashed lines on the curves carry these numbers. Loss and gradient norm: the median of the "
+            "ten rows before the event, and the highest value from there to five rows later."
+        )
+        classes = [str(event.get("level")) for _, event in alarms]
+        rows_shown = [cells(place, event) for place, event in alarms]
+        section.tables.append(Table(head, rows_shown, figures=(1, 5, 6), classes=classes))
+    else:
+        section.paragraphs.append("No warning and no error was recorded.")
+    if others:
+        folded = f"{len(others):,} routine event{'s' * (len(others) > 1)}"
+        shown = [cells(place, event)[1:5] for place, event in others]
+        section.tables.append(Table(head[1:5], shown, figures=(0,), folded=folded))
+    return section
+
+
+def _around(run: Run, key: str) -> Any:
+    """A function of a step: "before -> after" of this key, in words; "-" where it is unknown."""
+    import numpy as np
+
+    steps, values = (np.asarray(part) for part in run.curve(key))
+
+    def said(step: Any) -> str:
+        if not isinstance(step, int) or not len(steps):
+            return "-"
+        at = int(np.searchsorted(steps, step))
+        before, after = values[max(0, at - 10) : at], values[at : at + 6]
+        before, after = before[np.isfinite(before)], after
+        if not len(after):
+            return "-"
+        high = after.max() if np.isfinite(after).all() else float(after[~np.isfinite(after)][0])
+        return (
+            f"{number(float(np.median(before)), digits=4)} → {number(float(high), digits=4)}"
+            if len(before)
+            else number(float(high), digits=4)
+        )
+
+    return said
+
+
+def samples_section(run: Run) -> Section:
+    """What the model wrote."""
+    samples = (run.summary or {}).get("samples")
+    texts = samples.items() if isinstance(samples, dict) else ()
+    return Section("Samples", texts=[(f"“{prompt}”", str(text)) for prompt, text in texts])
+
+
+def lineage_section(run: Run) -> Section:
+    """Which commit, data and checkpoint it comes from."""
+    section = Section("Lineage")
+    if run.provenance:
+        try:
+            section.texts.append(("", lineage.describe(lineage.find(str(run.directory)))))
+        except UserError as error:
+            section.paragraphs.append(str(error))
+    if run.checkpoints:
+        section.paragraphs.append(f"Complete checkpoints: steps {', '.join(map(number, run.checkpoints))}.")
+    return section
+
+
+def config_section(run: Run) -> Section:
+    """What differs from the defaults; the whole configuration, folded."""
+    section = Section("Configuration")
+    if run.changes is None and run.config:
+        section.paragraphs.append(
+            "This run did not record which keys differ from the defaults of its version."
+        )
+    elif run.changes:
+        rows = [(key, value, default) for key, (default, value) in run.changes.items()]
+        head = ("Key", "This run", "Default")
+        section.tables.append(Table(head, [tuple(map(plain, row)) for row in rows]))
+    elif run.config:
+        section.paragraphs.append("All keys have their defaults.")
+    if run.config:
+        every = [(key, plain(value)) for key, value in run.config.items()]
+        section.tables.append(Table(("Key", "Value"), every, folded=f"All {len(every)} keys"))
+    return section
+
+
+def system_section(run: Run) -> Section:
+    """Machine, versions and command."""
+    about = run.provenance
+    section = Section("System")
+    host = {key: value for key, value in (about.get("host") or {}).items() if value not in (None, [], "")}
+    rows = [(name.replace("_", " "), plain(value)) for name, value in host.items()]
+    rows += [("python", about["python"])] if about.get("python") else []
+    rows += [(name, value) for name, value in (about.get("packages") or {}).items()]
+    if rows:
+        section.tables.append(Table(("", ""), rows))
+    if command := about.get("command"):
+        section.texts.append(("Command", " ".join(map(str, command))))
+    if earlier := about.get("earlier_starts"):
+        starts = [
+            (str(start.get("time")), commit(start), plain(start.get("command", []))) for start in earlier
+        ]
+        section.tables.append(Table(("Started", "Commit", "Command"), starts, caption="Earlier starts"))
+    return section
+
+
+if __name__ == "__main__":
+    sys.exit(main())

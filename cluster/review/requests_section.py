@@ -1,0 +1,142 @@
+"""The sections of a serving benchmark's run: its loads, its slowest requests, and latency over time."""
+
+import heapq
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from cluster.review.charts import Charts, Curve
+from cluster.review.document import Section, Table
+from cluster.review.run_reader import Run
+from cluster.review.words import number
+
+MOST_SLOW = 30
+COLUMNS = (  # head, key of a load's row
+    ("Load", "load"),
+    ("Succeeded", "counts"),
+    ("Requests/s", "requests_per_second"),
+    ("Output tokens/s", "output_tokens_per_second"),
+    ("TTFT p50", "ttft_p50_ms"),
+    ("p99", "ttft_p99_ms"),
+    ("TPOT p50", "tpot_p50_ms"),
+    ("p99", "tpot_p99_ms"),
+    ("E2E p50", "e2e_p50_ms"),
+    ("p99", "e2e_p99_ms"),
+    ("Goodput/s", "goodput_per_second"),
+    ("SLO met", "attainment"),
+)
+
+
+def sentence(run: Run) -> str:
+    """What was measured, in a few words."""
+    points = _points(run)
+    best = max((point.get("goodput_per_second") or 0.0 for point in points), default=0.0)
+    loads = f"{len(points)} load{'s' * (len(points) != 1)} measured"
+    return f"{loads}, at most {number(best)} requests per second within the SLO"
+
+
+def sections(run: Run) -> list[Section]:
+    """ "Loads" and "Slow requests"; none for a run without requests.jsonl."""
+    if not run.serving:
+        return []
+    loads = Section("Loads")
+    if points := _points(run):
+        slo = (run.summary or {}).get("slo") or {}
+        limits = [
+            f"{name.removesuffix('_ms').upper()} {number(value)} ms"
+            for name, value in slo.items()
+            if name.endswith("_ms") and value
+        ]
+        loads.paragraphs.append(
+            f"Latencies in milliseconds, from the scheduled arrival. SLO: {', '.join(limits) or 'unknown'}."
+        )
+        rows = [[_cell(key, point.get(key)) for _, key in COLUMNS] for point in points]
+        loads.tables.append(Table([head for head, _ in COLUMNS], rows, figures=range(1, len(COLUMNS))))
+    requests = [one for one in _requests(run) if one["measured"]]
+    slow = Section("Slow requests")
+    if not requests:
+        slow.paragraphs.append("No measured request was recorded.")
+        return [loads, slow]
+    failed = [one for one in requests if one["error"]]
+    slowest = heapq.nlargest(MOST_SLOW, requests, key=lambda one: (bool(one["error"]), one["e2e"] or 0.0))
+    slow.paragraphs.append(
+        f"{len(requests):,} measured requests, {len(failed):,} failed. Failed first, then the slowest."
+    )
+    slow.charts = _charts(requests)
+    head = (
+        "Load",
+        "Request",
+        "Arrived at, s",
+        "Prompt tokens",
+        "Output tokens",
+        "TTFT, ms",
+        "TPOT, ms",
+        "E2E, ms",
+        "Longest gap, ms",
+        "Error",
+    )
+    keys = (
+        "load",
+        "index",
+        "arrived",
+        "prompt_tokens",
+        "output_tokens",
+        "ttft",
+        "tpot",
+        "e2e",
+        "gap",
+        "error",
+    )
+    shown = [[_shown(one[key]) for key in keys] for one in slowest]
+    classes = ["error" if one["error"] else "" for one in slowest]
+    slow.tables.append(Table(head, shown, figures=range(1, 9), classes=classes))
+    return [loads, slow]
+
+
+def _points(run: Run) -> list[dict[str, Any]]:
+    """The measured loads: of the summary, or else of the rows so far."""
+    points = (run.summary or {}).get("points")
+    return points if isinstance(points, list) else list(run.iterate(run.metrics))
+
+
+def _requests(run: Run) -> Iterator[dict[str, Any]]:
+    """Each request with its latencies in milliseconds, as `serving.bench.latency` defines them."""
+    for one in run.iterate(run.requests):
+        scheduled, tokens, output = (
+            one.get("scheduled", 0.0),
+            one.get("tokens") or [],
+            one.get("output_tokens"),
+        )
+        spread = tokens[-1] - tokens[0] if tokens else 0.0
+        yield {
+            **{key: one.get(key) for key in ("load", "index", "prompt_tokens", "output_tokens", "error")},
+            "measured": one.get("measured", True),
+            "arrived": scheduled,
+            "ttft": 1e3 * (tokens[0] - scheduled) if tokens else None,
+            "e2e": 1e3 * (tokens[-1] - scheduled) if tokens else None,
+            "tpot": 1e3 * spread / (output - 1) if tokens and output and output > 1 else None,
+            "gap": 1e3 * max((b - a for a, b in pairwise(tokens)), default=0.0),
+        }
+
+
+def _charts(requests: list[dict[str, Any]]) -> list[Any]:
+    """TTFT and E2E of every request over its arrival, a colour for each load."""
+    charts, made = Charts("seconds since the load began"), []
+    loads = list(dict.fromkeys(one["load"] for one in requests))
+    for title, key in (("Time to first token", "ttft"), ("End to end", "e2e")):
+        curves = []
+        for load in loads:
+            of_load = [one for one in requests if one["load"] == load and one[key] is not None]
+            of_load.sort(key=lambda one: one["arrived"])
+            x, y = [one["arrived"] for one in of_load], [one[key] for one in of_load]
+            curves.append(Curve(str(load), x, y, style="dots"))
+        made.append(charts.line(title, [curve for curve in curves if len(curve.x)], unit="milliseconds"))
+    return made
+
+
+def _cell(key: str, value: Any) -> str:
+    return f"{value:.0%}" if key == "attainment" and isinstance(value, float) else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else number(value)

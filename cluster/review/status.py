@@ -1,0 +1,60 @@
+"""`make status` without a cluster: the newest runs here, how far they are, and their newest alarms.
+
+    python -m cluster.review.status [RUN ...]
+
+`cluster.head.answers` shows the same lines of a cluster's runs, with a Python that has no packages.
+"""
+
+import argparse
+from pathlib import Path
+
+from cluster.record import events
+from cluster.review.run_reader import Run
+
+NEWEST_RUNS = 3
+NEWEST_ALARMS = 3  # of each run
+
+
+def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
+    """Lines about the newest runs in a folder, the newest first."""
+    runs = [Run(path) for path in outputs.glob("*/") if not path.name.startswith(".")]
+    begun = sorted(
+        ((run.written, run) for run in runs if run.written), key=lambda pair: pair[0], reverse=True
+    )
+    return [line for _, run in begun[:most] for line in lines_of(run)]
+
+
+def lines_of(run: Run) -> list[str]:
+    """What a run is at, and its newest warnings and errors. Needs the standard library only."""
+    state = run.state
+    planned = next((event["num_steps"] for event in reversed(run.events) if "num_steps" in event), None)
+    step = "no step yet" if run.last_step is None else f"step {run.last_step:,}"
+    if planned and run.last_step is not None:
+        step += f" of {planned:,}"
+    lines = [f"  run {run.name:<24}{state.name:<10}{step}{f'; {state.reason}' if state.reason else ''}"]
+    alarms = events.alarms(run.events)
+    if len(alarms) > NEWEST_ALARMS:
+        lines.append(f"      {len(alarms) - NEWEST_ALARMS} earlier warnings and errors in {events.FILE}")
+    return lines + [f"      {events.describe(event)}" for event in alarms[-NEWEST_ALARMS:]]
+
+
+def main() -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    from cluster import cli, runs  # needs packages
+
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.review.status", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's name or directory")
+    named = parser.parse_args().runs
+
+    def body() -> None:
+        lines = [line for name in named for line in lines_of(Run(runs.directory_of(name)))]
+        lines = lines or report(runs.OUTPUTS)
+        print("\n".join(lines or [f"no runs in {runs.OUTPUTS.absolute()}; `make train` makes one"]))
+
+    return cli.run(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+from cluster.record import events
+from cluster.review.run_reader import Run
+from cluster.review.status import lines_of, report
+from tests.cluster.review.factories import age, make_run, row
+from tests.commands import ROOT
+
+
+def test_a_run_has_a_line_and_its_newest_alarms_follow(tmp_path):
+    run = make_run(tmp_path / "night", [row(step) for step in range(5)], finish=False)
+    events.append(run, "started", "a run of 1,000 steps begins", step=0, num_steps=1000)
+    for step in (1, 2, 3, 4):
+        events.append(run, "loss_spike", f"the loss is {step}", step=step)
+    events.append(run, "failed", "rank 3: out of memory")
+    first, earlier, *alarms = lines_of(Run(run))
+    assert first.split("  ")[1].split() == ["run", "night"]
+    assert first.endswith("failed    step 4 of 1,000; rank 3: out of memory")
+    assert earlier.strip() == "2 earlier warnings and errors in events.jsonl"
+    assert [line[22:] for line in alarms] == [
+        " warning: step 3: the loss is 3",
+        " warning: step 4: the loss is 4",
+        " error: rank 3: out of memory",
+    ]
+
+
+def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
+    for number in range(5):
+        age(make_run(tmp_path / f"run-{number}", [row(2)]), 100 * number)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert [line.split()[1] for line in report(tmp_path)] == ["run-0", "run-1", "run-2"]
+    assert report(tmp_path / "missing") == []
+
+
+def test_the_command_shows_the_runs_of_the_folder_it_is_called_in_or_the_one_that_is_named(tmp_path):
+    def status(*arguments):
+        command = [sys.executable, "-m", "cluster.review.status", *arguments]
+        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert status().stdout.startswith("no runs in ")
+    for name in ("night", "day"):
+        make_run(tmp_path / "outputs" / name, [row(2)])
+        (tmp_path / "outputs" / name / "config.yaml").write_text("")
+    assert {line.split()[1] for line in status().stdout.splitlines()} == {"night", "day"}
+    assert "run day " in status("day").stdout and "night" not in status("day").stdout
+    wrong = status("noon")
+    assert wrong.returncode == 2 and "no such run" in wrong.stderr and wrong.stdout == ""

@@ -1,0 +1,87 @@
+"""Events and alarms of real runs, each by its real cause."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cluster.record import events
+from tests.commands import python, started, tiny, write_corpus
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("watch")
+    write_corpus(folder)
+    return folder
+
+
+def told(run: Path) -> list[tuple[str, int | None]]:
+    return [(event["kind"], event["step"]) for event in events.read(run)]
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """Rank -> process id, of the ranks that a torchrun has started."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            environment = entry.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is not ours
+            continue
+        ranks = [each.removeprefix(b"RANK=") for each in environment if each.startswith(b"RANK=")]
+        if parent == torchrun and ranks:
+            found[int(ranks[0])] = int(entry.name)
+    return found
+
+
+def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
+    """The rate rises far above what training bears: the loss climbs, and then nothing is finite any more."""
+    keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 120}
+    never = {"checkpoint__every_steps": 1000, "evaluation__every_steps": 1000}
+    rates = {"optim__vector__lr": 30, "optim__matrix__lr": 50}
+    rising = {"schedule__warmup_fraction": 0.9, "schedule__decay_fraction": 0.0}
+    done = python("training.launch", *tiny(folder, run__name="diverges", **keys, **never, **rates, **rising))
+    assert done.returncode == 1
+    run = folder / "outputs/diverges"
+    assert told(run)[:2] == [("started", 0), ("workers", 0)]
+    kinds = [kind for kind, _ in told(run)]
+    assert {kinds.count(kind) for kind in ("loss_spike", "loss_not_finite", "skipped_steps", "failed")} == {1}
+    spike = next(event for event in events.read(run) if event["kind"] == "loss_spike")
+    assert spike["step"] > 20 and spike["loss"] > spike["limit"] > spike["median"]
+    assert f"warning: step {spike['step']}: the loss is " in done.stderr  # and the launcher shows it
+    failed = events.read(run)[-1]
+    assert (failed["kind"], failed["level"]) == ("failed", "error")
+    assert "rank 0: step" in failed["text"] and "not finite in 20 steps in a row" in failed["text"]
+    assert "failed" not in done.stderr and "not finite in 20 steps" in done.stderr  # once, as the error
+
+
+def test_a_rank_that_stands_still_is_seen_by_another(folder: Path) -> None:
+    keys = {"workers__count": 2, "schedule__tokens": 512 * 100_000, "record__stalled_minutes": 0.1}
+    run = folder / "outputs/stands-still"
+    with started("training.launch", *tiny(folder, run__name=run.name, **keys), ranks=2) as process:
+
+        def newest(kind: str, since: int) -> dict | None:
+            assert process.poll() is None, process.communicate()
+            return next((event for event in events.read(run)[since:] if event["kind"] == kind), None)
+
+        def stop(rank: int) -> str:
+            """What is said of a rank that stands still, until it goes on."""
+            since = len(told(run))
+            os.kill(ranks[rank], signal.SIGSTOP)
+            alarm = wait_until(lambda: newest("no_progress", since), told=lambda: told(run))
+            os.kill(ranks[rank], signal.SIGCONT)
+            wait_until(lambda: newest("progress", since), told=lambda: told(run))
+            assert alarm["level"] == "error"
+            return alarm["text"]
+
+        wait_until(lambda: newest("checkpoint", 0), told=lambda: told(run))
+        ranks = ranks_of(process.pid)
+        for rank in (0, 1):
+            others = f"no new line in metrics.jsonl for 0.1 minutes, seen from rank {1 - rank};"
+            # on a busy machine a rank may have to wait so long, and be told of, before it is stopped
+            assert any(others in stop(rank) for _ in range(3)), events.read(run)
