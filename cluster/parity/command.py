@@ -81,7 +81,7 @@ def write(parity: Parity, folder: Path, *, tolerance: float, wandb_mode: str) ->
         inputs=[origin_of(side) for side in parity.sides],
         config={"a": parity.sides[0].origin, "b": parity.sides[1].origin, "tolerance": tolerance},
         summary=as_json(parity), tables={"parity": (FIGURES, figures), "claims": (CLAIMS, claims)},
-        images={path.stem: path for path in drawn.values()}, attachments=[folder / "report.html"],
+        images={f"{path.stem}_plot": path for path in drawn.values()}, attachments=[folder / "report.html"],
     )  # fmt: skip
 
 

@@ -27,6 +27,13 @@ def shown_by(*slugs: str) -> set[Key]:
     return {key for view in chosen for key in shown(spec_of(views.build(view, entity="", project="p")))}
 
 
+def missing(directory: Path, *sections: str) -> set[Key]:
+    """What the views show of these sections of W&B's keys, and the offline run in `directory` did not log."""
+    wanted = {key for key in shown_by() if key[1].partition("/")[0] in sections}
+    assert {name.partition("/")[0] for _, name in wanted} == set(sections), "no view shows a section"
+    return wanted - logged(directory)
+
+
 def _walk(node: Any) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict):
         yield node

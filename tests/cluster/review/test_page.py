@@ -108,7 +108,7 @@ def test_a_run_of_an_older_version_has_a_page(tmp_path):
     (tmp_path / "provenance.json").write_text('{"commit": "abc", "host": null, "packages": null}')
     (tmp_path / "summary.json").write_text('{"loss": 4.2, "samples": null}')
     found = read(tmp_path)
-    assert "Finished" in found.text and "train loss" in found.text
+    assert "Finished" in found.text and "Train loss" in found.text
     assert "did not record which keys differ" in found.text and "optimizer.lr 0.1" in found.text
 
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_shows_its_starts(tmp_path):
 
 def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):
     text = read(make_run(tmp_path / "a", rows(4, attention_logits_max=12.5))).text
-    assert "Other measurements attention logits max" in text
+    assert "Other measurements Attention logits max" in text
 
 
 def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
@@ -165,7 +165,7 @@ def test_a_page_is_small_and_thinned_where_a_run_is_long(tmp_path):
             values = spike if step == 12_345 else {"loss": 4.0, "gradient_norm": 1.0}
             file.write(json.dumps({"step": step, "tokens": 100 * step, **values}) + "\n")
     text = read(directory).text
-    assert "training: 20,000 values, the lowest and the highest of each 20 drawn" in text
+    assert "training: 20,000 values, drawn as the lowest, the median and the highest of each 20" in text
     assert (directory / "report.html").stat().st_size < 3e6
 
 

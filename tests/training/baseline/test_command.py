@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.cluster.review.panel_keys import missing
 from tests.commands import TINY, python, started, write_corpus
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.model.shapes import LlamaShape, to_hf_config
@@ -83,6 +84,7 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     summary = json.loads((folder / "outputs/baseline/summary.json").read_text())
     assert summary["wandb_status"].startswith("offline: ") and "W&B: offline: " in done.stdout
     assert list(summary["figures"]) == list(figures)
+    assert missing(folder / "outputs/baseline", "baseline") == set()
     [copy] = (folder / "outputs/baseline/wandb").glob("offline-run-*/files/cpu.json")
     assert json.loads(copy.read_text()) == found
 
