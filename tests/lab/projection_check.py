@@ -210,11 +210,12 @@ def table(result: Mapping[str, Any]) -> str:
         verdict = f"{'within' if abs(error) <= AIM_PERCENT else 'NOT within'} {AIM_PERCENT}%"
         errors.append([stage, workers, *seconds, *percent, verdict])
     heads = ("ZeRO", "workers", "predicted s", "measured s", "error", "[min", "max]", "")
-    tables = (
-        display.table(("workers", "TFLOP/s each", "copy GB/s each", *COLLECTIVES), rates),
-        display.table(heads, errors, left=(0, -1)),
+    return "\n\n".join(
+        [
+            str(display.table(("workers", "TFLOP/s each", "copy GB/s each", *COLLECTIVES), rates)),
+            str(display.table(heads, errors, left=(0, -1))),
+        ]
     )
-    return "\n\n".join(map(str, tables))
 
 
 def _shown(rate: float | None) -> str | None:
