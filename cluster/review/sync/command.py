@@ -11,15 +11,16 @@ ends this command, the next one sends the rest.
 
 import argparse
 import fcntl
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from cluster import cli, runs
 from cluster.cli import RunError, UserError
 from cluster.review.run_reader import RUNNING, Run
-from cluster.review.sync.segments import Segment, Staged, find
+from cluster.review.sync.segments import Segment, Staged, find, name_of
 from cluster.review.sync.uploads import Uploads
 
 FRESH_SECONDS = 60.0  # an online run's log that was written so recently may still be sent by the run itself
@@ -41,11 +42,11 @@ def sync(directories: Sequence[Path]) -> None:
         return
     uploads = Uploads.connect()
     done: list[Staged] = []
-    problems: dict[str, str] = {}  # of a run
+    problems: dict[str, str] = {}  # of a run, by its name
     with ExitStack() as held:
         for run in dict.fromkeys(segment.run for segment in pending):
             if not _lock(run, held):
-                problems[run.name] = "another `make sync` is sending it"
+                problems[name_of(run)] = "another `make sync` is sending it"
         pending = [segment for segment in pending if not segment.sent]  # by another one, just before
         while pending := [segment for segment in pending if segment.name not in problems]:
             batch = _oldest_of_each_run(pending)
@@ -142,19 +143,23 @@ def main() -> int:
     options = parser.parse_args()
 
     def body() -> None:
-        if options.run:
-            sync([_directory(options.run)])
-        else:
-            sync(sorted(path.parent for path in runs.OUTPUTS.glob("*/wandb")))
+        where = _folder(options.run) if options.run else runs.OUTPUTS
+        sync(sorted(_with_wandb_files(where)))
 
     with cli.sigterm_as_interrupt():
         return cli.run(body)
 
 
-def _directory(run: str) -> Path:
-    for directory in (runs.OUTPUTS / run, Path(run)):
-        if (directory / "wandb").is_dir():
-            return directory
-    raise UserError(
-        f"{run}: no W&B files in {runs.OUTPUTS / run}/wandb; was it logged with wandb.mode=disabled?"
-    )
+def _folder(run: str) -> Path:
+    for folder in (runs.OUTPUTS / run, Path(run)):
+        if any(_with_wandb_files(folder)):
+            return folder
+    raise UserError(f"{run}: no W&B files in {runs.OUTPUTS / run}; was its W&B mode `disabled`?")
+
+
+def _with_wandb_files(folder: Path) -> Iterator[Path]:
+    """The run directories in a folder, itself included. A study has its runs in folders of its own."""
+    for parent, folders, _ in os.walk(folder):
+        if "wandb" in folders:
+            yield Path(parent)
+        folders[:] = [name for name in folders if name not in ("wandb", "checkpoints", "ray-train")]

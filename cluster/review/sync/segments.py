@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cluster import runs
 from cluster.record import wandb_log
 
 _FOLDER = re.compile(r"(offline-)?run-\d{8}_\d{6}-.+")
@@ -43,8 +44,8 @@ class Segment:
 
     @property
     def name(self) -> str:
-        """For people: the run directory's name."""
-        return self.run.name
+        """For people: where the run directory lies."""
+        return name_of(self.run)
 
     @property
     def online(self) -> bool:
@@ -66,6 +67,12 @@ class Segment:
         """The first step that this start logged. A resumed run repeats the steps after its checkpoint."""
         rows = filter(None, map(wandb_log.row_of, wandb_log.read(self.log)))
         return next((row["step"] for row in rows if _is_of_record(row)), None)
+
+
+def name_of(run: Path) -> str:
+    """The path of a run directory in outputs/, or as it is."""
+    outputs = runs.OUTPUTS.absolute()
+    return str(run.relative_to(outputs) if run.is_relative_to(outputs) else run)
 
 
 def find(run: Path) -> list[Segment]:

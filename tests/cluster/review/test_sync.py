@@ -15,6 +15,8 @@ from tests.cluster.review.wandb_server import WandbServer
 from tests.commands import ROOT
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.stack  # whole commands
+
 RECORD = """
 import os, signal, sys, time
 from pathlib import Path
@@ -169,7 +171,7 @@ def test_a_refused_upload_and_a_killed_command_lose_nothing(home):
 
 
 def test_a_run_that_goes_on_is_sent_as_far_as_it_is_and_not_marked(tmp_path):
-    directory = tmp_path / "outputs/first-light"
+    directory = tmp_path / "outputs/study/a-run"
     code = """
 run = record(1, 5)
 wait_for_rows(5)
@@ -186,7 +188,7 @@ run.finish({})
         assert (code, problems) == (
             0,
             "",
-        ) and "still running, so run `make sync` again later: first-light" in printed
+        ) and "still running, so run `make sync` again later: study/a-run" in printed
         assert steps(server) == [1, 2, 3, 4, 5]
         (sent,) = server.runs.values()
         assert not sent.complete and not find(directory)[0].sent
@@ -194,7 +196,7 @@ run.finish({})
         with (directory / "wandb/.sync.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             code, _, problems = sync(tmp_path, server)
-            assert code == 1 and "first-light: another `make sync` is sending it" in problems
+            assert code == 1 and "study/a-run: another `make sync` is sending it" in problems
         assert sync(tmp_path, server)[0] == 0
     assert steps(server) == list(range(1, 9)) and sent.num_received == 8
     assert (sent.complete, sent.exit_code, find(directory)[0].sent) == (True, 0, True)
