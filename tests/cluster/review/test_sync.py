@@ -65,15 +65,15 @@ def start(code, *arguments, home, **environment):
     )
 
 
-def start_sync(home, server, **constants):
+def start_command(home, environment, **constants):
     """`make sync` in `home`, with other values of the constants of `uploads`."""
     patched = "; ".join(f"uploads.{name} = {value}" for name, value in constants.items())
     code = f"from cluster.review.sync import command, uploads; {patched}\nraise SystemExit(command.main())"
-    return start(code, home=home, **server.environment)
+    return start(code, home=home, **environment)
 
 
 def sync(home, server, **constants):
-    process = start_sync(home, server, **constants)
+    process = start_command(home, server.environment, **constants)
     printed, problems = process.communicate()
     return process.returncode, printed, problems
 
@@ -155,7 +155,7 @@ def test_a_refused_upload_and_a_killed_command_lose_nothing(home):
         server.refuse = lambda name: False
         server.wait_seconds = lambda name: 600.0 if name.startswith("upload media") else 0.0
         num_requests = len(server.requests)
-        command = start_sync(home, server)
+        command = start_command(home, server.environment)
         wait_until(lambda: any("file_stream" in name for name in server.requests[num_requests:]))
         command.kill()
         command.communicate()
@@ -239,10 +239,11 @@ os.kill(os.getpid(), signal.SIGKILL)  # or wandb tries for longer
 def test_without_a_key_or_a_server_nothing_is_touched(home):
     before = sorted((home / "outputs").rglob("*"))
     with WandbServer() as server:
-        pass
+        wrong = start_command(home, {**server.environment, "WANDB_API_KEY": "1" * 40})
+        assert f"error: {server.url} refused the API key" in wrong.communicate()[1] and wrong.returncode == 2
     code, printed, problems = sync(home, server)
     assert code == 1 and printed == "" and "does not answer; nothing was sent" in problems
-    process = start("from cluster.review.sync import command; raise SystemExit(command.main())", home=home)
+    process = start_command(home, {})
     assert process.communicate()[1].startswith("error: no API key for https://") and process.returncode == 2
     assert sorted((home / "outputs").rglob("*")) == before
 
