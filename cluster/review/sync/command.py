@@ -71,7 +71,6 @@ def _stage(segment: Segment, segments: Sequence[Segment], uploads: Uploads) -> S
     folder = segment.run / "wandb" / STAGE / segment.log.parent.name
     staged = Staged.make(segment, folder=folder, there=there.rows, later=later, live=live)
     if segment.online and there.state in ENDED and there.rows is not None and not staged.num_rows:
-        staged.problem = ""
         staged.settle()  # the run ended in W&B, which it does only after its files
         print(f"{segment.name}: sent all of its rows itself", flush=True)
         return None

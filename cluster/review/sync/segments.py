@@ -183,14 +183,8 @@ class Staged:
         """Let the artifact's files be where they are after `make pull`, on a machine that did not run."""
         for entry in artifact.manifest.contents:
             if entry.local_path and not Path(entry.local_path).exists():
-                pulled = self.segment.run / "wandb" / STAGING / Path(entry.local_path).name
-                if pulled.exists():
-                    entry.local_path = str(pulled.absolute())
-                else:
-                    self.problem = (
-                        f"{entry.path} of the artifact {artifact.name} is only on the machine that ran it; "
-                        "run `make sync` there"
-                    )
+                # wandb removes a file that it uploaded, and asks for it only if the server lacks it
+                entry.local_path = str(self.segment.run / "wandb" / STAGING / Path(entry.local_path).name)
 
     def _write_state(self, there: Sequence[dict[str, Any]] | None) -> None:
         """Say where the rows of the copy begin: after those of the server, in W&B's own step and time.

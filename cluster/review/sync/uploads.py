@@ -107,7 +107,7 @@ class Uploads:
         said = output.read_text().splitlines()
         errors = _errors(folder)
         for each in staged:
-            each.problem = each.problem or self._problem(each, errors=errors, said=said)
+            each.problem = self._problem(each, errors=errors, said=said)
 
     def _wait(self, child: process.Child) -> None:
         answered = asked = time.monotonic()
@@ -122,7 +122,10 @@ class Uploads:
 
     def _problem(self, staged: Staged, *, errors: dict[str, list[str]], said: list[str]) -> str:
         if mine := errors.get(str(staged.log)):
-            return mine[0]
+            elsewhere = (
+                "; is it on another machine? Run `make sync` there" if "no such file" in mine[0] else ""
+            )
+            return mine[0] + elsewhere
         if not staged.log.with_name(f"{staged.log.name}.synced").exists():
             reasons = [line.partition("ERROR")[2].strip() for line in said if "ERROR" in line]
             return f"wandb did not finish: {mask(reasons[0]) if reasons else 'it gave no reason'}"
