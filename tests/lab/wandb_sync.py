@@ -4,12 +4,12 @@
 
 A run is killed by SIGKILL. `make sync` is killed while it sends, then the server, then `make sync` is
 repeated. Then the run is resumed from an earlier step, and sent again. There are two witnesses: the loopback
-server of the tests, and openwandb 0.5.25, which is independent of W&B's code (PyPI; CC-BY-NC: a test instrument
-in an environment of its own, and no dependency).
+server of the tests, and openwandb 0.5.25, which is independent of W&B's code (PyPI; CC-BY-NC: a test
+instrument in an environment of its own, and no dependency).
 
-openwandb cannot show everything. It does not list the rows of a run, so `make sync` cannot leave out those that
-it has: they come again under the same step, and openwandb appends what W&B would replace (`sent_again`). It
-calls every artifact complete before its files are there, so only the loopback server gets an artifact.
+openwandb cannot show everything. It does not list the rows of a run, so `make sync` cannot leave out those
+that it has: they come again under the same step, and openwandb appends what W&B would replace (`sent_again`).
+It calls every artifact complete before its files are there, so only the loopback server gets an artifact.
 """
 
 import argparse
@@ -54,7 +54,12 @@ record({RESUMED_FROM + 1}, {LAST}, resume_step={RESUMED_FROM}).finish({{"best": 
 
 
 class Loopback(WandbServer):
-    """The tests' server, asked as openwandb is."""
+    """The tests' server, asked as openwandb is, and slow after the first rows: there is time to kill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        has_rows = lambda: any(run.num_received for run in self.runs.values())  # noqa: E731
+        self.wait_seconds = lambda name: 2.0 if name.startswith("file_stream") and has_rows() else 0.0
 
     def holds(self, run_id: str) -> dict[str, Any]:
         """Steps with the number of times that each is there; files; artifacts."""
