@@ -35,14 +35,19 @@ def sync(directories: Sequence[Path]) -> None:
         UserError: there is no API key, or the server refused it.
         RunError: the server cannot be reached, or something was not sent; the message lists what.
     """
-    segments = [segment for directory in directories for segment in find(directory)]
+    segments: list[Segment] = []
+    problems: dict[str, str] = {}  # of a run, by its name
+    for directory in directories:
+        try:
+            segments += find(directory)
+        except ValueError as error:
+            problems[name_of(directory.absolute())] = str(error)
     pending = [segment for segment in segments if not segment.sent]
-    if not pending:
+    if not pending and not problems:
         print(f"nothing to send: {_runs(segments)} with W&B files, all in W&B already")
         return
     uploads = Uploads.connect()
     done: list[Staged] = []
-    problems: dict[str, str] = {}  # of a run, by its name
     with ExitStack() as held:
         for run in dict.fromkeys(segment.run for segment in pending):
             if not _lock(run, held):
@@ -63,13 +68,14 @@ def sync(directories: Sequence[Path]) -> None:
 def _stage(segment: Segment, segments: Sequence[Segment], uploads: Uploads) -> Staged | None:
     """The copy to send; None if there is nothing to do for this segment."""
     later = [each for each in segments if each.id == segment.id and each.started > segment.started]
-    live = not later and Run(segment.run).state.name == RUNNING
-    if segment.online and (live or time.time() - segment.log.stat().st_mtime < FRESH_SECONDS):
+    newest = later[-1] if later else segment
+    live = Run(segment.run).state.name == RUNNING
+    if newest.online and (live or time.time() - newest.log.stat().st_mtime < FRESH_SECONDS):
         print(f"{segment.name}: it sends its rows itself at this moment; left alone", flush=True)
         return None
     there = uploads.there(segment)
     folder = segment.run / "wandb" / STAGE / segment.log.parent.name
-    staged = Staged.make(segment, folder=folder, there=there.rows, later=later, live=live)
+    staged = Staged.make(segment, folder=folder, there=there.rows, later=later, live=live and not later)
     if segment.online and there.state in ENDED and there.rows is not None and not staged.num_rows:
         staged.settle()  # the run ended in W&B, which it does only after its files
         print(f"{segment.name}: sent all of its rows itself", flush=True)

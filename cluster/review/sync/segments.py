@@ -1,7 +1,8 @@
 """The W&B segments of a run directory, and the copies of them that `make sync` sends.
 
 A run has a segment for each of its starts: `wandb/[offline-]run-TIME-ID/run-ID.wandb` and the folder `files`
-beside it.
+beside it. A resumed run repeats the rows that it keeps, and moves the segments before it to `wandb/earlier`:
+of those, artifacts and system metrics are still to be sent.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 
 from cluster import runs
 from cluster.record import wandb_log
+from cluster.record.wandb_mirror import EARLIER
 
 _FOLDER = re.compile(r"(offline-)?run-\d{8}_\d{6}-.+")
 _STATE = ".syncstate"  # of W&B, beside a log: where its rows begin
@@ -82,7 +84,8 @@ def find(run: Path) -> list[Segment]:
         ValueError: a log is not one that this version of wandb writes.
     """
     segments, run = [], run.absolute()
-    for log in (run / "wandb").glob("*run-*/run-*.wandb"):
+    logs = [*run.glob("wandb/*run-*/run-*.wandb"), *run.glob(f"wandb/{EARLIER}/*run-*/run-*.wandb")]
+    for log in logs:
         if _FOLDER.fullmatch(log.parent.name) and not log.parent.is_symlink():
             records = (record.run for record in wandb_log.read(log) if record.HasField("run"))
             if about := next(records, None):
@@ -161,6 +164,7 @@ class Staged:
 
     def _kept(self, there: Counter[Any], *, superseded_from: int | None) -> Iterator[Any]:
         there = there.copy()
+        statistics: list[Any] = []
         for record in wandb_log.read(self.segment.log):
             row = wandb_log.row_of(record)
             if row is not None:
@@ -169,6 +173,7 @@ class Staged:
                 if there[identity]:
                     there[identity] -= 1
                     self.num_there += 1
+                    statistics.clear()  # system metrics go the same way as rows, and are there too
                     continue
                 if superseded_from is not None and _is_of_record(row) and row["step"] >= superseded_from:
                     self.expected[identity] -= 1
@@ -177,7 +182,13 @@ class Staged:
                 self.num_rows += 1
             elif record.HasField("artifact"):
                 self._find_files(record.artifact)
+            elif record.HasField("stats"):
+                statistics.append(record)
+                continue
+            yield from statistics
+            statistics.clear()
             yield record
+        yield from statistics
 
     def _find_files(self, artifact: Any) -> None:
         """Let the artifact's files be where they are after `make pull`, on a machine that did not run."""

@@ -1,6 +1,7 @@
 """`make sync` with W&B's real client, against the server of `wandb_server.py`."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from cluster.record import wandb_log
-from cluster.review.sync.segments import find
+from cluster.review.sync.segments import Staged, find
 from tests.cluster.review.wandb_server import WandbServer
 from tests.commands import ROOT
 from tests.waiting import wait_until
@@ -246,6 +247,46 @@ def test_without_a_key_or_a_server_nothing_is_touched(home):
     process = start_command(home, {})
     assert process.communicate()[1].startswith("error: no API key for https://") and process.returncode == 2
     assert sorted((home / "outputs").rglob("*")) == before
+
+
+def crafted(segment, folder, *, steps, seconds_later):
+    """A later segment of the same run, with these rows and an end."""
+    log = segment.run / "wandb" / folder / segment.log.name
+    log.parent.mkdir()
+    head = [record for record in wandb_log.read(segment.log) if record.HasField("run")]
+    head[0].run.start_time.seconds += seconds_later
+    rows = []
+    for step in steps:
+        rows.append(type(head[0])())
+        for key, value in (("step", step), ("seconds", 0.5), ("train/loss", 1 / step)):
+            rows[-1].history.item.add(nested_key=[key], value_json=str(value))
+    end = type(head[0])()
+    end.exit.exit_code = 0
+    wandb_log.write(log, [*head, *rows, end, end])
+    return log
+
+
+def test_the_copy_of_a_segment_holds_what_is_not_there_and_what_no_later_start_repeats(home):
+    run = home / "outputs/first-light"
+    (first,) = find(run)
+    crafted(first, "offline-run-20300101_000000-x", steps=range(101, 131), seconds_later=9)
+    first, second = find(run)
+    there = [{"step": step, "seconds": 1, "train/loss": 0, "_step": step} for step in range(1, 21)]
+    staged = Staged.make(first, folder=home / "a/copy", there=there, later=[second], live=False)
+    assert (staged.num_there, staged.num_rows, staged.num_superseded) == (20, 80, 10)
+    records = list(wandb_log.read(staged.log))
+    assert [row["step"] for row in map(wandb_log.row_of, records) if row] == list(range(21, 101))
+    assert [record.artifact.type for record in records if record.HasField("artifact")] == ["run_table"]
+    assert records[-1].exit.not_complete  # the second segment ends the run
+    state = staged.log.with_name(f"{staged.log.name}.syncstate")
+    assert json.loads(state.read_text())["starting_step"] == 21
+
+    second.marker.touch()  # sent out of order: the summary of the run is the second's
+    staged = Staged.make(first, folder=home / "b/copy", there=there, later=[second], live=False)
+    assert not any(record.HasField("summary") for record in wandb_log.read(staged.log))
+    alone = Staged.make(second, folder=home / "c/copy", there=None, later=[], live=False)
+    ends = [record.exit for record in wandb_log.read(alone.log) if record.HasField("exit")]
+    assert alone.num_rows == 30 and [end.not_complete for end in ends] == [False]
 
 
 @pytest.mark.parametrize("cut", [0, 7])
