@@ -115,6 +115,15 @@ def replace_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def size_text(num_bytes: float) -> str:
+    """Three digits of a size in decimal units: "846 kB", "1.58 MB", "28.4 GB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 999.5 and len(units) > 1:
+        num_bytes /= 1000
+        del units[0]
+    return f"{num_bytes:.3g} {units[0]}"
+
+
 def fsync_folder(path: Path) -> None:
     """Make the creations, renames and removals inside the folder `path` survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

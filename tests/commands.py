@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.waiting import PATIENCE_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A model of about 0.1M parameters on a corpus of repeated sentences: a step takes milliseconds.
@@ -63,7 +65,7 @@ def tiny(folder: Path, **changes: object) -> list[str]:
 
 
 def python(
-    *arguments: object, ranks: int = 0, timeout: float = 240, **environment: str
+    *arguments: object, ranks: int = 0, timeout: float = 4 * PATIENCE_SECONDS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m <arguments>`, or torchrun with `ranks` processes, from the project's root, to its end.
 

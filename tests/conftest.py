@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from cluster.record.wandb_mirror import Mirror
 from tests.tiers import tier
 from tests.waiting import PATIENCE_SECONDS
 
@@ -18,6 +19,7 @@ os.environ["WANDB_MODE"] = "disabled"  # for every command that is not told othe
 # A machine that stands still for seconds has no part in whether a property holds.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+Mirror.CLOSE_SECONDS = PATIENCE_SECONDS
 for part in ("connect", "read", "write", "pool"):  # httpx gives up after 5 s, unless told otherwise
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, PATIENCE_SECONDS)
 

@@ -32,7 +32,7 @@ def die(config: ServeConfig, served: Served) -> Engine:
 
 def dawdle(config: ServeConfig, served: Served) -> Engine:
     print("dawdling", flush=True)
-    time.sleep(60)
+    time.sleep(600)
     raise AssertionError
 
 

@@ -25,7 +25,7 @@ class Counting:
 
     Args:
         nan_from: the logits after this token, and after all that follow it, are not numbers.
-        hold: while there is such a file, no step ends.
+        hold: while there is such a file, no more steps end than the number in it; none if it is empty.
     """
 
     def __init__(self, step_seconds: float, *, nan_from: int | None = None, hold: Path | None = None) -> None:
@@ -34,7 +34,7 @@ class Counting:
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(self.step_seconds)
-        while self._hold is not None and self._hold.exists():
+        while self._is_held():
             time.sleep(0.005)
         scored = ((s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored))
         self._scored = [self._last(tokens[: place + 1]) for tokens, place in scored]
@@ -42,6 +42,16 @@ class Counting:
         if any(tokens[:3] == FAILING and len(tokens) > 5 for tokens in sampled):
             raise RuntimeError("an unlucky number")
         return self._logits([self._last(tokens) for tokens in sampled])
+
+    def _is_held(self) -> bool:
+        try:
+            with (self._hold or Path()).open("r+") as file:
+                left = int(file.read() or 0)
+                file.seek(0)
+                file.write(f"{max(0, left - 1):<9}")
+                return left == 0
+        except (FileNotFoundError, IsADirectoryError):
+            return False
 
     def scored(self) -> Iterator[torch.Tensor]:
         yield self._logits(self._scored)
@@ -82,7 +92,9 @@ def make(
     config: ServeConfig, served: Served, *, step_seconds: float = 0.02, nan_from: int | None = None,
     hold: Path | None = None,
 ) -> TorchEngine:  # fmt: skip
-    """A factory for `serving.deployment`."""
+    """A factory for `serving.deployment`, which waits while there is a file `hold`.making."""
+    while hold is not None and hold.with_suffix(".making").exists():
+        time.sleep(0.005)
     options = config.engine
     return counting_engine(
         slots=options.slots, waiting=options.waiting, step_seconds=step_seconds, name=served.name,

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.session import set_defaults, worker_environment
+from tests.waiting import PATIENCE_SECONDS
 from training.run.context import Context
 
 
@@ -41,7 +42,7 @@ def _rank(rank: int, function: Callable[..., Any], arguments: tuple, world_size:
     set_defaults(worker_environment(gpu=False, threads=1))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    store, limit = f"file://{folder}/store", timedelta(minutes=2)  # a rank that waits in vain is an error
+    store, limit = f"file://{folder}/store", timedelta(seconds=PATIENCE_SECONDS)  # in vain: an error
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
     context = Context(rank, world_size, torch.device("cpu"), "torch")
     torch.save(function(context, *arguments), folder / str(rank))

@@ -23,6 +23,7 @@ import psutil
 
 from cluster.process import Child
 from tests.commands import ROOT
+from tests.waiting import PATIENCE_SECONDS
 
 BYTE_SECONDS = 0.5  # between the bytes of those that send slowly
 POST = (
@@ -61,11 +62,15 @@ class Seen:
     peak_bytes: int = 0
 
 
-def measure(url: str, *, clients: int, seconds: float, server: Sequence[psutil.Process]) -> Seen:
+def measure(
+    url: str, *, clients: int, seconds: float, server: Sequence[psutil.Process], others: int = 0
+) -> Seen:
     """`clients` clients of all KINDS, in a process of their own, and what others see meanwhile.
 
     Args:
+        seconds: after which they give up, and with them the measurement.
         server: the processes whose memory, with that of their descendants, is measured.
+        others: as many come, again and again, until so many requests of others of each kind were answered.
     """
     [model] = json.loads(_ask(url, "GET", "/v1/models")[1])["data"]
     completion = json.dumps({"model": model["id"], "prompt": [1], "max_tokens": 2})
@@ -92,20 +97,23 @@ def measure(url: str, *, clients: int, seconds: float, server: Sequence[psutil.P
                 seen.num_completions += 1
             ended.wait(0.05)
 
-    others = [
+    askers = [
         threading.Thread(target=ask, args=("GET", "/health", None)),
         threading.Thread(target=ask, args=("POST", "/v1/completions", completion)),
     ]
-    with Child(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as attackers:
-        for other in others:
-            other.start()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with Child(command, cwd=ROOT, text=True, **pipes) as attackers:
+        assert attackers.stdin is not None and attackers.stdout is not None
+        for asker in askers:
+            asker.start()
         while attackers.poll() is None:
             seen.peak_bytes = max(seen.peak_bytes, memory(server))
+            if min(seen.num_health, seen.num_completions) >= others:
+                attackers.stdin.close()  # this wave is the last one
             time.sleep(0.3)
         ended.set()
-        for other in others:
-            other.join()
-        assert attackers.stdout is not None
+        for asker in askers:
+            asker.join()
         seen.answers = json.load(attackers.stdout)
     return seen
 
@@ -121,7 +129,7 @@ def memory(server: Sequence[psutil.Process]) -> int:
 
 def _ask(url: str, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
     """Over a connection of its own."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_SECONDS)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -134,14 +142,19 @@ def _ask(url: str, method: str, path: str, body: str | None = None) -> tuple[int
 
 
 async def attack(url: str, *, clients: int, seconds: float) -> Counter[str]:
-    """`clients` clients of all KINDS for at most so long. Returns what they got."""
+    """Waves of `clients` clients of all KINDS until the standard input ends, for at most so long.
+
+    Returns what they got.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, clients + 100)), hard))
     answers: Counter[str] = Counter()
     end = asyncio.get_running_loop().time() + seconds
-    async with asyncio.TaskGroup() as group:
-        for kind in islice(cycle(KINDS), clients):
-            group.create_task(_never_finish(url, kind, end, answers))
+    told = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+    while not answers or not told.done():
+        async with asyncio.TaskGroup() as group:
+            for kind in islice(cycle(KINDS), clients):
+                group.create_task(_never_finish(url, kind, end, answers))
     return answers
 
 

@@ -13,6 +13,7 @@ import torch
 
 from tests.commands import ROOT, tiny, write_corpus
 from tests.guard import FOUND, NO_BF16, Guard, LowPrecisionProduct
+from tests.waiting import PATIENCE_SECONDS
 from training.model.attention import sdpa
 from training.model.llama import Linear
 
@@ -22,10 +23,11 @@ STEPS = ("training.baseline.steps", "--steps", "1", "--warm-up", "1")
 SERVE_BENCH = (
     "serving.bench", "model.weights=random", "model.shape=llama-5m", "deployment.port=0", "deployment.cpus=1",
     "load.concurrency=[1]", "load.requests=2", "load.warm_up=0", "load.prompt_tokens=8",
-    "load.output_tokens=4", "load.most_lag_ms=5000", "sweep.points=0", "bench.wandb=disabled",
+    "load.output_tokens=4", "load.most_lag_ms=1e6", "load.timeout_seconds=600", "sweep.points=0",
+    "bench.wandb=disabled",
 )  # fmt: skip
 OPTIM_BENCH = ("optim.bench", "--cases", "step_10m", "--rounds", "1")
-SERVED = ("serving.bench.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "4")
+SERVED = ("serving.bench.steps", "--batches", "1,2", "--prompt-tokens", "8", "--new-tokens", "64")
 
 
 def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
     environment["RAY_TMPDIR"] = f"/tmp/ray-{os.getpid()}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.guard", *line],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=4 * PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("guarded: ") == len(commands)

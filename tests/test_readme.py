@@ -14,6 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.commands import ROOT
+from tests.waiting import PATIENCE_SECONDS
 
 OURS = ("cluster", "optim", "training", "serving", "tests")
 NOT_OURS = {  # made by a user or a run, or Ray's
@@ -63,7 +64,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
     # No command needs another variable: people start them by `env -i`, cron and ssh too.
     environment = {name: os.environ[name] for name in ("HOME", "PATH")} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        dry(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        dry(command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )
 
 
@@ -191,7 +192,8 @@ def test_the_first_make_says_what_it_installs_and_how_long_it_took(tmp_path: Pat
     (tmp_path / "python").chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PIP_CODE": str(code)}
     make = ["make", "train", "PYTHON=./python"]
-    done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    limit = {"timeout": PATIENCE_SECONDS}
+    done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, **limit)
     lines = done.stdout.splitlines()
     assert lines[0].startswith(".venv: installing Python packages") and "minutes" in lines[0]
     pip = next(number for number, line in enumerate(lines) if line.startswith("pip install"))

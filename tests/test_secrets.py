@@ -15,6 +15,7 @@ import pytest
 
 from cluster.laptop import inventory, package
 from tests.commands import ROOT, tiny, write_corpus
+from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.stack
 
@@ -89,7 +90,7 @@ def test_nothing_that_a_run_leaves_holds_a_secret(
         cwd=ROOT,
         env=environment,
         capture_output=True,
-        timeout=180,
+        timeout=4 * PATIENCE_SECONDS,
     )
     run = tmp_path / "outputs/run"
     assert done.returncode == 1, done.stderr.decode()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import runs
+from cluster.files import size_text
 from cluster.record import events
 
 WINDOW = 50  # logged losses that a spike is compared with
@@ -160,8 +161,8 @@ class DiskAlarm:
         limit = max(self._bytes, CHECKPOINTS * checkpoint)
         if free < limit and not self._told:
             self._told = True
-            why = f"a checkpoint takes {checkpoint / 1e9:.3g} GB" if checkpoint else "record.disk_free_gb"
-            text = f"{free / 1e9:.3g} GB free at {self._directory}, less than {limit / 1e9:.3g} GB ({why})"
+            why = f"a checkpoint takes {size_text(checkpoint)}" if checkpoint else "record.disk_free_gb"
+            text = f"{size_text(free)} free at {self._directory}, less than {size_text(limit)} ({why})"
             events.append(self._directory, "disk_nearly_full", f"{text}; free some space", free_bytes=free)
         elif free > ENOUGH * limit:
             self._told = False

@@ -31,7 +31,7 @@ class Mirror:
 
     INIT_SECONDS = 10.0
     UPLOAD_SECONDS = 10.0  # for what is not sent when the run ends; the rest stays on disk
-    CLOSE_SECONDS = 20.0
+    CLOSE_SECONDS = 60.0  # 3 s is usual; a machine that is busy with the end of a run takes ten times as long
     MAX_WAITING_ROWS = 10_000
 
     def __init__(

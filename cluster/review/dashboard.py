@@ -78,12 +78,17 @@ def describe() -> list[str]:
 
     lines = []
     for view in views.VIEWS:
-        runs = ", ".join(view.job_types) or "all"
-        lines.append(f"{view.title} (asuncion{view.slug}); runs: {runs}")
+        lines.append(f"{view.title} (asuncion{view.slug}); runs: {', '.join(view.job_types) or 'all'}")
         for section in view.sections():
-            titles = [getattr(panel, "title", None) or type(panel).__name__ for panel in section.panels]
+            titles = [getattr(panel, "title", None) or _kind(panel) for panel in section.panels]
             lines.append(f"  {section.name}: {'; '.join(titles)}")
     return lines
+
+
+def _kind(panel: Any) -> str:
+    """What a panel without a title is, for people."""
+    table = getattr(panel, "table_name", None)
+    return f"table {table}" if table else "text" if hasattr(panel, "markdown") else "all runs' differences"
 
 
 def write(folder: Path, *, entity: str | None, project: str, reports: Sequence[Path]) -> None:
@@ -126,13 +131,14 @@ def save(*, entity: str | None, project: str, reports: Sequence[Path]) -> None:
     for folder in reports:
         wandb_reports.read(folder)  # a wrong folder is an error before anything is saved
     wandb.setup(settings=wandb.Settings(silent=True))
-    with _asking("the W&B server"):
+    with _asking("W&B", "Check the key (`.venv/bin/wandb login --relogin`) and WANDB_BASE_URL"):
         api = wandb.Api()
         entity = entity or api.default_entity
     if not entity:
         raise UserError("--entity: this W&B key has no team or user of its own; name one")
     place = f"{entity}/{project}"
-    with _asking(place):
+    remedy = "What is listed above is saved. Ask for the right to write there, or name another --entity"
+    with _asking(place, remedy):
         for view in views.VIEWS:
             workspace = views.build(view, entity=entity, project=project)
             found = _find(api, place, "project-view", name=workspace._internal_name)
@@ -166,7 +172,7 @@ def _find(api: Any, place: str, kind: str, **wanted: str) -> dict[str, Any] | No
 
 
 @contextmanager
-def _asking(what: str) -> Iterator[None]:
+def _asking(what: str, remedy: str) -> Iterator[None]:
     """Turn a refusal of W&B into one message."""
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
@@ -174,11 +180,8 @@ def _asking(what: str) -> Iterator[None]:
     try:
         yield
     except (wandb.errors.Error, WandbApiFailedError) as error:
-        reason = " ".join(mask(str(error)).split())[:300]
-        raise RunError(
-            f"{what}: W&B refused: {reason}. What is listed above was saved. Check --entity, --project and "
-            "the key (`wandb login --relogin`), and whether it may write there; then run the command again"
-        ) from error
+        reason = " ".join(mask(str(error)).split())[:300].rstrip(".")
+        raise RunError(f"{what}: {reason}. {remedy}, then run the command again") from error
 
 
 def _online(mode: str) -> bool:

@@ -13,6 +13,8 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 MOST_RUNS = 100  # drawn in one panel; W&B's default is 10, fewer than a study has
+PARITY_PLOTS = ("parity/plot", "parity/roofline_plot", "parity/time_plot")
+STUDY_FIGURES = ("loss_tokens", "loss_rate", "tokens_to_reference")  # of a study with one setting of noise
 MOST_GPUS = 8  # of a node; W&B names each GPU's metrics by its number
 
 
@@ -90,6 +92,11 @@ def table(key: str) -> wr.WeavePanelSummaryTable:
     return wr.WeavePanelSummaryTable(table_name=key)
 
 
+def pictures(title: str, *keys: str) -> wr.MediaBrowser:
+    """The newest pictures of each run."""
+    return wr.MediaBrowser(title=title, media_keys=list(keys), num_columns=len(keys))
+
+
 def text(markdown: str) -> wr.MarkdownPanel:
     """A panel that explains the others."""
     return wr.MarkdownPanel(markdown=markdown)
@@ -141,6 +148,12 @@ def _optimizer() -> list[ws.Section]:
             curve("Gradient norm", "train/gradient_norm", log_y=True),
         ),
         _section(
+            "Each matrix",
+            curve("Orthogonality error: histogram", "optimizer/orthogonality_error_by_layer"),
+            curve("RMS of the scaled updates: histogram", "optimizer/update_rms_by_layer"),
+            table("optimizer/layers"),
+        ),
+        _section(
             "Attention logits",
             curve("Largest logit of the model", "optimizer/attention_logit_max"),
             curve("Largest logit: histogram over the layers", "optimizer/attention_logit_max_by_layer"),
@@ -156,8 +169,11 @@ def _optimizer() -> list[ws.Section]:
     ]
 
 
-def study_panels() -> list[Any]:
-    """What compares the runs of one study: loss by rule, loss by rate, everything against everything."""
+def study_panels(figures: Iterable[str] = STUDY_FIGURES) -> list[Any]:
+    """What compares the runs of one study: loss by rule, loss by rate, everything against everything.
+
+    figures: names of the study's own.
+    """
     rule, width = wr.Config("optim.matrix.rule"), wr.Config("model.hidden_size")
     matrix_lr, vector_lr = wr.Config("optim.matrix.lr"), wr.Config("optim.vector.lr")
     loss = wr.SummaryMetric("validation/loss.min")
@@ -177,23 +193,29 @@ def study_panels() -> list[Any]:
             title="Loss over the matrix rate; color: hidden size", x=matrix_lr, y=loss, z=width, log_x=True
         ),
         wr.ParallelCoordinatesPlot(title="Rule, size, rates and loss", columns=columns),
+        table("study/rules"),
+        table("study/runs"),
+        pictures("The study's figures", *(f"study/{name}" for name in figures)),
     ]
 
 
 def _study() -> list[ws.Section]:
-    by_rule, each, by_rate, parallel = study_panels()
+    by_rule, each, by_rate, parallel, rules, runs, figures = study_panels()
     return [
         _section(
             "Tokens to a loss",
             text(
                 "Choose one study: filter the list of runs by **Group**. A rule needs fewer tokens to a loss "
-                "if its curve reaches that loss further to the left. The study's report has the numbers by "
-                "seed."
+                "if its curve reaches that loss further to the left. `token_share` in the table of rules is "
+                "the tokens that it needs to the reference's loss, as a share of the reference's."
             ),
             by_rule,
             each,
         ),
+        _section("Rules", rules, columns=1),
+        _section("Figures", figures, columns=1),
         _section("Transfer of the learning rate", by_rate, parallel, columns=2),
+        _section("Every run", runs, columns=1, is_open=False),
         _section("Differences between runs", wr.RunComparer(diff_only="split"), columns=1, is_open=False),
     ]
 
@@ -225,13 +247,20 @@ def _serving() -> list[ws.Section]:
             curve("Lag of its event loop, p99, ms", "serve/client_loop_lag_p99_ms"),
             curve("Cores that it used", "serve/client_cores"),
         ),
+        _section(
+            "Loads",
+            table("serve/loads"),
+            pictures("Latency over load, gaps between tokens", "serve/latency_plot", "serve/itl_plot"),
+            columns=1,
+        ),
         _section("Every request", table("serve/requests"), columns=1, is_open=False),
     ]
 
 
 def parity_panels() -> list[Any]:
     """What W&B shows of a parity."""
-    return [table("parity/parity")]
+    plots = pictures("Parity, rooflines, time of a training step", *PARITY_PLOTS)
+    return [table("parity/claims"), table("parity/parity"), plots]
 
 
 def _parity() -> list[ws.Section]:
@@ -240,6 +269,15 @@ def _parity() -> list[ws.Section]:
         "B's. 1 is parity. `low` and `high` are the ends of the 95% interval."
     )
     return [_section("Parity", about, *parity_panels(), columns=1)]
+
+
+def _measurements() -> list[ws.Section]:
+    return [
+        _section("Baselines", table("baseline/figures_table"), columns=1),
+        _section("Benches and races: ratios and medians", table("bench/medians"), columns=1),
+        _section("Evaluations", table("evaluation/scores_table"), columns=1),
+        _section("Projections", table("projection/rows"), columns=1),
+    ]
 
 
 def _fleet() -> list[ws.Section]:
@@ -262,6 +300,7 @@ def _fleet() -> list[ws.Section]:
             curve("CPU, %", "system/cpu", x="RelativeTime(Wall)"),
             curve("Memory, %", "system/memory_percent", x="RelativeTime(Wall)"),
         ),
+        _section("Preflights", table("preflight/findings"), table("preflight/nodes_table"), columns=1),
         _section(
             "What the runs reached",
             curve("Tokens per second", "throughput/tokens_per_second", x="RelativeTime(Wall)"),
@@ -271,6 +310,7 @@ def _fleet() -> list[ws.Section]:
 
 
 LOSS, RULE = "summary:validation/loss.min", "config:optim.value.matrix.rule"
+MEASUREMENTS = ("baseline", "race", "optim-bench", "launcher-bench", "evaluation", "projection")
 COMMIT, DATA = "config:provenance.value.commit", "config:provenance.value.data_fingerprint"
 VIEWS = (
     View(
@@ -286,5 +326,6 @@ VIEWS = (
         "serving", "Serving", ("serve-bench",), _serving, columns=("summary:serve/highest_rate_meeting_slo",)
     ),
     View("parity", "Parity", ("parity",), _parity),
+    View("measurements", "Measurements", MEASUREMENTS, _measurements, columns=("run:jobType", COMMIT)),
     View("fleet", "Fleet", (), _fleet, columns=("run:jobType", "run:state", "tags:__ALL__")),
 )

@@ -46,7 +46,7 @@ Factory = Callable[[ServeConfig, Served], Engine]
 # A request's number, and its new tokens, as tuples that pickle fast, or the error that ended it.
 _Delivery = tuple[int, list[tuple[Any, ...]] | EngineFailed]
 
-ANSWER_SECONDS = 10.0  # to a question that needs no step
+ANSWER_SECONDS = 60.0  # to a question that needs no step; a busy machine may stand still for some
 NO_MEMORY = "if `dmesg` says that memory ran out, lower engine.cache_tokens"
 
 

@@ -37,6 +37,7 @@ OURS = "ours"
 LOAD_SECONDS = 900.0  # vLLM compiles for a minute or two
 RUN_SECONDS = 600.0
 STOP_SECONDS = 10.0
+END_SECONDS = 60.0
 LOG_LINES = 12
 
 Times = Sequence[Sequence[float]]  # of each request: seconds at which its new tokens arrived
@@ -121,29 +122,29 @@ class ContenderProcess:
             self._child.stdin.write(json.dumps(command).encode() + b"\n")
             self._child.stdin.flush()
             line = self._line(time.monotonic() + within_seconds)
-            self._child.send_signal(signal.SIGSTOP)
         except BrokenPipeError:
             line = b""
-        if not line.endswith(b"\n"):
-            raise self._failure(command["do"], within_seconds)
+        if line is None or not line.endswith(b"\n"):
+            raise self._failure(command["do"], within_seconds, ends=line is not None)
+        self._child.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
-    def _line(self, deadline: float) -> bytes:
-        """What it writes until a line ends, its output ends or the deadline passes."""
+    def _line(self, deadline: float) -> bytes | None:
+        """What it writes until a line or its output ends. None: the deadline has passed."""
         assert self._child.stdout is not None
         output, parts = self._child.stdout.fileno(), [b""]
         while not parts[-1].endswith(b"\n"):
             if not select.select([output], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                break
+                return None
             parts.append(os.read(output, 1 << 20))
             if not parts[-1]:
                 break
         return b"".join(parts)
 
-    def _failure(self, what: str, within_seconds: float) -> RunError:
-        # A process that has closed its output is about to end.
+    def _failure(self, what: str, within_seconds: float, *, ends: bool) -> RunError:
+        """`ends`: it has closed its output, so it is about to end, however slow the machine."""
         with suppress(subprocess.TimeoutExpired):
-            self._child.wait(1.0)
+            self._child.wait(END_SECONDS if ends else 0.0)
         code = self._child.returncode
         how = f"gave no answer in {within_seconds:.0f} s" if code is None else f"ended with exit code {code}"
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])

@@ -118,3 +118,9 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, monkeypatch
         fill(target, before_leaving=fail if failing == "the block" else lambda: None)
     assert os.listdir(tmp_path) == ["target"]
     assert os.listdir(target) == ["old"]
+
+
+def test_a_size_has_three_digits_and_a_unit():
+    sizes = [0, 999, 1000, 846_300, 999_499, 999_500, 1_581_056, 28.4e9, 3.2e15]
+    texts = ["0 bytes", "999 bytes", "1 kB", "846 kB", "999 kB", "1 MB", "1.58 MB", "28.4 GB", "3.2e+03 TB"]
+    assert [files.size_text(size) for size in sizes] == texts

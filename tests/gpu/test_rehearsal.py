@@ -23,7 +23,7 @@ from tests.gpu import command, replay, sweep, wheels
 from tests.gpu import kernels as kernel_checks
 from tests.gpu.block import TINY, Run
 from tests.gpu.command import BLOCKS, Block
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.model.llama import Llama, initialize
 
 UNIT = re.compile(
@@ -48,7 +48,8 @@ def in_memory(**ceilings: float) -> Run:
 def rehearsal(tmp_path_factory) -> dict[int, list[dict]]:
     """Rows of each block."""
     folder = tmp_path_factory.mktemp("kit")
-    done = python("tests.gpu", "--device", "cpu", "--out", folder)
+    limit = 4 * PATIENCE_SECONDS
+    done = python("tests.gpu", "--device", "cpu", "--out", folder, "--limit-seconds", limit)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads((folder / "rehearsal_gpu.json").read_text())
     last = json.loads(done.stdout.strip().splitlines()[-1])
@@ -193,10 +194,12 @@ def faulty(tmp_path, monkeypatch) -> Path:
         (tmp_path / f"kit_{name}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("HANGS", str(tmp_path / "hangs"))
-    now = lambda: time.monotonic() + 100 * (tmp_path / "hangs").exists()  # noqa: E731
+    now = lambda: time.monotonic() + PATIENCE_SECONDS * (tmp_path / "hangs").exists()  # noqa: E731
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
-    blocks = {number: Block(name, (f"kit_{name}",), 100) for number, name in enumerate(FAULTY, start=1)}
+    limit = PATIENCE_SECONDS / command.SLOWER
+    blocks = {number: Block(name, (f"kit_{name}",), limit) for number, name in enumerate(FAULTY, start=1)}
     monkeypatch.setattr(command, "BLOCKS", blocks)
+    monkeypatch.setattr(command, "LIMIT_SECONDS", 10 * PATIENCE_SECONDS)
     return tmp_path / "out"
 
 
@@ -207,7 +210,7 @@ def test_a_block_that_fails_is_reported_the_others_run_and_a_later_call_keeps_th
     problems = {entry["what"]: entry["problem"] for entry in entries.values()}
     assert problems["aborts"].startswith("ended by SIGABRT")
     assert problems["raises"] == "kit_raises.measure: RuntimeError: CUDA error: an illegal memory access"
-    assert problems["hangs"] == "did not end within 100 s"
+    assert problems["hangs"] == "did not end within 300 s"
     assert problems["reports"] == "bad: not finite: x_ms"
     assert problems["silent"] == "no rows" and problems["good"] is None
     rows = {entry["what"]: entry["rows"] for entry in entries.values()}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from openai import OpenAI
 from safetensors.torch import save_file
 
@@ -30,8 +30,8 @@ from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
 from tests.commands import ROOT
 from tests.listening import compare, documented, listening
-from tests.serving.endpoint.test_any_body import BODIES
-from tests.waiting import wait_until
+from tests.serving.endpoint.test_any_body import BODIES, FIXTURES
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.model.llama import Llama, initialize
 from training.model.shapes import LlamaShape, to_hf_config
 
@@ -41,7 +41,13 @@ SLOTS, WAITING = 3, 3
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file: while it is there, no step of the endpoint's engine ends."""
+    return tmp_path_factory.mktemp("engine") / "hold"
+
+
+@pytest.fixture(scope="module")
+def url(hold: Path) -> Iterator[str]:
     """An endpoint whose engine counts, 20 ms a token."""
     config = load(
         dotlist=[
@@ -49,14 +55,24 @@ def url() -> Iterator[str]:
             *(f"engine.slots={SLOTS}", f"engine.waiting={WAITING}", "deployment.receive_seconds=3"),
         ]
     )
-    with serving(config, report=print, factory=fake_engine.make) as url:
+    with serving(config, report=print, factory=partial(fake_engine.make, hold=hold)) as url:
         yield url
     assert [p for p in psutil.Process().children(recursive=True) if "haproxy" in p.name()] == []
 
 
+@contextmanager
+def held(hold: Path, *, steps: int = 0) -> Iterator[None]:
+    """The engine stands still in the block, after so many steps."""
+    hold.write_text(f"{steps:<9}")
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
 def post(url: str, **fields: object) -> httpx.Response:
     body = {"model": NAME, "prompt": [1], "max_tokens": 3} | fields
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    return httpx.post(f"{url}/v1/completions", json=body)
 
 
 def test_what_listens_is_what_the_readmes_say(url):
@@ -67,10 +83,16 @@ def test_what_listens_is_what_the_readmes_say(url):
     assert compare(found, rows).get("untold") is None
 
 
+def figures(url: str, *names: str) -> list[float]:
+    """Figures of the engine, from one answer of /metrics."""
+    lines = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines()]
+    found = {line[0]: line[-1] for line in lines}
+    return [float(found[f"asuncion_{name}"]) for name in names]
+
+
 def figure(url: str, name: str) -> float:
-    """A figure of the engine, from /metrics."""
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"asuncion_{name} "))
+    [found] = figures(url, name)
+    return found
 
 
 def ours(part: str) -> list[psutil.Process]:
@@ -94,21 +116,17 @@ def engines() -> list[psutil.Process]:
     return ours("serving.engine.process")
 
 
-def test_the_openai_client_streams_token_by_token(url):
+def test_the_openai_client_streams_token_by_token(url, hold):
+    """What is there of an answer arrives while the engine stands still before the rest."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    list(client.completions.create(model=NAME, prompt="ab", max_tokens=2, stream=True))  # its first is slow
-    start, times, texts = time.monotonic(), [], []
-    for chunk in client.completions.create(
-        model=NAME, prompt="ab", max_tokens=12, temperature=0, stream=True
-    ):
-        times.append(time.monotonic() - start)
-        texts.append(chunk.choices[0].text)
-    assert "".join(texts) == "cdefghijklmn"
-    assert times[-1] - times[0] > 0.15  # 11 x 20 ms: they did not come all at once
-    assert sum(later - earlier > 0.005 for earlier, later in pairwise(times)) >= 6
+    with held(hold, steps=3):
+        chunks = client.completions.create(model=NAME, prompt="ab", max_tokens=12, temperature=0, stream=True)
+        texts = [next(chunks).choices[0].text for _ in range(3)]
+    texts += [chunk.choices[0].text for chunk in chunks]
+    assert texts == list("cdefghijklmn")
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=FIXTURES)
 @given(body=BODIES)
 def test_no_body_is_a_server_error(url, body):
     body = {**body, "model": NAME if body["model"] == "counting" else body["model"]}
@@ -121,42 +139,50 @@ def test_no_body_is_a_server_error(url, body):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(url, stream):
+def test_a_client_that_leaves_frees_its_slot(url, hold, stream):
     body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 500, "stream": stream}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     cancelled = figure(url, "cancelled")
-    with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
-        sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        wait_until(lambda: figure(url, "running"))
-    wait_until(lambda: figure(url, "running") == 0)
+    with held(hold, steps=3):
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port)) as sock:
+            sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: figure(url, "running"))
+        wait_until(lambda: figure(url, "running") == 0)
     assert figure(url, "cancelled") == cancelled + 1
 
 
-def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url):
-    with ThreadPoolExecutor(10 * (SLOTS + WAITING)) as clients:
-        asked = [clients.submit(post, url, max_tokens=20) for _ in range(10 * (SLOTS + WAITING))]
-        waiting = []
+def test_ten_times_what_fits_is_refused_with_429_and_the_admitted_do_not_wait_long(url, hold):
+    fits = SLOTS + WAITING
+    with ThreadPoolExecutor(10 * fits) as clients:
+        with held(hold):
+            asked = [clients.submit(post, url, max_tokens=20) for _ in range(10 * fits)]
+            in_engine = []
+            while sum(one.done() for one in asked) < 9 * fits:
+                in_engine.append(sum(figures(url, "running", "waiting")))
+            in_engine.append(sum(figures(url, "running", "waiting")))
         while not all(one.done() for one in asked):
-            waiting.append(figure(url, "waiting"))
+            in_engine.append(sum(figures(url, "running", "waiting")))
     answers = [one.result() for one in asked]
     assert {answer.status_code for answer in answers} == {200, 429}
     refused = [answer for answer in answers if answer.status_code == 429]
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
-    assert len(answers) - len(refused) >= SLOTS + WAITING
-    assert max(waiting) <= WAITING  # in the engine: at most one turn of the slots
-    assert post(url).status_code == 200 and figure(url, "running") == 0
+    assert len(answers) - len(refused) == fits
+    assert max(in_engine) == fits  # so nobody waits for more than one turn of the slots
+    assert post(url).status_code == 200
+    wait_until(lambda: figure(url, "running") == 0)
 
 
 def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(url):
-    seen = slow_clients.measure(url, clients=1000, seconds=8, server=[haproxy(), *replicas()])
-    print(seen)  # `python -m tests.slow_clients` measures it for longer
+    """They come until others have been answered ten times, and would come for ever if these were held up."""
+    server = [haproxy(), *replicas()]
+    seen = slow_clients.measure(url, clients=1000, seconds=PATIENCE_SECONDS, server=server, others=10)
+    print(seen)  # `python -m tests.slow_clients` measures how long they wait
     assert seen.failures == {} and seen.num_health >= 10 and seen.num_completions >= 10
-    assert seen.health_seconds < 10  # a stop, not a target
     assert seen.peak_bytes < 2 * seen.idle_bytes
     # One that sends at full speed may find its connection closed before it reads the answer.
     ended = {status for answer in seen.answers for _, status in [answer.split(": ")]}
-    assert sum(seen.answers.values()) == 1000 and ended <= {"408", "413", "closed"}
+    assert sum(seen.answers.values()) % 1000 == 0 < len(ended) and ended <= {"408", "413", "closed"}
     slow = {answer for answer in seen.answers if "huge" not in answer and "endless" not in answer}
     assert {answer.split(": ")[1] for answer in slow} == {"408"}
     assert figure(url, "running") == figure(url, "waiting") == 0
@@ -166,11 +192,12 @@ def test_a_thousand_clients_that_never_finish_hold_up_nobody_and_hold_no_memory(
 def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, status):
     """Of an unfinished or invalid head it says so in its own words: its parser has no others."""
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=PATIENCE_SECONDS) as sock:
         sock.sendall(head.encode() + b" " * sent)
         answer = b""
-        while part := sock.recv(65536):
-            answer += part
+        with suppress(ConnectionResetError):  # it need not read all that was sent
+            while part := sock.recv(65536):
+                answer += part
     head, _, body = answer.decode().partition("\r\n\r\n")
     assert int(head.split()[1]) == status and "application/json" in head
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
@@ -182,7 +209,7 @@ def test_http_is_served_on_loopback_alone(url):
     talks_http = []
     for address in sockets:
         try:
-            httpx.get(f"http://127.0.0.1:{address.port}/", timeout=5)
+            httpx.get(f"http://127.0.0.1:{address.port}/")
             talks_http.append(address.ip)
         except httpx.TransportError:  # gRPC of Ray, which wants its token
             pass
@@ -203,7 +230,7 @@ def test_secrets_of_clients_are_in_no_log(url):
     ):
         for body in (b"", b"{", json.dumps({"model": NAME, "prompt": [1], "max_tokens": 1}).encode()):
             httpx.request(
-                method, f"{url}{path}?api_key={secret}", content=body, timeout=30,
+                method, f"{url}{path}?api_key={secret}", content=body,
                 headers=headers | {"content-type": "application/json"},
             )  # fmt: skip
     words = haproxy().cmdline()
@@ -211,7 +238,10 @@ def test_secrets_of_clients_are_in_no_log(url):
     assert "127.0.0.1:514" not in config.read_text()  # by default each URL goes to syslog
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     logs = [*(session / "logs").rglob("*"), *config.parent.parent.rglob("*")]
-    texts = [file.read_bytes() for file in logs if file.is_file()]
+    texts = []
+    for file in logs:
+        with suppress(FileNotFoundError):  # it has just been removed
+            texts += [file.read_bytes()] if file.is_file() else []
     assert len(texts) > 10 and not any(secret.encode() in text for text in texts)
 
 
@@ -230,14 +260,13 @@ def test_ray_exports_the_figures_of_each_replica(url):
     assert exported("time_to_first_token_seconds_count")[0] > 0
 
 
-def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Exception | None]:
+def kill_midway(url: str, hold: Path, process: psutil.Process) -> tuple[str, object, Exception | None]:
     """Kill a process of ours while a request streams and another waits for its answer.
 
     Returns:
         What the stream said; the other's answer, or what it raised; what the stream raised, if anything.
     """
     body = {"model": NAME, "prompt": [1], "max_tokens": 400}
-    streaming = {"json": body | {"stream": True}, "timeout": 30}
     outcomes: list[object] = []
 
     def ask() -> None:
@@ -247,24 +276,25 @@ def kill_midway(url: str, process: psutil.Process) -> tuple[str, object, Excepti
             outcomes.append(error)
 
     whole = threading.Thread(target=ask)
-    whole.start()
-    wait_until(lambda: figure(url, "running"))
     text, raised = b"", None
-    try:
-        with httpx.stream("POST", f"{url}/v1/completions", **streaming) as answer:
-            for part in answer.iter_raw():
-                text += part
-                if process.is_running() and text.count(b"data: ") >= 3:  # one read may bring two events
-                    process.kill()
-    except httpx.TransportError as error:
-        raised = error
-    whole.join()
+    with held(hold, steps=100):  # of the 400 that it takes
+        whole.start()
+        wait_until(lambda: figure(url, "running"))
+        try:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+                for part in answer.iter_raw():
+                    text += part
+                    if process.is_running() and text.count(b"data: ") >= 3:  # one read may bring two events
+                        process.kill()
+        except httpx.TransportError as error:
+            raised = error
+        whole.join()
     return text.decode(), outcomes[0], raised
 
 
-def test_an_engine_that_is_killed_ends_its_streams_with_an_error_and_the_next_request_succeeds(url):
+def test_an_engine_that_is_killed_ends_its_streams_with_an_error_and_the_next_request_succeeds(url, hold):
     [replica], [engine] = replicas(), engines()
-    text, other, raised = kill_midway(url, engine)
+    text, other, raised = kill_midway(url, hold, engine)
     assert post(url).status_code == 200  # it waited
     *events, last, rest = text.split("\n\n")
     assert raised is None and rest == "" and len(events) >= 3 and "[DONE]" not in text
@@ -274,22 +304,26 @@ def test_an_engine_that_is_killed_ends_its_streams_with_an_error_and_the_next_re
     assert isinstance(other, httpx.Response) and other.status_code == 503
     assert other.json() == {"error": error}
     assert replicas() == [replica] and engine not in engines() and len(engines()) == 1
-    assert httpx.get(f"{url}/health").status_code == 200 and figure(url, "running") == 0
+    assert httpx.get(f"{url}/health").status_code == 200
+    wait_until(lambda: figure(url, "running") == 0)
 
 
-def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url):
+def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(url, hold):
     [replica], [engine] = replicas(), engines()
-    text, other, raised = kill_midway(url, replica)
+    text, other, raised = kill_midway(url, hold, replica)
     # The process that could write an error event is gone; what is left is a body without its end.
     assert isinstance(raised, httpx.RemoteProtocolError)
     assert text.count("data: ") >= 3 and "[DONE]" not in text
     assert isinstance(other, httpx.TransportError) or other.status_code == 500
-    engine.wait(5)  # its engine is gone with it
-    deadline = time.monotonic() + 60
-    while (status := post(url).status_code) != 200 and time.monotonic() < deadline:
-        assert status in (429, 502, 503)
-        time.sleep(0.2)
-    assert status == 200 and replica not in replicas()
+    engine.wait(PATIENCE_SECONDS)  # its engine is gone with it
+
+    def answers() -> bool:
+        status = post(url).status_code
+        assert status in (200, 429, 502, 503)
+        return status == 200
+
+    wait_until(answers)
+    assert replica not in replicas()
 
 
 @contextmanager
@@ -308,7 +342,7 @@ def started(checkpoint: Path, *, port: int) -> Iterator[subprocess.Popen[str]]:
             if process.poll() is None:
                 below = psutil.Process(process.pid).children(recursive=True)
                 process.terminate()
-                psutil.wait_procs(below, timeout=30)
+                psutil.wait_procs(below, timeout=PATIENCE_SECONDS)
                 process.kill()
 
 
@@ -359,14 +393,14 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path, refu
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs(below, timeout=10)
+    _, alive = psutil.wait_procs(below, timeout=PATIENCE_SECONDS)
     assert alive == []
 
 
 def test_a_checkpoint_that_cannot_be_read_is_one_message(refusing):
-    _, errors = refusing.communicate(timeout=120)
+    _, errors = refusing.communicate(timeout=2 * PATIENCE_SECONDS)
     assert refusing.returncode == 1
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "model.safetensors" in line and "copy it again" in line

@@ -110,7 +110,7 @@ def test_the_ceiling_is_measured_for_the_models_products():
     config = training_config.load(dotlist=[*TINY, "precision=fp32"])
     gflops, dtype = bench.gemm_gflops(config, make_plan(config))
     assert dtype == "float32"
-    assert 0.01 < gflops < 1e5
+    assert 0 < gflops < 1e5
 
 
 def test_the_last_line_is_the_result_and_the_file_adds_where_it_comes_from(tmp_path, monkeypatch, capsys):

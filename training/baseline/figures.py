@@ -52,6 +52,8 @@ def _trained(cell: Mapping[str, Any]) -> dict[str, Any]:
         part: statistics.median(row[f"seconds_{part}"] / row["phased_step_seconds"] for row in rows)
         for part in ("compute", "communication", "optimizer", "data")
     }
+    whole = max(1.0, sum(times.values()))  # medians of rounds, one part of which was held up, may exceed 1
+    times = {part: share / whole for part, share in times.items()}
     return {
         "id": cell["id"],
         "kind": "training",

@@ -169,13 +169,14 @@ def measure(trainer: Any, *, num_steps: int, num_warm_up: int) -> dict[str, Any]
         start = time.perf_counter()
         trainer.take_step(phase=lambda part, number=number: _timed(parts[part], number, context))
         whole.append(time.perf_counter() - start)
+    middle = sorted(range(NUM_PHASED), key=whole.__getitem__)[NUM_PHASED // 2]  # its parts add up to it
     return {
         "step_seconds": taken,
         "joules": energy.joules,
         "joules_reason": energy.reason,
-        "phased_step_seconds": statistics.median(whole),
-        **{part: statistics.median(seconds) for part, seconds in parts.items()},
-        "collectives": _collective_seconds(trainer),
+        "phased_step_seconds": whole[middle],
+        **{part: seconds[middle] for part, seconds in parts.items()},
+        "collectives": _collective_shares(trainer),
         "peak_memory_bytes": peak_memory_bytes(context.device),
     }
 
@@ -188,8 +189,11 @@ def _timed(into: list[float], number: int, context: Any) -> Iterator[None]:
     into[number] += time.perf_counter() - start
 
 
-def _collective_seconds(trainer: Any) -> dict[str, float]:
-    """Part -> seconds of one step in which collectives ran and, on a GPU, no other kernel did."""
+def _collective_shares(trainer: Any) -> dict[str, float]:
+    """Part -> share of its time in one step in which collectives ran and, on a GPU, no other kernel did.
+
+    Of a step of its own, which something may hold up: seconds of it could not be taken from another step's.
+    """
     from torch.profiler import ProfilerActivity, profile, record_function
 
     gpu = trainer.context.device.type == "cuda"
@@ -205,7 +209,13 @@ def _collective_seconds(trainer: Any) -> dict[str, float]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:
         trainer.take_step(phase=marked)
-    return exposed(profiler.events(), gpu=gpu)
+    seconds: dict[str, float] = {}
+    for event in (events := profiler.events()):
+        if event.name.startswith("part:") and event.device_type.name != "CUDA":
+            part, span = event.name.removeprefix("part:"), event.time_range
+            seconds[part] = seconds.get(part, 0.0) + (span.end - span.start) / 1e6
+    alone = exposed(events, gpu=gpu)
+    return {part: min(1.0, alone[part] / whole) for part, whole in seconds.items() if whole > 0}
 
 
 def exposed(events: Iterable[Any], *, gpu: bool) -> dict[str, float]:
@@ -260,8 +270,10 @@ def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
     }
     mean = {name: statistics.mean(rank[name] for rank in ranks) for name in (*PARTS, "phased_step_seconds")}
-    sent = {part: statistics.mean(rank["collectives"].get(part, 0.0) for rank in ranks) for part in PARTS}
-    sent = {part: min(seconds, mean[part]) for part, seconds in sent.items()}
+    sent = {
+        part: statistics.mean(rank["collectives"].get(part, 0.0) * rank[part] for rank in ranks)
+        for part in PARTS
+    }
     return found | {
         "phased_step_seconds": mean["phased_step_seconds"],
         "seconds_data": mean["data"] - sent["data"],

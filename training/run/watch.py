@@ -1,21 +1,27 @@
 """Who watches a run: the launcher shows its rows and its alarms, and each rank reports its own failure."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli import RunError
+from cluster.files import size_text
 from cluster.masking import mask
 from cluster.progress import Progress
 from cluster.record import events
 from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm
 from cluster.record.record import follow, read_metrics
+from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import step_directory, step_of
 from training.run.context import Context
 from training.run.start import PARTITION, newest_of
+
+if TYPE_CHECKING:
+    from optim.step.zero import ZeroOptimizer
 
 SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
@@ -175,15 +181,15 @@ def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) ->
     directory = config.run_directory
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Ray makes SIGTERM a SystemExit
+    except KeyboardInterrupt:
         if final:
             text = "a user or a signal ended the run; the same command resumes it"
-            events.end(directory, "stopped", text)
+            events.end(directory, "stopped", text, step=Run(directory).last_step)
         raise
     except Exception as error:
         text = f"{who}{reason(error)}"
         if final:
-            events.end(directory, "failed", text)
+            events.end(directory, "failed", text, step=Run(directory).last_step)
         else:
             since = (*events.STARTS, *events.WORKERS)
             events.append_first(directory, "worker_failed", text, among=("worker_failed",), since=since)
@@ -206,8 +212,8 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
     directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
     kept = [row for row in rows if row["step"] <= step]
-    count = f"{context.world_size} worker{'s' * (context.world_size > 1)}"
-    text = f"{count} on {context.device_name} ({context.launcher}) go on from step {step}"
+    num = context.world_size
+    text = f"{num} worker{'s' * (num > 1)} ({context.device_name}, {context.launcher}) from step {step} on"
     if len(rows) > len(kept):
         text += f"; steps {step + 1} to {rows[-1]['step']} are taken again"
     since = events.newest(events.read(directory), (*events.STARTS, *events.WORKERS))
@@ -222,7 +228,7 @@ def report_checkpoint(config: TrainConfig, *, step: int) -> None:
     """The event that a checkpoint was written."""
     folder = step_directory(config.run_directory / "checkpoints", step)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    text = f"{folder.name} is complete, {size / 1e9:.3g} GB"
+    text = f"{folder.name} is complete, {size_text(size)}"
     events.append(config.run_directory, "checkpoint", text, step=step, size_bytes=size)
 
 
@@ -230,3 +236,75 @@ def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:
     """The event that the run is finished."""
     text = f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens"
     events.end(config.run_directory, "finished", text, step=summary["step"])
+
+
+def report_stop(config: TrainConfig, *, step: int) -> None:
+    """The event that the run stopped because it was asked to."""
+    text = f"asked to stop, after step {step}; the same command resumes it"
+    events.end(config.run_directory, "stopped", text, step=step)
+
+
+class TrainingError(RunError):
+    """The run cannot go on; the message says what happened and what to change."""
+
+
+class Skips:
+    """Watches for a run that is broken: steps skipped for gradients, and state, that are not finite.
+
+    Attributes:
+        in_a_row: the newest steps that were skipped.
+    """
+
+    MOST_IN_A_ROW = 20
+    REMEDY = (
+        "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: it resumes from the "
+        "newest checkpoint"
+    )
+
+    def __init__(self, config: TrainConfig, *, num_steps: int) -> None:
+        self._directory, self._share = config.run_directory, config.optim.max_skipped_fraction
+        self._num_steps = num_steps
+        self._step = self._applied = self.in_a_row = 0
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self._step, self._applied = state["step"], state["applied_steps"]
+        self.in_a_row = state["consecutive_skips"]
+
+    def count(self, step: int, *, applied: int) -> None:
+        """Take in a step; `applied` of all steps were not skipped. Raises `TrainingError`: too many were."""
+        skipped = applied == self._applied
+        self._step, self._applied = step, applied
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        said = f"step {step}: the gradient was not finite in"
+        if self.in_a_row == self.MOST_IN_A_ROW:
+            raise TrainingError(f"{said} {self.in_a_row} steps in a row; {self.REMEDY}")
+        if skipped and step - applied > self._share * self._num_steps:
+            raise TrainingError(
+                f"{said} {step - applied} of {self._num_steps} steps, more than optim.max_skipped_fraction="
+                f"{self._share:g} allows; {self.REMEDY}"
+            )
+
+    def sound(self, optimizer: "ZeroOptimizer", context: Context, *, final: dict[str, float] | None) -> bool:
+        """Whether this state may take the place of an older checkpoint. Collective.
+
+        Args:
+            final: the validation losses after the last step; None before it.
+
+        Raises:
+            TrainingError: it may not, and it is the last one.
+        """
+        problem = None
+        tensors = (tensor for *_, named in optimizer.shards() for tensor in named.values())
+        if not all(context.gather(all(bool(tensor.isfinite().all()) for tensor in tensors))):
+            problem = "weights or optimizer state are not finite"
+        elif final is None and self.in_a_row:  # it may be about to diverge
+            problem = f"the gradient was not finite in the last {self.in_a_row} steps"
+        elif final is not None and not all(map(math.isfinite, final.values())):
+            problem = "the validation loss is not finite"
+        if problem and final is not None:
+            raise TrainingError(f"step {self._step}: {problem}, so it has no checkpoint; {self.REMEDY}")
+        if problem and context.is_main:
+            text = f"no checkpoint of step {self._step}, so that the ones before stay: {problem}"
+            events.append(self._directory, "checkpoint_withheld", text, step=self._step)
+        return problem is None

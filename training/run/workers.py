@@ -41,6 +41,7 @@ def run(
 
     Raises:
         RunError: a worker failed; its own message. The traceback is in `directory`/failure.log.
+        KeyboardInterrupt: SIGINT or SIGTERM.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -48,8 +49,12 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
+
     elastic = (workers.min_count, workers.count)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         function,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
@@ -69,6 +74,8 @@ def run(
         return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
     except TrainingFailedError as error:
         raise RunError(_reason(error, directory / "failure.log")) from error
+    except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
+        raise KeyboardInterrupt from error
 
 
 def torch_ranks(workers: WorkersConfig) -> "Ranks":

@@ -7,6 +7,7 @@ import pytest
 from cluster import files
 from cluster.cli import RunError, UserError
 from cluster.measure import benchmark
+from tests.cluster.review.panel_keys import missing
 
 
 def test_a_ratio_is_taken_within_its_round():
@@ -77,6 +78,7 @@ def test_what_is_published_is_the_last_line_and_the_file_adds_its_origin(tmp_pat
     [table] = (run / "wandb").glob("offline-run-*/files/media/table/bench/medians*.json")
     assert files.read_json(table)["data"] == [["speedup_a_b", 2.0, 1.5, 2.5]]
     assert len(list((run / "wandb").glob("offline-run-*/files/x.json"))) == 1
+    assert missing(run, "bench") == set()
 
 
 def test_the_record_of_a_committed_baseline_lies_in_outputs(tmp_path):

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 
+from cluster.preflight import command as preflight
+from cluster.preflight.command import PreflightConfig
 from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, measured_tflops, table
+from tests.cluster.review.panel_keys import missing
 
 NODES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
 EXPECT = ExpectConfig(nodes=3, gpus=2, accelerator="A40")
@@ -155,3 +158,17 @@ def test_the_measured_ceiling_is_that_of_the_median_gpu():
     for node in found["nodes"].values():
         node["gpus"] = []
     assert measured_tflops({"found": found}) is None
+
+
+def test_a_preflight_lands_in_wandb_with_a_row_for_each_node_and_finding(tmp_path):
+    config = PreflightConfig(output=str(tmp_path / "preflight.json"), wandb="offline")
+    (tmp_path / "preflight.json").write_text("{}")
+    found = {
+        "passed": False,
+        "failures": ["10.0.0.1: slow"],
+        "warnings": [],
+        "time": "2026-11-26T12:00:00+00:00",
+    }
+    status = preflight.record(config, tmp_path / "preflight.json", found, sound())
+    assert status.startswith("offline: ")
+    assert missing(tmp_path / "preflight", "preflight") == set()

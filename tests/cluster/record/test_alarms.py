@@ -189,7 +189,7 @@ def test_a_disk_that_is_nearly_full_is_one_event_until_there_is_space_again(disk
         alarm.check()
     assert told(disk) == [("disk_nearly_full", None)] * 2
     event = events.read(disk)[0]
-    assert "less than 0.02 GB (record.disk_free_gb)" in event["text"] and event["free_bytes"] < 20_000_000
+    assert "less than 20 MB (record.disk_free_gb)" in event["text"] and event["free_bytes"] < 20_000_000
 
 
 def test_space_for_two_checkpoints_must_be_free(disk):
@@ -203,4 +203,4 @@ def test_space_for_two_checkpoints_must_be_free(disk):
     fill(disk / "other", 10)
     alarm.check()
     assert told(disk) == [("disk_nearly_full", None)]
-    assert "a checkpoint takes 0.02 GB" in events.read(disk)[0]["text"]
+    assert "a checkpoint takes 20 MB" in events.read(disk)[0]["text"]

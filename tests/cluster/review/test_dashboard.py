@@ -98,7 +98,7 @@ def test_what_w_and_b_refuses_is_one_message_that_names_the_remedy(server: Views
     server.refuse = "permission denied"
     done = dashboard()
     assert done.returncode == 1 and done.stdout == ""
-    assert "team/asuncion: W&B refused" in done.stderr and "permission denied" in done.stderr
+    assert "team/asuncion: " in done.stderr and "permission denied. What is listed above" in done.stderr
     server.key = "another"
     done = dashboard()
     assert done.returncode == 1 and "wandb login --relogin" in done.stderr

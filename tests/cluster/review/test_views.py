@@ -1,5 +1,6 @@
 """What the views show is there to be shown. Keys of runs: beside the tests of the commands that log them."""
 
+import re
 from pathlib import Path
 
 import wandb
@@ -10,20 +11,25 @@ from tests.commands import ROOT
 from tests.waiting import wait_until
 
 # section -> the test that holds its keys against what a command logged
+TRAINING = ("train", "throughput", "optimizer", "noise", "validation")
 HELD = {
-    **dict.fromkeys(
-        ("train", "throughput", "optimizer", "noise", "validation"), "tests/training/test_train.py"
-    ),
+    **dict.fromkeys(TRAINING, "tests/training/test_train.py"),
+    "study": "tests/training/study/test_publish.py",
     "serve": "tests/serving/bench/test_command.py",
     "parity": "tests/cluster/parity/test_parity.py",
+    "preflight": "tests/cluster/preflight/test_verdict.py",
+    "baseline": "tests/training/baseline/test_command.py",
+    "bench": "tests/cluster/measure/test_benchmark.py",
+    "evaluation": "tests/training/evaluate/test_command.py",
+    "projection": "tests/training/projection/test_command.py",
 }
 
 
 def test_every_key_belongs_to_a_section_that_a_test_holds_against_a_run():
-    names = {name for section, name in shown_by() if section in ("history", "summary")}
+    names = {name for section, name in shown_by() if section in ("history", "table", "image", "summary")}
     assert {name.partition("/")[0] for name in names} - {"step", "tokens", "seconds"} == set(HELD)
-    for file in set(HELD.values()):
-        assert "that_the_views_show" in (ROOT / file).read_text(), file
+    for section, file in HELD.items():
+        assert re.search(rf'missing\([^)]*"{section}"', (ROOT / file).read_text()), file
 
 
 def test_what_w_and_b_samples_itself_has_the_names_that_its_sampler_knows(tmp_path: Path):

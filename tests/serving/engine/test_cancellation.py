@@ -17,6 +17,7 @@ from serving.engine.protocol import BrokenModel, EngineFailed, EngineInfo, Overl
 from serving.engine.scheduler import BLOCK_TOKENS, Scheduler, Span
 from serving.engine.torch_engine import TorchEngine
 from tests.properties import cases
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 VOCABULARY, CONTEXT, SLOTS, WAITING, NUM_BLOCKS = 17, 100, 3, 3, 7
 BAD = 13  # where a text has this token, the logits are not numbers
@@ -204,8 +205,7 @@ def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(ca
     with suppress(EngineFailed):
         for client in clients:
             client.submit(engine)
-    while engine.failure() is None:
-        time.sleep(0.001)
+    wait_until(engine.failure)
     for client in clients:
         assert client.ticket is None or "of the client" in str(client.error)
     assert len(told) == 2 and engine.stats().free_cache_tokens == NUM_BLOCKS * BLOCK_TOKENS
@@ -217,12 +217,14 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
     engine = make_engine(lambda: time.sleep(1e-5))  # lets another thread run in the middle of a step
     clients: list[Client] = []
     failures: list[BaseException] = []
-    stop = time.monotonic() + 2.0
+
+    def more() -> bool:
+        return sum(client.cancelled for client in clients) < 200
 
     def load(seed: int) -> None:
         draw = random.Random(seed)
         try:
-            while time.monotonic() < stop:
+            while more():
                 client = Client([draw.randrange(VOCABULARY)] * draw.choice((1, 33, 64)), 6, lambda: None)
                 try:
                     client.submit(engine)
@@ -233,7 +235,7 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
                 while not client.ended and patience:
                     engine.stats()
                     patience -= 1
-                if not client.ended and time.monotonic() < stop:  # the last ones are there when it closes
+                if not client.ended and more():  # the last ones are there when it closes
                     client.cancel()
         except BaseException as error:
             failures.append(error)
@@ -245,16 +247,16 @@ def test_cancels_by_many_threads_change_nothing_for_the_others():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE_SECONDS)
     finally:
         sys.setswitchinterval(before)
         engine.close()
-    assert not failures and engine.failure() == "the engine was closed"
+    assert not failures and not more() and engine.failure() == "the engine was closed"
     for client in clients:
         client.check()
         assert client.error is None or isinstance(client.error, BrokenModel) or "closed" in str(client.error)
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.free_cache_tokens) == (0, 0, NUM_BLOCKS * BLOCK_TOKENS)
     assert stats.finished == sum(client.ended and client.error is None for client in clients)
-    assert stats.cancelled == sum(client.cancelled for client in clients) > 20
+    assert stats.cancelled == sum(client.cancelled for client in clients)
     check_blocks(engine._scheduler)

@@ -18,7 +18,9 @@ from serving.engine import native
 from serving.engine.protocol import BrokenModel, EngineFailed, Overloaded, RequestError, Sampling, Token
 from serving.engine.scheduler import Span
 from serving.engine.torch_engine import TorchEngine, make_torch_engine
+from tests.fake_engine import Gate
 from tests.reader import Reader
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 CPU_REASON = native.unsupported(torch.device("cpu"), torch.bfloat16)
 compiled = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
@@ -144,11 +146,12 @@ def test_an_echo_without_scores_is_the_prompt(exact):
 
 def test_a_prompt_may_be_given_up_while_it_is_scored(checkpoint):
     made = engine(checkpoint, slots=1, step_tokens=2)
-    first = Reader(made, [3] * 150, ECHO)
-    second = Reader(made, [3, 4], ECHO)
-    while made.stats().steps < 5:
-        time.sleep(0.001)
-    first.ticket.cancel()
+    gate = Gate(made)
+    with gate:
+        first = Reader(made, [3] * 150, ECHO)
+        second = Reader(made, [3, 4], ECHO)
+        gate.wait()  # its first step of 75
+        first.ticket.cancel()
     assert second.wait() == [3, 4] and not first.tokens
     assert made.stats().cancelled == 1 and made.stats().free_cache_tokens == 2048
     made.close()
@@ -263,38 +266,45 @@ def test_different_seeds_draw_differently(exact, seeds):
 
 def test_of_the_tokens_of_a_step_first_ones_are_told_first(exact):
     told: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # who, and in which step
+    gate = Gate(exact)
 
     def submit(name: str, max_tokens: int) -> None:
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         exact.submit([5, 6, 7], sampling, lambda tokens: told.put((name, exact.stats().steps)))
 
+    def hear() -> tuple[str, int]:
+        return told.get(timeout=PATIENCE_SECONDS)
+
     submit("running", 60)
-    order = [told.get(timeout=30) for _ in range(3)]
-    submit("new", 1)
+    with gate:
+        gate.wait()
+        submit("new", 1)
+    order = [hear()]
     while order[-1][0] != "new":
-        order.append(told.get(timeout=30))
-    order.append(told.get(timeout=30))
+        order.append(hear())
+    order.append(hear())
     (_, before), new, after = order[-3:]
     assert before < new[1] and after == ("running", new[1])
 
 
 def test_a_cancelled_request_frees_its_slot_within_a_step_and_hears_nothing_more(checkpoint):
     made = engine(checkpoint, slots=1)
-    first = Reader(made, [3, 4], Sampling(max_tokens=150, ignore_eos=True))
-    second = Reader(made, [5, 6], Sampling(max_tokens=3, ignore_eos=True))
-    while not first.tokens:
-        time.sleep(0.001)
-    steps = made.stats().steps
-    first.ticket.cancel()
-    first.ticket.cancel()
+    gate = Gate(made)
+    with gate:
+        first = Reader(made, [3, 4], Sampling(max_tokens=150, ignore_eos=True))
+        second = Reader(made, [5, 6], Sampling(max_tokens=3, ignore_eos=True))
+        gate.wait()
+    wait_until(lambda: first.tokens)
+    with gate:
+        gate.wait()
+        steps, heard = made.stats().steps, len(first.tokens)
+        first.ticket.cancel()
+        first.ticket.cancel()
     second.wait()
-    assert made.stats().steps <= steps + 1 + 3 + 1  # the one under way, three of the second, one between
-    heard = len(first.tokens)
-    assert heard < 150 and first.tokens[-1].finish is None
+    assert made.stats().steps == steps + 1 + 3  # the one under way, and three of the second
     stats = made.stats()
     assert (stats.cancelled, stats.running, stats.free_cache_tokens) == (1, 0, 2048)
-    time.sleep(0.02)
-    assert len(first.tokens) == heard
+    assert len(first.tokens) == heard < 150 and first.tokens[-1].finish is None
     made.close()
 
 
@@ -305,23 +315,23 @@ def test_a_cancel_in_the_middle_of_a_step_changes_nothing_for_the_others(checkpo
     assert made.info.details["compiled decoder"].startswith("used (") == (decoder == "compiled")
     texts = prompts(6)
     alone = [Reader(made, text, GREEDY).wait() for text in texts]
-    leaving: list[Reader] = []
+    readers: list[Reader] = []
     forward = made._decoder.forward
 
     def interrupted(spans: Sequence[Span]) -> torch.Tensor:
-        for reader in leaving:
-            reader.ticket.cancel()
+        if readers and readers[first].tokens:
+            for reader in readers[:first]:
+                reader.ticket.cancel()
         return forward(spans)
 
     monkeypatch.setattr(made._decoder, "forward", interrupted)
+    gate = Gate(made)
     for first in range(4):
-        readers = [Reader(made, text, GREEDY) for text in [*texts[first:], *texts[:first]]]
-        while not readers[first].tokens:
-            time.sleep(0.001)
-        leaving += readers[:first]
+        with gate:
+            readers[:] = [Reader(made, text, GREEDY) for text in [*texts[first:], *texts[:first]]]
         expected = [*alone[first:], *alone[:first]]
         assert [reader.wait() for reader in readers[first:]] == expected[first:]
-        leaving.clear()
+        wait_until(lambda: made.stats().running == 0)
     stats = made.stats()
     assert stats.free_cache_tokens == 2048 and made.failure() is None
     assert stats.cancelled + stats.finished == 6 + 4 * 6 and stats.cancelled > 0
@@ -330,9 +340,10 @@ def test_a_cancel_in_the_middle_of_a_step_changes_nothing_for_the_others(checkpo
 
 def test_a_full_queue_refuses_and_recovers(checkpoint):
     made = engine(checkpoint, slots=2, waiting=3)
-    readers = [Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True)) for _ in range(5)]
-    with pytest.raises(Overloaded, match="requests are waiting") as refused:
-        readers += [Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True)) for _ in range(3)]
+    with Gate(made):
+        readers = [Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True)) for _ in range(5)]
+        with pytest.raises(Overloaded, match="requests are waiting") as refused:
+            Reader(made, [3, 4], Sampling(max_tokens=100, ignore_eos=True))
     assert refused.value.retry_after_seconds >= 1
     for reader in readers:
         assert len(reader.wait()) == 100
@@ -405,8 +416,7 @@ def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_trace(partly_
         assert beside.wait() == before and beside.error is None
         long = Reader(partly_broken, [BAD] * 120, good)  # three steps
         steps = partly_broken.stats().steps
-        while partly_broken.stats().steps == steps:
-            time.sleep(0.0005)
+        wait_until(lambda steps=steps: partly_broken.stats().steps > steps)
         long.ticket.cancel()
     readers = [Reader(partly_broken, [3, 4, 5], good) for _ in range(4)]
     assert [reader.wait() for reader in readers] == [before] * 4
@@ -415,7 +425,13 @@ def test_a_request_whose_logits_are_not_numbers_ends_and_leaves_no_trace(partly_
 
 def test_closing_ends_what_runs(checkpoint):
     made = engine(checkpoint)
-    reader = Reader(made, [3], Sampling(max_tokens=150, ignore_eos=True))
-    made.close()
+    gate = Gate(made)
+    with gate, ThreadPoolExecutor(1) as pool:
+        reader = Reader(made, [3], Sampling(max_tokens=150, ignore_eos=True))
+        gate.wait()
+        closing = pool.submit(made.close)  # waits for the step that is under way
+        wait_until(lambda: made._closed)
+        gate.release()
+        closing.result()
     reader.wait()
     assert reader.error is not None and "closed" in str(reader.error)

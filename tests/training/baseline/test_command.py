@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.cluster.review.panel_keys import missing
 from tests.commands import TINY, python, started, write_corpus
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = pytest.mark.stack
@@ -32,7 +34,7 @@ def machine(tmp_path_factory):
         f"serve.models=[{folder}/mine/config.json,{folder}/weightless]", "serve.batches=[1,2]",
         "train.tokens=64", "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
         f"train.data={folder}/data", f"train.more=[{','.join(more)}]",
-        "serve.prompt_tokens=16", "serve.new_tokens=32", "cost.device_hour=2.0",
+        "serve.prompt_tokens=16", "serve.new_tokens=128", "cost.device_hour=2.0",
         f"directory={folder}/outputs", "wandb=disabled",
     ]  # fmt: skip
 
@@ -83,6 +85,7 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     summary = json.loads((folder / "outputs/baseline/summary.json").read_text())
     assert summary["wandb_status"].startswith("offline: ") and "W&B: offline: " in done.stdout
     assert list(summary["figures"]) == list(figures)
+    assert missing(folder / "outputs/baseline", "baseline") == set()
     [copy] = (folder / "outputs/baseline/wandb").glob("offline-run-*/files/cpu.json")
     assert json.loads(copy.read_text()) == found
 
@@ -92,17 +95,31 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     last = json.loads(compared.stdout.strip().splitlines()[-1])
     assert {name: round(each["parity"][0], 9) for name, each in last.items()} == dict.fromkeys(figures, 1.0)
     assert "serving/weightless: failed" in (report / "report.md").read_text()
+    each_figure_leads_back_to_its_data_or_weights(found, report)
+
+
+def each_figure_leads_back_to_its_data_or_weights(found: dict, report: Path) -> None:
+    inputs = {figure["kind"]: figure["input"] for figure in found["figures"]}
+    assert inputs["training"]["kind"] == "dataset" and len(inputs["training"]["fingerprint"]) == 64
+    assert inputs["decode"] == inputs["prefill"] and "random weights" in inputs["decode"]["note"]
+    assert found["provenance"]["inputs"] == [inputs["training"], inputs["decode"]]
+    text = (report / "report.md").read_text()
+    assert "└─ model " in text and "random weights: trained by no run, on no data" in text
+    sides = json.loads((report / "provenance.json").read_text())["inputs"]
+    assert [(side["kind"], side["name"]) for side in sides] == [("baseline", "cpu")] * 2
+    assert sides[0]["inputs"] == found["provenance"]["inputs"]
 
 
 def test_one_that_is_killed_leaves_what_it_had_measured(machine):
     folder, arguments = machine
     output = folder / "killed.json"
     partial = folder / "killed.partial.json"
-    with started("training.baseline", *arguments, "train.shapes=[]", f"output={output}") as process:
+    endless = ["train.shapes=[]", "rounds=1000"]
+    with started("training.baseline", *arguments, *endless, f"output={output}") as process:
         wait_until(partial.exists)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-        process.communicate(timeout=60)
-        assert running(f"model.shape={folder}") == []  # nothing that it started goes on
+        process.communicate(timeout=PATIENCE_SECONDS)
+        wait_until(lambda: running(f"model.shape={folder}") == [])  # nothing that it started goes on
     assert not output.exists()
     found = json.loads(partial.read_text())
     assert not found["complete"] and len(found["figures"]) >= 1
@@ -118,10 +135,11 @@ def test_the_ranks_of_a_cell_end_with_the_command(machine):
     name = f"model.shape={folder}/mine"
     output = f"output={folder}/ranks.json"
     with started("training.baseline", *arguments, "train.workers=2", output) as process:
-        wait_until(lambda: len(running(name)) == 3)  # torchrun and two ranks
+        wait_until(lambda: len(running(name)) >= 3)  # torchrun and two ranks
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        assert process.returncode == 130 and running(name) == []
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 130
+        wait_until(lambda: running(name) == [])
 
 
 def running(part):

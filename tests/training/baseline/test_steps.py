@@ -21,5 +21,7 @@ def test_workers_of_ray_train_measure_a_step(tmp_path):
     plan = make_plan(training_config.load(dotlist=[*keys, "schedule.tokens=5120"]))
     assert found["tokens_per_step"] == plan.tokens_per_step
     assert (found["num_nodes"], found["num_workers"], found["steps"]) == (1, 1, 2)
-    assert found["seconds_compute"] > found["seconds_data"] > 0
+    parts = [found[f"seconds_{part}"] for part in ("data", "compute", "optimizer")]
+    assert min(parts) > 0 == found["seconds_communication"]  # a single worker
+    assert sum(parts) <= found["phased_step_seconds"]
     assert not list((tmp_path / "data").glob(".steps-*"))  # Ray Train's own folder is gone

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from tests.commands import ROOT
 from tests.training.data.small_corpus import change, silent, texts, write_jsonl
+from tests.waiting import PATIENCE_SECONDS
 from training.config import DataConfig
 from training.data import corpora
 from training.data import prepare as preparation
@@ -234,7 +235,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(config: DataConfig)
     )
     directory = Path(config.directory)
     for phase in ("tokenizer", "tokens"):
-        child = subprocess.run([sys.executable, "-c", script, phase], cwd=ROOT, check=False, timeout=60)
+        child = subprocess.run([sys.executable, "-c", script, phase], cwd=ROOT, timeout=PATIENCE_SECONDS)
         assert child.returncode == -signal.SIGKILL
         assert len(visible(directory)) == 1, "leftovers of earlier runs are removed"
         assert visible(directory)[0].endswith(".partial")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from cluster.cli import UserError
 from cluster.session import free_ports
 from optim.precision import cpu_has_bf16
+from tests.cluster.review.panel_keys import missing
 from tests.training.evaluate.trained_run import (
     CHOICES,
     QUESTIONS,
@@ -80,8 +81,10 @@ def test_a_group_of_tasks_with_examples_and_an_included_file(
     (trained / "group/copy.yaml").write_text("include: choose.yaml\ntask: copy\nnum_fewshot: 0\n")
     monkeypatch.setattr(manager, "__file__", str(trained / "group/manager.py"))  # not its own 14,000 tasks
     result, _, _ = evaluate(
-        capsys, "tasks=[group/both.yaml]", "model=hf", "output=group.json", "num_fewshot=2", "device=cpu"
-    )
+        capsys, "tasks=[group/both.yaml]", "model=hf", "output=group.json", "num_fewshot=2", "device=cpu",
+        "wandb=offline",
+    )  # fmt: skip
+    assert missing(trained / "group", "evaluation") == set()
     found = scores(result)
     assert (found["choose"]["num_fewshot"], found["copy"]["num_fewshot"]) == (2, 0)  # 0 was said
     assert found["both"]["group"] and not found["choose"]["group"]

@@ -1,9 +1,10 @@
 """`python -m training.evaluate` through endpoints: ours, and one that refuses."""
 
 import json
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import uvicorn
 import yaml
 from tokenizers import Tokenizer
 
-from cluster.session import free_ports
 from serving.checkpoints import Served
 from serving.config import load as load_serving
 from serving.endpoint.service import make_endpoint
 from serving.engine.torch_engine import make_torch_engine
 from tests.training.evaluate.trained_run import evaluate, refusal, scores
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("no_ranks", "working_directory")]
 
@@ -41,11 +42,11 @@ def ours(trained: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Our endpoint over our engine, in this process."""
     keys = ("engine.device=cpu", "engine.dtype=float32", "engine.threads=1", "engine.compiled=false")
     engine = make_torch_engine(load_serving(dotlist=keys), Served(trained / "hf", "tiny"))
-    [port] = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), port=port, log_level="warning"))
-    served = HttpServer(server.run, lambda: setattr(server, "should_exit", True), port)
-    while not server.started:
-        time.sleep(0.005)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), log_level="warning"))
+    run, stop = partial(server.run, [listening]), partial(setattr, server, "should_exit", True)
+    served = HttpServer(run, stop, listening.getsockname()[1])
+    wait_until(lambda: server.started)
     yield served.url
     engine.close()
     served.close()

@@ -10,6 +10,7 @@ from cluster import config as layered
 from cluster.cli import UserError
 from cluster.config import ConfigError
 from cluster.display import number
+from tests.cluster.review.panel_keys import missing
 from tests.training.projection.test_step_model import job, links
 from training.model.shapes import SHAPES
 from training.projection import basis as projection_basis
@@ -250,7 +251,10 @@ def test_a_device_that_nobody_knows_needs_a_baseline():
 
 def test_the_command_prints_tables_and_one_json_line(capsys, tmp_path):
     path = write(tmp_path, baseline())
-    assert projection.main([f"baseline={path}", "nodes=[1,512]", "stages=[1]"]) == 0
+    run = tmp_path / "run"
+    keys = [f"baseline={path}", "nodes=[1,512]", "stages=[1]", f"directory={run}", "wandb=offline"]
+    assert projection.main(keys) == 0
+    assert missing(run, "projection") == set()
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     one, _, many, _ = found["projection"]

@@ -1,5 +1,6 @@
 """Checkpoints of a process that is killed while it writes them."""
 
+import itertools
 import os
 import random
 import signal
@@ -28,10 +29,12 @@ class OneRank(Context):
         return [value]
 
 
-def write_until_killed(root: Path, started: int) -> None:
-    """Checkpoints of the steps 1, 2, ...; each element holds the step."""
+def write_until_killed(root: Path, started: int, *, stop_in: int | None) -> None:
+    """Checkpoints of the steps 1, 2, ...; each element holds the step. That of `stop_in` stays unfinished."""
     os.write(started, b"x")
-    for step in range(1, 1000):
+    for step in itertools.count(1):
+        if step == stop_in:
+            checkpoint._write_marks = lambda *_: signal.pause()
         tensors = {"master": torch.full((NUMEL,), float(step))}
         path = checkpoint.step_directory(root, step)
         checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
@@ -47,11 +50,12 @@ def test_sigkill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path):
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                write_until_killed(root, writing)
+                write_until_killed(root, writing, stop_in=None if attempt else 3)
             finally:
                 os._exit(1)
         os.read(reading, 1)
-        wait_until(lambda root=root: list(root.glob(f"*/{checkpoint.COMPLETE}")))
+        begun = f"*/{checkpoint.COMPLETE}" if attempt else "step-*3/rank-*"
+        wait_until(lambda root=root, begun=begun: list(root.glob(begun)))
         time.sleep(draw.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -13,33 +13,40 @@ from torch.distributed import distributed_c10d
 from cluster.cli import BAD_INPUT, UserError
 from cluster.session import free_ports
 from tests.ranks import forkserver
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.run.context import Context, Ranks, torch_context
 
 pytestmark = pytest.mark.stack
 
-WORLD_SIZE, TIMEOUT_SECONDS = 3, 3.0
+WORLD_SIZE, TIMEOUT = 3, timedelta(seconds=1)
+FORMING = timedelta(seconds=PATIENCE_SECONDS)  # of a group, which takes as long as the machine needs
 
 
 def one_rank(rank: int, how: str, port: int, folder: str) -> None:
     """Writes what came of it, as torchrun's environment tells it who it is."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
-    distributed_c10d.default_pg_timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    Path(folder, str(rank)).write_text(how_it_ends(how))
+    Path(folder, str(rank)).write_text(how_it_ends(how, Path(folder)))
 
 
 def slow() -> str:
-    time.sleep(TIMEOUT_SECONDS + 1)
+    time.sleep(2 * TIMEOUT.total_seconds())
     return "the data"
 
 
-def how_it_ends(how: str) -> str:
+def how_it_ends(how: str, folder: Path) -> str:
+    distributed_c10d.default_pg_timeout = TIMEOUT  # of a group that is formed from now on
     ranks = Ranks.meet()
     try:
         if how == "in the group":
+            distributed_c10d.default_pg_timeout = FORMING
             with torch_context(ranks, gpu=False) as context:
-                return str(context.gather(slow() if context.is_main else None))
+                distributed_c10d._set_pg_timeout(TIMEOUT)
+                if context.is_main:  # later than any timeout
+                    wait_until(lambda: len(list(folder.iterdir())) == WORLD_SIZE - 1)
+                return str(context.gather("the data"))
         result = ranks.on_main(slow if how == "before the group" else refuse)
+        distributed_c10d.default_pg_timeout = FORMING
         with torch_context(ranks, gpu=False) as context:
             return str(context.gather((result, context.rank, Context.__name__)))
     except RuntimeError as error:

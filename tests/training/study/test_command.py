@@ -11,8 +11,9 @@ import pytest
 
 from cluster.cli import FAILED, INTERRUPTED
 from cluster.record.record import read_metrics
+from tests.cluster.test_killed_parents import END_SECONDS
 from tests.commands import TINY, python, started, write_corpus
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from training.study.config import OWN_KEYS
 
 pytestmark = pytest.mark.stack
@@ -71,9 +72,9 @@ def test_an_interrupted_study_leaves_no_process_behind(folder: Path) -> None:
     with started("training.study", "--config", folder / "study.yaml", **SESSION) as study:
         wait_until(lambda: study.poll() is not None or list(runs.glob("*/metrics.jsonl")))
         os.killpg(study.pid, signal.SIGINT)
-        _, error = study.communicate(timeout=60)
+        _, error = study.communicate(timeout=PATIENCE_SECONDS)
         assert study.returncode == INTERRUPTED, error
-        wait_until(lambda: not processes_of(folder), seconds=20)
+        wait_until(lambda: not processes_of(folder), seconds=END_SECONDS)
 
 
 def test_the_same_command_finishes_it(folder: Path) -> None:

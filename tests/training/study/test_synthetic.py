@@ -16,6 +16,7 @@ from optim.rules import TransportedScion, new_state
 from optim.rules import step as oracle_step
 from tests.commands import ROOT
 from tests.training.study.test_synthetic_problem import NORM, TINY, normal
+from tests.waiting import PATIENCE_SECONDS
 from training.study.config import StudyConfig
 from training.study.synthetic.config import SyntheticConfig, smoke
 from training.study.synthetic.problem import (
@@ -390,4 +391,4 @@ def test_the_configuration_is_read_and_written_as_others():
 def test_the_configuration_needs_no_torch():
     module = "training.study.synthetic.config"
     code = f"import sys; sys.modules['torch'] = None; import {module} as s; s.SyntheticConfig()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
