@@ -244,6 +244,12 @@ def _problem(content: Mapping[str, Any]) -> str | None:
             return f"{name}: link_bytes need a positive number of ranks"
         if left := FIGURE_KEYS - figure.keys():
             return f"{name}: has no {', '.join(sorted(left))}"
+    made = (*content.get("provenance", {}).get("inputs", ()), *(f.get("input") for f in content["figures"]))
+    try:
+        for each in filter(None, made):
+            origins.checked(each)
+    except (ValueError, TypeError) as error:
+        return f"its lineage is damaged: {error}"
     return None
 
 

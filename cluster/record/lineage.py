@@ -83,7 +83,7 @@ def describe(made: Origin) -> str:
 
 def _lines(made: Origin, *, root: Origin, first: str, rest: str) -> Iterator[str]:
     yield f"{first}{made['kind']} {made['name']}"
-    bar = f"{rest}{'│' if made['inputs'] else ' '}    "
+    bar = f"{rest}{'│' if made['inputs'] else ' '}  "
     yield from (f"{bar}{line}" for line in _facts(made))
     yield from (f"{bar}{line}" for line in (_held(made) if made is root else _missing(made, root)))
     for place, each in enumerate(made["inputs"]):

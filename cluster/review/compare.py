@@ -143,7 +143,7 @@ class Comparison:
         goal = statistics.mean(self.losses(second))
         needed = [tokens_to(outcome.curve, goal) for outcome in best.outcomes]
         reached = [tokens for tokens in needed if tokens is not None]
-        if len(reached) == len(needed):
+        if len(reached) == len(needed) and min(reached) > 0:  # at 0 the untrained model is already that good
             share = statistics.mean(reached) / self.tokens
             said += f", and reaches {second.name}'s loss with {share:.0%} of the tokens"
         return f"{said}. {self._certainty(best, second, difference)}"

@@ -66,7 +66,7 @@ def make_page(run: Run) -> Page:
         config_section(run),
         system_section(run),
     ]
-    order = ("Curves", "Events")  # what happened stands where its marks are
+    order = ("Loads", "Slow requests", "Curves", "Events")  # what happened stands where its marks are
     sections.sort(key=lambda section: order.index(section.title) if section.title in order else len(order))
     return Page(
         title=run.name,
@@ -98,7 +98,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if "mfu" in run.latest:
         mfu = summary.get("mfu", run.latest.get("mfu"))
         found.append(("MFU", f"{mfu:.1%}" if mfu is not None else f"unknown: {run.latest.get('mfu_reason')}"))
-    if outcome.seconds:
+    if outcome.seconds and not run.serving:
         found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
@@ -236,6 +236,10 @@ def config_section(run: Run) -> Section:
     return section
 
 
+def _command(provenance: dict[str, Any]) -> str:
+    return " ".join(map(str, provenance.get("command") or []))
+
+
 def system_section(run: Run) -> Section:
     """Machine, versions and command."""
     about = run.provenance
@@ -246,12 +250,10 @@ def system_section(run: Run) -> Section:
     rows += [(name, value) for name, value in (about.get("packages") or {}).items()]
     if rows:
         section.tables.append(Table(("", ""), rows))
-    if command := about.get("command"):
-        section.texts.append(("Command", " ".join(map(str, command))))
+    if command := _command(about):
+        section.texts.append(("Command", command))
     if earlier := about.get("earlier_starts"):
-        starts = [
-            (str(start.get("time")), commit(start), plain(start.get("command", []))) for start in earlier
-        ]
+        starts = [(str(start.get("time")), commit(start), _command(start)) for start in earlier]
         section.tables.append(Table(("Started", "Commit", "Command"), starts, caption="Earlier starts"))
     return section
 
