@@ -229,7 +229,8 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
     head = ("Run", "Commit", "Data", "Hardware", "Started (UTC)")
     rows = []
     for run in comparison.runs:
-        about, host = run.provenance, run.provenance.get("host") or {}
+        about, host = run.provenance, run.provenance.get("host")
+        host = host if isinstance(host, dict) else {}
         device = ", ".join(host.get("gpus") or []) or host.get("cpu", "-")
         data, started = str(about.get("data_fingerprint") or "-")[:12], str(about.get("time") or "-")[:19]
         rows.append((comparison.names[id(run)], commit(about), data, device, started.replace("T", " ")))

@@ -7,9 +7,10 @@ RUN is a run directory, or the name of a run under outputs/. The page is written
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import cli, runs
 from cluster.cli import UserError
@@ -25,6 +26,7 @@ from cluster.review.words import commit, number, plain
 LONG_BYTES = 50_000_000  # of metrics.jsonl; reading them takes seconds
 MOST_MARKS = 30  # on the curves; more would hide them
 PAGE = "report.html"
+Made = TypeVar("Made")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = find(options.run)
         if run.metrics.exists() and (size := run.metrics.stat().st_size) > LONG_BYTES:
             print(f"reading {size / 1e6:,.0f} MB of {run.metrics}", file=sys.stderr, flush=True)
-        path = write(make_page(run), options.output or run.directory / PAGE)
-        print(f"{_sentence(run)}\npage: {path.absolute()}")
+        page = make_page(run)
+        path = write(page, options.output or run.directory / PAGE)
+        print(f"{page.sentence}\npage: {path.absolute()}")
 
     return cli.run(body)
 
@@ -55,26 +58,35 @@ def find(name: str) -> Run:
 
 
 def make_page(run: Run) -> Page:
-    """The page of a run of any kind and state."""
-    marked = numbered(run)
+    """The page of a run of any kind and state. A part whose files hold nonsense is left out and named."""
+    problems: list[str] = []
+
+    def part(name: str, make: Callable[[], Made], instead: Any) -> Made:
+        try:
+            return make()
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            problems.append(f"{name}: not shown: a file holds what it should not ({error!r})")
+            return instead
+
+    marked = part("marks of events", lambda: numbered(run), {})
     sections = [
-        *requests_section.sections(run),
-        *training_charts.sections(run, marks=list(marked.values())),
-        events_section(run, marked),
-        samples_section(run),
-        lineage_section(run),
-        config_section(run),
-        system_section(run),
+        *part("requests", lambda: requests_section.sections(run), []),
+        *part("curves", lambda: training_charts.sections(run, marks=list(marked.values())), []),
     ]
-    order = ("Loads", "Slow requests", "Curves", "Events")  # what happened stands where its marks are
-    sections.sort(key=lambda section: order.index(section.title) if section.title in order else len(order))
+    for make in (samples_section, lineage_section, config_section, system_section):
+        name = make.__name__.removesuffix("_section")
+        sections.append(part(name, partial(make, run), Section(name.capitalize())))
+    at = next((place + 1 for place, section in enumerate(sections) if section.title == "Curves"), 0)
+    events = part("events", lambda: events_section(run, marked), Section("Events"))
+    sections.insert(at, events)  # what happened stands where its marks are
+    state = run.state.name
     return Page(
         title=run.name,
-        state=run.state.name,
-        sentence=_sentence(run),
-        notices=[*run.problems],
-        facts=facts(run),
+        state=state,
+        sentence=part("outcome", lambda: _sentence(run), state.capitalize()),
+        facts=part("figures", lambda: facts(run), []),
         sections=[section for section in sections if section],
+        notices=[*run.problems, *problems],
     )
 
 

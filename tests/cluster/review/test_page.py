@@ -112,6 +112,21 @@ def test_a_run_of_an_older_version_has_a_page(tmp_path):
     assert "did not record which keys differ" in found.text and "optimizer.lr 0.1" in found.text
 
 
+def test_files_that_hold_nonsense_cost_only_their_part_of_the_page(tmp_path):
+    directory = make_run(tmp_path / "a", rows(4))
+    nonsense = [{"step": {}, "loss": []}, {"step": 5, "loss": 10**400, "tokens": "x"}, [1], 3, None]
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(each)}\n" for each in nonsense)
+    (directory / "provenance.json").write_text('{"host": "x", "packages": 3, "commit": []}')
+    (directory / "summary.json").write_text('{"samples": 3, "wall_seconds": "x", "tokens_per_second": {}}')
+    (directory / "events.jsonl").write_text(
+        '{"time": 1, "kind": {}, "level": [], "step": "x", "text": null}\n'
+    )
+    text = read(directory).text
+    assert "system: not shown: a file holds what it should not" in text
+    assert "metrics.jsonl: 3 damaged lines left out" in text and " Learning rate " in text
+
+
 def test_a_resumed_run_shows_its_starts(tmp_path):
     directory = make_run(tmp_path / "a", rows(6), finish=False)
     with open_record(directory, resume_step=4) as record:

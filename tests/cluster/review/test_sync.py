@@ -12,6 +12,7 @@ import pytest
 
 from cluster.record import wandb_log
 from cluster.review.sync.segments import Staged, find
+from cluster.review.sync.uploads import Uploads
 from tests.cluster.review.wandb_server import WandbServer
 from tests.commands import ROOT
 from tests.waiting import wait_until
@@ -287,6 +288,17 @@ def test_the_copy_of_a_segment_holds_what_is_not_there_and_what_no_later_start_r
     alone = Staged.make(second, folder=home / "c/copy", there=None, later=[], live=False)
     ends = [record.exit for record in wandb_log.read(alone.log) if record.HasField("exit")]
     assert alone.num_rows == 30 and [end.not_complete for end in ends] == [False]
+
+
+def test_an_upload_that_wandb_did_not_finish_is_a_problem_although_its_exit_code_is_0(home):
+    (segment,) = find(home / "outputs/first-light")
+    staged = Staged.make(segment, folder=home / "a/copy", there=[], later=[], live=False)
+    uploads = Uploads("http://127.0.0.1:1", None, entity="")
+    said = ["wandb: Syncing 1 run(s):", "wandb: ERROR No response."]  # and no marker, exit code 0: as seen
+    staged.problem = uploads._problem(staged, errors={}, said=said)
+    assert staged.problem == "wandb did not finish: No response."
+    staged.settle()
+    assert not segment.sent and not (home / "a").exists()
 
 
 @pytest.mark.parametrize("cut", [0, 7])
