@@ -1,6 +1,7 @@
 """What the command lines share: --config, --dry-run, key=value, help that lists the keys, exit codes.
 
-Exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted. Every error is one message on stderr.
+Exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted (Ctrl-C); 143 stopped by SIGTERM. Every error
+is one message on stderr.
 """
 
 import argparse
@@ -25,6 +26,14 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started and could not finish. The message says what is kept and how to go on."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, by a signal, and did. The message says how to go on."""
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
 
 
 def make_parser(command: str, *, description: str, keys: Any, prefix: str = "") -> argparse.ArgumentParser:
@@ -68,6 +77,9 @@ def run(body: Callable[[], None]) -> int:
     except RunError as error:
         print(f"error: {mask(str(error))}", file=sys.stderr)
         return FAILED
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -75,6 +87,32 @@ def run(body: Callable[[], None]) -> int:
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
     return 0
+
+
+@contextmanager
+def told_to_stop(tell: Callable[[], None]) -> Iterator[list[int]]:
+    """For the length of a `with` block, the first SIGINT or SIGTERM calls `tell`; a second one interrupts.
+
+    Yields the signals that have come. In a thread other than the main one, which alone may set handlers, it
+    changes nothing.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        tell()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -208,6 +208,12 @@ class OptimConfig:
     clip: float = key(
         1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off", least=0
     )
+    max_skipped_fraction: float = key(
+        0.1,
+        "share of the steps that may be skipped for a gradient that is not finite; above it the run fails",
+        least=0,
+        most=1,
+    )
     inspect_every_steps: int = key(10, "log optimizer health (updates and phases) every N steps", least=1)
 
     def __post_init__(self) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from cluster import cli, files
 from cluster import config as layered
-from cluster.cli import RunError
+from cluster.cli import RunError, Stopped, told_to_stop
 from cluster.display import show
 from cluster.laptop import inventory, remote
 from cluster.progress import Progress
@@ -24,6 +25,8 @@ from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
 from training.run.spent import Spent
+
+STOPPING = "stopping, with a checkpoint, after the next step; a second signal breaks off at once"
 
 if TYPE_CHECKING:
     from training.run.start import Start
@@ -78,14 +81,14 @@ def _on_cluster(cluster: Path) -> tuple[str, ...]:
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
-    from training.run.start import prepare_run
+    from training.run.start import STOP, prepare_run, sole_writer
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     show(plan.table())
-    with Progress(plan.num_steps) as progress:
+    with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
         if start is None:
@@ -97,19 +100,33 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
-            _fit(start)
+
+            def tell() -> None:
+                progress.note(STOPPING)
+                (config.run_directory / STOP).touch()
+
+            with told_to_stop(tell) as received:  # Ray has set handlers of its own
+                finished = _fit(start)
+    _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")
 
 
-def _fit(start: "Start") -> None:
-    """One Ray Train run, to its end."""
+def _require_finished(config: TrainConfig, finished: bool, received: list[int]) -> None:
+    """Raise `Stopped` if the run stopped before its last step."""
+    if not finished:
+        signal = received[0] if received else SIGTERM  # to another rank
+        raise Stopped(f"{config.run_directory}; the same command resumes it", signal=signal)
+
+
+def _fit(start: "Start") -> bool:
+    """One Ray Train run. Returns whether it took its last step; else it was asked to stop."""
     from training.run.watch import report_failure
 
     directory = start.config.run_directory
     arguments = {"start": start, "command": sys.argv}
     try:
         with report_failure(start.config):
-            workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
+            return workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
     except RunError as error:
         raise RunError(
             f"training failed: {error}\nthe whole traceback is in {directory / 'failure.log'}; "
@@ -117,14 +134,19 @@ def _fit(start: "Start") -> None:
         ) from error
 
 
-def _ray_worker(arguments: dict[str, Any]) -> None:
+def _ray_worker(arguments: dict[str, Any]) -> bool:
     from training.run.context import RayContext
     from training.run.loop import train
+    from training.run.start import STOP
 
     start: Start = arguments["start"]
     context = RayContext.create(gpu=start.config.workers.gpu)
-    # the driver shows the rows, which it reads from metrics.jsonl
-    train(start.on_ranks(context), command=arguments["command"], context=context, observe=lambda row: None)
+    stop = start.config.run_directory / STOP
+    return train(
+        start.on_ranks(context), command=arguments["command"], context=context,
+        observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
+        asked_to_stop=lambda: context.is_main and stop.exists(),
+    )  # fmt: skip
 
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
@@ -133,21 +155,31 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     ranks = workers.torch_ranks(config.workers)
     from training.run.context import torch_context
     from training.run.loop import train
-    from training.run.start import prepare_run
+    from training.run.start import prepare_run, sole_writer
     from training.run.watch import RunWatch, ShowRows
 
-    with Progress(plan.num_steps) as progress:
+    with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
             progress.note(plan.table())
+
+        def prepare() -> "Start | None":  # by rank 0
+            owned.enter_context(sole_writer(config, report=progress.note))
+            return prepare_run(config, plan, report=progress.note)
+
         with spent.part("data"):
-            start = ranks.on_main(lambda: prepare_run(config, plan, report=progress.note))
+            start = ranks.on_main(prepare)
         if start is None:
             return
         with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
-            train(start, command=sys.argv, context=context, observe=ShowRows(config, progress))
+            received = stack.enter_context(told_to_stop(lambda: progress.note(STOPPING)))
+            finished = train(
+                start, command=sys.argv, context=context, observe=ShowRows(config, progress),
+                asked_to_stop=lambda: bool(received),
+            )  # fmt: skip
+    _require_finished(config, finished, received)
     if ranks.rank == 0:
         finish_run(config, spent, rest="other")
 

@@ -25,6 +25,7 @@ from cluster.laptop import inventory
 from cluster.laptop.inventory import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
+from cluster.progress import Progress
 
 FIRST_CONTACT_SECONDS = 40.0  # for a node that does not answer at all
 LINK_SECONDS = 600.0  # for a link that was there and is lost
@@ -154,8 +155,21 @@ def _gate(
     site: Inventory, head: Ssh, generation: str, refusals: dict[str, str], *, report: Callable[[str], None]
 ) -> dict[str, str]:
     """Wait until all nodes have joined. Returns address -> reason of each that has not."""
+    with Progress(len(site.nodes), unit="node") as progress:
+        return _wait(site, head, generation, refusals, progress, report=report)
+
+
+def _wait(
+    site: Inventory,
+    head: Ssh,
+    generation: str,
+    refusals: dict[str, str],
+    progress: Progress,
+    *,
+    report: Callable[[str], None],
+) -> dict[str, str]:
     shown: dict[str, tuple[str, str]] = {}
-    progress = {node: time.monotonic() for node in site.nodes}  # when it last did something
+    active = {node: time.monotonic() for node in site.nodes}  # when it last did something
     script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
@@ -172,7 +186,7 @@ def _gate(
             current = (state["state"], state["detail"])
             if current != shown.get(node):
                 shown[node] = current
-                progress[node] = time.monotonic()
+                active[node] = time.monotonic()
                 if state["state"] in (*BUSY, JOINED, FAILED):
                     report(f"{node}: {' '.join(filter(None, current))}")
             if state["state"] == JOINED:
@@ -182,10 +196,12 @@ def _gate(
                 problems[node] = refusals[node]
             elif state["state"] == FAILED and (node == site.head or lasted > FAILED_SECONDS):
                 problems[node] = state["detail"]
-            elif state["state"] not in BUSY and time.monotonic() - progress[node] > GATE_SECONDS:
+            elif state["state"] not in BUSY and time.monotonic() - active[node] > GATE_SECONDS:
                 problems[node] = " ".join([*filter(None, current), f"for {GATE_SECONDS:g} s"])
             else:
                 waiting = True
+        num_joined = sum(state == JOINED for state, _ in shown.values())
+        progress.update({"step": num_joined, "doing": "joined"})
         if site.head in problems:
             raise RunError(f"head {site.head}: {problems[site.head]}")
         if not waiting:

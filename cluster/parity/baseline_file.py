@@ -244,6 +244,12 @@ def _problem(content: Mapping[str, Any]) -> str | None:
             return f"{name}: link_bytes need a positive number of ranks"
         if left := FIGURE_KEYS - figure.keys():
             return f"{name}: has no {', '.join(sorted(left))}"
+    made = (*content.get("provenance", {}).get("inputs", ()), *(f.get("input") for f in content["figures"]))
+    try:
+        for each in filter(None, made):
+            origins.checked(each)
+    except (ValueError, TypeError) as error:
+        return f"its lineage is damaged: {error}"
     return None
 
 
@@ -255,7 +261,15 @@ def origin_of(side: Side) -> Origin:
     """Where a side's figures come from. Raises `UserError`: the file says it in a form that is not ours."""
     if side.is_roofline:
         return origins.origin("datasheet", side.name)
-    return origins.of_results(Path(side.origin), side.content)
+    return origin(Path(side.origin), side.content)
+
+
+def origin(path: Path, content: Mapping[str, Any]) -> Origin:
+    """Of a file. Raises `UserError`: what it says of its lineage is damaged."""
+    try:
+        return origins.of_results(path, content)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; run `make baseline` again") from error
 
 
 def commit_of(side: Side) -> str:

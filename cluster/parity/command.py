@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster import cli, files
 from cluster.cli import UserError
+from cluster.display import pairs, show
 from cluster.measure.intervals import Interval
 from cluster.parity import plots
 from cluster.parity.baseline_file import Side, origin_of, read_side
@@ -53,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parity = compare(a, b, tolerance=options.tolerance)
         folder = options.output or Path("outputs") / f"parity-{_stem(a)}-{_stem(b)}"
         write(parity, folder, tolerance=options.tolerance, wandb_mode=options.wandb)
-        print(parity.finding)
-        for claim in parity.claims:
-            print(f"{claim.verdict:<14}{claim.text} ({claim.because})")
-        print(f"report: {folder / 'report.html'}")
+        claims = [(claim.verdict, f"{claim.text} ({claim.because})") for claim in parity.claims]
+        show(parity.finding, pairs(claims), f"report: {folder / 'report.html'}")
         print(json.dumps(as_json(parity)["figures"]))
 
     return cli.run(body)

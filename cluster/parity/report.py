@@ -66,7 +66,8 @@ code{font-size:.84em;background:#f4f6f8;padding:.1em .25em;overflow-wrap:anywher
 blockquote{font-size:1.05rem}
 td:first-child,th:first-child{position:sticky;left:0;background:#fff;min-width:5.5rem}
 th:first-child{background:#f4f6f8}}
-@media print{body{font-size:10pt;margin:0;max-width:none}table{display:table;font-size:7pt}
+@media print{body{font-size:10pt;margin:0;max-width:none}table{display:table;font-size:6.5pt}
+th,td{padding:.15rem .25rem}
 img{max-width:14cm}h2,img,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
@@ -173,7 +174,10 @@ def _section(
     text: str = "",
     right: Sequence[int] = (),
 ) -> Iterator[str]:
-    """A title, a text if there is one, and a table; `right`: see `markdown`."""
+    """A title, a text if there is one, and a table, if it has rows; `right`: see `markdown`."""
+    rows = list(rows)
+    if not rows:
+        return
     yield from (f"## {title}", "")
     if text:
         yield from (text, "")

@@ -24,6 +24,7 @@ from cluster.config import key
 from cluster.display import show
 from cluster.preflight.inspection import Inspector, Rank
 from cluster.preflight.verdict import COLUMNS, ExpectConfig, LimitsConfig, judge, node_rows, table
+from cluster.progress import Progress
 from cluster.record import provenance
 from cluster.record.record import WANDB_MODES
 from cluster.record.result import record_result
@@ -53,8 +54,8 @@ class PreflightConfig:
     session: SessionConfig = key(SessionConfig, "")
 
 
-def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Inspect and measure all nodes of the running Ray.
+def examine(config: PreflightConfig) -> dict[str, Any]:
+    """Inspect and measure all nodes of the running Ray. Shows its progress on standard error.
 
     Returns:
         nodes: address -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
@@ -69,12 +70,36 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
     alive = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["NodeManagerAddress"])
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
     num_gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
+    ring = list(addresses)
+    neighbours = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if len(ring) > 2 else []
+    with Progress(3 + len(ring) + 1 + len(neighbours), unit="check") as progress:
+        return _examine(config, addresses, num_gpus, neighbours, progress)
+
+
+def _examine(
+    config: PreflightConfig,
+    addresses: dict[str, str],
+    num_gpus: dict[str, int],
+    neighbours: Sequence[tuple[str, str]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """`examine` of these nodes: Ray's id -> address, and number of GPUs."""
+    import ray
+
     inspectors = {node: _actor(Inspector, node, num_gpus=num_gpus[node]) for node in addresses}
     mark = f"preflight-{uuid.uuid4().hex[:8]}"
 
     def everywhere(what: str, call: Callable[[str], Any]) -> dict[str, Any]:
-        report(f"{what} ...")
-        return _answers({node: call(node) for node in addresses}, addresses, num_gpus, what)
+        progress.advance(what, by=0)
+        found = _answers({node: call(node) for node in addresses}, addresses, num_gpus, what)
+        progress.advance()
+        return found
+
+    def links(what: str, ranks: Sequence[str], *, gpu: bool) -> dict[str, Any] | None:
+        progress.advance(what, by=0)
+        found = _links(ranks, gpu=gpu, size=config.size)
+        progress.advance()
+        return found
 
     def clock_skew(node: str) -> float:
         one = partial(_answers, addresses=addresses, num_gpus=num_gpus, what="clock")
@@ -98,17 +123,15 @@ def examine(config: PreflightConfig, *, report: Callable[[str], None]) -> dict[s
         ray.kill(inspectors[node])  # the ranks need its GPUs
     for file in Path(config.storage).expanduser().glob(f".{mark}-*"):
         file.unlink(missing_ok=True)
-    report("links within and between nodes ...")
-    for node in addresses:
+    for node, address in addresses.items():
         ranks = [node] * (num_gpus[node] or 2)
-        facts[node]["links"] = _links(ranks, gpu=num_gpus[node] > 0, size=config.size)
-    gpu, ring = all(num_gpus.values()), list(addresses)
-    neighbours = zip(ring, [*ring[1:], ring[0]], strict=True) if len(ring) > 2 else ()
+        facts[node]["links"] = links(f"links within {address}", ranks, gpu=num_gpus[node] > 0)
+    gpu = all(num_gpus.values())
     return {
         "nodes": {addresses[node]: found for node, found in facts.items()},
-        "links": _links(ring, gpu=gpu, size=config.size),
+        "links": links("links of all nodes", list(addresses), gpu=gpu),
         "pairs": {
-            f"{addresses[left]} {addresses[right]}": _links([left, right], gpu=gpu, size=config.size)
+            f"{addresses[left]} {addresses[right]}": links("links of neighbours", [left, right], gpu=gpu)
             for left, right in neighbours
         },
     }
@@ -216,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(config.output).expanduser()
         output.parent.mkdir(parents=True, exist_ok=True)
         with ray_session(config.session, resources={"CPU": 1}, worker_env={}):
-            found = examine(config, report=lambda text: print(text, flush=True))
+            found = examine(config)
             session = _session()
         findings = judge(found, config.expect, config.limits)
         failures = [str(finding) for finding in findings if finding.is_failure]

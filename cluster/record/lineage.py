@@ -83,7 +83,7 @@ def describe(made: Origin) -> str:
 
 def _lines(made: Origin, *, root: Origin, first: str, rest: str) -> Iterator[str]:
     yield f"{first}{made['kind']} {made['name']}"
-    bar = f"{rest}{'│' if made['inputs'] else ' '}    "
+    bar = f"{rest}{'│' if made['inputs'] else ' '}  "
     yield from (f"{bar}{line}" for line in _facts(made))
     yield from (f"{bar}{line}" for line in (_held(made) if made is root else _missing(made, root)))
     for place, each in enumerate(made["inputs"]):
@@ -118,7 +118,7 @@ def _held(made: Origin) -> Iterator[str]:
 
 def _missing(made: Origin, root: Origin) -> Iterator[str]:
     """What cannot be found any more, and where its facts come from."""
-    path, facts = origins.place_of(made), f"what is said here is from the {root['kind']}"
+    path, facts = origins.place_of(made), f"what is said here is from {root['path'] or root['name']}"
     if made["kind"] == "run":
         yield from _run_missing(made, path, facts)
     elif path is None:

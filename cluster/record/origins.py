@@ -92,7 +92,7 @@ def of_run(directory: Path, *, kind: str = "run") -> Origin:
         path=directory,
         about=about,
         id=run_id.read_text().strip() if run_id.is_file() else None,
-        note=f"resumed {len(earlier)} times; earlier starts: {', '.join(earlier)}" if earlier else None,
+        note=f"resumed; commits of the earlier starts: {', '.join(earlier)}" if earlier else None,
         inputs=_inputs(about),
     )
 
@@ -201,7 +201,7 @@ def of_results(file: Path, content: Mapping[str, Any] | None = None) -> Origin:
 
     Raises:
         UserError: it is not one.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or what it says of its inputs is damaged.
     """
     content = files.read_json(file) if content is None else content
     about = content.get("provenance") if isinstance(content, Mapping) else None
@@ -218,15 +218,15 @@ def of_results(file: Path, content: Mapping[str, Any] | None = None) -> Origin:
 
 
 def checked(content: Any) -> Origin:
-    """An origin out of a file that others may have written. Raises `UserError`: it is none."""
+    """An origin out of a file that others may have written. Raises `ValueError`: it is none."""
     if not isinstance(content, dict):
-        raise UserError(f"not an origin: {str(content)[:80]}")
+        raise ValueError(f"not an origin: {str(content)[:80]}")
     made = {**dict.fromkeys(_ALWAYS), **content}
     if not all(isinstance(made.get(key), str) for key in _ALWAYS[:2]):
-        raise UserError(f"an origin needs a kind and a name: {str(content)[:80]}")
+        raise ValueError(f"an origin needs a kind and a name: {str(content)[:80]}")
     texts = (*_ALWAYS[2:-1], "time", "note", "url", "id", "hardware", "fingerprint_of")
     if bad := [key for key in texts if not isinstance(made.get(key), str | None)]:
-        raise UserError(f"{made['kind']} {made['name']}: {', '.join(bad)} must be text")
+        raise ValueError(f"{made['kind']} {made['name']}: {', '.join(bad)} must be text")
     return {**made, "inputs": [checked(each) for each in made["inputs"] or []]}
 
 

@@ -37,7 +37,7 @@ def record_result(
     """Write a whole record at once, and wait for W&B within the bounds of `Mirror`. Returns W&B's status.
 
     Args:
-        directory: the run directory; made if missing.
+        directory: the run directory; made if missing. `.record` is added where a file has this name.
         job_type, config, provenance, wandb_mode, project, name, tags, inputs: as in `Record.open`.
         group: in W&B; the job type by default.
         summary: JSON-ready; goes to `summary.json`.
@@ -51,7 +51,7 @@ def record_result(
         OSError: the directory cannot be written.
     """
     with Record.open(
-        directory,
+        directory.with_name(f"{directory.name}.record") if directory.is_file() else directory,
         config=dict(config),
         provenance=dict(provenance),
         wandb_mode=wandb_mode,

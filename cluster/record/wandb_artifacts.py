@@ -48,7 +48,8 @@ def _log(run: Any, made: Origin, *, used: bool) -> None:
     )
     artifact.finalize()
     aliases = [] if used else ["latest", *([f"step-{made['step']}"] if "step" in made else [])]
-    run._interface.publish_artifact(run, artifact, aliases, is_user_created=True, use_after_commit=used)
+    # What a user of it creates is nobody's output: W&B shows as its maker only the run that made it.
+    run._interface.publish_artifact(run, artifact, aliases, is_user_created=used, use_after_commit=used)
 
 
 def _plain(name: str) -> str:

@@ -20,6 +20,7 @@ from cluster.review.words import number, shortened
 MOST_POINTS = 2000  # of a curve; a chart is at most about 1,000 pixels wide
 PALETTE = (*COLORS[:4], "#7b4fa0", "#2a9d8f", "#8d6e63", "#d1495b", "#3d405b", "#6c757d")
 LEVEL_COLORS = {"info": "#6c757d", "warning": "#b7791f", "error": "#c0392b"}
+MOST_DOTS = 200  # of a curve that is joined too
 MOST_LETTERS = 32  # of a label; the legend has to fit on a phone
 PHONE_PIXELS = 300  # of a chart's width on a phone
 WIDE_RATIO = 30.0  # of the largest to the median positive value, above which the y axis is logarithmic
@@ -64,7 +65,8 @@ class Curve:
         if len(self.x) > MOST_POINTS:
             stretch = math.ceil(2 * len(self.x) / MOST_POINTS)
             said.append(
-                f"{self.label}: {len(self.x):,} values, the lowest and the highest of each {stretch:,} drawn"
+                f"{self.label}: {len(self.x):,} values, drawn as the lowest, the median and the highest "
+                f"of each {stretch:,}"
             )
         return said
 
@@ -86,6 +88,14 @@ class Chart:
     title: str
     figure: Any
     notes: tuple[str, ...] = ()
+
+
+def medians(x: Any, y: Any, *, most: int = MOST_POINTS) -> tuple[Any, Any]:
+    """The median of the finite values of each stretch of `thin`, at the middle of its x."""
+    parts = [part[np.isfinite(y[part])] for part in np.array_split(np.arange(len(x)), most // 2)]
+    found = [(x[part[len(part) // 2]], np.median(y[part])) for part in parts if len(part)]
+    x_found, y_found = np.array(found, dtype=float).reshape(-1, 2).T
+    return x_found, y_found
 
 
 def thin(x: Any, y: Any, *, most: int = MOST_POINTS) -> tuple[Any, Any]:
@@ -127,7 +137,7 @@ class Charts:
         """A chart of these curves. `unit`: what stands at the y axis."""
         drawn = [thin(curve.x, curve.y) for curve in curves]
         logarithmic = _is_wide(np.concatenate([y for _, y in drawn]))
-        figure = self._figure(f"{unit}, log scale" if logarithmic else unit, logarithmic, height)
+        figure = self._figure(", ".join(filter(None, (unit, "log scale" * logarithmic))), logarithmic, height)
         for place, (curve, (x, y)) in enumerate(zip(curves, drawn, strict=True)):
             color = PALETTE[(place if curve.color is None else curve.color) % len(PALETTE)]
             self._draw(figure, curve, x, y, color)
@@ -179,12 +189,14 @@ class Charts:
         shown = {"x_shown": [number(value) for value in x], "y_shown": [number(value) for value in y]}
         finite = np.where(np.isfinite(y), y, np.nan)
         source = ColumnDataSource({"x": x, "y": finite, **shown})
-        alpha, width = (0.45, 1.2) if curve.style == "faint" else (1.0, 1.8)
+        joined, thinned = curve.style != "dots", len(x) < len(curve.x)
+        alpha, width = (0.45, 1.2) if curve.style == "faint" or thinned else (1.0, 1.8)
         look = {"source": source, "color": color, "legend_label": curve.label}
-        joined, lone = curve.style != "dots", len(x) == 1
         drawn = [figure.line("x", "y", alpha=alpha, line_width=width, **look)] if joined else []
-        if not joined or curve.style == "points" or lone:
+        if not joined or len(x) == 1 or (curve.style == "points" and len(x) <= MOST_DOTS):
             drawn.append(figure.scatter("x", "y", size=5, **look))
+        if joined and thinned:
+            figure.line(*medians(curve.x, curve.y), color=color, line_width=1.8, legend_label=curve.label)
         tooltips = [(self.x_label, "@x_shown"), (_plain(curve.label), "@y_shown")]
         mode: Any = "vline" if joined else "mouse"
         figure.add_tools(HoverTool(renderers=drawn[:1], tooltips=tooltips, mode=mode, visible=False))
@@ -197,7 +209,7 @@ def _place_legend(figure: Any, labels: Sequence[str]) -> None:
         legend.visible = False
         return
     figure.add_layout(legend, "above")
-    columns = max(1, min(len(labels), int(PHONE_PIXELS / max(7.5 * len(label) + 42 for label in labels))))
+    columns = max(1, min(len(labels), int(PHONE_PIXELS / max(6.5 * len(label) + 40 for label in labels))))
     legend.orientation, legend.click_policy, legend.ncols = "horizontal", "hide", columns
     legend.location, legend.border_line_color = "left", None
     legend.padding, legend.margin, legend.spacing = 0, 4, 12
@@ -237,7 +249,7 @@ def _mark(figure: Any, marks: Sequence[Mark]) -> None:
 def _is_wide(y: Any) -> bool:
     """Whether a linear axis would flatten the curves: all positive, over some orders of magnitude."""
     finite = y[np.isfinite(y)]
-    return len(finite) > 0 and finite.min() > 0 and finite.max() > WIDE_RATIO * float(np.median(finite))
+    return len(finite) > 0 and bool(finite.min() > 0 and finite.max() > WIDE_RATIO * np.median(finite))
 
 
 def _formatter() -> Any:
@@ -247,7 +259,8 @@ def _formatter() -> Any:
     return CustomJSTickFormatter(
         code="""
         const size = Math.abs(tick)
-        for (const [scale, suffix] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]])
+        if (size >= 1e15 || (size > 0 && size < 1e-6)) return tick.toExponential()
+        for (const [scale, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
             if (size >= scale && size >= 1e4)
                 return (tick / scale).toLocaleString("en", {maximumFractionDigits: 3}) + suffix
         return tick.toLocaleString("en", {maximumSignificantDigits: 6})

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST = 1.7e308  # a larger integer is no float
 AXES = ("step", "tokens", "seconds")
 
 
@@ -21,7 +22,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
     found: dict[str, Column] = {}
     for number, row in enumerate(rows):
         for key, value in row.items():
-            if isinstance(value, int | float):
+            if isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST):
                 column = found.setdefault(key, Column())
                 column.rows.append(number)
                 column.values.append(value)

@@ -143,7 +143,7 @@ class Comparison:
         goal = statistics.mean(self.losses(second))
         needed = [tokens_to(outcome.curve, goal) for outcome in best.outcomes]
         reached = [tokens for tokens in needed if tokens is not None]
-        if len(reached) == len(needed):
+        if len(reached) == len(needed) and min(reached) > 0:  # at 0 the untrained model is already that good
             share = statistics.mean(reached) / self.tokens
             said += f", and reaches {second.name}'s loss with {share:.0%} of the tokens"
         return f"{said}. {self._certainty(best, second, difference)}"
@@ -229,7 +229,8 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
     head = ("Run", "Commit", "Data", "Hardware", "Started (UTC)")
     rows = []
     for run in comparison.runs:
-        about, host = run.provenance, run.provenance.get("host") or {}
+        about, host = run.provenance, run.provenance.get("host")
+        host = host if isinstance(host, dict) else {}
         device = ", ".join(host.get("gpus") or []) or host.get("cpu", "-")
         data, started = str(about.get("data_fingerprint") or "-")[:12], str(about.get("time") or "-")[:19]
         rows.append((comparison.names[id(run)], commit(about), data, device, started.replace("T", " ")))

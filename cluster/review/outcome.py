@@ -37,21 +37,23 @@ class Outcome:
     @property
     def tokens(self) -> int | None:
         """Trained on so far."""
-        return self.run.latest.get("tokens")
+        found = self.run.latest.get("tokens")
+        return found if isinstance(found, int) else None
 
     @property
     def seconds(self) -> float | None:
         """Of the training loop, over all starts; until there is a summary, those of the newest row."""
         found = (self.run.summary or {}).get("wall_seconds")
-        if isinstance(found, int | float):
+        if isinstance(found, int | float) and abs(found) < 1e15:
             return found
         x, _ = self.run.curve("step", over="seconds")
-        return x[-1] if x else None
+        return x[-1] if x and math.isfinite(x[-1]) else None
 
     @property
     def tokens_per_second(self) -> float | None:
         """The median step's; until there is a summary, the newest row's."""
-        return (self.run.summary or {}).get("tokens_per_second", self.run.latest.get("tokens_per_second"))
+        found = (self.run.summary or {}).get("tokens_per_second", self.run.latest.get("tokens_per_second"))
+        return found if isinstance(found, int | float) else None
 
 
 def sentence(run: Run, *, measured: str = "") -> str:

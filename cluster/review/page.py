@@ -7,9 +7,10 @@ RUN is a run directory, or the name of a run under outputs/. The page is written
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import cli, runs
 from cluster.cli import UserError
@@ -22,8 +23,10 @@ from cluster.review.outcome import Outcome, sentence
 from cluster.review.run_reader import Run
 from cluster.review.words import commit, number, plain
 
+LONG_BYTES = 50_000_000  # of metrics.jsonl; reading them takes seconds
 MOST_MARKS = 30  # on the curves; more would hide them
 PAGE = "report.html"
+Made = TypeVar("Made")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         run = find(options.run)
-        path = write(make_page(run), options.output or run.directory / PAGE)
-        print(f"{_sentence(run)}\npage: {path.absolute()}")
+        if run.metrics.exists() and (size := run.metrics.stat().st_size) > LONG_BYTES:
+            print(f"reading {size / 1e6:,.0f} MB of {run.metrics}", file=sys.stderr, flush=True)
+        page = make_page(run)
+        path = write(page, options.output or run.directory / PAGE)
+        print(f"{page.sentence}\npage: {path.absolute()}")
 
     return cli.run(body)
 
@@ -52,26 +58,35 @@ def find(name: str) -> Run:
 
 
 def make_page(run: Run) -> Page:
-    """The page of a run of any kind and state."""
-    marked = numbered(run)
+    """The page of a run of any kind and state. A part whose files hold nonsense is left out and named."""
+    problems: list[str] = []
+
+    def part(name: str, make: Callable[[], Made], instead: Any) -> Made:
+        try:
+            return make()
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            problems.append(f"{name}: not shown: a file holds what it should not ({error!r})")
+            return instead
+
+    marked = part("marks of events", lambda: numbered(run), {})
     sections = [
-        *requests_section.sections(run),
-        *training_charts.sections(run, marks=list(marked.values())),
-        events_section(run, marked),
-        samples_section(run),
-        lineage_section(run),
-        config_section(run),
-        system_section(run),
+        *part("requests", lambda: requests_section.sections(run), []),
+        *part("curves", lambda: training_charts.sections(run, marks=list(marked.values())), []),
     ]
-    order = ("Curves", "Events")  # what happened stands where its marks are
-    sections.sort(key=lambda section: order.index(section.title) if section.title in order else len(order))
+    for make in (samples_section, lineage_section, config_section, system_section):
+        name = make.__name__.removesuffix("_section")
+        sections.append(part(name, partial(make, run), Section(name.capitalize())))
+    at = next((place + 1 for place, section in enumerate(sections) if section.title == "Curves"), 0)
+    events = part("events", lambda: events_section(run, marked), Section("Events"))
+    sections.insert(at, events)  # what happened stands where its marks are
+    state = run.state.name
     return Page(
         title=run.name,
-        state=run.state.name,
-        sentence=_sentence(run),
-        notices=[*run.problems],
-        facts=facts(run),
+        state=state,
+        sentence=part("outcome", lambda: _sentence(run), state.capitalize()),
+        facts=part("figures", lambda: facts(run), []),
         sections=[section for section in sections if section],
+        notices=[*run.problems, *problems],
     )
 
 
@@ -91,15 +106,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.latest.get("loss") is not None:
         found.append(("Training loss", number(run.latest["loss"])))
     found.append(("Tokens", _known(run.latest.get("tokens"))))
-    found.append(("Tokens per second", _known(outcome.tokens_per_second)))
+    found.append(("Tokens per second", _known(outcome.tokens_per_second, digits=3)))
     if "mfu" in run.latest:
         mfu = summary.get("mfu", run.latest.get("mfu"))
         found.append(("MFU", f"{mfu:.1%}" if mfu is not None else f"unknown: {run.latest.get('mfu_reason')}"))
-    if outcome.seconds:
+    if outcome.seconds and not run.serving:
         found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
-    workers = f"{config['workers.count']} x " if config.get("workers.count") else ""
+    number_of = config.get("workers.count")
+    workers = f"{number_of} worker{'s' * (number_of != 1)} on " if isinstance(number_of, int) else ""
     gpus = host.get("gpus") or []
     device = gpus[0] if gpus and config.get("workers.gpu", True) else host.get("cpu")
     found.append(("Hardware", f"{workers}{device}" if device else None))
@@ -112,8 +128,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value not in (None, "", "-")]
 
 
-def _known(value: Any) -> str | None:
-    return None if value is None else number(value)
+def _known(value: Any, *, digits: int = 5) -> str | None:
+    return None if value is None else number(value, digits=digits)
 
 
 def _time_parts(total: str, summary: dict[str, Any]) -> str:
@@ -203,15 +219,13 @@ def samples_section(run: Run) -> Section:
 
 
 def lineage_section(run: Run) -> Section:
-    """Which commit, data and checkpoint it comes from."""
+    """Which commit, data and checkpoint it comes from, and which checkpoints it holds."""
     section = Section("Lineage")
     if run.provenance:
         try:
             section.texts.append(("", lineage.describe(lineage.find(str(run.directory)))))
         except UserError as error:
             section.paragraphs.append(str(error))
-    if run.checkpoints:
-        section.paragraphs.append(f"Complete checkpoints: steps {', '.join(map(number, run.checkpoints))}.")
     return section
 
 
@@ -234,6 +248,10 @@ def config_section(run: Run) -> Section:
     return section
 
 
+def _command(provenance: dict[str, Any]) -> str:
+    return " ".join(map(str, provenance.get("command") or []))
+
+
 def system_section(run: Run) -> Section:
     """Machine, versions and command."""
     about = run.provenance
@@ -244,12 +262,10 @@ def system_section(run: Run) -> Section:
     rows += [(name, value) for name, value in (about.get("packages") or {}).items()]
     if rows:
         section.tables.append(Table(("", ""), rows))
-    if command := about.get("command"):
-        section.texts.append(("Command", " ".join(map(str, command))))
+    if command := _command(about):
+        section.texts.append(("Command", command))
     if earlier := about.get("earlier_starts"):
-        starts = [
-            (str(start.get("time")), commit(start), plain(start.get("command", []))) for start in earlier
-        ]
+        starts = [(str(start.get("time")), commit(start), _command(start)) for start in earlier]
         section.tables.append(Table(("Started", "Commit", "Command"), starts, caption="Earlier starts"))
     return section
 

@@ -25,6 +25,18 @@ COLUMNS = (  # head, key of a load's row
     ("Goodput/s", "goodput_per_second"),
     ("SLO met", "attainment"),
 )
+REQUEST_COLUMNS = (  # head, key of a request
+    ("Load", "load"),
+    ("Request", "index"),
+    ("Arrived, s", "arrived"),
+    ("Prompt tokens", "prompt_tokens"),
+    ("Output tokens", "output_tokens"),
+    ("TTFT, ms", "ttft"),
+    ("TPOT, ms", "tpot"),
+    ("E2E, ms", "e2e"),
+    ("Longest gap, ms", "gap"),
+    ("Missed", "missed"),
+)
 
 
 def sentence(run: Run) -> str:
@@ -32,65 +44,54 @@ def sentence(run: Run) -> str:
     points = _points(run)
     best = max((point.get("goodput_per_second") or 0.0 for point in points), default=0.0)
     loads = f"{len(points)} load{'s' * (len(points) != 1)} measured"
-    return f"{loads}, at most {number(best)} requests per second within the SLO"
+    return f"{loads}, at most {number(best, digits=3)} requests per second within the SLO"
 
 
 def sections(run: Run) -> list[Section]:
     """ "Loads" and "Slow requests"; none for a run without requests.jsonl."""
     if not run.serving:
         return []
-    loads = Section("Loads")
+    slo = (run.summary or {}).get("slo") or {}
+    limits = {key: slo[f"{key}_ms"] for key in ("ttft", "tpot", "e2e") if slo.get(f"{key}_ms")}
+    return [_loads(run, limits), _slow(run, limits)]
+
+
+def _loads(run: Run, limits: dict[str, float]) -> Section:
+    section = Section("Loads")
     if points := _points(run):
-        slo = (run.summary or {}).get("slo") or {}
-        limits = [
-            f"{name.removesuffix('_ms').upper()} {number(value)} ms"
-            for name, value in slo.items()
-            if name.endswith("_ms") and value
-        ]
-        loads.paragraphs.append(
-            f"Latencies in milliseconds, from the scheduled arrival. SLO: {', '.join(limits) or 'unknown'}."
+        named = ", ".join(f"{key.upper()} {number(limit)} ms" for key, limit in limits.items())
+        section.paragraphs.append(
+            f"Latencies in milliseconds, from the scheduled arrival. SLO: {named or 'unknown'}."
         )
         rows = [[_cell(key, point.get(key)) for _, key in COLUMNS] for point in points]
-        loads.tables.append(Table([head for head, _ in COLUMNS], rows, figures=range(1, len(COLUMNS))))
-    requests = [one for one in _requests(run) if one["measured"]]
-    slow = Section("Slow requests")
+        section.tables.append(Table([head for head, _ in COLUMNS], rows, figures=range(1, len(COLUMNS))))
+    return section
+
+
+def _slow(run: Run, limits: dict[str, float]) -> Section:
+    """The slowest requests of the last attempt at each load, and which limits of the SLO they missed."""
+    section = Section("Slow requests")
+    every = [one for one in _requests(run) if one["measured"]]
+    last = {one["load"]: one["attempt"] for one in every}
+    requests = [one for one in every if one["attempt"] == last[one["load"]]]
     if not requests:
-        slow.paragraphs.append("No measured request was recorded.")
-        return [loads, slow]
-    failed = [one for one in requests if one["error"]]
+        section.paragraphs.append("No measured request was recorded.")
+        return section
+    for one in requests:
+        over = [key.upper() for key, limit in limits.items() if (one[key] or 0.0) > limit]
+        one["missed"] = ", ".join([one["error"]] if one["error"] else over)
+    failed, missed = (sum(bool(one[key]) for one in requests) for key in ("error", "missed"))
     slowest = heapq.nlargest(MOST_SLOW, requests, key=lambda one: (bool(one["error"]), one["e2e"] or 0.0))
-    slow.paragraphs.append(
-        f"{len(requests):,} measured requests, {len(failed):,} failed. Failed first, then the slowest."
+    section.paragraphs.append(
+        f"{len(requests):,} measured requests; {failed:,} failed, {missed - failed:,} more missed the SLO. "
+        f"Failed ones first, then the slowest, {len(slowest):,} in all."
     )
-    slow.charts = _charts(requests)
-    head = (
-        "Load",
-        "Request",
-        "Arrived at, s",
-        "Prompt tokens",
-        "Output tokens",
-        "TTFT, ms",
-        "TPOT, ms",
-        "E2E, ms",
-        "Longest gap, ms",
-        "Error",
-    )
-    keys = (
-        "load",
-        "index",
-        "arrived",
-        "prompt_tokens",
-        "output_tokens",
-        "ttft",
-        "tpot",
-        "e2e",
-        "gap",
-        "error",
-    )
-    shown = [[_shown(one[key]) for key in keys] for one in slowest]
-    classes = ["error" if one["error"] else "" for one in slowest]
-    slow.tables.append(Table(head, shown, figures=range(1, 9), classes=classes))
-    return [loads, slow]
+    section.charts = _charts(requests)
+    shown = [[_shown(one[key]) for _, key in REQUEST_COLUMNS] for one in slowest]
+    classes = ["error" if one["error"] else "warning" if one["missed"] else "" for one in slowest]
+    head = [name for name, _ in REQUEST_COLUMNS]
+    section.tables.append(Table(head, shown, figures=range(1, len(head) - 1), classes=classes))
+    return section
 
 
 def _points(run: Run) -> list[dict[str, Any]]:
@@ -102,15 +103,13 @@ def _points(run: Run) -> list[dict[str, Any]]:
 def _requests(run: Run) -> Iterator[dict[str, Any]]:
     """Each request with its latencies in milliseconds, as `serving.bench.latency` defines them."""
     for one in run.iterate(run.requests):
-        scheduled, tokens, output = (
-            one.get("scheduled", 0.0),
-            one.get("tokens") or [],
-            one.get("output_tokens"),
-        )
+        scheduled, tokens = one.get("scheduled", 0.0), one.get("tokens") or []
+        output = one.get("output_tokens")
         spread = tokens[-1] - tokens[0] if tokens else 0.0
         yield {
             **{key: one.get(key) for key in ("load", "index", "prompt_tokens", "output_tokens", "error")},
             "measured": one.get("measured", True),
+            "attempt": one.get("attempt", 1),
             "arrived": scheduled,
             "ttft": 1e3 * (tokens[0] - scheduled) if tokens else None,
             "e2e": 1e3 * (tokens[-1] - scheduled) if tokens else None,
@@ -125,12 +124,13 @@ def _charts(requests: list[dict[str, Any]]) -> list[Any]:
     loads = list(dict.fromkeys(one["load"] for one in requests))
     for title, key in (("Time to first token", "ttft"), ("End to end", "e2e")):
         curves = []
-        for load in loads:
+        for place, load in enumerate(loads):
             of_load = [one for one in requests if one["load"] == load and one[key] is not None]
             of_load.sort(key=lambda one: one["arrived"])
             x, y = [one["arrived"] for one in of_load], [one[key] for one in of_load]
-            curves.append(Curve(str(load), x, y, style="dots"))
-        made.append(charts.line(title, [curve for curve in curves if len(curve.x)], unit="milliseconds"))
+            curves += [Curve(str(load), x, y, style="dots", color=place)] if x else []
+        if curves:
+            made.append(charts.line(title, curves, unit="milliseconds"))
     return made
 
 
@@ -139,4 +139,4 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else number(value)
+    return value if isinstance(value, str) else number(value, digits=3)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ class Run:
         """How the newest start of the run ended, if it left a word."""
         started = (self.directory / "provenance.json").stat().st_mtime if self.provenance else 0.0
         for event in reversed(self.events):
-            if event.get("kind") in ENDS and _unix(event.get("time")) >= started - 1:
-                return State(ENDS[event["kind"]], str(event.get("text")))
+            if (kind := str(event["kind"])) in ENDS and _unix(event.get("time")) >= started - 1:
+                return State(ENDS[kind], str(event["text"]))
         log = self.directory / "failure.log"
         if log.exists() and log.stat().st_mtime >= started:
             return State(FAILED, f"{log} has the traceback")
@@ -188,12 +189,10 @@ class Run:
     @cached_property
     def _interval(self) -> float:
         """Seconds between the newest rows, by the steps' own time; 0 if there are none."""
-        pairs = zip(self._tail, self._tail[1:], strict=False)
-        gaps = [
-            (row["step"] - before["step"]) * row["step_seconds"]
-            for before, row in pairs
-            if isinstance(row.get("step_seconds"), int | float) and "step" in row and "step" in before
+        timed = [
+            row for row in self._tail if all(_is_number(row.get(key)) for key in ("step", "step_seconds"))
         ]
+        gaps = [(row["step"] - before["step"]) * row["step_seconds"] for before, row in pairwise(timed)]
         return statistics.median(gaps) if gaps else 0.0
 
     @property
@@ -219,7 +218,7 @@ class Run:
                 try:
                     row = json.loads(line)
                     yield row_format.decode(row)
-                except (ValueError, AttributeError):  # not JSON, or no object
+                except (ValueError, TypeError, AttributeError, OverflowError):  # not JSON, or no row
                     damaged += 1
         if damaged:
             self._note(f"{path.name}: {damaged:,} damaged line{'s' * (damaged > 1)} left out")
@@ -238,6 +237,10 @@ class Run:
     def _note(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e15
 
 
 def _unix(text: Any) -> float:

@@ -40,7 +40,7 @@ CURVES = (
             ("tuning_loss", "tuning", "points"),
         ),
     ),
-    Group("Gradient norm", "global norm before clipping", (("gradient_norm", "gradient norm", "line"),)),
+    Group("Gradient norm", "norm before clipping", (("gradient_norm", "gradient norm", "line"),)),
     Group(
         "Learning rate",
         "learning rate",
@@ -79,6 +79,7 @@ HEALTH = (
         ),
     ),
     Group("Size of the updates", "root mean square", (("optimizer_update_rms", "update RMS", "line"),)),
+    Group("Attention logits", "largest", (("optimizer_attention_logit_max", "largest logit", "line"),)),
     Group("Work of the ranks", "imbalance", (("optimizer_imbalance", "imbalance", "line"),)),
     Group(
         "Noise: tail index", "median over matrices", (("noise_tail_index_median", "tail index", "points"),)
@@ -90,6 +91,7 @@ HEALTH = (
     ),
 )
 ZERO_IS_NOTHING = ("skipped_steps", "optimizer_imbalance")  # not shown while they are zero all along
+HEALTH_KEYS = ("optimizer_", "noise_")  # what these begin belongs there, also if it is new
 NO_CURVES = (*AXES, "optimizer_orthogonalisations")
 
 
@@ -103,12 +105,14 @@ def sections(run: Run, *, marks: Sequence[Mark]) -> list[Section]:
         title: Section(title, charts=list(_charts(run, charts, groups, marks, seen)))
         for title, groups in (("Curves", CURVES), ("Speed and memory", SPEED), ("Optimizer health", HEALTH))
     }
+    health = [_group(key) for key in run.columns if key not in seen and key.startswith(HEALTH_KEYS)]
+    made["Optimizer health"].charts += _charts(run, charts, health, marks, seen)
     made["Speed and memory"].paragraphs += _reasons(run)
     made["Optimizer health"].tables += _layers(run)
     if not run.columns:
         made["Curves"].paragraphs.append("metrics.jsonl holds no row yet.")
     others = [key for key in run.columns if key not in seen]
-    rest = [Group(_label(key), _label(key), ((re.escape(key), "", "line"),)) for key in others[:MOST_OTHERS]]
+    rest = map(_group, others[:MOST_OTHERS])
     other = Section("Other measurements", charts=list(_charts(run, charts, rest, marks, seen)))
     if len(others) > MOST_OTHERS:
         other.paragraphs.append(f"Not drawn: {', '.join(others[MOST_OTHERS:])}.")
@@ -132,6 +136,12 @@ def _charts(
                     curves.append(Curve(name, x, y, style=style, factor=group.factor))
         if curves:
             yield charts.line(group.title, curves, unit=group.unit, marks=marks)
+
+
+def _group(key: str) -> Group:
+    """A chart of a key that no group above names."""
+    label = _label(key.removeprefix("optimizer_")).capitalize()
+    return Group(label, "", ((re.escape(key), label, "line"),))
 
 
 def _label(key: str) -> str:

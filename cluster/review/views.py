@@ -14,7 +14,7 @@ import wandb_workspaces.workspaces as ws
 
 MOST_RUNS = 100  # drawn in one panel; W&B's default is 10, fewer than a study has
 PARITY_PLOTS = ("parity/plot", "parity/roofline_plot", "parity/time_plot")
-STUDY_FIGURES = ("study/loss_tokens", "study/loss_rate", "study/tokens_to_reference")
+STUDY_FIGURES = ("loss_tokens", "loss_rate", "tokens_to_reference")  # of a study with one setting of noise
 MOST_GPUS = 8  # of a node; W&B names each GPU's metrics by its number
 
 
@@ -169,8 +169,11 @@ def _optimizer() -> list[ws.Section]:
     ]
 
 
-def study_panels() -> list[Any]:
-    """What compares the runs of one study: loss by rule, loss by rate, everything against everything."""
+def study_panels(figures: Iterable[str] = STUDY_FIGURES) -> list[Any]:
+    """What compares the runs of one study: loss by rule, loss by rate, everything against everything.
+
+    figures: names of the study's own.
+    """
     rule, width = wr.Config("optim.matrix.rule"), wr.Config("model.hidden_size")
     matrix_lr, vector_lr = wr.Config("optim.matrix.lr"), wr.Config("optim.vector.lr")
     loss = wr.SummaryMetric("validation/loss.min")
@@ -192,11 +195,12 @@ def study_panels() -> list[Any]:
         wr.ParallelCoordinatesPlot(title="Rule, size, rates and loss", columns=columns),
         table("study/rules"),
         table("study/runs"),
+        pictures("The study's figures", *(f"study/{name}" for name in figures)),
     ]
 
 
 def _study() -> list[ws.Section]:
-    by_rule, each, by_rate, parallel, rules, runs = study_panels()
+    by_rule, each, by_rate, parallel, rules, runs, figures = study_panels()
     return [
         _section(
             "Tokens to a loss",
@@ -209,7 +213,7 @@ def _study() -> list[ws.Section]:
             each,
         ),
         _section("Rules", rules, columns=1),
-        _section("Figures", pictures("The study's figures", *STUDY_FIGURES), columns=1),
+        _section("Figures", figures, columns=1),
         _section("Transfer of the learning rate", by_rate, parallel, columns=2),
         _section("Every run", runs, columns=1, is_open=False),
         _section("Differences between runs", wr.RunComparer(diff_only="split"), columns=1, is_open=False),

@@ -16,7 +16,8 @@ PICTURE = re.compile(
     r"^!\[[^]]*\]\([^)]*\)\n*", re.MULTILINE
 )  # a file beside report.md, which W&B does not have
 MOST_TITLE = 128  # letters, by W&B
-PANEL_WIDTH, PANEL_HEIGHT, PER_ROW = 12, 8, 2  # in units of a report's grid, which is 24 wide
+GRID_WIDTH, PANEL_HEIGHT = 24, 8  # in the units of a report's grid
+CHARTS = (wr.LinePlot, wr.ScatterPlot, wr.ParallelCoordinatesPlot)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def read(folder: Path) -> Source:
     if report.is_file() and results.is_file():
         study = files.read_json(results)["study"]
         name = study["name"] + "-smoke" * study["smoke"]
-        question, runs, panels = _study_question(study), f"Group == {name!r}", views.study_panels()
+        question, runs = _study_question(study), f"Group == {name!r}"
+        panels = views.study_panels(sorted(path.stem for path in (folder / "figures").glob("*.png")))
     elif report.is_file() and summary.is_file() and "claims" in files.read_json(summary):
         name = folder.absolute().name
         question = "What share of its own ceiling does each machine reach, and how do these shares compare?"
@@ -57,7 +59,8 @@ def read(folder: Path) -> Source:
         )
     head, *rest = re.split(r"^## (.+)\n", PICTURE.sub("", report.read_text()), flags=re.MULTILINE)
     title, _, intro = head.partition("\n")
-    sections = [(heading, body.strip()) for heading, body in zip(rest[::2], rest[1::2], strict=True)]
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    sections = [(heading, body.strip()) for heading, body in pairs if body.strip()]  # else it was a picture
     return Source(
         name,
         title.removeprefix("# ")[:MOST_TITLE],
@@ -76,16 +79,11 @@ def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report
         entity: None offline. Otherwise the runs are looked up in W&B when the report is serialised.
     """
     source = read(folder)
-    first, *rest = source.sections
     runs = wr.Runset(name=source.name, filters=source.runs)
     if entity:
         runs.entity, runs.project = entity, project
     runs._id = views.id_of("report", source.name)
-    for number, panel in enumerate(source.panels):
-        row, column = divmod(number, PER_ROW)
-        x, y = column * PANEL_WIDTH, row * PANEL_HEIGHT
-        panel.layout = wr.Layout(x=x, y=y, w=PANEL_WIDTH, h=PANEL_HEIGHT)
-        panel._id = views.id_of("report", source.name, str(number))
+    _lay_out(source)
     return wr.Report(
         project=project,
         entity=entity or "",
@@ -95,16 +93,32 @@ def build(folder: Path, *, project: str, entity: str | None = None) -> wr.Report
         blocks=[
             wr.CalloutBlock(text=source.question),
             *([wr.MarkdownBlock(text=source.intro)] if source.intro else []),
-            *_section(*first),
+            *_sections(source.sections[:1]),
             wr.H2(text="The runs"),
             wr.PanelGrid(runsets=[runs], panels=source.panels),
-            *(block for section in rest for block in _section(*section)),
+            *_sections(source.sections[1:]),
         ],
     )
 
 
-def _section(title: str, markdown: str) -> list[Any]:
-    return [wr.H2(text=title), wr.MarkdownBlock(text=markdown)]
+def _lay_out(source: Source) -> None:
+    """Charts beside each other, tables and pictures over the whole width; the ids stay the same."""
+    x = y = 0
+    for number, panel in enumerate(source.panels):
+        width = GRID_WIDTH // 2 if isinstance(panel, CHARTS) else GRID_WIDTH
+        if x + width > GRID_WIDTH:
+            x, y = 0, y + PANEL_HEIGHT
+        panel.layout = wr.Layout(x=x, y=y, w=width, h=PANEL_HEIGHT)
+        panel._id = views.id_of("report", source.name, str(number))
+        x += width
+
+
+def _sections(sections: list[tuple[str, str]]) -> list[Any]:
+    return [
+        block
+        for title, markdown in sections
+        for block in (wr.H2(text=title), wr.MarkdownBlock(text=markdown))
+    ]
 
 
 def _study_question(study: dict[str, Any]) -> str:

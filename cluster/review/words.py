@@ -12,6 +12,8 @@ def number(value: Any, *, digits: int = 5) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if 1000 <= abs(value) < 1e15:

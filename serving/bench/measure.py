@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from cluster.cli import RunError, UserError
 from cluster.display import Table, show
 from cluster.endpoint_client import Endpoint
+from cluster.progress import Progress
 from cluster.record.record import Record
 from serving.bench import report
 from serving.bench.config import LoadConfig, ServeBenchConfig
@@ -139,14 +140,17 @@ class Bench:
         outcomes: list[RequestOutcome] = []
 
         def observe(outcome: RequestOutcome) -> None:
+            progress.advance()
             outcomes.append(outcome)
             which = {"load": label, "attempt": about["attempts"], "measured": outcome.index >= load.warm_up}
             self.requests.write(json.dumps({**which, **asdict(outcome)}) + "\n")
             self.requests.flush()
 
-        began = time.process_time(), time.perf_counter()
-        lag = asyncio.run(_send(plan, self.endpoint, load, about["concurrency"], observe))
-        cores = (time.process_time() - began[0]) / (time.perf_counter() - began[1])
+        with Progress(len(plan), unit="request") as progress:
+            progress.advance(label, by=0)
+            began = time.process_time(), time.perf_counter()
+            lag = asyncio.run(_send(plan, self.endpoint, load, about["concurrency"], observe))
+            cores = (time.process_time() - began[0]) / (time.perf_counter() - began[1])
         counted = [outcome for outcome in outcomes if outcome.index >= load.warm_up]
         point: dict[str, Any] = about | {
             "client_cores": cores,

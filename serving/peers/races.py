@@ -21,7 +21,8 @@ from cluster import files
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.measure import benchmark
 from cluster.measure.turns import DISTURBING_CORES, quietest, turns
-from serving.peers.contender_process import OURS, PEERS, RaceTurn, Times, Work, running
+from cluster.progress import Progress
+from serving.peers.contender_process import OURS, PEERS, ContenderProcess, RaceTurn, Times, Work, running
 from training.model.shapes import LlamaShape, resolve, to_hf_config
 
 DTYPE = "bfloat16"
@@ -228,18 +229,36 @@ def race(
             listed = ", ".join(f"{key} {value}" for key, value in about.items())
             report(f"{name} is ready after {results.load_seconds[name]:.0f} s: {listed}")
             contenders[name] = contender
-        vocab_size = resolve(model).vocab_size
+        _take_turns(
+            results, contenders, cases, vocab_size=resolve(model).vocab_size, num_rounds=num_rounds,
+            report=report,
+        )  # fmt: skip
+    return race_result(results)
+
+
+def _take_turns(
+    results: Race,
+    contenders: Mapping[str, ContenderProcess],
+    cases: Mapping[str, RaceCase],
+    *,
+    vocab_size: int,
+    num_rounds: int,
+    report: Callable[[str], None],
+) -> None:
+    """Every contender in every case, in turns; what the warm-up measures is left out of `results`."""
+    with Progress((WARM_UP_ROUNDS + num_rounds) * len(cases) * len(contenders), unit="turn") as progress:
         for number in range(-WARM_UP_ROUNDS, num_rounds):
             which = f"round {number + 1}/{num_rounds}" if number >= 0 else "warming up"
             for case_name, case in cases.items():
                 requests = work(case_name, case, vocab_size=vocab_size, round_number=number)
                 for name in turns(list(contenders), number):
+                    progress.advance(f"{case_name}, {name}", by=0)
                     turn = quietest(partial(contenders[name].turn, requests, case.concurrency))
                     rate = case.rate(turn.times, requests[0])
-                    report(f"{which}, {case_name}, {name}: {rate:.0f} tokens/s{_disturbed(turn)}")
+                    report(f"{which}, {case_name}, {name}: {rate:,.0f} tokens/s{_disturbed(turn)}")
+                    progress.advance()
                     if number >= 0:
                         results.add(case_name, name, rate, turn)
-    return race_result(results)
 
 
 def _check(peers: Mapping[str, str]) -> None:

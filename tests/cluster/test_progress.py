@@ -2,11 +2,14 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 
 from cluster.display import table
 from cluster.progress import Progress, fit
+from cluster.session import ROOT
 from tests.terminal import COLOUR, on_terminal, screen
 
 
@@ -141,6 +144,24 @@ def test_without_the_seconds_of_a_step_the_eta_comes_from_the_time_so_far():
         now[0] = 30.0
         progress.advance("prefill")
     assert stream.getvalue().splitlines() == ["cell 0/4  decode", "cell 1/4  prefill  ETA 1m30s"]
+
+
+def test_the_last_line_on_stdout_is_json_and_nothing_else_where_only_stderr_is_a_terminal(tmp_path):
+    code = (
+        "import json, sys\nfrom cluster.progress import Progress\n"
+        "with Progress(3) as progress:\n"
+        "    for _ in range(3): progress.advance(); print('a line'); print('aside', file=sys.stderr)\n"
+        "print(json.dumps({'value': 1}))"
+    )
+    out = tmp_path / "out"
+
+    def use(stream):
+        with out.open("w") as stdout:
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=stream, check=True)
+
+    lines = screen(on_terminal(80, use), columns=80)
+    assert out.read_text() == "a line\na line\na line\n" + '{"value": 1}\n'
+    assert lines[:3] == ["aside"] * 3 and "step 3/3" in lines[3] and lines[4:] == [""]
 
 
 def test_an_unknown_total_has_no_eta():

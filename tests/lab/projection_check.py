@@ -212,8 +212,8 @@ def table(result: Mapping[str, Any]) -> str:
     heads = ("ZeRO", "workers", "predicted s", "measured s", "error", "[min", "max]", "")
     return "\n\n".join(
         [
-            display.table(("workers", "TFLOP/s each", "copy GB/s each", *COLLECTIVES), rates),
-            display.table(heads, errors, left=(0, -1)),
+            str(display.table(("workers", "TFLOP/s each", "copy GB/s each", *COLLECTIVES), rates)),
+            str(display.table(heads, errors, left=(0, -1))),
         ]
     )
 

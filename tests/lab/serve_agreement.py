@@ -288,7 +288,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     within = f"within {result['agree_percent']:g}% or {result['agree_ms']:g} ms"
     agreeing = f"{result['agreeing']} of {result['compared']} agree {within}"
-    return "\n".join([*cases, "", display.table(heads, rows, left=(0, -1)), agreeing])
+    return "\n".join([*cases, "", str(display.table(heads, rows, left=(0, -1))), agreeing])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

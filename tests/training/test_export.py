@@ -16,8 +16,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.files import sha256_of
+from cluster.record import lineage
+from cluster.record.provenance import code_version
 from tests.commands import ROOT
 from training.data.dataset import Manifest, TokenDataset, validation_batches
+from training.evaluate.command import main as evaluate
 from training.export import main
 from training.model import shapes
 from training.model.llama import Llama, load_hf
@@ -77,6 +80,38 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(trained / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "outputs/tiny"
+
+
+def test_an_evaluation_leads_back_to_the_export_the_checkpoint_the_run_and_the_data(
+    trained: Path, run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The whole chain for real: trained, exported, evaluated, and shown by `make lineage`."""
+    assert main(["tiny", "--step", "2"]) == 0
+    newer = run / "checkpoints/step-0000004"
+    os.utime(newer / "COMPLETE", (0, 0))  # else the evaluation would export it first
+    assert evaluate(["model=tiny", "tasks=[]", "device=cpu"]) == 0
+    capsys.readouterr()
+    assert lineage.main(["outputs/tiny/eval.json"]) == 0
+    shown = [line.lstrip("│├└─ ") for line in capsys.readouterr().out.splitlines()]
+    data = next(Path("data").glob("[!.]*/manifest.json")).parent
+    saved = sha256_of(run / "checkpoints/step-0000002/state.json")
+    exported = json.loads((run / "export/lineage.json").read_text())["fingerprint"]
+    facts = [line for line in shown if not line.startswith(("commit ", "step ", "fingerprint "))]
+    there = trained / "outputs/tiny"  # what was recorded; `run` is a copy of it
+    assert facts == [
+        "evaluation tiny/eval.json", f"at {run}/eval.json",
+        "export tiny", f"at {run}/export",
+        "checkpoint tiny/step-0000002", f"at {run}/checkpoints/step-0000002",
+        "run tiny", f"at {there}",
+        *[f"dataset {data.name}", f"at {trained}/data/{data.name}"],
+        *[f"dataset {data.name}", f"at {run.parents[1]}/data/{data.name}"],
+    ]  # fmt: skip
+    prints = [sha256_of(run / "eval.json"), exported, saved, *[Manifest.read(data).fingerprint] * 2]
+    assert [line for line in shown if line.startswith("fingerprint ")] == [
+        f"fingerprint {each[:12]}" for each in prints
+    ]
+    commit = code_version()["commit"]
+    assert sum(line.startswith(("commit ", "step 2, commit ")) and commit[:12] in line for line in shown) == 4
 
 
 def masters(run: Path, *, step: int = 4) -> dict[str, torch.Tensor]:

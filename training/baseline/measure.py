@@ -75,8 +75,9 @@ def measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any
     """Every cell in every round, in turns. Updates `result`, and writes it to `output` after each."""
     going = [cell for cell in cells if not cell.skipped]
     products_of = {cell.about["model"]: cell.about["rows"] for cell in going if cell.kind == "training"}
-    with Progress(config.rounds * len(going)) as progress:
+    with Progress(config.rounds * len(going), unit="cell") as progress:
         for number in range(config.rounds):
+            progress.update({"step": number * len(going), "doing": "ceilings"})
             now = _all_ceilings(config, result["hardware"], products_of)
             result["ceilings"] = better(result["ceilings"], now)
             peaks = peaks_of(now)
@@ -84,6 +85,7 @@ def measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any
                 peaks[LINK_PEAK] = links[LINK_PEAK]["best"]
             result["peaks_of_rounds"].append(peaks)
             for place, cell in enumerate(going):
+                progress.update({"step": number * len(going) + place, "doing": cell.id})
                 if cell.problem is None:
                     begin = time.monotonic()
                     _once(cell)

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from cluster import cli, files
 from cluster import config as layered
 from cluster.files import sha256_of
+from cluster.progress import Progress
 from training import config as training_config
 from training.config import DataConfig
 from training.data.corpora import Corpus, Document, Skipped
@@ -60,7 +61,6 @@ END_OF_TEXT_NAMES = (
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
 TOKENIZER_SAMPLE_BYTES = 64 << 20
-PROGRESS_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,8 +108,8 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
                 report(f"reusing {target}, from {request.corpus.description}")
                 return target
         with files.replace_folder(target) as folder:
-            _write_tokenizer(request, folder / TOKENIZER_FILE, report=report)
-            manifest = _write_shards(request, folder, report=report)
+            megabytes = _write_tokenizer(request, folder / TOKENIZER_FILE, report=report)
+            manifest = _write_shards(request, folder, total_megabytes=megabytes, report=report)
             files.write_text(folder / MANIFEST_FILE, manifest.to_json())
         report(f"ready: {target}")
     return target
@@ -261,8 +261,12 @@ def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | Non
     )
 
 
-def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> None:
-    """Train the tokenizer of `request` on its training documents, or copy the given one byte for byte."""
+def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> int | None:
+    """Train the tokenizer of `request` on its training documents, or copy the given one byte for byte.
+
+    Returns:
+        How many MB of text the corpus has, if it was read for this and has any.
+    """
     config, corpus, started = request.config, request.corpus, time.monotonic()
     if config.tokenizer != "train":
         given = Path(config.tokenizer).expanduser()
@@ -277,10 +281,17 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> Non
         if processor != content.get("post_processor"):
             path.write_text(json.dumps({**content, "post_processor": processor}, ensure_ascii=False), "utf-8")
         report(f"tokenizer: {given}{', without the closing ' + ' '.join(closing) if closing else ''}")
-        return
-    divided = corpus.divided(config, Skipped(config.max_bad_fraction))
-    documents = (document for split, document in divided if split == "train")
-    sample = _sample(documents, max_bytes=TOKENIZER_SAMPLE_BYTES)
+        return None
+    text_bytes = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal text_bytes
+        for split, document in corpus.divided(config, Skipped(config.max_bad_fraction)):
+            text_bytes += document.num_bytes
+            if split == "train":
+                yield document
+
+    sample = _sample(documents(), max_bytes=TOKENIZER_SAMPLE_BYTES)
     tokenizer = train_tokenizer((document.text for document in sample), vocab_size=config.vocab_size)
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     megabytes = sum(document.num_bytes for document in sample) / 1e6
@@ -288,6 +299,7 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> Non
         f"tokenizer: {tokenizer.get_vocab_size():,} tokens, byte-level BPE of {megabytes:.1f} MB from "
         f"{corpus.description}, {time.monotonic() - started:.1f} s"
     )
+    return text_bytes // 1_000_000 or None
 
 
 def _sample(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
@@ -305,7 +317,9 @@ def _sample(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
 # --- shards -------------------------------------------------------------------------------------------
 
 
-def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Manifest:
+def _write_shards(
+    request: DataRequest, folder: Path, *, total_megabytes: int | None, report: Report
+) -> Manifest:
     """Encode the corpus with the tokenizer in `folder` and write its shards there."""
     config, started = request.config, time.monotonic()
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
@@ -315,19 +329,18 @@ def _write_shards(request: DataRequest, folder: Path, *, report: Report) -> Mani
     train, validation = (
         SplitWriter(folder, name, dtype=dtype, shard_tokens=config.shard_tokens) for name in SPLITS
     )
-    text_sha256, reported = hashlib.sha256(), started
+    text_sha256 = hashlib.sha256()
     skipped = Skipped(config.max_bad_fraction)
-    for batch in _batches(request.corpus.divided(config, skipped)):
-        encodings = tokenizer.encode_batch_fast([d.text for _, d in batch])
-        encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
-        for writer in (train, validation):
-            writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])
-        text_sha256.update(b"".join(document.digest for _, document in batch))
-        if time.monotonic() - reported > PROGRESS_SECONDS:
-            reported = time.monotonic()
-            tokens = train.tokens + validation.tokens
-            report(f"tokens: {tokens:,} so far, {tokens / (reported - started):,.0f} per second")
-
+    with Progress(total_megabytes, unit="MB of text") as progress:
+        for batch in _batches(request.corpus.divided(config, skipped)):
+            encodings = tokenizer.encode_batch_fast([d.text for _, d in batch])
+            encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
+            for writer in (train, validation):
+                writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])
+            text_sha256.update(b"".join(document.digest for _, document in batch))
+            rate = (train.tokens + validation.tokens) / (time.monotonic() - started)
+            megabytes = (train.text_bytes + validation.text_bytes) // 1_000_000
+            progress.update({"step": megabytes, "tokens_per_second": rate})
     if not (train.documents and validation.documents):
         raise DataError(
             f"data.source: {config.source!r} gives {train.documents} train and {validation.documents} "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluster.cli import UserError
 from cluster.files import sha256_of
+from cluster.progress import Progress
 from training.data.dataset import Manifest, TokenDataset, validation_batches
 from training.model.llama import Llama
 
@@ -74,16 +75,17 @@ def measure(
             "name data that were prepared for it"
         )
     losses: list[float] = []
-    for tokens, weights in validation_batches(
-        dataset,
-        sequences=sequences or dataset.num_samples,
-        rank=0,
-        world_size=1,
-        micro_sequences=batch_size,
-    ):
-        batch = torch.from_numpy(tokens[weights > 0]).to(device)
-        logits = model(batch[:, :-1].contiguous())
-        losses += [_loss(*row) for row in zip(logits, batch[:, 1:], strict=True)]
+    number = min(sequences or dataset.num_samples, dataset.num_samples)
+    batches = validation_batches(
+        dataset, sequences=number, rank=0, world_size=1, micro_sequences=batch_size
+    )  # fmt: skip
+    with Progress(number, unit="sequence") as progress:
+        progress.advance("perplexity", by=0)
+        for tokens, weights in batches:
+            batch = torch.from_numpy(tokens[weights > 0]).to(device)
+            logits = model(batch[:, :-1].contiguous())
+            losses += [_loss(*row) for row in zip(logits, batch[:, 1:], strict=True)]
+            progress.advance(by=len(batch))
     loss = math.fsum(losses) / len(losses)
     if not math.isfinite(loss):
         raise UserError(

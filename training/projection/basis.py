@@ -48,7 +48,9 @@ def basis_of(config: ProjectionConfig) -> Basis:
     sheet = hardware.lookup(config.device)
     path = Path(config.baseline).expanduser() if config.baseline else _found_baseline(config.device)
     if path is not None:
-        return replace(_basis_of_baseline(config, path), peak_tflops=sheet.bf16_tflops if sheet else None)
+        basis = _basis_of_baseline(config, path)
+        peak = sheet.bf16_tflops if sheet else None
+        return replace(basis, peak_tflops=peak, origin=baseline_file.origin(path, _read(path)))
     if sheet is None:
         known = ", ".join(device.name for device in hardware.DEVICES)
         raise UserError(

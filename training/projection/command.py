@@ -21,7 +21,7 @@ from cluster import cli
 from cluster import config as layered
 from cluster.display import Table, pairs, show, table
 from cluster.measure import hardware
-from cluster.record import provenance
+from cluster.record import origins, provenance
 from cluster.record.result import record_result
 from training.config import (
     BatchConfig,
@@ -165,7 +165,12 @@ def _cells(row: Mapping[str, Any], memory: float) -> list[str | None]:
     ]
 
 
-def record(config: ProjectionConfig, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> str:
+def record(
+    config: ProjectionConfig,
+    rows: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, str],
+    basis: Basis,
+) -> str:
     """Record a projection as a run: its rows as a table. Returns W&B's status."""
     columns = [name for name, value in rows[0].items() if not isinstance(value, dict)]
     table_rows = [
@@ -175,6 +180,7 @@ def record(config: ProjectionConfig, rows: Sequence[Mapping[str, Any]], sources:
         Path(config.directory), job_type="projection", name=f"{config.shape}-{config.device}",
         project=config.project, wandb_mode=config.wandb, config=layered.to_dict(config),
         provenance=provenance.collect(command=sys.argv, data_fingerprint=None),
+        inputs=[basis.origin or origins.origin("datasheet", config.device)],
         summary={"projection": rows, **sources},
         tables={"rows": ([*columns, *(f"{part}_seconds" for part in PARTS)], table_rows)},
     )  # fmt: skip
@@ -212,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = project(config, basis)
         show(*describe(config, basis, rows))
         sources = {"basis": basis.source, "between_nodes": basis.network.describe()}
-        print(f"W&B: {record(config, rows, sources)}")
+        print(f"W&B: {record(config, rows, sources, basis)}")
         print(json.dumps({"projection": rows, **sources, "config": layered.to_dict(config)}))
 
     return cli.run(body)

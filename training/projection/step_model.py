@@ -22,6 +22,7 @@ from math import ceil, inf, prod
 from typing import Any
 
 from cluster.display import number
+from cluster.record.origins import Origin
 from optim.cost import ADAMW_BYTES, PASS_BYTES
 from optim.step.ownership import OwnershipPlan
 from training.projection import traffic
@@ -65,6 +66,7 @@ class Basis:
         peak_tflops: of the datasheet, for the MFU; None without one.
         links: as measured in the node, or None.
         network: between nodes.
+        origin: of the baseline that they come from, if they do (`cluster.record.origins`).
     """
 
     source: str
@@ -75,6 +77,7 @@ class Basis:
     peak_tflops: float | None = None
     links: "Interconnect | None" = None
     network: "Network" = NO_NETWORK
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

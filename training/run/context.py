@@ -129,6 +129,30 @@ class Ranks:
         return pickle.loads(received)
 
 
+class Stop:
+    """Lets all ranks stop after the same step, once one of them is asked to.
+
+    That rank puts the next step into the store of the process group. All see it in time: the collectives of a
+    step wait for every rank, so none can end that step before this rank has begun it.
+
+    Args:
+        asked: whether this rank is asked; called once a step.
+    """
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+        self._key = f"asuncion/stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._told = False
+
+    def due(self, step: int) -> bool:
+        """Whether to stop now that `step` steps are done. Every rank calls it after each step."""
+        store = dist.distributed_c10d._get_default_store()
+        if not self._told and self._asked():
+            self._told = True
+            store.compare_set(self._key, "", str(step + 1))
+        return store.check([self._key]) and step >= int(store.get(self._key))
+
+
 @contextmanager
 def torch_context(ranks: Ranks | None = None, *, gpu: bool) -> Iterator[Context]:
     """The context of one rank under torchrun, or of a single process, with its process group.

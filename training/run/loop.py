@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cluster import config as layered
 from cluster import files
-from cluster.cli import RunError
 from cluster.preflight.verdict import measured_tflops
 from cluster.record import origins, provenance
 from cluster.record.record import Record
@@ -30,7 +29,7 @@ from training.model.llama import Llama, initialize
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
-from training.run.context import Context
+from training.run.context import Context, Stop
 from training.run.engine import build_deepspeed_engine, zero_init
 from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
@@ -38,23 +37,28 @@ from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start
 from training.run.validation import Validation
-from training.run.watch import report_checkpoint, report_end, report_failure, report_workers
+from training.run.watch import (
+    Skips,
+    report_checkpoint,
+    report_end,
+    report_failure,
+    report_stop,
+    report_workers,
+)
 
 LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
-MAX_CONSECUTIVE_SKIPS = 20  # steps with a non-finite gradient, after which the run ends
 
 Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
-class TrainingError(RunError):
-    """The run cannot go on; the message says what happened and what to change."""
-
-
-def train(start: Start, *, command: list[str], context: Context, observe: Observe) -> None:
-    """Run, or resume, a run to its last step on this rank.
+def train(
+    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
+) -> bool:
+    """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
     Args:
+        asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
@@ -62,7 +66,7 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
     final = context.launcher != "ray" or config.workers.max_failures == 0
     failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
     with failures():
-        trainer = Trainer(start, context)
+        trainer = Trainer(start, context, Stop(asked_to_stop))
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             files.write_text(config.run_directory / PARTITION, about)
@@ -70,11 +74,14 @@ def train(start: Start, *, command: list[str], context: Context, observe: Observ
         with open_record(start, command) if context.is_main else nullcontext() as record:
             with failures():  # while W&B can still be told
                 summary = trainer.run(Output(record, observe))
-            if record is not None:
+            if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
                 record.finish(summary)
                 report_end(config, summary)
+            elif record is not None:
+                report_stop(config, step=trainer.step)
+    return summary is not None
 
 
 def _both(first: Observe, second: Observe) -> Observe:
@@ -126,7 +133,8 @@ class Output:
 class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
-    def __init__(self, start: Start, context: Context) -> None:
+    def __init__(self, start: Start, context: Context, stop: Stop | None = None) -> None:
+        self.stop = stop or Stop(lambda: False)
         self.spent = Spent()
         with self.spent.part("start"):
             self._build(start, context)
@@ -158,14 +166,14 @@ class Trainer:
             context=context,
         )
         self.step = 0  # optimizer steps taken, skipped ones included
-        self.consecutive_skips = 0
+        self.skips = Skips(config, num_steps=plan.num_steps)
         self.resumed_from: int | None = None
         self._wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
             self._resume(Checkpoint(start.checkpoint))
 
-    def run(self, output: Output) -> dict[str, Any]:
-        """All remaining steps. Returns the summary of the run."""
+    def run(self, output: Output) -> dict[str, Any] | None:
+        """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
         started = time.monotonic()
         held_out: dict[str, float] = {}
         if self.step == 0:
@@ -179,6 +187,8 @@ class Trainer:
                 last or _due(self.step, section.every_steps)
                 for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
             )
+            stopping = self.stop.due(self.step) and not last
+            saving = saving or stopping
             probing = _due(self.step, self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
                 continue
@@ -193,9 +203,11 @@ class Trainer:
                 row |= self.measure_noise()
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
-            if saving:
+            if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
                 output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
                 self.context.report({"step": self.step})
+            if stopping:
+                return None
             self._start_meter()
         return {
             "step": self.step,
@@ -234,7 +246,7 @@ class Trainer:
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
         self.step += 1
-        self._count_skips(skipped=self.optimizer.applied_steps == applied)
+        self.skips.count(self.step, applied=self.optimizer.applied_steps)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -288,7 +300,7 @@ class Trainer:
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
-                    "consecutive_skips": self.consecutive_skips,
+                    "consecutive_skips": self.skips.in_a_row,
                     "identity": self.identity,
                     "world_size": self.context.world_size,
                     "zero_stage": self.config.zero.stage,
@@ -305,22 +317,13 @@ class Trainer:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
-        self.consecutive_skips = saved.state["consecutive_skips"]
+        self.skips.resume(saved.state)
         self._wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
     def _start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
-
-    def _count_skips(self, *, skipped: bool) -> None:
-        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-        if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
-            raise TrainingError(
-                f"step {self.step}: the gradient was not finite in {MAX_CONSECUTIVE_SKIPS} steps in a row; "
-                "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: "
-                "it resumes from the newest checkpoint"
-            )
 
 
 def _due(step: int, every_steps: int) -> bool:

@@ -1,6 +1,12 @@
 """What a run begins with: made once, before there are workers, and handed to every rank."""
 
-from collections.abc import Callable
+import errno
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +16,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
 from cluster.record import events
+from cluster.record.row_format import is_being_written
 from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
@@ -19,6 +26,9 @@ from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, s
 from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
+LOCK = "launcher.lock"  # in the run directory: held by the launcher of a start, whom it names
+STOP = "stop"  # in the run directory, while it runs: its workers are asked to stop
+WORKERS_END_SECONDS = 120.0  # in which workers end after their launcher was killed
 TOKENIZER = "tokenizer"  # in the run directory: the data's manifest and tokenizer, for exports
 
 
@@ -59,6 +69,57 @@ class Start:
         if plan.num_workers != context.world_size:
             plan = make_plan(self.config, num_workers=context.world_size)
         return replace(self, plan=plan, checkpoint=context.gather(newest)[0])
+
+
+@contextmanager
+def sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterator[None]:
+    """The sole right to write the run directory, for the launcher of a run.
+
+    A lock of the file system, which also holds between nodes on storage that has such locks, and which ends
+    with its owner, however it dies. Workers that outlive a killed launcher still hold `metrics.jsonl`: this
+    waits until they have ended.
+
+    Raises:
+        UserError: another launcher holds it, or such workers do not end.
+    """
+    directory = config.run_directory
+    with ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((directory / LOCK).open("a+"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = (directory / LOCK).read_text().strip() or "another process"
+            raise UserError(
+                f"{directory} is being written by {owner}; wait for it, or give this run another run.name"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise UserError(
+                    f"{directory}: cannot be written ({error.strerror}); set run.directory"
+                ) from error
+            report(f"{directory}: this storage has no locks; make sure that no second process writes there")
+        else:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            lock.flush()
+            _wait_for_workers(directory, report=report)
+        (directory / STOP).unlink(missing_ok=True)
+        yield
+
+
+def _wait_for_workers(directory: Path, *, report: Callable[[str], None]) -> None:
+    until = time.monotonic() + WORKERS_END_SECONDS
+    metrics = directory / "metrics.jsonl"
+    if is_being_written(metrics):
+        report(f"waiting for the workers of the start before to end: they hold {metrics}")
+    while is_being_written(metrics):
+        if time.monotonic() > until:
+            raise UserError(
+                f"{metrics} is still being written, by workers of an earlier start; end them, or give this "
+                "run another run.name"
+            )
+        time.sleep(0.2)
 
 
 def newest_of(config: TrainConfig, *, report: Callable[[str], None]) -> Path | None:

@@ -1,10 +1,11 @@
 """Who watches a run: the launcher shows its rows and its alarms, and each rank reports its own failure."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.cli import RunError
 from cluster.files import size_text
@@ -18,6 +19,9 @@ from training.config import TrainConfig
 from training.run.checkpoint import step_directory, step_of
 from training.run.context import Context
 from training.run.start import PARTITION, newest_of
+
+if TYPE_CHECKING:
+    from optim.step.zero import ZeroOptimizer
 
 MOST_REASON = 300  # letters of an error that is not ours
 SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
@@ -235,3 +239,75 @@ def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:
     """The event that the run is finished."""
     text = f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens"
     events.end(config.run_directory, "finished", text, step=summary["step"])
+
+
+def report_stop(config: TrainConfig, *, step: int) -> None:
+    """The event that the run stopped because it was asked to."""
+    text = f"asked to stop, after step {step}; the same command resumes it"
+    events.end(config.run_directory, "stopped", text, step=step)
+
+
+class TrainingError(RunError):
+    """The run cannot go on; the message says what happened and what to change."""
+
+
+class Skips:
+    """Watches for a run that is broken: steps skipped for gradients, and state, that are not finite.
+
+    Attributes:
+        in_a_row: the newest steps that were skipped.
+    """
+
+    MOST_IN_A_ROW = 20
+    REMEDY = (
+        "lower optim.matrix.lr and optim.vector.lr, or set optim.clip, and run again: it resumes from the "
+        "newest checkpoint"
+    )
+
+    def __init__(self, config: TrainConfig, *, num_steps: int) -> None:
+        self._directory, self._share = config.run_directory, config.optim.max_skipped_fraction
+        self._num_steps = num_steps
+        self._step = self._applied = self.in_a_row = 0
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self._step, self._applied = state["step"], state["applied_steps"]
+        self.in_a_row = state["consecutive_skips"]
+
+    def count(self, step: int, *, applied: int) -> None:
+        """Take in a step; `applied` of all steps were not skipped. Raises `TrainingError`: too many were."""
+        skipped = applied == self._applied
+        self._step, self._applied = step, applied
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        said = f"step {step}: the gradient was not finite in"
+        if self.in_a_row == self.MOST_IN_A_ROW:
+            raise TrainingError(f"{said} {self.in_a_row} steps in a row; {self.REMEDY}")
+        if skipped and step - applied > self._share * self._num_steps:
+            raise TrainingError(
+                f"{said} {step - applied} of {self._num_steps} steps, more than optim.max_skipped_fraction="
+                f"{self._share:g} allows; {self.REMEDY}"
+            )
+
+    def sound(self, optimizer: "ZeroOptimizer", context: Context, *, final: dict[str, float] | None) -> bool:
+        """Whether this state may take the place of an older checkpoint. Collective.
+
+        Args:
+            final: the validation losses after the last step; None before it.
+
+        Raises:
+            TrainingError: it may not, and it is the last one.
+        """
+        problem = None
+        tensors = (tensor for *_, named in optimizer.shards() for tensor in named.values())
+        if not all(context.gather(all(bool(tensor.isfinite().all()) for tensor in tensors))):
+            problem = "weights or optimizer state are not finite"
+        elif final is None and self.in_a_row:  # it may be about to diverge
+            problem = f"the gradient was not finite in the last {self.in_a_row} steps"
+        elif final is not None and not all(map(math.isfinite, final.values())):
+            problem = "the validation loss is not finite"
+        if problem and final is not None:
+            raise TrainingError(f"step {self._step}: {problem}, so it has no checkpoint; {self.REMEDY}")
+        if problem and context.is_main:
+            text = f"no checkpoint of step {self._step}, so that the ones before stay: {problem}"
+            events.append(self._directory, "checkpoint_withheld", text, step=self._step)
+        return problem is None

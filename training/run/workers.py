@@ -49,8 +49,12 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
+
     elastic = (workers.min_count, workers.count)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         function,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(

@@ -11,15 +11,16 @@ ends this command, the next one sends the rest.
 
 import argparse
 import fcntl
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from cluster import cli, runs
 from cluster.cli import RunError, UserError
 from cluster.review.run_reader import RUNNING, Run
-from cluster.review.sync.segments import Segment, Staged, find
+from cluster.review.sync.segments import Segment, Staged, find, name_of
 from cluster.review.sync.uploads import Uploads
 
 FRESH_SECONDS = 60.0  # an online run's log that was written so recently may still be sent by the run itself
@@ -34,18 +35,23 @@ def sync(directories: Sequence[Path]) -> None:
         UserError: there is no API key, or the server refused it.
         RunError: the server cannot be reached, or something was not sent; the message lists what.
     """
-    segments = [segment for directory in directories for segment in find(directory)]
+    segments: list[Segment] = []
+    problems: dict[str, str] = {}  # of a run, by its name
+    for directory in directories:
+        try:
+            segments += find(directory)
+        except ValueError as error:
+            problems[name_of(directory.absolute())] = str(error)
     pending = [segment for segment in segments if not segment.sent]
-    if not pending:
+    if not pending and not problems:
         print(f"nothing to send: {_runs(segments)} with W&B files, all in W&B already")
         return
     uploads = Uploads.connect()
     done: list[Staged] = []
-    problems: dict[str, str] = {}  # of a run
     with ExitStack() as held:
         for run in dict.fromkeys(segment.run for segment in pending):
             if not _lock(run, held):
-                problems[run.name] = "another `make sync` is sending it"
+                problems[name_of(run)] = "another `make sync` is sending it"
         pending = [segment for segment in pending if not segment.sent]  # by another one, just before
         while pending := [segment for segment in pending if segment.name not in problems]:
             batch = _oldest_of_each_run(pending)
@@ -62,15 +68,15 @@ def sync(directories: Sequence[Path]) -> None:
 def _stage(segment: Segment, segments: Sequence[Segment], uploads: Uploads) -> Staged | None:
     """The copy to send; None if there is nothing to do for this segment."""
     later = [each for each in segments if each.id == segment.id and each.started > segment.started]
-    live = not later and Run(segment.run).state.name == RUNNING
-    if segment.online and (live or time.time() - segment.log.stat().st_mtime < FRESH_SECONDS):
+    newest = later[-1] if later else segment
+    live = Run(segment.run).state.name == RUNNING
+    if newest.online and (live or time.time() - newest.log.stat().st_mtime < FRESH_SECONDS):
         print(f"{segment.name}: it sends its rows itself at this moment; left alone", flush=True)
         return None
     there = uploads.there(segment)
     folder = segment.run / "wandb" / STAGE / segment.log.parent.name
-    staged = Staged.make(segment, folder=folder, there=there.rows, later=later, live=live)
+    staged = Staged.make(segment, folder=folder, there=there.rows, later=later, live=live and not later)
     if segment.online and there.state in ENDED and there.rows is not None and not staged.num_rows:
-        staged.problem = ""
         staged.settle()  # the run ended in W&B, which it does only after its files
         print(f"{segment.name}: sent all of its rows itself", flush=True)
         return None
@@ -142,19 +148,23 @@ def main() -> int:
     options = parser.parse_args()
 
     def body() -> None:
-        if options.run:
-            sync([_directory(options.run)])
-        else:
-            sync(sorted(path.parent for path in runs.OUTPUTS.glob("*/wandb")))
+        where = _folder(options.run) if options.run else runs.OUTPUTS
+        sync(sorted(_with_wandb_files(where)))
 
     with cli.sigterm_as_interrupt():
         return cli.run(body)
 
 
-def _directory(run: str) -> Path:
-    for directory in (runs.OUTPUTS / run, Path(run)):
-        if (directory / "wandb").is_dir():
-            return directory
-    raise UserError(
-        f"{run}: no W&B files in {runs.OUTPUTS / run}/wandb; was it logged with wandb.mode=disabled?"
-    )
+def _folder(run: str) -> Path:
+    for folder in (runs.OUTPUTS / run, Path(run)):
+        if any(_with_wandb_files(folder)):
+            return folder
+    raise UserError(f"{run}: no W&B files in {runs.OUTPUTS / run}; was its W&B mode `disabled`?")
+
+
+def _with_wandb_files(folder: Path) -> Iterator[Path]:
+    """The run directories in a folder, itself included. A study has its runs in folders of its own."""
+    for parent, folders, _ in os.walk(folder):
+        if "wandb" in folders:
+            yield Path(parent)
+        folders[:] = [name for name in folders if name not in ("wandb", "checkpoints", "ray-train")]

@@ -1,7 +1,8 @@
 """The W&B segments of a run directory, and the copies of them that `make sync` sends.
 
 A run has a segment for each of its starts: `wandb/[offline-]run-TIME-ID/run-ID.wandb` and the folder `files`
-beside it.
+beside it. A resumed run repeats the rows that it keeps, and moves the segments before it to `wandb/earlier`:
+of those, artifacts and system metrics are still to be sent.
 """
 
 import json
@@ -16,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cluster import runs
 from cluster.record import wandb_log
+from cluster.record.wandb_mirror import EARLIER
 
 _FOLDER = re.compile(r"(offline-)?run-\d{8}_\d{6}-.+")
 _STATE = ".syncstate"  # of W&B, beside a log: where its rows begin
@@ -43,8 +46,8 @@ class Segment:
 
     @property
     def name(self) -> str:
-        """For people: the run directory's name."""
-        return self.run.name
+        """For people: where the run directory lies."""
+        return name_of(self.run)
 
     @property
     def online(self) -> bool:
@@ -68,6 +71,12 @@ class Segment:
         return next((row["step"] for row in rows if _is_of_record(row)), None)
 
 
+def name_of(run: Path) -> str:
+    """The path of a run directory in outputs/, or as it is."""
+    outputs = runs.OUTPUTS.absolute()
+    return str(run.relative_to(outputs) if run.is_relative_to(outputs) else run)
+
+
 def find(run: Path) -> list[Segment]:
     """The segments of a run directory, the oldest first. A log that ends before it names its run is left out.
 
@@ -75,7 +84,8 @@ def find(run: Path) -> list[Segment]:
         ValueError: a log is not one that this version of wandb writes.
     """
     segments, run = [], run.absolute()
-    for log in (run / "wandb").glob("*run-*/run-*.wandb"):
+    logs = [*run.glob("wandb/*run-*/run-*.wandb"), *run.glob(f"wandb/{EARLIER}/*run-*/run-*.wandb")]
+    for log in logs:
         if _FOLDER.fullmatch(log.parent.name) and not log.parent.is_symlink():
             records = (record.run for record in wandb_log.read(log) if record.HasField("run"))
             if about := next(records, None):
@@ -154,6 +164,7 @@ class Staged:
 
     def _kept(self, there: Counter[Any], *, superseded_from: int | None) -> Iterator[Any]:
         there = there.copy()
+        statistics: list[Any] = []
         for record in wandb_log.read(self.segment.log):
             row = wandb_log.row_of(record)
             if row is not None:
@@ -162,6 +173,7 @@ class Staged:
                 if there[identity]:
                     there[identity] -= 1
                     self.num_there += 1
+                    statistics.clear()  # system metrics go the same way as rows, and are there too
                     continue
                 if superseded_from is not None and _is_of_record(row) and row["step"] >= superseded_from:
                     self.expected[identity] -= 1
@@ -170,20 +182,20 @@ class Staged:
                 self.num_rows += 1
             elif record.HasField("artifact"):
                 self._find_files(record.artifact)
+            elif record.HasField("stats"):
+                statistics.append(record)
+                continue
+            yield from statistics
+            statistics.clear()
             yield record
+        yield from statistics
 
     def _find_files(self, artifact: Any) -> None:
         """Let the artifact's files be where they are after `make pull`, on a machine that did not run."""
         for entry in artifact.manifest.contents:
             if entry.local_path and not Path(entry.local_path).exists():
-                pulled = self.segment.run / "wandb" / STAGING / Path(entry.local_path).name
-                if pulled.exists():
-                    entry.local_path = str(pulled.absolute())
-                else:
-                    self.problem = (
-                        f"{entry.path} of the artifact {artifact.name} is only on the machine that ran it; "
-                        "run `make sync` there"
-                    )
+                # wandb removes a file that it uploaded, and asks for it only if the server lacks it
+                entry.local_path = str(self.segment.run / "wandb" / STAGING / Path(entry.local_path).name)
 
     def _write_state(self, there: Sequence[dict[str, Any]] | None) -> None:
         """Say where the rows of the copy begin: after those of the server, in W&B's own step and time.

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cluster.review.sync.segments import Segment, Staged, identities
 ANSWER_SECONDS = 20.0
 LOST_SECONDS = 60.0  # without an answer before an upload is given up; wandb itself would go on for a week
 SHOWN_SECONDS = 30.0  # until the server shows the rows that it took in
+KEY = "run `.venv/bin/wandb login`, or set WANDB_API_KEY"
 AGAIN = "what it has not taken in is kept: run `make sync` again"
 _IGNORED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SILENT", "WANDB_QUIET", "WANDB_MODE")
 
@@ -55,20 +57,23 @@ class Uploads:
         """
         import wandb
         from wandb.analytics.opentelemetry import opentelemetry_proxy
+        from wandb.errors import AuthenticationError
 
         opentelemetry_proxy.disable()
         settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
         url = settings.base_url
         if not signed_in(settings):
-            raise UserError(f"no API key for {url}: run `.venv/bin/wandb login`, or set WANDB_API_KEY")
+            raise UserError(f"no API key for {url}; {KEY}")
         if not _answers(url):
             raise RunError(f"{url} does not answer; nothing was sent, nothing is lost: run `make sync` again")
         try:
             api = wandb.Api(timeout=int(ANSWER_SECONDS))
-            entity = settings.entity or api.default_entity or ""
-        except Exception as error:  # wandb has no type of its own for a refused key
-            raise UserError(f"{url} refused the API key: {_first_line(error)}; run `wandb login`") from error
-        return cls(url, api, entity=entity)
+        except AuthenticationError as error:
+            raise UserError(f"{url} refused the API key; {KEY}") from error
+        entity = settings.entity
+        with suppress(Exception):  # a server of another make: `there` will see what it can do
+            entity = entity or api.default_entity
+        return cls(url, api, entity=entity or "")
 
     def there(self, segment: Segment) -> There:
         """What the server has of a segment's run."""
@@ -81,6 +86,7 @@ class Uploads:
                 return There([], "")
             if not _answers(self.url):
                 raise RunError(f"{self.url} does not answer any more; {AGAIN}") from error
+            print(f"{self.url} does not list the rows of a run, so a repeated `make sync` sends them again")
             return There(None, "")
 
     def send(self, staged: Sequence[Staged]) -> None:
@@ -101,7 +107,7 @@ class Uploads:
         said = output.read_text().splitlines()
         errors = _errors(folder)
         for each in staged:
-            each.problem = each.problem or self._problem(each, errors=errors, said=said)
+            each.problem = self._problem(each, errors=errors, said=said)
 
     def _wait(self, child: process.Child) -> None:
         answered = asked = time.monotonic()
@@ -116,7 +122,10 @@ class Uploads:
 
     def _problem(self, staged: Staged, *, errors: dict[str, list[str]], said: list[str]) -> str:
         if mine := errors.get(str(staged.log)):
-            return mine[0]
+            elsewhere = (
+                "; is it on another machine? Run `make sync` there" if "no such file" in mine[0] else ""
+            )
+            return mine[0] + elsewhere
         if not staged.log.with_name(f"{staged.log.name}.synced").exists():
             reasons = [line.partition("ERROR")[2].strip() for line in said if "ERROR" in line]
             return f"wandb did not finish: {mask(reasons[0]) if reasons else 'it gave no reason'}"
@@ -155,7 +164,3 @@ def _errors(folder: Path) -> dict[str, list[str]]:
             if str(about.get("level", "")).startswith("ERROR") and not said.startswith("api:"):
                 found.setdefault(about.get("sync_path", ""), []).append(mask(" ".join(said.split())[:300]))
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return mask(str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -50,6 +50,7 @@ def in_subprocess(code, *arguments, home, **environment):
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,
         env={**clean, "HOME": str(home), **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,11 +58,11 @@ def in_subprocess(code, *arguments, home, **environment):
 
 
 def wandb_records(directory):
-    """The records of the newest start of the offline W&B run in a run directory, by W&B's own reader."""
-    *_, offline_run = sorted((directory / "wandb").glob("offline-run-*"))
+    """The records of the newest start of the W&B run in a run directory, by W&B's own reader."""
+    *_, newest = sorted((directory / "wandb").glob("*run-*-*"))
     wandb = Path(sys.executable).with_name("wandb")
     answer = subprocess.run(
-        [wandb, "leet", "inspect", "--json", offline_run], capture_output=True, text=True, check=True
+        [wandb, "leet", "inspect", "--json", newest], capture_output=True, text=True, check=True
     ).stdout
     return [json.loads(line) for line in answer.splitlines()]
 

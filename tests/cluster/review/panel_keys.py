@@ -10,7 +10,8 @@ from typing import Any
 from cluster.review import views
 from cluster.review.dashboard import spec_of
 
-Key = tuple[str, str]  # section of W&B: "history", "summary", "config" or "system"; and the name there
+Key = tuple[str, str]  # kind and name: "history", "table", "image", "summary", "config", "system", "run"
+SHOWN_AS = {"table-file": "table", "image-file": "image", "histogram": "history"}  # W&B's types of values
 RUN_FIELDS = {  # of W&B itself
     *("displayName", "name", "group", "state", "jobType", "createdAt", "tags", "_step", "_absolute_runtime"),
 }
@@ -57,10 +58,10 @@ def _panels(spec: dict[str, Any]) -> Iterator[Key]:
         elif kind == "Parallel Coordinates Plot":
             yield from (_accessor(column["accessor"]) for column in config["columns"])
         elif kind == "Media Browser":
-            yield from (("history", name) for name in config["mediaKeys"])
+            yield from (("image", name) for name in config["mediaKeys"])
         elif kind == "Weave":
             [key] = [node["val"] for node in _walk(config) if node.get("nodeType") == "const"]
-            yield "history", key
+            yield "table", key
         else:
             assert kind in ("Markdown Panel", "Run Comparer"), f"say which keys a {kind} shows"
 
@@ -99,19 +100,22 @@ def logged(directory: Path) -> set[Key]:
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", offline_run]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: set[Key] = set()
+    kinds: dict[str, str] = {}  # of what a key held last, which is what W&B shows
     for line in answer.splitlines():
         record = json.loads(line)
         content = record.get(record["type"], {})
         if record["type"] == "history":
-            # A table or a histogram is an object, whose parts W&B's reader lists: `a/b._type`.
-            found |= {("history", name.removesuffix("._type")) for name in content["item"]}
+            # W&B's reader lists the parts of a table, a picture or a histogram: `a/b._type`, `a/b.path`.
+            kinds |= {name: "history" for name in content["item"] if "." not in name.rpartition("/")[2]}
+            typed = {name: kind for name, kind in content["item"].items() if name.endswith("._type")}
+            kinds |= {name.removesuffix("._type"): SHOWN_AS[kind] for name, kind in typed.items()}
         elif record["type"] == "summary":
             found |= {("summary", name) for name in _dotted(content.get("update", {}))}
         elif record["type"] == "run":
             found |= {("config", name) for name in _dotted(content["config"]["update"])}
         elif record["type"] == "stats":
             found |= {("system", name) for name in content["item"]}
-    return found
+    return found | {(kind, name) for name, kind in kinds.items()}
 
 
 def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

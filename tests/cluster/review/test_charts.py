@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.review.charts import MOST_POINTS, Charts, Curve, Mark, thin
+from cluster.review.charts import MOST_POINTS, Charts, Curve, Mark, medians, thin
 from cluster.review.words import number, plain
 
 
@@ -19,6 +19,13 @@ def test_thinning_two_million_values_keeps_every_spike_and_every_gap():
     assert all(
         y[int(place)] == value or math.isnan(value) for place, value in zip(x_kept, y_kept, strict=True)
     )
+
+
+def test_the_middle_of_a_thinned_curve_is_the_median_of_what_is_finite():
+    y = np.tile([1.0, 5.0, 2.0, math.nan], 1000)
+    y[:4] = math.inf
+    x, middle = medians(np.arange(4000.0), y, most=2000)
+    assert len(x) == 999 and set(middle) == {2.0} and (np.diff(x) > 0).all()
 
 
 def test_a_short_curve_is_drawn_as_it_is():

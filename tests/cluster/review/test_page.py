@@ -108,8 +108,23 @@ def test_a_run_of_an_older_version_has_a_page(tmp_path):
     (tmp_path / "provenance.json").write_text('{"commit": "abc", "host": null, "packages": null}')
     (tmp_path / "summary.json").write_text('{"loss": 4.2, "samples": null}')
     found = read(tmp_path)
-    assert "Finished" in found.text and "train loss" in found.text
+    assert "Finished" in found.text and "Train loss" in found.text
     assert "did not record which keys differ" in found.text and "optimizer.lr 0.1" in found.text
+
+
+def test_files_that_hold_nonsense_cost_only_their_part_of_the_page(tmp_path):
+    directory = make_run(tmp_path / "a", rows(4))
+    nonsense = [{"step": {}, "loss": []}, {"step": 5, "loss": 10**400, "tokens": "x"}, [1], 3, None]
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(each)}\n" for each in nonsense)
+    (directory / "provenance.json").write_text('{"host": "x", "packages": 3, "commit": []}')
+    (directory / "summary.json").write_text('{"samples": 3, "wall_seconds": "x", "tokens_per_second": {}}')
+    (directory / "events.jsonl").write_text(
+        '{"time": 1, "kind": {}, "level": [], "step": "x", "text": null}\n'
+    )
+    text = read(directory).text
+    assert "system: not shown: a file holds what it should not" in text
+    assert "metrics.jsonl: 3 damaged lines left out" in text and " Learning rate " in text
 
 
 def test_a_resumed_run_shows_its_starts(tmp_path):
@@ -122,7 +137,7 @@ def test_a_resumed_run_shows_its_starts(tmp_path):
 
 def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):
     text = read(make_run(tmp_path / "a", rows(4, attention_logits_max=12.5))).text
-    assert "Other measurements attention logits max" in text
+    assert "Other measurements Attention logits max" in text
 
 
 def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
@@ -140,12 +155,20 @@ def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
                 error = "timeout" if index == 30 else None
                 answer = {"tokens": [] if error else tokens, "prompt_tokens": 8, "output_tokens": 2}
                 file.write(json.dumps({**about, **answer, "error": error}) + "\n")
-        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": None}})
+        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": 1000.0, "e2e_ms": None}})
     text = read(tmp_path / "s").text
     assert "1 load measured, at most 7.5 requests per second within the SLO" in text
-    assert "39 measured requests, 1 failed" in text and "SLO: TTFT 200 ms" in text
-    table = text.partition(" Error ")[2]
-    assert table.startswith("8 in flight 30 30 8 2 - - - 0 timeout 8 in flight 7 7 8 2 100 5,100 5,200 5,100")
+    assert "39 measured requests; 1 failed, 1 more missed the SLO" in text
+    assert "SLO: TTFT 200 ms, TPOT 1,000 ms." in text
+    table = text.partition(" Missed ")[2]
+    slowest = "8 in flight 7 7 8 2 100 5,100 5,200 5,100 TPOT"
+    assert table.startswith(f"8 in flight 30 30 8 2 - - - 0 timeout {slowest}")
+
+
+def test_a_serving_run_whose_requests_all_failed_has_a_page(tmp_path):
+    make_run(tmp_path / "s", [row(1)], finish=False)
+    (tmp_path / "s/requests.jsonl").write_text('{"load": "x", "tokens": [], "error": "timeout"}\n')
+    assert "1 measured requests; 1 failed" in read(tmp_path / "s").text
 
 
 def test_what_cannot_be_shown_is_one_message(tmp_path, capsys, monkeypatch):
@@ -165,7 +188,7 @@ def test_a_page_is_small_and_thinned_where_a_run_is_long(tmp_path):
             values = spike if step == 12_345 else {"loss": 4.0, "gradient_norm": 1.0}
             file.write(json.dumps({"step": step, "tokens": 100 * step, **values}) + "\n")
     text = read(directory).text
-    assert "training: 20,000 values, the lowest and the highest of each 20 drawn" in text
+    assert "training: 20,000 values, drawn as the lowest, the median and the highest of each 20" in text
     assert (directory / "report.html").stat().st_size < 3e6
 
 

@@ -1,6 +1,7 @@
 """`make sync` with W&B's real client, against the server of `wandb_server.py`."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -10,10 +11,13 @@ import sys
 import pytest
 
 from cluster.record import wandb_log
-from cluster.review.sync.segments import find
+from cluster.review.sync.segments import Staged, find
+from cluster.review.sync.uploads import Uploads
 from tests.cluster.review.wandb_server import WandbServer
 from tests.commands import ROOT
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.stack  # whole commands
 
 RECORD = """
 import os, signal, sys, time
@@ -63,15 +67,15 @@ def start(code, *arguments, home, **environment):
     )
 
 
-def start_sync(home, server, **constants):
+def start_command(home, environment, **constants):
     """`make sync` in `home`, with other values of the constants of `uploads`."""
     patched = "; ".join(f"uploads.{name} = {value}" for name, value in constants.items())
     code = f"from cluster.review.sync import command, uploads; {patched}\nraise SystemExit(command.main())"
-    return start(code, home=home, **server.environment)
+    return start(code, home=home, **environment)
 
 
 def sync(home, server, **constants):
-    process = start_sync(home, server, **constants)
+    process = start_command(home, server.environment, **constants)
     printed, problems = process.communicate()
     return process.returncode, printed, problems
 
@@ -153,7 +157,7 @@ def test_a_refused_upload_and_a_killed_command_lose_nothing(home):
         server.refuse = lambda name: False
         server.wait_seconds = lambda name: 600.0 if name.startswith("upload media") else 0.0
         num_requests = len(server.requests)
-        command = start_sync(home, server)
+        command = start_command(home, server.environment)
         wait_until(lambda: any("file_stream" in name for name in server.requests[num_requests:]))
         command.kill()
         command.communicate()
@@ -169,7 +173,7 @@ def test_a_refused_upload_and_a_killed_command_lose_nothing(home):
 
 
 def test_a_run_that_goes_on_is_sent_as_far_as_it_is_and_not_marked(tmp_path):
-    directory = tmp_path / "outputs/first-light"
+    directory = tmp_path / "outputs/study/a-run"
     code = """
 run = record(1, 5)
 wait_for_rows(5)
@@ -186,7 +190,7 @@ run.finish({})
         assert (code, problems) == (
             0,
             "",
-        ) and "still running, so run `make sync` again later: first-light" in printed
+        ) and "still running, so run `make sync` again later: study/a-run" in printed
         assert steps(server) == [1, 2, 3, 4, 5]
         (sent,) = server.runs.values()
         assert not sent.complete and not find(directory)[0].sent
@@ -194,7 +198,7 @@ run.finish({})
         with (directory / "wandb/.sync.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             code, _, problems = sync(tmp_path, server)
-            assert code == 1 and "first-light: another `make sync` is sending it" in problems
+            assert code == 1 and "study/a-run: another `make sync` is sending it" in problems
         assert sync(tmp_path, server)[0] == 0
     assert steps(server) == list(range(1, 9)) and sent.num_received == 8
     assert (sent.complete, sent.exit_code, find(directory)[0].sent) == (True, 0, True)
@@ -237,12 +241,64 @@ os.kill(os.getpid(), signal.SIGKILL)  # or wandb tries for longer
 def test_without_a_key_or_a_server_nothing_is_touched(home):
     before = sorted((home / "outputs").rglob("*"))
     with WandbServer() as server:
-        pass
+        wrong = start_command(home, {**server.environment, "WANDB_API_KEY": "1" * 40})
+        assert f"error: {server.url} refused the API key" in wrong.communicate()[1] and wrong.returncode == 2
     code, printed, problems = sync(home, server)
     assert code == 1 and printed == "" and "does not answer; nothing was sent" in problems
-    process = start("from cluster.review.sync import command; raise SystemExit(command.main())", home=home)
+    process = start_command(home, {})
     assert process.communicate()[1].startswith("error: no API key for https://") and process.returncode == 2
     assert sorted((home / "outputs").rglob("*")) == before
+
+
+def crafted(segment, folder, *, steps, seconds_later):
+    """A later segment of the same run, with these rows and an end."""
+    log = segment.run / "wandb" / folder / segment.log.name
+    log.parent.mkdir()
+    head = [record for record in wandb_log.read(segment.log) if record.HasField("run")]
+    head[0].run.start_time.seconds += seconds_later
+    rows = []
+    for step in steps:
+        rows.append(type(head[0])())
+        for key, value in (("step", step), ("seconds", 0.5), ("train/loss", 1 / step)):
+            rows[-1].history.item.add(nested_key=[key], value_json=str(value))
+    end = type(head[0])()
+    end.exit.exit_code = 0
+    wandb_log.write(log, [*head, *rows, end, end])
+    return log
+
+
+def test_the_copy_of_a_segment_holds_what_is_not_there_and_what_no_later_start_repeats(home):
+    run = home / "outputs/first-light"
+    (first,) = find(run)
+    crafted(first, "offline-run-20300101_000000-x", steps=range(101, 131), seconds_later=9)
+    first, second = find(run)
+    there = [{"step": step, "seconds": 1, "train/loss": 0, "_step": step} for step in range(1, 21)]
+    staged = Staged.make(first, folder=home / "a/copy", there=there, later=[second], live=False)
+    assert (staged.num_there, staged.num_rows, staged.num_superseded) == (20, 80, 10)
+    records = list(wandb_log.read(staged.log))
+    assert [row["step"] for row in map(wandb_log.row_of, records) if row] == list(range(21, 101))
+    assert [record.artifact.type for record in records if record.HasField("artifact")] == ["run_table"]
+    assert records[-1].exit.not_complete  # the second segment ends the run
+    state = staged.log.with_name(f"{staged.log.name}.syncstate")
+    assert json.loads(state.read_text())["starting_step"] == 21
+
+    second.marker.touch()  # sent out of order: the summary of the run is the second's
+    staged = Staged.make(first, folder=home / "b/copy", there=there, later=[second], live=False)
+    assert not any(record.HasField("summary") for record in wandb_log.read(staged.log))
+    alone = Staged.make(second, folder=home / "c/copy", there=None, later=[], live=False)
+    ends = [record.exit for record in wandb_log.read(alone.log) if record.HasField("exit")]
+    assert alone.num_rows == 30 and [end.not_complete for end in ends] == [False]
+
+
+def test_an_upload_that_wandb_did_not_finish_is_a_problem_although_its_exit_code_is_0(home):
+    (segment,) = find(home / "outputs/first-light")
+    staged = Staged.make(segment, folder=home / "a/copy", there=[], later=[], live=False)
+    uploads = Uploads("http://127.0.0.1:1", None, entity="")
+    said = ["wandb: Syncing 1 run(s):", "wandb: ERROR No response."]  # and no marker, exit code 0: as seen
+    staged.problem = uploads._problem(staged, errors={}, said=said)
+    assert staged.problem == "wandb did not finish: No response."
+    staged.settle()
+    assert not segment.sent and not (home / "a").exists()
 
 
 @pytest.mark.parametrize("cut", [0, 7])

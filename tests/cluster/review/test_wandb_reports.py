@@ -13,6 +13,7 @@ from tests.cluster.parity import sides
 from tests.cluster.review.panel_keys import shown, shown_by
 from tests.training.study import made_up
 from training.study.plan import StudyPlan
+from training.study.plots import plot_study
 from training.study.report import describe_study
 from training.study.results import write_tables
 
@@ -25,6 +26,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = made_up.study_of(plan)
     write_tables(results, folder, about={"study": to_dict(plan.config)})
     (folder / "report.md").write_text(describe_study(results, about=made_up.about()))
+    plot_study(results, folder / "figures")
     return folder
 
 
@@ -68,7 +70,8 @@ def test_the_report_of_a_study_asks_shows_its_runs_and_says_what_report_md_says(
     assert "figures/" not in text  # pictures beside report.md, which W&B does not have
     grid = grid_of(blocks)
     assert [grid["runSets"][0]["filters"]["filters"][0]["key"]["name"], filter_of(grid)] == ["group", "s"]
-    assert {key for key in shown(grid) if key[0] != "run"} <= shown_by("study")
+    keys = {key for key in shown(grid) if key[0] != "run"}
+    assert {("table", "study/rules"), ("image", "study/loss_rate")} < keys <= shown_by("study")
 
 
 def filter_of(grid: dict) -> str:
@@ -83,6 +86,7 @@ def test_the_report_of_a_parity_shows_its_table_and_its_run(compared: Path):
     text = "\n".join(text_of(blocks))
     assert "share of its own ceiling" in text and "**contradicted**" in text and "6·N_matmul" in text
     grid = grid_of(blocks)
+    assert "" not in text_of(blocks)  # a section that was only a picture
     assert filter_of(grid) == compared.name  # with its spaces and quotes
     assert {key for key in shown(grid) if key[0] != "run"} <= shown_by("parity")
 
@@ -93,8 +97,8 @@ def test_a_report_is_the_same_each_time_and_its_panels_do_not_overlap(which, req
     one, other = (spec_of(wandb_reports.build(folder, project="p")) for _ in range(2))
     assert one == other
     panels = [panel["layout"] for panel in grid_of(one["blocks"])["panelBankSectionConfig"]["panels"]]
-    places = {(p["x"], p["y"]) for p in panels}
-    assert len(places) == len(panels) and all(p["x"] + p["w"] <= 24 for p in panels)
+    taken = [(p["x"] + i, p["y"] + j) for p in panels for i in range(p["w"]) for j in range(p["h"])]
+    assert len(set(taken)) == len(taken) and max(x for x, _ in taken) < 24
 
 
 def test_a_study_that_has_no_report_yet_is_refused_with_its_folder(tmp_path: Path):

@@ -23,6 +23,7 @@ Faults:
 History lines are kept by their offset, as W&B keeps them. `run.num_received` counts every line that was sent.
 """
 
+import base64
 import gzip
 import json
 import re
@@ -38,6 +39,7 @@ from urllib.parse import unquote
 from tests.cluster.review.wandb_graphql import ENTITY, State
 
 API_KEY = "local" + "0" * 40
+KEY_IN_HEADER = base64.b64encode(f"api:{API_KEY}".encode()).decode()
 
 
 class WandbServer(State):
@@ -113,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self._body()
         server, path = self.state, self.path.split("/")
+        if self.headers["Authorization"] != f"Basic {KEY_IN_HEADER}":
+            return self._send(401, {"errors": [{"message": "this is not the key"}]})
         if self.path == "/graphql":
             name = re.search(r"(?:query|mutation) (\w+)", body["query"])[1]  # type: ignore[index]
             self._answer(name, lambda: {"data": server.graphql(name, body.get("variables") or {})})
@@ -121,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(f"file_stream {run_id}", lambda: server.file_stream(run_id, body))
         else:
             self._send(404, {"error": f"this server has no {self.path}"})
+        return None
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.record import origins
 from serving.bench import command as bench
 from serving.bench.config import load
 from serving.bench.measure import Search
 from tests.cluster.review.panel_keys import missing
 from tests.commands import ROOT
+from tests.fake_engine import counting_engine
 from tests.serving.bench.scripted import FIRST, Behaviour, Write, event, honest, server
+from tests.serving.endpoint.server import Server
 
 pytestmark = pytest.mark.stack
 
@@ -64,6 +67,28 @@ def test_the_benchmark_of_an_endpoint_leaves_its_record(tmp_path: Path, monkeypa
     assert (run / "plots/latency.png").is_file() and (run / "config.yaml").is_file()
     assert "serve-bench" in out and "TTFT p50" in out
     assert missing(run, "serve") == set()
+    [served] = json.loads((run / "provenance.json").read_text())["inputs"]
+    assert served["kind"] == "endpoint" and "does not say which checkpoint" in served["note"]
+
+
+def test_what_an_endpoint_says_of_its_checkpoint_is_in_the_record(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = origins.origin("run", "first", id="0123abcd", inputs=[origins.origin("dataset", "corpus")])
+    served = origins.origin("export", "first", fingerprint="f" * 64, step=7, inputs=[run])
+    endpoint = Server(counting_engine(), origin=served)
+    try:
+        keys = ["load.concurrency=[1]", "load.warm_up=0", "load.requests=2", "load.most_lag_ms=1e6"]
+        told = [
+            f"bench.target={endpoint.url}",
+            "bench.wandb=disabled",
+            "load.output_tokens=2",
+            "sweep.points=0",
+            *keys,
+        ]
+        assert bench.main(told) == 0
+    finally:
+        endpoint.close()
+    assert json.loads(Path("outputs/serve-bench/provenance.json").read_text())["inputs"] == [served]
 
 
 def test_the_search_doubles_then_bisects_and_keeps_a_lagging_client_apart_from_the_server():

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,19 @@ def test_a_machine_is_measured_and_compared_with_itself_and_a_datasheet(machine)
     last = json.loads(compared.stdout.strip().splitlines()[-1])
     assert {name: round(each["parity"][0], 9) for name, each in last.items()} == dict.fromkeys(figures, 1.0)
     assert "serving/weightless: failed" in (report / "report.md").read_text()
+    each_figure_leads_back_to_its_data_or_weights(found, report)
+
+
+def each_figure_leads_back_to_its_data_or_weights(found: dict, report: Path) -> None:
+    inputs = {figure["kind"]: figure["input"] for figure in found["figures"]}
+    assert inputs["training"]["kind"] == "dataset" and len(inputs["training"]["fingerprint"]) == 64
+    assert inputs["decode"] == inputs["prefill"] and "random weights" in inputs["decode"]["note"]
+    assert found["provenance"]["inputs"] == [inputs["training"], inputs["decode"]]
+    text = (report / "report.md").read_text()
+    assert "└─ model " in text and "random weights: trained by no run, on no data" in text
+    sides = json.loads((report / "provenance.json").read_text())["inputs"]
+    assert [(side["kind"], side["name"]) for side in sides] == [("baseline", "cpu")] * 2
+    assert sides[0]["inputs"] == found["provenance"]["inputs"]
 
 
 def test_one_that_is_killed_leaves_what_it_had_measured(machine):

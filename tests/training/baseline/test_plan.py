@@ -215,7 +215,7 @@ def test_a_whole_baseline_is_mirrored_to_wandb(tmp_path, mode):
     if mode == "disabled":
         assert not runs.exists()
         return
-    [table] = runs.glob("offline-run-*/files/media/table/figures*.json")
+    [table] = runs.glob("offline-run-*/files/media/table/baseline/figures*.json")
     [row] = json.loads(table.read_text())["data"]
     told = "MFU of measured product 3.8%"
     assert row == ["training/a/muon", 375.0, 250.0, 500.0, None, None, told]

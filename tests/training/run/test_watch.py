@@ -42,7 +42,11 @@ def ranks_of(torchrun: int) -> dict[int, int]:
 def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
     """The rate rises far above what training bears: the loss climbs, and then nothing is finite any more."""
     keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 120}
-    never = {"checkpoint__every_steps": 1000, "evaluation__every_steps": 1000}
+    never = {
+        "checkpoint__every_steps": 1000,
+        "evaluation__every_steps": 1000,
+        "optim__max_skipped_fraction": 1,
+    }
     rates = {"optim__vector__lr": 30, "optim__matrix__lr": 50}
     rising = {"schedule__warmup_fraction": 0.9, "schedule__decay_fraction": 0.0}
     done = python("training.launch", *tiny(folder, run__name="diverges", **keys, **never, **rates, **rising))

@@ -164,10 +164,10 @@ def test_a_changed_key_makes_another_run_and_where_it_is_kept_does_not(tmp_path)
 
 
 def test_the_plan_says_what_is_to_come(plan):
-    text = describe_plan(plan, {}, parallel=2)
+    text = str(describe_plan(plan, {}, parallel=2))
     assert "27 = 18 tuning + 9 report" in text and "4,096 in 8 steps" in text
     assert "assuming 40 GFLOP/s per CPU" in text
-    text = describe_plan(plan, {"w32": 30.0, "w64": 60.0}, parallel=2)
+    text = str(describe_plan(plan, {"w32": 30.0, "w64": 60.0}, parallel=2))
     assert f"about {(9 * 30 + 18 * 60) / 2 / 60:.0f} minutes in all, as measured" in text
 
 
