@@ -17,7 +17,7 @@ from cluster.laptop.inventory import CODE
 from cluster.session import ROOT
 
 MAX_BYTES = 10_000_000
-SUFFIXES = (".py", ".cpp", ".h", ".sh", ".yaml")  # of the files in our rooms, where no git lists them
+SUFFIXES = (".py", ".cpp", ".h", ".sh", ".yaml", ".html")  # of files in our rooms, where no git lists them
 KEY_NAMES = re.compile(
     r"\.env.*|[._]?netrc|\.git-credentials|\.pypirc|\.npmrc|kubeconfig|.*\.(pem|key|p12|pfx|jks|kdbx|env)"
     r"|(.*[_.-])?(id_(rsa|dsa|ecdsa|ed25519).*|(rsa|dsa|ecdsa|ed25519)_key(\.pub)?)"

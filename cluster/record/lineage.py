@@ -118,7 +118,7 @@ def _held(made: Origin) -> Iterator[str]:
 
 def _missing(made: Origin, root: Origin) -> Iterator[str]:
     """What cannot be found any more, and where its facts come from."""
-    path, facts = origins.place_of(made), f"what is said here is from the {root['kind']}"
+    path, facts = origins.place_of(made), f"what is said here is from {root['path'] or root['name']}"
     if made["kind"] == "run":
         yield from _run_missing(made, path, facts)
     elif path is None:
