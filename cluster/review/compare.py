@@ -155,7 +155,8 @@ class Comparison:
             return f"Not decided: {one}, so the spread between seeds is unknown."
         how = f"95% interval of the difference{' between equal seeds' if difference.paired else ''}"
         if difference.decided:
-            return f"The seeds bear this out: the {how} is {difference.interval} nats."
+            chosen = f", not corrected for being the best of {len(self.ranked)}" * (len(self.ranked) > 2)
+            return f"The seeds bear this out: the {how} is {difference.interval} nats{chosen}."
         apart = f", although every run of {best.name} is below every run of {second.name}" * difference.apart
         return f"Not decided: the {how}, {difference.interval} nats, includes zero{apart}; run more seeds."
 

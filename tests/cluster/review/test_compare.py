@@ -34,6 +34,12 @@ def test_seeds_that_agree_decide(tmp_path):
     assert "The seeds bear this out: the 95% interval of the difference between equal seeds" in said
 
 
+def test_the_best_of_several_says_that_it_was_chosen(tmp_path):
+    runs = [*setting(tmp_path, "muon", [4.0, 4.1]), *setting(tmp_path, "adamw", [4.5, 4.6])]
+    assert "not corrected" not in sentence(runs)
+    assert sentence([*runs, *setting(tmp_path, "sgd", [6.0])]).endswith("for being the best of 3.")
+
+
 def test_seeds_that_scatter_do_not_decide(tmp_path):
     runs = setting(tmp_path, "muon", [4.0, 4.6]) + setting(tmp_path, "adamw", [4.5, 4.3])
     said = sentence(runs)
