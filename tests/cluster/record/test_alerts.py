@@ -128,5 +128,6 @@ def test_alerts_reach_the_server_once_online_and_by_sync(tmp_path):
         assert titles() == []
         (newest,) = (tmp_path / "offline/wandb").glob("offline-run-*")
         sync = [Path(sys.executable).with_name("wandb"), "sync", newest]
-        subprocess.run(sync, env={**os.environ, "HOME": str(tmp_path), **server.environment}, check=True)
+        environment = {**os.environ, "HOME": str(tmp_path), **server.environment}
+        subprocess.run(sync, cwd=tmp_path, env=environment, check=True)
         assert titles() == ["loss spike, step 1: first-light", "loss not finite, step 2: first-light"]
