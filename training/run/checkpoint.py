@@ -190,13 +190,13 @@ class Checkpoint:
             self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path / STATE}: unreadable ({error}); {self._remedy}") from error
-        if self.state.get("format") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format {self.state.get('format')}, but this version reads {FORMAT_VERSION}"
-            )
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        if (path / COMPLETE).read_text().strip() != files.sha256_of(path / STATE):
+        version, mark = self.state.get("format"), (path / COMPLETE).read_bytes().strip()
+        is_whole = mark == files.sha256_of(path / STATE).encode()
+        if not is_whole and (mark or version == FORMAT_VERSION):  # format 1 had an empty mark
             raise DamagedError(f"{path / STATE}: its SHA-256 is not that in {COMPLETE}; {self._remedy}")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format {version}, but this version reads {FORMAT_VERSION}")
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name, written in self.state["files"].items():
             try:
                 file = files.inside(path, name)
