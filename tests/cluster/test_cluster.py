@@ -1,6 +1,7 @@
 """A laptop, a slow link and a cluster of three real hosts: from `make up` to `make down`."""
 
 import json
+import re
 import time
 
 import pytest
@@ -52,6 +53,10 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         stopped = lab.call("cluster.laptop.remote", "stop", CLUSTER_FILE)
         assert stopped.returncode == 0 and "night-1: stopped" in stopped.stderr
         assert again.wait() == 1 and "night-1 was stopped" in again.err
+        status = lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE)
+        assert re.search(
+            r"^  run night +stopped +step [\d,]+ of 20,000; .*the same command", status.stdout, re.MULTILINE
+        )
         there = lab.log_on_head("night-1")
         assert lab.log_on_laptop("night-1") == there
         assert (first.out + again.out).encode() == there  # no line lost, none repeated

@@ -125,8 +125,7 @@ def save(
     problem, written = _attempt(path, lambda: _write_tensors(path / name, shards))
     problems, shards_written = zip(*context.gather((problem, (name, written))), strict=True)
     if context.is_main and not any(problems):
-        lineage = origins.of_writer(path.parent.parent)
-        content = {"format": FORMAT_VERSION, **state, "lineage": lineage, "files": dict(shards_written)}
+        content = {"format": FORMAT_VERSION, **state, "files": dict(shards_written)}
         problem, _ = _attempt(path, lambda: _write_marks(path, content))
     problems = (*problems, *context.gather(problem))
     if any(problems):
@@ -140,7 +139,7 @@ def _attempt(path: Path, write: Callable[[], T]) -> tuple[str | None, T | None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         return None, write()
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error)
         if isinstance(error, OSError):
             reason = error.strerror or reason
@@ -167,7 +166,7 @@ def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor
 
 
 def _write_marks(path: Path, content: dict[str, Any]) -> None:
-    files.write_json(path / STATE, content)
+    files.write_json(path / STATE, {**content, "lineage": origins.of_writer(path.parent.parent)})
     files.write_text(path / COMPLETE, f"{files.sha256_of(path / STATE)}\n")
     files.fsync_folder(path.parent)
 

@@ -127,12 +127,15 @@ def test_files_that_hold_nonsense_cost_only_their_part_of_the_page(tmp_path):
     assert "metrics.jsonl: 3 damaged lines left out" in text and " Learning rate " in text
 
 
-def test_a_resumed_run_shows_its_starts(tmp_path):
-    directory = make_run(tmp_path / "a", rows(6), finish=False)
+def test_a_resumed_run_shows_its_starts_and_which_of_them_its_times_are_of(tmp_path):
+    directory = make_run(tmp_path / "a", rows(6))
+    assert "Time 12s (training 10s)" in read(directory).text
     with open_record(directory, resume_step=4) as record:
         record.log(row(5, loss=3.0))
+        record.finish({"wall_seconds": 20.0, "training_seconds": 3.0})
     text = read(directory).text
     assert "at step 5" in text and "Earlier starts" in text and "Training loss 3" in text
+    assert "Time 20s (the last start: training 3s)" in text
 
 
 def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):
@@ -151,24 +154,27 @@ def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
                     "measured": index > 0,
                     "index": index,
                     "scheduled": float(index),
+                    "sent": index + 0.025,
                 }
                 error = "timeout" if index == 30 else None
                 answer = {"tokens": [] if error else tokens, "prompt_tokens": 8, "output_tokens": 2}
                 file.write(json.dumps({**about, **answer, "error": error}) + "\n")
-        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": 1000.0, "e2e_ms": None}})
+        model = {"id": "night", "engine_info": {"engine": "torch", "device": "cpu", "dtype": "bfloat16"}}
+        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": 1000.0, "e2e_ms": None}, "model": model})
     text = read(tmp_path / "s").text
     assert "1 load measured, at most 7.5 requests per second within the SLO" in text
     assert "39 measured requests; 1 failed, 1 more missed the SLO" in text
     assert "SLO: TTFT 200 ms, TPOT 1,000 ms." in text
+    assert "Model night, torch, cpu, bfloat16" in text
     table = text.partition(" Missed ")[2]
-    slowest = "8 in flight 7 7 8 2 100 5,100 5,200 5,100 TPOT"
-    assert table.startswith(f"8 in flight 30 30 8 2 - - - 0 timeout {slowest}")
+    slowest = "8 in flight 7 7 25 8 2 100 5,100 5,200 5,100 TPOT"
+    assert table.startswith(f"8 in flight 30 30 25 8 2 - - - 0 timeout {slowest}")
 
 
 def test_a_serving_run_whose_requests_all_failed_has_a_page(tmp_path):
     make_run(tmp_path / "s", [row(1)], finish=False)
     (tmp_path / "s/requests.jsonl").write_text('{"load": "x", "tokens": [], "error": "timeout"}\n')
-    assert "1 measured requests; 1 failed" in read(tmp_path / "s").text
+    assert "1 measured request; 1 failed" in read(tmp_path / "s").text
 
 
 def test_what_cannot_be_shown_is_one_message(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,13 @@ def test_a_run_has_a_line_and_its_newest_alarms_follow(tmp_path):
     ]
 
 
+def test_a_serving_run_has_measured_loads(tmp_path):
+    for number, said in ((1, "1 load"), (3, "3 loads")):
+        run = make_run(tmp_path / said, [{**row(number), "validation_loss": 4.0}])
+        (run / "requests.jsonl").touch()
+        assert lines_of(Run(run))[0].endswith(f"finished  {said}")
+
+
 def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
     for number in range(5):
         age(make_run(tmp_path / f"run-{number}", [row(2)]), 100 * number)
@@ -32,6 +39,17 @@ def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert [line.split()[1] for line in report(tmp_path)] == ["run-0", "run-1", "run-2"]
     assert report(tmp_path / "missing") == []
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path):
+    make_run(tmp_path / "whole", [row(2)])
+    for name, content in {"folder": None, "text": '{"step": "two"}\n', "list": '{"step": [2]}\n'}.items():
+        metrics = make_run(tmp_path / name, [row(2)]) / "metrics.jsonl"
+        metrics.unlink()
+        metrics.mkdir() if content is None else metrics.write_text(content)
+    lines = report(tmp_path, most=4)
+    assert sum("cannot be read: " in line for line in lines) == 3
+    assert sum(line.startswith("  run whole") and "finished" in line for line in lines) == 1
 
 
 def test_the_command_shows_the_runs_of_the_folder_it_is_called_in_or_the_one_that_is_named(tmp_path):

@@ -140,3 +140,10 @@ def test_if_every_checkpoint_is_damaged_nothing_starts_again_from_the_beginning(
     for _ in range(2):  # the second time too
         with pytest.raises(checkpoint.DamagedError, match=r"step-0000002/rank.* SHA-256 .* delete "):
             checkpoint.newest_sound(tmp_path, report=print)
+
+
+def test_a_run_whose_provenance_is_damaged_says_so_to_all_ranks_and_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "provenance.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000001: .*provenance\.json: not valid JSON"):
+        write(tmp_path / "checkpoints", 1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
