@@ -191,11 +191,16 @@ class Staged:
         yield from statistics
 
     def _find_files(self, artifact: Any) -> None:
-        """Let the artifact's files be where they are after `make pull`, on a machine that did not run."""
+        """Let the artifact's files be where they are after `make pull`, on a machine that did not run.
+
+        A log that came from elsewhere cannot name other files of this machine: they would be uploaded.
+        """
+        folder = self.segment.run / "wandb"
         for entry in artifact.manifest.contents:
-            if entry.local_path and not Path(entry.local_path).exists():
+            path = Path(entry.local_path)
+            if entry.local_path and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 # wandb removes a file that it uploaded, and asks for it only if the server lacks it
-                entry.local_path = str(self.segment.run / "wandb" / STAGING / Path(entry.local_path).name)
+                entry.local_path = str(folder / STAGING / path.name)
 
     def _write_state(self, there: Sequence[dict[str, Any]] | None) -> None:
         """Say where the rows of the copy begin: after those of the server, in W&B's own step and time.

@@ -354,7 +354,7 @@ def test_the_picture_is_written(result, tmp_path):
     [
         ("rows=0", "rows: must be at least 1"),
         ("width=0", "width: must lie in (0, inf), not 0.0"),
-        ("distance=.nan", "distance: must lie in (0, inf), not nan"),
+        ("distance=.nan", "distance: must be finite, not nan"),
         ("tail_margin=-0.1", "tail_margin: must lie in (0, inf)"),
         ("scale=-1", "scale: must lie in [0, inf)"),
         ("seeds=1", "seeds: must be at least 2"),
