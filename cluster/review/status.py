@@ -25,7 +25,7 @@ def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
 
 
 def lines_of(run: Run) -> list[str]:
-    """What a run is at, and its newest warnings and errors. Needs the standard library only."""
+    """How far a run is, and its newest warnings and errors. Needs the standard library only."""
     state = run.state
     planned = next((event["num_steps"] for event in reversed(run.events) if "num_steps" in event), None)
     step = "no step yet" if run.last_step is None else f"step {run.last_step:,}"
