@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import runs
+from cluster.display import number
 from cluster.files import size_text
 from cluster.record import events
 
@@ -90,9 +91,13 @@ class LossAlarms:
             deviation = NORMAL * statistics.median(abs(each - median) for each in self._losses)
             limit = median + max(self._deviations * deviation, LEAST_RISE)
             if loss > limit and self._num_calm >= CALM:
-                text = f"the loss is {loss:.4g}; the median before is {median:.4g}, the limit {limit:.4g}"
+                now, before, most = (number(value, digits=4) for value in (loss, median, limit))
+                text = f"the loss is {now}; the median before is {before}, the limit {most}"
                 if norm is not None and self._norms:
-                    text += f"; the gradient norm is {norm:.3g}, usually {statistics.median(self._norms):.3g}"
+                    usual = number(statistics.median(self._norms))
+                    text += f"; the gradient norm is {number(norm)}, usually {usual}"
+                if "lr" in row:
+                    text += f"; the learning rate is {number(row['lr'])}"
                 self._report("loss_spike", text, row, loss=loss, median=median, limit=limit)
             self._num_calm = 0 if loss > limit else self._num_calm + 1
         self._losses.append(loss)

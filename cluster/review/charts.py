@@ -253,13 +253,17 @@ def _is_wide(y: Any) -> bool:
 
 
 def _formatter() -> Any:
-    """Ticks as people write them: 6,500 and 1.2M, not 6.5e+3."""
+    """Ticks as people write them: 6,500, 1.2M and 1·10²³, not 6.5e+3."""
     from bokeh.models import CustomJSTickFormatter
 
     return CustomJSTickFormatter(
         code="""
         const size = Math.abs(tick)
-        if (size >= 1e15 || (size > 0 && size < 1e-6)) return tick.toExponential()
+        if (size >= 1e15 || (size > 0 && size < 1e-6)) {
+            const [mantissa, power] = Number(tick.toPrecision(6)).toExponential().split("e")
+            const raised = [...String(Number(power))].map(c => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)])
+            return mantissa + "·10" + raised.join("")
+        }
         for (const [scale, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
             if (size >= scale && size >= 1e4)
                 return (tick / scale).toLocaleString("en", {maximumFractionDigits: 3}) + suffix

@@ -245,7 +245,7 @@ def _settings_table(comparison: Comparison) -> Iterator[Table]:
     rows = []
     for setting in comparison.ranked:
         losses, difference = comparison.losses(setting), comparison.difference(setting)
-        spread = f"{min(losses):.4f} to {max(losses):.4f}"
+        spread = f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else "-"
         mean = f"{statistics.mean(losses):.4f}"
         to_best = (f"{difference.mean:+.4f}", difference.interval) if difference else ("-", "-")
         rows.append((setting.name, str(len(losses)), mean, spread, *to_best))

@@ -113,6 +113,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if outcome.seconds and not run.serving:
         found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
+    found.append(("Model", _served(summary.get("model"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
     number_of = config.get("workers.count")
     workers = f"{number_of} worker{'s' * (number_of != 1)} on " if isinstance(number_of, int) else ""
@@ -126,6 +127,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
     found.append(("Last start", str(about.get("time") or "").replace("T", " ").replace("+00:00", " UTC")))
     found.append(("Weights & Biases", summary.get("wandb_status")))
     return [(name, str(value)) for name, value in found if value not in (None, "", "-")]
+
+
+def _served(model: Any) -> str | None:
+    """Name, engine, device and dtype of the model of a serving run."""
+    if not isinstance(model, dict) or not model.get("id"):
+        return None
+    about = model.get("engine_info") or {}
+    return ", ".join(
+        str(each) for each in (model["id"], *map(about.get, ("engine", "device", "dtype"))) if each
+    )
 
 
 def _known(value: Any, *, digits: int = 5) -> str | None:

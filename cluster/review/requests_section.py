@@ -29,6 +29,7 @@ REQUEST_COLUMNS = (  # head, key of a request
     ("Load", "load"),
     ("Request", "index"),
     ("Arrived, s", "arrived"),
+    ("Sent late, ms", "late"),
     ("Prompt tokens", "prompt_tokens"),
     ("Output tokens", "output_tokens"),
     ("TTFT, ms", "ttft"),
@@ -83,8 +84,9 @@ def _slow(run: Run, limits: dict[str, float]) -> Section:
     failed, missed = (sum(bool(one[key]) for one in requests) for key in ("error", "missed"))
     slowest = heapq.nlargest(MOST_SLOW, requests, key=lambda one: (bool(one["error"]), one["e2e"] or 0.0))
     section.paragraphs.append(
-        f"{len(requests):,} measured requests; {failed:,} failed, {missed - failed:,} more missed the SLO. "
-        f"Failed ones first, then the slowest, {len(slowest):,} in all."
+        f"{len(requests):,} measured request{'s' * (len(requests) != 1)}; {failed:,} failed, "
+        f"{missed - failed:,} more missed the SLO. Shown: {len(slowest):,}, failed ones first, then the "
+        "slowest. “Sent late” is the load generator's own delay; latencies contain it."
     )
     section.charts = _charts(requests)
     shown = [[_shown(one[key]) for _, key in REQUEST_COLUMNS] for one in slowest]
@@ -111,6 +113,7 @@ def _requests(run: Run) -> Iterator[dict[str, Any]]:
             "measured": one.get("measured", True),
             "attempt": one.get("attempt", 1),
             "arrived": scheduled,
+            "late": 1e3 * (one["sent"] - scheduled) if one.get("sent") is not None else None,
             "ttft": 1e3 * (tokens[0] - scheduled) if tokens else None,
             "e2e": 1e3 * (tokens[-1] - scheduled) if tokens else None,
             "tpot": 1e3 * spread / (output - 1) if tokens and output and output > 1 else None,

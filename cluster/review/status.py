@@ -31,6 +31,8 @@ def lines_of(run: Run) -> list[str]:
     step = "no step yet" if run.last_step is None else f"step {run.last_step:,}"
     if planned and run.last_step is not None:
         step += f" of {planned:,}"
+    if run.serving and run.last_step is not None:
+        step = f"{run.last_step:,} load{'s' * (run.last_step != 1)}"
     lines = [f"  run {run.name:<24}{state.name:<10}{step}{f'; {state.reason}' if state.reason else ''}"]
     alarms = events.alarms(run.events)
     if len(alarms) > NEWEST_ALARMS:

@@ -45,7 +45,18 @@ def test_a_spike_is_one_event_and_says_what_was_usual(tmp_path):
     assert told(tmp_path) == [("loss_spike", 800), ("loss_spike", 900)]
     event = events.read(tmp_path)[0]
     assert event["level"] == "warning" and event["median"] < event["limit"] < event["loss"]
-    assert "the gradient norm is 1, usually 1" in event["text"] and event["lr"] == 0.02
+    assert "the gradient norm is 1.00, usually 1.00" in event["text"] and event["lr"] == 0.02
+
+
+def test_a_spike_writes_large_numbers_as_people_do(tmp_path):
+    alarms = LossAlarms(tmp_path, deviations=7)
+    for step in range(LEAST_HISTORY + 1):
+        last = step == LEAST_HISTORY
+        loss, norm = (23456.0, 1.45e6) if last else (3.0, 1e-9)
+        alarms.see({"step": step, "loss": loss, "gradient_norm": norm, "lr": 2.7})
+    text = events.read(tmp_path)[0]["text"]
+    assert text.startswith("the loss is 23,460; the median before is 3.000, the limit 3.100")
+    assert text.endswith("the gradient norm is 1,450,000, usually 1.00·10⁻⁹; the learning rate is 2.70")
 
 
 def test_there_is_no_alarm_at_the_start(tmp_path):

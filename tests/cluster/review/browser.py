@@ -55,17 +55,33 @@ def look(page: Path, *, width: int, folder: Path) -> dict[str, Any]:
     framed = folder / "framed.html"
     text = page.read_text().replace("<head>", f"<head>{PROBE}", 1)
     framed.write_text(FRAME.format(width=width, page=html.escape(text)))
+    text = _dom(framed, folder=folder, width=max(width, 600))
+    found = re.search(r'<html data-found="([^"]*)"', text)
+    assert found, text[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+def run_script(script: str, *, folder: Path) -> str:
+    """The text of an empty page after this JavaScript ran in it."""
+    page = folder / "script.html"
+    page.write_text(f'<!doctype html><meta charset="utf-8"><body></body><script>{script}</script>')
+    found = re.search(r"<body>(.*)</body>", _dom(page, folder=folder), re.DOTALL)
+    assert found
+    return html.unescape(found[1])
+
+
+def _dom(page: Path, *, folder: Path, width: int = 600) -> str:
+    """The page's document as Chromium has it in the end, as HTML."""
     done = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *QUIET),
             *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"),
-            *(f"--window-size={max(width, 600)},900", "--virtual-time-budget=20000", "--dump-dom"),
-            framed.absolute().as_uri(),
+            *(f"--window-size={width},900", "--virtual-time-budget=20000", "--dump-dom"),
+            page.absolute().as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=180,
     )
-    found = re.search(r'<html data-found="([^"]*)"', done.stdout)
-    assert found, done.stderr[-2000:] or done.stdout[-2000:]
-    return json.loads(html.unescape(found[1]))
+    assert done.stdout, done.stderr[-2000:]
+    return done.stdout

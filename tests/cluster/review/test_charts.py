@@ -5,6 +5,7 @@ import pytest
 
 from cluster.review.charts import MOST_POINTS, Charts, Curve, Mark, medians, thin
 from cluster.review.words import number, plain
+from tests.cluster.review.browser import CHROMIUM, run_script
 
 
 def test_thinning_two_million_values_keeps_every_spike_and_every_gap():
@@ -53,6 +54,15 @@ def test_charts_of_one_axis_zoom_together():
 def test_an_axis_is_logarithmic_where_a_linear_one_would_flatten_the_curve(values, scale):
     chart = Charts("step").line("a", [Curve("a", range(len(values)), values)], unit="x")
     assert ("log scale" in chart.figure.yaxis[0].axis_label) == (scale == "log")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_ticks_are_written_as_people_write_them(tmp_path):
+    axis = Charts("step").line("a", [Curve("a", [1], [2])], unit="x").figure.yaxis[0]
+    values = [0, 0.25, 6500, 1.2e6, 1.0000000000000001e23, -1e15, 2.5e-7]
+    script = f"document.body.textContent = {values}.map(tick => {{{axis.formatter.code}}}).join(' | ')"
+    written = run_script(script, folder=tmp_path)
+    assert written == "0 | 0.25 | 6,500 | 1.2M | 1·10²³ | -1·10¹⁵ | 2.5·10⁻⁷"
 
 
 @pytest.mark.parametrize(

@@ -151,24 +151,27 @@ def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
                     "measured": index > 0,
                     "index": index,
                     "scheduled": float(index),
+                    "sent": index + 0.025,
                 }
                 error = "timeout" if index == 30 else None
                 answer = {"tokens": [] if error else tokens, "prompt_tokens": 8, "output_tokens": 2}
                 file.write(json.dumps({**about, **answer, "error": error}) + "\n")
-        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": 1000.0, "e2e_ms": None}})
+        model = {"id": "night", "engine_info": {"engine": "torch", "device": "cpu", "dtype": "bfloat16"}}
+        record.finish({"slo": {"ttft_ms": 200.0, "tpot_ms": 1000.0, "e2e_ms": None}, "model": model})
     text = read(tmp_path / "s").text
     assert "1 load measured, at most 7.5 requests per second within the SLO" in text
     assert "39 measured requests; 1 failed, 1 more missed the SLO" in text
     assert "SLO: TTFT 200 ms, TPOT 1,000 ms." in text
+    assert "Model night, torch, cpu, bfloat16" in text
     table = text.partition(" Missed ")[2]
-    slowest = "8 in flight 7 7 8 2 100 5,100 5,200 5,100 TPOT"
-    assert table.startswith(f"8 in flight 30 30 8 2 - - - 0 timeout {slowest}")
+    slowest = "8 in flight 7 7 25 8 2 100 5,100 5,200 5,100 TPOT"
+    assert table.startswith(f"8 in flight 30 30 25 8 2 - - - 0 timeout {slowest}")
 
 
 def test_a_serving_run_whose_requests_all_failed_has_a_page(tmp_path):
     make_run(tmp_path / "s", [row(1)], finish=False)
     (tmp_path / "s/requests.jsonl").write_text('{"load": "x", "tokens": [], "error": "timeout"}\n')
-    assert "1 measured requests; 1 failed" in read(tmp_path / "s").text
+    assert "1 measured request; 1 failed" in read(tmp_path / "s").text
 
 
 def test_what_cannot_be_shown_is_one_message(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,13 @@ def test_a_run_has_a_line_and_its_newest_alarms_follow(tmp_path):
     ]
 
 
+def test_a_serving_run_has_measured_loads(tmp_path):
+    for number, said in ((1, "1 load"), (3, "3 loads")):
+        run = make_run(tmp_path / said, [{**row(number), "validation_loss": 4.0}])
+        (run / "requests.jsonl").touch()
+        assert lines_of(Run(run))[0].endswith(f"finished  {said}")
+
+
 def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
     for number in range(5):
         age(make_run(tmp_path / f"run-{number}", [row(2)]), 100 * number)
