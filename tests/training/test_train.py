@@ -131,7 +131,7 @@ def test_wandb_has_every_key_that_the_views_show_of_training(reference: Path) ->
     }
     keys = {(where, name) for where, name in shown_by() if where == "config"}
     assert {("config", "optim.matrix.lr"), ("config", "provenance.commit")} < keys <= logged(reference)
-    assert {("history", "optimizer/layers"), ("history", "train/loss_plot")} < logged(reference)
+    assert {("table", "optimizer/layers"), ("image", "train/loss_plot")} < logged(reference)
 
 
 def test_a_killed_run_resumes_bit_for_bit(reference: Path, folder: Path) -> None:
