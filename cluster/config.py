@@ -10,6 +10,7 @@ A configuration is recorded, printed and sent to W&B. So it reads nothing outsid
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -214,6 +215,8 @@ def _misread(schema: type, layer: DictConfig, written: _Written) -> Iterator[tup
             yield name, "'None' is a text; write null for no value"
         elif int in kinds and isinstance(value, float) and value.is_integer():
             OmegaConf.update(layer, name, int(value))
+        elif float in kinds and isinstance(value, int) and abs(value) > sys.float_info.max:
+            yield name, f"a number of {len(text)} digits is too large"
         elif str in kinds and value is not None and not isinstance(value, str) and str(value) != text:
             yield name, f"YAML reads {text} as {value}; quote a text: '{text}', in a shell \"'{text}'\""
 

@@ -72,8 +72,10 @@ def append(
     line = f"{json.dumps(masked(event), allow_nan=False)}\n".encode()
     path = directory / FILE
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            if os.pread(descriptor, 1, max(os.fstat(descriptor).st_size - 1, 0)) not in (b"", b"\n"):
+                line = b"\n" + line  # the one before is torn
             written = os.write(descriptor, line)
         finally:
             os.close(descriptor)
@@ -152,5 +154,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(event, dict) and {"time", "kind", "level", "step", "text"} <= event.keys()
+    texts = ("time", "kind", "level", "text")
+    whole = isinstance(event, dict) and "step" in event and all(isinstance(event.get(t), str) for t in texts)
     return event if whole else None

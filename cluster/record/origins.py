@@ -26,6 +26,7 @@ EXPORT_FILE = "lineage.json"  # in an export
 STATE_FILE = "state.json"  # in a checkpoint
 PROVENANCE_FILE = "provenance.json"  # in a run directory and in a folder of results
 RUN_ID_FILE = "wandb_run_id"
+DEEPEST = 20  # inputs of inputs; data to parity are seven
 OF_OLD_STATE = "state.json, which names the shards and their sizes; not the weights"
 OF_SIZES = "config.json, names and sizes; not the weights"
 
@@ -217,9 +218,9 @@ def of_results(file: Path, content: Mapping[str, Any] | None = None) -> Origin:
     )  # fmt: skip
 
 
-def checked(content: Any) -> Origin:
+def checked(content: Any, *, deepest: int = DEEPEST) -> Origin:
     """Check an origin from a file that others may have written. Raises `ValueError` if it is none."""
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not deepest:
         raise ValueError(f"not an origin: {str(content)[:80]}")
     made = {**dict.fromkeys(_ALWAYS), **content}
     if not all(isinstance(made.get(key), str) for key in _ALWAYS[:2]):
@@ -227,7 +228,9 @@ def checked(content: Any) -> Origin:
     texts = (*_ALWAYS[2:-1], "time", "note", "url", "id", "hardware", "fingerprint_of")
     if bad := [key for key in texts if not isinstance(made.get(key), str | None)]:
         raise ValueError(f"{made['kind']} {made['name']}: {', '.join(bad)} must be text")
-    return {**made, "inputs": [checked(each) for each in made["inputs"] or []]}
+    if not isinstance(made["inputs"], list | None):
+        raise ValueError(f"{made['kind']} {made['name']}: inputs must be a list")
+    return {**made, "inputs": [checked(each, deepest=deepest - 1) for each in made["inputs"] or []]}
 
 
 def unique(origins: Iterable[Origin]) -> list[Origin]:

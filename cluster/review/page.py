@@ -111,7 +111,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         mfu = summary.get("mfu", run.latest.get("mfu"))
         found.append(("MFU", f"{mfu:.1%}" if mfu is not None else f"unknown: {run.latest.get('mfu_reason')}"))
     if outcome.seconds and not run.serving:
-        found.append(("Time", _time_parts(duration(outcome.seconds), summary)))
+        found.append(("Time", _time_parts(run, duration(outcome.seconds))))
     found.append(("Parameters", _known(summary.get("num_parameters"))))
     found.append(("Model", _served(summary.get("model"))))
     found.append(("Optimizer", config.get("optim.matrix.rule")))
@@ -143,11 +143,14 @@ def _known(value: Any, *, digits: int = 5) -> str | None:
     return None if value is None else number(value, digits=digits)
 
 
-def _time_parts(total: str, summary: dict[str, Any]) -> str:
+def _time_parts(run: Run, total: str) -> str:
+    """The time of all starts, and its parts; those of a resumed run are the last start's only."""
+    summary = run.summary or {}
     names = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
     parts = {name: summary.get(f"{name}_seconds") or 0.0 for name in names}
     said = ", ".join(f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.5)
-    return f"{total} ({said})" if said else total
+    of = "the last start: " if run.provenance.get("earlier_starts") else ""
+    return f"{total} ({of}{said})" if said else total
 
 
 def numbered(run: Run) -> dict[int, Mark]:

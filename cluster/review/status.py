@@ -19,13 +19,27 @@ def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
     """Lines about the newest runs in a folder, the newest first."""
     runs = [Run(path) for path in outputs.glob("*/") if not path.name.startswith(".")]
     begun = sorted(
-        ((run.written, run) for run in runs if run.written), key=lambda pair: pair[0], reverse=True
+        ((written, run) for run in runs if (written := _written(run))), key=lambda pair: pair[0], reverse=True
     )
     return [line for _, run in begun[:most] for line in lines_of(run)]
 
 
 def lines_of(run: Run) -> list[str]:
     """How far a run is, and its newest warnings and errors. Needs the standard library only."""
+    try:
+        return _lines_of(run)
+    except (OSError, ValueError, TypeError) as error:  # which hides no other run
+        return [f"  run {run.name:<24}cannot be read: {error}"]
+
+
+def _written(run: Run) -> float | None:
+    try:
+        return run.written
+    except OSError:  # deleted at this moment, or another user's
+        return None
+
+
+def _lines_of(run: Run) -> list[str]:
     state = run.state
     planned = next((event["num_steps"] for event in reversed(run.events) if "num_steps" in event), None)
     step = "no step yet" if run.last_step is None else f"step {run.last_step:,}"

@@ -113,6 +113,7 @@ def test_a_number_is_what_it_is_and_a_text_stays_as_it_is_written(text, expected
         ("group=None", "group: 'None' is a text; write null"),
         ("rate=.inf", "rate: must be finite"),
         ("rate=.nan", "rate: must be finite"),
+        (f"rate=1{'0' * 400}", "rate: a number of 401 digits is too large"),
     ],
 )
 def test_what_would_become_another_value_is_refused_by_key(text, problem, tmp_path):

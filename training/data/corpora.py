@@ -114,12 +114,13 @@ class Corpus:
         `data.validation_fraction` of the text is held out, and the document there is divided at a line.
         """
         fraction = config.validation_fraction
-        few = list(itertools.islice(self.documents(Skipped(1.0)), math.ceil(FEW_HELD_OUT / fraction)))
+        first = itertools.islice(self.documents(Skipped(1.0)), math.ceil(FEW_HELD_OUT / fraction))
+        few = [len(document.text) for document in first]  # the texts may be large
         if len(few) * fraction >= FEW_HELD_OUT:
             for document in self.documents(skipped):
                 yield document.split(fraction), document
             return
-        left = round((1 - fraction) * sum(len(document.text) for document in few))
+        left = round((1 - fraction) * sum(few))
         for document in self.documents(skipped):
             cut = len(document.text)
             if left < cut:

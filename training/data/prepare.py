@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        config = training_config.load(file=options.config, dotlist=options.overrides).data
+        given = {"file": options.config, "dotlist": options.overrides}
+        config = training_config.load(**given, settle=False).data  # which would import torch
         if options.dry_run:
             print(f"{layered.to_yaml(config)}{DataRequest.of(config).describe()}")
         else:

@@ -26,6 +26,8 @@ from cluster.files import sha256_of
 from training.data.dataset import DataError
 
 TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several records
+JSON_PIECE_CHARACTERS = 1 << 16
+LONGEST_WORD = 16  # of what JSON does not allow to be cut: -Infinity, or an escaped pair of surrogates
 COMPANION_SHARE = 0.01  # files of another kind may lie beside the corpus, up to this share of its bytes
 KINDS = {
     ".txt": "txt",
@@ -47,6 +49,7 @@ class Bad(NamedTuple):
 
 
 TextOrBad = str | Bad
+_DECODER = json.JSONDecoder(parse_int=float)  # only texts are used, and Python's int has a limit of digits
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def _jsonl(stream: Iterable[bytes], field: str, path: str) -> Iterator[TextOrBad
 def _parsed(line: bytes, field: str, *, where: str) -> TextOrBad:
     remedy = "fix or remove the line"
     try:
-        record = json.loads(line.decode())
+        record = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         return Bad(where, f"not valid UTF-8 ({error.reason}); {remedy}")
     except json.JSONDecodeError as error:
@@ -243,8 +246,6 @@ def _parsed(line: bytes, field: str, *, where: str) -> TextOrBad:
 
 def _json(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     """An array of objects; else lines, as Spark and others write under this name."""
-    import ijson
-
     head = b""
     while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := stream.read(1 << 12)):
         head += more
@@ -252,13 +253,74 @@ def _json(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     if not head.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _jsonl(io.BufferedReader(parts), field, path)
         return
+    items, number = _items(io.TextIOWrapper(io.BufferedReader(parts), "utf-8")), 0
     try:
-        for number, record in enumerate(ijson.items(parts, "item"), start=1):
+        for number, record in enumerate(items, start=1):
             yield text_of(record, field, where=f"{path}, record {number}")
-    except (ijson.JSONError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not a whole JSON array ({' '.join(str(error).split())}); write it again"
+            f"{path}: not a whole JSON array ({_in_a_line(error)} after record {number}); write it again"
         ) from error
+
+
+def _items(stream: IO[str]) -> Iterator[Any]:
+    """The items of a JSON array, in the memory of the largest. Raises `ValueError`: it is not one.
+
+    ijson does the same, but a whole number of 4301 digits or a deep nest ends the process.
+    """
+    text = _JsonText(stream)
+    text.take("[")
+    if text.next() == "]":
+        text.take("]")
+    else:
+        yield text.value()
+        while text.take(",", "]") == ",":
+            yield text.value()
+    text.take("")
+
+
+class _JsonText:
+    """The text of a stream, of which only what is being read is held."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._text, self._place, self._ended = "", 0, False
+
+    def next(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            self._place = len(self._text) - len(self._text[self._place :].lstrip(" \t\r\n"))
+            if self._place < len(self._text) or self._ended:
+                return self._text[self._place : self._place + 1]
+            self._more()
+
+    def take(self, *allowed: str) -> str:
+        """Go past the next character."""
+        if (found := self.next()) not in allowed:
+            raise ValueError(f"{found!r} in place of {' or '.join(filter(None, allowed)) or 'the end'}")
+        self._place += 1
+        return found
+
+    def value(self) -> Any:
+        """Go past the next value."""
+        self.next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._place)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated") or len(self._text) - error.pos < LONGEST_WORD
+                if self._ended or not cut_off:
+                    raise ValueError(error.msg) from error
+            else:
+                if end < len(self._text) - 2 or self._ended:  # a number may go on after 3, 3. or 3e-
+                    self._place = end
+                    return value
+            self._more()
+
+    def _more(self) -> None:
+        rest = self._text[self._place :]
+        more = self._stream.read(max(JSON_PIECE_CHARACTERS, len(rest)))
+        self._text, self._place, self._ended = rest + more, 0, not more
 
 
 class _Joined(io.RawIOBase):
@@ -288,6 +350,7 @@ def text_of(record: Any, field: str, *, where: str) -> TextOrBad:
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, str):
         fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none, it is not an object"
+        fields = fields.encode(errors="backslashreplace").decode()  # they too may hold half a pair
         return Bad(where, f"no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
     if _SURROGATE.search(value):
         return Bad(where, f"{field!r} holds half a surrogate pair; {remedy}")
@@ -310,7 +373,8 @@ def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
                     for value in column.to_pylist():
                         yield _cell(value, field, where=f"{path}: row {next(rows)}")
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+        problem = _in_a_line(error)
+        raise DataError(f"{path}: not a readable Parquet file ({problem}); write it again") from error
 
 
 def _column(schema: Any, field: str, path: str) -> list[str]:
@@ -359,9 +423,13 @@ def reading(path: str | Path) -> Iterator[None]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
     except OSError as error:
-        problem, remedy = error.strerror or error, "check the path and its permissions"
+        problem, remedy = error.strerror or _in_a_line(error), "check the path and its permissions"
         raise DataError(f"{path}: cannot be read ({problem}); {remedy}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd"):
             raise
         raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())

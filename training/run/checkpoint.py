@@ -125,8 +125,7 @@ def save(
     problem, written = _attempt(path, lambda: _write_tensors(path / name, shards))
     problems, shards_written = zip(*context.gather((problem, (name, written))), strict=True)
     if context.is_main and not any(problems):
-        lineage = origins.of_writer(path.parent.parent)
-        content = {"format": FORMAT_VERSION, **state, "lineage": lineage, "files": dict(shards_written)}
+        content = {"format": FORMAT_VERSION, **state, "files": dict(shards_written)}
         problem, _ = _attempt(path, lambda: _write_marks(path, content))
     problems = (*problems, *context.gather(problem))
     if any(problems):
@@ -140,7 +139,7 @@ def _attempt(path: Path, write: Callable[[], T]) -> tuple[str | None, T | None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         return None, write()
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error)
         if isinstance(error, OSError):
             reason = error.strerror or reason
@@ -167,7 +166,7 @@ def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor
 
 
 def _write_marks(path: Path, content: dict[str, Any]) -> None:
-    files.write_json(path / STATE, content)
+    files.write_json(path / STATE, {**content, "lineage": origins.of_writer(path.parent.parent)})
     files.write_text(path / COMPLETE, f"{files.sha256_of(path / STATE)}\n")
     files.fsync_folder(path.parent)
 
@@ -190,13 +189,13 @@ class Checkpoint:
             self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path / STATE}: unreadable ({error}); {self._remedy}") from error
-        if self.state.get("format") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format {self.state.get('format')}, but this version reads {FORMAT_VERSION}"
-            )
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        if (path / COMPLETE).read_text().strip() != files.sha256_of(path / STATE):
+        version, mark = self.state.get("format"), (path / COMPLETE).read_bytes().strip()
+        is_whole = mark == files.sha256_of(path / STATE).encode()
+        if not is_whole and (mark or version == FORMAT_VERSION):  # format 1 had an empty mark
             raise DamagedError(f"{path / STATE}: its SHA-256 is not that in {COMPLETE}; {self._remedy}")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format {version}, but this version reads {FORMAT_VERSION}")
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name, written in self.state["files"].items():
             try:
                 file = files.inside(path, name)

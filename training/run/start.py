@@ -193,4 +193,4 @@ def _tell_start(start: Start, damaged: list[str]) -> None:
 def _keep_tokenizer(data: TokenDataset, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for name in (data.manifest.tokenizer_file, MANIFEST_FILE):
-        files.write_text(target / name, (data.directory / name).read_text())
+        files.write_text(target / name, (data.directory / name).read_bytes().decode())  # not its line ends

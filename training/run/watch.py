@@ -102,7 +102,10 @@ class RunWatch(_Background):
         self._show()
 
     def _show(self) -> None:
-        found, self._position = events.read_from(self._directory, self._position)
+        try:
+            found, self._position = events.read_from(self._directory, self._position)
+        except OSError:  # the next look tries again
+            return
         if self._note is None:
             return
         for event in found:

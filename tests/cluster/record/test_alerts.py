@@ -9,7 +9,7 @@ from cluster.record import events
 from cluster.record.alerts import Alerts
 from tests.cluster.record.test_record import in_subprocess, wandb_records
 from tests.cluster.review.wandb_server import WandbServer
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 def sent_by(directory, *, run_id, name="night"):
@@ -73,7 +73,7 @@ def test_the_offline_run_of_wandb_holds_the_alerts(tmp_path):
     code = """
 from pathlib import Path
 from cluster.record import events
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 directory = Path(sys.argv[1])
 with open_record(directory, wandb_mode="offline") as run:
     run.log({"step": 1, "loss": 9.0})
@@ -84,7 +84,7 @@ with open_record(directory, wandb_mode="offline") as run:
 assert run.wandb_status.startswith("offline"), run.wandb_status
 """
     process = in_subprocess(code, tmp_path, home=tmp_path)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, said
     alerts = [record["alert"] for record in wandb_records(tmp_path) if "alert" in record]
     assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
@@ -96,6 +96,7 @@ assert run.wandb_status.startswith("offline"), run.wandb_status
 ONE_START = """
 from pathlib import Path
 from cluster.record import events
+record.Mirror.INIT_SECONDS = record.Mirror.UPLOAD_SECONDS = PATIENCE_SECONDS
 directory, mode, resume, kind = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 with open_record(directory, wandb_mode=mode, resume_step=resume or None) as run:
     run.log({"step": resume + 1, "loss": 9.0})
@@ -106,7 +107,7 @@ assert run.wandb_status.startswith(mode), run.wandb_status
 
 def start(directory, home, *arguments, server):
     process = in_subprocess(ONE_START, directory, *arguments, home=home, **server.environment)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, said
 
 

@@ -47,6 +47,8 @@ def test_a_damaged_line_hides_no_other_event(tmp_path):
     events.append(tmp_path, "started", "one")
     with (tmp_path / events.FILE).open("a") as file:
         file.write('{"time": "20\n[]\n{}\n')
+        file.write('{"time": "", "kind": "failed", "level": "error", "text": 5, "step": 1}\n')
+        file.write('{"time": "2026-11-26T12:0')  # a disk was full
     events.append(tmp_path, "finished", "two")
     assert [event["text"] for event in events.read(tmp_path)] == ["one", "two"]
 

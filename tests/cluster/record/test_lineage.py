@@ -214,6 +214,16 @@ def test_an_endpoint_tells_its_clients_no_folders_of_its_machine(run):
         origins.checked({"kind": "run"})
 
 
+def test_a_stranger_that_says_nonsense_of_its_model_is_a_stranger():
+    deep: list = []
+    for _ in range(200):
+        deep = [{"kind": "run", "name": "first", "inputs": deep}]
+    for inputs in (5, {"a": 1}, "ab", deep):
+        said = {"kind": "export", "name": "first", "inputs": inputs}
+        found = origins.of_endpoint("first", "http://localhost:1/v1", said)
+        assert (found["kind"], found["inputs"]) == ("endpoint", [])
+
+
 def test_in_wandb_maker_and_user_log_the_same_artifact_without_its_files(run, tmp_path):
     made = origins.of_checkpoint(run / "checkpoints/step-0000010")
     with open_record(tmp_path / "maker", wandb_mode="offline") as record:

@@ -127,12 +127,15 @@ def test_files_that_hold_nonsense_cost_only_their_part_of_the_page(tmp_path):
     assert "metrics.jsonl: 3 damaged lines left out" in text and " Learning rate " in text
 
 
-def test_a_resumed_run_shows_its_starts(tmp_path):
-    directory = make_run(tmp_path / "a", rows(6), finish=False)
+def test_a_resumed_run_shows_its_starts_and_which_of_them_its_times_are_of(tmp_path):
+    directory = make_run(tmp_path / "a", rows(6))
+    assert "Time 12s (training 10s)" in read(directory).text
     with open_record(directory, resume_step=4) as record:
         record.log(row(5, loss=3.0))
+        record.finish({"wall_seconds": 20.0, "training_seconds": 3.0})
     text = read(directory).text
     assert "at step 5" in text and "Earlier starts" in text and "Training loss 3" in text
+    assert "Time 20s (the last start: training 3s)" in text
 
 
 def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):

@@ -41,6 +41,17 @@ def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
     assert report(tmp_path / "missing") == []
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path):
+    make_run(tmp_path / "whole", [row(2)])
+    for name, content in {"folder": None, "text": '{"step": "two"}\n', "list": '{"step": [2]}\n'}.items():
+        metrics = make_run(tmp_path / name, [row(2)]) / "metrics.jsonl"
+        metrics.unlink()
+        metrics.mkdir() if content is None else metrics.write_text(content)
+    lines = report(tmp_path, most=4)
+    assert sum("cannot be read: " in line for line in lines) == 3
+    assert sum(line.startswith("  run whole") and "finished" in line for line in lines) == 1
+
+
 def test_the_command_shows_the_runs_of_the_folder_it_is_called_in_or_the_one_that_is_named(tmp_path):
     def status(*arguments):
         command = [sys.executable, "-m", "cluster.review.status", *arguments]

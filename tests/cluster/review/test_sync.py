@@ -33,7 +33,7 @@ def record(first, last, *, resume_step=None, mode="offline", directory=Path(sys.
     return run
 
 def wait_for_rows(number):
-    deadline, seen = time.monotonic() + 120, 0
+    deadline, seen = time.monotonic() + 300, 0
     while seen < number:
         assert time.monotonic() < deadline, f"{seen} rows"
         time.sleep(0.05)
@@ -208,7 +208,7 @@ def test_an_online_run_that_lost_its_server_is_completed(tmp_path):
     directory = tmp_path / "outputs/first-light"
     code = """
 from cluster.record.wandb_mirror import Mirror
-Mirror.UPLOAD_SECONDS = Mirror.CLOSE_SECONDS = 1.0
+Mirror.INIT_SECONDS, Mirror.UPLOAD_SECONDS, Mirror.CLOSE_SECONDS = 300.0, 1.0, 1.0
 run = record(1, 5, mode="online")
 print("logged", flush=True)
 sys.stdin.readline()

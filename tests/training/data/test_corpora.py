@@ -4,6 +4,7 @@ The refusals of damaged files are in `test_prepare`, where they must also leave 
 """
 
 import tomllib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.commands import ROOT
 from training.config import DataConfig
 from training.data import corpora, readers
-from training.data.corpora import Corpus
+from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError
 
 
@@ -108,3 +109,15 @@ def test_the_embedded_corpus_is_the_one_that_was_reviewed() -> None:
 def test_too_little_embedded_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="0 bytes of text, expected 20000000 or more"):
         list(corpora.botocore_texts(tmp_path))
+
+
+def test_few_large_texts_are_not_held_to_divide_them() -> None:
+    corpus = Corpus("x", "x", "x", lambda: (f"{number} " * 500_000 for number in range(40)))  # 1 to 1.5 MB
+    tracemalloc.start()
+    try:
+        num = sum(1 for _ in corpus.divided(DataConfig(), Skipped(0.0)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert num >= 40
+    assert peak < 15e6

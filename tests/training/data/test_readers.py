@@ -2,9 +2,11 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ import zstandard
 from pyarrow import parquet
 
 from training.config import DataConfig
+from training.data import readers
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError, Manifest
 from training.data.prepare import prepare
@@ -149,19 +152,56 @@ def cut(content: bytes) -> bytes:
         ("a.json", cut(ARRAY)),
         ("a.json", b'[{"text": "x"}, {"te'),
         ("a.json", b'["\xff"]'),
+        ("a.json", b"[" * 200_000),
+        ("a.json", b'[{"text": "x"}] y'),
         ("a.parquet", cut(LINES)),
+        ("a.parquet", b"PAR1" + LINES + b"\x0f\0\0\0PAR1"),
         ("a.txt.gz", gzip.compress(b"\xff\xfe")),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}: .*; "):
+    with pytest.raises(DataError, match=rf"{name}: .*; ") as error:
         documents(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_an_array_is_read_like_json_reads_it_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [{"text": 'é🚢\u2028"\\'}, [], {}, -3e-7, 12.5, None, True, float("-inf"), [[{"a": ["x", 7.0]}]]]
+    for size in (1, 2, 3, 7, 1000):
+        monkeypatch.setattr(readers, "JSON_PIECE_CHARACTERS", size)
+        for array in (json.dumps(items, indent=1), json.dumps(items, ensure_ascii=False)):
+            assert list(readers._items(io.StringIO(f" {array}\n"))) == items
+            for place in range(len(array)):  # a letter is taken away
+                wrong = array[:place] + array[place + 1 :]
+                assert outcome(lambda wrong=wrong: list(readers._items(io.StringIO(wrong)))) == outcome(
+                    lambda wrong=wrong: json.loads(wrong, parse_int=float)
+                )
+
+
+def outcome(read: Callable[[], object]) -> object:
+    try:
+        return found if isinstance(found := read(), list) else "refused"
+    except ValueError:
+        return "refused"
+
+
+def test_an_array_may_hold_numbers_of_any_length(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'[{{"n": {"9" * 5000}, "x": 1e99999999999999999999, "text": "first"}}]')
+    assert documents(tmp_path / "a.json") == ["first"]
 
 
 def test_bad_records_are_skipped_counted_and_named_up_to_a_share(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {number}"}) for number in range(400)]
-    bad = ["{", '{"text": 3}', '"text"', "null", '{"text": "\\ud800"}', "[" * 100_000]
+    bad = [
+        "{",
+        '{"text": 3}',
+        '"text"',
+        "null",
+        '{"text": "\\ud800"}',
+        "[" * 100_000,
+        f'{{"\\udc00": {"9" * 5000}}}',
+    ]
     for place, line in enumerate(bad):
         lines.insert(50 * place, line)
     source = tmp_path / "a.jsonl"
@@ -175,13 +215,14 @@ def test_bad_records_are_skipped_counted_and_named_up_to_a_share(tmp_path: Path)
     assert manifest.skipped_records == len(bad)
     assert manifest.train.documents + manifest.validation.documents == 400
     assert [first.partition(": ")[0] for first in manifest.skipped_first] == [
-        f"{source}:{50 * n + 1}" for n in range(6)
+        f"{source}:{50 * n + 1}" for n in range(7)
     ]
+    assert all(line.encode() for line in (*reports, *manifest.skipped_first))
     assert any(
-        line.startswith(f"skipped 6 of 406 records that cannot be used, first {source}:1: ")
+        line.startswith(f"skipped 7 of 407 records that cannot be used, first {source}:1: ")
         for line in reports
     )
-    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .* \(6 of 406 records .* allows 0\.01\)"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .* \(7 of 407 records .* allows 0\.01\)"):
         list(Corpus.of(config).documents(Skipped(0.01)))
     with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .* \(1 of 1 records .* allows 0\)"):
         list(Corpus.of(config).documents())

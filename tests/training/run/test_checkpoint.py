@@ -91,6 +91,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_the_highest_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 128
+    path.write_bytes(content)
+
+
+def flip_a_bit_of_the_format(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"format": 2', '"format": 3'))
+    assert path.read_text() != text
+
+
 SHARD = "rank-00000-of-00001.safetensors"
 
 
@@ -98,6 +110,8 @@ SHARD = "rank-00000-of-00001.safetensors"
     ("damage", "file"),
     [
         *((flip_a_bit, file) for file in (SHARD, checkpoint.STATE, checkpoint.COMPLETE)),
+        (flip_the_highest_bit, checkpoint.COMPLETE),
+        (flip_a_bit_of_the_format, checkpoint.STATE),
         *((Path.unlink, file) for file in (SHARD, checkpoint.STATE)),
         *((lambda path: os.truncate(path, 20), file) for file in (SHARD, checkpoint.STATE)),
     ],
@@ -126,3 +140,10 @@ def test_if_every_checkpoint_is_damaged_nothing_starts_again_from_the_beginning(
     for _ in range(2):  # the second time too
         with pytest.raises(checkpoint.DamagedError, match=r"step-0000002/rank.* SHA-256 .* delete "):
             checkpoint.newest_sound(tmp_path, report=print)
+
+
+def test_a_run_whose_provenance_is_damaged_says_so_to_all_ranks_and_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "provenance.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000001: .*provenance\.json: not valid JSON"):
+        write(tmp_path / "checkpoints", 1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
