@@ -118,9 +118,7 @@ class Mirror:
         self._calls.put(None)
         self._thread.join(self.CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._problems.append(
-                f"W&B had not finished {self.CLOSE_SECONDS:g} s after the run, and was left"
-            )
+            self._problems.append(f"W&B had not finished {self.CLOSE_SECONDS:g} s after the run")
 
     def _work(self, mode: str) -> None:
         try:
