@@ -45,10 +45,6 @@ parity: $(VENV)/ready
 projection: $(VENV)/ready
 	$(PY) training.projection $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
-## lineage       which data, commit and checkpoint a result comes from (RUN=path or name)
-lineage: $(VENV)/ready
-	$(PY) cluster.record.lineage $(or $(RUN),$(error say RUN=, a run, checkpoint, export or file of results))
-
 ## serve         serve the newest run, or model.path=, until Ctrl-C
 serve: $(VENV)/ready
 	$(PY) serving.app $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -67,6 +63,10 @@ report: $(VENV)/ready
 compare: $(VENV)/ready
 	$(PY) cluster.review.compare $(or $(RUNS),$(error say RUNS=a,b, run directories or names in outputs/)) $(ARGS)
 
+## lineage       which data, commit and checkpoint a result comes from (RUN=path or name)
+lineage: $(VENV)/ready
+	$(PY) cluster.record.lineage $(or $(RUN),$(error say RUN=, a run, checkpoint, export or file of results))
+
 ## dashboard     make the team's views in Weights & Biases, or update them
 dashboard: $(VENV)/ready
 	$(PY) cluster.review.dashboard $(ARGS)
@@ -78,7 +78,7 @@ sync: $(VENV)/ready
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
 ## up            start every node, or name those that did not join, with the reason
-## status        nodes, runs, their alarms and the last preflight; the runs here without CLUSTER= (RUN=name)
+## status        nodes, runs, alarms, the last preflight; without CLUSTER=, the runs here (RUN=name)
 ## down          end every process of the cluster; runs and data stay
 up down: $(VENV)/ready
 	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))

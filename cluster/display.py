@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 DPI = 120
-COLORS = ("#1b6ca8", "#c8553d", "#e0a458", "#6a994e", "#c4c8cc")  # in this order
+COLORS = ("#1b6ca8", "#c8553d", "#e0a458", "#6a994e", "#c4c8cc")  # of curves, in this order
 STYLES = {  # of cells that say how something ended
     "supported": "green", "contradicted": "red", "not decided": "yellow",
     "FAILED": "bold red", "warning": "yellow",
 }  # fmt: skip
-
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -114,7 +113,7 @@ class Table:
 
 
 def _blocks(widths: Sequence[int], text: Sequence[bool], *, width: int) -> list[list[int]]:
-    """Columns that fit beside each other; the first column begins each block. Text may shrink to a third."""
+    """Columns that fit beside each other; the first begins each block. Text takes at least a third."""
     needed = [
         min(size, max(width // 3, 12)) if is_text else size
         for size, is_text in zip(widths, text, strict=True)
@@ -161,7 +160,7 @@ def show(*parts: str | Table, file: TextIO | None = None, console: Any = None) -
 
 
 def console_of(stream: TextIO) -> Any:
-    """rich's console for a terminal. By itself it would take the width of another stream's."""
+    """rich's console for a terminal, of its width. Left alone, rich may measure another stream."""
     from rich.console import Console
 
     return Console(file=stream, force_terminal=True, width=columns_of(stream))

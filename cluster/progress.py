@@ -25,7 +25,7 @@ class Progress:
     Args:
         total: the step at which the command is done; None: unknown, so there is no ETA.
         unit: what is counted.
-        stream: where to write; standard error unless told.
+        stream: where to write; default: standard error.
         clock: seconds, monotonic.
     """
 
@@ -68,7 +68,7 @@ class Progress:
             self._show()
 
     def advance(self, doing: str | None = None, *, by: int = 1) -> None:
-        """Count `by` more steps; 0 shows what is done next, and where the first step begins."""
+        """Count `by` more steps. With 0 it shows `doing`; before the first step it starts the ETA's clock."""
         self.update({"step": self._latest.get("step", 0) + by} | ({"doing": doing} if doing else {}))
 
     def note(self, text: str | Table) -> None:
@@ -109,7 +109,7 @@ class Progress:
         )
 
     def _fields(self) -> list[str]:
-        """The parts of the line. All but the first and the last can be left out, the last of them first."""
+        """The parts of the line. `fit` keeps the first and the last, and leaves out others from the right."""
         latest = self._latest
         step = f"{latest['step']:,}"
         fields = [f"{self._unit} {step}" if self._total is None else f"{self._unit} {step}/{self._total:,}"]

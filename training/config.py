@@ -311,18 +311,18 @@ class RecordConfig:
     )
     spike_deviations: float = key(
         7.0,
-        "loss_spike, in events.jsonl: a loss so many robust standard deviations above the median of the last "
-        "50 lines; 0: never",
+        "report loss_spike for a loss this many robust standard deviations above the median of the last 50 "
+        "lines; 0: never",
         least=0,
     )
     stalled_minutes: float = key(
         10.0,
-        "no_progress, in events.jsonl: minutes without a new line of metrics.jsonl or a checkpoint; 0: never",
+        "report no_progress after this many minutes without a new line or checkpoint; 0: never",
         least=0,
     )
     disk_free_gb: float = key(
         2.0,
-        "disk_nearly_full, in events.jsonl: less is free at run.directory; also less than two checkpoints",
+        "report disk_nearly_full if less than this, or than two checkpoints, is free at run.directory",
         least=0,
     )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)

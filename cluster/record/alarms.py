@@ -49,7 +49,7 @@ class LossAlarms:
         self._not_finite: set[str] = set()
         self._num_skipped = 0
         self._skipping = False
-        self._told = {(event["kind"], event["step"]) for event in events.read(directory)}
+        self._reported = {(event["kind"], event["step"]) for event in events.read(directory)}
         self._silent = False
 
     def replay(self, rows: list[dict[str, Any]]) -> None:
@@ -74,14 +74,14 @@ class LossAlarms:
             self._not_finite.discard(key)
         elif key not in self._not_finite:
             self._not_finite.add(key)
-            self._tell("loss_not_finite", f"the {key.replace('_', ' ')} is {row[key]}", row)
+            self._report("loss_not_finite", f"the {key.replace('_', ' ')} is {row[key]}", row)
 
     def _see_skips(self, row: dict[str, Any]) -> None:
         skipped = row["skipped_steps"] - self._num_skipped
         self._num_skipped = row["skipped_steps"]
         if skipped > 0 and not self._skipping:
-            what = "the last step" if skipped == 1 else f"{skipped} steps up to here"
-            self._tell("skipped_steps", f"{what} changed nothing: the gradient was not finite", row)
+            what = "1 step was" if skipped == 1 else f"{skipped} steps were"
+            self._report("skipped_steps", f"{what} skipped up to here: the gradient was not finite", row)
         self._skipping = skipped > 0
 
     def _see_loss(self, row: dict[str, Any]) -> None:
@@ -98,15 +98,15 @@ class LossAlarms:
                     text += f"; the gradient norm is {number(norm)}, usually {usual}"
                 if "lr" in row:
                     text += f"; the learning rate is {number(row['lr'])}"
-                self._tell("loss_spike", text, row, loss=loss, median=median, limit=limit)
+                self._report("loss_spike", text, row, loss=loss, median=median, limit=limit)
             self._num_calm = 0 if loss > limit else self._num_calm + 1
         self._losses.append(loss)
         if norm is not None and math.isfinite(norm):
             self._norms.append(norm)
 
-    def _tell(self, kind: str, text: str, row: dict[str, Any], **more: Any) -> None:
-        """Append the event, unless an earlier start took the same step and told it."""
-        if not self._silent and (kind, row["step"]) not in self._told:
+    def _report(self, kind: str, text: str, row: dict[str, Any], **more: Any) -> None:
+        """Append the event, unless an earlier start reported it for the same step."""
+        if not self._silent and (kind, row["step"]) not in self._reported:
             about = {name: row[name] for name in ("gradient_norm", "lr", "tokens") if name in row}
             events.append(self._directory, kind, text, step=row["step"], **about, **more)
 
@@ -121,28 +121,28 @@ class ProgressAlarm:
         self._observer = observer
         self._seen = self._state()
         self._quiet_seconds = 0.0
-        self._told = False
+        self._reported = False
 
     def check(self, *, seconds: float) -> None:
         """Look again. seconds: since the last call, without time in which this process itself stood still."""
         state = self._state()
         if state != self._seen:
-            if self._told:
+            if self._reported:
                 text = f"the run moves again, after {self._quiet_seconds / 60:.1f} minutes"
-                self._tell("progress", text, since=("no_progress",))
-            self._seen, self._quiet_seconds, self._told = state, 0.0, False
+                self._report("progress", text, since=("no_progress",))
+            self._seen, self._quiet_seconds, self._reported = state, 0.0, False
             return
         self._quiet_seconds += seconds
-        if self._limit and self._quiet_seconds >= self._limit and not self._told:
-            self._told = True
+        if self._limit and self._quiet_seconds >= self._limit and not self._reported:
+            self._reported = True
             text = (
                 f"no new line in metrics.jsonl for {self._quiet_seconds / 60:.1f} minutes, seen from "
                 f"{self._observer}; a worker may hang: look at the processes, or stop the run and run the "
                 "same command again, which resumes it (record.stalled_minutes)"
             )
-            self._tell("no_progress", text, since=("progress", *events.STARTS, *events.WORKERS))
+            self._report("no_progress", text, since=("progress", *events.STARTS, *events.WORKERS))
 
-    def _tell(self, kind: str, text: str, *, since: Sequence[str]) -> None:
+    def _report(self, kind: str, text: str, *, since: Sequence[str]) -> None:
         """Append the event, unless another observer has."""
         events.append_first(self._directory, kind, text, among=(kind,), since=since)
 
@@ -156,7 +156,7 @@ class DiskAlarm:
     def __init__(self, directory: Path, *, gigabytes: float) -> None:
         self._directory = directory
         self._bytes = gigabytes * 1e9
-        self._told = False
+        self._reported = False
 
     def check(self) -> None:
         """Look again. Raises `OSError`: the file system does not answer."""
@@ -164,13 +164,13 @@ class DiskAlarm:
         newest = runs.complete_checkpoints(self._directory / "checkpoints")[-1:]
         checkpoint = sum(file.stat().st_size for folder in newest for file in folder.iterdir())
         limit = max(self._bytes, CHECKPOINTS * checkpoint)
-        if free < limit and not self._told:
-            self._told = True
+        if free < limit and not self._reported:
+            self._reported = True
             why = f"a checkpoint takes {size_text(checkpoint)}" if checkpoint else "record.disk_free_gb"
             text = f"{size_text(free)} free at {self._directory}, less than {size_text(limit)} ({why})"
             events.append(self._directory, "disk_nearly_full", f"{text}; free some space", free_bytes=free)
         elif free > ENOUGH * limit:
-            self._told = False
+            self._reported = False
 
 
 def _stat(path: Path) -> tuple[int, int, int] | None:

@@ -14,8 +14,7 @@ from cluster.record import events
 SENT = "wandb_alerts_sent"  # in the run directory: the W&B run's id, and up to which byte its events are sent
 MOST_TITLE = 63  # letters; W&B's titles are shorter than 64
 SECONDS = 1.0  # between looks into events.jsonl
-# between alerts of one title; W&B takes 0 for a minute
-WAIT = timedelta(milliseconds=1)
+WAIT = timedelta(milliseconds=1)  # between alerts of one title; W&B reads 0 as a minute
 
 
 class Alerts:
@@ -23,9 +22,9 @@ class Alerts:
 
     Args:
         name: the run's, for the titles.
-        run_id: the W&B run, to which an earlier start may have sent some. None: begin with the first event.
-            Offline each start has a file of its own, and only the newest is uploaded: it holds all alerts.
-        alert: of the W&B run.
+        run_id: the W&B run, to which an earlier start may have sent some. None offline, to begin with the
+            first event: each offline start has a file of its own, and only the newest file is uploaded.
+        alert: the method of the W&B run.
     """
 
     def __init__(self, directory: Path, *, name: str, run_id: str | None, alert: Callable[..., None]) -> None:

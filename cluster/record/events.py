@@ -24,7 +24,7 @@ INFO, WARNING, ERROR = "info", "warning", "error"
 KINDS = {  # kind -> its level, and what it reports
     "started": (INFO, "a run began at step 0"),
     "resumed": (INFO, "the same command continues a run from a checkpoint"),
-    "workers": (INFO, "the workers of a start take their first step"),
+    "workers": (INFO, "the workers of a start are ready to take their first step"),
     "restarted": (WARNING, "Ray started the workers again, from the newest checkpoint"),
     "worker_failed": (WARNING, "a worker ended with an error; Ray may start the workers again"),
     "checkpoint": (INFO, "a checkpoint was written"),
@@ -33,10 +33,10 @@ KINDS = {  # kind -> its level, and what it reports
     "finished": (INFO, "the run took its last step"),
     "stopped": (INFO, "a user ended the run"),
     "failed": (ERROR, "the run ended with an error"),
-    "killed": (ERROR, "an earlier start ended without a last word; the next start reports it"),
+    "killed": (ERROR, "an earlier start did not report its end; the next start does"),
     "loss_not_finite": (ERROR, "a loss became NaN or infinite"),
     "loss_spike": (WARNING, "the loss rose far above its recent values"),
-    "skipped_steps": (WARNING, "steps changed nothing, because their gradient was not finite"),
+    "skipped_steps": (WARNING, "steps were skipped, because their gradient was not finite"),
     "no_progress": (ERROR, "neither a line of metrics.jsonl nor a checkpoint for some minutes"),
     "progress": (INFO, "the run moves again after no_progress"),
     "node_lost": (ERROR, "a node left Ray while the run was going"),
@@ -45,7 +45,7 @@ KINDS = {  # kind -> its level, and what it reports
 }
 STARTS = ("started", "resumed")  # of the run, by its launcher
 WORKERS = ("workers", "restarted")  # of its workers, by rank 0
-ENDS = ("finished", "stopped", "failed", "killed")  # each ends one start of a run, and one alone
+ENDS = ("finished", "stopped", "failed", "killed")  # every start of a run ends with exactly one
 
 
 def append(
@@ -53,8 +53,8 @@ def append(
 ) -> None:
     """Append one event, with one write. On return it survives the death of the process (SIGKILL too).
 
-    Without `level` it is the one of KINDS. If the file cannot be written, say because the disk is full, the
-    event is printed on stderr instead: an event never ends a run.
+    `level` defaults to that of the kind in KINDS. If the file cannot be written, say because the disk is
+    full, the event is printed on stderr instead: an event never ends a run.
 
     Args:
         text: one sentence.
@@ -95,8 +95,8 @@ def end(directory: Path, kind: str, text: str, *, step: int | None = None, **mor
 def append_first(
     directory: Path, kind: str, text: str, *, among: Sequence[str], since: Sequence[str], **more: Any
 ) -> None:
-    """Append an event, unless another process was first with one `among` these kinds `since` those kinds."""
-    with suppress(OSError), (directory / FILE).open("ab") as file:  # storage without locks: without one then
+    """Append an event, unless one of the kinds `among` follows the newest of the kinds `since` already."""
+    with suppress(OSError), (directory / FILE).open("ab") as file:  # storage without locks: see the last line
         fcntl.flock(file, fcntl.LOCK_EX)
         if newest(read(directory), (*among, *since)) not in among:
             append(directory, kind, text, **more)

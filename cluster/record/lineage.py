@@ -118,7 +118,7 @@ def _held(made: Origin) -> Iterator[str]:
 
 def _missing(made: Origin, root: Origin) -> Iterator[str]:
     """What cannot be found any more, and where its facts come from."""
-    path, facts = origins.place_of(made), f"what is said here is from {root['path'] or root['name']}"
+    path, facts = origins.place_of(made), f"these facts are from {root['path'] or root['name']}"
     if made["kind"] == "run":
         yield from _run_missing(made, path, facts)
     elif path is None:
@@ -150,7 +150,7 @@ def _run_id(directory: Path | None) -> str | None:
 
 
 def _fingerprint_at(path: Path, made: Origin) -> str | None:
-    """Of what lies there now; of a data set, which is checked where it is opened, the recorded one."""
+    """The fingerprint of what is there now; the recorded one of a data set, which is checked when opened."""
     if made["kind"] not in ("checkpoint", "export", "model", "baseline", "evaluation"):
         return made["fingerprint"]
     try:

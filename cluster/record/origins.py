@@ -192,7 +192,7 @@ def of_endpoint(model: str, url: str, said: Any) -> Origin:
 
 
 def without_places(made: Origin) -> Origin:
-    """For clients, who need not know this machine's folders: without paths from outside the project's."""
+    """The origin without paths outside the project: clients need not know this machine's folders."""
     path = made["path"] if made["path"] and not Path(made["path"]).is_absolute() else None
     return {**made, "path": path, "inputs": [without_places(each) for each in made["inputs"]]}
 
@@ -219,7 +219,7 @@ def of_results(file: Path, content: Mapping[str, Any] | None = None) -> Origin:
 
 
 def checked(content: Any, *, deepest: int = DEEPEST) -> Origin:
-    """An origin out of a file that others may have written. Raises `ValueError`: it is none."""
+    """Check an origin from a file that others may have written. Raises `ValueError` if it is none."""
     if not isinstance(content, dict) or not deepest:
         raise ValueError(f"not an origin: {str(content)[:80]}")
     made = {**dict.fromkeys(_ALWAYS), **content}
@@ -256,7 +256,7 @@ def place_of(made: Origin) -> Path | None:
 
 
 def _inputs(about: Mapping[str, Any]) -> list[Origin]:
-    """Of a provenance; one that was written before there were inputs still holds the data's fingerprint."""
+    """The inputs in a provenance. One from before `inputs` existed still holds the data's fingerprint."""
     if about.get("inputs"):
         return [checked(each) for each in about["inputs"]]
     fingerprint = about.get("data_fingerprint")
@@ -264,6 +264,7 @@ def _inputs(about: Mapping[str, Any]) -> list[Origin]:
 
 
 def short_commit(about: Mapping[str, Any]) -> str:
+    """The first letters of the commit, and whether the code had uncommitted changes."""
     return f"{str(about.get('commit'))[:12]}{' with uncommitted changes' * bool(about.get('dirty'))}"
 
 
@@ -276,5 +277,6 @@ def _size(file: Path) -> int | None:
 
 
 def short_path(path: Path) -> str:
+    """Relative to the project's folder if it lies inside, else absolute."""
     path = path.absolute()
     return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else str(path)

@@ -33,7 +33,7 @@ def collect(
             program of ours is named from our root.
         data_fingerprint: hash of the data manifest, or None for work without data.
         packages: names of distributions whose versions matter.
-        config_changes: of `cluster.config.changes`: what differs from the defaults of this version.
+        config_changes: from `cluster.config.changes`: what differs from the defaults of this version.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

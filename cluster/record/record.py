@@ -136,15 +136,15 @@ class Record:
         self._mirror.table(name, columns, masked(rows))
 
     def file(self, path: Path) -> None:
-        """Keep a copy of a file in W&B, by its name. It must stay as it is until the record is finished."""
+        """Keep a copy of a file in W&B, by its name. It must not change until the record is finished."""
         self._mirror.file(path)
 
     def output(self, made: origins.Origin) -> None:
-        """Show a thing that the run made in W&B: an artifact by reference, without its content."""
+        """Log what the run made as an artifact of W&B: by reference, without its content."""
         self._mirror.artifact(masked(made), used=False)
 
     def image(self, name: str, path: Path) -> None:
-        """Show a picture in W&B. The file must stay as it is until the record is finished."""
+        """Show a picture in W&B. The file must not change until the record is finished."""
         self._mirror.image(name, path)
 
     def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:

@@ -37,9 +37,9 @@ def record_result(
     """Write a whole record at once, and wait for W&B within the bounds of `Mirror`. Returns W&B's status.
 
     Args:
-        directory: the run directory; made if missing. `.record` is added where a file has this name.
+        directory: the run directory; made if missing. If a file has its name, `.record` is appended.
         job_type, config, provenance, wandb_mode, project, name, tags, inputs: as in `Record.open`.
-        group: in W&B; the job type by default.
+        group: in W&B; default: the job type.
         summary: JSON-ready; goes to `summary.json`.
         tables, images: what W&B shows, by name.
         attachments: files to keep in W&B.

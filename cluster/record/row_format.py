@@ -1,4 +1,4 @@
-"""How a row stands in `metrics.jsonl`, and whether one is being written. Standard library only.
+"""How `metrics.jsonl` holds a row, and whether a record is writing to it. Standard library only.
 
 Strict JSON has no NaN and no infinity. Such a value is null beside `<key>_nonfinite`: "nan", "inf" or "-inf".
 """
@@ -48,7 +48,7 @@ def is_being_written(path: Path) -> bool:
 
 
 def claim(descriptor: int) -> None:
-    """Let `is_being_written` see this writer, until its process ends. A reader that looks is soon gone."""
+    """Take the lock that `is_being_written` looks for, until the process ends. Readers hold it briefly."""
     for _ in range(100):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

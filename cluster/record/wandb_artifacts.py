@@ -48,7 +48,7 @@ def _log(run: Any, made: Origin, *, used: bool) -> None:
     )
     artifact.finalize()
     aliases = [] if used else ["latest", *([f"step-{made['step']}"] if "step" in made else [])]
-    # What a user of it creates is nobody's output: W&B shows as its maker only the run that made it.
+    # `is_user_created` keeps W&B from showing a run that only uses the thing as its maker.
     run._interface.publish_artifact(run, artifact, aliases, is_user_created=used, use_after_commit=used)
 
 

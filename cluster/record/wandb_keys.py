@@ -24,13 +24,13 @@ JOB_TYPES = {  # job type -> section of the keys that have none of their own
     "launcher-bench": "bench",
 }
 
-_NAMED = {"tuning_loss": "validation/tuning_loss", "noise": "noise/layers"}  # whatever the job
+_NAMED = {"tuning_loss": "validation/tuning_loss", "noise": "noise/layers"}  # for every job type
 _SECTION_FIRST = re.compile(r"(optimizer|noise|validation|serve|parity|preflight|study|bench)_(.+)")
 _THROUGHPUT = re.compile(
     r"(?:.*_)?(?:step_seconds|tokens_per_second|mfu)(?:_.*)?"
     r"|(?:data|compute|communication|memory)_.+|.*_(?:seconds|bytes)"
 )
-_SERVING_OWN = ("seconds",)  # of a serving bench's row: how long its load took, and no axis
+_SERVING_OWN = ("seconds",)  # in a serving bench's row it is the length of the load, not an axis
 
 _MEAN = re.compile(r"throughput/(?:step_seconds|tokens_per_second|mfu|mfu_of_measured|data_.+)")
 _LEAST = re.compile(r"validation/.*loss")

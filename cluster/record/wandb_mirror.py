@@ -64,7 +64,7 @@ class Mirror:
         return "; ".join([self._state, *self._problems, *missed])
 
     def put(self, row: dict[str, Any], *, seconds: float) -> None:
-        """Hand over a row; it is missed if W&B is `MAX_WAITING_ROWS` behind, ignored if W&B failed."""
+        """Hand over a row. It is left out and counted if `MAX_WAITING_ROWS` wait, ignored if W&B failed."""
         if self._calls.qsize() < self.MAX_WAITING_ROWS:
             self.call(lambda run: self._log(run, row, seconds=seconds))
         else:
@@ -118,7 +118,7 @@ class Mirror:
         self._calls.put(None)
         self._thread.join(self.CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._problems.append(f"W&B was not done {self.CLOSE_SECONDS:g} s after the run; left behind")
+            self._problems.append(f"W&B had not finished {self.CLOSE_SECONDS:g} s after the run")
 
     def _work(self, mode: str) -> None:
         try:
@@ -259,7 +259,7 @@ def _image(path: Path) -> Any:
 
 
 def _is_table(value: Any) -> bool:
-    """Whether it is a list of lists or objects, which W&B's summary shows to nobody."""
+    """Whether it is a list of lists or objects, which W&B's summary does not show."""
     return isinstance(value, list) and any(isinstance(each, list | dict) for each in value)
 
 

@@ -83,7 +83,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart on a page, Bokeh's figure, and what is to be said below it."""
+    """A chart on a page: Bokeh's figure, and notes that stand below it."""
 
     title: str
     figure: Any
@@ -134,7 +134,7 @@ class Charts:
         notes: Sequence[str] = (),
         height: int = 260,
     ) -> Chart:
-        """A chart of these curves. `unit`: what stands at the y axis."""
+        """A chart of these curves. `unit`: the label of the y axis."""
         drawn = [thin(curve.x, curve.y) for curve in curves]
         logarithmic = _is_wide(np.concatenate([y for _, y in drawn]))
         figure = self._figure(", ".join(filter(None, (unit, "log scale" * logarithmic))), logarithmic, height)

@@ -27,7 +27,7 @@ from cluster.review.outcome import Outcome, loss_at, tokens_to
 from cluster.review.run_reader import FINISHED, Run
 from cluster.review.words import commit, number, plain
 
-BOOKKEEPING = ("run.", "record.", "session.", "checkpoint.", "data.directory", "launcher")  # not a setting
+BOOKKEEPING = ("run.", "record.", "session.", "checkpoint.", "data.directory", "launcher")  # make no setting
 PAGE = "compare.html"
 
 
@@ -54,10 +54,10 @@ class Setting:
 class Difference:
     """Mean validation loss of a setting minus that of another, in nats per token, with its 95% interval.
 
-    Bounds are None if one of them has a single run: there is no spread between seeds then.
+    Bounds are None if a setting has a single run, which shows no spread between seeds.
 
     Attributes:
-        apart: every loss of the one is above every loss of the other.
+        apart: every loss of the first setting is above every loss of the other.
         paired: the interval is of the differences between runs of equal seed, which share their initial
             weights and the order of their data.
     """
@@ -122,7 +122,7 @@ class Comparison:
         return Difference.of(*(each.losses(self.tokens) for each in (setting, self.ranked[0])))
 
     def sentence(self) -> str:
-        """Which is better, by how much, and whether the seeds allow to say so."""
+        """Which is better, by how much, and whether the seeds are enough to decide it."""
         if len(self.ranked) < 2 or self.tokens is None:
             if self.ranked and len(self.settings) == 1:
                 losses = self.losses(self.ranked[0])
@@ -156,7 +156,7 @@ class Comparison:
         how = f"95% interval of the difference{' between equal seeds' if difference.paired else ''}"
         if difference.decided:
             chosen = f", not corrected for being the best of {len(self.ranked)}" * (len(self.ranked) > 2)
-            return f"The seeds bear this out: the {how} is {difference.interval} nats{chosen}."
+            return f"The seeds confirm this: the {how} is {difference.interval} nats{chosen}."
         apart = f", although every run of {best.name} is below every run of {second.name}" * difference.apart
         return f"Not decided: the {how}, {difference.interval} nats, includes zero{apart}; run more seeds."
 
@@ -256,7 +256,7 @@ def _settings_table(comparison: Comparison) -> Iterator[Table]:
 
 
 def _runs_table(comparison: Comparison) -> Table:
-    """A row for each run, as they were named."""
+    """A row for each run, in the order given."""
     target, at = comparison.target, comparison.tokens
     together = all(outcome.tokens == at for outcome in comparison.outcomes.values())
     best = min((loss for setting in comparison.settings for loss in comparison.losses(setting)), default=None)

@@ -34,7 +34,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page. `texts`: (heading, text as it is)."""
+    """A part of the page. `texts`: (heading, preformatted text)."""
 
     title: str
     paragraphs: list[str] = field(default_factory=list)

@@ -9,7 +9,7 @@ from cluster.display import duration
 from cluster.review.run_reader import FINISHED, Run
 from cluster.review.words import commit, number
 
-Curve = Sequence[tuple[int, float]]  # (tokens, validation loss in nats per token), tokens ascending
+LossCurve = Sequence[tuple[int, float]]  # (tokens, validation loss in nats per token), tokens ascending
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Outcome:
     run: Run
 
     @cached_property
-    def curve(self) -> Curve:
+    def curve(self) -> LossCurve:
         """Validation losses over tokens."""
         pairs = zip(*self.run.curve("validation_loss", over="tokens"), strict=True)
         return tuple((int(tokens), loss) for tokens, loss in pairs)
@@ -36,13 +36,13 @@ class Outcome:
 
     @property
     def tokens(self) -> int | None:
-        """Trained on so far."""
+        """Tokens trained on so far."""
         found = self.run.latest.get("tokens")
         return found if isinstance(found, int) else None
 
     @property
     def seconds(self) -> float | None:
-        """Of the training loop, over all starts; until there is a summary, those of the newest row."""
+        """Time of the training loop over all starts; without a summary, up to the newest row."""
         found = (self.run.summary or {}).get("wall_seconds")
         if isinstance(found, int | float) and abs(found) < 1e15:
             return found
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median step's; until there is a summary, the newest row's."""
+        """Rate of the median step; without a summary, that of the newest row."""
         found = (self.run.summary or {}).get("tokens_per_second", self.run.latest.get("tokens_per_second"))
         return found if isinstance(found, int | float) else None
 
@@ -75,7 +75,7 @@ def sentence(run: Run, *, measured: str = "") -> str:
     return head if run.state.name == FINISHED else f"{head} {reason[:1].upper()}{reason[1:]}."
 
 
-def tokens_to(curve: Curve, target: float) -> float | None:
+def tokens_to(curve: LossCurve, target: float) -> float | None:
     """Tokens at which the curve first reaches `target` (nats per token), linearly between evaluations.
 
     None if it never does. A curve that begins at or below the target reaches it at its first point.
@@ -91,7 +91,7 @@ def tokens_to(curve: Curve, target: float) -> float | None:
     return None
 
 
-def loss_at(curve: Curve, tokens: float) -> float | None:
+def loss_at(curve: LossCurve, tokens: float) -> float | None:
     """The loss at these tokens, linearly between evaluations; None outside of the curve."""
     before: tuple[int, float] | None = None
     for place, loss in curve:

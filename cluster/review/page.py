@@ -65,7 +65,7 @@ def make_page(run: Run) -> Page:
         try:
             return make()
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-            problems.append(f"{name}: not shown: a file holds what it should not ({error!r})")
+            problems.append(f"{name}: not shown: a file holds an unexpected value ({error!r})")
             return instead
 
     marked = part("marks of events", lambda: numbered(run), {})

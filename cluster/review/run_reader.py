@@ -31,7 +31,7 @@ from cluster.review import columns
 from cluster.review.columns import Column
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
-ENDS = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
+STATE_OF_END = {"failed": FAILED, "killed": FAILED, "stopped": STOPPED}  # kinds of events
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, for the newest rows
 PATIENCE_SECONDS = 60.0  # a silent run counts as running for this long, and for three intervals of its rows
 
@@ -149,7 +149,7 @@ class Run:
 
     @cached_property
     def planned_steps(self) -> int | None:
-        """The steps that the configuration asks for; None where it is no training run."""
+        """The steps that the configuration asks for; None if it is no training run."""
         tokens, batch = self.config.get("schedule.tokens"), self.config.get("batch.tokens")
         return tokens // batch if isinstance(tokens, int) and isinstance(batch, int) and batch else None
 
@@ -172,11 +172,11 @@ class Run:
         return State(FAILED, f"it ended without a summary (killed, or its node was lost); {since}")
 
     def _end(self) -> State | None:
-        """How the newest start of the run ended, if it left a word."""
+        """How the newest start of the run ended, if an event or failure.log says so."""
         started = (self.directory / "provenance.json").stat().st_mtime if self.provenance else 0.0
         for event in reversed(self.events):
-            if (kind := str(event["kind"])) in ENDS and _unix(event.get("time")) >= started - 1:
-                return State(ENDS[kind], str(event["text"]))
+            if (kind := str(event["kind"])) in STATE_OF_END and _unix(event.get("time")) >= started - 1:
+                return State(STATE_OF_END[kind], str(event["text"]))
         log = self.directory / "failure.log"
         if log.exists() and log.stat().st_mtime >= started:
             return State(FAILED, f"{log} has the traceback")

@@ -25,7 +25,7 @@ def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
 
 
 def lines_of(run: Run) -> list[str]:
-    """What a run is at, and its newest warnings and errors. Needs the standard library only."""
+    """How far a run is, and its newest warnings and errors. Needs the standard library only."""
     try:
         return _lines_of(run)
     except (OSError, ValueError, TypeError) as error:  # which hides no other run

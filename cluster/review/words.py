@@ -7,7 +7,7 @@ from cluster import display
 
 
 def number(value: Any, *, digits: int = 5) -> str:
-    """A number in about so many digits, without trailing zeros: 6,500; 0.0153; 5.136; nan; "-" for None."""
+    """A number to about `digits` digits, without trailing zeros: 6,500; 0.0153; 5.136; nan; "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 from training.config import DataConfig
 from training.data.dataset import DataError
-from training.data.readers import Record, find, reading
+from training.data.readers import TextOrBad, find, reading
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000
 MIN_PARAGRAPH_CHARACTERS = 40
-FEW_HELD_OUT = 10  # documents to hold out, below which the text is divided and not the documents
+FEW_HELD_OUT = 10  # with fewer held-out documents, the text is divided instead of the documents
 
 
 class Document(NamedTuple):
@@ -60,8 +60,8 @@ class Skipped:
         self.first: list[str] = []
         self._max_fraction = max_fraction
 
-    def texts(self, records: Iterable[Record]) -> Iterator[str]:
-        """The usable ones. Raises `DataError` after the last: more than the fraction is not."""
+    def texts(self, records: Iterable[TextOrBad]) -> Iterator[str]:
+        """The usable texts. Raises `DataError` at the end if too many records cannot be used."""
         for record in records:
             self.records += 1
             if isinstance(record, str):
@@ -90,7 +90,7 @@ class Corpus:
     stem: str
     description: str
     identity: Any  # JSON value that determines the texts
-    records: Callable[[], Iterable[Record]]
+    records: Callable[[], Iterable[TextOrBad]]
 
     @classmethod
     def of(cls, config: DataConfig) -> "Corpus":
@@ -110,8 +110,8 @@ class Corpus:
     def divided(self, config: DataConfig, skipped: Skipped) -> Iterator[tuple[str, Document]]:
         """(split, document) of all documents.
 
-        A document's hash decides its split. Of few documents that would be a matter of luck: then the last
-        `data.validation_fraction` of the text is held out, and the document at the cut is cut at a line.
+        A document's hash decides its split. With few documents that would be a matter of luck, so the last
+        `data.validation_fraction` of the text is held out, and the document there is divided at a line.
         """
         fraction = config.validation_fraction
         first = itertools.islice(self.documents(Skipped(1.0)), math.ceil(FEW_HELD_OUT / fraction))

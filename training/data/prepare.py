@@ -242,7 +242,7 @@ def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | Non
     same tokens in training, sampling, the export and serving.
 
     Raises:
-        DataError: a post-processor of encoders.
+        DataError: the post-processor is for encoder models.
     """
     kind = processor["type"] if processor else None
     if processor and kind == "TemplateProcessing":
@@ -258,7 +258,7 @@ def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | Non
     if kind in (None, "ByteLevel"):
         return processor, []
     raise DataError(
-        f"data.tokenizer: its post-processor {kind} is one of encoders; set data.add_special_tokens=false"
+        f"data.tokenizer: its post-processor {kind} is for encoder models; set data.add_special_tokens=false"
     )
 
 

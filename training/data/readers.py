@@ -48,7 +48,7 @@ class Bad(NamedTuple):
     problem: str
 
 
-Record = str | Bad
+TextOrBad = str | Bad
 _DECODER = json.JSONDecoder(parse_int=float)  # only texts are used, and Python's int has a limit of digits
 
 
@@ -59,7 +59,7 @@ class SourceFile:
     Attributes:
         path: local path, or what its file system calls it.
         name: relative to the corpus.
-        identity: SHA-256 of a local file; size and what the file system tells apart versions by, elsewhere.
+        identity: SHA-256 of a local file; size and version (such as an ETag) of a remote one.
     """
 
     path: str
@@ -69,7 +69,7 @@ class SourceFile:
     identity: Any
     opener: Callable[[], IO[bytes]]
 
-    def records(self, field: str) -> Iterator[Record]:
+    def records(self, field: str) -> Iterator[TextOrBad]:
         """Its records in order; `field` holds the text of all but .txt."""
         with reading(self.path), self.opener() as stream:
             if self.kind == "parquet":
@@ -82,7 +82,7 @@ def find(source: str) -> tuple[list[SourceFile], str]:
     """The files of `data.source`, in order of path, and a note on those that were left out.
 
     Raises:
-        DataError: nothing there, nothing readable, or several kinds that cannot be told from companions.
+        DataError: nothing there, nothing readable, or too much of another kind to leave out.
     """
     candidates = list(_remote(source) if "://" in source else _local(source))
     if not candidates:
@@ -115,7 +115,7 @@ def find(source: str) -> tuple[list[SourceFile], str]:
 
 
 def kind_of(name: str) -> str | None:
-    """txt, jsonl, json or parquet by a file's name; None of what cannot be read."""
+    """txt, jsonl, json or parquet by a file's name; None if it cannot be read."""
     stem, suffix = os.path.splitext(name.lower())
     compressed = suffix in COMPRESSIONS
     kind = KINDS.get(os.path.splitext(stem)[1] if compressed else suffix)
@@ -217,21 +217,21 @@ def _decompressed(stream: IO[bytes], name: str) -> Any:
 # --- kinds --------------------------------------------------------------------------------------------
 
 
-def _txt(stream: IO[bytes], _field: str, _path: str) -> Iterator[Record]:
+def _txt(stream: IO[bytes], _field: str, _path: str) -> Iterator[TextOrBad]:
     """The whole file as one text; a long one in pieces of 1 to 2 Mi characters that end with a line."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     while piece := text.read(TEXT_PIECE_CHARACTERS) + text.readline(TEXT_PIECE_CHARACTERS):
         yield piece
 
 
-def _jsonl(stream: Iterable[bytes], field: str, path: str) -> Iterator[Record]:
+def _jsonl(stream: Iterable[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     for number, line in enumerate(stream, start=1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
             yield _parsed(line, field, where=f"{path}:{number}")
 
 
-def _parsed(line: bytes, field: str, *, where: str) -> Record:
+def _parsed(line: bytes, field: str, *, where: str) -> TextOrBad:
     remedy = "fix or remove the line"
     try:
         record = _DECODER.decode(line.decode())
@@ -244,7 +244,7 @@ def _parsed(line: bytes, field: str, *, where: str) -> Record:
     return text_of(record, field, where=where)
 
 
-def _json(stream: IO[bytes], field: str, path: str) -> Iterator[Record]:
+def _json(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     """An array of objects; else lines, as Spark and others write under this name."""
     head = b""
     while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := stream.read(1 << 12)):
@@ -324,7 +324,7 @@ class _JsonText:
 
 
 class _Joined(io.RawIOBase):
-    """What was read of a stream, and the rest of it."""
+    """A stream with the bytes that were already read from it put back in front."""
 
     def __init__(self, head: bytes, rest: IO[bytes]) -> None:
         self._head, self._rest = head, rest
@@ -342,7 +342,7 @@ class _Joined(io.RawIOBase):
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
 
 
-def text_of(record: Any, field: str, *, where: str) -> Record:
+def text_of(record: Any, field: str, *, where: str) -> TextOrBad:
     """The text in `field` of an object. "a.b" is b of the object in a, unless there is a field "a.b"."""
     remedy = "fix or remove the record"
     value = record
@@ -357,7 +357,7 @@ def text_of(record: Any, field: str, *, where: str) -> Record:
     return value
 
 
-def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[Record]:
+def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     import pyarrow  # here, because it takes half a second
     from pyarrow import compute, parquet
 
@@ -365,7 +365,7 @@ def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[Record]:
         with parquet.ParquetFile(stream) as table:
             inner = _column(table.schema_arrow, field, path)
             rows = itertools.count(1)
-            for group in range(table.num_row_groups):  # pyarrow cannot join the dictionaries of several
+            for group in range(table.num_row_groups):  # pyarrow cannot join dictionaries of several
                 for batch in table.iter_batches(batch_size=1024, columns=[field], row_groups=[group]):
                     column = compute.struct_field(batch.column(0), inner) if inner else batch.column(0)
                     if pyarrow.types.is_dictionary(column.type):
@@ -394,7 +394,7 @@ def _column(schema: Any, field: str, path: str) -> list[str]:
     return names[1:]
 
 
-def _cell(value: str | bytes | None, field: str, *, where: str) -> Record:
+def _cell(value: str | bytes | None, field: str, *, where: str) -> TextOrBad:
     if value is None:
         return Bad(where, f"no text in {field!r}; remove the row")
     if isinstance(value, bytes):
@@ -405,7 +405,7 @@ def _cell(value: str | bytes | None, field: str, *, where: str) -> Record:
     return value
 
 
-_READERS: dict[str, Callable[[Any, str, str], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Any, str, str], Iterator[TextOrBad]]] = {
     "txt": _txt,
     "jsonl": _jsonl,
     "json": _json,

@@ -182,9 +182,8 @@ def _tell_start(start: Start, damaged: list[str]) -> None:
         )
     else:
         if not events.has_ended(events.read(directory)):
-            events.end(
-                directory, "killed", "the start before left no last word: killed, or its node was lost"
-            )
+            text = "the start before did not report its end: it was killed, or its node was lost"
+            events.end(directory, "killed", text)
         text, step = f"the run continues from {saved.name}", step_of(saved)
         events.append(directory, "resumed", text, step=step, num_steps=num_steps)
     for line in damaged:

@@ -66,7 +66,7 @@ class RunWatch(_Background):
 
     Args:
         observer: the process in which this runs, for the events.
-        note: shows a line. None: only watch whether the run makes progress, for where another shows the rest.
+        note: shows a line. None: only watch whether the run makes progress; another process shows the rest.
     """
 
     POLL_SECONDS = 2.0
@@ -176,7 +176,7 @@ class Follower(_Background):
 
 @contextmanager
 def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) -> Iterator[None]:
-    """An error or a signal in the block becomes an event, before it goes on. The first process reports it.
+    """Append an event for an error or a signal in the block, and raise it again. One process reports it.
 
     Args:
         who: begins the event's text, such as "rank 3: ".
@@ -209,9 +209,9 @@ def reason(error: BaseException) -> str:
 
 
 def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossAlarms:
-    """The event that the workers go on from `step`. Returns what watches their losses.
+    """Append the event that the workers go on from `step`. Returns the alarms for their losses.
 
-    It comes before their record opens, which takes back the lines after `step`.
+    Call it before the record opens, which drops the lines after `step`.
     """
     directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
@@ -231,7 +231,7 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
 
 
 def report_checkpoint(config: TrainConfig, *, step: int) -> None:
-    """The event that a checkpoint was written."""
+    """Append the event that a checkpoint was written."""
     folder = step_directory(config.run_directory / "checkpoints", step)
     size = sum(file.stat().st_size for file in folder.iterdir())
     text = f"{folder.name} is complete, {size_text(size)}"
@@ -239,14 +239,14 @@ def report_checkpoint(config: TrainConfig, *, step: int) -> None:
 
 
 def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """The event that the run is finished."""
+    """Append the event that the run is finished."""
     text = f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens"
     events.end(config.run_directory, "finished", text, step=summary["step"])
 
 
 def report_stop(config: TrainConfig, *, step: int) -> None:
-    """The event that the run stopped because it was asked to."""
-    text = f"asked to stop, after step {step}; the same command resumes it"
+    """Append the event that the run stopped because it was asked to."""
+    text = f"stopped on request after step {step}; the same command resumes it"
     events.end(config.run_directory, "stopped", text, step=step)
 
 
@@ -255,10 +255,10 @@ class TrainingError(RunError):
 
 
 class Skips:
-    """Watches for a run that is broken: steps skipped for gradients, and state, that are not finite.
+    """Watches for a broken run: too many skipped steps, or weights or optimizer state not finite.
 
     Attributes:
-        in_a_row: the newest steps that were skipped.
+        in_a_row: how many of the newest steps were skipped without one between.
     """
 
     MOST_IN_A_ROW = 20
@@ -311,6 +311,6 @@ class Skips:
         if problem and final is not None:
             raise TrainingError(f"step {self._step}: {problem}, so it has no checkpoint; {self.REMEDY}")
         if problem and context.is_main:
-            text = f"no checkpoint of step {self._step}, so that the ones before stay: {problem}"
+            text = f"no checkpoint at step {self._step}, so that earlier ones stay: {problem}"
             events.append(self._directory, "checkpoint_withheld", text, step=self._step)
         return problem is None

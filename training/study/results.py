@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.review.outcome import Curve, Outcome, tokens_to
+from cluster.review.outcome import LossCurve, Outcome, tokens_to
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.study.config import RuleConfig
@@ -54,7 +54,7 @@ class Result:
     seconds: float | None = None
     error: str | None = None
     commit: str | None = None
-    curve: Curve = ()
+    curve: LossCurve = ()
 
     @property
     def ok(self) -> bool:
@@ -310,7 +310,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _finite_curve(curve: Curve) -> list[list[float | None]]:
+def _finite_curve(curve: LossCurve) -> list[list[float | None]]:
     return [[tokens, loss if math.isfinite(loss) else None] for tokens, loss in curve]
 
 

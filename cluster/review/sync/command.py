@@ -52,7 +52,7 @@ def sync(directories: Sequence[Path]) -> None:
         for run in dict.fromkeys(segment.run for segment in pending):
             if not _lock(run, held):
                 problems[name_of(run)] = "another `make sync` is sending it"
-        pending = [segment for segment in pending if not segment.sent]  # by another one, just before
+        pending = [segment for segment in pending if not segment.sent]  # meanwhile, by another one
         while pending := [segment for segment in pending if segment.name not in problems]:
             batch = _oldest_of_each_run(pending)
             pending = [segment for segment in pending if segment not in batch]
@@ -71,7 +71,7 @@ def _stage(segment: Segment, segments: Sequence[Segment], uploads: Uploads) -> S
     newest = later[-1] if later else segment
     live = Run(segment.run).state.name == RUNNING
     if newest.online and (live or time.time() - newest.log.stat().st_mtime < FRESH_SECONDS):
-        print(f"{segment.name}: it sends its rows itself at this moment; left alone", flush=True)
+        print(f"{segment.name}: the run is sending its rows itself; left alone", flush=True)
         return None
     there = uploads.there(segment)
     folder = segment.run / "wandb" / STAGE / segment.log.parent.name

@@ -219,9 +219,9 @@ class Staged:
 
 
 def _ended_once(records: Iterable[Any], *, finished: bool) -> Iterator[Any]:
-    """The records with one end, and last: a run that timed out at its end may have two, and rows between.
+    """The records with a single end, in last place. A run that timed out may have two, with rows between.
 
-    Without any, wandb ends the run as failed. With one that is not `finished`, the run goes on in W&B.
+    Without an end, wandb ends the run as failed. With one that is not `finished`, the run goes on in W&B.
     """
     record = end = None
     for record in records:

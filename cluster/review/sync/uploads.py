@@ -23,7 +23,7 @@ ANSWER_SECONDS = 20.0
 LOST_SECONDS = 60.0  # without an answer before an upload is given up; wandb itself would go on for a week
 SHOWN_SECONDS = 30.0  # until the server shows the rows that it took in
 KEY = "run `.venv/bin/wandb login`, or set WANDB_API_KEY"
-AGAIN = "what it has not taken in is kept: run `make sync` again"
+AGAIN = "rows that it lacks are still on disk: run `make sync` again"
 _IGNORED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SILENT", "WANDB_QUIET", "WANDB_MODE")
 
 
@@ -71,7 +71,7 @@ class Uploads:
         except AuthenticationError as error:
             raise UserError(f"{url} refused the API key; {KEY}") from error
         entity = settings.entity
-        with suppress(Exception):  # a server of another make: `there` will see what it can do
+        with suppress(Exception):  # a server that is not W&B's may lack this; `there` finds that out
             entity = entity or api.default_entity
         return cls(url, api, entity=entity or "")
 

@@ -110,7 +110,7 @@ def test_steps_that_were_skipped_are_one_event_per_series(tmp_path):
     for step, skipped in enumerate([0, 1, 2, 3, 3, 3, 5]):
         alarms.see(row(step, 3.0, skipped=skipped))
     assert told(tmp_path) == [("skipped_steps", 1), ("skipped_steps", 6)]
-    assert "2 steps up to here" in events.read(tmp_path)[1]["text"]
+    assert "2 steps were skipped" in events.read(tmp_path)[1]["text"]
 
 
 def test_a_resumed_run_goes_on_with_what_it_saw_and_tells_no_step_twice(tmp_path):

@@ -105,7 +105,7 @@ def test_an_export_that_was_copied_elsewhere_still_knows_its_run_when_that_is_go
     shutil.rmtree(run)
     shown = describe(find(str(copy)))
     assert f"at {copy}" in shown and "commit aaaaaaaaaaaa" in shown and "fingerprint dddddddddddd" in shown
-    gone = f"(deleted, moved, or on another machine); what is said here is from {copy}"
+    gone = f"(deleted, moved, or on another machine); these facts are from {copy}"
     assert f"the run directory is not there {gone}" in shown
     assert f"not there (pruned, {gone[1:]}" in shown  # the checkpoint
     assert shown.count("not there") == 3  # and the data
@@ -131,7 +131,7 @@ def test_what_was_written_anew_is_not_taken_for_what_was_measured(run, tmp_path)
     shutil.rmtree(run / "export")
     export_of(run / "checkpoints/step-0000005", run / "export")
     shown = describe(find(str(file)))
-    assert f"written anew since; what is said here is from {file}" in shown and "step 10" in shown
+    assert f"written anew since; these facts are from {file}" in shown and "step 10" in shown
     (run / "export/model.safetensors").write_bytes(b"other weights")
     changed = origins.of_model(run / "export")
     assert changed["fingerprint"] is None

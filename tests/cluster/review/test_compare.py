@@ -31,7 +31,7 @@ def test_seeds_that_agree_decide(tmp_path):
         "muon is better than adamw, by 0.503 nats per token (40% lower perplexity) at 1,000"
     )
     assert "reaches adamw's loss with 50% of the tokens" in said
-    assert "The seeds bear this out: the 95% interval of the difference between equal seeds" in said
+    assert "The seeds confirm this: the 95% interval of the difference between equal seeds" in said
 
 
 def test_the_best_of_several_says_that_it_was_chosen(tmp_path):

@@ -123,7 +123,7 @@ def test_files_that_hold_nonsense_cost_only_their_part_of_the_page(tmp_path):
         '{"time": 1, "kind": {}, "level": [], "step": "x", "text": null}\n'
     )
     text = read(directory).text
-    assert "system: not shown: a file holds what it should not" in text
+    assert "system: not shown: a file holds an unexpected value" in text
     assert "metrics.jsonl: 3 damaged lines left out" in text and " Learning rate " in text
 
 

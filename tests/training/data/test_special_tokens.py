@@ -102,7 +102,7 @@ def test_a_post_processor_of_encoders_is_refused_unless_it_is_not_wanted(
     }
     given = with_specials(tmp_path / "given.json", roberta)
     with pytest.raises(
-        DataError, match=r"RobertaProcessing is one of encoders; set data\.add_special_tokens=false"
+        DataError, match=r"RobertaProcessing is for encoder models; set data\.add_special_tokens=false"
     ):
         prepare(change(config, tokenizer=str(given)), report=silent)
     prepare(change(config, tokenizer=str(given), add_special_tokens=False), report=silent)
