@@ -158,6 +158,10 @@ def load(schema: type[T], *, file: Path | None = None, dotlist: Sequence[str] = 
             "${" not in text, name, f"{text!r}: in config.yaml, '${{' would be read as another key's value"
         )
         require(mask(text) == text, name, _SECRET)
+        try:
+            Path(text).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"{name}: {text}: there is no such user here; write the path out") from error
     return found
 
 
@@ -213,7 +217,7 @@ def _misread(schema: type, layer: DictConfig, written: _Written) -> Iterator[tup
         value = OmegaConf.select(layer, name)
         if text == "None" and type(None) in kinds:
             yield name, "'None' is a text; write null for no value"
-        elif int in kinds and isinstance(value, float) and value.is_integer():
+        elif int in kinds and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
             OmegaConf.update(layer, name, int(value))
         elif float in kinds and isinstance(value, int) and abs(value) > sys.float_info.max:
             yield name, f"a number of {len(text)} digits is too large"

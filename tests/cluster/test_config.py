@@ -104,6 +104,8 @@ def test_a_number_is_what_it_is_and_a_text_stays_as_it_is_written(text, expected
     [
         ("steps=1.5e0", "steps: "),
         ("steps=1e400", "steps: "),
+        ("steps=1e308", "steps: "),
+        ("name=~nobody-here/x", "name: ~nobody-here/x: there is no such user"),
         ("name=007", "name: YAML reads 007 as 7"),
         ("name=1e3", "name: YAML reads 1e3 as 1000.0"),
         ("name=on", "name: YAML reads on as True"),
