@@ -75,7 +75,7 @@ def append(
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             if os.pread(descriptor, 1, max(os.fstat(descriptor).st_size - 1, 0)) not in (b"", b"\n"):
-                line = b"\n" + line  # the one before is torn
+                line = b"\n" + line  # the one before is torn; or still being written: then a line is empty
             written = os.write(descriptor, line)
         finally:
             os.close(descriptor)
