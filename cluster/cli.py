@@ -5,12 +5,13 @@ is one message on stderr.
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,15 @@ def run(body: Callable[[], None]) -> int:
 
 
 @contextmanager
-def told_to_stop(tell: Callable[[], None]) -> Iterator[list[int]]:
+def told_to_stop(message: str, tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """For the length of a `with` block, the first SIGINT or SIGTERM calls `tell`; a second one interrupts.
 
     Yields the signals that have come. In a thread other than the main one, which alone may set handlers, it
     changes nothing.
+
+    Args:
+        message: written to stderr at the first signal, past Python's buffer: the signal may come while the
+            main thread itself prints, and a second print inside of it would be an error.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -105,6 +110,8 @@ def told_to_stop(tell: Callable[[], None]) -> Iterator[list[int]]:
         received.append(number)
         if len(received) > 1:
             raise KeyboardInterrupt
+        with suppress(OSError):  # nobody reads stderr any more
+            os.write(2, f"\n{message}\n".encode())
         tell()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

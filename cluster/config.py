@@ -35,10 +35,9 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """The values that a key allows: bounds of a number, choices, or the form of a text. Null always passes.
-    Infinity and NaN are refused unless `finite` is false.
+    """The values that a key allows: bounds of a number, choices, or the form of a text.
 
-    Of a list, each item is meant.
+    Null always passes. Infinity and NaN are refused unless `finite` is false. Of a list, each item is meant.
     """
 
     least: float | None = None

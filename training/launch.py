@@ -101,11 +101,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
 
-            def tell() -> None:
-                progress.note(STOPPING)
-                (config.run_directory / STOP).touch()
-
-            with told_to_stop(tell) as received:  # Ray has set handlers of its own
+            ask = (config.run_directory / STOP).touch
+            with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
                 finished = _fit(start)
     _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")
@@ -174,7 +171,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
-            received = stack.enter_context(told_to_stop(lambda: progress.note(STOPPING)))
+            received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
                 start, command=sys.argv, context=context, observe=ShowRows(config, progress),
                 asked_to_stop=lambda: bool(received),
