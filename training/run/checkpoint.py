@@ -221,10 +221,14 @@ class Checkpoint:
             raise DamagedError(f"{file}: corrupt ({error}); {self._remedy}") from error
 
     def verify(self) -> None:
-        """Raise a `DamagedError` unless every shard has the SHA-256 that it was written with."""
+        """Raise a `DamagedError` unless every shard is readable and has the SHA-256 that was written down."""
         names = list(self.state["files"])
-        with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(lambda name: files.sha256_of(self.path / name), names))
+        try:
+            with ThreadPoolExecutor() as pool:
+                hashes = list(pool.map(lambda name: files.sha256_of(self.path / name), names))
+        except OSError as error:  # such as an error of the disk
+            where = error.filename or self.path
+            raise DamagedError(f"{where}: unreadable ({error.strerror or error}); {self._remedy}") from error
         for name, found in zip(names, hashes, strict=True):
             if found != (written := self.state["files"][name]["sha256"]):
                 raise DamagedError(

@@ -1,5 +1,6 @@
 """Checkpoints of a process that is killed while it writes them."""
 
+import errno
 import itertools
 import os
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster import files
 from tests.waiting import wait_until
 from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
@@ -147,3 +149,18 @@ def test_a_run_whose_provenance_is_damaged_says_so_to_all_ranks_and_leaves_nothi
     with pytest.raises(checkpoint.CheckpointError, match=r"step-0000001: .*provenance\.json: not valid JSON"):
         write(tmp_path / "checkpoints", 1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_shard_that_the_disk_cannot_read_is_damage_too(tmp_path, monkeypatch):
+    write(tmp_path, 1, 2)
+    sha256_of = files.sha256_of
+
+    def failing(path: Path) -> str:
+        if path == tmp_path / "step-0000002" / SHARD:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return sha256_of(path)
+
+    monkeypatch.setattr(files, "sha256_of", failing)
+    reports: list[str] = []
+    assert checkpoint.newest_sound(tmp_path, report=reports.append) == tmp_path / "step-0000001"
+    assert f"step-0000002/{SHARD}: unreadable (Input/output error)" in reports[0]
