@@ -35,11 +35,11 @@ from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
-from training.run.start import PARTITION, Start
+from training.run.start import PARTITION, Start, report_checkpoint
+from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
-    report_checkpoint,
     report_end,
     report_failure,
     report_stop,
@@ -167,6 +167,7 @@ class Trainer:
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
+        self.writer = Writer(context)
         self.resumed_from: int | None = None
         self._wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
@@ -174,6 +175,10 @@ class Trainer:
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
+        with self.writer:
+            return self._run(output)
+
+    def _run(self, output: Output) -> dict[str, Any] | None:
         started = time.monotonic()
         held_out: dict[str, float] = {}
         if self.step == 0:
@@ -187,7 +192,9 @@ class Trainer:
                 last or _due(self.step, section.every_steps)
                 for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
             )
-            stopping = self.stop.due(self.step) and not last
+            stopping = self.stop.due(self.step, failed=self.writer.failed) and not last
+            if stopping:
+                self.writer.wait()  # raises, if that is why
             saving = saving or stopping
             probing = _due(self.step, self.config.optim.noise.measure_every_steps)
             if not (logging or evaluating or saving or probing or self.optimizer.inspect):
@@ -204,7 +211,8 @@ class Trainer:
             if row:
                 output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
             if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
-                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
+                wall_seconds = self._wall_seconds + time.monotonic() - started
+                self.save(output, wall_seconds=wall_seconds, waits=last or stopping)
                 self.context.report({"step": self.step})
             if stopping:
                 return None
@@ -288,15 +296,18 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> Path:
-        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
+    def save(self, output: Output, *, wall_seconds: float, waits: bool) -> None:
+        """Begin a checkpoint of the current step; once it is complete, drop those no longer kept.
 
-        wall_seconds: that the loop has taken until now, in this and in earlier starts.
+        Args:
+            wall_seconds: that the loop has taken until now, in this and in earlier starts.
+            waits: until it is complete, as it also does without `checkpoint.background`.
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
+        waits = waits or not self.config.checkpoint.background
         with self.spent.part("checkpoint"):
-            checkpoint.save(
-                path, shards=self.optimizer.shards(), context=self.context,
+            self.writer.begin(
+                path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -308,10 +319,16 @@ class Trainer:
                     "losses_since_line": self.losses.as_text(),
                 },
             )  # fmt: skip
-            if self.context.is_main:
-                report_checkpoint(self.config, step=self.step)
-                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
-        return path
+            if waits:
+                self.writer.wait()
+
+    def _saved(self, path: Path, output: Output) -> None:
+        """On rank 0, in the writer's thread."""
+        config = self.config
+        report_checkpoint(path)
+        output.checkpoint(path)
+        keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+        checkpoint.prune(path.parent, keep=keep, keep_every_steps=every)
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
