@@ -170,67 +170,14 @@ class Trainer:
         self.skips = Skips(config, num_steps=plan.num_steps)
         self.writer = Writer(context)
         self.resumed_from: int | None = None
-        self._wall_seconds = 0.0  # of the loop, in earlier starts
+        self.wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
             self._resume(Checkpoint(start.checkpoint))
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
         with self.writer:
-            return self._run(output)
-
-    def _run(self, output: Output) -> dict[str, Any] | None:
-        started = time.monotonic()
-        held_out: dict[str, float] = {}
-        if self.step == 0:
-            output.row({"step": 0, "tokens": 0, **self.validate()})
-        self._start_meter()
-        while self.step < self.plan.num_steps:
-            self.losses.add(self.take_step(phase=self.meter.phase))
-            self.meter.count_step()
-            last = self.step == self.plan.num_steps
-            logging, evaluating, saving = (
-                last or _due(self.step, section.every_steps)
-                for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
-            )
-            stopping = self.stop.due(self.step, failed=self.writer.failed) and not last
-            if stopping:
-                self.writer.wait()  # raises, if that is why
-            saving = saving or stopping
-            probing = _due(self.step, self.config.optim.noise.measure_every_steps)
-            if not (logging or evaluating or saving or probing or self.optimizer.inspect):
-                continue
-            self.context.synchronize()
-            self.meter.pause()
-            row = self.row() if logging else {}
-            if self.optimizer.inspect:
-                row |= self.optimizer_health()
-            if evaluating:
-                row |= (held_out := self.validate())
-            if probing:
-                row |= self.measure_noise()
-            if row:
-                output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
-            if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
-                wall_seconds = self._wall_seconds + time.monotonic() - started
-                self.save(output, wall_seconds=wall_seconds, waits=last or stopping)
-                self.context.report({"step": self.step})
-            if stopping:
-                return None
-            self._start_meter()
-        return {
-            "step": self.step,
-            "tokens": self.step * self.plan.tokens_per_step,
-            "skipped_steps": self.step - self.optimizer.applied_steps,
-            **(held_out or self.validate()),
-            "wall_seconds": self._wall_seconds + time.monotonic() - started,
-            "resumed_from_step": self.resumed_from,
-            "num_parameters": self.plan.shape.num_parameters,
-            "flops_per_token": self.plan.flops_per_token,
-            **self.meter.summary(),
-            "samples": self.sample(),
-            **self.spent.summary(),
-        }
+            return _run(self, output)
 
     def take_step(self, *, phase: Phase = nullcontext) -> Tensor:
         """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss.
@@ -336,12 +283,70 @@ class Trainer:
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
         self.skips.resume(saved.state)
-        self._wall_seconds = saved.state["wall_seconds"]
+        self.wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
-    def _start_meter(self) -> None:
+    def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
+    """`Trainer.run`: what is due after which step."""
+    config, plan = trainer.config, trainer.plan
+    started = time.monotonic()
+    held_out: dict[str, float] = {}
+    if trainer.step == 0:
+        output.row({"step": 0, "tokens": 0, **trainer.validate()})
+    trainer.start_meter()
+    while trainer.step < plan.num_steps:
+        trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
+        trainer.meter.count_step()
+        last = trainer.step == plan.num_steps
+        logging, evaluating, saving = (
+            last or _due(trainer.step, section.every_steps)
+            for section in (config.record, config.evaluation, config.checkpoint)
+        )
+        stopping = trainer.stop.due(trainer.step, failed=trainer.writer.failed) and not last
+        if stopping:
+            trainer.writer.wait()  # raises, if that is why
+        saving = saving or stopping
+        probing = _due(trainer.step, config.optim.noise.measure_every_steps)
+        if not (logging or evaluating or saving or probing or trainer.optimizer.inspect):
+            continue
+        trainer.context.synchronize()
+        trainer.meter.pause()
+        row = trainer.row() if logging else {}
+        if trainer.optimizer.inspect:
+            row |= trainer.optimizer_health()
+        if evaluating:
+            row |= (held_out := trainer.validate())
+        if probing:
+            row |= trainer.measure_noise()
+        if row:
+            output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
+        if saving and trainer.skips.sound(
+            trainer.optimizer, trainer.context, final=held_out if last else None
+        ):
+            wall_seconds = trainer.wall_seconds + time.monotonic() - started
+            trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
+            trainer.context.report({"step": trainer.step})
+        if stopping:
+            return None
+        trainer.start_meter()
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * plan.tokens_per_step,
+        "skipped_steps": trainer.step - trainer.optimizer.applied_steps,
+        **(held_out or trainer.validate()),
+        "wall_seconds": trainer.wall_seconds + time.monotonic() - started,
+        "resumed_from_step": trainer.resumed_from,
+        "num_parameters": plan.shape.num_parameters,
+        "flops_per_token": plan.flops_per_token,
+        **trainer.meter.summary(),
+        "samples": trainer.sample(),
+        **trainer.spent.summary(),
+    }
 
 
 def _due(step: int, every_steps: int) -> bool:
