@@ -326,6 +326,9 @@ class RecordConfig:
         least=0,
     )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
+    upload_checkpoints: bool = key(
+        False, "send the files of every checkpoint to W&B; false: only where they lie, and their hash"
+    )
     project: str = key("asuncion", "Weights & Biases project")
     group: str | None = key(None, "Weights & Biases group")
 

@@ -73,7 +73,7 @@ def train(
             observe = _both(report_workers(config, context, step=trainer.step).see, observe)
         with open_record(start, command) if context.is_main else nullcontext() as record:
             with failures():  # while W&B can still be told
-                summary = trainer.run(Output(record, observe))
+                summary = trainer.run(Output(record, observe, config.record.upload_checkpoints))
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
@@ -119,6 +119,7 @@ class Output:
 
     record: Record | None
     observe: Observe
+    upload: bool = False  # checkpoints to W&B, not only references to them
 
     def row(self, row: dict[str, Any]) -> None:
         if self.record is not None:
@@ -127,7 +128,7 @@ class Output:
 
     def checkpoint(self, path: Path) -> None:
         if self.record is not None:
-            self.record.output(origins.of_checkpoint(path))
+            self.record.output(origins.of_checkpoint(path), upload=self.upload)
 
 
 class Trainer:
