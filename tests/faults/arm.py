@@ -52,7 +52,7 @@ def watch_files(run: Path, happened: Callable[[str], None]) -> None:
     """Events `file`, `checkpoint` and `tensors` of this process."""
     import safetensors.torch
 
-    import training.run.checkpoint as checkpoint
+    from training.run.state import writer
 
     prefix, save = f"{run}{os.sep}", safetensors.torch.save_file
 
@@ -72,7 +72,7 @@ def watch_files(run: Path, happened: Callable[[str], None]) -> None:
         Path(path).write_bytes(content)
 
     safetensors.torch.save_file = save_file
-    checkpoint.save_file = save_file
+    writer.save_file = save_file
     sys.addaudithook(hook)
 
 
