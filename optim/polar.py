@@ -139,7 +139,7 @@ def orthogonalize(
 
 
 def _group_size(matrices: Tensor, product: torch.dtype) -> int:
-    """How many matrices are iterated at once: X twice, and five n x n matrices in the Gram form (else two)."""
+    """How many matrices are iterated at once: X twice, and five n x n matrices in the Gram form, else two."""
     rows, cols = matrices.shape[-2:]
     short = min(rows, cols)
     each = (2 * rows * cols + (5 if uses_gram(rows, cols) else 2) * short**2) * product.itemsize
