@@ -245,7 +245,8 @@ def explained(error: Exception, *, who: str, where: str) -> "TrainingError | Non
             "model.activation_checkpointing=true or raise zero.stage, and run again: it resumes from the "
             "newest checkpoint"
         )
-    if isinstance(error, RuntimeError) and re.search(RANK_LOST, text):
+    lost = isinstance(error, torch.distributed.DistNetworkError)  # of the store, which was in that process
+    if lost or (isinstance(error, RuntimeError) and re.search(RANK_LOST, text)):
         return TrainingError(
             f"{who}{LOST} in {where}: its process was killed, or its node was lost ({text[:MOST_CAUSE]}); "
             "the same command resumes the run from its newest checkpoint"
