@@ -299,6 +299,20 @@ class WorkersConfig:
 class CheckpointConfig:
     every_steps: int = key(25, "steps between checkpoints; one more is written at the end", least=1)
     keep: int = key(2, "newest complete checkpoints to keep", least=1)
+    keep_every_steps: int = key(
+        0,
+        "also keep, for ever, those of every N-th step: a multiple of checkpoint.every_steps; 0: none",
+        least=0,
+    )
+    background: bool = key(
+        True,
+        "write while training goes on; it takes host memory for a copy of master weights and optimizer state",
+    )
+
+    def __post_init__(self) -> None:
+        multiple = self.keep_every_steps % self.every_steps == 0
+        problem = f"must be a multiple of checkpoint.every_steps={self.every_steps}"
+        require(multiple, "checkpoint.keep_every_steps", problem)
 
 
 @dataclass(frozen=True)
