@@ -31,7 +31,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "serving.engine.torch_engine": ("optim.precision",),
     "serving.peers.races": ("optim.precision",),
     "optim.kernels.native": ("cluster.machine.compiled",),
-    "optim.kernels.gpu": ("cluster.machine.toolchain",),
+    "optim.kernels.gpu": ("cluster.machine.triton_calls",),
     "optim.bench": (
         "cluster.measure.benchmark",
         "cluster.cli",
@@ -114,6 +114,9 @@ TORCH_FREE = (
     "training.evaluate.harness",
     "training.launch",
     "training.plan",
+    "training.planner.memory",
+    "training.planner.proposal",
+    "training.planner.seconds",
     "training.data.prepare",
     "training.projection",
     "training.model.shapes",

@@ -283,6 +283,20 @@ class WorkersConfig:
 class CheckpointConfig:
     every_steps: int = key(25, "steps between checkpoints; one more is written at the end", least=1)
     keep: int = key(2, "newest complete checkpoints to keep", least=1)
+    keep_every_steps: int = key(
+        0,
+        "also keep, for ever, those of every N-th step: a multiple of checkpoint.every_steps; 0: none",
+        least=0,
+    )
+    background: bool = key(
+        True,
+        "write while training goes on; it takes host memory for a copy of master weights and optimizer state",
+    )
+
+    def __post_init__(self) -> None:
+        multiple = self.keep_every_steps % self.every_steps == 0
+        problem = f"must be a multiple of checkpoint.every_steps={self.every_steps}"
+        require(multiple, "checkpoint.keep_every_steps", problem)
 
 
 @dataclass(frozen=True)
@@ -326,6 +340,9 @@ class RecordConfig:
         least=0,
     )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
+    upload_checkpoints: bool = key(
+        False, "send the files of every checkpoint to W&B; false: only where they lie, and their hash"
+    )
     project: str = key("asuncion", "Weights & Biases project")
     group: str | None = key(None, "Weights & Biases group")
 

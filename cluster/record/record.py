@@ -139,9 +139,9 @@ class Record:
         """Keep a copy of a file in W&B, by its name. It must not change until the record is finished."""
         self._mirror.file(path)
 
-    def output(self, made: origins.Origin) -> None:
-        """Log what the run made as an artifact of W&B: by reference, without its content."""
-        self._mirror.artifact(masked(made), used=False)
+    def output(self, made: origins.Origin, *, upload: bool = False) -> None:
+        """Log what the run made as an artifact of W&B: by reference, or with its files (`upload`)."""
+        self._mirror.artifact(masked(made), used=False, upload=upload)
 
     def image(self, name: str, path: Path) -> None:
         """Show a picture in W&B. The file must not change until the record is finished."""

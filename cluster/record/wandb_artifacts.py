@@ -1,8 +1,9 @@
 """The lineage in W&B: data sets, checkpoints, exports and baselines as artifacts by reference.
 
-An artifact holds no file, only a reference to where the thing lies, its fingerprint, and its origin
-(`cluster.record.origins`) as metadata. Whoever makes a thing and whoever uses it log the same artifact. W&B
-knows it by its digest, so both mean one version, and its graph leads from one run to the other.
+An artifact holds a reference to where the thing lies, its fingerprint, and its origin
+(`cluster.record.origins`) as metadata; files only where a key asks for them. Whoever makes a thing and
+whoever uses it log the same artifact. W&B knows it by its digest, so both mean one version, and its graph
+leads from one run to the other.
 
 What wandb 0.31 does, and why `run.log_artifact` and `run.use_artifact` are not called:
 - Offline, `use_artifact` raises. Online, it waits until the server has the artifact, and both ask the server
@@ -21,21 +22,23 @@ KINDS = ("dataset", "checkpoint", "export", "model", "baseline")
 MAX_NAME = 128  # letters; W&B refuses longer names
 
 
-def log(run: Any, made: Origin, *, used: bool) -> list[str]:
+def log(run: Any, made: Origin, *, used: bool, upload: bool = False) -> list[str]:
     """Log one thing as an artifact of W&B's `run`, made or `used` by it. Returns problems, for the status.
 
-    Kinds that are runs in W&B, or stand for no files, are left out.
+    Kinds that are runs in W&B, or stand for no files, are left out. With `upload` the artifact holds the
+    files of the thing's folder. wandb copies them first, because a checkpoint may be pruned before it is
+    sent.
     """
     if made["kind"] in KINDS:
         try:
-            _log(run, made, used=used)
+            _log(run, made, used=used, upload=upload)
         except Exception as error:  # rows count more than lineage, which the files have too
             reason = " ".join(mask(str(error)).split())[:200]
             return [f"{made['kind']} {made['name']} is not in W&B: {type(error).__name__}: {reason}"]
     return []
 
 
-def _log(run: Any, made: Origin, *, used: bool) -> None:
+def _log(run: Any, made: Origin, *, used: bool, upload: bool) -> None:
     import wandb
     from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 
@@ -43,9 +46,12 @@ def _log(run: Any, made: Origin, *, used: bool) -> None:
     place = place_of(made)
     reference = place.as_uri() if place else f"asuncion:{made['kind']}/{made['name']}"
     artifact = wandb.Artifact(_plain(f"{made['kind']}-{of_run}"), type=made["kind"], metadata=made)
-    artifact.manifest.add_entry(
-        ArtifactManifestEntry(path=part or of_run, ref=reference, digest=made["fingerprint"] or reference)
-    )
+    if upload and place is not None:
+        artifact.add_dir(str(place))
+    else:
+        artifact.manifest.add_entry(
+            ArtifactManifestEntry(path=part or of_run, ref=reference, digest=made["fingerprint"] or reference)
+        )
     artifact.finalize()
     aliases = [] if used else ["latest", *([f"step-{made['step']}"] if "step" in made else [])]
     # `is_user_created` keeps W&B from showing a run that only uses the thing as its maker.

@@ -89,9 +89,9 @@ class Mirror:
 
         self.call(save)
 
-    def artifact(self, made: Origin, *, used: bool) -> None:
-        """Hand over a thing that the run used or made. If W&B cannot take it, the status says so."""
-        self.call(lambda run: self._problems.extend(wandb_artifacts.log(run, made, used=used)))
+    def artifact(self, made: Origin, **how: bool) -> None:
+        """Hand over a thing (`wandb_artifacts.log`). If W&B cannot take it, the status says so."""
+        self.call(lambda run: self._problems.extend(wandb_artifacts.log(run, made, **how)))
 
     def call(self, do: Callable[[Any], None]) -> None:
         """Have the mirror's thread call `do` with W&B's run, after what was handed over before.

@@ -120,13 +120,23 @@ def facts(run: Run) -> list[tuple[str, str]]:
     gpus = host.get("gpus") or []
     device = gpus[0] if gpus and config.get("workers.gpu", True) else host.get("cpu")
     found.append(("Hardware", f"{workers}{device}" if device else None))
-    found.append(("Commit", commit(about) if about.get("commit") else None))
+    found.append(("Commit", _commits(about)))
     found.append(
         ("Data", f"{config.get('data.source', '')} {str(about.get('data_fingerprint') or '')[:12]}".strip())
     )
     found.append(("Last start", str(about.get("time") or "").replace("T", " ").replace("+00:00", " UTC")))
     found.append(("Weights & Biases", summary.get("wandb_status")))
     return [(name, str(value)) for name, value in found if value not in (None, "", "-")]
+
+
+def _commits(about: dict[str, Any]) -> str | None:
+    """Of the last start; those of the earlier starts that had others."""
+    if not about.get("commit"):
+        return None
+    last = commit(about)
+    others = dict.fromkeys(map(commit, about.get("earlier_starts", [])))
+    earlier = [each for each in others if each != last]
+    return f"{last}; earlier starts: {', '.join(earlier)}" if earlier else last
 
 
 def _served(model: Any) -> str | None:
@@ -170,7 +180,7 @@ def numbered(run: Run) -> dict[int, Mark]:
 def events_section(run: Run, marked: dict[int, Mark]) -> Section:
     """What happened, with the loss and the gradient norm there; routine events are folded."""
     section = Section("Events")
-    head = ("No.", "Step", "Time (UTC)", "Level", "What", "Loss", "Gradient norm")
+    head = ("No.", "Step", "What", "Loss", "Gradient norm", "Level", "Time (UTC)")
     rows = [(place, event) for place, event in enumerate(run.events)]
     alarms = [pair for pair in rows if pair[0] in marked or pair[1].get("level") != "info"]
     others = [pair for pair in rows if pair not in alarms]
@@ -182,7 +192,7 @@ def events_section(run: Run, marked: dict[int, Mark]) -> Section:
         moved = [around[key](step) for key in ("loss", "gradient_norm")]
         numbered = marked[place].number if place in marked else ""
         at = number(step) if step is not None else "-"
-        return [numbered, at, when, str(event.get("level")), str(event.get("text")), *moved]
+        return [numbered, at, str(event.get("text")), *moved, str(event.get("level")), when]
 
     if alarms:
         section.paragraphs.append(
@@ -191,13 +201,13 @@ def events_section(run: Run, marked: dict[int, Mark]) -> Section:
         )
         classes = [str(event.get("level")) for _, event in alarms]
         rows_shown = [cells(place, event) for place, event in alarms]
-        section.tables.append(Table(head, rows_shown, figures=(1, 5, 6), classes=classes))
+        section.tables.append(Table(head, rows_shown, figures=(1, 3, 4), classes=classes))
     else:
         section.paragraphs.append("No warning and no error was recorded.")
     if others:
         folded = f"{len(others):,} routine event{'s' * (len(others) > 1)}"
-        shown = [cells(place, event)[1:5] for place, event in others]
-        section.tables.append(Table(head[1:5], shown, figures=(0,), folded=folded))
+        shown = [[row[1], row[2], row[6]] for row in (cells(*pair) for pair in others)]
+        section.tables.append(Table((head[1], head[2], head[6]), shown, figures=(0,), folded=folded))
     return section
 
 

@@ -13,7 +13,6 @@ Legend: B matrices of a batch, n x n a product, k its inner dimension.
 
 from __future__ import annotations  # the kernels' annotations name triton, which may be missing
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -23,20 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.machine import toolchain
+from cluster.machine import triton_calls
+from cluster.machine.triton_calls import INTERPRETED, Call, jit
 from optim.kernels.passes import BLOCK, SegmentTable, check_apply_pass, check_momentum_pass, require
 
-try:
-    import triton
+if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
-except ImportError as error:
-    TRITON_MISSING: str | None = f"triton cannot be imported: {error}"
-    INTERPRETED = False
-    _jit: Callable[[Callable], Any] = lambda function: function  # noqa: E731
-else:
-    TRITON_MISSING = None
-    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy on any device, for tests
-    _jit = triton.jit
 
 PASS_WARPS = 8
 
@@ -78,42 +69,9 @@ PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 @cache
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on `device` with products of `dtype`, in one sentence; None if they can."""
-    if TRITON_MISSING is not None:
-        return TRITON_MISSING
-    if INTERPRETED:
-        known = (*PRODUCT_DTYPES, torch.float32)
-        return None if dtype in known else f"products of {dtype} stay with torch"
-    if device.type != "cuda":
-        return f"{device.type} is no CUDA device"
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in TILES:
-        return f"there are tiles for compute capability {', '.join(map(str, TILES))}, not {capability}"
-    if dtype not in PRODUCT_DTYPES:
-        return f"products of {dtype} stay with torch"
-    return toolchain.missing()  # else the first launch would fail
-
-
-@dataclass(frozen=True)
-class Call:
-    """One launch. What Triton compiles follows from the kernel, the arguments' types and the options."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Triton's options. Fused multiply-add is asked for: its default changes between versions."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-    def launch(self) -> None:
-        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
-        with torch.cuda.device_of(tensor):  # Triton launches on the current device, not on the tensors'
-            self.kernel[self.grid](**self.arguments, **self.options)
+    known = (*PRODUCT_DTYPES, torch.float32) if INTERPRETED else PRODUCT_DTYPES
+    reason = triton_calls.unsupported(device, TILES)
+    return reason or (None if dtype in known else f"products of {dtype} stay with torch")
 
 
 # --- products -----------------------------------------------------------------------------------------------
@@ -171,7 +129,7 @@ def _product(
     return Call(_product_kernel, (programs, size), arguments, tile.warps, tile.stages)
 
 
-@_jit
+@jit
 def _product_kernel(
     a, b, c, out, alpha, beta, n, k,
     a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, out_batch, out_row, out_col,
@@ -272,7 +230,7 @@ def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
     return Call(kernel, (len(table.sources),), arguments | {"SIZE": BLOCK}, PASS_WARPS, stages=1)
 
 
-@_jit
+@jit
 def _momentum_kernel(
     gradient, momentum, out, partials, sources, targets, numels, weight,
     NESTEROV: tl.constexpr, SIZE: tl.constexpr,
@@ -290,14 +248,14 @@ def _momentum_kernel(
     tl.store(partials + block, tl.sum(wide * wide))
 
 
-@_jit
+@jit
 def _lerp(start, end, weight):
     """As torch.lerp: from the nearer end, so that weight 1 gives `end` exactly."""
     near = weight < 0.5
     return tl.where(near, start, end) + tl.where(near, weight, weight - 1.0) * (end - start)
 
 
-@_jit
+@jit
 def _apply_kernel(
     weight, update, model, sources, targets, numels, decay, factor, ahead, SIZE: tl.constexpr
 ):  # fmt: skip

@@ -275,6 +275,7 @@ REFUSED = {
     "workers.min_count": ["0", "3"],
     "checkpoint.every_steps": ["0"],
     "checkpoint.keep": ["0"],
+    "checkpoint.keep_every_steps": ["-1", "30"],  # 30: the default checkpoint.every_steps is 25
     "evaluation.every_steps": ["0"],
     "evaluation.sequences": ["0"],
     "evaluation.tuning_sequences": ["-1"],

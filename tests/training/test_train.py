@@ -73,6 +73,7 @@ def kill_at(
     still = {STEP: str(step), **environment}
     with started("tests.standstill", *arguments, ranks=ranks, **still) as process:
         seen = wait_until(last, told=f"step {step}")
+        wait_until(lambda: list(run.glob("checkpoints/*/COMPLETE")))  # which is written meanwhile
         before()
         return seen
 

@@ -21,6 +21,7 @@ from cluster.cli import RunError, UserError
 from cluster.endpoint_client import KEY_VARIABLE, Endpoint
 from cluster.runs import ModelDirectory
 from cluster.session import environment
+from training.evaluate import bars
 
 INSTALL = 'pip install -c constraints.txt -e ".[eval]"'
 NEEDED = ("lm_eval", "transformers", "accelerate", "datasets", "requests", "tenacity")
@@ -335,12 +336,11 @@ def run(model: Any, tasks: Tasks, *, limit: int | None, bootstrap_iters: int) ->
     # It would resample in forks of this process, whose threads they lack; and it prints as it does so.
     alone = environment({"DISABLE_MULTIPROC": "1"})
     try:
-        with alone, redirect_stdout(sys.stderr):
+        with alone, redirect_stdout(sys.stderr), bars.as_ours():
             results = evaluate(
                 model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap_iters
             )
     except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
-        print(file=sys.stderr)  # the progress bar is left where it was
         raise _endpoint_failure(error) from error
     assert results is not None  # of another rank
     return list(_scores(results))

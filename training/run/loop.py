@@ -35,11 +35,11 @@ from training.run.meter import Losses, Meter
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
-from training.run.start import PARTITION, Start
+from training.run.start import PARTITION, Start, report_checkpoint
+from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
-    report_checkpoint,
     report_end,
     report_failure,
     report_stop,
@@ -73,7 +73,7 @@ def train(
             observe = _both(report_workers(config, context, step=trainer.step).see, observe)
         with open_record(start, command) if context.is_main else nullcontext() as record:
             with failures():  # while W&B can still be told
-                summary = trainer.run(Output(record, observe))
+                summary = trainer.run(Output(record, observe, config.record.upload_checkpoints))
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
@@ -119,6 +119,7 @@ class Output:
 
     record: Record | None
     observe: Observe
+    upload: bool = False  # checkpoints to W&B, not only references to them
 
     def row(self, row: dict[str, Any]) -> None:
         if self.record is not None:
@@ -127,7 +128,7 @@ class Output:
 
     def checkpoint(self, path: Path) -> None:
         if self.record is not None:
-            self.record.output(origins.of_checkpoint(path))
+            self.record.output(origins.of_checkpoint(path), upload=self.upload)
 
 
 class Trainer:
@@ -167,61 +168,16 @@ class Trainer:
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
+        self.writer = Writer(context)
         self.resumed_from: int | None = None
-        self._wall_seconds = 0.0  # of the loop, in earlier starts
+        self.wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
             self._resume(Checkpoint(start.checkpoint))
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
-        started = time.monotonic()
-        held_out: dict[str, float] = {}
-        if self.step == 0:
-            output.row({"step": 0, "tokens": 0, **self.validate()})
-        self._start_meter()
-        while self.step < self.plan.num_steps:
-            self.losses.add(self.take_step(phase=self.meter.phase))
-            self.meter.count_step()
-            last = self.step == self.plan.num_steps
-            logging, evaluating, saving = (
-                last or _due(self.step, section.every_steps)
-                for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
-            )
-            stopping = self.stop.due(self.step) and not last
-            saving = saving or stopping
-            probing = _due(self.step, self.config.optim.noise.measure_every_steps)
-            if not (logging or evaluating or saving or probing or self.optimizer.inspect):
-                continue
-            self.context.synchronize()
-            self.meter.pause()
-            row = self.row() if logging else {}
-            if self.optimizer.inspect:
-                row |= self.optimizer_health()
-            if evaluating:
-                row |= (held_out := self.validate())
-            if probing:
-                row |= self.measure_noise()
-            if row:
-                output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
-            if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
-                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
-                self.context.report({"step": self.step})
-            if stopping:
-                return None
-            self._start_meter()
-        return {
-            "step": self.step,
-            "tokens": self.step * self.plan.tokens_per_step,
-            "skipped_steps": self.step - self.optimizer.applied_steps,
-            **(held_out or self.validate()),
-            "wall_seconds": self._wall_seconds + time.monotonic() - started,
-            "resumed_from_step": self.resumed_from,
-            "num_parameters": self.plan.shape.num_parameters,
-            "flops_per_token": self.plan.flops_per_token,
-            **self.meter.summary(),
-            "samples": self.sample(),
-            **self.spent.summary(),
-        }
+        with self.writer:
+            return _run(self, output)
 
     def take_step(self, *, phase: Phase = nullcontext) -> Tensor:
         """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss.
@@ -288,15 +244,18 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> Path:
-        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
+    def save(self, output: Output, *, wall_seconds: float, waits: bool) -> None:
+        """Begin a checkpoint of the current step; once it is complete, drop those no longer kept.
 
-        wall_seconds: that the loop has taken until now, in this and in earlier starts.
+        Args:
+            wall_seconds: that the loop has taken until now, in this and in earlier starts.
+            waits: until it is complete, as it also does without `checkpoint.background`.
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
+        waits = waits or not self.config.checkpoint.background
         with self.spent.part("checkpoint"):
-            checkpoint.save(
-                path, shards=self.optimizer.shards(), context=self.context,
+            self.writer.begin(
+                path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -308,22 +267,86 @@ class Trainer:
                     "losses_since_line": self.losses.as_text(),
                 },
             )  # fmt: skip
-            if self.context.is_main:
-                report_checkpoint(self.config, step=self.step)
-                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
-        return path
+            if waits:
+                self.writer.wait()
+
+    def _saved(self, path: Path, output: Output) -> None:
+        """On rank 0, in the writer's thread."""
+        config = self.config
+        report_checkpoint(path)
+        output.checkpoint(path)
+        keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+        checkpoint.prune(path.parent, keep=keep, keep_every_steps=every)
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
         self.skips.resume(saved.state)
-        self._wall_seconds = saved.state["wall_seconds"]
+        self.wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
-    def _start_meter(self) -> None:
+    def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
+    """`Trainer.run`: what is due after which step."""
+    config, plan = trainer.config, trainer.plan
+    started = time.monotonic()
+    held_out: dict[str, float] = {}
+    if trainer.step == 0:
+        output.row({"step": 0, "tokens": 0, **trainer.validate()})
+    trainer.start_meter()
+    while trainer.step < plan.num_steps:
+        trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
+        trainer.meter.count_step()
+        last = trainer.step == plan.num_steps
+        logging, evaluating, saving = (
+            last or _due(trainer.step, section.every_steps)
+            for section in (config.record, config.evaluation, config.checkpoint)
+        )
+        stopping = trainer.stop.due(trainer.step, failed=trainer.writer.failed) and not last
+        if stopping:
+            trainer.writer.wait()  # raises, if that is why
+        saving = saving or stopping
+        probing = _due(trainer.step, config.optim.noise.measure_every_steps)
+        if not (logging or evaluating or saving or probing or trainer.optimizer.inspect):
+            continue
+        trainer.context.synchronize()
+        trainer.meter.pause()
+        row = trainer.row() if logging else {}
+        if trainer.optimizer.inspect:
+            row |= trainer.optimizer_health()
+        if evaluating:
+            row |= (held_out := trainer.validate())
+        if probing:
+            row |= trainer.measure_noise()
+        if row:
+            output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
+        if saving and trainer.skips.sound(
+            trainer.optimizer, trainer.context, final=held_out if last else None
+        ):
+            wall_seconds = trainer.wall_seconds + time.monotonic() - started
+            trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
+            trainer.context.report({"step": trainer.step})
+        if stopping:
+            return None
+        trainer.start_meter()
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * plan.tokens_per_step,
+        "skipped_steps": trainer.step - trainer.optimizer.applied_steps,
+        **(held_out or trainer.validate()),
+        "wall_seconds": trainer.wall_seconds + time.monotonic() - started,
+        "resumed_from_step": trainer.resumed_from,
+        "num_parameters": plan.shape.num_parameters,
+        "flops_per_token": plan.flops_per_token,
+        **trainer.meter.summary(),
+        "samples": trainer.sample(),
+        **trainer.spent.summary(),
+    }
 
 
 def _due(step: int, every_steps: int) -> bool:

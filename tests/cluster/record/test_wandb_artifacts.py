@@ -16,7 +16,7 @@ with Record.open(Path(sys.argv[1]), config={}, provenance={}, inputs=used, **abo
     for step in range(1, 21):
         run.log({"step": step})
     for each in made:
-        run.output(each)
+        run.output(each, upload="path" in each and each["path"] is not None)
     run.finish({})
     print(run.wandb_status)
 """
@@ -61,3 +61,16 @@ def test_a_server_that_refuses_artifacts_still_gets_every_row(tmp_path):
         run, _ = record_online(server, tmp_path / "train", used=[DATA], made=[SAVED])
     assert [row["step"] for row in server.runs[run].rows] == steps(tmp_path / "train") == list(range(1, 21))
     assert server.artifacts == [] and "CreateArtifact" in server.requests
+
+
+def test_uploaded_files_are_those_of_the_checkpoint(tmp_path):
+    folder = tmp_path / "step-0000010"
+    folder.mkdir()
+    (folder / "shard.bin").write_bytes(b"weights" * 1000)
+    (folder / "COMPLETE").write_text("{}")
+    saved = {**SAVED, "path": str(folder)}
+    with WandbServer() as server:
+        record_online(server, tmp_path / "train", used=[], made=[saved])
+        [artifact] = server.artifacts
+    assert artifact.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "latest" in {alias["alias"] for alias in artifact.about["aliases"]}

@@ -210,3 +210,14 @@ def test_a_browser_draws_every_chart_and_nothing_is_wider_than_a_phone(tmp_path)
         assert found["window"] == found["content"] == width
         assert found["charts"] == found["drawn"] >= 6
         assert found["asked"] == found["refused"] == [] and found["alerts"] == 0
+
+
+def test_a_page_names_every_commit_that_a_resumed_run_ran_on(tmp_path):
+    directory = make_run(tmp_path / "a", rows(2))
+    provenance = json.loads((directory / "provenance.json").read_text())
+    old, new = "a" * 40, "b" * 40
+    starts = [{**provenance, "commit": commit} for commit in (new, old)]
+    (directory / "provenance.json").write_text(
+        json.dumps({**provenance, "commit": new, "dirty": False, "earlier_starts": starts})
+    )
+    assert f"Commit {new[:10]}; earlier starts: {old[:10]}" in read(directory).text

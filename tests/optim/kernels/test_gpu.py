@@ -9,13 +9,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from cluster.machine import toolchain
 from optim import polar, rules
@@ -24,52 +20,15 @@ from optim.kernels.gpu import apply_pass, momentum_pass, symmetric_product
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
 from tests.commands import ROOT
+from tests.compiled_kernels import compiled, problems
 from tests.optim.kernels.test_passes import build
 
-SHARED_BYTES = {(8, 6): 101_376, (9, 0): 232_448}  # most per block: CUDA C++ programming guide, appendix
 INSTRUCTIONS = {  # of a product: tensor cores, rounding to nearest, asynchronous copies, wide stores
     (8, 6): ("mma.sync", "cvt.rn", "cp.async", "st.global.v4"),
     (9, 0): ("wgmma", "cvt.rn", "cp.async", "st.global.v4"),
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 each_capability = pytest.mark.parametrize("capability", gpu.TILES)
-
-
-class AbsentDriver:
-    """What Triton asks of a driver in order to compile; all launches are warm-ups."""
-
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], warp_size=32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-def compiled(call: gpu.Call, capability: tuple[int, int]):
-    """The kernel that Triton would launch for this call: specialised to its arguments, with its options."""
-    with patch.object(triton.runtime.driver, "_active", AbsentDriver(capability)):
-        return call.kernel.warmup(grid=call.grid, **call.arguments, **call.options)
-
-
-def problems(kernel, capability: tuple[int, int], folder: Path) -> list[str]:
-    """What keeps a compiled kernel from running well: too much shared memory, or spilled registers."""
-    found = []
-    if kernel.metadata.shared > SHARED_BYTES[capability]:
-        found.append(f"{kernel.metadata.shared} bytes of shared memory")
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sizes = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    assert 0 < int(sizes["REG"]) < 256
-    return found + [f"{sizes[kind]} bytes spilled" for kind in ("STACK", "LOCAL") if sizes[kind] != "0"]
 
 
 @pytest.mark.stack
