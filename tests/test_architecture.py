@@ -169,6 +169,7 @@ STANDARD_ONLY = (
     "cluster.files",
     "cluster.masking",
     "cluster.record.events",
+    "cluster.record.heartbeat",
     "cluster.head.answers",
     "cluster.head.keeper",
     "cluster.head.shell",
