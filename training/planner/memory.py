@@ -17,7 +17,7 @@ Compared with peaks on an H200 and on a CPU: tests/training/planner/test_memory.
 from dataclasses import dataclass
 from math import prod
 
-from optim.cost import uses_gram
+from optim.cost import GROUP_BYTES, uses_gram
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model.shapes import LlamaShape
 
@@ -264,19 +264,21 @@ def _cuts_matrices(config: TrainConfig, shape: LlamaShape, num_workers: int) -> 
 
 
 def step_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> int:
-    """What the optimizer step holds for a moment, beside its buffers (`optim.polar.orthogonalize`).
+    """What the optimizer step holds for a moment, beside its buffers.
 
-    The matrices of one shape that a worker owns are iterated together: in the Gram form three copies, where
-    the last one is cast; else two, and two n x n matrices each. AdamW's pass over the tables holds four
-    numbers of fp32 for each of their elements.
+    On a GPU what the iteration of some matrices takes (`optim.polar.orthogonalize`), elsewhere that of all
+    matrices of a shape that a worker owns. AdamW's pass over the tables holds four numbers of fp32 for each
+    of their elements.
     """
     shard = 1 if config.zero.stage == 0 else num_workers
     vectors = 16 * (shape.num_parameters - _matrix_elements(shape)) // shard
     if not _whole_elements(config, shape):
         return max(vectors, 16 * _matrix_elements(shape) // shard)
-    width, most = _exchange_width(config), 0
+    most = 0
     for (rows, cols), count in shape.matrices().items():
-        owned, short = -(-count // num_workers), min(rows, cols)
-        copies = 3 * rows * cols if uses_gram(rows, cols) else 2 * (rows * cols + short * short)
-        most = max(most, owned * copies * width)
+        short = min(rows, cols)
+        each = 2 * rows * cols + (5 if uses_gram(rows, cols) else 2) * short * short
+        each *= _exchange_width(config)
+        owned = each * -(-count // num_workers)
+        most = max(most, min(owned, max(GROUP_BYTES, each)) if config.workers.gpu else owned)
     return max(vectors, most)
