@@ -128,63 +128,17 @@ def _project_kernel(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    dtype = weight.dtype.element_ty
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     first = n // half * (2 * half) + n % half
     second = first + half
-    k = tl.arange(0, TILE_K)
-    m = tl.arange(0, ROWS)
     if ROWS == 1:
-        a_tile = weight + first.to(tl.int64)[:, None] * inner + k[None, :]
-        b_tile = weight + second.to(tl.int64)[:, None] * inner + k[None, :]
-        within = k < inner
-        a_weights = tl.load(a_tile, (first < outputs)[:, None] & within[None, :], other=0.0)
-        b_weights = tl.load(b_tile, (second < outputs)[:, None] & within[None, :], other=0.0)
-        if norm is not None:
-            scale_by = tl.load(norm + k, within, other=0.0).to(tl.float32)
-        if PDL:
-            gdc_wait()
-        row = tl.load(x + k, within, other=0.0).to(tl.float32)
-        if norm is not None:
-            normed = row * tl.rsqrt(tl.sum(row * row) / inner + eps)
-            row = (scale_by * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        a = tl.sum(a_weights.to(tl.float32) * row[None, :], 1)[None, :]
-        b = tl.sum(b_weights.to(tl.float32) * row[None, :], 1)[None, :]
+        a, b = _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K, PDL)
     else:
-        if PDL:
-            gdc_wait()
-        rows = x + m[:, None] * x_row + k[None, :]
-        live = (m < num_rows)[:, None]
-        scale = tl.full((ROWS,), 1.0, tl.float32)
-        if norm is not None:
-            squares = tl.zeros((ROWS, TILE_K), tl.float32)
-            for done in range(0, inner, TILE_K):
-                part = tl.load(rows + done, live & (k < inner - done)[None, :], other=0.0).to(tl.float32)
-                squares += part * part
-            scale = tl.rsqrt(tl.sum(squares, 1) / inner + eps)
-        a_tile = weight + first.to(tl.int64)[None, :] * inner + k[:, None]
-        b_tile = weight + second.to(tl.int64)[None, :] * inner + k[:, None]
-        a = tl.zeros((ROWS, TILE_N), tl.float32)
-        b = tl.zeros((ROWS, TILE_N), tl.float32)
-        for done in range(0, inner, TILE_K):
-            within = k < inner - done
-            part = tl.load(rows + done, live & within[None, :], other=0.0)
-            if norm is not None:
-                scale_by = tl.load(norm + done + k, within, other=0.0).to(tl.float32)
-                normed = (part.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32)
-                part = (scale_by[None, :] * normed).to(dtype)
-            a_weights = tl.load(a_tile + done, (first < outputs)[None, :] & within[:, None], other=0.0)
-            b_weights = tl.load(b_tile + done, (second < outputs)[None, :] & within[:, None], other=0.0)
-            if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
-                part = part.to(tl.float32)
-                a_weights = a_weights.to(tl.float32)
-                b_weights = b_weights.to(tl.float32)
-            a = tl.dot(part, a_weights, a, input_precision="ieee")
-            b = tl.dot(part, b_weights, b, input_precision="ieee")
-
-    a = a.to(dtype)
-    b = b.to(dtype)
-    m = m[:, None]
+        a, b = _few_rows(
+            x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
+            ROWS, TILE_N, TILE_K, WIDEN, PDL,
+        )  # fmt: skip
+    m = tl.arange(0, ROWS)[:, None]
     live = m < num_rows
     first = first[None, :]
     second = second[None, :]
@@ -212,6 +166,71 @@ def _project_kernel(
         inside = tl.arange(0, ROWS) < num_rows
         tl.store(best + at, tl.maximum(a_best, b_best), inside)
         tl.store(best_id + at, tl.where(a_best >= b_best, a_id, b_id), inside)
+
+
+@jit
+def _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K: tl.constexpr, PDL: tl.constexpr):
+    """The products [1, TILE_N] of the row with `first` and `second` of the outputs, rounded."""
+    dtype = weight.dtype.element_ty
+    k = tl.arange(0, TILE_K)
+    within = k < inner
+    a_tile = weight + first.to(tl.int64)[:, None] * inner + k[None, :]
+    b_tile = weight + second.to(tl.int64)[:, None] * inner + k[None, :]
+    a_weights = tl.load(a_tile, (first < outputs)[:, None] & within[None, :], other=0.0)
+    b_weights = tl.load(b_tile, (second < outputs)[:, None] & within[None, :], other=0.0)
+    if norm is not None:
+        scale_by = tl.load(norm + k, within, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    row = tl.load(x + k, within, other=0.0).to(tl.float32)
+    if norm is not None:
+        normed = row * tl.rsqrt(tl.sum(row * row) / inner + eps)
+        row = (scale_by * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    a = tl.sum(a_weights.to(tl.float32) * row[None, :], 1)[None, :]
+    b = tl.sum(b_weights.to(tl.float32) * row[None, :], 1)[None, :]
+    return a.to(dtype), b.to(dtype)
+
+
+@jit
+def _few_rows(
+    x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
+    ROWS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_one_row`, [ROWS, TILE_N], on tensor cores."""
+    dtype = weight.dtype.element_ty
+    k = tl.arange(0, TILE_K)
+    m = tl.arange(0, ROWS)
+    if PDL:
+        gdc_wait()
+    rows = x + m[:, None] * x_row + k[None, :]
+    live = (m < num_rows)[:, None]
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if norm is not None:
+        squares = tl.zeros((ROWS, TILE_K), tl.float32)
+        for done in range(0, inner, TILE_K):
+            part = tl.load(rows + done, live & (k < inner - done)[None, :], other=0.0).to(tl.float32)
+            squares += part * part
+        scale = tl.rsqrt(tl.sum(squares, 1) / inner + eps)
+    a_tile = weight + first.to(tl.int64)[None, :] * inner + k[:, None]
+    b_tile = weight + second.to(tl.int64)[None, :] * inner + k[:, None]
+    a = tl.zeros((ROWS, TILE_N), tl.float32)
+    b = tl.zeros((ROWS, TILE_N), tl.float32)
+    for done in range(0, inner, TILE_K):
+        within = k < inner - done
+        part = tl.load(rows + done, live & within[None, :], other=0.0)
+        if norm is not None:
+            scale_by = tl.load(norm + done + k, within, other=0.0).to(tl.float32)
+            normed = (part.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32)
+            part = (scale_by[None, :] * normed).to(dtype)
+        a_weights = tl.load(a_tile + done, (first < outputs)[None, :] & within[:, None], other=0.0)
+        b_weights = tl.load(b_tile + done, (second < outputs)[None, :] & within[:, None], other=0.0)
+        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
+            part = part.to(tl.float32)
+            a_weights = a_weights.to(tl.float32)
+            b_weights = b_weights.to(tl.float32)
+        a = tl.dot(part, a_weights, a, input_precision="ieee")
+        b = tl.dot(part, b_weights, b, input_precision="ieee")
+    return a.to(dtype), b.to(dtype)
 
 
 @jit
