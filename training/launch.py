@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = training_config.load(**given)
         plan = make_plan(config)
         if options.dry_run:
-            show(layered.to_yaml(config), plan.table())
+            show(layered.to_yaml(config), *plan.outlook())
         elif options.cluster:
             remote.start(
                 options.cluster,

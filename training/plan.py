@@ -1,22 +1,31 @@
-"""What follows from a configuration before anything runs: steps, accumulation, memory, FLOPs. No torch."""
+"""What follows from a configuration before anything runs: steps, accumulation, memory, seconds. No torch.
+
+    python -m training.plan [--config FILE] [key=value ...]
+
+prints the plan, and the fastest configuration that fits the GPU. So does --dry-run of `make train`.
+"""
 
 import platform
-from dataclasses import asdict, dataclass
-from math import ceil, prod
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+from cluster import cli
 from cluster.config import ConfigError
-from cluster.display import Table, pairs
+from cluster.display import Table, pairs, show
 from cluster.measure import hardware
-from training.config import MUON_RULES, SCION_RULES, TrainConfig
+from training import config as training_config
+from training.config import TrainConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
+from training.planner.memory import Memory, memory
+from training.planner.proposal import Proposal, propose
+from training.planner.seconds import rates_of, step_seconds
 
-GPU_RESERVE_BYTES = (
-    2.0e9  # CUDA context, NCCL buffers and the allocator's fragmentation: an allowance, not a count
-)
 TESTED_MACHINES = ("x86_64", "AMD64")
-ASSUMED_MFU = 0.4  # for the time estimate only; the run measures its own
+DEFAULT_DEVICE = "A40"  # 48 GB: what is proposed for where workers.accelerator names no GPU
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,9 @@ class Plan:
     Attributes:
         is_bf16: weights and activations are bf16, else fp32.
         accumulation: micro-batches per worker and optimizer step.
-        memory_bytes: part -> bytes per worker, at its peak.
+        memory: of one worker, by point of the step and part.
         device: the accelerator the memory must fit, if the configuration names a known one.
+        config: from which all this follows.
     """
 
     shape: LlamaShape
@@ -38,12 +48,41 @@ class Plan:
     tokens_per_step: int
     num_steps: int
     flops_per_token: int
-    memory_bytes: dict[str, int]
+    memory: Memory
     device: hardware.Device | None
+    config: TrainConfig = field(repr=False)
+
+    @property
+    def memory_bytes(self) -> Mapping[str, int]:
+        """Part -> bytes per worker, at the point of the step that needs the most."""
+        return self.memory.parts
 
     @property
     def total_memory_bytes(self) -> int:
-        return sum(self.memory_bytes.values())
+        """Bytes per worker at that point."""
+        return self.memory.total
+
+    @cached_property
+    def seconds(self) -> Mapping[str, float]:
+        """Part -> seconds of one optimizer step; empty for a device without datasheet."""
+        if self.device is None:
+            return {}
+        return step_seconds(self.config, self.shape, rates_of(self.device), num_workers=self.num_workers)
+
+    def proposal(self) -> Proposal:
+        """What fits this GPU, or one of DEFAULT_DEVICE, and is fastest."""
+        device = self.device or hardware.lookup(DEFAULT_DEVICE)
+        assert device is not None
+        return propose(self.config, self.shape, device, num_workers=self.num_workers)
+
+    def outlook(self) -> list[str | Table]:
+        """The plan, and on GPUs the proposal: texts and tables for people."""
+        if not self.config.workers.gpu:
+            return [self.table()]
+        found = self.proposal()
+        device = f"{found.device.name}, {found.device.memory_gb:g} GB"
+        title = f"\nproposed for {device}; ceilings {found.rates.source}"
+        return [self.table(), title, found.table(), found.reason()]
 
     def describe(self) -> str:
         """The plan for people, as text."""
@@ -63,9 +102,14 @@ class Plan:
             ("steps", f"{self.num_steps:,} ({self.num_steps * self.tokens_per_step:,} tokens)"),
             ("FLOPs per token", f"{self.flops_per_token:,} = 6*N_matmul + 12*layers*heads*head_dim*sequence"),
             ("training time", self._time()),
-            ("memory per worker", f"{self.total_memory_bytes / 1e9:.2f} GB"),
+            *((f" {part}", f"{seconds:.3f} s") for part, seconds in self.seconds.items() if seconds),
+            ("memory per worker", f"{self.total_memory_bytes / 1e9:.2f} GB, most in: {self.memory.largest}"),
+            *((f" {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()),
+            *(
+                (f"memory, {point}", f"{sum(parts.values()) / 1e9:.2f} GB")
+                for point, parts in self.memory.points.items()
+            ),
         ]
-        rows += [(f" {part}", f"{size / 1e9:.2f} GB") for part, size in self.memory_bytes.items()]
         if (machine := platform.machine()) not in TESTED_MACHINES:
             rows.append(("not tested", f"nothing here has run on {machine} yet"))
         if self.device:
@@ -75,10 +119,16 @@ class Plan:
     def _time(self) -> str:
         if self.device is None:
             return "not known before it is measured (no datasheet for this device)"
-        flops = self.flops_per_token * self.num_steps * self.tokens_per_step
-        days = flops / (self.num_workers * self.device.bf16_tflops * 1e12 * ASSUMED_MFU) / 86400
-        peak = f"{self.device.bf16_tflops:g} TFLOP/s per GPU"
-        return f"{days:.1f} days at an assumed MFU of {ASSUMED_MFU:.0%} of {peak}"
+        step = sum(self.seconds.values())
+        share = hardware.mfu(
+            tokens_per_second=self.tokens_per_step / step, flops_per_token=self.flops_per_token,
+            num_devices=self.num_workers, peak_tflops=self.device.bf16_tflops,
+        )  # fmt: skip
+        ceilings = rates_of(self.device).source
+        return (
+            f"{step * self.num_steps / 86400:.1f} days: {step:.3f} s per step, an MFU of {share:.0%}; "
+            f"ceilings {ceilings}"
+        )
 
 
 def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
@@ -115,17 +165,19 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
         tokens_per_step=batch.tokens,
         num_steps=num_steps,
         flops_per_token=shape.flops_per_token(batch.sequence_length),
-        memory_bytes=memory_bytes(config, shape, num_workers=workers),
+        memory=memory(config, shape, num_workers=workers),
         device=_device(config),
+        config=config,
     )
     if plan.device and plan.total_memory_bytes > plan.device.memory_gb * 1e9:
         raise ConfigError(
-            f"this run needs {plan.total_memory_bytes / 1e9:.1f} GB per GPU, but workers.accelerator="
+            f"this run needs {plan.total_memory_bytes / 1e9:.1f} GB per GPU, most of it in: "
+            f"{plan.memory.largest}; but workers.accelerator="
             f"{config.workers.accelerator} has {plan.device.memory_gb:g} GB; lower "
             f"batch.micro_sequences (now {batch.micro_sequences}), "
             f"set model.activation_checkpointing=true, "
-            f"raise zero.stage (now {config.zero.stage}) or use more workers.count (now {workers})\n"
-            f"{plan.describe()}"
+            f"raise zero.stage (now {config.zero.stage}) or use more workers.count (now {workers}). "
+            f"{plan.proposal().reason()}\n{plan.describe()}"
         )
     return plan
 
@@ -186,69 +238,17 @@ def _device(config: TrainConfig) -> hardware.Device | None:
     return device
 
 
-def memory_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> dict[str, int]:
-    """Peak bytes per worker, by part. N is the number of parameters, W of workers.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser("training.plan", description=__doc__.splitlines()[0], keys=TrainConfig())
+    options = parser.parse_args(arguments)
 
-    Weights N·p (p bytes each; /W in stage 3, plus what is gathered at one time); gradients in the weights'
-    precision plus their fp32 accumulators (/W from stage 2); fp32 masters, momentum and moments (/W from
-    stage 1); activations as counted by `activation_bytes`; what the optimizer step holds for a moment.
-    """
-    stage, bucket = config.zero.stage, config.zero.bucket_elements
-    low, n = (2 if config.is_bf16 else 4), shape.num_parameters
-    matrix = sum(rows * cols * count for (rows, cols), count in shape.matrices().items())
-    rule = config.optim.matrix.rule
-    whole, scion = rule in MUON_RULES + SCION_RULES, rule in SCION_RULES
-    state = 4 if scion or rule in ("muon", "normuon", "muon_plus", "sgd", "signum") else 8
-    row_state = 4 * sum(rows * count for (rows, _), count in shape.matrices().items())
-    shard = 1 if stage == 0 else num_workers
-    bf16 = low == 2
-    gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
-    if stage == 3:
-        weights = n * low // num_workers + gathered * low
-        gradients = n * 4 // num_workers + gathered * low
-    elif stage == 2:
-        weights, gradients = n * low, n * 4 // num_workers + min(n, 2 * bucket) * low
-    else:
-        weights, gradients = n * low, n * low + (n * 4 if stage == 1 and bf16 else 0)
-    largest = max(rows * cols for rows, cols in shape.matrices())
-    owned = max(matrix // num_workers, largest)
-    exchange = {"bf16": 2, "fp32": 4}[config.optim.matrix.dtype]
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
-        "momentum and moments": (
-            matrix * state + (n - matrix) * (4 if scion else 8) + (row_state if rule == "normuon" else 0)
-        )
-        // shard,
-        # fp32 gradient of the shard; its packed pieces; arrived, whole and iterated matrices of the owner
-        "optimizer step": 4 * n // shard
-        + (((n if scion else matrix) // shard + 5 * owned) * exchange if whole else 0),
-        "activations": activation_bytes(config, shape),
-        "communication buckets": 0 if num_workers == 1 else 2 * min(n, bucket) * low,
-    }
-    if config.workers.gpu:
-        parts["CUDA, NCCL, fragments"] = int(GPU_RESERVE_BYTES)
-    return parts
+    def body() -> None:
+        config = training_config.load(file=options.config, dotlist=options.overrides)
+        show(*make_plan(config).outlook())
+
+    return cli.run(body)
 
 
-def activation_bytes(config: TrainConfig, shape: LlamaShape) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, logits and loss included.
-
-    Per token and layer, p bytes an element: two norms at (4 + 2p)·h; q, k, v and their mix at
-    (2·q + 2·kv)·p, and 4 per head for the softmax; the SwiGLU at 4·ffn·p.
-    `tests/training/test_plan.py` holds this against autograd's own count.
-    """
-    low = 2 if config.is_bf16 else 4
-    tokens = config.batch.micro_sequences * config.batch.sequence_length
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden = shape.hidden_size
-    norm = (4 + 2 * low) * hidden
-    layer = 2 * norm + (2 * q + 2 * kv + 4 * shape.ffn_size) * low + 4 * shape.num_heads
-    if config.model.activation_checkpointing:
-        layers = shape.num_layers * hidden * low + layer
-    else:
-        layers = shape.num_layers * layer
-    # the head: its input's norm, logits, log-probabilities in fp32, and their gradients
-    head = norm + shape.vocab_size * (low + 8)
-    return ceil(tokens * (layers + head))
+if __name__ == "__main__":
+    sys.exit(main())

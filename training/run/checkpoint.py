@@ -6,31 +6,26 @@ checkpoint that no longer matches its hashes is marked `DAMAGED` instead, and th
 
 A tensor is a piece of one parameter's fp32 master weights or optimizer state, keyed
 `parameter|tensor|first element`. A reader takes the pieces that its own shards need, whichever rank wrote
-them. The model's bf16 weights are not stored: they are the masters, rounded.
+them. The model's bf16 weights are not stored: they are the masters, rounded. `training.run.state.writer`
+writes them.
 """
 
 import bisect
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster import files
 from cluster.cli import UserError
-from cluster.record import origins
 from cluster.runs import COMPLETE, complete_checkpoints
-from training.run.context import Context
 
-T = TypeVar("T")
 FORMAT_VERSION = 2
 STATE = "state.json"
 DAMAGED = "DAMAGED"  # in a checkpoint that was complete: what is wrong with it
@@ -92,83 +87,21 @@ def newest_sound(root: Path, *, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and half-written ones older than these."""
-    complete = complete_checkpoints(root)
-    if len(complete) < keep:
+def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
+    """Delete the complete checkpoints that are not kept, and half-written ones older than the kept.
+
+    Kept are the newest `keep`, and those of every `keep_every_steps`-th step (0: none). One that is marked
+    DAMAGED is none of the newest.
+    """
+    sound = [path for path in complete_checkpoints(root) if not (path / DAMAGED).exists()]
+    if len(sound) < keep:
         return
-    oldest_kept = complete[-keep]
+    oldest_kept = sound[-keep]
     for path in root.glob("step-*"):
-        if path < oldest_kept:
+        for_ever = path in sound and keep_every_steps and step_of(path) % keep_every_steps == 0
+        if path < oldest_kept and not for_ever:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted
             shutil.rmtree(path)
-
-
-def save(
-    path: Path,
-    *,
-    shards: Iterable[tuple[str, int, dict[str, Tensor]]],
-    state: dict[str, Any],
-    context: Context,
-) -> None:
-    """Write one checkpoint. Every rank calls it, with its own `shards` (`ZeroOptimizer.shards`).
-
-    Its state says what the run directory around `path` knows of commit and data (`cluster.record.origins`).
-
-    Raises:
-        CheckpointError: on every rank, if any rank could not write; what was written is removed.
-    """
-    if context.is_main:
-        shutil.rmtree(path, ignore_errors=True)  # a half-written one of an earlier start
-    context.gather(None)
-    name = f"rank-{context.rank:05d}-of-{context.world_size:05d}.safetensors"
-    problem, written = _attempt(path, lambda: _write_tensors(path / name, shards))
-    problems, shards_written = zip(*context.gather((problem, (name, written))), strict=True)
-    if context.is_main and not any(problems):
-        content = {"format": FORMAT_VERSION, **state, "files": dict(shards_written)}
-        problem, _ = _attempt(path, lambda: _write_marks(path, content))
-    problems = (*problems, *context.gather(problem))
-    if any(problems):
-        context.gather(None)  # no rank is still writing
-        shutil.rmtree(path, ignore_errors=True)
-        raise CheckpointError(next(filter(None, problems)))
-
-
-def _attempt(path: Path, write: Callable[[], T]) -> tuple[str | None, T | None]:
-    """(problem, result): one rank's failure must reach the others before it is raised."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return None, write()
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):
-            reason = error.strerror or reason
-        elif system := re.search(r"I/O error: (.*) \(os error", reason):  # safetensors' own wrapping of errno
-            reason = system[1]
-        return (
-            f"{path}: cannot be written ({reason}); free space there, then run the same command again",
-            None,
-        )
-
-
-def _write_tensors(path: Path, shards: Iterable[tuple[str, int, dict[str, Tensor]]]) -> dict[str, Any]:
-    """Returns what `state.json` says of the file."""
-    tensors = {
-        f"{parameter}|{name}|{start}": tensor.detach().cpu().contiguous()
-        for parameter, start, named in shards
-        for name, tensor in named.items()
-    }
-    save_file(tensors, path)
-    files.set_mode_of_folder(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-
-
-def _write_marks(path: Path, content: dict[str, Any]) -> None:
-    files.write_json(path / STATE, {**content, "lineage": origins.of_writer(path.parent.parent)})
-    files.write_text(path / COMPLETE, f"{files.sha256_of(path / STATE)}\n")
-    files.fsync_folder(path.parent)
 
 
 class Checkpoint:

@@ -7,11 +7,12 @@ Two implementations: `RayContext` inside a Ray Train worker, `TorchContext` unde
 The loop is the same under both, so the launcher's cost can be measured.
 """
 
+import json
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,7 +27,8 @@ from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
 Result = TypeVar("Result")
-PREPARED = "asuncion/prepared"  # key of the store
+PREPARED, TAKEN = "asuncion/prepared", "asuncion/taken"  # keys of the store
+TAKE_SECONDS = 60.0  # in which the ranks take what was prepared; torchrun starts them together
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,18 @@ class Context:
         """The sum of `value` over all ranks, in place."""
         dist.all_reduce(value)
         return value
+
+    def post(self, name: str, value: Any) -> None:
+        """Leave `value`, JSON-ready, for rank 0, in place of what this rank left before under `name`.
+
+        Unlike a collective, any thread may do this at any time.
+        """
+        _store().set(f"asuncion/{name}/{self.rank}", json.dumps(value))
+
+    def posted(self, name: str, rank: int) -> Any:
+        """What a rank left under `name`; None if it has left nothing."""
+        store, key = _store(), f"asuncion/{name}/{rank}"
+        return json.loads(store.get(key)) if store.check([key]) else None
 
     def synchronize(self) -> None:
         """Wait until the device has finished what was asked of it."""
@@ -118,6 +132,9 @@ class Ranks:
                 self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # it takes bytes
                 raise
             self.store.set(PREPARED, pickle.dumps(result))  # type: ignore[arg-type]
+            if result is None and self.world_size > 1:  # the store may be in this process, which ends now
+                with suppress(dist.DistStoreError):
+                    self.store.wait([TAKEN], timedelta(seconds=TAKE_SECONDS))
             return result
         try:
             self.store.wait([PREPARED], LONGEST_PREPARATION)
@@ -126,6 +143,8 @@ class Ranks:
             received = b""
         if not received:
             sys.exit(BAD_INPUT)
+        if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
+            self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
 
 
@@ -144,13 +163,20 @@ class Stop:
         self._key = f"asuncion/stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._told = False
 
-    def due(self, step: int) -> bool:
-        """Whether to stop now that `step` steps are done. Every rank calls it after each step."""
-        store = dist.distributed_c10d._get_default_store()
-        if not self._told and self._asked():
+    def due(self, step: int, *, failed: bool = False) -> bool:
+        """Whether to stop now that `step` steps are done. Every rank calls it after each step.
+
+        failed: this rank cannot go on, so it asks too.
+        """
+        store = _store()
+        if not self._told and (failed or self._asked()):
             self._told = True
             store.compare_set(self._key, "", str(step + 1))
         return store.check([self._key]) and step >= int(store.get(self._key))
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ resumes from the newest complete one (`training.run.start`).
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
 from cluster.record import origins, provenance
+from cluster.record.heartbeat import Heartbeat
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
@@ -31,17 +33,18 @@ from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
 from training.run.engine import build_deepspeed_engine, zero_init
-from training.run.meter import Losses, Meter
+from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
-from training.run.start import PARTITION, Start
+from training.run.start import PARTITION, Start, report_checkpoint
+from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
-    report_checkpoint,
     report_end,
     report_failure,
+    report_hang,
     report_stop,
     report_workers,
 )
@@ -64,9 +67,14 @@ def train(
     """
     config = start.config
     final = context.launcher != "ray" or config.workers.max_failures == 0
-    failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
-    with failures():
-        trainer = Trainer(start, context, Stop(asked_to_stop))
+    heart = Heartbeat(
+        config.run_directory, rank=context.rank, world_size=context.world_size,
+        start=context.gather(uuid.uuid4().hex)[0], hang_seconds=config.workers.hang_seconds,
+        fail=partial(report_hang, config, final=final),
+    )  # fmt: skip
+    failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
+    with failures(), heart:
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             files.write_text(config.run_directory / PARTITION, about)
@@ -74,6 +82,7 @@ def train(
         with open_record(start, command) if context.is_main else nullcontext() as record:
             with failures():  # while W&B can still be told
                 summary = trainer.run(Output(record, observe, config.record.upload_checkpoints))
+            heart.close()  # the ranks no longer wait for each other
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
@@ -134,9 +143,12 @@ class Output:
 class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
-    def __init__(self, start: Start, context: Context, stop: Stop | None = None) -> None:
+    def __init__(
+        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+    ) -> None:
         self.stop = stop or Stop(lambda: False)
-        self.spent = Spent()
+        self.heart = heart or Heartbeat(start.config.run_directory)
+        self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
 
@@ -144,14 +156,10 @@ class Trainer:
         config, plan = self.config, self.plan = start.config, start.plan
         self.context, self.identity = context, start.identity
         self.batches = Batches(start, context)
-        self.meter = Meter(
-            tokens_per_step=plan.tokens_per_step,
-            flops_per_token=plan.flops_per_token,
-            num_devices=context.world_size,
-            device_name=context.device_name,
-            measured_tflops=_measured_tflops(config),
-        )
+        self.meter = _meter(start, context)
         self.losses = Losses(context)
+        stage = config.zero.stage
+        self.pace = Pace(self.heart, context.device, accumulation=plan.accumulation, zero_stage=stage)
         with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
             model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
         initialize(model, seed=config.run.seed)
@@ -168,61 +176,16 @@ class Trainer:
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
+        self.writer = Writer(context)
         self.resumed_from: int | None = None
-        self._wall_seconds = 0.0  # of the loop, in earlier starts
+        self.wall_seconds = 0.0  # of the loop, in earlier starts
         if start.checkpoint is not None:
             self._resume(Checkpoint(start.checkpoint))
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
-        started = time.monotonic()
-        held_out: dict[str, float] = {}
-        if self.step == 0:
-            output.row({"step": 0, "tokens": 0, **self.validate()})
-        self._start_meter()
-        while self.step < self.plan.num_steps:
-            self.losses.add(self.take_step(phase=self.meter.phase))
-            self.meter.count_step()
-            last = self.step == self.plan.num_steps
-            logging, evaluating, saving = (
-                last or _due(self.step, section.every_steps)
-                for section in (self.config.record, self.config.evaluation, self.config.checkpoint)
-            )
-            stopping = self.stop.due(self.step) and not last
-            saving = saving or stopping
-            probing = _due(self.step, self.config.optim.noise.measure_every_steps)
-            if not (logging or evaluating or saving or probing or self.optimizer.inspect):
-                continue
-            self.context.synchronize()
-            self.meter.pause()
-            row = self.row() if logging else {}
-            if self.optimizer.inspect:
-                row |= self.optimizer_health()
-            if evaluating:
-                row |= (held_out := self.validate())
-            if probing:
-                row |= self.measure_noise()
-            if row:
-                output.row({"step": self.step, "tokens": self.step * self.plan.tokens_per_step, **row})
-            if saving and self.skips.sound(self.optimizer, self.context, final=held_out if last else None):
-                output.checkpoint(self.save(wall_seconds=self._wall_seconds + time.monotonic() - started))
-                self.context.report({"step": self.step})
-            if stopping:
-                return None
-            self._start_meter()
-        return {
-            "step": self.step,
-            "tokens": self.step * self.plan.tokens_per_step,
-            "skipped_steps": self.step - self.optimizer.applied_steps,
-            **(held_out or self.validate()),
-            "wall_seconds": self._wall_seconds + time.monotonic() - started,
-            "resumed_from_step": self.resumed_from,
-            "num_parameters": self.plan.shape.num_parameters,
-            "flops_per_token": self.plan.flops_per_token,
-            **self.meter.summary(),
-            "samples": self.sample(),
-            **self.spent.summary(),
-        }
+        with self.writer:
+            return _run(self, output)
 
     def take_step(self, *, phase: Phase = nullcontext) -> Tensor:
         """One optimizer step: forward and backward of this rank's micro-batches. Returns its mean loss.
@@ -237,12 +200,17 @@ class Trainer:
         self.engine.train()
         self.optimizer.inspect = (self.step + 1) % self.config.optim.inspect_every_steps == 0
         total = torch.zeros((), device=self.context.device)
+        mark = partial(self.pace.mark, step=self.step + 1)
         for micro_step in range(self.plan.accumulation):
+            mark("data")
             with phase("data"):
                 inputs, targets = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
+                mark("forward")
                 loss = self.engine(inputs, targets)
+                mark("backward")
                 self.engine.backward(loss)
+            mark("optimizer")
             with phase("optimizer"):
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
@@ -289,15 +257,18 @@ class Trainer:
         with self.spent.part("sample"):
             return self.validation.samples()
 
-    def save(self, *, wall_seconds: float) -> Path:
-        """Write a checkpoint of the current step, and drop those no longer kept. Returns its path.
+    def save(self, output: Output, *, wall_seconds: float, waits: bool) -> None:
+        """Begin a checkpoint of the current step; once it is complete, drop those no longer kept.
 
-        wall_seconds: that the loop has taken until now, in this and in earlier starts.
+        Args:
+            wall_seconds: that the loop has taken until now, in this and in earlier starts.
+            waits: until it is complete, as it also does without `checkpoint.background`.
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
+        waits = waits or not self.config.checkpoint.background
         with self.spent.part("checkpoint"):
-            checkpoint.save(
-                path, shards=self.optimizer.shards(), context=self.context,
+            self.writer.begin(
+                path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
                     "step": self.step,
                     "applied_steps": self.optimizer.applied_steps,
@@ -309,27 +280,102 @@ class Trainer:
                     "losses_since_line": self.losses.as_text(),
                 },
             )  # fmt: skip
-            if self.context.is_main:
-                report_checkpoint(self.config, step=self.step)
-                checkpoint.prune(path.parent, keep=self.config.checkpoint.keep)
-        return path
+            if waits:
+                self.writer.wait()
+
+    def _saved(self, path: Path, output: Output) -> None:
+        """On rank 0, in the writer's thread."""
+        config = self.config
+        report_checkpoint(path)
+        output.checkpoint(path)
+        keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+        checkpoint.prune(path.parent, keep=keep, keep_every_steps=every)
 
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
         self.step = self.resumed_from = saved.state["step"]
         self.skips.resume(saved.state)
-        self._wall_seconds = saved.state["wall_seconds"]
+        self.wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
 
-    def _start_meter(self) -> None:
+    def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
+    """`Trainer.run`: what is due after which step."""
+    config, plan = trainer.config, trainer.plan
+    started = time.monotonic()
+    held_out: dict[str, float] = {}
+    if trainer.step == 0:
+        output.row({"step": 0, "tokens": 0, **trainer.validate()})
+    trainer.start_meter()
+    while trainer.step < plan.num_steps:
+        trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
+        trainer.meter.count_step()
+        trainer.heart.mark("row")
+        last = trainer.step == plan.num_steps
+        logging, evaluating, saving = (
+            last or _due(trainer.step, section.every_steps)
+            for section in (config.record, config.evaluation, config.checkpoint)
+        )
+        stopping = trainer.stop.due(trainer.step, failed=trainer.writer.failed) and not last
+        if stopping:
+            trainer.writer.wait()  # raises, if that is why
+        saving = saving or stopping
+        probing = _due(trainer.step, config.optim.noise.measure_every_steps)
+        if not (logging or evaluating or saving or probing or trainer.optimizer.inspect):
+            continue
+        trainer.context.synchronize()
+        trainer.meter.pause()
+        row = trainer.row() if logging else {}
+        if trainer.optimizer.inspect:
+            row |= trainer.optimizer_health()
+        if evaluating:
+            row |= (held_out := trainer.validate())
+        if probing:
+            row |= trainer.measure_noise()
+        if row:
+            output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
+        if saving and trainer.skips.sound(
+            trainer.optimizer, trainer.context, final=held_out if last else None
+        ):
+            wall_seconds = trainer.wall_seconds + time.monotonic() - started
+            trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
+            trainer.context.report({"step": trainer.step})
+        if stopping:
+            return None
+        trainer.start_meter()
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * plan.tokens_per_step,
+        "skipped_steps": trainer.step - trainer.optimizer.applied_steps,
+        **(held_out or trainer.validate()),
+        "wall_seconds": trainer.wall_seconds + time.monotonic() - started,
+        "resumed_from_step": trainer.resumed_from,
+        "num_parameters": plan.shape.num_parameters,
+        "flops_per_token": plan.flops_per_token,
+        **trainer.meter.summary(),
+        "samples": trainer.sample(),
+        **trainer.spent.summary(),
+    }
 
 
 def _due(step: int, every_steps: int) -> bool:
     """Whether something falls on this step; 0: it never does."""
     return every_steps > 0 and step % every_steps == 0
+
+
+def _meter(start: Start, context: Context) -> Meter:
+    return Meter(
+        tokens_per_step=start.plan.tokens_per_step,
+        flops_per_token=start.plan.flops_per_token,
+        num_devices=context.world_size,
+        device_name=context.device_name,
+        measured_tflops=_measured_tflops(start.config),
+    )
 
 
 def _measured_tflops(config: TrainConfig) -> float | None:

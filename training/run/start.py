@@ -159,6 +159,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     elif (metrics := directory / "metrics.jsonl").exists():
         report(f"{directory} broke off before its first checkpoint: starting again from step 0")
         metrics.unlink()
+    for leftover in directory.glob(".*.tmp"):  # of a start that was killed while it replaced a file
+        leftover.unlink(missing_ok=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
@@ -181,13 +183,23 @@ def _tell_start(start: Start, damaged: list[str]) -> None:
             directory, "started", f"a run of {num_steps:,} steps begins", step=0, num_steps=num_steps
         )
     else:
-        if not events.has_ended(events.read(directory)):
+        found = events.read(directory)
+        if not any((event["kind"], event["step"]) == ("checkpoint", step_of(saved)) for event in found):
+            report_checkpoint(saved)  # the start before was killed between the two
+        if not events.has_ended(found):
             text = "the start before did not report its end: it was killed, or its node was lost"
             events.end(directory, "killed", text)
         text, step = f"the run continues from {saved.name}", step_of(saved)
         events.append(directory, "resumed", text, step=step, num_steps=num_steps)
     for line in damaged:
         events.append(directory, "checkpoint_damaged", line)
+
+
+def report_checkpoint(folder: Path) -> None:
+    """Append the event that a checkpoint of the run around `folder` is complete."""
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    text = f"{folder.name} is complete, {files.size_text(size)}"
+    events.append(folder.parent.parent, "checkpoint", text, step=step_of(folder), size_bytes=size)
 
 
 def _keep_tokenizer(data: TokenDataset, target: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 
 from tests.optim.step.zero_cases import STAGES, ZeroCase, assemble, batches, build, copied_shards
 from tests.ranks import spawn
-from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context
+from training.run.state import writer
 
 pytestmark = pytest.mark.stack
 
@@ -22,7 +22,7 @@ def write_checkpoints(context: Context, root: Path, cases: list[ZeroCase]) -> No
             engine.backward(engine(tokens[step, 0, context.rank], targets[step, 0, context.rank]))
             engine.step()
         state = {"applied_steps": optimizer.applied_steps}
-        checkpoint.save(root / f"step-{index}", shards=optimizer.shards(), state=state, context=context)
+        writer.save(root / f"step-{index}", shards=optimizer.shards(), state=state, context=context)
 
 
 def read_checkpoints(context: Context, root: Path, sources: int, cases: list[ZeroCase]) -> list[dict]:

@@ -18,8 +18,8 @@ from training.data.prepare import prepare
 from training.evaluate.command import main
 from training.model.llama import Llama, generate, initialize, load_hf
 from training.plan import resolve_shape
-from training.run import checkpoint
 from training.run.export import export
+from training.run.state import writer
 
 QUESTIONS = [f"Document {i}: the quick brown fox number {i % 7} jumps over" for i in range(24)]
 CHOICES = ["lazy dogs", "the hills", "it then", "rests for hours"]
@@ -27,7 +27,7 @@ SEQUENCE_LENGTH = 32
 
 
 class Alone:
-    """One rank without a process group, for `checkpoint.save`."""
+    """One rank without a process group, for `writer.save`."""
 
     rank, world_size, is_main = 0, 1, True
 
@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": dataclasses.asdict(model.shape),
         "data fingerprint": Manifest.read(data).fingerprint,
     }
-    checkpoint.save(
+    writer.save(
         run / "checkpoints/step-0000004",
         shards=((name, 0, {"master": p.flatten()}) for name, p in model.named_parameters()),
         state={"step": 4, "identity": identity},

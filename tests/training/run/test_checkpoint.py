@@ -17,6 +17,7 @@ from tests.waiting import wait_until
 from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context
+from training.run.state import writer
 
 NUMEL = 1_000_000
 
@@ -36,10 +37,10 @@ def write_until_killed(root: Path, started: int, *, stop_in: int | None) -> None
     os.write(started, b"x")
     for step in itertools.count(1):
         if step == stop_in:
-            checkpoint._write_marks = lambda *_: signal.pause()
+            writer._Write._write_marks = lambda *_: signal.pause()
         tensors = {"master": torch.full((NUMEL,), float(step))}
         path = checkpoint.step_directory(root, step)
-        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
+        writer.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
         checkpoint.prune(root, keep=2)
 
 
@@ -74,7 +75,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path):
         # The same step is written again over what was left.
         path = checkpoint.step_directory(root, step + 1)
         tensors = {"master": torch.full((NUMEL,), 0.5)}
-        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step + 1}, context=OneRank())
+        writer.save(path, shards=[("weight", 0, tensors)], state={"step": step + 1}, context=OneRank())
         assert checkpoint.newest_complete(root, report=skipped.append) == path
         assert Checkpoint(path).read("weight", "master", 0, 1) == 0.5
     assert half_written > 0  # some were killed while they wrote
@@ -84,7 +85,7 @@ def write(root: Path, *steps: int) -> None:
     for step in steps:
         path = checkpoint.step_directory(root, step)
         tensors = {"master": torch.full((4,), float(step))}
-        checkpoint.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
+        writer.save(path, shards=[("weight", 0, tensors)], state={"step": step}, context=OneRank())
 
 
 def flip_a_bit(path: Path) -> None:
@@ -164,3 +165,16 @@ def test_a_shard_that_the_disk_cannot_read_is_damage_too(tmp_path, monkeypatch):
     reports: list[str] = []
     assert checkpoint.newest_sound(tmp_path, report=reports.append) == tmp_path / "step-0000001"
     assert f"step-0000002/{SHARD}: unreadable (Input/output error)" in reports[0]
+
+
+def test_every_so_many_steps_one_is_kept_for_ever_and_a_damaged_one_takes_no_place(tmp_path):
+    write(tmp_path, *range(1, 8))
+    (tmp_path / "step-0000007" / checkpoint.DAMAGED).write_text("its mark was still to be removed")
+    checkpoint.prune(tmp_path, keep=2, keep_every_steps=2)
+    assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [2, 4, 5, 6, 7]
+    (tmp_path / "step-0000006" / checkpoint.DAMAGED).write_text("")
+    checkpoint.prune(tmp_path, keep=4)
+    assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [2, 4, 5, 6, 7]
+    checkpoint.prune(tmp_path, keep=3)
+    checkpoint.prune(tmp_path, keep=1)
+    assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [5, 6, 7]

@@ -1,0 +1,278 @@
+"""Memory of one worker at each point of a step, by part. No torch.
+
+What lies side by side at one point is added; the run needs the largest of the points. h: hidden size,
+p: bytes of an element of the model.
+
+    after load      weights; masters and state; fp32 gradients where they are allocated once; the buffers in
+                    which matrices travel and are orthogonalised
+    forward         beside these: what the layers keep for the backward pass, and the logits
+    backward        the largest of three places: the loss, the last layer, the first layer, by when all other
+                    activations are gone and all gradients are there
+    exchange        gradients on their way between workers, activations gone
+    optimizer step  what the step holds for a moment
+
+Compared with peaks on an H200 and on a CPU: tests/training/planner/test_memory.py. Read in DeepSpeed 0.19.8.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from optim.cost import uses_gram
+from training.config import MUON_RULES, SCION_RULES, TrainConfig
+from training.model.shapes import LlamaShape
+
+POINTS = ("after load", "forward", "backward", "exchange", "optimizer step")
+OUTSIDE = "CUDA, NCCL, fragments"
+CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not count: an allowance
+FRAGMENT_SHARE = 0.04  # torch reserved 51.4 GB for 49.5 GB on an H200 (tests/baselines/nvidia-h200_gpu.json)
+WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: the same file, at every micro-batch
+STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a micro-batch is computed.
+
+    Attributes:
+        width: bytes of an element of weights and activations, 2 or 4.
+        compiled: layers compiled by torch, which keeps less for the backward pass.
+        checkpointing: each layer keeps its input alone.
+        chunk_tokens: the loss is computed for so many tokens at a time; None: for all at once.
+    """
+
+    width: int
+    compiled: bool = False
+    checkpointing: bool = False
+    chunk_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`points`: point of the step -> part -> bytes of one worker, on its device."""
+
+    points: dict[str, Parts]
+
+    @property
+    def largest(self) -> str:
+        """The point that needs the most."""
+        return max(self.points, key=lambda point: sum(self.points[point].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """Part -> bytes, at the largest point."""
+        return self.points[self.largest]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the largest point that torch's allocator counts: without CUDA's own."""
+        return self.total - self.parts.get(OUTSIDE, 0)
+
+
+def form_of(config: TrainConfig) -> Form:
+    """The form that the configuration asks for."""
+    return Form(
+        width=2 if config.is_bf16 else 4,
+        checkpointing=config.model.activation_checkpointing,
+    )
+
+
+def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memory:
+    """Bytes of one worker at every point of a step, in the last of its micro-batches."""
+    form, stage, n = form_of(config), config.zero.stage, shape.num_parameters
+    tokens = config.batch.micro_sequences * config.batch.sequence_length
+    accumulates = config.batch.tokens > num_workers * tokens
+    resident = _resident(config, shape, num_workers=num_workers)
+    low = n * form.width if stage < 2 else 0  # the model's own gradients, which stages 2 and 3 reduce at once
+    forward, backward = activation_bytes(shape, tokens, form, gradients=0 if accumulates else low)
+    earlier: Parts = {"model's gradients": low} if accumulates and low else {}
+    later: Parts = {"model's gradients": low} if low else {}
+    points = {
+        "after load": resident,
+        "forward": {**resident, **earlier, "activations": forward},
+        "backward": {**resident, **earlier, "activations": backward},
+        "exchange": {**resident, **later, "gradients on their way": _exchange_bytes(config, n)},
+        "optimizer step": {
+            **resident, **later, "step": step_bytes(config, shape, num_workers=num_workers),
+        },
+    }  # fmt: skip
+    if config.workers.gpu:
+        points = {point: _with_outside(parts) for point, parts in points.items()}
+    return Memory(
+        {point: {name: size for name, size in parts.items() if size} for point, parts in points.items()}
+    )
+
+
+def _with_outside(parts: Parts) -> Parts:
+    inside = parts | {"workspaces": int(WORKSPACE_BYTES)}
+    return inside | {OUTSIDE: int(CONTEXT_BYTES + FRAGMENT_SHARE * sum(inside.values()))}
+
+
+def _resident(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Parts:
+    """What stays on the device from the first step on."""
+    stage, bf16, n = config.zero.stage, config.is_bf16, shape.num_parameters
+    width, bucket = (2 if bf16 else 4), config.zero.bucket_elements
+    shard = 1 if stage == 0 else num_workers
+    gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
+    weights = n * width
+    if stage == 3:
+        weights = n * width // num_workers + (gathered * width if num_workers > 1 else 0)
+    gradients = {0: 0, 1: n * 4 if bf16 else 0}.get(stage, n * 4 // num_workers)
+    offloaded = config.zero.offload_optimizer and config.workers.gpu
+    buckets = 1 + config.workers.gpu  # two where they are sent while the next is filled
+    parts = {
+        "weights": weights,
+        "gradients (fp32)": gradients,
+        "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
+        "momentum and moments": state_bytes(config, shape) // shard,
+        "matrices on their way": _matrix_buffer_bytes(config, shape, num_workers=num_workers),
+        "communication buckets": buckets * bucket * width if stage >= 2 else 0,
+    }
+    if offloaded:
+        parts |= dict.fromkeys(("gradients (fp32)", "master weights (fp32)", "momentum and moments"), 0)
+    return parts
+
+
+def state_bytes(config: TrainConfig, shape: LlamaShape) -> int:
+    """The optimizer's state, fp32, of all workers together."""
+    rule, matrix = config.optim.matrix.rule, _matrix_elements(shape)
+    per_matrix = 4 if rule in STATE_OF_ONE_NUMBER else 8
+    per_vector = 4 if rule in SCION_RULES else 8
+    rows = 4 * sum(rows * count for (rows, _), count in shape.matrices().items())
+    vectors = shape.num_parameters - matrix
+    return matrix * per_matrix + vectors * per_vector + (rows if rule == "normuon" else 0)
+
+
+def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: int = 0) -> tuple[int, int]:
+    """Most bytes of activations in the forward pass and in the backward pass of one micro-batch.
+
+    Args:
+        gradients: bytes of the model's gradients that this backward pass allocates.
+    """
+    p, layer = form.width, layer_bytes(shape, form)
+    kept = shape.num_layers * (shape.hidden_size * p if form.checkpointing else layer)
+    norm = (4 + 2 * p) * shape.hidden_size
+    forward, loss = _loss_bytes(shape, tokens, form)
+    table = shape.vocab_size * shape.hidden_size * p
+    # in a layer's backward pass: gradients of the SwiGLU's three products, of the residual and of its norm
+    inside = (3 * shape.ffn_size + 2 * shape.hidden_size) * p + (layer if form.checkpointing else 0)
+    places = (
+        tokens * (kept + norm) + loss,
+        tokens * (kept + inside) + min(gradients, table),
+        tokens * (inside if form.checkpointing else layer + inside) + gradients + table,
+    )
+    return tokens * (kept + norm) + forward, max(places)
+
+
+def kept_bytes(shape: LlamaShape, tokens: int, form: Form) -> int:
+    """Bytes that autograd keeps of a forward pass, plain loss: layers, last norm, log-probabilities."""
+    p = form.width
+    per_layer = shape.hidden_size * p if form.checkpointing else layer_bytes(shape, form)
+    norm = (4 + 2 * p) * shape.hidden_size
+    return tokens * (shape.num_layers * per_layer + norm + 4 * shape.vocab_size)
+
+
+def layer_bytes(shape: LlamaShape, form: Form) -> int:
+    """Bytes that one layer keeps for its backward pass, for each token.
+
+    As it is written: two norms at (4 + 2p)h; q, k, v and their mix at (2q + 2kv)p, 4 per head for the
+    softmax; the SwiGLU at 4·ffn·p. Compiled, torch keeps input, sum and both norms' outputs at 4hp, and does
+    not keep silu(gate): 3·ffn·p.
+    """
+    p, hidden = form.width, shape.hidden_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    attention, roots = (2 * q + 2 * kv) * p + 4 * shape.num_heads, 2 * 4
+    if form.compiled:
+        return 4 * hidden * p + attention + 3 * shape.ffn_size * p + roots
+    norm = (4 + 2 * p) * hidden
+    return 2 * norm + attention + 4 * shape.ffn_size * p + roots
+
+
+def _loss_bytes(shape: LlamaShape, tokens: int, form: Form) -> tuple[int, int]:
+    """Most bytes of head and loss in the forward and in the backward pass.
+
+    An fp32 number each for logits, log-probabilities and their gradient, and the logits in bf16 before; the
+    backward pass of the softmax holds three of fp32. In chunks: of one chunk, beside the head's gradient
+    and the gradient of the last layer's output.
+    """
+    p, vocabulary = form.width, shape.vocab_size
+    forward, backward = (p if p < 4 else 0) + 8, 12
+    if form.chunk_tokens is None:
+        return tokens * vocabulary * forward, tokens * vocabulary * backward
+    chunk = min(form.chunk_tokens, tokens)
+    beside = vocabulary * shape.hidden_size * p + tokens * shape.hidden_size * p
+    return chunk * vocabulary * forward + beside, chunk * vocabulary * backward + beside
+
+
+def _exchange_bytes(config: TrainConfig, n: int) -> int:
+    """Stage 1 in bf16 joins all fp32 gradients in one tensor, and casts that one to bf16."""
+    if config.zero.stage == 1:
+        return 6 * n if config.is_bf16 else 0
+    return 0
+
+
+def _matrix_elements(shape: LlamaShape) -> int:
+    return sum(rows * cols * count for (rows, cols), count in shape.matrices().items())
+
+
+def _whole_elements(config: TrainConfig, shape: LlamaShape) -> int:
+    """Elements of parameters whose rule needs whole matrices."""
+    if config.optim.matrix.rule in SCION_RULES:
+        return shape.num_parameters
+    return _matrix_elements(shape) if config.optim.matrix.rule in MUON_RULES else 0
+
+
+def _exchange_width(config: TrainConfig) -> int:
+    return {"bf16": 2, "fp32": 4}[config.optim.matrix.dtype]
+
+
+def _matrix_buffer_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> int:
+    """`optim.step.exchange.ShapeGroup`: a worker's pieces, and where matrices arrive and become whole.
+
+    Without travel the pieces are the whole matrices. Stage 0 has all pieces on every worker.
+    """
+    elements, stage = _whole_elements(config, shape), config.zero.stage
+    if num_workers == 1:
+        copies = elements
+    elif stage == 0:
+        copies = 2 * elements
+    else:
+        copies = (3 if _cuts_matrices(config, shape, num_workers) else 1) * elements // num_workers
+    return copies * _exchange_width(config)
+
+
+def _cuts_matrices(config: TrainConfig, shape: LlamaShape, num_workers: int) -> bool:
+    """Whether a border between shards lies inside of a matrix. Stage 3 cuts every one."""
+    if config.zero.stage == 3:
+        return True
+    part, end = -(-_matrix_elements(shape) // num_workers), 0
+    ends = set()
+    for name, size in shape.parameters().items():
+        if ".layers." in name and len(size) == 2:
+            end += prod(size)
+            ends.add(end)
+    return any(rank * part not in ends for rank in range(1, num_workers))
+
+
+def step_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> int:
+    """What the optimizer step holds for a moment, beside its buffers (`optim.polar.orthogonalize`).
+
+    The matrices of one shape that a worker owns are iterated together: in the Gram form three copies, where
+    the last one is cast; else two, and two n x n matrices each. AdamW's pass over the tables holds four
+    numbers of fp32 for each of their elements.
+    """
+    shard = 1 if config.zero.stage == 0 else num_workers
+    vectors = 16 * (shape.num_parameters - _matrix_elements(shape)) // shard
+    if not _whole_elements(config, shape):
+        return max(vectors, 16 * _matrix_elements(shape) // shard)
+    width, most = _exchange_width(config), 0
+    for (rows, cols), count in shape.matrices().items():
+        owned, short = -(-count // num_workers), min(rows, cols)
+        copies = 3 * rows * cols if uses_gram(rows, cols) else 2 * (rows * cols + short * short)
+        most = max(most, owned * copies * width)
+    return max(vectors, most)

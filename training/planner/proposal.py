@@ -1,0 +1,149 @@
+"""The fastest configuration that fits a GPU's memory: micro-batch, checkpointing and ZeRO stage."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config import ConfigError
+from cluster.display import Table, table
+from cluster.measure.hardware import Device
+from training.config import TrainConfig
+from training.model.shapes import LlamaShape
+from training.planner.memory import Memory, memory
+from training.planner.seconds import Rates, rates_of, step_seconds
+
+MOST_MICRO_SEQUENCES = 64
+STAGES = (1, 2, 3)
+EQUAL = 0.005  # steps whose times differ by less count as equal; then the least memory wins
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration, with what is planned for it."""
+
+    config: TrainConfig
+    memory: Memory
+    seconds: float
+
+    @property
+    def keys(self) -> str:
+        """What to write on a command line."""
+        config = self.config
+        checkpointing = str(config.model.activation_checkpointing).lower()
+        return (
+            f"batch.micro_sequences={config.batch.micro_sequences} "
+            f"model.activation_checkpointing={checkpointing} zero.stage={config.zero.stage}"
+        )
+
+    @property
+    def policy(self) -> tuple[bool, int]:
+        """(checkpointing, stage)."""
+        return self.config.model.activation_checkpointing, self.config.zero.stage
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """All candidates for a device, the fastest that fits, and the ceilings behind their times."""
+
+    device: Device
+    rates: Rates
+    candidates: Sequence[Candidate]
+
+    def fits(self, candidate: Candidate) -> bool:
+        return candidate.memory.total <= self.device.memory_gb * 1e9
+
+    @property
+    def best(self) -> Candidate | None:
+        """The fastest that fits; of equals the one with the least memory. None if none fits."""
+        return _fastest([each for each in self.candidates if self.fits(each)])
+
+    def reason(self) -> str:
+        """Why that one, or what the smallest needs, in a sentence."""
+        best, room = self.best, f"{self.device.memory_gb:g} GB"
+        if best is None:
+            least = min(self.candidates, key=lambda each: each.memory.total)
+            return f"none fits {room}: the smallest, {least.keys}, needs {least.memory.total / 1e9:.1f} GB"
+        larger = [
+            each
+            for each in self.candidates
+            if each.policy == best.policy and not self.fits(each)
+            and each.config.batch.micro_sequences > best.config.batch.micro_sequences
+        ]  # fmt: skip
+        parts = []
+        if larger:
+            next_one = min(larger, key=lambda each: each.memory.total)
+            micro, need = next_one.config.batch.micro_sequences, next_one.memory.total / 1e9
+            parts.append(f"micro-batches of {micro} need {need:.1f} GB ({next_one.memory.largest})")
+        others = [each for each in self.by_policy() if each is not best and self.fits(each)]
+        for each in sorted(others, key=lambda each: each.seconds)[:2]:
+            checkpointing, stage = each.policy
+            name = f"ZeRO-{stage} {'with' if checkpointing else 'without'} checkpointing"
+            parts.append(f"{name} takes {each.seconds / best.seconds - 1:.0%} longer")
+        return f"{best.keys} is the fastest that fits {room}" + (": " + "; ".join(parts) if parts else "")
+
+    def by_policy(self) -> list[Candidate]:
+        """Of each (checkpointing, stage) the fastest that fits, else the smallest."""
+        found = []
+        for policy in dict.fromkeys(each.policy for each in self.candidates):
+            same = [each for each in self.candidates if each.policy == policy]
+            fitting = _fastest([each for each in same if self.fits(each)])
+            found.append(fitting or min(same, key=lambda each: each.memory.total))
+        return found
+
+    def table(self) -> Table:
+        """One row for each policy, the fastest first."""
+        best = self.best
+        rows = [
+            (
+                "full" if each.policy[0] else "none", f"{each.policy[1]}",
+                f"{each.config.batch.micro_sequences}", f"{each.memory.total / 1e9:.1f}", each.memory.largest,
+                f"{each.seconds:.3f}", f"{each.config.batch.tokens / each.seconds:,.0f}",
+                "proposed" if each is best else "" if self.fits(each) else "does not fit",
+            )
+            for each in sorted(self.by_policy(), key=lambda each: (not self.fits(each), each.seconds))
+        ]  # fmt: skip
+        head = ("checkpointing", "ZeRO", "micro", "GB", "most in", "s per step", "tokens/s", "")
+        return table(head, rows, left=(0, 4, -1))
+
+
+def propose(config: TrainConfig, shape: LlamaShape, device: Device, *, num_workers: int) -> Proposal:
+    """Plan every micro-batch that divides the batch, with and without checkpointing, in every stage.
+
+    Raises:
+        ConfigError: no micro-batch divides the batch.
+    """
+    rates = rates_of(device)
+    candidates = [
+        Candidate(
+            each,
+            memory(each, shape, num_workers=num_workers),
+            sum(step_seconds(each, shape, rates, num_workers=num_workers).values()),
+        )
+        for each in _choices(config, num_workers)
+    ]
+    if not candidates:
+        raise ConfigError(
+            f"batch.tokens: {config.batch.tokens} is not a multiple of {num_workers} workers x "
+            f"batch.sequence_length={config.batch.sequence_length}"
+        )
+    return Proposal(device, rates, candidates)
+
+
+def _choices(config: TrainConfig, num_workers: int) -> Iterator[TrainConfig]:
+    sequences, rest = divmod(config.batch.tokens, num_workers * config.batch.sequence_length)
+    for micro in range(1, MOST_MICRO_SEQUENCES + 1):
+        if rest or sequences % micro:
+            continue
+        batch = replace(config.batch, micro_sequences=micro)
+        for checkpointing in (False, True):
+            model = replace(config.model, activation_checkpointing=checkpointing)
+            for stage in STAGES:
+                zero = replace(config.zero, stage=stage, init=config.zero.init and stage == 3)
+                yield replace(config, batch=batch, model=model, zero=zero)
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:
+    if not candidates:
+        return None
+    least = min(each.seconds for each in candidates)
+    equal = [each for each in candidates if each.seconds <= (1 + EQUAL) * least]
+    return min(equal, key=lambda each: each.memory.total)
