@@ -17,6 +17,7 @@ from cluster.machine.triton_calls import jit
 
 if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @jit
@@ -25,13 +26,17 @@ def decode_kernel(
     q_row, q_head, out_row, out_head, blocks_row, cache_values, cache_block,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, ROWS_ADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_ADDED: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     head = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     request = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + request)
+    if PDL:
+        gdc_wait()  # the launch before writes q and the newest keys and values, not the lengths
     num_tiles = tl.cdiv(length, KEYS)
     tiles_each = tl.cdiv(num_tiles, splits)
     first = split * tiles_each
