@@ -140,7 +140,8 @@ class ShapeGroup:
             if health is not None:
                 names = [self.plan.matrices[index].name for index in self.owned]
                 health.inspect(update, self.scale, orthogonal=self.rule.orthogonal, names=names)
-            self.whole.view(-1, *self.shape).copy_(update)
+            if update.data_ptr() != self.whole.data_ptr():  # else the rule has written it in its place
+                self.whole.view(-1, *self.shape).copy_(update)
         self.squares.zero_()
 
     def send_back(self) -> None:
