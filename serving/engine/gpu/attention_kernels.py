@@ -74,15 +74,25 @@ def decode_kernel(
         tl.store(out + g * out_head + c, result.to(out.dtype.element_ty), g < GROUP)
     else:
         pair = request * tl.num_programs(0) + head
-        logs += pair * splits * GROUP
         mixed += pair * splits * GROUP * SIZE
-        tl.store(mixed + (split * GROUP + g) * SIZE + c, result, g < GROUP)
-        heads = tl.arange(0, ROWS)
-        tl.store(logs + split * GROUP + heads, top + tl.log2(total), heads < GROUP)
-        tl.debug_barrier()  # all threads have stored before the first of them says so
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+        logs += pair * splits * GROUP
+        log = top + tl.log2(total)
+        if _leave(mixed, logs, arrived + pair, result, log, split, GROUP, SIZE, ROWS) == used - 1:
             tl.store(arrived + pair, 0)
             _add_splits(mixed, logs, out, out_head, used, GROUP, SIZE, ROWS_ADDED, SPLITS, SPLITS_ADDED)
+
+
+@jit
+def _leave(
+    mixed, logs, arrived, result, log, split, GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Stores a split's result [ROWS, C], and how heavy it is; returns how many splits did so before."""
+    g = tl.arange(0, ROWS)
+    place = mixed + (split * GROUP + g[:, None]) * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(place, result, g[:, None] < GROUP)
+    tl.store(logs + split * GROUP + g, log, g < GROUP)
+    tl.debug_barrier()  # all threads have stored before the first of them says so
+    return tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
 
 
 @jit
