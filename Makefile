@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python -m
 
 .PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
   status preflight attach stop pull down \
-  test test-cluster check format clean help
+  test test-cluster test-faults check format clean help
 
 ## Train, serve, measure
 ## train         train a model, or resume the run of that name
@@ -107,6 +107,10 @@ test: $(VENV)/ready
 ## test-cluster  the long tests of a cluster: four hosts on one machine, as root
 test-cluster: $(VENV)/ready
 	$(PY) pytest -m cluster $(ARGS)
+
+## test-faults   break real runs in every way, resume and compare them (ARGS="--seed 7": that one)
+test-faults: $(VENV)/ready
+	$(PY) tests.faults $(ARGS)
 
 ## check         lint, format and types
 check: $(VENV)/ready

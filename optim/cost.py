@@ -7,8 +7,8 @@ Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
                 multiplied twice: after step 2 and at the end
 
 With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 20n³. A product of two
-polynomials of A is symmetric but for its rounding; in fp32 half of it is computed too: 6n²m + 14n³.
-`_multiply_polynomials` in optim/polar.py says why not in bf16.
+polynomials of A is symmetric but for its rounding; in fp32, and in fp16 on a GPU, half of it is computed too:
+6n²m + 14n³. `_multiply_polynomials` in optim/polar.py says why not in bf16.
 """
 
 NUM_ITERATIONS = 5
@@ -26,16 +26,16 @@ def uses_gram(rows: int, cols: int) -> bool:
     return long > GRAM_ASPECT * short
 
 
-def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False, fp32: bool = False) -> int:
+def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False, polynomials: bool = False) -> int:
     """FLOPs to orthogonalise one matrix.
 
     Args:
         symmetric: symmetric products cost half (optim/kernels/gpu.py, optim/kernels/native.cpp).
-        fp32: so do products of two polynomials of the Gram matrix; only with `symmetric`.
+        polynomials: so do products of two polynomials of the Gram matrix; only with `symmetric`.
     """
     short, long = sorted((rows, cols))
     square, cube = short * short * long, short**3
     if uses_gram(rows, cols):
-        halved = 6 * square + (14 if fp32 else 20) * cube
+        halved = 6 * square + (14 if polynomials else 20) * cube
         return halved if symmetric else 8 * square + 28 * cube
     return 15 * square + 5 * cube if symmetric else 20 * square + 10 * cube

@@ -167,6 +167,7 @@ STANDARD_ONLY = (
     "cluster.files",
     "cluster.masking",
     "cluster.record.events",
+    "cluster.record.heartbeat",
     "cluster.head.answers",
     "cluster.head.keeper",
     "cluster.head.shell",

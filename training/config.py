@@ -270,6 +270,12 @@ class WorkersConfig:
     max_failures: int = key(
         0, "times that Ray restarts the workers from the newest checkpoint after a failure"
     )
+    hang_seconds: float = key(
+        45.0,
+        "a worker hangs, and the run fails, if a step takes so much longer than the longest one before; the "
+        "first steps, checkpoints and evaluations may take a multiple; 0: never",
+        least=0,
+    )
     min_count: int | None = key(
         None, "workers with which a run goes on if a node is lost; null: it waits until all can run again"
     )
@@ -338,6 +344,11 @@ class RecordConfig:
     stalled_minutes: float = key(
         10.0,
         "report no_progress after this many minutes without a new line or checkpoint; 0: never",
+        least=0,
+    )
+    straggler_fraction: float = key(
+        0.25,
+        "report a rank whose forward pass takes so much longer than the median for a minute; 0: never",
         least=0,
     )
     disk_free_gb: float = key(

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from cluster import runs
 from cluster.display import number
 from cluster.files import size_text
-from cluster.record import events
+from cluster.record import events, heartbeat
 
 WINDOW = 50  # logged losses that a spike is compared with
 LEAST_HISTORY = 20  # logged losses before the first alarm
@@ -151,6 +151,29 @@ class ProgressAlarm:
 
     def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_stat, (self._directory / "metrics.jsonl", self._directory / "checkpoints")))
+
+
+class StragglerAlarm:
+    """Raises straggler for a rank that is slow (`heartbeat.stragglers`) at each of LOOKS looks in a row."""
+
+    LOOKS, LOOK_SECONDS = 6, 10.0
+
+    def __init__(self, directory: Path, *, fraction: float) -> None:
+        self._directory, self._fraction = directory, fraction
+        self._times: Counter[int] = Counter()  # rank -> looks in a row
+        self._seconds = 0.0  # since the last look
+
+    def check(self, *, seconds: float) -> None:
+        """Look again, if it is time. seconds: since the last call."""
+        self._seconds += seconds
+        if self._seconds < self.LOOK_SECONDS:
+            return
+        self._seconds = 0.0
+        slow = heartbeat.stragglers(heartbeat.read(self._directory), fraction=self._fraction)
+        self._times = Counter({rank: self._times[rank] + 1 for rank in slow})
+        for rank, text in slow.items():
+            if self._times[rank] == self.LOOKS:
+                events.append(self._directory, "straggler", f"{text} (record.straggler_fraction)", rank=rank)
 
 
 class DiskAlarm:

@@ -6,10 +6,12 @@
 """
 
 import argparse
+import time
 from pathlib import Path
 
-from cluster.record import events
-from cluster.review.run_reader import Run
+from cluster.display import duration
+from cluster.record import events, heartbeat
+from cluster.review.run_reader import RUNNING, Run
 
 NEWEST_RUNS = 3
 NEWEST_ALARMS = 3  # of each run
@@ -48,10 +50,28 @@ def _lines_of(run: Run) -> list[str]:
     if run.serving and run.last_step is not None:
         step = f"{run.last_step:,} load{'s' * (run.last_step != 1)}"
     lines = [f"  run {run.name:<24}{state.name:<10}{step}{f'; {state.reason}' if state.reason else ''}"]
+    if state.name == RUNNING:
+        lines += [f"      {line}" for line in (*heartbeat.describe(run.directory), *_progress(run))]
     alarms = events.alarms(run.events)
     if len(alarms) > NEWEST_ALARMS:
         lines.append(f"      {len(alarms) - NEWEST_ALARMS} earlier warnings and errors in {events.FILE}")
     return lines + [f"      {events.describe(event)}" for event in alarms[-NEWEST_ALARMS:]]
+
+
+def _progress(run: Run) -> list[str]:
+    """How old the newest checkpoint is, and how long a step waits for its data."""
+    marks = sorted(run.directory.glob("checkpoints/step-*/COMPLETE"))
+    if run.serving or not (marks or "data_wait_seconds" in run.latest):
+        return []
+    text = "no checkpoint yet"
+    if marks:
+        text = (
+            f"checkpoint {marks[-1].parent.name} is {duration(time.time() - marks[-1].stat().st_mtime)} old"
+        )
+    if {"data_wait_seconds", "step_seconds"} <= run.latest.keys():
+        share = run.latest["data_wait_seconds"] / (run.latest["step_seconds"] or 1)
+        text += f"; {share:.0%} of a step waits for data"
+    return [text]
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ def floor_seconds(
     shapes: Sequence[tuple[int, int]], *, peak_flops: float, memory_bytes_per_s: float
 ) -> float:
     """The least time of a whole step on one GPU: products at the peak, then two passes over memory."""
-    flops = sum(orthogonalize_flops(*shape, symmetric=True) for shape in shapes)
+    flops = sum(orthogonalize_flops(*shape, symmetric=True, polynomials=True) for shape in shapes)
     return flops / peak_flops + PASS_BYTES * num_elements(shapes) / memory_bytes_per_s
 
 

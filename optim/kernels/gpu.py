@@ -79,9 +79,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def symmetric_product(
     a: Tensor, b: Tensor, *, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0,
-    out: Tensor | None = None,
+    diagonal: float = 0.0, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """alpha·A·Bᵀ + beta·C, known to be symmetric: half of it is computed, and written twice.
+    """alpha·A·Bᵀ + beta·C + diagonal·I, known to be symmetric: half of it is computed, and written twice.
 
     That is the Gram matrix AAᵀ, and the product of commuting symmetric matrices such as polynomials of one
     Gram matrix. The result is exactly symmetric; sums are fp32 and rounded once.
@@ -98,15 +98,15 @@ def symmetric_product(
     require(reason is None, str(reason))
     capability = (8, 6) if INTERPRETED else torch.cuda.get_device_capability(a.device)
     out = a.new_empty(len(a), a.size(1), a.size(1)) if out is None else out
-    _product(a, b, c, out, alpha, beta, capability=capability).launch()
+    _product(a, b, c, out, alpha, beta, diagonal, capability=capability).launch()
     return out
 
 
 def _product(
-    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, *,
+    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float, diagonal: float, *,
     capability: tuple[int, int],
 ) -> Call:  # fmt: skip
-    """The launch that writes alpha·A·Bᵀ + beta·C to `out`."""
+    """The launch that writes alpha·A·Bᵀ + beta·C + diagonal·I to `out`."""
     size, n, k = a.shape
     operands = [tensor for tensor in (a, b, c, out) if tensor is not None]
     require(a.shape == b.shape, f"{tuple(a.shape)} times the transpose of {tuple(b.shape)} is not symmetric")
@@ -121,7 +121,8 @@ def _product(
         if size * programs >= tiles.num_sms:
             break
     arguments: dict[str, Any] = {"a": a, "b": b, "c": c, "out": out, "n": n, "k": k}
-    arguments |= {"alpha": float(alpha), "beta": float(beta)}  # an integer 1 would be compiled in
+    # as floats: an integer 1 would be compiled in
+    arguments |= {"alpha": float(alpha), "beta": float(beta), "diagonal": float(diagonal)}
     for name, tensor in (("a", a), ("b", b), ("c", out if c is None else c), ("out", out)):
         strides = (f"{name}_batch", f"{name}_row", f"{name}_col")
         arguments |= dict(zip(strides, tensor.stride(), strict=True))
@@ -131,7 +132,7 @@ def _product(
 
 @jit
 def _product_kernel(
-    a, b, c, out, alpha, beta, n, k,
+    a, b, c, out, alpha, beta, diagonal, n, k,
     a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, out_batch, out_row, out_col,
     WIDEN: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +169,7 @@ def _product_kernel(
     if c is not None:
         c += batch * c_batch + top * c_row + left * c_col
         total += beta * tl.load(c + i * c_row + j * c_col, inside).to(tl.float32)
+    total += tl.where(row * TILE_N + i == col * TILE_N + j, diagonal, 0.0)
     result = total.to(out.dtype.element_ty)
     out += batch * out_batch
     straight = out + top * out_row + left * out_col + i * out_row + j * out_col
@@ -280,7 +282,7 @@ def variants(capability: tuple[int, int]) -> dict[str, Call]:
     Sizes and strides are multiples of 16. With others, copies are element by element and large tiles spill.
     """
     calls = {}
-    multiply = partial(_product, alpha=1.0, beta=1.0, capability=capability)
+    multiply = partial(_product, alpha=1.0, beta=1.0, diagonal=1.0, capability=capability)
     for size, dtype in product((64, 4096), PRODUCT_DTYPES):  # small tiles, large tiles
         square = torch.empty(1, size, size, dtype=dtype, device="meta")
         wide = torch.empty(1, size, 2 * size, dtype=dtype, device="meta")

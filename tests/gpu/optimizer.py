@@ -32,7 +32,7 @@ def race(run: Run, sizes: list[tuple[int, int]], *, gemm_tflops: float) -> None:
         f"first update against {found.peer}", problem=None if same else too_far,
         relative_difference=found.difference, peak_allocated_gb=run.peak_memory_gb(),
     )  # fmt: skip
-    flops = sum(orthogonalize_flops(*size, symmetric=True) for size in sizes)
+    flops = sum(orthogonalize_flops(*size, symmetric=True, polynomials=run.gpu) for size in sizes)
     floor = flops / (gemm_tflops * 1e12)
     if "copy_gb_per_s" in run.ceilings:
         floor += PASS_BYTES * num_elements(sizes) / (run.ceilings["copy_gb_per_s"] * 1e9)

@@ -36,7 +36,7 @@ def test_the_gram_form_by_hand():
     # XX', A*A and the second product of A <- PAP are halved: 2 of 40, and 5 + 3 of the small ones.
     assert orthogonalize_flops(2, 5, symmetric=True) == 2 * 20 + 2 * 40 + 8 * 8 + (small - 8) * 16
     # In fp32 P*P and the first product of A <- PAP are halved as well: all of the small ones.
-    assert orthogonalize_flops(2, 5, symmetric=True, fp32=True) == 2 * 20 + 2 * 40 + small * 8
+    assert orthogonalize_flops(2, 5, symmetric=True, polynomials=True) == 2 * 20 + 2 * 40 + small * 8
 
 
 def test_the_gram_form_starts_where_it_is_cheaper():

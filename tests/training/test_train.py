@@ -40,8 +40,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_keys(folder: Path, name: str, **changes: object) -> list[str]:
-    keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, "checkpoint__every_steps": 5, **changes}
-    return tiny(folder, run__name=name, **keys)
+    keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, "checkpoint__every_steps": 5}
+    return tiny(folder, run__name=name, workers__hang_seconds=0, **{**keys, **changes})
 
 
 def losses(run: Path) -> dict[int, tuple]:

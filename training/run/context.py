@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,7 +27,8 @@ from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
 Result = TypeVar("Result")
-PREPARED = "asuncion/prepared"  # key of the store
+PREPARED, TAKEN = "asuncion/prepared", "asuncion/taken"  # keys of the store
+TAKE_SECONDS = 60.0  # in which the ranks take what was prepared; torchrun starts them together
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ class Ranks:
                 self.store.set(PREPARED, b"")  # type: ignore[arg-type]  # it takes bytes
                 raise
             self.store.set(PREPARED, pickle.dumps(result))  # type: ignore[arg-type]
+            if result is None and self.world_size > 1:  # the store may be in this process, which ends now
+                with suppress(dist.DistStoreError):
+                    self.store.wait([TAKEN], timedelta(seconds=TAKE_SECONDS))
             return result
         try:
             self.store.wait([PREPARED], LONGEST_PREPARATION)
@@ -139,6 +143,8 @@ class Ranks:
             received = b""
         if not received:
             sys.exit(BAD_INPUT)
+        if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
+            self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
 
 

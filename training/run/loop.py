@@ -5,6 +5,7 @@ resumes from the newest complete one (`training.run.start`).
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from cluster import files
 from cluster.preflight.verdict import measured_tflops
 from cluster.record import origins, provenance
 from cluster.record.alarms import LossAlarms
+from cluster.record.heartbeat import Heartbeat
 from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
@@ -32,7 +34,7 @@ from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
 from training.run.engine import build_deepspeed_engine, zero_init
-from training.run.meter import Losses, Meter
+from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
@@ -46,6 +48,7 @@ from training.run.watch import (
     loss_alarms,
     report_end,
     report_failure,
+    report_hang,
     report_stop,
     report_workers,
 )
@@ -68,9 +71,14 @@ def train(
     """
     config = start.config
     final = context.launcher != "ray" or config.workers.max_failures == 0
-    failures = partial(report_failure, config, who=f"rank {context.rank}: ", final=final)
-    with failures():
-        trainer = Trainer(start, context, Stop(asked_to_stop))
+    heart = Heartbeat(
+        config.run_directory, rank=context.rank, world_size=context.world_size,
+        start=context.gather(uuid.uuid4().hex)[0], hang_seconds=config.workers.hang_seconds,
+        fail=partial(report_hang, config, final=final),
+    )  # fmt: skip
+    failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
+    with failures(), heart:
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             files.write_text(config.run_directory / PARTITION, about)
@@ -82,6 +90,7 @@ def train(
         with output:
             with failures():  # while W&B can still be told
                 summary = trainer.run(output)
+            heart.close()  # the ranks no longer wait for each other
             record = output.record
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
@@ -169,9 +178,12 @@ class Output:
 class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
-    def __init__(self, start: Start, context: Context, stop: Stop | None = None) -> None:
+    def __init__(
+        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+    ) -> None:
         self.stop = stop or Stop(lambda: False)
-        self.spent = Spent()
+        self.heart = heart or Heartbeat(start.config.run_directory)
+        self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
 
@@ -181,14 +193,10 @@ class Trainer:
         saved = Checkpoint(start.checkpoint) if start.checkpoint else None
         self.rewinds = Rewinds(config, context, saved)
         self.batches = Batches(start, context, passed_over=self.rewinds.passed_over)
-        self.meter = Meter(
-            tokens_per_step=plan.tokens_per_step,
-            flops_per_token=plan.flops_per_token,
-            num_devices=context.world_size,
-            device_name=context.device_name,
-            measured_tflops=_measured_tflops(config),
-        )
+        self.meter = _meter(start, context)
         self.losses = Losses(context)
+        stage = config.zero.stage
+        self.pace = Pace(self.heart, context.device, accumulation=plan.accumulation, zero_stage=stage)
         with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
             model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
         initialize(model, seed=config.run.seed)
@@ -230,12 +238,17 @@ class Trainer:
         self.engine.train()
         self.optimizer.inspect = (self.step + 1) % self.config.optim.inspect_every_steps == 0
         total = torch.zeros((), device=self.context.device)
+        mark = partial(self.pace.mark, step=self.step + 1)
         for micro_step in range(self.plan.accumulation):
+            mark("data")
             with phase("data"):
                 inputs, targets = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
+                mark("forward")
                 loss = self.engine(inputs, targets)
+                mark("backward")
                 self.engine.backward(loss)
+            mark("optimizer")
             with phase("optimizer"):
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
@@ -331,6 +344,7 @@ class Trainer:
         """
         if not self.rewinds.wanted(output.spiked):
             return False
+        self.heart.mark("checkpoint")
         self.writer.wait()
         if (path := self.rewinds.go_back(self.step)) is None:
             return False
@@ -354,6 +368,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
     while trainer.step < plan.num_steps:
         trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
         trainer.meter.count_step()
+        trainer.heart.mark("row")
         last = trainer.step == plan.num_steps
         logging, evaluating, saving = (
             last or _due(trainer.step, section.every_steps)
@@ -361,6 +376,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         )
         stopping = trainer.stop.due(failed=trainer.writer.failed) and not last
         if stopping:
+            trainer.heart.mark("checkpoint")
             trainer.writer.wait()  # raises, if that is why
         saving = saving or stopping
         probing = _due(trainer.step, config.optim.noise.measure_every_steps)
@@ -406,6 +422,16 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
 def _due(step: int, every_steps: int) -> bool:
     """Whether something falls on this step; 0: it never does."""
     return every_steps > 0 and step % every_steps == 0
+
+
+def _meter(start: Start, context: Context) -> Meter:
+    return Meter(
+        tokens_per_step=start.plan.tokens_per_step,
+        flops_per_token=start.plan.flops_per_token,
+        num_devices=context.world_size,
+        device_name=context.device_name,
+        measured_tflops=_measured_tflops(start.config),
+    )
 
 
 def _measured_tflops(config: TrainConfig) -> float | None:

@@ -1,7 +1,7 @@
 """Where a run's time went: seconds of named parts, in the summary and in the command's last lines."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,20 @@ PARTS = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
 
 
 class Spent:
-    """Adds up the seconds of parts that do not overlap. The total starts when it is made."""
+    """Adds up the seconds of parts that do not overlap. The total starts when it is made.
 
-    def __init__(self) -> None:
+    on_part: called with the name of each part that begins.
+    """
+
+    def __init__(self, *, on_part: Callable[[str], None] = lambda name: None) -> None:
+        self._on_part = on_part
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """The block's time belongs to this part."""
+        self._on_part(name)
         started = time.monotonic()
         try:
             yield

@@ -159,6 +159,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     elif (metrics := directory / "metrics.jsonl").exists():
         report(f"{directory} broke off before its first checkpoint: starting again from step 0")
         metrics.unlink()
+    for leftover in directory.glob(".*.tmp"):  # of a start that was killed while it replaced a file
+        leftover.unlink(missing_ok=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))

@@ -1,6 +1,7 @@
 """Who watches a run: the launcher shows its rows and its alarms, and each rank reports its own failure."""
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,18 +14,25 @@ from cluster.cli import RunError
 from cluster.masking import mask
 from cluster.progress import Progress
 from cluster.record import events
-from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm
+from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm, StragglerAlarm
 from cluster.record.record import follow, read_metrics
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import step_of
 from training.run.context import Context
 from training.run.start import PARTITION, newest_of
+from training.run.workers import LOST
 
 if TYPE_CHECKING:
     from optim.step.zero import ZeroOptimizer
 
 MOST_REASON = 300  # letters of an error that is not ours
+MOST_CAUSE = 120  # of these, in a message of ours
+NO_MEMORY = r"DefaultCPUAllocator|std::bad_alloc|[Oo]ut of memory"
+RANK_LOST = (
+    r"gloo.*(closed by peer|reset by peer|Read error|Write error|Broken pipe|timed out)"
+    r"|ncclRemoteError|NCCL communicator was aborted"
+)
 SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
@@ -79,6 +87,7 @@ class RunWatch(_Background):
         self._note = note
         self._progress = ProgressAlarm(directory, minutes=record.stalled_minutes, observer=observer)
         self._disk = DiskAlarm(directory, gigabytes=record.disk_free_gb)
+        self._straggler = StragglerAlarm(directory, fraction=record.straggler_fraction)
         _, self._position = events.read_from(directory, 0)
         self._problem = ""
 
@@ -96,6 +105,7 @@ class RunWatch(_Background):
             self._progress.check(seconds=seconds)
             if self._note:
                 self._disk.check()
+                self._straggler.check(seconds=seconds)
         except OSError as error:
             if self._note and str(error) != self._problem:
                 self._note(f"the run directory cannot be watched: {error}")
@@ -178,14 +188,24 @@ class Follower(_Background):
 
 
 @contextmanager
-def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) -> Iterator[None]:
+def report_failure(
+    config: TrainConfig,
+    *,
+    rank: int | None = None,
+    where: Callable[[], str] = lambda: "",
+    final: bool = True,
+) -> Iterator[None]:
     """Append an event for an error or a signal in the block, and raise it again. One process reports it.
 
     Args:
-        who: begins the event's text, such as "rank 3: ".
+        rank: of this process, if it is one of the workers.
+        where: what the worker does, such as "the forward of step 3".
         final: it ends the run, and not only this worker, which may be started again.
+
+    Raises:
+        TrainingError: in place of an error of torch's that says that memory or another rank is gone.
     """
-    directory = config.run_directory
+    directory, who = config.run_directory, "" if rank is None else f"rank {rank}: "
     try:
         yield
     except KeyboardInterrupt:
@@ -194,13 +214,45 @@ def report_failure(config: TrainConfig, *, who: str = "", final: bool = True) ->
             events.end(directory, "stopped", text, step=Run(directory).last_step)
         raise
     except Exception as error:
-        text = f"{who}{reason(error)}"
-        if final:
-            events.end(directory, "failed", text, step=Run(directory).last_step)
-        else:
-            since = (*events.STARTS, *events.WORKERS)
-            events.append_first(directory, "worker_failed", text, among=("worker_failed",), since=since)
+        known = explained(error, who=who, where=where()) if who else None
+        _report_end_of_worker(config, reason(known) if known else f"{who}{reason(error)}", final=final)
+        if known:
+            raise known from error
         raise
+
+
+def report_hang(config: TrainConfig, text: str, *, final: bool) -> None:
+    """Append the events that a worker hangs. One process reports it."""
+    since = (*events.STARTS, *events.WORKERS)
+    step = Run(config.run_directory).last_step
+    events.append_first(config.run_directory, "hung", text, among=("hung",), since=since, step=step)
+    _report_end_of_worker(config, text, final=final)
+
+
+def _report_end_of_worker(config: TrainConfig, text: str, *, final: bool) -> None:
+    directory = config.run_directory
+    if final:
+        events.end(directory, "failed", text, step=Run(directory).last_step)
+    else:
+        since = (*events.STARTS, *events.WORKERS)
+        events.append_first(directory, "worker_failed", text, among=("worker_failed",), since=since)
+
+
+def explained(error: Exception, *, who: str, where: str) -> "TrainingError | None":
+    """What an error of torch's means, and what to change; None for any other error."""
+    text = reason(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, text):
+        return TrainingError(
+            f"{who}out of memory in {where} ({text}); lower batch.micro_sequences, set "
+            "model.activation_checkpointing=true or raise zero.stage, and run again: it resumes from the "
+            "newest checkpoint"
+        )
+    if isinstance(error, RuntimeError) and re.search(RANK_LOST, text):
+        return TrainingError(
+            f"{who}{LOST} in {where}: its process was killed, or its node was lost ({text[:MOST_CAUSE]}); "
+            "the same command resumes the run from its newest checkpoint"
+        )
+    return None
 
 
 def reason(error: BaseException) -> str:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from cluster import files
 from cluster.cli import RunError, UserError
 from cluster.masking import mask
+from cluster.record import events
 from cluster.record.provenance import commit_environment
 from cluster.session import ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig
 
 if TYPE_CHECKING:
     from training.run.context import Ranks
+
+LOST = "another rank is gone"  # in the message of a rank that fails because of that
 
 
 @contextmanager
@@ -73,7 +76,7 @@ def run(
     try:
         return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
     except TrainingFailedError as error:
-        raise RunError(_reason(error, directory / "failure.log")) from error
+        raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
         raise KeyboardInterrupt from error
 
@@ -110,14 +113,20 @@ def _each(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {})
 
 
-def _reason(error: Any, log: Path) -> str:
-    """The first worker's own message; the whole story goes into `log`.
+def _reason(error: Any, directory: Path) -> str:
+    """Why the workers ended; the whole story goes into `directory`/failure.log.
 
-    Secrets are masked in both. Only the owner reads the log: an exception may say what no mask recognises.
+    That is the sentence about a hang, or the message of the first worker that failed by itself, and not
+    because another one was gone. Secrets are masked in both. Only the owner reads the log: an exception may
+    say what no mask recognises.
     """
     failures = getattr(error, "worker_failures", {})
     causes = [failures[rank] for rank in sorted(failures)] or [error]
     story = mask("\n".join(f"--- {cause!r}\n{cause}" for cause in causes))
-    files.write_text(log, f"{story}\n", mode=0o600)
+    files.write_text(directory / "failure.log", f"{story}\n", mode=0o600)
+    found = events.read(directory)
+    if events.newest(found, ("hung", *events.STARTS, *events.WORKERS)) == "hung":
+        return str(next(event["text"] for event in reversed(found) if event["kind"] == "hung"))
+    causes.sort(key=lambda cause: LOST in str(cause) or "ActorDiedError" in repr(cause))
     lines = [line.strip() for line in mask(str(causes[0])).splitlines() if line.strip()]
     return lines[-1] if lines else mask(repr(causes[0]))

@@ -213,7 +213,7 @@ def test_the_plan_prints_every_term_on_a_line_of_its_own_and_the_verdict(capsys)
 
 def test_the_least_time_of_a_step_by_hand():
     assert share.floor_seconds([(2, 2), (2, 4)], **SIMPLE) == pytest.approx(
-        (160 + 256) / 1000 + 24 * 12 / 100
+        (160 + 208) / 1000 + 24 * 12 / 100
     )
 
 

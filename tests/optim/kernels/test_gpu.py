@@ -136,7 +136,7 @@ def test_operands_that_do_not_fit_are_an_error():
     x, p = torch.empty(2, 3, 5, device=meta), torch.empty(2, 3, 3, device=meta)
 
     def product(a, b, c=None, out=p):
-        gpu._product(a, b, c, out, 1.0, 0.0, capability=(8, 6))
+        gpu._product(a, b, c, out, 1.0, 0.0, 0.0, capability=(8, 6))
 
     product(x, x)
     for wrong in (
@@ -187,7 +187,7 @@ def test_the_kernels_compute_what_they_say():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^52 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^54 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -221,23 +221,24 @@ def interpreted_symmetric_product(shape, dtype):
     lower = random(size, n, n, dtype=dtype, seed=2).tril()
     c = lower + torch.full_like(lower, torch.nan).triu(1)  # whose upper half is not read
     for left, right in ((a, a), (b.mT.contiguous().mT, b.mT.contiguous().mT), (a, framed(b)[1])):
-        for alpha, addend, beta in ((1.0, None, 0.0), (0.5, c, -2.0)):
+        for alpha, addend, beta, diagonal in ((1.0, None, 0.0, 0.0), (0.5, c, -2.0, 3.0)):
             frame, out = framed(torch.zeros(size, n, n, dtype=dtype))
-            result = symmetric_product(left, right, alpha=alpha, c=addend, beta=beta, out=out)
+            options = {"alpha": alpha, "c": addend, "beta": beta, "diagonal": diagonal}
+            result = symmetric_product(left, right, **options, out=out)
             assert result is out and torch.equal(result, result.mT)
             assert frame.isnan().sum() == frame.numel() - out.numel()  # nothing was written beside it
-            plus = beta * lower.double()
+            plus = beta * lower.double() + diagonal * torch.eye(n, dtype=torch.float64)
             exact = alpha * left.double() @ right.double().mT + plus
             magnitude = left.double().abs() @ right.double().abs().mT + plus.abs()
             assert_rounded_once(result.tril(), exact.tril(), magnitude)
-    assert torch.equal(symmetric_product(left, right, alpha=alpha, c=addend, beta=beta), result)
+    assert torch.equal(symmetric_product(left, right, **options), result)
 
 
 def interpreted_large_tiles(monkeypatch):
     tiles = replace(gpu.TILES[8, 6], num_sms=1)
     monkeypatch.setitem(gpu.TILES, (8, 6), tiles)
     x = random(1, 130, 70, dtype=torch.float32, seed=70)
-    call = gpu._product(x, x, None, x.new_empty(1, 130, 130), 1.0, 0.0, capability=(8, 6))
+    call = gpu._product(x, x, None, x.new_empty(1, 130, 130), 1.0, 0.0, 0.0, capability=(8, 6))
     assert call.arguments["TILE_N"] == tiles.large.n == 128
     gram = x.double() @ x.double().mT
     assert_rounded_once(symmetric_product(x, x), gram, x.double().abs() @ x.double().abs().mT)
@@ -383,6 +384,30 @@ def interpreted_orthogonalize(shape, dtype, tolerance, monkeypatch):
     expected = polar.orthogonalize(x, method="polar_express", dtype=dtype)
     assert result.dtype == dtype and result.shape == x.shape
     assert (result.double() - expected.double()).norm() < tolerance * expected.double().norm()
+
+
+def interpreted_gram_form_in_fp16(monkeypatch):
+    """Every product mirrored: low ranks stay near the polynomials' band, and a Gaussian near fp64."""
+    monkeypatch.setattr(polar, "gram_dtype", lambda dtype, device: torch.float16)
+    x = random(3, 32, 80, dtype=torch.float32, seed=0)
+    for rank in (1, 2):
+        x[rank] = random(32, rank, dtype=torch.float32, seed=1) @ random(
+            rank, 80, dtype=torch.float32, seed=2
+        )
+    result = polar.orthogonalize(x, method="polar_express", dtype=torch.bfloat16)
+    exact = polar.orthogonalize(x.double(), method="polar_express", dtype=torch.float64)
+    errors = (result - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    assert errors[0] < 0.01 and errors.max() < 0.06, errors
+
+
+def interpreted_groups(monkeypatch):
+    """Matrices are iterated some at a time, each as if it were alone; and may be written in their place."""
+    x = random(3, 8, 10, dtype=torch.float32, seed=0)
+    whole = polar.orthogonalize(x, method="jordan", dtype=torch.float32)
+    monkeypatch.setattr(polar, "GROUP_BYTES", 2 * 4 * (2 * 8 * 10 + 2 * 8**2))
+    assert polar._group_size(x, torch.float32) == 2
+    assert polar.orthogonalize(x, method="jordan", dtype=torch.float32, overwrite=True) is x
+    assert torch.equal(x, whole)
 
 
 def interpreted_support():

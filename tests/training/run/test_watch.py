@@ -86,7 +86,12 @@ def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
 
 
 def test_a_rank_that_stands_still_is_seen_by_another(folder: Path) -> None:
-    keys = {"workers__count": 2, "schedule__tokens": 512 * 100_000, "record__stalled_minutes": 0.1}
+    keys = {
+        "workers__count": 2,
+        "schedule__tokens": 512 * 100_000,
+        "record__stalled_minutes": 0.1,
+        "workers__hang_seconds": 0,
+    }
     run = folder / "outputs/stands-still"
     with started("training.launch", *tiny(folder, run__name=run.name, **keys), ranks=2) as process:
 
