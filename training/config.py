@@ -311,6 +311,12 @@ class CheckpointConfig:
         True,
         "write while training goes on; it takes host memory for a copy of master weights and optimizer state",
     )
+    max_rewinds: int = key(
+        0,
+        "times that a run goes back to the newest checkpoint before a loss spike (record.spike_deviations) "
+        "and skips the batches since; 0: never",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         multiple = self.keep_every_steps % self.every_steps == 0
@@ -399,6 +405,10 @@ class TrainConfig:
         whole = self.zero.stage < 3 or not self.optim.noise.measure_every_steps
         problem = "needs whole weights on every worker: zero.stage<=2"
         require(whole, "optim.noise.measure_every_steps", problem)
+        sees = self.record.spike_deviations > 0 or not self.checkpoint.max_rewinds
+        require(
+            sees, "checkpoint.max_rewinds", "needs record.spike_deviations above 0, which sees the spikes"
+        )
 
     @property
     def is_bf16(self) -> bool:

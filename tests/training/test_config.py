@@ -280,6 +280,7 @@ REFUSED = {
     "checkpoint.every_steps": ["0"],
     "checkpoint.keep": ["0"],
     "checkpoint.keep_every_steps": ["-1", "30"],  # 30: the default checkpoint.every_steps is 25
+    "checkpoint.max_rewinds": ["-1"],
     "evaluation.every_steps": ["0"],
     "evaluation.sequences": ["0"],
     "evaluation.tuning_sequences": ["-1"],

@@ -1,5 +1,7 @@
 """The training samples of one rank, on its device."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,14 @@ from training.run.start import Start
 
 
 class Batches:
-    """Micro-batches as a function of the step: there is no state to save."""
+    """Micro-batches as a function of the step: there is no state to save.
 
-    def __init__(self, start: Start, context: Context) -> None:
+    passed_over: step -> how many steps' worth of batches are skipped before that which follows it.
+    """
+
+    def __init__(self, start: Start, context: Context, *, passed_over: Callable[[int], int]) -> None:
         self._start = start
+        self._passed_over = passed_over
         self._order = SampleOrder(start.train_set.num_samples, seed=start.config.run.seed)
         self._context = context
 
@@ -22,7 +28,7 @@ class Batches:
             micro_batch(
                 self._start.train_set,
                 self._order,
-                consumed_samples=step * self._start.plan.samples_per_step,
+                consumed_samples=(step + self._passed_over(step)) * self._start.plan.samples_per_step,
                 micro_step=micro_step,
                 rank=self._context.rank,
                 world_size=self._context.world_size,
