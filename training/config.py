@@ -86,10 +86,7 @@ class ModelConfig:
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
     compile: bool | None = key(None, "compile layers and loss with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
-        None,
-        "tokens whose logits are in memory at one time; 0: all, with autograd's gradients; default: "
-        "4096 on GPUs, 0 on CPUs",
-        least=0,
+        None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
     )
 
 

@@ -21,7 +21,7 @@ CASES = [(1, "auto"), (4, "auto"), (16, "auto"), (4, "fp32")]  # accumulation, d
 def build_case(case: ZeroCase, sent: str):
     config = case.config()
     zero = replace(config.zero, communication_dtype=sent, bucket_elements=BUCKET)
-    with mock.patch.object(ZeroCase, "config", lambda _: replace(config, zero=zero)):
+    with mock.patch.object(ZeroCase, "config", return_value=replace(config, zero=zero)):
         return build(case)
 
 
