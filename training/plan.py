@@ -206,7 +206,7 @@ def compiles(config: TrainConfig) -> bool:
 
 
 def loss_tokens(config: TrainConfig) -> int | None:
-    """Tokens whose logits are in memory at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
+    """Tokens whose logits exist at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
     tokens = config.model.loss_tokens
     if tokens is None and config.workers.gpu:
         return LOSS_TOKENS
