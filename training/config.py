@@ -19,7 +19,6 @@ SEEDS = range(1 << 63)  # every generator takes these, each for a stream of its 
 PRECISIONS = ("auto", "bf16", "fp32")
 PRODUCT_DTYPES = ("bf16", "fp32")
 DECAYS = ("linear", "cosine")
-LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
 MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
 SCION_RULES = ("scion", "transported_scion")  # of all parameters, by norm; the others: of hidden matrices
 MATRIX_RULES = (*MUON_RULES, *SCION_RULES, "adamw", "sgd", "signum")
@@ -415,19 +414,6 @@ class TrainConfig:
         """Whether weights and activations are bf16, and not fp32."""
         assert self.precision != "auto", "training.config.load settles it"
         return self.precision == "bf16"
-
-    @property
-    def compiles(self) -> bool:
-        """Whether layers and loss are to be compiled."""
-        return self.workers.gpu if self.model.compile is None else self.model.compile
-
-    @property
-    def loss_tokens(self) -> int | None:
-        """Tokens whose logits are in memory at one time; None: all."""
-        tokens = self.model.loss_tokens
-        if tokens is None:
-            tokens = LOSS_TOKENS if self.workers.gpu else 0
-        return tokens or None
 
     @property
     def run_directory(self) -> Path:

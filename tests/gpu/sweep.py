@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.gpu.block import OUT_OF_MEMORY, Run
-from training.config import LOSS_TOKENS
 from training.model.llama import Llama, compile_layers, initialize
 from training.model.loss import IGNORED_TARGET
+from training.plan import LOSS_TOKENS
 
 MICRO = {"cuda": (1, 2, 4, 8, 12), "cpu": (1, 2)}  # sequences
 COMPILED_MICRO = {"cuda": (4, 8), "cpu": (2,)}

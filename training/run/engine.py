@@ -31,7 +31,7 @@ from optim.step.zero import ZeroOptimizer
 from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
 from training.model.llama import Layer, Llama, compile_layers, initialize
 from training.model.shapes import LlamaShape
-from training.plan import resolve_shape
+from training.plan import compiles, loss_tokens, resolve_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,7 +55,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.workers.gpu}
     if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 20 * bucket}
-    if stage == 3 and config.compiles:  # a layer's weights are gathered outside of its compiled frames
+    if stage == 3 and compiles(config):  # a layer's weights are gathered outside of its compiled frames
         zero |= {"leaf_module": {"classes": [f"{Layer.__module__}.{Layer.__qualname__}"]}}
         zero |= {"memory_efficient_linear": False}  # it would put a function of DeepSpeed's into them
     return {
@@ -87,8 +87,8 @@ def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device)
     with zero_init(config), device:
         model = Llama(shape, activation_checkpointing=config.model.activation_checkpointing)
     initialize(model, seed=config.run.seed)
-    model.lm_head.loss_tokens, model.lm_head.z_loss = config.loss_tokens, config.optim.z_loss
-    if config.compiles:
+    model.lm_head.loss_tokens, model.lm_head.z_loss = loss_tokens(config), config.optim.z_loss
+    if compiles(config):
         compile_layers(model)
     return model
 

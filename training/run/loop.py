@@ -28,6 +28,7 @@ from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
 from training.model.attention import LogitProbe
+from training.plan import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
@@ -80,7 +81,7 @@ def train(
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-            if config.compiles:
+            if compiles(config):
                 seconds = trainer.spent.seconds.get("compile")
                 took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
                 about += f"  layers and loss are compiled, {took}\n"
@@ -189,7 +190,7 @@ class Trainer:
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
-        if start.config.compiles and start.config.zero.stage < 3:
+        if compiles(start.config) and start.config.zero.stage < 3:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
