@@ -26,6 +26,7 @@ OUTSIDE = "CUDA, NCCL, fragments"
 CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not count: an allowance
 FRAGMENT_SHARE = 0.04  # torch reserved 51.4 GB for 49.5 GB on an H200 (tests/baselines/nvidia-h200_gpu.json)
 WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: the same file, at every micro-batch
+LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
 STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
 
 Parts = dict[str, int]
@@ -74,13 +75,26 @@ class Memory:
         return self.total - self.parts.get(OUTSIDE, 0)
 
 
+def compiles(config: TrainConfig) -> bool:
+    """Whether torch.compile compiles layers and loss: `model.compile`, or on GPUs."""
+    return config.workers.gpu if config.model.compile is None else config.model.compile
+
+
+def loss_tokens(config: TrainConfig) -> int | None:
+    """Tokens whose logits exist at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
+    tokens = config.model.loss_tokens
+    if tokens is None and config.workers.gpu:
+        return LOSS_TOKENS
+    return tokens or None
+
+
 def form_of(config: TrainConfig) -> Form:
     """The form that the configuration asks for."""
     return Form(
         width=2 if config.is_bf16 else 4,
-        compiled=config.compiles,
+        compiled=compiles(config),
         checkpointing=config.model.activation_checkpointing,
-        chunk_tokens=config.loss_tokens,
+        chunk_tokens=loss_tokens(config),
     )
 
 
