@@ -89,16 +89,19 @@ def inside(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
     """An empty folder for the block to fill. After the block its files are synced and it replaces `path`.
 
     If the block fails, the new folder is removed and `path` is unchanged. What a killed process left is
     removed by the next one; two at the same time would destroy each other's work.
+
+    Args:
+        resumable: what a killed or interrupted process left is kept, and the block finds it in the folder.
     """
     partial, replaced = (path.with_name(f".{path.name}.{role}") for role in ("partial", "replaced"))
-    for leftover in (partial, replaced):
+    for leftover in (replaced,) if resumable else (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=resumable)
     try:
         yield partial
         for file in partial.iterdir():
@@ -108,8 +111,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not (resumable and isinstance(error, KeyboardInterrupt)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     fsync_folder(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)

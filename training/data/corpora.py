@@ -14,16 +14,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import DataConfig
 from training.data.dataset import DataError
-from training.data.readers import TextOrBad, find, reading
+from training.data.readers import Position, TextOrBad, find, reading
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000
+BOTOCORE_BYTES = 26_988_044  # of that version
 MIN_PARAGRAPH_CHARACTERS = 40
 FEW_HELD_OUT = 10  # with fewer held-out documents, the text is divided instead of the documents
 
@@ -90,7 +91,9 @@ class Corpus:
     stem: str
     description: str
     identity: Any  # JSON value that determines the texts
-    records: Callable[[], Iterable[TextOrBad]]
+    records: Callable[[Position], Iterable[TextOrBad]]
+    num_bytes: int | None = None  # as `position` counts them
+    position: Position = field(default_factory=Position)
 
     @classmethod
     def of(cls, config: DataConfig) -> "Corpus":
@@ -103,7 +106,8 @@ class Corpus:
         Args:
             skipped: counts the unusable records; without it none may be.
         """
-        for text in (skipped or Skipped(0.0)).texts(self.records()):
+        self.position.before, self.position.stream = 0, None
+        for text in (skipped or Skipped(0.0)).texts(self.records(self.position)):
             if text and not text.isspace():
                 yield Document.of(text)
 
@@ -140,12 +144,20 @@ def _botocore() -> Corpus:
 
     The package is needed for its texts alone: data that were prepared before are found without it.
     """
+    texts = functools.cache(lambda: list(botocore_texts(_botocore_folder())))  # 27 MB, asked for twice
     return Corpus(
         stem="botocore",
         description=f"botocore {BOTOCORE_VERSION}",
         identity=["botocore", BOTOCORE_VERSION],
-        records=functools.cache(lambda: list(botocore_texts(_botocore_folder()))),  # 27 MB, asked for twice
+        records=functools.partial(_counted, texts),
+        num_bytes=BOTOCORE_BYTES,
     )
+
+
+def _counted(texts: Callable[[], list[str]], position: Position) -> Iterator[str]:
+    for text in texts():
+        yield text
+        position.before += len(text.encode())
 
 
 def _botocore_folder() -> Path:
@@ -234,7 +246,7 @@ def html_paragraphs(fragment: str) -> Iterator[str]:
 def _files(config: DataConfig) -> Corpus:
     files, left_out = find(config.source)
     num_bytes = sum(file.num_bytes for file in files)
-    kind, field = files[0].kind, config.text_field
+    kind, name = files[0].kind, config.text_field
     source = Path(config.source.rstrip("/"))
     stem = files[0].name.partition(".")[0] if len(files) == 1 else source.name
     return Corpus(
@@ -243,7 +255,10 @@ def _files(config: DataConfig) -> Corpus:
         identity=[
             kind,
             [[file.name, file.num_bytes, file.identity] for file in files],
-            field if kind != "txt" else None,
+            name if kind != "txt" else None,
         ],
-        records=lambda: itertools.chain.from_iterable(file.records(field) for file in files),
+        records=lambda position: itertools.chain.from_iterable(
+            file.records(name, position) for file in files
+        ),
+        num_bytes=num_bytes,
     )

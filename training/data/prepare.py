@@ -17,12 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import cli, files
 from cluster import config as layered
@@ -38,28 +33,18 @@ from training.data.dataset import (
     SPLITS,
     DataError,
     Manifest,
-    Shard,
-    Split,
 )
 from training.data.readers import reading
+from training.data.shards import RESUME_FILE, TOKENIZER_FILE, Resume, ShardWriter
+from training.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    opening_only,
+    train_tokenizer,
+)
 
 Report = Callable[[str], None]
 
-TOKENIZER_FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
-# of GPT-2 and Qwen, LLaMA 3, DeepSeek, LLaMA 2 and Mistral, Gemma, and others
-END_OF_TEXT_NAMES = (
-    END_OF_TEXT,
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's own bars)
-    "</s>",
-    "<eos>",
-    "<|eot_id|>",
-    "[EOS]",
-)
-
-BATCH_BYTES = 4 << 20
-BATCH_DOCUMENTS = 4096
 TOKENIZER_SAMPLE_BYTES = 64 << 20
 
 
@@ -108,9 +93,17 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
             else:
                 report(f"reusing {target}, from {request.corpus.description}")
                 return target
-        with files.replace_folder(target) as folder:
-            megabytes = _write_tokenizer(request, folder / TOKENIZER_FILE, report=report)
-            manifest = _write_shards(request, folder, total_megabytes=megabytes, report=report)
+        with files.replace_folder(target, resumable=True) as folder:
+            resume = Resume.of(folder, request.key)
+            if resume.tokenizer_sha256:
+                tokens = sum(split.tokens for split in resume.splits.values())
+                report(f"continuing where an earlier call broke off, after {tokens:,} tokens")
+            else:
+                _write_tokenizer(request, folder / TOKENIZER_FILE, report=report)
+                resume.tokenizer_sha256 = sha256_of(folder / TOKENIZER_FILE)
+                resume.save(folder)
+            manifest = _write_shards(request, folder, resume, report=report)
+            (folder / RESUME_FILE).unlink()
             files.write_text(folder / MANIFEST_FILE, manifest.to_json())
         report(f"ready: {target}")
     return target
@@ -182,92 +175,8 @@ def _writing(target: Path, *, report: Report) -> Iterator[bool]:
 # --- tokenizer ----------------------------------------------------------------------------------------
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE (GPT-2's scheme) with `<|endoftext|>` as id 0. Decodes every text exactly.
-
-    Has fewer than `vocab_size` tokens when the texts run out of pairs to merge.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The Hugging Face tokenizer in `path`, set to encode plain text as it stands, whatever its length.
-
-    A text that happens to contain the name of a special token is encoded as ordinary characters.
-
-    Raises:
-        DataError: unreadable, or not a tokenizer.json.
-    """
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error}); set data.tokenizer") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """The id of the token that ends a document: `name`, or the first of its usual names.
-
-    Raises:
-        DataError: there is none.
-    """
-    for each in END_OF_TEXT_NAMES if name is None else (name,):
-        if (token := tokenizer.token_to_id(each)) is not None:
-            return token
-    if name is not None:
-        raise DataError(f"data.end_of_text: the tokenizer has no token {name!r}")
-    names = " ".join(END_OF_TEXT_NAMES)
-    raise DataError(f"data.tokenizer: no end-of-text token of the names {names}; name it by data.end_of_text")
-
-
-def opening_only(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """A tokenizer.json's `post_processor` without the special tokens after the text, and their names.
-
-    A prompt must not end with them: what ends a document is added by `prepare`. So plain `encode` gives the
-    same tokens in training, sampling, the export and serving.
-
-    Raises:
-        DataError: the post-processor is for encoder models.
-    """
-    kind = processor["type"] if processor else None
-    if processor and kind == "TemplateProcessing":
-        single, closing = list(processor["single"]), list[str]()
-        while single and "SpecialToken" in single[-1]:
-            closing.append(single.pop()["SpecialToken"]["id"])
-        return {**processor, "single": single}, closing
-    if processor and kind == "Sequence":
-        parts = [opening_only(part) for part in processor["processors"]]
-        return {**processor, "processors": [part for part, _ in parts]}, [
-            name for _, names in parts for name in names
-        ]
-    if kind in (None, "ByteLevel"):
-        return processor, []
-    raise DataError(
-        f"data.tokenizer: its post-processor {kind} is for encoder models; set data.add_special_tokens=false"
-    )
-
-
-def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> int | None:
-    """Train the tokenizer of `request` on its training documents, or copy the given one byte for byte.
-
-    Returns:
-        How many MB of text the corpus has, if it was read for this and has any.
-    """
+def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> None:
+    """Train the tokenizer of `request` on its training documents, or copy the given one byte for byte."""
     config, corpus, started = request.config, request.corpus, time.monotonic()
     if config.tokenizer != "train":
         given = Path(config.tokenizer).expanduser()
@@ -282,16 +191,19 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> int
         if processor != content.get("post_processor"):
             path.write_text(json.dumps({**content, "post_processor": processor}, ensure_ascii=False), "utf-8")
         report(f"tokenizer: {given}{', without the closing ' + ' '.join(closing) if closing else ''}")
-        return None
-    text_bytes = 0
+        return
 
     def documents() -> Iterator[Document]:
-        nonlocal text_bytes
-        for split, document in corpus.divided(config, Skipped(config.max_bad_fraction)):
-            text_bytes += document.num_bytes
-            if split == "train":
-                yield document
+        with _progress(corpus) as progress:
+            for number, (split, document) in enumerate(corpus.divided(config, skipped)):
+                if number % 1000 == 0:
+                    progress.update(
+                        {"step": corpus.position.num_bytes // 1_000_000, "doing": "reading for the tokenizer"}
+                    )
+                if split == "train":
+                    yield document
 
+    skipped = Skipped(config.max_bad_fraction)
     sample = _sample(documents(), max_bytes=TOKENIZER_SAMPLE_BYTES)
     tokenizer = train_tokenizer((document.text for document in sample), vocab_size=config.vocab_size)
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -300,7 +212,6 @@ def _write_tokenizer(request: DataRequest, path: Path, *, report: Report) -> int
         f"tokenizer: {tokenizer.get_vocab_size():,} tokens, byte-level BPE of {megabytes:.1f} MB from "
         f"{corpus.description}, {time.monotonic() - started:.1f} s"
     )
-    return text_bytes // 1_000_000 or None
 
 
 def _sample(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
@@ -318,30 +229,22 @@ def _sample(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
 # --- shards -------------------------------------------------------------------------------------------
 
 
-def _write_shards(
-    request: DataRequest, folder: Path, *, total_megabytes: int | None, report: Report
-) -> Manifest:
+def _write_shards(request: DataRequest, folder: Path, resume: Resume, *, report: Report) -> Manifest:
     """Encode the corpus with the tokenizer in `folder` and write its shards there."""
-    config, started = request.config, time.monotonic()
+    config, corpus, started = request.config, request.corpus, time.monotonic()
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     end_id = end_of_text_id(tokenizer, config.end_of_text)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    train, validation = (
-        SplitWriter(folder, name, dtype=dtype, shard_tokens=config.shard_tokens) for name in SPLITS
+    writer = ShardWriter(
+        folder, tokenizer, end_id=end_id, dtype=dtype, shard_tokens=config.shard_tokens, resume=resume
     )
-    text_sha256 = hashlib.sha256()
-    skipped = Skipped(config.max_bad_fraction)
-    with Progress(total_megabytes, unit="MB of text") as progress:
-        for batch in _batches(request.corpus.divided(config, skipped)):
-            encodings = tokenizer.encode_batch_fast([d.text for _, d in batch])
-            encoded = [(split, d, [*e.ids, end_id]) for (split, d), e in zip(batch, encodings, strict=True)]
-            for writer in (train, validation):
-                writer.write([(d, ids) for split, d, ids in encoded if split == writer.name])
-            text_sha256.update(b"".join(document.digest for _, document in batch))
-            rate = (train.tokens + validation.tokens) / (time.monotonic() - started)
-            megabytes = (train.text_bytes + validation.text_bytes) // 1_000_000
-            progress.update({"step": megabytes, "tokens_per_second": rate})
+    skipped, tokens_before = Skipped(config.max_bad_fraction), writer.tokens
+    with _progress(corpus) as progress:
+        for position in writer.write(corpus.divided(config, skipped), corpus.position):
+            rate = (writer.tokens - tokens_before) / (time.monotonic() - started)
+            progress.update({"step": position // 1_000_000, "tokens_per_second": rate})
+    train, validation = (writer.splits[name].split() for name in SPLITS)
     if not (train.documents and validation.documents):
         raise DataError(
             f"data.source: {config.source!r} gives {train.documents} train and {validation.documents} "
@@ -358,64 +261,22 @@ def _write_shards(
     return Manifest(
         version=FORMAT_VERSION,
         request=request.key,
-        source=request.corpus.description,
-        text_sha256=text_sha256.hexdigest(),
+        source=corpus.description,
+        text_sha256=writer.text_sha256.hexdigest(),
         tokenizer_file=TOKENIZER_FILE,
         tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
         vocab_size=vocab_size,
         end_of_text_id=end_id,
         dtype=dtype,
-        train=train.split(),
-        validation=validation.split(),
+        train=train,
+        validation=validation,
         skipped_records=skipped.number,
         skipped_first=tuple(skipped.first),
     )
 
 
-def _batches(divided: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    """(split, document) in groups of at most 4096, that end once they hold 4 MiB."""
-    batch: list[tuple[str, Document]] = []
-    num_bytes = 0
-    for split, document in divided:
-        batch.append((split, document))
-        num_bytes += document.num_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-class SplitWriter:
-    """Writes the tokens of a split to `<split>-00000.bin`, `<split>-00001.bin`, … of `shard_tokens` each."""
-
-    def __init__(self, folder: Path, name: str, *, dtype: str, shard_tokens: int) -> None:
-        self.name, self._folder, self._shard_tokens = name, folder, shard_tokens
-        self.documents = self.text_bytes = self.tokens = 0
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-
-    def write(self, documents: Sequence[tuple[Document, list[int]]]) -> None:
-        """Append documents with their token ids; what a full shard cannot take goes into the next."""
-        self.documents += len(documents)
-        self.text_bytes += sum(document.num_bytes for document, _ in documents)
-        tokens = np.fromiter(chain.from_iterable(ids for _, ids in documents), dtype=self._dtype)
-        while len(tokens):
-            number, filled = divmod(self.tokens, self._shard_tokens)
-            part, tokens = np.split(tokens, [self._shard_tokens - filled])
-            with self._file(number).open("ab") as stream:
-                stream.write(part.data)
-            self.tokens += len(part)
-
-    def split(self) -> Split:
-        """What was written, as the manifest records it."""
-        shards = []
-        for number, first in enumerate(range(0, self.tokens, self._shard_tokens)):
-            file, tokens = self._file(number), min(self._shard_tokens, self.tokens - first)
-            shards.append(Shard(file.name, tokens, sha256_of(file)))
-        return Split(self.documents, self.text_bytes, tuple(shards))
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"{self.name}-{number:05}.bin"
+def _progress(corpus: Corpus) -> Progress:
+    return Progress(corpus.num_bytes and max(corpus.num_bytes // 1_000_000, 1), unit="MB")
 
 
 if __name__ == "__main__":

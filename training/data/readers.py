@@ -48,6 +48,18 @@ class Bad(NamedTuple):
     problem: str
 
 
+class Position:
+    """How many bytes of a source were read, compressed ones where it is compressed."""
+
+    def __init__(self) -> None:
+        self.before = 0  # of the files that are finished
+        self.stream: IO[bytes] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.before + (self.stream.tell() if self.stream and not self.stream.closed else 0)
+
+
 TextOrBad = str | Bad
 _DECODER = json.JSONDecoder(parse_int=float)  # only texts are used, and Python's int has a limit of digits
 
@@ -69,13 +81,15 @@ class SourceFile:
     identity: Any
     opener: Callable[[], IO[bytes]]
 
-    def records(self, field: str) -> Iterator[TextOrBad]:
-        """Its records in order; `field` holds the text of all but .txt."""
+    def records(self, field: str, position: Position) -> Iterator[TextOrBad]:
+        """Its records in order; `field` holds the text of all but .txt. Moves `position`."""
         with reading(self.path), self.opener() as stream:
+            position.stream = stream
             if self.kind == "parquet":
                 yield from _parquet(stream, field, self.path)
             else:
                 yield from _READERS[self.kind](_decompressed(stream, self.name), field, self.path)
+        position.before += self.num_bytes
 
 
 def find(source: str) -> tuple[list[SourceFile], str]:

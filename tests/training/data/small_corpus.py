@@ -43,3 +43,7 @@ def silent(_line: str) -> None:
 
 def change(config: DataConfig, **values: object) -> DataConfig:
     return dataclasses.replace(config, **values)  # type: ignore[arg-type]
+
+
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")

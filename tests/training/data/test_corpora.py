@@ -14,6 +14,7 @@ from training.config import DataConfig
 from training.data import corpora, readers
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError
+from training.data.readers import Position
 
 
 def test_a_long_text_file_becomes_pieces_that_end_with_a_line(
@@ -24,17 +25,17 @@ def test_a_long_text_file_becomes_pieces_that_end_with_a_line(
     source = tmp_path / "book.txt"
     source.write_bytes(text.encode())
     corpus = Corpus.of(DataConfig(source=str(source)))
-    pieces = list(corpus.records())
+    pieces = list(corpus.records(Position()))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 1000
     assert all(piece.endswith("\n") for piece in pieces)
     source.write_text("ñ" * 3000)  # one line longer than a piece
-    pieces = list(corpus.records())
+    pieces = list(corpus.records(Position()))
     assert [len(piece) for piece in pieces] == [1000, 1000, 1000]
 
 
 def test_equal_documents_share_a_split_and_the_share_is_close_to_the_fraction() -> None:
-    corpus = Corpus("x", "x", "x", lambda: [f"document {i % 20_000}" for i in range(40_000)])
+    corpus = Corpus("x", "x", "x", lambda _: [f"document {i % 20_000}" for i in range(40_000)])
     splits = [document.split(0.05) for document in corpus.documents()]
     assert splits[:20_000] == splits[20_000:]
     assert 0.045 < splits.count("validation") / 40_000 < 0.055
@@ -112,7 +113,7 @@ def test_too_little_embedded_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_few_large_texts_are_not_held_to_divide_them() -> None:
-    corpus = Corpus("x", "x", "x", lambda: (f"{number} " * 500_000 for number in range(40)))  # 1 to 1.5 MB
+    corpus = Corpus("x", "x", "x", lambda _: (f"{number} " * 500_000 for number in range(40)))  # 1 to 1.5 MB
     tracemalloc.start()
     try:
         num = sum(1 for _ in corpus.divided(DataConfig(), Skipped(0.0)))

@@ -5,9 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +16,14 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from tests.commands import ROOT
-from tests.training.data.small_corpus import change, silent, texts, write_jsonl
-from tests.waiting import PATIENCE_SECONDS
+from tests.training.data.small_corpus import change, silent, texts, visible, write_jsonl
 from training.config import DataConfig
 from training.data import corpora
 from training.data import prepare as preparation
 from training.data.corpora import Corpus
 from training.data.dataset import DataError, Manifest, TokenDataset
-from training.data.prepare import main, prepare, train_tokenizer
+from training.data.prepare import main, prepare
+from training.data.tokenizer import train_tokenizer
 
 
 def read_split(folder: Path, split: str) -> list[str]:
@@ -41,10 +38,6 @@ def read_split(folder: Path, split: str) -> list[str]:
     assert ends[-1] == len(tokens) - 1
     documents = np.split(tokens, ends + 1)[:-1]
     return [tokenizer.decode(document[:-1].tolist(), skip_special_tokens=False) for document in documents]
-
-
-def visible(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")
 
 
 # --- content ------------------------------------------------------------------------------------------
@@ -112,7 +105,7 @@ def test_empty_documents_are_left_out(config: DataConfig) -> None:
 
 
 def test_the_tokenizer_sample_is_bounded_and_spread_over_the_corpus() -> None:
-    corpus = Corpus("x", "x", "x", lambda: [f"{i:010}" for i in range(10_000)])
+    corpus = Corpus("x", "x", "x", lambda _: [f"{i:010}" for i in range(10_000)])
     sample = preparation._sample(corpus.documents(), max_bytes=20_000)
     numbers = [int(document.text) for document in sample]
     assert len(set(numbers)) == 2000
@@ -222,26 +215,6 @@ def test_a_damaged_folder_is_rebuilt_with_a_word_about_it(config: DataConfig, fi
     assert lines[0].startswith(f"rebuilding {folder}: {folder / file}")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == intact
     assert visible(folder.parent) == [folder.name]
-
-
-def test_a_killed_prepare_leaves_nothing_that_looks_complete(config: DataConfig) -> None:
-    script = (
-        "import os, signal, sys\n"
-        "from training.config import DataConfig\n"
-        "from training.data.prepare import prepare\n"
-        "def report(line):\n"
-        "    if line.startswith(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepare({config!r}, report=report)\n"
-    )
-    directory = Path(config.directory)
-    for phase in ("tokenizer", "tokens"):
-        child = subprocess.run([sys.executable, "-c", script, phase], cwd=ROOT, timeout=PATIENCE_SECONDS)
-        assert child.returncode == -signal.SIGKILL
-        assert len(visible(directory)) == 1, "leftovers of earlier runs are removed"
-        assert visible(directory)[0].endswith(".partial")
-    folder = prepare(config, report=silent)
-    Manifest.read(folder).verify(folder)
-    assert visible(directory) == [folder.name]
 
 
 def test_concurrent_prepares_build_once(config: DataConfig) -> None:

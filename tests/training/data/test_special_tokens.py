@@ -13,7 +13,8 @@ from serving.endpoint.prompts import Prompts
 from tests.training.data.small_corpus import change, silent, texts
 from training.config import DataConfig
 from training.data.dataset import DataError, Manifest
-from training.data.prepare import end_of_text_id, load_tokenizer, prepare, train_tokenizer
+from training.data.prepare import prepare
+from training.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from training.model.hf import save_hf
 from training.model.shapes import LlamaShape
 
