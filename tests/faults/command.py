@@ -28,7 +28,7 @@ from cluster.record import provenance
 from tests.commands import write_corpus
 from tests.faults import checks
 from tests.faults.arm import mount
-from tests.faults.kinds import AS_ROOT, ROUND, Counts, Kind, Story, killed, unmount
+from tests.faults.kinds import AS_ROOT, ROUND, Counts, Kind, Story, hang_at_defaults, killed, unmount
 from tests.faults.ray_kinds import RAY_ROUND, SETUP
 from tests.faults.runs import SETUPS, Place, forget, start
 
@@ -79,6 +79,14 @@ class Campaign:
             story.problems.append("it did not come to its end")
         unmount(story.run)
         return name, story
+
+    def hang(self) -> float:
+        """`kinds.hang_at_defaults`. Raises `RunError`."""
+        story = Story(Place(self._folder, "hang", "two"), random.Random(0), [])
+        seconds = hang_at_defaults(story)
+        if story.problems:
+            raise RunError(f"a hang: {story.problems}")
+        return seconds
 
     def _place(self, setup: str) -> Place:
         return Place(self._folder, f"undisturbed-{setup}", setup)
@@ -146,9 +154,11 @@ def campaign(seeds: Sequence[int], *, kind: str, output: Path | None, keep: bool
                 print(f"its files: {story.run}, and {story.place.folder / 'logs' / story.place.name}")
             else:
                 forget(story.place)
+        found = {"hang_found_seconds": round(here.hang(), 1)} if output else {}
     result: dict[str, Any] = {
         "bench": WHAT, "faulted_runs": sum(kinds.values()), "starts": num_starts, "wrong": len(wrong),
         "kinds": dict(kinds), "seeds": [seeds[0], seeds[-1]], "wrong_seeds": wrong,
+        **found,
         "minutes": round((time.monotonic() - began) / 60, 1), "load_average_before": load,
     }  # fmt: skip
     if output:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import secrets
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.record import events
+from cluster.session import free_ports
 from tests.faults.arm import arm
 from tests.faults.kinds import Kind, Story, at_row
 from tests.faults.runs import Outcome
@@ -35,23 +38,31 @@ def armed(arguments: dict[str, Any], *, specs: str, once: str) -> bool:
     spec = json.loads(specs).get(os.environ["RANK"])
     if spec:
         with suppress(FileExistsError):
-            os.close(os.open(once, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(f"{once}-{os.environ['RANK']}", os.O_CREAT | os.O_EXCL))
             arm(spec, arguments["start"].config.run_directory)
     return _ray_worker(arguments)
 
 
 def begin(story: Story, what: str, **options: Any) -> Outcome:
     """One start under Ray; afterwards no process of its Ray is left."""
-    session = f"/tmp/rf{os.getpid()}"
+    session = session_folder()
     specs = options.pop("specs", {})
     once = str(story.place.folder / "logs" / f"{story.place.name}.once")
     command = partial(launch, specs=specs, once=once)
-    outcome = story.start(what, command=command, num_ranks=1, environment={"RAY_TMPDIR": session}, **options)
+    own = {"RAY_TMPDIR": session}
+    outcome = story.start(what, command=command, num_ranks=1, **{"environment": own, **options})
+    if "environment" in options:  # a Ray that goes on
+        return outcome
     try:
         wait_until(lambda: not of_session(session), seconds=180)
     except AssertionError:
         story.require(False, f"{what}: left over: {of_session(session)}")
     return outcome
+
+
+def session_folder() -> str:
+    """Of this campaign's Ray: short, because of its sockets."""
+    return f"/tmp/rf{os.getpid()}"
 
 
 def of_session(session: str) -> list[str]:
@@ -100,6 +111,47 @@ def driver_killed(story: Story) -> None:
     begin(story, f"Ray: SIGKILL of the launcher at row {step}", meddle=meddle, **KEYS)
 
 
+def node_lost(story: Story) -> None:
+    """One of two nodes is lost, and the run waits; a node joins, and the run goes on with as many workers."""
+    session, port = session_folder(), free_ports(1)[0]
+    Path(session).mkdir(mode=0o700, exist_ok=True)
+    token = Path(session, "token")
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    ray = {"RAY_TMPDIR": session, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    added: list[str] = []
+
+    def add_node(address: str, *where: str) -> None:
+        added.append(address)
+        options = (f"--node-ip-address={address}", "--num-cpus=1", "--object-store-memory=100000000")
+        program = Path(sys.executable).parent / "ray"
+        command = [program, "start", *where, *options, "--disable-usage-stats"]
+        done = subprocess.run(command, env={**os.environ, **ray}, capture_output=True, text=True)
+        story.require(done.returncode == 0, f"ray start: {done.stderr[-300:]}")
+
+    def meddle(_pids: list[int]) -> None:
+        if len(added) == 2 and "node_lost" in [event["kind"] for event in events.read(story.run)]:
+            add_node("127.0.0.4", f"--address=127.0.0.2:{port}")
+
+    try:
+        add_node("127.0.0.2", "--head", f"--port={port}", "--include-dashboard=false")
+        add_node("127.0.0.3", f"--address=127.0.0.2:{port}")
+        _, spec = story.point("call", share=0.9)
+        fault = {"fault": "node", **spec}
+        keys = {**RESTARTS, "session__address": f"127.0.0.2:{port}"}
+        outcome = begin(
+            story, f"Ray: a node lost at call {spec['at']}, and another added", meddle=meddle,
+            specs={0: fault, 1: fault}, environment=ray, on_loopback=False, **keys,
+        )  # fmt: skip
+    finally:
+        for pid in of_session(session):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid.split()[0]), signal.SIGKILL)
+    restarted(story, outcome)
+    kinds = {event["kind"] for event in events.read(story.run)}
+    story.require({"node_lost", "node_joined"} <= kinds, f"events: {kinds}")
+
+
 def restarted(story: Story, outcome: Outcome) -> None:
     """It must have come to its end after one restart."""
     story.require(outcome.done, f"exit codes {outcome.codes}: {outcome.err.strip().splitlines()[-1:]}")
@@ -112,4 +164,5 @@ RAY_ROUND: list[tuple[str, Kind]] = [
     ("Ray: launcher killed", driver_killed),
     ("Ray: worker stopped", worker_stopped),
     ("Ray: worker hangs", worker_hangs_for_good),
+    ("Ray: node lost and added", node_lost),
 ]

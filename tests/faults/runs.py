@@ -92,6 +92,7 @@ def start(
     environment: dict[str, str] | None = None,
     command: Command | None = None,
     num_ranks: int | None = None,
+    on_loopback: bool = True,
     **more: Any,
 ) -> Outcome:
     """One start of a run, to its end.
@@ -101,11 +102,13 @@ def start(
         meddle: called with the process ids again and again while ranks run.
         command: is given the keys, in place of `training.launch`.
         num_ranks: processes to start, if they are not the workers.
+        on_loopback: they must listen there alone. In a cluster Ray's driver does not: cluster/README.md.
         more: keys that differ in this start.
     """
     port = free_ports(1)[0]
     logs = place.folder / "logs" / place.name
-    logs.mkdir(parents=True, exist_ok=True)
+    logs /= f"start-{len(list(logs.glob('start-*')))}"
+    logs.mkdir(parents=True)
     pids = []
     for rank in range(num_ranks or place.num_ranks):
         pid = os.fork()
@@ -115,7 +118,7 @@ def start(
         pids.append(pid)
     codes, late, sockets = _wait(pids, meddle, port=port)
     left = [] if command else _sessions(pids)  # who gives a command sees to what it has started
-    leftovers = [*sockets, *(f"process {pid}: {name}" for pid, name in left)]
+    leftovers = [*(sockets if on_loopback else ()), *(f"process {pid}: {name}" for pid, name in left)]
     for pid, _ in left:
         os.kill(pid, signal.SIGKILL)
     texts = {
