@@ -83,7 +83,7 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
-    compile: bool | None = key(None, "compile layers and loss with torch.compile; default: on GPUs")
+    compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
         None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
     )

@@ -201,7 +201,7 @@ def _require_room_ahead(config: TrainConfig) -> None:
 
 
 def compiles(config: TrainConfig) -> bool:
-    """Whether torch.compile compiles layers and loss: `model.compile`, or on GPUs."""
+    """Whether torch.compile compiles layers: `model.compile`, or on GPUs."""
     return config.workers.gpu if config.model.compile is None else config.model.compile
 
 

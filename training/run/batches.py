@@ -35,7 +35,12 @@ class Batches:
                 micro_sequences=self._start.config.batch.micro_sequences,
             )
         )
-        if self._context.device.type == "cuda":
-            drawn = drawn.pin_memory()  # or the host would wait for the copy, and so for all work before it
-        tokens = drawn.to(self._context.device, non_blocking=True)
+        tokens = send(drawn, self._context.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, of the CPU, on the device. To a GPU from pinned memory: the host does not wait."""
+    if device.type == "cuda":
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)

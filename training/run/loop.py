@@ -84,7 +84,7 @@ def train(
             if compiles(config):
                 seconds = trainer.spent.seconds.get("compile")
                 took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
-                about += f"  layers and loss are compiled, {took}\n"
+                about += f"  layers are compiled, {took}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
