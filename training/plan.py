@@ -24,7 +24,6 @@ from training.planner.memory import Memory, memory
 from training.planner.proposal import Proposal, propose
 from training.planner.seconds import rates_of, step_seconds
 
-LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
 TESTED_MACHINES = ("x86_64", "AMD64")
 DEFAULT_DEVICE = "A40"  # 48 GB: what is proposed for where workers.accelerator names no GPU
 
@@ -198,19 +197,6 @@ def _require_room_ahead(config: TrainConfig) -> None:
             f"optim.matrix.rule: {rule} takes gradients ahead of the weights, and the step on the CPU cannot "
             "write that point to the GPU in zero.stage=3; use zero.offload_optimizer=false or zero.stage=2"
         )
-
-
-def compiles(config: TrainConfig) -> bool:
-    """Whether torch.compile compiles layers: `model.compile`, or on GPUs."""
-    return config.workers.gpu if config.model.compile is None else config.model.compile
-
-
-def loss_tokens(config: TrainConfig) -> int | None:
-    """Tokens whose logits exist at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
-    tokens = config.model.loss_tokens
-    if tokens is None and config.workers.gpu:
-        return LOSS_TOKENS
-    return tokens or None
 
 
 def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from tests.gpu.block import OUT_OF_MEMORY, Run
 from training.model.llama import Llama, compile_layers, initialize
 from training.model.loss import IGNORED_TARGET
-from training.plan import LOSS_TOKENS
+from training.planner.memory import LOSS_TOKENS
 
 MICRO = {"cuda": (1, 2, 4, 8, 12), "cpu": (1, 2)}  # sequences
 COMPILED_MICRO = {"cuda": (4, 8), "cpu": (2,)}

@@ -31,7 +31,8 @@ from optim.step.zero import ZeroOptimizer
 from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
 from training.model.llama import Layer, Llama, compile_layers, initialize
 from training.model.shapes import LlamaShape
-from training.plan import compiles, loss_tokens, resolve_shape
+from training.plan import resolve_shape
+from training.planner.memory import compiles, loss_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

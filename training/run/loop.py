@@ -28,7 +28,7 @@ from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
 from training.model.attention import LogitProbe
-from training.plan import compiles
+from training.planner.memory import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
