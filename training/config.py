@@ -13,6 +13,7 @@ from cluster import config as layered
 from cluster.config import ConfigError, key, require
 from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
+from training.data.sources import parse_source
 
 LAUNCHERS = ("ray", "torch")
 SEEDS = range(1 << 63)  # every generator takes these, each for a stream of its own
@@ -51,6 +52,11 @@ class DataConfig:
         "'botocore' (embedded corpus) or a file, folder, glob or URL (s3://, hf://) of .txt .jsonl .json "
         "or .parquet; the first three also compressed",
     )
+    sources: tuple[str, ...] = key(
+        (),
+        "a mixture, in place of data.source: 'name=source@weight', quoted; a source is as data.source, or a "
+        "folder that was prepared; all take the tokenizer of the first",
+    )
     text_field: str = key("text", "field or column that holds the text; a.b is b inside of a")
     max_bad_fraction: float = key(
         0.001,
@@ -69,6 +75,11 @@ class DataConfig:
     )
     directory: str = key("data", "where prepared token shards are kept")
     shard_tokens: int = key(100_000_000, "tokens per shard file", least=1000)
+
+    def __post_init__(self) -> None:
+        names = [parse_source(entry)[0] for entry in self.sources]
+        for name in names:
+            require(names.count(name) == 1, "data.sources", f"{name!r} names two sources")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from training.data.dataset import SampleOrder, micro_batch
+from training.data.dataset import micro_batch
+from training.data.mixture import drawn, order_of
 from training.run.context import Context
 from training.run.start import Start
 
@@ -13,7 +14,7 @@ class Batches:
 
     def __init__(self, start: Start, context: Context) -> None:
         self._start = start
-        self._order = SampleOrder(start.train_set.num_samples, seed=start.config.run.seed)
+        self._order = order_of(start.train_set, seed=start.config.run.seed)
         self._context = context
 
     def micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
@@ -30,3 +31,7 @@ class Batches:
             )
         ).to(self._context.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def drawn(self, step: int) -> dict[str, float]:
+        """For a row of the record after `step` steps: what each source of a mixture gave."""
+        return drawn(self._order, step * self._start.plan.samples_per_step, self._start.train_set)

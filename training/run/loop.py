@@ -26,6 +26,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.data.mixture import origin_of
 from training.model.attention import LogitProbe
 from training.model.llama import Llama, initialize
 from training.run import checkpoint
@@ -118,7 +119,7 @@ def open_record(start: Start, command: list[str]) -> Record:
         job_type="train",
         tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
-        inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
+        inputs=[origin_of(start.train_set)],
     )
 
 
@@ -227,6 +228,7 @@ class Trainer:
             "lr_vector": self.optimizer.lr("vector"),
             "skipped_steps": self.step - self.optimizer.applied_steps,
             **self.meter.line(),
+            **self.batches.drawn(self.step),
         }
 
     def optimizer_health(self) -> dict[str, Any]:
