@@ -42,18 +42,25 @@ def unsupported(device: torch.device, capabilities: Collection[tuple[int, int]])
 
 @dataclass(frozen=True)
 class Call:
-    """One launch. What Triton compiles follows from the kernel, the arguments' types and the options."""
+    """One launch. What Triton compiles follows from the kernel, the arguments' types and the options.
+
+    Attributes:
+        pdl: the kernel may begin while the one before it on the stream runs, and waits for its end itself
+            (programmatic dependent launch, from sm_90 on).
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int
     stages: int
+    pdl: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Triton's options. Fused multiply-add is asked for: its default changes between versions."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | ({"launch_pdl": True} if self.pdl else {})
 
     def launch(self) -> None:
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))

@@ -66,6 +66,22 @@ class ShapeGroup:
         assert len(elsewhere) == 1, "some flat tensors are offloaded, and some are not"
         self.staging = Staging(self.local, self.squares) if True in elsewhere else None
         self.parts = self._place(_joined(held))
+        self.release()
+
+    @property
+    def travels(self) -> bool:
+        """Whether pieces cross between ranks, or between the CPU and the GPU."""
+        return self._travels_in or self._travels_back or self.staging is not None
+
+    def acquire(self) -> None:
+        """Give the buffers their memory, before a step. On a CPU they keep it."""
+        for storage, num_bytes in self._storages:
+            storage.resize_(num_bytes)
+
+    def release(self) -> None:
+        """Leave the buffers' memory to the model until the next step. Their views stay valid."""
+        for storage, _ in self._storages:
+            storage.resize_(0)
 
     def _allocate(self, rank: int, device: torch.device) -> None:
         num_owned, numel, dtype = len(self.owned), self.shape[0] * self.shape[1], self.rule.dtype
@@ -83,6 +99,9 @@ class ShapeGroup:
         else:  # this rank's own pieces are whole matrices, in order
             own = slice(sum(self._held_sizes[:rank]), sum(self._held_sizes[: rank + 1]))
             self.whole = self.local[own].view(num_owned, numel)
+        buffers = (self.local, self._arrived, self.whole) if device.type == "cuda" else ()
+        storages = {each._cdata: each for each in (buffer.untyped_storage() for buffer in buffers)}
+        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
 
     def _place(self, segments: list[Segment]) -> list[FlatPart]:
         """Give each piece that this rank holds its place in the packed buffer, in the plan's order."""
@@ -136,12 +155,13 @@ class ShapeGroup:
         """The rule on the owned matrices; `whole` then holds their updates."""
         if self.owned:
             norms = self.squares.index_select(0, self._owned_index).sqrt().float()
-            update = self.rule.transform(self.whole.view(-1, *self.shape), norms=norms, rows=self.rows)
+            whole = self.whole.view(-1, *self.shape)
+            update = self.rule.transform(whole, norms=norms, rows=self.rows)
             if health is not None:
                 names = [self.plan.matrices[index].name for index in self.owned]
                 health.inspect(update, self.scale, orthogonal=self.rule.orthogonal, names=names)
-            if update.data_ptr() != self.whole.data_ptr():  # else the rule has written it in its place
-                self.whole.view(-1, *self.shape).copy_(update)
+            if update is not whole:  # else the rule has written it in its place
+                whole.copy_(update)
         self.squares.zero_()
 
     def send_back(self) -> None:

@@ -60,6 +60,9 @@ class FusedStep:
                 ShapeGroup(rule, plan, [pieces[i] for i in indices], device=device)
                 for indices, plan in self.plan.by_shape()
             ]
+        # On one GPU nothing travels meanwhile: one shape after the other needs the buffers of one.
+        alone = device.type == "cuda" and not any(group.travels for group in self._groups)
+        self._rounds = [[group] for group in self._groups] if alone else [self._groups]
 
     @property
     def bytes_sent(self) -> int:
@@ -92,11 +95,18 @@ class FusedStep:
                 for run in self._runs:
                     self._elementwise(run, lr=lr)
             return
-        for group in self._groups:
+        for groups in self._rounds:
+            self._step_whole(groups, lr=lr, inspect=inspect)
+        self.num_transforms += health.transforms
+
+    def _step_whole(self, groups: Sequence[ShapeGroup], *, lr: float, inspect: bool) -> None:
+        health = self.health
+        for group in groups:
+            group.acquire()
             with health.timed("start"):
                 self._start(group)
                 group.send()
-        for group in self._groups:
+        for group in groups:
             with health.timed("exchange"):
                 group.receive()
             with health.timed("orthogonalize"):
@@ -104,12 +114,12 @@ class FusedStep:
             with health.timed("exchange"):
                 group.send_back()
             health.transforms += len(group.owned)
-        self.num_transforms += health.transforms
-        for group in self._groups:
+        for group in groups:
             with health.timed("exchange"):
                 group.wait()
             with health.timed("finish"):
                 self._finish(group, lr=lr)
+            group.release()
 
     def _state(self, flat: Tensor) -> State:
         return self.states[next(i for i, own in enumerate(self.flats) if own is flat)]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -252,6 +253,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     context = min(options.context_tokens or shape.max_positions, shape.max_positions, cache_tokens)
     size = {"num_blocks": scheduler.num_blocks, "slots": options.slots, "context_tokens": context}
     decoder: StepDecoder | None = None
+    kernels = ""
     if numbers.not_compiled is None:
         try:
             decoder = native.NativeDecoder(
@@ -262,13 +264,27 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     if decoder is None:
         model = model.to(device, numbers.dtype)
         widen_products(model)
-        decoder = TorchDecoder(model, graphs=device.type == "cuda" and options.compiled, **size)
+        decoder, kernels = _torch_decoder(model, size, graphs=device.type == "cuda" and options.compiled)
     info = describe(shape, options, numbers, device=device.type, name=served.name, context=context)
     on_cpu = device.type == "cpu"
-    about = {"threads": str(num_threads)} if on_cpu else {"gpu": torch.cuda.get_device_name()}
+    gpu = {} if on_cpu else {"gpu": torch.cuda.get_device_name(), "decoder of Triton kernels": kernels}
+    about = {"threads": str(num_threads)} if on_cpu else gpu
     info.details.update(about | {"compiled decoder": numbers.compiled_decoder})
     threads = num_threads if on_cpu else None
     return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads)
+
+
+def _torch_decoder(model: Llama, size: dict[str, Any], *, graphs: bool) -> tuple[StepDecoder, str]:
+    """The decoder of a model that no native code runs, and whether Triton's kernels do, or why not."""
+    weight = model.model.norm.weight
+    reason: str | None = "engine.compiled=false"
+    if graphs:
+        from serving.engine.gpu import decoder as gpu  # it imports Triton
+
+        reason = gpu.unsupported(weight.device, weight.dtype, model.shape)
+        if reason is None:
+            return gpu.GpuDecoder(model, **size), "used"
+    return TorchDecoder(model, graphs=graphs, **size), f"not used: {reason}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cluster import files
 from cluster.record import origins
-from training.config import DataConfig
+from training.data.config import DataConfig, parse_source
 from training.data.dataset import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -29,7 +29,6 @@ from training.data.dataset import (
     Split,
     TokenDataset,
 )
-from training.data.sources import parse_source
 
 PERIOD = 10_000  # samples, in which each source has its exact share
 _MIXING = 1 << 63  # sets the stream of the mixing apart from those of the epochs

@@ -25,7 +25,7 @@ from cluster import config as layered
 from cluster.files import sha256_of
 from cluster.progress import Progress
 from training import config as training_config
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.corpora import Corpus, Document, Skipped
 from training.data.dataset import (
     FORMAT_VERSION,

@@ -168,8 +168,9 @@ def _num_splits(tiles: Tiles, pairs: int) -> int:
 
 
 def decode_attention(
-    q: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, out: Tensor, *, scratch: DecodeScratch
-) -> None:
+    q: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, out: Tensor, *, scratch: DecodeScratch,
+    pdl: bool = False,
+) -> None:  # fmt: skip
     """out ← softmax(q kᵀ/√C) v over the first `lengths` tokens of each request.
 
     Args:
@@ -178,16 +179,17 @@ def decode_attention(
         blocks: [B, N] int32, where each request's tokens are.
         lengths: [B] int32, at most N·BLOCK_TOKENS. Of a request with length 0, out becomes 0.
         scratch: of at least B slots.
+        pdl: as in `Call`. The launch before must not write `lengths`.
 
     Raises:
         ValueError: shapes, strides or dtypes do not fit together.
     """
-    _decode(q, cache, blocks, lengths, out, scratch, _capability(q.device)).launch()
+    _decode(q, cache, blocks, lengths, out, scratch, _capability(q.device), pdl=pdl).launch()
 
 
 def _decode(
     q: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, out: Tensor, scratch: DecodeScratch,
-    capability: tuple[int, int],
+    capability: tuple[int, int], *, pdl: bool = False,
 ) -> Call:  # fmt: skip
     _check(q, cache, out, blocks=blocks, lengths=lengths)
     (size, num_heads, _), num_kv_heads = q.shape, cache.shape[2]
@@ -212,8 +214,9 @@ def _decode(
         "SPLITS_ADDED": max(32 // rows, 1),
         "KEYS": tile.keys,
         "STAGES": tile.stages,
+        "PDL": pdl,
     }
-    return Call(decode_kernel, (num_kv_heads, splits, size), arguments, tile.warps, tile.stages)
+    return Call(decode_kernel, (num_kv_heads, splits, size), arguments, tile.warps, tile.stages, pdl=pdl)
 
 
 # --- spans of a prompt --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from cluster.machine.triton_calls import jit
 
 if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @jit
@@ -25,13 +26,17 @@ def decode_kernel(
     q_row, q_head, out_row, out_head, blocks_row, cache_values, cache_block,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, ROWS_ADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_ADDED: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     head = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     request = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + request)
+    if PDL:
+        gdc_wait()  # the launch before writes q and the newest keys and values, not the lengths
     num_tiles = tl.cdiv(length, KEYS)
     tiles_each = tl.cdiv(num_tiles, splits)
     first = split * tiles_each
@@ -69,15 +74,25 @@ def decode_kernel(
         tl.store(out + g * out_head + c, result.to(out.dtype.element_ty), g < GROUP)
     else:
         pair = request * tl.num_programs(0) + head
-        logs += pair * splits * GROUP
         mixed += pair * splits * GROUP * SIZE
-        tl.store(mixed + (split * GROUP + g) * SIZE + c, result, g < GROUP)
-        heads = tl.arange(0, ROWS)
-        tl.store(logs + split * GROUP + heads, top + tl.log2(total), heads < GROUP)
-        tl.debug_barrier()  # all threads have stored before the first of them says so
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+        logs += pair * splits * GROUP
+        log = top + tl.log2(total)
+        if _leave(mixed, logs, arrived + pair, result, log, split, GROUP, SIZE, ROWS) == used - 1:
             tl.store(arrived + pair, 0)
             _add_splits(mixed, logs, out, out_head, used, GROUP, SIZE, ROWS_ADDED, SPLITS, SPLITS_ADDED)
+
+
+@jit
+def _leave(
+    mixed, logs, arrived, result, log, split, GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Stores a split's result [ROWS, C], and how heavy it is; returns how many splits did so before."""
+    g = tl.arange(0, ROWS)
+    place = mixed + (split * GROUP + g[:, None]) * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(place, result, g[:, None] < GROUP)
+    tl.store(logs + split * GROUP + g, log, g < GROUP)
+    tl.debug_barrier()  # all threads have stored before the first of them says so
+    return tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
 
 
 @jit

@@ -42,7 +42,7 @@ def variants(capability: tuple[int, int]) -> dict[str, attention.Call]:
             cache = empty(2, 64, num_kv_heads, BLOCK_TOKENS, head_dim, dtype=dtype)
             scratch = attention.DecodeScratch(*sums, arrived=empty(size, num_kv_heads))
             calls[f"decode, {num_kv_heads}, {dtype}"] = attention._decode(
-                q, cache, empty(size, 64), empty(size), q, scratch, capability
+                q, cache, empty(size, 64), empty(size), q, scratch, capability, pdl=capability >= (9, 0)
             )
         calls[f"prefill, {dtype}"] = attention._prefill(
             q, cache, empty(size, 64), empty(size, 4), q, capability

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.training.data.small_corpus import change, silent, texts, write_jsonl
-from training.config import DataConfig
 from training.data import mixture
+from training.data.config import DataConfig
 from training.data.dataset import DataError, Manifest, TokenDataset, micro_batch
 from training.data.mixture import MixedOrder, describe, drawn, order_of
 from training.data.prepare import main, prepare

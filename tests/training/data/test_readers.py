@@ -14,8 +14,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from training.config import DataConfig
 from training.data import readers
+from training.data.config import DataConfig
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError, Manifest
 from training.data.prepare import prepare

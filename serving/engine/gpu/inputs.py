@@ -1,0 +1,112 @@
+"""What a step's kernels read besides weights and cache, sent to the GPU by one copy from pinned memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.engine.gpu import attention
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Span, num_blocks
+
+
+class Rows:
+    """What a step that only decodes reads, on the GPU, and a pinned copy from which it is sent at once.
+
+    Attributes:
+        tokens, lengths, ids: [slots] int32; lengths count the step's token, and are 0 for padding.
+        blocks: [slots, width] int32.
+    """
+
+    def __init__(self, slots: int, *, num_blocks: int, context: int, device: torch.device) -> None:
+        slots = self._slots = _aligned(slots)
+        width = _aligned(min(-(-context // BLOCK_TOKENS), num_blocks))
+        self._device = torch.zeros(slots * (2 + width), dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(slots * (2 + width), dtype=torch.int32, pin_memory=pinned)
+        self.tokens, self.lengths = self._device[:slots], self._device[slots : 2 * slots]
+        self.blocks = self._device[2 * slots :].view(slots, width)
+        self.ids = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._numpy = self._host.numpy()
+        self._table = self._numpy[2 * slots :].reshape(slots, width)
+        self._blocks_of: list[tuple[ScheduledRequest | None, int]] = [(None, 0)] * slots  # and how many
+
+    def set(self, spans: Sequence[Span]) -> None:
+        """Send what these spans of one token need. The last step must have ended."""
+        slots, values = self._slots, self._numpy
+        values[: 2 * slots] = 0
+        values[: len(spans)] = [span.request.tokens[span.start] for span in spans]
+        values[slots : slots + len(spans)] = [span.stop for span in spans]
+        changed = False
+        for row, span in enumerate(spans):
+            there = (span.request, len(span.blocks))
+            if self._blocks_of[row][0] is not span.request or self._blocks_of[row][1] != there[1]:
+                self._table[row, : len(span.blocks)] = span.blocks
+                self._blocks_of[row] = there
+                changed = True
+        size = len(values) if changed else 2 * slots
+        self._device[:size].copy_(self._host[:size], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step's numbers on the GPU, int32: see `Step`."""
+
+    tokens: Tensor
+    lengths: Tensor
+    table_rows: Tensor
+    wanted: Tensor
+    tiles: Tensor
+    blocks: Tensor
+
+
+class Step:
+    """Rows of a step of any spans: those of one token first. One array, sent at once.
+
+    Args:
+        tile: rows of a tile of `attention.prefill_attention`.
+    """
+
+    def __init__(self, spans: Sequence[Span], *, tile: int) -> None:
+        ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
+        self.num_decoding = sum(span.stop - span.start == 1 for span in spans)
+        first, row = {}, 0
+        for span in ordered:
+            first[id(span)] = row
+            row += span.stop - span.start
+        sizes = [span.stop - span.start for span in ordered]
+        tokens = [token for span in ordered for token in span.request.tokens[span.start : span.stop]]
+        lengths = [np.arange(span.start + 1, span.stop + 1) for span in ordered]
+        table_rows = np.repeat(np.arange(len(ordered)), sizes)
+        scored = [first[id(span)] + i for span in spans for i in range(span.num_scored)]
+        sampled = [first[id(span)] + span.stop - span.start - 1 for span in spans if span.samples]
+        long = [
+            (first[id(span)], span.start, span.stop, index)
+            for index, span in enumerate(ordered)
+            if span.stop - span.start > 1
+        ]
+        width = _aligned(max(num_blocks(span.stop) for span in spans))
+        blocks = np.zeros((len(ordered), width), dtype=np.int32)
+        for index, span in enumerate(ordered):
+            blocks[index, : len(span.blocks)] = span.blocks
+        self.num_scored = len(scored)
+        tiles = np.asarray(attention.prefill_tiles(long, rows=tile), dtype=np.int32).reshape(-1, 4)
+        self._parts = (tokens, np.concatenate(lengths), table_rows, [*scored, *sampled], tiles, blocks)
+
+    def send(self, device: torch.device) -> Sent:
+        """By one copy from pinned memory."""
+        parts = [np.asarray(part, dtype=np.int32) for part in self._parts]
+        ends = list(accumulate(_aligned(part.size) for part in parts))
+        flat = torch.zeros(ends[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        for start, part in zip([0, *ends], parts, strict=False):
+            flat.numpy()[start : start + part.size] = part.ravel()
+        there = flat.to(device, non_blocking=True)
+        found = [there[start:] for start in [0, *ends[:-1]]]
+        return Sent(*(each[: part.size].view(part.shape) for each, part in zip(found, parts, strict=True)))
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 16: Triton compiles a kernel anew for arguments that are less aligned."""
+    return -(-size // 16) * 16

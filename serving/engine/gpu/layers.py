@@ -1,0 +1,446 @@
+"""Triton kernels of a decoder step besides attention.
+
+`project` is for steps of few rows, which take as long as reading the weights takes: one launch is a product
+with what stands before and after it in the layer. The other kernels stand between products by cuBLAS. All of
+them round to bf16 where `training.model.llama` does.
+
+Legend: M rows (tokens) of a step, D hidden, K inner dimension, N outputs, H query heads, G key/value heads,
+C head_dim, F feed-forward, V vocabulary. Two outputs that one program computes together are a pair: the two
+halves of a head that RoPE rotates, or gate and up.
+"""
+
+# Kernel arguments are pointers and scalars, which have no Python type.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations  # the kernels' annotations name triton, which may be missing
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from cluster.machine.triton_calls import INTERPRETED, TRITON_MISSING, Call, jit
+from serving.engine.scheduler import BLOCK_TOKENS
+
+if TRITON_MISSING is None:
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MOST_NARROW = 16  # rows of `project`: what one instruction of the tensor cores multiplies
+BROKEN = -1  # in place of a token's id
+ADD, SILU, ROPE, LOGITS = "add", "silu", "rope", "logits"  # what `project` does with its product
+SCAN = 2048  # logits of a row that a program of `scan` reads
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where a layer's queries, keys and values belong.
+
+    Attributes:
+        cos, sin: [context, C/2] fp32, of RoPE.
+        cache: [2, blocks, G, BLOCK_TOKENS, C], of the layer.
+        blocks: [R, width] int32, the blocks of each request.
+        lengths: [M] int32, of each row: the tokens that it sees, itself included. 0: padding.
+        table_rows: [M] int32, each row's row of `blocks`; None: the row's own number.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cache: Tensor
+    blocks: Tensor
+    lengths: Tensor
+    table_rows: Tensor | None
+    num_heads: int
+
+    def arguments(self) -> dict[str, Any]:
+        cache = self.cache
+        return {
+            "cos": self.cos, "sin": self.sin, "cache": cache, "blocks": self.blocks,
+            "lengths": self.lengths, "table_rows": self.table_rows, "block_row": self.blocks.stride(0),
+            "values_from": cache.stride(0), "heads": self.num_heads, "groups": cache.shape[2],
+            "HEAD_DIM": cache.shape[4], "BLOCK": BLOCK_TOKENS,
+        }  # fmt: skip
+
+
+NO_HEADS = {
+    "cos": None, "sin": None, "cache": None, "blocks": None, "lengths": None, "table_rows": None,
+    "block_row": 0, "values_from": 0, "heads": 1, "groups": 1, "HEAD_DIM": 2, "BLOCK": BLOCK_TOKENS,
+}  # fmt: skip
+Best = tuple[Tensor, Tensor]  # fp32 and int32 [M, P]: the largest of a row's logits in each part, and its id
+
+
+# --- few rows -----------------------------------------------------------------------------------------------
+
+
+def project(
+    x: Tensor, weight: Tensor, out: Tensor, *, epilogue: str, half: int, norm: Tensor | None = None,
+    eps: float = 0.0, heads: Heads | None = None, best: Best | None = None, pdl: bool = False,
+) -> Call:  # fmt: skip
+    """The launch of out = epilogue(norm(x) weightᵀ), for at most MOST_NARROW rows.
+
+    Args:
+        x: [M, K]; K contiguous, as in all operands.
+        weight: [N, K].
+        out: ADD: [M, N], to which the product is added. SILU: [M, N/2] of gates and ups. ROPE: [M, H·C],
+            queries; keys and values go into the cache. LOGITS: [M, N] fp32, rounded as the model's.
+        half: outputs i and i + half are a pair, in each run of 2·half outputs.
+        norm: [K], the weight of an RMSNorm of x, whose epsilon is `eps`.
+        best: LOGITS: of `project_programs` parts.
+        pdl: begin while the launch before is running, and wait for its end where x is read (sm_90).
+    """
+    rows, tile_n, tile_k, warps, stages = _tile(*x.shape, width=x.element_size())
+    arguments: dict[str, Any] = {
+        "x": x, "norm": norm, "weight": weight, "out": out, "num_rows": len(x), "inner": x.shape[1],
+        "outputs": len(weight), "half": half, "eps": eps, "x_row": x.stride(0), "out_row": out.stride(0),
+    }  # fmt: skip
+    arguments |= NO_HEADS if heads is None else heads.arguments()
+    arguments |= dict(zip(("best", "best_id"), best or (None, None), strict=True))
+    arguments |= {"EPILOGUE": epilogue, "ROWS": rows, "TILE_N": tile_n, "TILE_K": tile_k}
+    arguments |= {"WIDEN": INTERPRETED, "PDL": pdl}
+    grid = (project_programs(x, outputs=len(weight), half=half),)
+    return Call(_project_kernel, grid, arguments, warps, stages, pdl=pdl)
+
+
+def project_programs(x: Tensor, *, outputs: int, half: int) -> int:
+    """Programs of `project`, each of one tile of pairs."""
+    return ceil(ceil(outputs / (2 * half)) * half / _tile(*x.shape, width=x.element_size())[1])
+
+
+def _tile(num_rows: int, inner: int, *, width: int) -> tuple[int, int, int, int, int]:
+    """(rows, pairs and inner length of a program's tile, warps, stages).
+
+    One row: all of K at once, so that every weight is under way before the first is needed. More rows: the
+    tensor cores' smallest product, so that the programs are many.
+    """
+    if num_rows == 1:
+        tile_k = power_of_two(inner)
+        return 1, max(1, 16_384 // (tile_k * width)), tile_k, 4 if tile_k * width <= 16_384 else 8, 1
+    return 16, 8, 128, 1, 5
+
+
+@jit
+def _project_kernel(
+    x, norm, weight, out, num_rows, inner, outputs, half, eps, x_row, out_row,
+    cos, sin, cache, blocks, lengths, table_rows, block_row, values_from, heads, groups, best, best_id,
+    EPILOGUE: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    first = n // half * (2 * half) + n % half
+    second = first + half
+    if ROWS == 1:
+        a, b = _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K, PDL)
+    else:
+        a, b = _few_rows(
+            x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
+            ROWS, TILE_N, TILE_K, WIDEN, PDL,
+        )  # fmt: skip
+    m = tl.arange(0, ROWS)[:, None]
+    live = m < num_rows
+    first = first[None, :]
+    second = second[None, :]
+    keep = live & (first < outputs)
+    keep_second = live & (second < outputs)
+    to = out + m * out_row
+    if EPILOGUE == "add":
+        tl.store(to + first, _sum(tl.load(to + first, keep, other=0.0), a), keep)
+        tl.store(to + second, _sum(tl.load(to + second, keep_second, other=0.0), b), keep_second)
+    elif EPILOGUE == "silu":
+        tl.store(to + n[None, :], _silu_mul(a, b), keep)
+    elif EPILOGUE == "rope":
+        length = tl.load(lengths + m, live, other=0)
+        block = tl.load(blocks + m * block_row + tl.maximum(length - 1, 0) // BLOCK, live, other=0)
+        _place(
+            a, b, first // HEAD_DIM, first % HEAD_DIM, keep, length, block, to, cos, sin, cache,
+            values_from, heads, groups, HEAD_DIM, BLOCK,
+        )  # fmt: skip
+    else:
+        tl.store(to + first, a.to(tl.float32), keep)
+        tl.store(to + second, b.to(tl.float32), keep_second)
+        a_best, a_id = _best(a.to(tl.float32), first, keep)
+        b_best, b_id = _best(b.to(tl.float32), second, keep_second)
+        at = tl.arange(0, ROWS) * tl.num_programs(0) + tl.program_id(0)
+        inside = tl.arange(0, ROWS) < num_rows
+        tl.store(best + at, tl.maximum(a_best, b_best), inside)
+        tl.store(best_id + at, tl.where(a_best >= b_best, a_id, b_id), inside)
+
+
+@jit
+def _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K: tl.constexpr, PDL: tl.constexpr):
+    """The products [1, TILE_N] of the row with `first` and `second` of the outputs, rounded."""
+    dtype = weight.dtype.element_ty
+    k = tl.arange(0, TILE_K)
+    within = k < inner
+    a_tile = weight + first.to(tl.int64)[:, None] * inner + k[None, :]
+    b_tile = weight + second.to(tl.int64)[:, None] * inner + k[None, :]
+    a_weights = tl.load(a_tile, (first < outputs)[:, None] & within[None, :], other=0.0)
+    b_weights = tl.load(b_tile, (second < outputs)[:, None] & within[None, :], other=0.0)
+    if norm is not None:
+        scale_by = tl.load(norm + k, within, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    row = tl.load(x + k, within, other=0.0).to(tl.float32)
+    if norm is not None:
+        normed = row * tl.rsqrt(tl.sum(row * row) / inner + eps)
+        row = (scale_by * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    a = tl.sum(a_weights.to(tl.float32) * row[None, :], 1)[None, :]
+    b = tl.sum(b_weights.to(tl.float32) * row[None, :], 1)[None, :]
+    return a.to(dtype), b.to(dtype)
+
+
+@jit
+def _few_rows(
+    x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
+    ROWS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_one_row`, [ROWS, TILE_N], on tensor cores."""
+    dtype = weight.dtype.element_ty
+    k = tl.arange(0, TILE_K)
+    m = tl.arange(0, ROWS)
+    if PDL:
+        gdc_wait()
+    rows = x + m[:, None] * x_row + k[None, :]
+    live = (m < num_rows)[:, None]
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if norm is not None:
+        squares = tl.zeros((ROWS, TILE_K), tl.float32)
+        for done in range(0, inner, TILE_K):
+            part = tl.load(rows + done, live & (k < inner - done)[None, :], other=0.0).to(tl.float32)
+            squares += part * part
+        scale = tl.rsqrt(tl.sum(squares, 1) / inner + eps)
+    a_tile = weight + first.to(tl.int64)[None, :] * inner + k[:, None]
+    b_tile = weight + second.to(tl.int64)[None, :] * inner + k[:, None]
+    a = tl.zeros((ROWS, TILE_N), tl.float32)
+    b = tl.zeros((ROWS, TILE_N), tl.float32)
+    for done in range(0, inner, TILE_K):
+        within = k < inner - done
+        part = tl.load(rows + done, live & within[None, :], other=0.0)
+        if norm is not None:
+            scale_by = tl.load(norm + done + k, within, other=0.0).to(tl.float32)
+            normed = (part.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32)
+            part = (scale_by[None, :] * normed).to(dtype)
+        a_weights = tl.load(a_tile + done, (first < outputs)[None, :] & within[:, None], other=0.0)
+        b_weights = tl.load(b_tile + done, (second < outputs)[None, :] & within[:, None], other=0.0)
+        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
+            part = part.to(tl.float32)
+            a_weights = a_weights.to(tl.float32)
+            b_weights = b_weights.to(tl.float32)
+        a = tl.dot(part, a_weights, a, input_precision="ieee")
+        b = tl.dot(part, b_weights, b, input_precision="ieee")
+    return a.to(dtype), b.to(dtype)
+
+
+@jit
+def _sum(a, b):
+    return (a.to(tl.float32) + b.to(tl.float32)).to(b.dtype)
+
+
+@jit
+def _silu_mul(gate, up):
+    wide = gate.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(up.dtype)
+    return (activated.to(tl.float32) * up.to(tl.float32)).to(up.dtype)
+
+
+@jit
+def _place(
+    a, b, head, c, keep, length, block, to, cos, sin, cache, values_from, heads, groups,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotate the halves a and b of heads, and store queries at `to`, keys and values in the cache."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    keep = keep & (length > 0)
+    position = tl.maximum(length - 1, 0)
+    by_cos = tl.load(cos + position * HALF + c, keep, other=0.0)
+    by_sin = tl.load(sin + position * HALF + c, keep, other=0.0)
+    wide_a = a.to(tl.float32)
+    wide_b = b.to(tl.float32)
+    rotates = head < heads + groups
+    a = tl.where(rotates, (wide_a * by_cos - wide_b * by_sin).to(a.dtype), a)
+    b = tl.where(rotates, (wide_b * by_cos + wide_a * by_sin).to(b.dtype), b)
+    is_query = head < heads
+    query = to + head * HEAD_DIM + c
+    tl.store(query, a, keep & is_query)
+    tl.store(query + HALF, b, keep & is_query)
+    other = tl.where(is_query, 0, head - heads)
+    place = (block.to(tl.int64) * groups + other % groups) * BLOCK + position % BLOCK
+    place = cache + other // groups * values_from + place * HEAD_DIM + c
+    tl.store(place, a, keep & (head >= heads))
+    tl.store(place + HALF, b, keep & (head >= heads))
+
+
+@jit
+def _best(logits, ids, keep):
+    """The largest of each row, and the lowest id that has it. NaN counts as infinite."""
+    logits = tl.where(keep, tl.where(logits == logits, logits, float("inf")), float("-inf"))
+    largest = tl.max(logits, 1)
+    found = tl.where(keep & (logits == largest[:, None]), ids, 2147483647)
+    return largest, tl.min(found, 1)
+
+
+def pick(
+    best: tuple[Tensor, Tensor], ids: Tensor, tokens: Tensor, lengths: Tensor, *, pdl: bool = False
+) -> Call:
+    """The likeliest token of each row, BROKEN where its logit is no finite number; and the next step's input.
+
+    Args:
+        best: as `project` or `scan` leave it.
+        ids: [M] int32, overwritten.
+        tokens: [M] int32, overwritten with the ids, 0 for BROKEN.
+        lengths: [M] int32: 1 more, but 0 stays.
+    """
+    values, which = best
+    arguments: dict[str, Any] = {
+        "best": values,
+        "best_id": which,
+        "ids": ids,
+        "tokens": tokens,
+        "lengths": lengths,
+    }
+    arguments |= {"num": values.shape[1], "TILE": power_of_two(values.shape[1]), "PDL": pdl}
+    return Call(_pick_kernel, (len(values),), arguments, warps=8, stages=1, pdl=pdl)
+
+
+@jit
+def _pick_kernel(best, best_id, ids, tokens, lengths, num, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    i = tl.arange(0, TILE)
+    values = tl.load(best + row * num + i, i < num, other=float("-inf"))
+    which = tl.load(best_id + row * num + i, i < num, other=2147483647)
+    largest = tl.max(values, 0)
+    chosen = tl.min(tl.where(values == largest, which, 2147483647), 0)
+    good = (largest > float("-inf")) & (largest < float("inf"))
+    tl.store(ids + row, tl.where(good, chosen, -1))
+    tl.store(tokens + row, tl.where(good, chosen, 0))
+    length = tl.load(lengths + row)
+    tl.store(lengths + row, length + (length > 0).to(tl.int32))
+
+
+# --- any number of rows -------------------------------------------------------------------------------------
+
+
+def add_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, out: Tensor, *, eps: float, pdl: bool = False
+) -> Call:
+    """The launch of x ← x + added (unless None), out ← RMSNorm(x)·weight, all [M, D]."""
+    arguments: dict[str, Any] = {
+        "x": x,
+        "added": added,
+        "weight": weight,
+        "out": out,
+        "size": x.shape[1],
+        "eps": eps,
+    }
+    arguments |= {"TILE": power_of_two(x.shape[1]), "PDL": pdl}
+    return Call(_add_norm_kernel, (len(x),), arguments, warps=4, stages=1, pdl=pdl)
+
+
+@jit
+def _add_norm_kernel(x, added, weight, out, size, eps, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+    i = tl.arange(0, TILE)
+    inside = i < size
+    scale_by = tl.load(weight + i, inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    at = tl.program_id(0).to(tl.int64) * size + i
+    row = tl.load(x + at, inside, other=0.0)
+    if added is not None:
+        row = _sum(row, tl.load(added + at, inside, other=0.0))
+        tl.store(x + at, row, inside)
+    wide = row.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)).to(row.dtype).to(tl.float32)
+    tl.store(out + at, (scale_by * normed).to(row.dtype), inside)
+
+
+def rotate_and_store(qkv: Tensor, heads: Heads, *, pdl: bool = False) -> Call:
+    """The launch that rotates the queries in qkv [M, (H + 2G)·C], and caches rotated keys, and values."""
+    arguments = heads.arguments()
+    num_heads = heads.num_heads + 2 * heads.cache.shape[2]
+    tile = 16
+    arguments |= {"qkv": qkv, "row": qkv.stride(0), "num_heads": num_heads, "TILE": tile, "PDL": pdl}
+    arguments |= {"TILE_C": power_of_two(heads.cache.shape[4] // 2)}
+    return Call(_rotate_kernel, (len(qkv), ceil(num_heads / tile)), arguments, warps=4, stages=1, pdl=pdl)
+
+
+@jit
+def _rotate_kernel(
+    qkv, row, num_heads,
+    cos, sin, cache, blocks, lengths, table_rows, block_row, values_from, heads, groups,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    m = tl.program_id(0)
+    head = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    c = tl.arange(0, TILE_C)[None, :]
+    keep = (head < num_heads) & (c < HEAD_DIM // 2)
+    qkv += m.to(tl.int64) * row
+    at = qkv + head * HEAD_DIM + c
+    a = tl.load(at, keep)
+    b = tl.load(at + HEAD_DIM // 2, keep)
+    length = tl.load(lengths + m)
+    table_row = m
+    if table_rows is not None:
+        table_row = tl.load(table_rows + m)
+    block = tl.load(blocks + table_row * block_row + tl.maximum(length - 1, 0) // BLOCK)
+    _place(
+        a, b, head, c, keep, length, block, qkv, cos, sin, cache, values_from, heads, groups, HEAD_DIM, BLOCK
+    )
+
+
+def silu_mul(gate_up: Tensor, out: Tensor, *, pdl: bool = False) -> Call:
+    """The launch of out [M, F] ← silu(gate)·up of gate_up [M, 2F]."""
+    size, tile = out.shape[1], 1024
+    arguments = {"gate_up": gate_up, "out": out, "size": size, "TILE": tile, "PDL": pdl}
+    return Call(_silu_kernel, (len(out), ceil(size / tile)), arguments, warps=4, stages=1, pdl=pdl)
+
+
+@jit
+def _silu_kernel(gate_up, out, size, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = i < size
+    gate = tl.load(gate_up + row * 2 * size + i, inside)
+    up = tl.load(gate_up + row * 2 * size + size + i, inside)
+    tl.store(out + row * size + i, _silu_mul(gate, up), inside)
+
+
+def scan(logits: Tensor, wide: Tensor, best: Best, *, pdl: bool = False) -> Call:
+    """The launch that widens logits [M, V] to fp32 and finds the largest of each SCAN, for `pick`."""
+    size = logits.shape[1]
+    arguments = {"logits": logits, "wide": wide, "best": best[0], "best_id": best[1], "size": size}
+    arguments |= {"TILE": SCAN, "PDL": pdl}
+    return Call(_scan_kernel, (len(logits), ceil(size / SCAN)), arguments, warps=4, stages=1, pdl=pdl)
+
+
+@jit
+def _scan_kernel(logits, wide, best, best_id, size, TILE: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = i < size
+    found = tl.load(logits + row.to(tl.int64) * size + i, inside, other=0.0).to(tl.float32)
+    tl.store(wide + row.to(tl.int64) * size + i, found, inside)
+    largest, which = _best(found[None, :], i[None, :], inside[None, :])
+    at = row * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, 1)
+    tl.store(best + at, largest)
+    tl.store(best_id + at, which)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

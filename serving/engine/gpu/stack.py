@@ -1,0 +1,173 @@
+"""The layers of a model over the rows of a step: few rows by `layers.project`, any number by cuBLAS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serving.engine.gpu.layers import (
+    ADD,
+    LOGITS,
+    ROPE,
+    SCAN,
+    SILU,
+    Best,
+    Heads,
+    add_norm,
+    project,
+    project_programs,
+    rotate_and_store,
+    scan,
+    silu_mul,
+)
+from serving.engine.scheduler import BLOCK_TOKENS
+from training.model.llama import Layer, Linear, Llama, rotary
+
+Attend = Callable[[int, Tensor, Tensor], None]  # of a layer: queries [M, H, C] -> mixed values, written
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The matrices [outputs, inputs] and norms of a layer."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    ffn_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Stack:
+    """A model's weights, four matrices a layer, and the cache that its layers write to.
+
+    Args:
+        model: on its device. Its weights become views of the merged matrices.
+        num_blocks: of the cache.
+        context: most tokens of a request.
+
+    Attributes:
+        cache: [layers, 2, blocks, G, BLOCK_TOKENS, C].
+        pdl: see `layers.project`.
+    """
+
+    def __init__(self, model: Llama, *, num_blocks: int, context: int) -> None:
+        shape = self.shape = model.shape
+        self.embedding, self.lm_head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+        self._norm = model.model.norm.weight.data
+        device = self._norm.device
+        self.layers = [_merged(layer) for layer in model.model.layers]  # type: ignore[arg-type]
+        angles = rotary(shape, torch.arange(context, device=device))
+        self.cos, self.sin = (each[0, 0, :, : shape.head_dim // 2].contiguous() for each in angles)
+        size = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
+        self.cache = torch.zeros(size, dtype=self._norm.dtype, device=device)
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    # --- few rows: each product with what stands around it ---
+
+    def few(self, x: Tensor, lengths: Tensor, blocks: Tensor, attend: Attend) -> None:
+        """All layers over x [M, D], in place."""
+        shape, pdl = self.shape, self.pdl
+        heads_of = self._heads(lengths, blocks, None)
+        q = x.new_empty(len(x), shape.num_heads, shape.head_dim)
+        mixed, active = torch.empty_like(q), x.new_empty(len(x), shape.ffn_size)
+        normed: dict[str, Any] = {"eps": shape.norm_eps, "pdl": pdl}
+        half = ceil(shape.hidden_size / 2)
+        for index, layer in enumerate(self.layers):
+            project(
+                x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, norm=layer.input_norm,
+                heads=heads_of(index), **normed,
+            ).launch()  # fmt: skip
+            attend(index, q, mixed)
+            project(mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl).launch()
+            project(
+                x, layer.gate_up, active, epilogue=SILU, half=shape.ffn_size, norm=layer.ffn_norm, **normed
+            ).launch()
+            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()
+
+    def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
+        """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""
+        shape = self.shape
+        size = {"outputs": shape.vocab_size, "half": ceil(shape.vocab_size / 2)}
+        logits = x.new_empty(len(x), shape.vocab_size, dtype=torch.float32)
+        best = self._best(len(x), project_programs(x, **size))
+        project(
+            x, self.lm_head, logits, epilogue=LOGITS, half=size["half"], norm=self._norm, eps=shape.norm_eps,
+            best=best, pdl=self.pdl,
+        ).launch()  # fmt: skip
+        return logits, best
+
+    # --- any number of rows: products by cuBLAS ---
+
+    def many(
+        self, x: Tensor, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None, attend: Attend
+    ) -> Tensor:
+        """All layers over x [M, D], in place but for the last product: the end is x + what is returned."""
+        shape, pdl = self.shape, self.pdl
+        heads_of = self._heads(lengths, blocks, table_rows)
+        normed, mixed = torch.empty_like(x), x.new_empty(len(x), shape.num_heads, shape.head_dim)
+        active = x.new_empty(len(x), shape.ffn_size)
+        added = None
+        for index, layer in enumerate(self.layers):
+            add_norm(x, added, layer.input_norm, normed, eps=shape.norm_eps, pdl=pdl).launch()
+            qkv = F.linear(normed, layer.qkv)
+            rotate_and_store(qkv, heads_of(index), pdl=pdl).launch()
+            attend(index, qkv[:, : mixed[0].numel()].view(mixed.shape), mixed)
+            added = F.linear(mixed.flatten(1), layer.out)
+            add_norm(x, added, layer.ffn_norm, normed, eps=shape.norm_eps, pdl=pdl).launch()
+            silu_mul(F.linear(normed, layer.gate_up), active, pdl=pdl).launch()
+            added = F.linear(active, layer.down)
+        assert added is not None
+        return added
+
+    def final_norm(self, x: Tensor, added: Tensor) -> Tensor:
+        normed = torch.empty_like(x)
+        if len(x):
+            add_norm(x, added, self._norm, normed, eps=self.shape.norm_eps, pdl=self.pdl).launch()
+        return normed
+
+    def head(self, normed: Tensor) -> tuple[Tensor, Best]:
+        """Logits [M, V] of normed [M, D], and the largest of each program."""
+        logits = F.linear(normed, self.lm_head)
+        wide = torch.empty_like(logits, dtype=torch.float32)
+        best = self._best(len(logits), ceil(logits.shape[1] / SCAN))
+        scan(logits, wide, best, pdl=self.pdl).launch()
+        return wide, best
+
+    def _heads(self, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None) -> Callable[[int], Heads]:
+        def of(layer: int) -> Heads:
+            return Heads(
+                self.cos, self.sin, self.cache[layer], blocks, lengths, table_rows, self.shape.num_heads
+            )
+
+        return of
+
+    def _best(self, num_rows: int, programs: int) -> Best:
+        return (
+            torch.empty(num_rows, programs, dtype=torch.float32, device=self.cache.device),
+            torch.empty(num_rows, programs, dtype=torch.int32, device=self.cache.device),
+        )
+
+
+def _merged(layer: Layer) -> _Layer:
+    """The layer's weights, of which its parameters become views: two copies would not fit."""
+    attend, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        input_norm=layer.input_layernorm.weight.data,
+        qkv=_merge(attend.q_proj, attend.k_proj, attend.v_proj),
+        out=attend.o_proj.weight.data,
+        ffn_norm=layer.post_attention_layernorm.weight.data,
+        gate_up=_merge(mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj.weight.data,
+    )
+
+
+def _merge(*matrices: Linear) -> Tensor:
+    merged = torch.cat([each.weight.data for each in matrices])
+    for each, part in zip(matrices, merged.split([len(each.weight) for each in matrices]), strict=True):
+        each.weight = torch.nn.Parameter(part, requires_grad=False)
+    return merged

@@ -1,0 +1,234 @@
+"""The decoder of Triton kernels without a GPU: compiled for sm_86 and sm_90, and run by the interpreter.
+
+Triton decides at its import whether kernels are interpreted, so a second pytest in its own process runs the
+functions named `interpreted_*`. The interpreter truncates where a GPU rounds a cast to bf16.
+"""
+
+import copy
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cluster.machine.triton_calls import Call
+from serving.engine.gpu import attention, layers
+from serving.engine.gpu.decoder import GpuDecoder, unsupported
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
+from tests.commands import ROOT
+from tests.compiled_kernels import compiled, problems
+from training.model import shapes
+from training.model.llama import Llama, RMSNorm, initialize, rotary, rotate
+from training.model.shapes import LlamaShape
+
+
+def test_the_interpreter_runs_every_kernel():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "python_functions=interpreted_*",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^11 passed", result.stdout, re.MULTILINE), result.stdout
+
+
+def launches(num_rows: int, *, capability: tuple[int, int], name: str = "llama-1b4") -> list[Call]:
+    """What a step of so many rows that decode launches besides products by cuBLAS, for one layer."""
+    calls: list[Call] = []
+    with torch.device("meta"):
+        model = Llama(shapes.resolve(name, num_layers=1)).bfloat16()
+    with (
+        patch.object(Call, "launch", lambda self: calls.append(self)),
+        patch.object(attention, "_capability", lambda device: capability),
+        torch.inference_mode(),
+    ):
+        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False)
+        decoder._stack.pdl = capability >= (9, 0)
+        decoder._decode(num_rows)
+    return calls
+
+
+def test_a_layer_is_five_launches_for_few_rows_and_five_beside_its_products_for_more():
+    few = [call.kernel.__name__ for call in launches(1, capability=(9, 0))]
+    attend = "decode_kernel"
+    assert few == ["_project_kernel", attend, *["_project_kernel"] * 4, "_pick_kernel"]
+    many = [call.kernel.__name__ for call in launches(32, capability=(9, 0))]
+    between = ["_add_norm_kernel", "_rotate_kernel", attend, "_add_norm_kernel", "_silu_kernel"]
+    assert many == [*between, "_add_norm_kernel", "_scan_kernel", "_pick_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_rows", "which"),
+    [((9, 0), 1, 0), ((9, 0), 8, 0), ((8, 6), 1, 4), ((8, 6), 8, 3), ((8, 6), 32, 0), ((9, 0), 32, 1)],
+)
+def test_kernels_compile_without_spills(capability, num_rows, which, tmp_path):
+    kernel = compiled(launches(num_rows, capability=capability)[which], capability)
+    assert problems(kernel, capability, tmp_path) == []
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= (9, 0))
+
+
+def test_weights_are_under_way_before_the_launch_before_has_ended():
+    """What makes one row fast: all of a program's weights are asked for before it waits for its input."""
+    ptx = compiled(launches(1, capability=(9, 0))[0], (9, 0)).asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.count("ld.global.v4") == 16 + 2 and 0 < after.count("ld.global.v4") <= 2
+
+
+def test_a_model_with_rows_beyond_a_program_is_refused_with_the_reason():
+    shape = shapes.resolve("llama-1b4", ffn_size=16_400)
+    reason = unsupported(torch.device("cuda"), torch.bfloat16, shape)
+    assert reason == "rows of 16400 exceed the 16384 that one program of a kernel holds"
+
+
+# --- by the interpreter -------------------------------------------------------------------------------------
+
+
+def values(*size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """To three roundings of bf16, which the interpreter truncates; or to those of fp32."""
+    bound = 4e-2 if torch.bfloat16 in (dtype, expected.dtype) else 1e-5
+    return bool((found.float() - expected.float()).abs().max() <= bound * expected.float().abs().max())
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+rows = pytest.mark.parametrize("num_rows", [1, 3])
+
+
+@dtypes
+@rows
+def interpreted_projections_are_the_models_operations(num_rows, dtype):
+    hidden, inner = 40, 36
+    x, weight = (values(n, hidden, seed=n, dtype=dtype) for n in (num_rows, 2 * inner))
+    norm = RMSNorm(hidden, eps=1e-2)
+    norm.weight.data = values(hidden, seed=7, dtype=dtype)
+    product = F.linear(norm(x), weight)
+    out = torch.full((num_rows, inner), torch.nan, dtype=dtype)
+    normed = {"norm": norm.weight.data, "eps": 1e-2}
+    layers.project(x, weight, out, epilogue="silu", half=inner, **normed).launch()
+    assert close(out, F.silu(product[:, :inner]) * product[:, inner:])
+
+    odd = weight[:51]
+    residual = values(num_rows, 51, seed=9, dtype=dtype)
+    expected = residual + F.linear(x, odd)
+    layers.project(x, odd, residual, epilogue="add", half=26).launch()
+    assert close(residual, expected)
+
+    size = {"outputs": 51, "half": 26}
+    programs = layers.project_programs(x, **size)
+    best = torch.empty(num_rows, programs), torch.empty(num_rows, programs, dtype=torch.int32)
+    logits = torch.full((num_rows, 51), torch.nan)
+    layers.project(x, odd, logits, epilogue="logits", half=26, best=best, **normed).launch()
+    assert close(logits, product[:, :51].float(), dtype)
+    picked(best, logits)
+
+
+def picked(best: layers.Best, logits: torch.Tensor) -> None:
+    """`pick` finds the largest of `logits`, and advances the rows that are no padding."""
+    num_rows = len(logits)
+    ids, tokens, lengths = (torch.full((num_rows,), start, dtype=torch.int32) for start in (-7, -7, 5))
+    lengths[-1] = 0
+    layers.pick(best, ids, tokens, lengths).launch()
+    broken = ~logits.amax(-1).isfinite()
+    expected = logits.argmax(-1).masked_fill(broken, layers.BROKEN)
+    assert ids.tolist() == expected.tolist() and tokens.tolist() == expected.clamp_min(0).tolist()
+    assert lengths.tolist() == [*[6] * (num_rows - 1), 0]
+
+
+def interpreted_a_row_with_nan_is_broken_and_of_equal_logits_the_first_wins():
+    logits = values(4, 2100, seed=0, dtype=torch.float32).bfloat16()
+    logits[1, 7] = torch.nan
+    logits[2, 2050] = torch.inf
+    logits[3, 9] = logits[3, 2060] = 50
+    wide = torch.empty(4, 2100)
+    best = torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int32)
+    layers.scan(logits, wide, best).launch()
+    assert torch.equal(wide.nan_to_num(), logits.float().nan_to_num())
+    picked(best, torch.where(wide.isnan(), torch.inf, wide))
+
+
+SHAPE = LlamaShape(
+    vocab_size=97, hidden_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=40,
+    max_positions=128,
+)  # fmt: skip
+
+
+@dtypes
+@rows
+def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
+    x, weight = values(num_rows, 48, seed=1, dtype=dtype), values(8 * 16, 48, seed=2, dtype=dtype)
+    positions = torch.tensor([70, 31, 32])[:num_rows]
+    blocks = torch.tensor([[3, 1, 4], [0, 2, 0], [5, 6, 0]], dtype=torch.int32)[:num_rows].contiguous()
+    cos, sin = (each[0, 0, :, :8].contiguous() for each in rotary(SHAPE, torch.arange(128)))
+    qkv = F.linear(x, weight)
+    q, k, v = qkv.view(num_rows, 8, 16).transpose(0, 1)[None].split([4, 2, 2], dim=1)
+    by = rotary(SHAPE, positions)
+    wanted_q, wanted_k = rotate(q, by)[0].transpose(0, 1), rotate(k, by)
+    wanted = torch.cat((wanted_k, v))  # [2, G, M, C]
+    for through_project in (True, False):
+        cache = torch.full((2, 7, 2, BLOCK_TOKENS, 16), torch.nan, dtype=dtype)
+        heads = layers.Heads(cos, sin, cache, blocks, positions.int() + 1, None, 4)
+        if through_project:
+            found = torch.empty(num_rows, 64, dtype=dtype)
+            layers.project(x, weight, found, epilogue="rope", half=8, heads=heads).launch()
+        else:
+            layers.rotate_and_store(qkv, heads).launch()
+            found = qkv[:, :64]
+        assert close(found.view(num_rows, 4, 16), wanted_q)
+        for row, position in enumerate(positions.tolist()):
+            place = cache[:, blocks[row, position // BLOCK_TOKENS], :, position % BLOCK_TOKENS]
+            assert close(place, wanted[:, :, row])
+        assert cache.isfinite().sum() == num_rows * 2 * 2 * 16  # and nothing elsewhere
+
+
+@pytest.mark.parametrize(("most_narrow", "dtype"), [(0, torch.float32), (16, torch.bfloat16)])
+def interpreted_texts_continue_as_whole_texts_do(most_narrow, dtype, monkeypatch):
+    """Prompts in chunks beside rows that decode, some scored; earlier requests left NaN in the cache."""
+    one = replace(attention.TILES[8, 6], programs=1)  # which the interpreter runs one after the other
+    monkeypatch.setitem(attention.TILES, (8, 6), one)
+    model = Llama(SHAPE)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() == 2 else torch.rand_like(parameter) + 0.5)
+    model.to(dtype)
+    whole = copy.deepcopy(model).float()
+    decoder = GpuDecoder(model, num_blocks=8, slots=3, graphs=False, most_narrow=most_narrow)
+    with torch.inference_mode():
+        decoder._cache.fill_(torch.nan)
+    scheduler = Scheduler(slots=3, cache_tokens=8 * BLOCK_TOKENS, step_tokens=40)
+    draw, worst, decoded = random.Random(0), 0.0, 0
+    for size, scored in ((1, False), (33, True), (20, False)):
+        scheduler.add(ScheduledRequest([draw.randrange(97) for _ in range(size)], size + 9, scored=scored))
+    for _ in range(5):
+        spans = scheduler.next_step()
+        found = [*decoder.forward(spans)]
+        if all(span.samples and span.stop - span.start == 1 for span in spans):
+            decoded += 1
+            assert decoder.ids[: len(spans)].tolist() == [row.argmax().item() for row in found]
+        found += [row for part in decoder.scored() for row in part.clone()]
+        places = [(span.request.tokens, span.stop - 1) for span in spans if span.samples]
+        places += [(s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
+        for row, (tokens, place) in zip(found, places, strict=True):
+            with torch.no_grad():
+                expected = whole(torch.tensor([tokens[: place + 1]]))[0, -1]
+            worst = max(worst, ((row - expected).norm() / expected.norm()).item())
+        for span in spans:
+            span.request.done = span.stop
+            if span.samples:
+                span.request.tokens.append(draw.randrange(97))
+    assert decoded == 3 and worst < (1e-5 if dtype == torch.float32 else 0.06)
