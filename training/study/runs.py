@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cluster.config import ConfigError
 from training import config as training_config
-from training.data.config import DataConfig, TrainConfig
+from training.config import TrainConfig
+from training.data.config import DataConfig
 from training.data.prepare import request_of
 from training.study.config import NO_NOISE, StudyConfig
 
