@@ -13,6 +13,7 @@ from cluster import config as layered
 from cluster.config import ConfigError, key, require
 from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
+from training.data.config import DataConfig
 
 LAUNCHERS = ("ray", "torch")
 SEEDS = range(1 << 63)  # every generator takes these, each for a stream of its own
@@ -42,33 +43,6 @@ class RunConfig:
     )
     directory: str = key("outputs", "where runs are kept; on a cluster, storage that every node sees")
     seed: int = key(1234, "initial weights, sample order and sampled text", least=0, below=SEEDS.stop)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    source: str = key(
-        "botocore",
-        "'botocore' (embedded corpus) or a file, folder, glob or URL (s3://, hf://) of .txt .jsonl .json "
-        "or .parquet; the first three also compressed",
-    )
-    text_field: str = key("text", "field or column that holds the text; a.b is b inside of a")
-    max_bad_fraction: float = key(
-        0.001,
-        "share of the records that may be unusable; they are skipped, counted and named",
-        least=0,
-        most=1,
-    )
-    tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
-    vocab_size: int = key(8192, "vocabulary of a trained tokenizer", least=300, most=1_000_000)
-    add_special_tokens: bool = key(
-        True, "begin each text as the tokenizer's post-processor does; false: without special tokens"
-    )
-    end_of_text: str | None = key(None, "the token that ends a document; default: found by its usual names")
-    validation_fraction: float = key(
-        0.01, "share of the documents that is held out, chosen by their hash", above=0, below=0.5
-    )
-    directory: str = key("data", "where prepared token shards are kept")
-    shard_tokens: int = key(100_000_000, "tokens per shard file", least=1000)
 
 
 @dataclass(frozen=True)
