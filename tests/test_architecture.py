@@ -31,6 +31,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "serving.engine.torch_engine": ("optim.precision",),
     "serving.peers.races": ("optim.precision",),
     "optim.kernels.native": ("cluster.machine.compiled",),
+    "optim.kernels.accumulate": ("cluster.machine.triton_calls",),
     "optim.kernels.gpu": ("cluster.machine.triton_calls",),
     "optim.bench": (
         "cluster.measure.benchmark",
@@ -65,6 +66,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "torch.multiprocessing": ("optim.bench.zero_race",),
     "deepspeed": (
         "optim.bench.contenders",
+        "optim.step.gradients",
         "optim.step.layout",
         "optim.step.zero",
         "training.run.context",
@@ -80,6 +82,7 @@ HOMES = {  # library or call -> the only modules that may use it
         "optim.bench.contenders",
         "optim.step.exchange",
         "optim.step.fragments",
+        "optim.step.gradients",
         "optim.step.health",
         "training.run.engine",
         "training.run.context",
