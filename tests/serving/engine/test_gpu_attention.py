@@ -138,24 +138,24 @@ def assert_near(found: Tensor, exact: Tensor) -> None:
     assert error <= (1e-6 if found.dtype == SINGLE else 4 * torch.finfo(found.dtype).eps / 2)
 
 
-LENGTHS = (1, 31, 0, 32, 33, 150)
+LENGTHS = (1, 31, 0, 32, 33, 150)  # 7 tiles of 64 keys, 10 of 32
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "head_dim", "dtype", "splits"),
+    ("num_heads", "head_dim", "dtype", "programs"),
     [
         (2, 64, SINGLE, 1),
-        (2, 128, HALF, 2),
-        (2, 64, HALF, 8),
-        (8, 64, SINGLE, 8),
-        (8, 128, HALF, 2),
+        (2, 128, HALF, 7),
+        (2, 64, HALF, 100),
+        (8, 64, SINGLE, 100),
+        (8, 128, HALF, 7),
         (16, 64, HALF, 1),
     ],
 )
-def interpreted_decode(num_heads, head_dim, dtype, splits, monkeypatch):
-    """1, 4 and 8 queries a head; whole requests, halves and single tiles for each program."""
+def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
+    """1, 4 and 8 queries a head; for each program all tiles of a request, two, or one."""
     torch.manual_seed(num_heads + head_dim)
-    tiles = replace(attention.TILES[8, 6], programs=2 * len(LENGTHS) * splits)
+    tiles = replace(attention.TILES[8, 6], programs=programs)
     monkeypatch.setitem(attention.TILES, (8, 6), tiles)
     pages = Pages(LENGTHS, num_kv_heads=2, head_dim=head_dim, dtype=dtype, device=CPU)
     size = len(LENGTHS)
