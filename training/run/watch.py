@@ -19,7 +19,7 @@ from cluster.record.record import follow, read_metrics
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import CheckpointError, step_of
-from training.run.context import Context
+from training.run.context import Context, StoreLost
 from training.run.start import PARTITION, newest_of
 from training.run.workers import LOST
 
@@ -252,7 +252,7 @@ def explained(error: Exception, *, who: str, where: str) -> "TrainingError | Non
             "model.activation_checkpointing=true or raise zero.stage, and run again: it resumes from the "
             "newest checkpoint"
         )
-    lost = isinstance(error, torch.distributed.DistNetworkError)  # of the store, which was in that process
+    lost = isinstance(error, StoreLost)
     if lost or (isinstance(error, RuntimeError) and re.search(RANK_LOST, text)):
         return TrainingError(
             f"{who}{LOST} in {where}: its process was killed, or its node was lost ({text[:MOST_CAUSE]}); "
