@@ -142,7 +142,6 @@ def gathered_attention(
     """`serving.engine.gpu.attention.decode_attention` by torch: it gathers the pages first."""
     keys, values = (part[blocks.long()].transpose(1, 2).flatten(2, 3) for part in cache)
     visible = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]
-    values = values.masked_fill(~visible[:, None, :, None], 0)  # NaN of an earlier request
     mixed = F.scaled_dot_product_attention(
         q[:, :, None], keys, values, attn_mask=visible[:, None, None], enable_gqa=q.shape[1] != keys.shape[1]
     )

@@ -216,19 +216,18 @@ def _loss_bytes(shape: LlamaShape, tokens: int, form: Form) -> tuple[int, int]:
     """Most bytes of head and loss in the forward and in the backward pass.
 
     At once: the logits, then fp32 numbers for logits, log-probabilities and their gradient. In chunks
-    (`training.model.loss.chunked`): the forward pass holds a chunk of logits, not compiled also 19 bytes of
-    temporaries for each, beside both gradients and, for more than one chunk, the head's in fp32 twice, while
-    one is added to the other; the backward pass has both gradients twice.
+    (`training.model.loss.chunked`, by its kernel): the forward pass holds a chunk of logits beside both
+    gradients and, for more than one chunk, the head's in fp32 twice, while one is added to the other; the
+    backward pass has both gradients twice.
     """
     p, vocabulary, hidden = form.width, shape.vocab_size, shape.hidden_size
     if form.chunk_tokens is None:
         return tokens * vocabulary * ((p if p < 4 else 0) + 8), tokens * vocabulary * 12
     of_hidden, of_weight = tokens * hidden * p, vocabulary * hidden * p
     in_fp32 = vocabulary * hidden * 4 if tokens > form.chunk_tokens else 0
-    chunk = min(form.chunk_tokens, tokens) * vocabulary
-    grading = chunk * (p if form.compiled else p + 19) + in_fp32
-    adding = chunk * p + (2 * in_fp32 or of_weight)
-    return of_hidden + max(grading, adding, in_fp32 + of_weight), 2 * (of_hidden + of_weight)
+    chunk = min(form.chunk_tokens, tokens) * vocabulary * p
+    adding = chunk + (2 * in_fp32 or of_weight)
+    return of_hidden + max(adding, in_fp32 + of_weight), 2 * (of_hidden + of_weight)
 
 
 def _sent_bytes(config: TrainConfig, n: int, num_workers: int) -> int:

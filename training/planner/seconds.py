@@ -141,7 +141,7 @@ def _elementwise_bytes(shape: LlamaShape, form: Form) -> tuple[float, float]:
 
 
 def _loss_bytes(shape: LlamaShape, form: Form) -> float:
-    """Of one token: logits, softmax and its gradient, in fp32 where they are not compiled.
+    """Of one token: logits, softmax and its gradient, in fp32 tensors or in one kernel for a chunk.
 
     In chunks also the head's gradient, read and written in fp32 once for each chunk.
     """
@@ -149,4 +149,4 @@ def _loss_bytes(shape: LlamaShape, form: Form) -> float:
     if form.chunk_tokens is None:
         return shape.vocab_size * 36 * wide
     summed = 8 * shape.vocab_size * shape.hidden_size / form.chunk_tokens
-    return shape.vocab_size * (10 if form.compiled else 80) * wide + summed
+    return shape.vocab_size * 10 * wide + summed
