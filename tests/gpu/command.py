@@ -64,7 +64,7 @@ def _block(what: str, *modules: str, limit: float, **rehearsal: str) -> Block:
 
 BLOCKS = {
     1: _block("versions, ceilings, attention backends", "ceilings", limit=45),
-    2: _block("kernels, and replay of graphs", "kernels", "replay", limit=60, TRITON_INTERPRET="1"),
+    2: _block("kernels, and replay of graphs", "kernels", "paged", "replay", limit=80, TRITON_INTERPRET="1"),
     3: _block("training steps of 1.4B, ZeRO-1", "train_step", limit=130),
     4: _block("the optimizer step against torch.optim.Muon", "optimizer", limit=45),
     5: _block("forward and backward", "sweep", limit=90),
