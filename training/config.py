@@ -375,6 +375,11 @@ class TrainConfig:
         "without bf16 arithmetic",
         choices=PRECISIONS,
     )
+    load: str | None = key(
+        None,
+        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA directory",
+        pattern=(r"hf:.+", "must be hf:DIR"),
+    )
     run: RunConfig = key(RunConfig, "")
     data: DataConfig = key(DataConfig, "")
     model: ModelConfig = key(ModelConfig, "")
@@ -402,6 +407,11 @@ class TrainConfig:
         """Whether weights and activations are bf16, and not fp32."""
         assert self.precision != "auto", "training.config.load settles it"
         return self.precision == "bf16"
+
+    @property
+    def load_directory(self) -> Path | None:
+        """DIR of load=hf:DIR, absolute."""
+        return Path(self.load.removeprefix("hf:")).expanduser().absolute() if self.load else None
 
     @property
     def run_directory(self) -> Path:
