@@ -222,7 +222,8 @@ def resolve_shape(config: TrainConfig) -> LlamaShape:
     """
     overrides = asdict(config.model)
     name = overrides.pop("shape")
-    overrides.pop("activation_checkpointing")
+    for other in ("activation_checkpointing", "compile", "loss_tokens"):
+        overrides.pop(other)
     given = {size: value for size, value in overrides.items() if value is not None}
     try:
         if config.load_directory is None:
