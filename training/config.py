@@ -445,11 +445,6 @@ def settled(config: TrainConfig) -> TrainConfig:
     """With a precision in place of `auto`: bf16 on GPUs, on CPUs what `optim.precision` says of this one."""
     if config.precision != "auto":
         return config
-    if config.workers.gpu:
-        return replace(config, precision="bf16")
-    import torch
+    from optim.precision import cpu_has_bf16
 
-    from optim.precision import compute_dtype
-
-    bf16 = compute_dtype(torch.device("cpu")) == torch.bfloat16
-    return replace(config, precision="bf16" if bf16 else "fp32")
+    return replace(config, precision="bf16" if config.workers.gpu or cpu_has_bf16() else "fp32")

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -146,6 +147,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
         return None
     require_tokenizer(config)
+    if config.load_directory and not saved:
+        HuggingFaceWeights(config.load_directory, plan.shape)  # refused here rather than in a worker
     start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
     require_tuning_sequences(
         start.validation_set,
@@ -167,8 +170,6 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         seam = _seam(config, saved)
         if seam:
             report(seam)
-    elif config.load_directory:
-        HuggingFaceWeights(config.load_directory, plan.shape)  # refused here rather than in a worker
     elif (metrics := directory / "metrics.jsonl").exists():
         report(f"{directory} broke off before its first checkpoint: starting again from step 0")
         metrics.unlink()
@@ -180,8 +181,22 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         _keep_tokenizer(start.train_set, directory / TOKENIZER)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    _require_writable(directory / "checkpoints")
     _tell_start(start, damaged, seam)
     return start
+
+
+def _require_writable(checkpoints: Path) -> None:
+    """The folder may be storage of its own; better known now than at the first checkpoint."""
+    try:
+        checkpoints.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=checkpoints):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{checkpoints}: no checkpoint can be written there ({error.strerror}); make it writable, or set "
+            "run.directory"
+        ) from error
 
 
 def _seam(config: TrainConfig, saved: Checkpoint) -> str | None:
