@@ -104,7 +104,8 @@ def test_block_2_checks_every_kernel_and_the_decoder(rehearsal):
     assert launching == {"symmetric_product", "momentum_pass", "apply_pass"}
     assert launching <= {row["case"].partition(" ")[0] for row in rows}
     errors, limits = figures(rows, "relative_error"), figures(rows, "tolerance")
-    assert len(errors) >= 23 and all(0 < error <= limits[case] < 0.1 for case, error in errors.items())
+    assert sum("_attention " in case for case in errors) == 4 and len(figures(rows, "ms")) == 2
+    assert len(errors) >= 27 and all(0 < error <= limits[case] < 0.1 for case, error in errors.items())
     assert (
         set(figures(rows, "unwritten_elements").values())
         == {0}
