@@ -402,9 +402,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
             output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
         if logging and trainer.rewind(output):
             held_out, saving = {}, False
-        if saving and trainer.skips.sound(
-            trainer.optimizer, trainer.context, final=held_out if last else None
-        ):
+        final = held_out if last else None
+        if saving and trainer.skips.sound(trainer.optimizer, trainer.context, final=final):
             wall_seconds = trainer.wall_seconds + time.monotonic() - started
             trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
             trainer.context.report({"step": trainer.step})
