@@ -23,6 +23,7 @@ from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
+from training.data.mixture import describe
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, step_of
@@ -145,11 +146,16 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     saved = Checkpoint(newest) if newest else None
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
+        text = "the last step was taken; the start that took it was killed before it said so"
+        events.end(directory, "finished", text, step=saved.state["step"])
         return None
     require_tokenizer(config)
     if config.load_directory and not saved:
         HuggingFaceWeights(config.load_directory, plan.shape)  # refused here rather than in a worker
     start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
+    num_samples = plan.num_steps * plan.samples_per_step
+    for line in describe(start.train_set, samples=num_samples, seed=config.run.seed):
+        report(line)
     require_tuning_sequences(
         start.validation_set,
         sequences=config.evaluation.sequences,

@@ -10,10 +10,10 @@ from cluster.record import origins, provenance
 from cluster.record.alarms import LossAlarms
 from cluster.record.record import Record
 from training.config import TrainConfig
+from training.data.mixture import origin_of
 from training.run.checkpoint import step_of
 from training.run.start import Start
-from training.run.state import rewinds
-from training.run.state.hf_weights import origin_of
+from training.run.state import hf_weights, rewinds
 from training.run.watch import loss_alarms
 
 Observe = Callable[[dict[str, Any]], None]
@@ -42,8 +42,8 @@ def open_record(start: Start, command: list[str], *, step: int | None = None) ->
         tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=step,
         inputs=[
-            origins.of_dataset(start.train_set.directory, fingerprint),
-            *([origin_of(config.load_directory)] if config.load_directory else []),
+            origin_of(start.train_set),
+            *([hf_weights.origin_of(config.load_directory)] if config.load_directory else []),
         ],
     )
 
