@@ -24,7 +24,14 @@ from torch import Tensor
 
 from cluster.machine import triton_calls
 from cluster.machine.triton_calls import INTERPRETED, Call, jit
-from optim.kernels.passes import BLOCK, SegmentTable, check_apply_pass, check_momentum_pass, require
+from optim.kernels.passes import (
+    BLOCK,
+    SegmentTable,
+    check_adamw_pass,
+    check_apply_pass,
+    check_momentum_pass,
+    require,
+)
 
 if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
@@ -227,6 +234,57 @@ def apply_pass(
     _pass(_apply_kernel, table, **tensors, model=model, decay=decay, factor=factor, ahead=ahead).launch()
 
 
+def adamw_pass(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, beta1: float, beta2: float, eps: float,
+    step: int, decay: float, factor: float, model: Tensor | None = None,
+) -> None:  # fmt: skip
+    """AdamW in one pass: both moments, the update, w' ← decay·w - factor·update, and the model's copy ← w'.
+
+    m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  update = m/(1-β₁ᵗ) / (√(v/(1-β₂ᵗ)) + ε) in step t, from 1.
+    https://arxiv.org/abs/1711.05101, algorithm 2
+
+    Args:
+        weight, first, second: flat, fp32, of one length; updated in place.
+        gradient: as long; fp32 or bf16.
+        model: as long; bf16 or fp32, rounded once.
+
+    Raises:
+        ValueError: a tensor is not flat and contiguous, is too short, or of another dtype.
+    """
+    check_adamw_pass(weight, gradient, first, second, model)
+    _adamw(
+        weight, gradient, first, second, model, lerp=1 - beta1, beta2=beta2, eps=eps, decay=decay, factor=factor,
+        unbias1=1 / (1 - beta1**step), unbias2=1 / (1 - beta2**step),
+    ).launch()  # fmt: skip
+
+
+def _adamw(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, model: Tensor | None, **numbers: float
+) -> Call:
+    tensors = {"weight": weight, "gradient": gradient, "first": first, "second": second, "model": model}
+    arguments = tensors | numbers | {"numel": len(weight), "SIZE": BLOCK}
+    return Call(_adamw_kernel, (ceil(len(weight) / BLOCK),), arguments, PASS_WARPS, stages=1)
+
+
+@jit
+def _adamw_kernel(
+    weight, gradient, first, second, model, lerp, beta2, eps, decay, factor, unbias1, unbias2, numel,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = i < numel
+    g = tl.load(gradient + i, inside, other=0.0).to(tl.float32)
+    m = _lerp(tl.load(first + i, inside, other=0.0), g, lerp)
+    v = tl.load(second + i, inside, other=0.0) * beta2 + (1 - beta2) * (g * g)
+    tl.store(first + i, m, inside)
+    tl.store(second + i, v, inside)
+    update = m * unbias1 / (tl.sqrt(v * unbias2) + eps)
+    w = tl.load(weight + i, inside, other=0.0) * decay - factor * update
+    tl.store(weight + i, w, inside)
+    if model is not None:
+        tl.store(model + i, w.to(model.dtype.element_ty), inside)
+
+
 def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
     arguments |= {"sources": table.sources, "targets": table.targets, "numels": table.numels}
     return Call(kernel, (len(table.sources),), arguments | {"SIZE": BLOCK}, PASS_WARPS, stages=1)
@@ -302,4 +360,8 @@ def variants(capability: tuple[int, int]) -> dict[str, Call]:
         tensors = {"weight": single, "update": update}
         call = _pass(_apply_kernel, table, **tensors, model=model, decay=1.0, factor=1.0, ahead=0.1)
         calls[f"apply, {update.dtype}, model={None if model is None else model.dtype}"] = call
+    numbers = dict.fromkeys(("lerp", "beta2", "eps", "decay", "factor", "unbias1", "unbias2"), 0.1)
+    for gradient, model in product((single, half), (half, single, None)):
+        call = _adamw(single, gradient, single, single, model, **numbers)
+        calls[f"adamw, {gradient.dtype}, model={None if model is None else model.dtype}"] = call
     return calls
