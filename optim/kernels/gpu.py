@@ -235,8 +235,8 @@ def apply_pass(
 
 
 def adamw_pass(
-    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, beta1: float, beta2: float, eps: float,
-    step: int, decay: float, factor: float, model: Tensor | None = None,
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, beta1: float, beta2: float,
+    eps: float, step: int, decay: float, factor: float, model: Tensor | None = None,
 ) -> None:  # fmt: skip
     """AdamW in one pass: both moments, the update, w' ← decay·w - factor·update, and the model's copy ← w'.
 
@@ -253,8 +253,8 @@ def adamw_pass(
     """
     check_adamw_pass(weight, gradient, first, second, model)
     _adamw(
-        weight, gradient, first, second, model, lerp=1 - beta1, beta2=beta2, eps=eps, decay=decay, factor=factor,
-        unbias1=1 / (1 - beta1**step), unbias2=1 / (1 - beta2**step),
+        weight, gradient, first, second, model, lerp=1 - beta1, beta2=beta2, eps=eps, decay=decay,
+        factor=factor, unbias1=1 / (1 - beta1**step), unbias2=1 / (1 - beta2**step),
     ).launch()  # fmt: skip
 
 
