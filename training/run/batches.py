@@ -24,7 +24,7 @@ class Batches:
 
     def micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a pass after `step` steps: int64 [micro_sequences, sequence_length]."""
-        tokens = torch.from_numpy(
+        drawn = torch.from_numpy(
             micro_batch(
                 self._start.train_set,
                 self._order,
@@ -34,5 +34,8 @@ class Batches:
                 world_size=self._context.world_size,
                 micro_sequences=self._start.config.batch.micro_sequences,
             )
-        ).to(self._context.device, non_blocking=True)
+        )
+        if self._context.device.type == "cuda":
+            drawn = drawn.pin_memory()  # or the host would wait for the copy, and so for all work before it
+        tokens = drawn.to(self._context.device, non_blocking=True)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

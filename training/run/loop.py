@@ -28,12 +28,12 @@ from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
 from training.model.attention import LogitProbe
-from training.model.llama import Llama, initialize
+from training.planner.memory import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, zero_init
+from training.run.engine import build_deepspeed_engine, build_model, warm_up
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
@@ -81,6 +81,10 @@ def train(
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+            if compiles(config):
+                seconds = trainer.spent.seconds.get("compile")
+                took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
+                about += f"  layers and loss are compiled, {took}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -186,6 +190,10 @@ class Trainer:
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
+        if compiles(start.config) and start.config.zero.stage < 3:
+            with self.spent.part("compile"):
+                warm_up(self.engine.module, self.batches.micro_batch(0, 0))
+                context.synchronize()
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -197,9 +205,7 @@ class Trainer:
         self.losses = Losses(context)
         stage = config.zero.stage
         self.pace = Pace(self.heart, context.device, accumulation=plan.accumulation, zero_stage=stage)
-        with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
-            model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
-        initialize(model, seed=config.run.seed)
+        model = build_model(config, plan.shape, device=context.device)
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
