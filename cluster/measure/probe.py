@@ -112,16 +112,8 @@ def measure(
 
     def products(*, sustained: bool = False) -> Ceiling:
         n = size or GEMM_SIZE * (4 if gpu else 1)
-        if not gpu:
-            n = _affordable_size(n, repeats, _pilot_flops(product))
-        left, right = (torch.randn(n, n, device=device).to(product) for _ in range(2))
-        out = torch.empty_like(left)
-        multiply = lambda: torch.mm(left, right, out=out)  # noqa: E731
-        if gpu and not sustained:
-            taken = _sustained(multiply, repeats, gpu=True, seconds=BURST_SECONDS, rest=REST_SECONDS)
-        else:
-            taken = _sustained(multiply, repeats, gpu=gpu, within=CPU_SECONDS)
-        return _ceiling(2 * n**3 / 1e12, taken[2:] if sustained else taken)
+        n = n if gpu else _affordable_size(n, repeats, _pilot_flops(product))
+        return _square_products(n, repeats, device=device, dtype=product, sustained=sustained)
 
     def memory(*, copied: bool) -> Ceiling:
         source = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
@@ -142,6 +134,20 @@ def measure(
         ),
         problems=problems,
     )
+
+
+def _square_products(n: int, repeats: int, *, device: str, dtype: "torch.dtype", sustained: bool) -> Ceiling:
+    import torch
+
+    gpu = device == "cuda"
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    multiply = partial(torch.mm, left, right, out=out)
+    if gpu and not sustained:
+        taken = _sustained(multiply, repeats, gpu=True, seconds=BURST_SECONDS, rest=REST_SECONDS)
+    else:
+        taken = _sustained(multiply, repeats, gpu=gpu, within=CPU_SECONDS)
+    return _ceiling(2 * n**3 / 1e12, taken[2:] if sustained else taken)
 
 
 def measure_products(
