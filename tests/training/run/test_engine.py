@@ -1,4 +1,4 @@
-"""Models with compiled layers under DeepSpeed. torch traces them; its compiler would take a minute on a CPU."""
+"""Compiled layers under DeepSpeed. torch traces them; on a CPU its compiler would take a minute."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.run.context import Context
 from training.run.engine import build_deepspeed_engine, build_model, warm_up
 
 KEYS = (
-    "model.num_layers=3",
+    "model.num_layers=2",
     "model.hidden_size=64",
     "model.ffn_size=96",
     "model.num_heads=4",
@@ -21,8 +21,8 @@ KEYS = (
     "optim.z_loss=1e-3",
     "precision=bf16",
 )
-STAGES = [("zero.stage=1",), ("zero.stage=3",), ("zero.stage=3", "zero.init=true")]
-MORE = [(), ("model.activation_checkpointing=true",)]
+CHECKPOINTING = "model.activation_checkpointing=true"
+CASES = [("zero.stage=1",), ("zero.stage=3",), ("zero.stage=3", "zero.init=true", CHECKPOINTING)]
 
 
 def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +31,7 @@ def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def losses(context: Context, *keys: str) -> list[float]:
-    """Of three steps of two micro-batches on this rank."""
+    """Of two steps of two micro-batches on this rank."""
     config = training_config.load(dotlist=[*KEYS, *keys])
     model = build_model(config, resolve_shape(config), device=context.device)
     if config.model.compile:
@@ -44,7 +44,7 @@ def losses(context: Context, *keys: str) -> list[float]:
         assert all(parameter.grad is None for parameter in engine.module.parameters())
         assert not any(any(of_group) for of_group in engine.optimizer.fp32_groups_has_gradients)
     found = []
-    for step in range(6):
+    for step in range(4):
         engine.train()
         loss = engine(*micro_batch(10 * step + context.rank))
         engine.backward(loss)
@@ -56,9 +56,9 @@ def losses(context: Context, *keys: str) -> list[float]:
 
 
 def compared(context: Context) -> list[tuple[list[float], list[float]]]:
-    cases = [(*stage, *more) for stage in STAGES for more in MORE]
     return [
-        tuple(losses(context, *case, f"model.compile={on}") for on in ("false", "true")) for case in cases
+        (losses(context, *case, "model.compile=false"), losses(context, *case, "model.compile=true"))
+        for case in CASES
     ]
 
 
@@ -66,6 +66,6 @@ def compared(context: Context) -> list[tuple[list[float], list[float]]]:
 def test_compiled_layers_train_as_others_do_in_every_stage_and_with_checkpointing() -> None:
     """Traced and not compiled, a layer computes the same bits."""
     for rank in spawn(compared, world_size=2):
-        assert len(rank) == 6
+        assert len(rank) == 3
         for plain, compiled in rank:
             assert compiled == plain and plain[-1] != plain[0]
