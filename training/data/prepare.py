@@ -36,7 +36,7 @@ from training.data.dataset import (
     Manifest,
 )
 from training.data.mixture import MixtureRequest, prepare_sources, write_mixture
-from training.data.readers import reading
+from training.data.records import reading, require_file
 from training.data.shards import RESUME_FILE, TOKENIZER_FILE, Resume, ShardWriter
 from training.data.tokenizer import (
     end_of_text_id,
@@ -138,6 +138,7 @@ class DataRequest:
         else:
             path = Path(config.tokenizer).expanduser()
             with reading(path):
+                require_file(path)
                 tokenizer = ["file", sha256_of(path), config.add_special_tokens, config.end_of_text]
         asked = [FORMAT_VERSION, corpus.identity, tokenizer, config.validation_fraction, config.shard_tokens]
         if config.max_bad_fraction != DataConfig.max_bad_fraction:

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from training.data.dataset import DataError
-from training.data.readers import reading
+from training.data.records import reading
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and Qwen, LLaMA 3, DeepSeek, LLaMA 2 and Mistral, Gemma, and others
@@ -66,7 +66,10 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     Raises:
         DataError: there is none.
     """
-    for each in END_OF_TEXT_NAMES if name is None else (name,):
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    # Special ones first: Gemma has </s> too, for the end of struck out text, as an ordinary token.
+    usual = sorted(END_OF_TEXT_NAMES, key=lambda each: each not in special)
+    for each in usual if name is None else (name,):
         if (token := tokenizer.token_to_id(each)) is not None:
             return token
     if name is not None:
