@@ -39,6 +39,7 @@ from training.data.mixture import MixtureRequest, prepare_sources, write_mixture
 from training.data.records import reading, require_file
 from training.data.shards import RESUME_FILE, TOKENIZER_FILE, Resume, ShardWriter
 from training.data.tokenizer import (
+    encoding_with,
     end_of_text_id,
     load_tokenizer,
     opening_only,
@@ -260,7 +261,7 @@ def _write_shards(request: DataRequest, folder: Path, resume: Resume, *, report:
         folder, tokenizer, end_id=end_id, dtype=dtype, shard_tokens=config.shard_tokens, resume=resume
     )
     skipped, tokens_before = Skipped(config.max_bad_fraction), writer.tokens
-    with _progress(corpus) as progress:
+    with _progress(corpus) as progress, encoding_with(config.tokenizer):
         for position in writer.write(corpus.divided(config, skipped), corpus.position):
             rate = (writer.tokens - tokens_before) / (time.monotonic() - started)
             progress.update({"step": position // 1_000_000, "tokens_per_second": rate})
