@@ -57,7 +57,7 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
-    compile: bool | None = key(None, "compile layers and loss with torch.compile; default: on GPUs")
+    compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
         None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
     )
@@ -342,6 +342,9 @@ class RecordConfig:
         "report disk_nearly_full if less than this, or than two checkpoints, is free at run.directory",
         least=0,
     )
+    profile_steps: tuple[int, ...] = key(
+        (), "steps of which a trace (Perfetto) and, on GPUs, a snapshot of memory are written to profiles/"
+    )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
     upload_checkpoints: bool = key(
         False, "send the files of every checkpoint to W&B; false: only where they lie, and their hash"
@@ -360,6 +363,11 @@ class TrainConfig:
         "weights and activations: bf16 (with fp32 master weights) or fp32; auto: bf16, but fp32 on CPUs "
         "without bf16 arithmetic",
         choices=PRECISIONS,
+    )
+    load: str | None = key(
+        None,
+        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA directory",
+        pattern=(r"hf:.+", "must be hf:DIR"),
     )
     run: RunConfig = key(RunConfig, "")
     data: DataConfig = key(DataConfig, "")
@@ -390,6 +398,11 @@ class TrainConfig:
         return self.precision == "bf16"
 
     @property
+    def load_directory(self) -> Path | None:
+        """DIR of load=hf:DIR, absolute."""
+        return Path(self.load.removeprefix("hf:")).expanduser().absolute() if self.load else None
+
+    @property
     def run_directory(self) -> Path:
         """`<run.directory>/<run.name>`, absolute."""
         return (Path(self.run.directory).expanduser() / self.run.name).absolute()
@@ -409,11 +422,6 @@ def settled(config: TrainConfig) -> TrainConfig:
     """With a precision in place of `auto`: bf16 on GPUs, on CPUs what `optim.precision` says of this one."""
     if config.precision != "auto":
         return config
-    if config.workers.gpu:
-        return replace(config, precision="bf16")
-    import torch
+    from optim.precision import cpu_has_bf16
 
-    from optim.precision import compute_dtype
-
-    bf16 = compute_dtype(torch.device("cpu")) == torch.bfloat16
-    return replace(config, precision="bf16" if bf16 else "fp32")
+    return replace(config, precision="bf16" if config.workers.gpu or cpu_has_bf16() else "fp32")

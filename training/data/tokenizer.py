@@ -66,7 +66,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 @contextmanager
 def encoding_with(path: Path | str) -> Iterator[None]:
-    """Turn a panic of the library, which some tokenizer files cause, into a `DataError` that names the file."""
+    """Turn a panic of the library, which some files cause, into a `DataError` that names the file."""
     try:
         yield
     except BaseException as error:

@@ -36,6 +36,18 @@ class RopeScaling:
         _require(self.original_max_positions >= 1, "rope_scaling.original_max_positions", "must be positive")
 
 
+# Far above every model so far, and below what would take minutes to count or fill any machine.
+MOST = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "num_layers": 10_000,
+    "num_heads": 100_000,
+    "head_dim": 100_000,
+    "ffn_size": 10_000_000,
+}
+MOST_PARAMETERS = 10**13
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
     """The sizes of a LLaMA model. Raises `ValueError`, naming the field, for sizes that fit no model."""
@@ -58,10 +70,10 @@ class LlamaShape:
             if field.type is int:
                 value = getattr(self, field.name)
                 _require(
-                    isinstance(value, int) and 1 <= value < 2**31,
-                    field.name,
-                    f"{value!r} is no positive integer",
+                    isinstance(value, int) and value >= 1, field.name, f"{value!r} is no positive integer"
                 )
+                most = MOST.get(field.name, value)
+                _require(value <= most, field.name, f"{value:,} is above {most:,}, the most that is taken")
             elif field.type is float:
                 value = getattr(self, field.name)
                 usable = isinstance(value, int | float) and 0 < value < 1e30
@@ -71,6 +83,12 @@ class LlamaShape:
             size, divisor = getattr(self, whole), getattr(self, part)
             _require(size % divisor == 0, part, f"{divisor} does not divide {whole}={size}")
         _require(self.head_dim % 2 == 0, "head_dim", f"{self.head_dim} is odd; RoPE rotates pairs")
+        layer = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * self.ffn_size
+        total = self.hidden_size * (self.num_layers * layer + self.vocab_size)
+        problem = (
+            f"with the other sizes this is {total:.2g} parameters; at most {MOST_PARAMETERS:.0e} are taken"
+        )
+        _require(total <= MOST_PARAMETERS, "hidden_size", problem)
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, named and ordered as in transformers' LlamaForCausalLM.

@@ -36,12 +36,17 @@ class Batches:
                 micro_sequences=self._start.config.batch.micro_sequences,
             )
         )
-        if self._context.device.type == "cuda":
-            read = read.pin_memory()  # or the host would wait for the copy, and so for all work before it
-        tokens = read.to(self._context.device, non_blocking=True)
+        tokens = send(read, self._context.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def drawn(self, step: int) -> dict[str, float]:
         """For a row of the record after `step` steps: what each source of a mixture gave, skipped or not."""
         samples = (step + self._passed_over(step)) * self._start.plan.samples_per_step
         return drawn(self._order, samples, self._start.train_set)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, of the CPU, on the device. To a GPU from pinned memory: the host does not wait."""
+    if device.type == "cuda":
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)

@@ -8,45 +8,41 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster import config as layered
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import origins, provenance
-from cluster.record.alarms import LossAlarms
 from cluster.record.heartbeat import Heartbeat
-from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
-from training.data.mixture import origin_of
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, build_model, warm_up
+from training.run.engine import build_deepspeed_engine, build_model, describe_compilation, warm_up
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start, report_checkpoint
-from training.run.state import rewinds
+from training.run.state.hf_weights import HuggingFaceWeights
+from training.run.state.output import Observe, Output, open_record
+from training.run.state.profiling import profiled
 from training.run.state.rewinds import Rewinds
 from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
-    loss_alarms,
     report_end,
     report_failure,
     report_hang,
@@ -56,7 +52,6 @@ from training.run.watch import (
 
 LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
 
-Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -82,10 +77,7 @@ def train(
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-            if compiles(config):
-                seconds = trainer.spent.seconds.get("compile")
-                took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
-                about += f"  layers and loss are compiled, {took}\n"
+            about += describe_compilation(config, trainer.spent.seconds)
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -105,79 +97,6 @@ def train(
             elif record is not None:
                 report_stop(config, step=trainer.step)
     return summary is not None
-
-
-def open_record(start: Start, command: list[str], *, step: int | None = None) -> Record:
-    """The record of a run, on rank 0, after `step` steps (None: those of the checkpoint of `start`)."""
-    config = start.config
-    if step is None and start.checkpoint is not None:
-        step = checkpoint.step_of(start.checkpoint)
-    fingerprint = start.train_set.manifest.fingerprint
-    about = provenance.collect(
-        command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
-    )
-    if went_back := rewinds.read(config.run_directory):
-        about |= {"rewinds": went_back}
-    return Record.open(
-        config.run_directory,
-        config=layered.to_dict(config),
-        provenance=about,
-        wandb_mode=config.record.wandb,
-        project=config.record.project,
-        group=config.record.group,
-        name=config.run.name,
-        job_type="train",
-        tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
-        resume_step=step,
-        inputs=[origin_of(start.train_set)],
-    )
-
-
-@dataclass
-class Output:
-    """Where rows and notes go: the record on rank 0, nowhere on the others.
-
-    Attributes:
-        upload: checkpoints to W&B, not only references to them.
-        alarms: for the losses.
-        reopen: opens the record again, after `step` steps.
-    """
-
-    record: Record | None
-    observe: Observe
-    upload: bool = False
-    alarms: LossAlarms | None = None
-    reopen: Callable[..., Record] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.record is not None:
-            self.record.__exit__(*error)
-
-    @property
-    def spiked(self) -> bool:
-        """Whether the newest row began a loss spike."""
-        return self.alarms is not None and self.alarms.spiked
-
-    def row(self, row: dict[str, Any]) -> None:
-        if self.record is not None:
-            self.record.log(row)
-            if self.alarms is not None:
-                self.alarms.see(row)
-            self.observe(row)
-
-    def go_back(self, config: TrainConfig, *, step: int) -> None:
-        """Drop the rows after `step`."""
-        if self.record is not None and self.reopen is not None:
-            self.record.close()
-            self.record = self.reopen(step=step)
-            self.alarms = loss_alarms(config, step=step)
-
-    def checkpoint(self, path: Path) -> None:
-        if self.record is not None:
-            self.record.output(origins.of_checkpoint(path), upload=self.upload)
 
 
 class Trainer:
@@ -226,6 +145,9 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
             self.resumed_from, self.wall_seconds = self.step, saved.state["wall_seconds"]
+        elif config.load_directory is not None:
+            weights = HuggingFaceWeights(config.load_directory, plan.shape)
+            self.optimizer.load_shards(weights.read, applied_steps=0)
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
@@ -374,7 +296,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         output.row({"step": 0, "tokens": 0, **trainer.validate()})
     trainer.start_meter()
     while trainer.step < plan.num_steps:
-        trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
+        with profiled(config, trainer.context, step=trainer.step + 1):
+            trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
         trainer.meter.count_step()
         trainer.heart.mark("row")
         last = trainer.step == plan.num_steps
@@ -403,9 +326,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
             output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
         if logging and trainer.rewind(output):
             held_out, saving = {}, False
-        if saving and trainer.skips.sound(
-            trainer.optimizer, trainer.context, final=held_out if last else None
-        ):
+        final = held_out if last else None
+        if saving and trainer.skips.sound(trainer.optimizer, trainer.context, final=final):
             wall_seconds = trainer.wall_seconds + time.monotonic() - started
             trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
             trainer.context.report({"step": trainer.step})
