@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.engine.decoder import SLICE_ROWS, WARM_UPS
+from serving.engine.decoder import SLICE_ROWS, WARM_UPS, Chosen
 from serving.engine.gpu import attention
 from serving.engine.gpu.inputs import Rows, Step
 from serving.engine.gpu.layers import MOST_NARROW, pick, power_of_two
+from serving.engine.gpu.sampling import Sampler
 from serving.engine.gpu.stack import Stack
+from serving.engine.protocol import Sampling
 from serving.engine.scheduler import ScheduledRequest, Span
 from training.model.llama import Llama
 from training.model.shapes import LlamaShape
@@ -35,7 +37,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: LlamaShape) -> 
 
 
 class GpuDecoder:
-    """See the module, and `serving.engine.decoder.StepDecoder`.
+    """See the module, and `serving.engine.decoder.AheadDecoder`.
 
     Args:
         model: on its device. Its weights become views of the merged matrices.
@@ -66,6 +68,8 @@ class GpuDecoder:
         self._most_narrow = most_narrow
         self._state = Rows(slots, num_blocks=num_blocks, context=context, device=self.device)
         self._scored = self._cache.new_empty(0, shape.hidden_size)
+        self._sampler = Sampler(slots, self.device)
+        self._logits = self._likeliest = torch.empty(0, device=self.device)  # of the newest step
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if graphs:
             self._warm_up(slots)
@@ -78,12 +82,30 @@ class GpuDecoder:
             return self._mixed(spans)
         self._scored = self._scored[:0]
         self._state.set(spans)
-        size = min((size for size in self._graphs if size >= len(spans)), default=None)
+        return self._replay(len(spans))
+
+    @torch.inference_mode()
+    def again(self, spans: Sequence[Span]) -> Tensor:
+        """See `AheadDecoder`. Tokens, lengths and blocks of the rows are on the GPU already."""
+        return self._replay(len(spans))
+
+    @torch.inference_mode()
+    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
+        """See `AheadDecoder`."""
+        ids, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances)
+        if ids is not self._likeliest:
+            self._state.tokens[: len(ids)] = ids.clamp_min(0)
+        return read
+
+    def _replay(self, num_rows: int) -> Tensor:
+        size = min((size for size in self._graphs if size >= num_rows), default=None)
         if size is None:
-            return self._decode(len(spans))
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[: len(spans)]
+            logits = self._decode(num_rows)
+        else:
+            graph, logits = self._graphs[size]
+            graph.replay()
+        self._logits, self._likeliest = logits[:num_rows], self._state.ids[:num_rows]
+        return self._logits
 
     @torch.inference_mode()
     def scored(self) -> Iterator[Tensor]:
@@ -93,8 +115,8 @@ class GpuDecoder:
 
     @property
     def ids(self) -> Tensor:
-        """[slots] int32: the likeliest token of each row of the newest step that only decodes."""
-        return self._state.ids
+        """[S] int32: the likeliest token of each row of the newest step's logits, BROKEN if there is none."""
+        return self._likeliest
 
     def _warm_up(self, slots: int) -> None:
         """Steps of prompts, so that no request waits for kernels to be compiled."""

@@ -31,7 +31,7 @@ class Rows:
         self.ids = torch.zeros(slots, dtype=torch.int32, device=device)
         self._numpy = self._host.numpy()
         self._table = self._numpy[2 * slots :].reshape(slots, width)
-        self._blocks_of: list[tuple[ScheduledRequest | None, int]] = [(None, 0)] * slots  # and how many
+        self._owners: list[ScheduledRequest | None] = [None] * slots  # of the rows of the table
 
     def set(self, spans: Sequence[Span]) -> None:
         """Send what these spans of one token need. The last step must have ended."""
@@ -41,10 +41,11 @@ class Rows:
         values[slots : slots + len(spans)] = [span.stop for span in spans]
         changed = False
         for row, span in enumerate(spans):
-            there = (span.request, len(span.blocks))
-            if self._blocks_of[row][0] is not span.request or self._blocks_of[row][1] != there[1]:
-                self._table[row, : len(span.blocks)] = span.blocks
-                self._blocks_of[row] = there
+            if self._owners[row] is not span.request:
+                # All of the request's, so that they change no more; its own are gone if it was cancelled.
+                blocks = span.request.blocks or span.blocks
+                self._table[row, : len(blocks)] = blocks
+                self._owners[row] = span.request
                 changed = True
         size = len(values) if changed else 2 * slots
         self._device[:size].copy_(self._host[:size], non_blocking=True)

@@ -289,8 +289,8 @@ def pick(
     Args:
         best: as `project` or `scan` leave it.
         ids: [M] int32, overwritten.
-        tokens: [M] int32, overwritten with the ids, 0 for BROKEN.
-        lengths: [M] int32: 1 more, but 0 stays.
+        tokens: [M] int32, overwritten with the ids, 0 for BROKEN; None: no other step follows at once.
+        lengths: [M] int32: 1 more, but 0 stays; None as `tokens`.
     """
     values, which = best
     arguments: dict[str, Any] = {
@@ -317,9 +317,10 @@ def _pick_kernel(best, best_id, ids, tokens, lengths, num, TILE: tl.constexpr, P
     chosen = tl.min(tl.where(values == largest, which, 2147483647), 0)
     good = (largest > float("-inf")) & (largest < float("inf"))
     tl.store(ids + row, tl.where(good, chosen, -1))
-    tl.store(tokens + row, tl.where(good, chosen, 0))
-    length = tl.load(lengths + row)
-    tl.store(lengths + row, length + (length > 0).to(tl.int32))
+    if tokens is not None:
+        tl.store(tokens + row, tl.where(good, chosen, 0))
+        length = tl.load(lengths + row)
+        tl.store(lengths + row, length + (length > 0).to(tl.int32))
 
 
 # --- any number of rows -------------------------------------------------------------------------------------
