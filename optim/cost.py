@@ -17,6 +17,7 @@ NUM_ITERATIONS = 5
 # 4, two moments 16, weight 8.
 PASS_BYTES, ADAMW_BYTES = 24, 28
 GRAM_RESTART = 2  # iterations after which the Gram form multiplies X out and starts again (optim/polar.py)
+GROUP_BYTES = 2 << 30  # on a GPU, of the matrices that live only during the iteration (optim/polar.py)
 GRAM_ASPECT = 1.5  # m/n from which the Gram form is cheaper, whole products assumed
 
 

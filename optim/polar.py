@@ -20,7 +20,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from optim.cost import GRAM_RESTART, uses_gram
+from optim.cost import GRAM_RESTART, GROUP_BYTES, uses_gram
 from optim.kernels import gpu, native
 from optim.precision import gram_dtype, product_dtype
 
@@ -29,7 +29,6 @@ Coefficients = tuple[tuple[float, float, float], ...]
 # Side from which torch on a CPU computes three of a symmetric product's four blocks: 1.2 to 1.3 times as fast
 # at 768 and above, and slower at 256 (AVX-512, bf16, one thread).
 MIRRORED_FROM = 512
-GROUP_BYTES = 2 << 30  # on a GPU: of the matrices that live only during the iteration
 
 
 @dataclass(frozen=True)

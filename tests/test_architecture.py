@@ -65,6 +65,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "torch.multiprocessing": ("optim.bench.zero_race",),
     "deepspeed": (
         "optim.bench.contenders",
+        "optim.step.gradients",
         "optim.step.layout",
         "optim.step.zero",
         "training.run.context",
@@ -80,6 +81,7 @@ HOMES = {  # library or call -> the only modules that may use it
         "optim.bench.contenders",
         "optim.step.exchange",
         "optim.step.fragments",
+        "optim.step.gradients",
         "optim.step.health",
         "training.run.engine",
         "training.run.context",

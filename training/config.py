@@ -83,6 +83,10 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
+    compile: bool | None = key(None, "compile layers and loss with torch.compile; default: on GPUs")
+    loss_tokens: int | None = key(
+        None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,9 @@ class OptimConfig:
     clip: float = key(
         1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off", least=0
     )
+    z_loss: float = key(
+        0.0, "weight of log(Z)^2 in the training loss, Z a token's sum of exponentials; PaLM: 1e-4", least=0
+    )
     max_skipped_fraction: float = key(
         0.1,
         "share of the steps that may be skipped for a gradient that is not finite; above it the run fails",
@@ -255,6 +262,11 @@ class ZeroConfig:
     init: bool = key(False, "stage 3: partition the weights while the model is built (zero.Init)")
     offload_optimizer: bool = key(False, "keep master weights and optimizer state in CPU memory")
     bucket_elements: int = key(50_000_000, "elements per communication bucket", least=1)
+    communication_dtype: str = key(
+        "auto",
+        "what gradients travel in between workers; they are summed in fp32 before. auto: as the weights",
+        choices=PRECISIONS,
+    )
 
     def __post_init__(self) -> None:
         require(not self.init or self.stage == 3, "zero.init", "needs zero.stage=3")
@@ -297,6 +309,12 @@ class CheckpointConfig:
     background: bool = key(
         True,
         "write while training goes on; it takes host memory for a copy of master weights and optimizer state",
+    )
+    max_rewinds: int = key(
+        0,
+        "times that a run goes back to the newest checkpoint before a loss spike (record.spike_deviations) "
+        "and skips the batches since; 0: never",
+        least=0,
     )
 
     def __post_init__(self) -> None:
@@ -386,6 +404,10 @@ class TrainConfig:
         whole = self.zero.stage < 3 or not self.optim.noise.measure_every_steps
         problem = "needs whole weights on every worker: zero.stage<=2"
         require(whole, "optim.noise.measure_every_steps", problem)
+        sees = self.record.spike_deviations > 0 or not self.checkpoint.max_rewinds
+        require(
+            sees, "checkpoint.max_rewinds", "needs record.spike_deviations above 0, which sees the spikes"
+        )
 
     @property
     def is_bf16(self) -> bool:

@@ -218,7 +218,8 @@ def resolve_shape(config: TrainConfig) -> LlamaShape:
     """The model's shape, with the overrides of `config.model`. Raises `ConfigError`."""
     overrides = asdict(config.model)
     name = overrides.pop("shape")
-    overrides.pop("activation_checkpointing")
+    for other in ("activation_checkpointing", "compile", "loss_tokens"):
+        overrides.pop(other)
     try:
         return shapes.resolve(name, **overrides)
     except ValueError as error:

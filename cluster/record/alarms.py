@@ -51,6 +51,7 @@ class LossAlarms:
         self._skipping = False
         self._reported = {(event["kind"], event["step"]) for event in events.read(directory)}
         self._silent = False
+        self.spiked = False  # whether a spike began in the newest line
 
     def replay(self, rows: list[dict[str, Any]]) -> None:
         """Take in the lines of earlier starts, without events."""
@@ -61,6 +62,7 @@ class LossAlarms:
 
     def see(self, row: dict[str, Any]) -> None:
         """Take in a line, as `Record.log` was given it."""
+        self.spiked = False
         for key in ("loss", "validation_loss"):
             if key in row:
                 self._see_finite(row, key)
@@ -90,7 +92,8 @@ class LossAlarms:
             median = statistics.median(self._losses)
             deviation = NORMAL * statistics.median(abs(each - median) for each in self._losses)
             limit = median + max(self._deviations * deviation, LEAST_RISE)
-            if loss > limit and self._num_calm >= CALM:
+            self.spiked = loss > limit and self._num_calm >= CALM
+            if self.spiked:
                 now, before, most = (number(value, digits=4) for value in (loss, median, limit))
                 text = f"the loss is {now}; the median before is {before}, the limit {most}"
                 if norm is not None and self._norms:

@@ -1,4 +1,4 @@
-"""DeepSpeed 0.19.8 from inside. No other file reads its internals.
+"""DeepSpeed 0.19.8 from inside. Only `gradients` reads internals of it too.
 
 Read, to know where the shards lie (a missing attribute is an error that names it and the version):
     stage 0     nothing: the groups hold whole fp32 parameters

@@ -1,6 +1,5 @@
 """Block 7: the kernels that take the most time, of a decoding step and of a training step."""
 
-import gc
 import random
 import time
 from collections.abc import Callable
@@ -13,24 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from serving.engine.decoder import TorchDecoder
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
 from tests.gpu.block import Run
-from tests.gpu.train_step import trainer_of
 from training.model.llama import Llama, initialize
 
 LIMIT = 12  # kernels that are named
 
 
 def measure(run: Run) -> None:
-    run.attempt(decoding, training)
-
-
-def training(run: Run) -> None:
-    """Without torchrun's variables in the environment: as a single process starts."""
-    gc.collect()
-    run.reset_peak_memory()
-    with trainer_of(run) as trainer:
-        for _ in range(2):
-            trainer.take_step()
-        top(run, "training", trainer.take_step)
+    decoding(run)
 
 
 def decoding(run: Run) -> None:

@@ -1,20 +1,21 @@
 """Block 5: forward and backward of the model alone, by micro-batch, compiled layers and form of the loss.
 
-What the project trains with is "layers as they are, the model's own loss". The others are candidates.
+On a GPU the project trains with "compiled layers, loss chunked". The others are what that is compared with.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
 
 from tests.gpu.block import OUT_OF_MEMORY, Run
-from training.model.llama import IGNORED_TARGET, Llama, initialize
+from training.model.llama import Llama, compile_layers, initialize
+from training.model.loss import IGNORED_TARGET
+from training.planner.memory import LOSS_TOKENS
 
 MICRO = {"cuda": (1, 2, 4, 8, 12), "cpu": (1, 2)}  # sequences
 COMPILED_MICRO = {"cuda": (4, 8), "cpu": (2,)}
-CHUNK_TOKENS = {"cuda": 2048, "cpu": 64}  # of the chunked loss
+CHUNK_TOKENS = {"cuda": LOSS_TOKENS, "cpu": 64}  # of the chunked loss
 DIFFERENCES = (1e-2, 5e-2)  # most, relative, of loss and of the gradient's norm between variants: bf16 rounds
 Found = tuple[float, float]  # loss in nats, norm of the gradient
 AS_THEY_ARE, COMPILED = "layers as they are", "compiled layers"
@@ -33,22 +34,17 @@ def measure(run: Run) -> None:
     for name in LOSSES:
         if name != "plain":
             point(run, model, AS_THEY_ARE, name, middle, expected=expected[middle])
-    compile_layers(run, model)
+    # On a CPU torch traces but does not compile, which takes a minute.
+    compile_layers(model, backend="inductor" if run.gpu else "aot_eager")
     for micro in COMPILED_MICRO[run.device.type]:
         for name in ("plain", "chunked"):
             point(run, model, COMPILED, name, micro, expected=expected[micro])
     graphs, sizes = counters["stats"]["unique_graphs"], len(COMPILED_MICRO[run.device.type])
-    more = f"{graphs} graphs for {sizes} sizes: layers are compiled one by one"
-    run.row("graphs that were compiled", problem=None if graphs == sizes else more, graphs=graphs)
-
-
-def compile_layers(run: Run, model: Llama) -> None:
-    """Each layer by `nn.Module.compile`. On a CPU torch traces but does not compile, which takes a minute."""
-    for layer in model.model.layers:
-        # torch 2.11 compiles once for each value of a module's integers, and gives up at the eighth.
-        # The number of its layer matters to a decoder's cache alone.
-        layer.self_attn.layer = 0
-        layer.compile(backend="inductor" if run.gpu else "aot_eager", dynamic=False)
+    most = (
+        2 * sizes + 2
+    )  # two halves of a layer for each size, and the loss of a chunk, or of a last, smaller one
+    more = f"{graphs} graphs, not {most} at most: layers are compiled one by one"
+    run.row("graphs that were compiled", problem=None if graphs <= most else more, graphs=graphs)
 
 
 def point(
@@ -96,20 +92,14 @@ def point(
 
 
 def plain(model: Llama, inputs: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    model.lm_head.loss_tokens = None
     return model(inputs, targets)
 
 
 def chunked(model: Llama, inputs: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """Logits of so many tokens at a time, computed again in the backward pass: none are kept."""
-    hidden, wanted = model.model(inputs).flatten(0, 1), targets.flatten()
-
-    def part(rows: Tensor, of: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(rows).float(), of, ignore_index=IGNORED_TARGET, reduction="sum")
-
-    total = torch.zeros((), device=hidden.device)
-    for rows, of in zip(hidden.split(chunk), wanted.split(chunk), strict=True):
-        total = total + checkpoint(part, rows, of, use_reentrant=False, preserve_rng_state=False)
-    return total / (wanted != IGNORED_TARGET).sum()
+    """`training.model.loss.chunked`."""
+    model.lm_head.loss_tokens = chunk
+    return model(inputs, targets)
 
 
 def fused(model: Llama, inputs: Tensor, targets: Tensor, chunk: int) -> Tensor:

@@ -237,6 +237,9 @@ REFUSED = {
     "schedule.decay_fraction": ["-0.1", "1.1"],
     "schedule.final_fraction": ["-0.1", "1.1"],
     "optim.clip": ["-1", "nan"],
+    "optim.z_loss": ["-1", "nan"],
+    "model.loss_tokens": ["-1"],
+    "zero.communication_dtype": ["fp16"],
     "optim.max_skipped_fraction": ["-0.1", "1.1", "nan"],
     "optim.inspect_every_steps": ["0", "-1"],
     "optim.matrix.rule": ["lion"],
@@ -277,6 +280,7 @@ REFUSED = {
     "checkpoint.every_steps": ["0"],
     "checkpoint.keep": ["0"],
     "checkpoint.keep_every_steps": ["-1", "30"],  # 30: the default checkpoint.every_steps is 25
+    "checkpoint.max_rewinds": ["-1"],
     "evaluation.every_steps": ["0"],
     "evaluation.sequences": ["0"],
     "evaluation.tuning_sequences": ["-1"],

@@ -10,7 +10,9 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cluster import files
 from optim.precision import product_dtype
-from training.model import shapes
+from training.model import loss, shapes
 from training.model.attention import sdpa
 from training.model.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-IGNORED_TARGET = -100
 INITIAL_STD = 0.02
 
 
@@ -104,21 +105,23 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: LlamaShape, *, layer: int) -> None:
+    """The matrices of attention; what lies between `heads` and `o_proj` is the caller's."""
+
+    def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, shape.head_dim
+        self.head_dim = shape.head_dim
         self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim)
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
 
-    def forward(self, x: Tensor, by: Rotary, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(self.layer, rotate(q, by), rotate(k, by), v)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return rotate(q, by), rotate(k, by), v
 
 
 class SwiGLU(nn.Module):
@@ -135,16 +138,53 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: LlamaShape, *, layer: int) -> None:
+    """One layer. What comes before and after its attention can be compiled: see `compile_layers`."""
+
+    compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.self_attn = Attention(shape, layer=layer)
+        self.self_attn = Attention(shape)
         self.mlp = SwiGLU(shape)
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
-    def forward(self, x: Tensor, by: Rotary, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), by, attend)
+    def forward(self, x: Tensor, by: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        before, after = self.compiled if self.compiled and self.training else (Layer.before, Layer.after)
+        return after(self, x, attend(*before(self, x, by)))
+
+    def before(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn(self.input_layernorm(x), by)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(Linear):
+    """The output head, with the loss inside: ZeRO-3 gathers the weight for both.
+
+    Attributes:
+        loss_tokens: tokens whose logits are in memory at one time (`training.model.loss.chunked`); None: all,
+            with autograd's own gradients.
+        z_loss: weight of that loss, which counts while the model trains.
+    """
+
+    loss_tokens: int | None = None
+    z_loss: float = 0.0
+    grade: loss.Grade = staticmethod(loss.losses_and_gradients)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of x [B, T, D]; with targets [B, T] the loss instead."""
+        if targets is None:
+            return super().forward(x)
+        z_loss = self.z_loss if self.training else 0.0
+        if self.loss_tokens is None:
+            return loss.whole(super().forward(x).flatten(0, 1), targets.flatten(), z_loss=z_loss)
+        return loss.chunked(
+            x.flatten(0, 1), self.weight, targets.flatten(), tokens=self.loss_tokens, z_loss=z_loss,
+            grade=self.grade if self.training else loss.losses_and_gradients,
+        )  # fmt: skip
 
 
 class Decoder(nn.Module):
@@ -155,7 +195,7 @@ class Decoder(nn.Module):
         self.shape = shape
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape, layer=index) for index in range(shape.num_layers))
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
     def forward(
@@ -171,11 +211,12 @@ class Decoder(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         by = rotary(self.shape, positions)
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            given = x, by, partial(attend, number)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, by, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, by, attend)
+                x = layer(*given)
         return self.norm(x)
 
 
@@ -190,7 +231,7 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape, activation_checkpointing=activation_checkpointing)
-        self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
+        self.lm_head = Head(shape.hidden_size, shape.vocab_size)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -198,12 +239,24 @@ class Llama(nn.Module):
         """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
 
         The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
-        are not `IGNORED_TARGET`; it is NaN when all are.
+        are not `IGNORED_TARGET`; it is NaN when all are. While the model trains, `Head.z_loss` adds to it.
         """
-        logits = self.lm_head(self.model(tokens))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+        return self.lm_head(self.model(tokens), targets)
+
+
+def compile_layers(model: Llama, *, backend: str = "inductor") -> None:
+    """Compile what a layer does before and after its attention, and the loss; used while the model trains.
+
+    Two frames for all layers, whatever their number: nothing in them depends on which layer it is, nor on
+    `attend`. Evaluation and sampling run uncompiled, so no length of theirs compiles anything. Compilation
+    happens in the first forward and backward pass, and again for every other size of micro-batch.
+    """
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+    torch.compiler.assume_constant_result(product_dtype)
+    halves = torch.compile(Layer.before, **options), torch.compile(Layer.after, **options)
+    for layer in model.model.layers:
+        layer.compiled = halves  # type: ignore[assignment]
+    model.lm_head.grade = torch.compile(loss.losses_and_gradients, **options)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ Compared with peaks on an H200 and on a CPU: tests/training/planner/test_memory.
 from dataclasses import dataclass
 from math import prod
 
-from optim.cost import uses_gram
+from optim.cost import GROUP_BYTES, uses_gram
 from training.config import MUON_RULES, SCION_RULES, TrainConfig
 from training.model.shapes import LlamaShape
 
@@ -26,6 +26,7 @@ OUTSIDE = "CUDA, NCCL, fragments"
 CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not count: an allowance
 FRAGMENT_SHARE = 0.04  # torch reserved 51.4 GB for 49.5 GB on an H200 (tests/baselines/nvidia-h200_gpu.json)
 WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: the same file, at every micro-batch
+LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
 STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
 
 Parts = dict[str, int]
@@ -74,11 +75,26 @@ class Memory:
         return self.total - self.parts.get(OUTSIDE, 0)
 
 
+def compiles(config: TrainConfig) -> bool:
+    """Whether torch.compile compiles layers and loss: `model.compile`, or on GPUs."""
+    return config.workers.gpu if config.model.compile is None else config.model.compile
+
+
+def loss_tokens(config: TrainConfig) -> int | None:
+    """Tokens whose logits exist at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
+    tokens = config.model.loss_tokens
+    if tokens is None and config.workers.gpu:
+        return LOSS_TOKENS
+    return tokens or None
+
+
 def form_of(config: TrainConfig) -> Form:
     """The form that the configuration asks for."""
     return Form(
         width=2 if config.is_bf16 else 4,
+        compiled=compiles(config),
         checkpointing=config.model.activation_checkpointing,
+        chunk_tokens=loss_tokens(config),
     )
 
 
@@ -88,7 +104,8 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     tokens = config.batch.micro_sequences * config.batch.sequence_length
     accumulates = config.batch.tokens > num_workers * tokens
     resident = _resident(config, shape, num_workers=num_workers)
-    low = n * form.width if stage < 2 else 0  # the model's own gradients, which stages 2 and 3 reduce at once
+    # The model's own gradients. Stages 2 and 3 reduce each at once, and so does optim/step/gradients.py.
+    low = n * form.width if stage == 0 or (stage == 1 and not config.is_bf16) else 0
     forward, backward = activation_bytes(shape, tokens, form, gradients=0 if accumulates else low)
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
     later: Parts = {"model's gradients": low} if low else {}
@@ -96,7 +113,7 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
         "after load": resident,
         "forward": {**resident, **earlier, "activations": forward},
         "backward": {**resident, **earlier, "activations": backward},
-        "exchange": {**resident, **later, "gradients on their way": _exchange_bytes(config, n)},
+        "exchange": {**resident, **later, "gradients on their way": _sent_bytes(config, n, num_workers)},
         "optimizer step": {
             **resident, **later, "step": step_bytes(config, shape, num_workers=num_workers),
         },
@@ -163,7 +180,7 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
     inside = (3 * shape.ffn_size + 2 * shape.hidden_size) * p + (layer if form.checkpointing else 0)
     places = (
         tokens * (kept + norm) + loss,
-        tokens * (kept + inside) + min(gradients, table),
+        tokens * (kept + inside) + table,
         tokens * (inside if form.checkpointing else layer + inside) + gradients + table,
     )
     return tokens * (kept + norm) + forward, max(places)
@@ -196,24 +213,25 @@ def layer_bytes(shape: LlamaShape, form: Form) -> int:
 def _loss_bytes(shape: LlamaShape, tokens: int, form: Form) -> tuple[int, int]:
     """Most bytes of head and loss in the forward and in the backward pass.
 
-    An fp32 number each for logits, log-probabilities and their gradient, and the logits in bf16 before; the
-    backward pass of the softmax holds three of fp32. In chunks: of one chunk, beside the head's gradient
-    and the gradient of the last layer's output.
+    At once: the logits, then fp32 numbers for logits, log-probabilities and their gradient. In chunks
+    (`training.model.loss.chunked`): the forward pass holds a chunk of logits, not compiled also four fp32
+    numbers and a mask of each, beside both gradients; the backward pass has these twice.
     """
-    p, vocabulary = form.width, shape.vocab_size
-    forward, backward = (p if p < 4 else 0) + 8, 12
+    p, vocabulary, hidden = form.width, shape.vocab_size, shape.hidden_size
     if form.chunk_tokens is None:
-        return tokens * vocabulary * forward, tokens * vocabulary * backward
-    chunk = min(form.chunk_tokens, tokens)
-    beside = vocabulary * shape.hidden_size * p + tokens * shape.hidden_size * p
-    return chunk * vocabulary * forward + beside, chunk * vocabulary * backward + beside
+        return tokens * vocabulary * ((p if p < 4 else 0) + 8), tokens * vocabulary * 12
+    of_hidden, of_weight = tokens * hidden * p, vocabulary * hidden * p
+    in_fp32 = vocabulary * hidden * 4 if tokens > form.chunk_tokens else 0
+    chunk = min(form.chunk_tokens, tokens) * vocabulary * (p if form.compiled else p + 17)
+    return of_hidden + max(chunk + in_fp32, in_fp32 + of_weight), 2 * (of_hidden + of_weight)
 
 
-def _exchange_bytes(config: TrainConfig, n: int) -> int:
-    """Stage 1 in bf16 joins all fp32 gradients in one tensor, and casts that one to bf16."""
-    if config.zero.stage == 1:
-        return 6 * n if config.is_bf16 else 0
-    return 0
+def _sent_bytes(config: TrainConfig, n: int, num_workers: int) -> int:
+    """Of gradients that are reduced after the backward pass: in stage 1, a bucket at a time."""
+    if config.zero.stage != 1 or num_workers == 1:
+        return 0
+    width = {"bf16": 2, "fp32": 4, "auto": 2 if config.is_bf16 else 4}[config.zero.communication_dtype]
+    return min(n, config.zero.bucket_elements) * width
 
 
 def _matrix_elements(shape: LlamaShape) -> int:
@@ -260,19 +278,21 @@ def _cuts_matrices(config: TrainConfig, shape: LlamaShape, num_workers: int) -> 
 
 
 def step_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> int:
-    """What the optimizer step holds for a moment, beside its buffers (`optim.polar.orthogonalize`).
+    """What the optimizer step holds for a moment, beside its buffers.
 
-    The matrices of one shape that a worker owns are iterated together: in the Gram form three copies, where
-    the last one is cast; else two, and two n x n matrices each. AdamW's pass over the tables holds four
-    numbers of fp32 for each of their elements.
+    On a GPU what the iteration of some matrices takes (`optim.polar.orthogonalize`), elsewhere that of all
+    matrices of a shape that a worker owns. AdamW's pass over the tables holds four numbers of fp32 for each
+    of their elements.
     """
     shard = 1 if config.zero.stage == 0 else num_workers
     vectors = 16 * (shape.num_parameters - _matrix_elements(shape)) // shard
     if not _whole_elements(config, shape):
         return max(vectors, 16 * _matrix_elements(shape) // shard)
-    width, most = _exchange_width(config), 0
+    most = 0
     for (rows, cols), count in shape.matrices().items():
-        owned, short = -(-count // num_workers), min(rows, cols)
-        copies = 3 * rows * cols if uses_gram(rows, cols) else 2 * (rows * cols + short * short)
-        most = max(most, owned * copies * width)
+        short = min(rows, cols)
+        each = 2 * rows * cols + (5 if uses_gram(rows, cols) else 2) * short * short
+        each *= _exchange_width(config)
+        owned = each * -(-count // num_workers)
+        most = max(most, min(owned, max(GROUP_BYTES, each)) if config.workers.gpu else owned)
     return max(vectors, most)

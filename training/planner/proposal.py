@@ -1,6 +1,6 @@
 """The fastest configuration that fits a GPU's memory: micro-batch, checkpointing and ZeRO stage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import ConfigError
@@ -105,8 +105,15 @@ class Proposal:
         return table(head, rows, left=(0, 4, -1))
 
 
-def propose(config: TrainConfig, shape: LlamaShape, device: Device, *, num_workers: int) -> Proposal:
-    """Plan every micro-batch that divides the batch, with and without checkpointing, in every stage.
+def propose(
+    config: TrainConfig,
+    shape: LlamaShape,
+    device: Device,
+    *,
+    num_workers: int,
+    stages: Iterable[int] = STAGES,
+) -> Proposal:
+    """Plan every micro-batch that divides the batch, with and without checkpointing, in these stages.
 
     Raises:
         ConfigError: no micro-batch divides the batch.
@@ -118,7 +125,7 @@ def propose(config: TrainConfig, shape: LlamaShape, device: Device, *, num_worke
             memory(each, shape, num_workers=num_workers),
             sum(step_seconds(each, shape, rates, num_workers=num_workers).values()),
         )
-        for each in _choices(config, num_workers)
+        for each in _choices(config, num_workers, tuple(stages))
     ]
     if not candidates:
         raise ConfigError(
@@ -128,7 +135,7 @@ def propose(config: TrainConfig, shape: LlamaShape, device: Device, *, num_worke
     return Proposal(device, rates, candidates)
 
 
-def _choices(config: TrainConfig, num_workers: int) -> Iterator[TrainConfig]:
+def _choices(config: TrainConfig, num_workers: int, stages: tuple[int, ...]) -> Iterator[TrainConfig]:
     sequences, rest = divmod(config.batch.tokens, num_workers * config.batch.sequence_length)
     for micro in range(1, MOST_MICRO_SEQUENCES + 1):
         if rest or sequences % micro:
@@ -136,7 +143,7 @@ def _choices(config: TrainConfig, num_workers: int) -> Iterator[TrainConfig]:
         batch = replace(config.batch, micro_sequences=micro)
         for checkpointing in (False, True):
             model = replace(config.model, activation_checkpointing=checkpointing)
-            for stage in STAGES:
+            for stage in stages:
                 zero = replace(config.zero, stage=stage, init=config.zero.init and stage == 3)
                 yield replace(config, batch=batch, model=model, zero=zero)
 

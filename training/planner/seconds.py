@@ -139,6 +139,12 @@ def _elementwise_bytes(shape: LlamaShape, form: Form) -> tuple[float, float]:
 
 
 def _loss_bytes(shape: LlamaShape, form: Form) -> float:
-    """Of one token: the logits written and read, softmax and its gradient in fp32, or in one kernel."""
-    fused = form.compiled and form.chunk_tokens is not None
-    return shape.vocab_size * (10 if fused else 36) * form.width / 2
+    """Of one token: logits, softmax and its gradient, in fp32 where they are not compiled.
+
+    In chunks also the head's gradient, read and written in fp32 once for each chunk.
+    """
+    wide = form.width / 2
+    if form.chunk_tokens is None:
+        return shape.vocab_size * 36 * wide
+    summed = 8 * shape.vocab_size * shape.hidden_size / form.chunk_tokens
+    return shape.vocab_size * (10 if form.compiled else 80) * wide + summed

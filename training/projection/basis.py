@@ -111,7 +111,7 @@ def _basis_of_rows(
     shape: str,
     measured_on: str,
 ) -> Basis:
-    row = rows[0]
+    row, fp32 = rows[0], rows[0].get("precision") == "fp32"
     job = Job(
         shape=SHAPES[shape],
         stage=row["zero_stage"],
@@ -119,7 +119,8 @@ def _basis_of_rows(
         accumulation=row["accumulation"],
         bucket_elements=config.bucket_elements,
         whole_matrices=config.rule in MUON_RULES,
-        element_bytes=4 if row.get("precision") == "fp32" else 2,
+        element_bytes=4 if fp32 else 2,
+        gradient_bytes=4 if fp32 else 2,
     )
     ratio = SHAPES[config.shape].flops_per_token(config.sequence_length) / row["flops_per_token"]
     source = f"measured: {path.name}, {shape} with {config.rule}, {len(rows)} rounds, on {measured_on}"

@@ -8,7 +8,7 @@ N parameters of p bytes (2 in bf16), W ranks. A rank sends SHARES of a collectiv
     3        reduce-scatter N p, in every one        the small ones, once    all-gather in every one
 
 Read in DeepSpeed 0.19.8, and counted on ranks in tests/training/projection/test_traffic.py:
-    * Gradients accumulate in fp32 and travel in the model's precision (engine.communication_data_type).
+    * Gradients accumulate in fp32 and travel in `zero.communication_dtype`, by default the model's precision.
     * Stage 1 in bf16 is BF16_Optimizer, which reduces after the backward pass: `overlap_comm` hides nothing.
     * Stage 2 all-reduces each bucket (use_multi_rank_bucket_allreduce), so it sends what an all-reduce does.
     * Stage 3 gathers the weights in every forward pass. In the backward pass it gathers again what it
@@ -40,7 +40,6 @@ LIVE_BUCKETS = 20  # of `zero.bucket_elements` in training/run/engine.py's stage
 ENTRY_NORMS = ("sign", "sign:plain")  # of optim/geometry.py: those that need no whole matrix
 ROW_NORMS = ("column:embedding", "row", "row:plain")  # under which optim/groups.py cuts tables into blocks
 TABLE_BLOCK_ROWS = 512  # of optim/groups.py
-STAGE_1_BUCKET = 500_000_000  # elements of BF16_Optimizer's buckets; `zero.bucket_elements` is the others'
 
 # The share of the whole buffer that a rank of W sends. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 SHARES = {
@@ -72,7 +71,7 @@ class Job:
     Attributes:
         whole_matrices: the rule of the hidden matrices needs them whole (Muon's family).
         norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
-        element_bytes: of weights and gradients that travel, 2 in bf16.
+        element_bytes: of weights that travel, 2 in bf16; gradient_bytes: of gradients.
         exchange_bytes: per element of the matrices that go to their owners and back.
     """
 
@@ -84,6 +83,7 @@ class Job:
     whole_matrices: bool = True
     norms: tuple[tuple[str, str], ...] = ()
     element_bytes: int = 2
+    gradient_bytes: int = 2
     exchange_bytes: int = 2
     reuse_distance: int = REUSE_DISTANCE
 
@@ -114,6 +114,7 @@ def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulati
     if config.zero.stage == 0 or matrix.per_head:
         return None
     entries = config.optim.scion.norms if matrix.rule in SCION_RULES else ()
+    weights = 2 if config.is_bf16 else 4
     return Job(
         shape=shape,
         stage=config.zero.stage,
@@ -122,7 +123,8 @@ def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulati
         bucket_elements=config.zero.bucket_elements,
         whole_matrices=matrix.rule in MUON_RULES,
         norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
-        element_bytes=2 if config.is_bf16 else 4,
+        element_bytes=weights,
+        gradient_bytes={"auto": weights, "bf16": 2, "fp32": 4}[config.zero.communication_dtype],
         exchange_bytes=2 if matrix.dtype == "bf16" else 4,
     )
 
@@ -180,10 +182,10 @@ def _stages_1_and_2(job: Job) -> list[Collective]:
     num_bytes = num_elements * job.element_bytes
     weights = Collective("new weights", "all_gather", num_bytes, len(groups))
     if job.stage == 1:
-        calls = math.ceil(num_elements / STAGE_1_BUCKET)
-        return [Collective("gradients", "all_reduce", num_bytes, calls), weights]
+        calls = sum(math.ceil(_padded(g.sizes, job.num_ranks) / job.bucket_elements) for g in groups)
+        return [Collective("gradients", "all_reduce", num_elements * job.gradient_bytes, calls), weights]
     # without the padding: buckets hold the gradients themselves
-    num_bytes = job.shape.num_parameters * job.element_bytes * job.accumulation
+    num_bytes = job.shape.num_parameters * job.gradient_bytes * job.accumulation
     calls = math.ceil(job.shape.num_parameters / job.bucket_elements) * job.accumulation
     return [Collective("gradients", "all_reduce", num_bytes, calls, "backward"), weights]
 
@@ -204,7 +206,7 @@ def _stage_3(job: Job) -> list[Collective]:
         calls = min(len(chosen), math.ceil(sum(chosen) / job.bucket_elements) + 1) * job.accumulation
         return Collective(name, "all_gather", num_bytes, calls, hidden_by)
 
-    num_bytes = sum(parts[size] for size in sizes) * job.element_bytes * job.accumulation
+    num_bytes = sum(parts[size] for size in sizes) * job.gradient_bytes * job.accumulation
     calls = math.ceil(sum(sizes) / job.bucket_elements) * job.accumulation
     found = [
         Collective("gradients", "reduce_scatter", num_bytes, calls, "backward"),

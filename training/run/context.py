@@ -151,8 +151,8 @@ class Ranks:
 class Stop:
     """Lets all ranks stop after the same step, once one of them is asked to.
 
-    That rank puts the next step into the store of the process group. All see it in time: the collectives of a
-    step wait for every rank, so none can end that step before this rank has begun it.
+    That rank puts the number of the next step into the store of the process group. All see it in time: the
+    collectives of a step wait for every rank, so none can end that step before this rank has begun it.
 
     Args:
         asked: whether this rank is asked; called once a step.
@@ -162,17 +162,19 @@ class Stop:
         self._asked = asked
         self._key = f"asuncion/stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._told = False
+        self._step = 0  # of this process: the run's may go back
 
-    def due(self, step: int, *, failed: bool = False) -> bool:
-        """Whether to stop now that `step` steps are done. Every rank calls it after each step.
+    def due(self, *, failed: bool = False) -> bool:
+        """Whether to stop after this step. Every rank calls it after each step.
 
         failed: this rank cannot go on, so it asks too.
         """
         store = _store()
+        self._step += 1
         if not self._told and (failed or self._asked()):
             self._told = True
-            store.compare_set(self._key, "", str(step + 1))
-        return store.check([self._key]) and step >= int(store.get(self._key))
+            store.compare_set(self._key, "", str(self._step + 1))
+        return store.check([self._key]) and self._step >= int(store.get(self._key))
 
 
 def _store() -> dist.Store:

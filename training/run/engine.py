@@ -8,7 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.config import ConfigError
 from optim.groups import Member, attention_splits, by_norm, partition
@@ -25,10 +25,14 @@ from optim.rules import (
     Signum,
     TransportedScion,
 )
+from optim.step.gradients import accumulate_in_fp32
 from optim.step.layout import quiet_deepspeed
 from optim.step.zero import ZeroOptimizer
 from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
+from training.model.llama import Layer, Llama, compile_layers, initialize
+from training.model.shapes import LlamaShape
 from training.plan import resolve_shape
+from training.planner.memory import compiles, loss_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,6 +43,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
     Gradients accumulate in fp32, except in stage 0 with bf16, where DeepSpeed offers bf16 only.
     """
     bf16, stage, bucket = config.is_bf16, config.zero.stage, config.zero.bucket_elements
+    sent = config.zero.communication_dtype
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
@@ -51,16 +56,20 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int, accumulation: int
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.workers.gpu}
     if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 20 * bucket}
+    if stage == 3 and compiles(config):  # a layer's weights are gathered outside of its compiled frames
+        zero |= {"leaf_module": {"classes": [f"{Layer.__module__}.{Layer.__qualname__}"]}}
+        zero |= {"memory_efficient_linear": False}  # it would put a function of DeepSpeed's into them
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         # In stage 0 DeepSpeed would hide the norm before clipping, so optim/step/zero.py clips there.
         "gradient_clipping": config.optim.clip if stage else 0.0,
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"} if stage or not bf16 else {},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # with offload: ours, not DeepSpeed's Adam
+        "communication_data_type": None if sent == "auto" else sent,
         "steps_per_print": None,
     }
 
@@ -72,6 +81,27 @@ def zero_init(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
     # No dtype argument: where fp16 is not supported DeepSpeed 0.19.8 ignores it and rounds to bf16
     # (`dtype or fp16 if supported else bf16`); the precision that the configuration names is kept.
     return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, micro_batch=1, accumulation=1))
+
+
+def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device) -> Llama:
+    """The model at its initial weights; on a GPU these are drawn there, which is faster."""
+    with zero_init(config), device:
+        model = Llama(shape, activation_checkpointing=config.model.activation_checkpointing)
+    initialize(model, seed=config.run.seed)
+    model.lm_head.loss_tokens, model.lm_head.z_loss = loss_tokens(config), config.optim.z_loss
+    if compiles(config):
+        compile_layers(model)
+    return model
+
+
+def warm_up(module: Llama, batch: tuple[Tensor, Tensor]) -> None:
+    """Compile what `batch`, (inputs, targets) of one pass, compiles. Nothing else changes.
+
+    Only the embedding's gradient is asked for, so nothing accumulates; it lies behind all others. Not for
+    stage 3, whose hooks cannot run without accumulating.
+    """
+    module.train()
+    torch.autograd.grad(module(*batch), module.model.embed_tokens.weight)
 
 
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
@@ -177,5 +207,6 @@ def build_deepspeed_engine(
         config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation),
         dist_init_required=False,
     )
+    accumulate_in_fp32(engine, bucket_elements=config.zero.bucket_elements)
     optimizer.bind(engine)
     return engine, optimizer, members

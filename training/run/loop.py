@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from cluster import config as layered
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
 from cluster.record import origins, provenance
+from cluster.record.alarms import LossAlarms
 from cluster.record.heartbeat import Heartbeat
 from cluster.record.record import Record
 from optim import groups
@@ -27,21 +28,24 @@ from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
 from training.model.attention import LogitProbe
-from training.model.llama import Llama, initialize
+from training.planner.memory import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, zero_init
+from training.run.engine import build_deepspeed_engine, build_model, warm_up
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start, report_checkpoint
+from training.run.state import rewinds
+from training.run.state.rewinds import Rewinds
 from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
+    loss_alarms,
     report_end,
     report_failure,
     report_hang,
@@ -77,12 +81,21 @@ def train(
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
+            if compiles(config):
+                seconds = trainer.spent.seconds.get("compile")
+                took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
+                about += f"  layers and loss are compiled, {took}\n"
             files.write_text(config.run_directory / PARTITION, about)
-            observe = _both(report_workers(config, context, step=trainer.step).see, observe)
-        with open_record(start, command) if context.is_main else nullcontext() as record:
+            alarms = report_workers(config, context, step=trainer.step)
+            reopen = partial(open_record, start, command)
+            output = Output(reopen(), observe, config.record.upload_checkpoints, alarms, reopen)
+        else:
+            output = Output(None, observe)
+        with output:
             with failures():  # while W&B can still be told
-                summary = trainer.run(Output(record, observe, config.record.upload_checkpoints))
+                summary = trainer.run(output)
             heart.close()  # the ranks no longer wait for each other
+            record = output.record
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
@@ -93,47 +106,73 @@ def train(
     return summary is not None
 
 
-def _both(first: Observe, second: Observe) -> Observe:
-    def observe(row: dict[str, Any]) -> None:
-        first(row)
-        second(row)
-
-    return observe
-
-
-def open_record(start: Start, command: list[str]) -> Record:
-    """The record of a run, on rank 0."""
+def open_record(start: Start, command: list[str], *, step: int | None = None) -> Record:
+    """The record of a run, on rank 0, after `step` steps (None: those of the checkpoint of `start`)."""
     config = start.config
+    if step is None and start.checkpoint is not None:
+        step = checkpoint.step_of(start.checkpoint)
     fingerprint = start.train_set.manifest.fingerprint
+    about = provenance.collect(
+        command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
+    )
+    if went_back := rewinds.read(config.run_directory):
+        about |= {"rewinds": went_back}
     return Record.open(
         config.run_directory,
         config=layered.to_dict(config),
-        provenance=provenance.collect(
-            command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
-        ),
+        provenance=about,
         wandb_mode=config.record.wandb,
         project=config.record.project,
         group=config.record.group,
         name=config.run.name,
         job_type="train",
         tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
-        resume_step=checkpoint.step_of(start.checkpoint) if start.checkpoint else None,
+        resume_step=step,
         inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """Where rows and notes go: the record on rank 0, nowhere on the others."""
+    """Where rows and notes go: the record on rank 0, nowhere on the others.
+
+    Attributes:
+        upload: checkpoints to W&B, not only references to them.
+        alarms: for the losses.
+        reopen: opens the record again, after `step` steps.
+    """
 
     record: Record | None
     observe: Observe
-    upload: bool = False  # checkpoints to W&B, not only references to them
+    upload: bool = False
+    alarms: LossAlarms | None = None
+    reopen: Callable[..., Record] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.record is not None:
+            self.record.__exit__(*error)
+
+    @property
+    def spiked(self) -> bool:
+        """Whether the newest row began a loss spike."""
+        return self.alarms is not None and self.alarms.spiked
 
     def row(self, row: dict[str, Any]) -> None:
         if self.record is not None:
             self.record.log(row)
+            if self.alarms is not None:
+                self.alarms.see(row)
             self.observe(row)
+
+    def go_back(self, config: TrainConfig, *, step: int) -> None:
+        """Drop the rows after `step`."""
+        if self.record is not None and self.reopen is not None:
+            self.record.close()
+            self.record = self.reopen(step=step)
+            self.alarms = loss_alarms(config, step=step)
 
     def checkpoint(self, path: Path) -> None:
         if self.record is not None:
@@ -151,18 +190,22 @@ class Trainer:
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
+        if compiles(start.config) and start.config.zero.stage < 3:
+            with self.spent.part("compile"):
+                warm_up(self.engine.module, self.batches.micro_batch(0, 0))
+                context.synchronize()
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
         self.context, self.identity = context, start.identity
-        self.batches = Batches(start, context)
+        saved = Checkpoint(start.checkpoint) if start.checkpoint else None
+        self.rewinds = Rewinds(config, context, saved)
+        self.batches = Batches(start, context, passed_over=self.rewinds.passed_over)
         self.meter = _meter(start, context)
         self.losses = Losses(context)
         stage = config.zero.stage
         self.pace = Pace(self.heart, context.device, accumulation=plan.accumulation, zero_stage=stage)
-        with zero_init(config), context.device:  # on a GPU the weights are drawn there, which is faster
-            model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
-        initialize(model, seed=config.run.seed)
+        model = build_model(config, plan.shape, device=context.device)
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
@@ -179,8 +222,9 @@ class Trainer:
         self.writer = Writer(context)
         self.resumed_from: int | None = None
         self.wall_seconds = 0.0  # of the loop, in earlier starts
-        if start.checkpoint is not None:
-            self._resume(Checkpoint(start.checkpoint))
+        if saved is not None:
+            self._resume(saved)
+            self.resumed_from, self.wall_seconds = self.step, saved.state["wall_seconds"]
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""
@@ -277,6 +321,7 @@ class Trainer:
                     "world_size": self.context.world_size,
                     "zero_stage": self.config.zero.stage,
                     "wall_seconds": wall_seconds,
+                    "rewinds": self.rewinds.as_json(),
                     "losses_since_line": self.losses.as_text(),
                 },
             )  # fmt: skip
@@ -294,10 +339,24 @@ class Trainer:
     def _resume(self, saved: Checkpoint) -> None:
         saved.check_identity(self.identity)
         self.optimizer.load_shards(saved.read, applied_steps=saved.state["applied_steps"])
-        self.step = self.resumed_from = saved.state["step"]
+        self.step = saved.state["step"]
         self.skips.resume(saved.state)
-        self.wall_seconds = saved.state["wall_seconds"]
         self.losses.restore(saved.state["losses_since_line"])
+
+    def rewind(self, output: Output) -> bool:
+        """If the newest row began a loss spike, go back to before it (`checkpoint.max_rewinds`), if possible.
+
+        Returns whether it did. Collective.
+        """
+        if not self.rewinds.wanted(output.spiked):
+            return False
+        self.heart.mark("checkpoint")
+        self.writer.wait()
+        if (path := self.rewinds.go_back(self.step)) is None:
+            return False
+        self._resume(Checkpoint(path))
+        output.go_back(self.config, step=self.step)
+        return True
 
     def start_meter(self) -> None:
         self.context.synchronize()
@@ -321,8 +380,9 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
             last or _due(trainer.step, section.every_steps)
             for section in (config.record, config.evaluation, config.checkpoint)
         )
-        stopping = trainer.stop.due(trainer.step, failed=trainer.writer.failed) and not last
+        stopping = trainer.stop.due(failed=trainer.writer.failed) and not last
         if stopping:
+            trainer.heart.mark("checkpoint")
             trainer.writer.wait()  # raises, if that is why
         saving = saving or stopping
         probing = _due(trainer.step, config.optim.noise.measure_every_steps)
@@ -339,6 +399,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
             row |= trainer.measure_noise()
         if row:
             output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
+        if logging and trainer.rewind(output):
+            held_out, saving = {}, False
         if saving and trainer.skips.sound(
             trainer.optimizer, trainer.context, final=held_out if last else None
         ):

@@ -7,7 +7,7 @@ from typing import Any
 
 SUFFIX = "_seconds"
 # A run's parts on rank 0, in the order of its summary's keys.
-PARTS = ("start", "training", "evaluation", "noise", "checkpoint", "sample")
+PARTS = ("start", "compile", "training", "evaluation", "noise", "checkpoint", "sample")
 
 
 class Spent:
@@ -19,7 +19,7 @@ class Spent:
     def __init__(self, *, on_part: Callable[[str], None] = lambda name: None) -> None:
         self._on_part = on_part
         self._started = time.monotonic()
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -29,11 +29,11 @@ class Spent:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def summary(self) -> dict[str, float]:
         """`<part>_seconds` of all `PARTS`, for summary.json; training is the time that no other part took."""
-        seconds = {name: self._seconds.get(name, 0.0) for name in PARTS}
+        seconds = {name: self.seconds.get(name, 0.0) for name in PARTS}
         seconds["training"] = time.monotonic() - self._started - sum(seconds.values())
         return {f"{name}{SUFFIX}": value for name, value in seconds.items()}
 
@@ -45,7 +45,7 @@ class Spent:
             rest: the name for the time that is in neither.
         """
         total = time.monotonic() - self._started
-        parts = {**self._seconds, **{name: run[f"{name}{SUFFIX}"] for name in PARTS}}
+        parts = {**self.seconds, **{name: run[f"{name}{SUFFIX}"] for name in PARTS}}
         parts[rest] = total - sum(parts.values())
         return f"time: {total:.0f} s, " + ", ".join(
             f"{name} {seconds:.0f}" for name, seconds in parts.items() if seconds >= 0.5

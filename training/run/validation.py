@@ -9,7 +9,8 @@ from optim.step.zero import ZeroOptimizer
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset, validation_batches
 from training.model.attention import for_changing_lengths
-from training.model.llama import IGNORED_TARGET, generate
+from training.model.llama import generate
+from training.model.loss import IGNORED_TARGET
 from training.run.context import Context
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40

@@ -178,7 +178,9 @@ class Follower(_Background):
             if row["step"] <= last:
                 newest = newest_of(self._config, report=self._note)
                 step = step_of(newest) if newest else 0
-                self._note(f"the workers were restarted, and go on from step {step}")
+                why = events.newest(events.read(self._config.run_directory), ("rewound", *events.WORKERS))
+                if why != "rewound":  # which has a line of its own
+                    self._note(f"the workers were restarted, and go on from step {step}")
                 self._first_step = step + 1 if newest else 0
             last = row["step"]
             if row["step"] >= self._first_step:
@@ -278,6 +280,13 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
     if kind == "restarted":
         text = f"Ray started the workers again: {text}"
     events.append(directory, kind, text, step=step, world_size=context.world_size)
+    return loss_alarms(config, step=step)
+
+
+def loss_alarms(config: TrainConfig, *, step: int) -> LossAlarms:
+    """The alarms for the losses after `step`, which know the lines until then."""
+    directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
+    kept = [row for row in (read_metrics(metrics) if metrics.exists() else []) if row["step"] <= step]
     alarms = LossAlarms(directory, deviations=config.record.spike_deviations)
     alarms.replay(kept)
     return alarms

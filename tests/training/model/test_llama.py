@@ -13,8 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from training.model.attention import LogitProbe
 from training.model.hf import save_hf
-from training.model.llama import IGNORED_TARGET, Llama, generate, initialize, load_hf, rotary
+from training.model.llama import Llama, compile_layers, generate, initialize, load_hf, rotary
+from training.model.loss import IGNORED_TARGET
 from training.model.shapes import LlamaShape, RopeScaling
 
 TINY = LlamaShape(
@@ -377,3 +379,32 @@ def test_generation_follows_the_seed_and_the_likeliest_token() -> None:
             assert greedy[length] == model(greedy[None, :length])[0, -1].argmax()
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(model, prompt[:0], num_tokens=1)
+
+
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_layers_are_two_frames_whatever_is_asked_of_the_model() -> None:
+    """torch traces them, without its compiler. One more frame is the loss of a chunk."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, expected = (tiny(num_layers=9, activation_checkpointing=again) for again in (True, False))
+    compile_layers(model, backend="eager")
+    model.lm_head.loss_tokens = 32
+    looking = False
+    probe = LogitProbe(model.model, when=lambda: looking)
+    inputs, targets = tokens(2, 32), tokens(2, 32, seed=1)
+    for looking in (False, True, False):  # noqa: B007
+        model.train()
+        model(inputs, targets).backward()
+        expected(inputs, targets).backward()
+        model.eval()
+        with torch.no_grad():
+            assert model(inputs, targets).item() == pytest.approx(expected(inputs, targets).item(), rel=1e-6)
+            assert model(inputs[:, :7]).shape == (2, 7, 320)
+            generate(model, inputs[0, :3], num_tokens=4)
+    for own, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+    assert graphs_compiled() == 3
+    assert list(probe.read(lambda own: [own])["attention"]) == [f"layers.{number}" for number in range(9)]

@@ -161,6 +161,7 @@ def test_peaks_of_a_step_on_a_cpu_are_those_planned(number: int, on_cpu) -> None
 # --- peaks on an H200 ---------------------------------------------------------------------------------------
 
 SHAPE = shapes.resolve("llama-1b4")
+FIRST_RESULT = ("model.compile=false", "model.loss_tokens=0")  # how block 3 trained, before these keys
 
 
 def alone(case: str) -> tuple[int, Form]:
@@ -190,8 +191,13 @@ def on_one_gpu(*keys: str) -> TrainConfig:
     return training_config.load(file=Path(file), dotlist=[*alone, *keys])
 
 
-def test_the_peak_of_a_training_step_on_an_h200_is_the_one_planned() -> None:
-    [peak] = [row["gb"] for row in H200["3"]["rows"] if row["case"] == "peak that torch allocated"]
-    planned = memory(on_one_gpu(), SHAPE, num_workers=1)
-    assert planned.largest == "backward"
-    assert planned.allocated / 1e9 == pytest.approx(peak, rel=WITHIN)
+STEP_PEAKS = [row for row in H200["3"]["rows"] if row["case"].endswith("peak that torch allocated")]
+
+
+@pytest.mark.parametrize("row", STEP_PEAKS, ids=[row["case"] for row in STEP_PEAKS])
+def test_the_peak_of_a_training_step_on_an_h200_is_the_one_planned(row) -> None:
+    keys = row["keys"].split() if "keys" in row else FIRST_RESULT
+    planned = memory(on_one_gpu(*keys), SHAPE, num_workers=1).allocated
+    if "keys" not in row:  # then DeepSpeed kept every bf16 gradient beside its fp32 sum
+        planned += 2 * SHAPE.num_parameters
+    assert planned / 1e9 == pytest.approx(row["gb"], rel=WITHIN)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.measure import hardware
-from tests.training.planner.test_memory import H200, SHAPE, alone, on_one_gpu
+from tests.training.planner.test_memory import FIRST_RESULT, H200, SHAPE, alone, on_one_gpu
 from training.planner.memory import Form
 from training.planner.seconds import SHEET_PRODUCTS, micro_batch_seconds, rates_of, step_seconds
 
@@ -23,9 +23,13 @@ def test_seconds_of_forward_and_backward_on_an_h200_are_those_planned(row) -> No
     assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=WITHIN)
 
 
-def test_seconds_of_a_training_step_on_an_h200_are_those_planned() -> None:
-    [row] = [row for row in H200["3"]["rows"] if row["case"].startswith("the step")]
-    planned = step_seconds(on_one_gpu(), SHAPE, RATES, num_workers=1)
+STEPS = [row for row in H200["3"]["rows"] if "tokens_per_second" in row]
+
+
+@pytest.mark.parametrize("row", STEPS, ids=[row["case"] for row in STEPS])
+def test_seconds_of_a_training_step_on_an_h200_are_those_planned(row) -> None:
+    keys = row["keys"].split() if "keys" in row else FIRST_RESULT
+    planned = step_seconds(on_one_gpu(*keys), SHAPE, RATES, num_workers=1)
     assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=WITHIN)
     assert planned["matrix products"] == max(planned.values()) and planned["exchange"] == 0
 
