@@ -37,7 +37,7 @@ class StepDecoder(Protocol):
         """
 
 
-# What waits for the tokens of a step, and returns their ids and, where log-probabilities are asked for, scores.
+# Waits for the tokens of a step; their ids and, where log-probabilities are asked for, their scores.
 Chosen = Callable[[], tuple[list[int], list[Score | None]]]
 
 

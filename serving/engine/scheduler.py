@@ -134,8 +134,9 @@ class Scheduler:
         Every running request decodes, has a token left after the one that is on its way, and none can be
         admitted. One that ends before its length takes part all the same; what it is given is of no use.
         """
-        goes_on = all(s.stop - s.start == 1 and s.stop + 1 < s.request.most_tokens for s in spans)
-        if not goes_on or [span.request for span in spans] != self.running:
+        decodes = all(s.samples and s.stop - s.start == 1 for s in spans)
+        goes_on = all(s.stop + 1 < s.request.most_tokens for s in spans)
+        if not decodes or not goes_on or [span.request for span in spans] != self.running:
             return []
         if self.waiting and len(self.running) < self._slots and self._fits(self.waiting[0]):
             return []

@@ -288,9 +288,8 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
-    scheduler = Scheduler(
-        slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=options.step_tokens
-    )
+    step_tokens = options.step_tokens_on(device.type)
+    scheduler = Scheduler(slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=step_tokens)
     cache_tokens = scheduler.num_blocks * BLOCK_TOKENS
     context = min(options.context_tokens or shape.max_positions, shape.max_positions, cache_tokens)
     size = {"num_blocks": scheduler.num_blocks, "slots": options.slots, "context_tokens": context}
@@ -298,9 +297,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     ahead, kernels = None, ""
     if numbers.not_compiled is None:
         try:
-            decoder = native.NativeDecoder(
-                model, step_tokens=options.step_tokens, num_threads=num_threads, **size
-            )
+            decoder = native.NativeDecoder(model, step_tokens=step_tokens, num_threads=num_threads, **size)
         except ValueError as error:
             numbers = arithmetic(options, device, not_compiled=str(error))
     if decoder is None:

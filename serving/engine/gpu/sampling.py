@@ -35,7 +35,7 @@ class Sampler:
         likeliest: Tensor,
         samplings: Sequence[Sampling],
         chances: Sequence[random.Random],
-    ) -> tuple[Tensor, Chosen]:
+    ) -> tuple[Tensor, Chosen]:  # fmt: skip
         """One token for each row, [S] int32 on the GPU, and what reads them and their scores.
 
         Args:
@@ -74,7 +74,7 @@ class Sampler:
         likeliest: Tensor,
         samplings: Sequence[Sampling],
         chances: Sequence[random.Random],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Greedy rows keep `likeliest`."""
         host = next(self._sent)[: 3 * len(samplings)].view(3, -1)
         draws = [each.temperature >= LEAST_TEMPERATURE for each in samplings]
