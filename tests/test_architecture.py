@@ -31,6 +31,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "serving.engine.torch_engine": ("optim.precision",),
     "serving.peers.races": ("optim.precision",),
     "optim.kernels.native": ("cluster.machine.compiled",),
+    "optim.kernels.accumulate": ("cluster.machine.triton_calls",),
     "optim.kernels.gpu": ("cluster.machine.triton_calls",),
     "optim.bench": (
         "cluster.measure.benchmark",

@@ -20,6 +20,7 @@ from optim.rules import Rule
 from optim.step import exchange, fragments, fused
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
+from optim.step.gradients import Bf16Gradients
 from optim.step.zero import ZeroOptimizer
 from serving.engine.decoder import WARM_UPS, TorchDecoder, graph_sizes
 from serving.engine.protocol import Sampling
@@ -30,6 +31,7 @@ from tests.optim.step.fused_cases import PARAMETERS, RULES, numel
 from tests.optim.step.test_fused import NUM_MATRICES
 from training.model.llama import Llama
 from training.model.shapes import LlamaShape
+from training.run.batches import send
 
 CUDA = torch.device("cuda")
 SHAPE = LlamaShape(
@@ -94,15 +96,43 @@ def test_a_wrong_device_and_a_size_that_only_the_gpu_knows_are_errors(action):
 # --- training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss_tokens", [None, 20])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_training_forward_asks_nothing_of_the_host(checkpointing):
+def test_the_training_forward_asks_nothing_of_the_host(checkpointing, loss_tokens):
+    """With `loss_tokens` it computes the gradients of the head too."""
     with fake_cuda() as traffic:
         model = make_model(activation_checkpointing=checkpointing)
+        model.lm_head.loss_tokens, model.lm_head.z_loss = loss_tokens, 1e-4
         tokens = torch.empty(2, 16, dtype=torch.int64, device=CUDA)
         traffic.counts.clear()
         loss = model(tokens, tokens)
         assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
         assert traffic.counts == {}
+
+
+def test_neither_does_accumulating_nor_reducing_gradients():
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    try:
+        with fake_cuda() as traffic:
+            sums = Bf16Gradients.__new__(Bf16Gradients)
+            sums.sent_dtype, sums.bucket_elements, sums.dp_process_group = torch.bfloat16, 5, None
+            flat = torch.empty(16, device=CUDA)
+            sums.fp32_groups_gradients_flat, sums.fp32_groups_gradients = [flat], [[flat[:12], flat[12:]]]
+            sums.clear_hp_grads()
+            parameter = torch.nn.Parameter(torch.empty(4, 3, device=CUDA, dtype=torch.bfloat16))
+            for _ in range(2):
+                parameter.grad = torch.empty_like(parameter)
+                sums._update_hp_grad(parameter, 0, 0, clear_lp_grads=False)
+            sums.reduce_gradients()
+            assert traffic.counts == {}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_samples_come_to_the_gpu_without_a_wait():
+    with fake_cuda() as traffic:
+        assert send(torch.zeros(2, 17, dtype=torch.int64), CUDA).device.type == "cuda"
+        assert traffic.counts == {("async to device", "training/run/batches.py send"): 1}
 
 
 def make_step(rule: Rule, *, flats: torch.device = CUDA, ranks: int = 1) -> FusedStep:

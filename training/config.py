@@ -13,6 +13,7 @@ from cluster import config as layered
 from cluster.config import ConfigError, key, require
 from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
+from training.data.config import DataConfig
 
 LAUNCHERS = ("ray", "torch")
 SEEDS = range(1 << 63)  # every generator takes these, each for a stream of its own
@@ -45,33 +46,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    source: str = key(
-        "botocore",
-        "'botocore' (embedded corpus) or a file, folder, glob or URL (s3://, hf://) of .txt .jsonl .json "
-        "or .parquet; the first three also compressed",
-    )
-    text_field: str = key("text", "field or column that holds the text; a.b is b inside of a")
-    max_bad_fraction: float = key(
-        0.001,
-        "share of the records that may be unusable; they are skipped, counted and named",
-        least=0,
-        most=1,
-    )
-    tokenizer: str = key("train", "'train' (a byte-level BPE on this corpus) or the path of a tokenizer.json")
-    vocab_size: int = key(8192, "vocabulary of a trained tokenizer", least=300, most=1_000_000)
-    add_special_tokens: bool = key(
-        True, "begin each text as the tokenizer's post-processor does; false: without special tokens"
-    )
-    end_of_text: str | None = key(None, "the token that ends a document; default: found by its usual names")
-    validation_fraction: float = key(
-        0.01, "share of the documents that is held out, chosen by their hash", above=0, below=0.5
-    )
-    directory: str = key("data", "where prepared token shards are kept")
-    shard_tokens: int = key(100_000_000, "tokens per shard file", least=1000)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     shape: str = key(
         "llama-5m", "a name from training/model/shapes.py, or a Hugging Face LLaMA directory's config.json"
@@ -83,7 +57,7 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
-    compile: bool | None = key(None, "compile layers and loss with torch.compile; default: on GPUs")
+    compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
         None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
     )

@@ -70,9 +70,13 @@ def origin(
     return {key: value for key, value in made.items() if value is not None or key in _ALWAYS}
 
 
-def of_dataset(folder: Path, fingerprint: str) -> Origin:
-    """A prepared folder. `fingerprint`: its manifest's, which covers tokenizer and tokens."""
-    return origin("dataset", folder.name, path=folder, fingerprint=fingerprint)
+def of_dataset(folder: Path, fingerprint: str, *, inputs: Iterable[Origin] = ()) -> Origin:
+    """A prepared folder. `fingerprint`: its manifest's, which covers tokenizer and tokens.
+
+    Args:
+        inputs: the sources of a mixture.
+    """
+    return origin("dataset", folder.name, path=folder, fingerprint=fingerprint, inputs=inputs)
 
 
 def of_run(directory: Path, *, kind: str = "run") -> Origin:

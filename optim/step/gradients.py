@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from optim.kernels import accumulate
+
 
 def accumulate_in_fp32(engine: deepspeed.DeepSpeedEngine, *, bucket_elements: int) -> None:
     """Give the engine's BF16_Optimizer, if it has one, the accumulation and reduction of this file.
@@ -44,11 +46,8 @@ class Bf16Gradients(BF16_Optimizer):
         total, written = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients
         assert lp.grad is not None
         gradient = lp.grad.view(-1)
-        if written[group_idx][param_idx]:
-            total.add_(gradient)
-        else:
-            total.copy_(gradient)
-            written[group_idx][param_idx] = True
+        accumulate.add(total, gradient, overwrite=not written[group_idx][param_idx])
+        written[group_idx][param_idx] = True
 
     def clear_hp_grads(self) -> None:
         """Forget the sums: the next gradients overwrite them."""

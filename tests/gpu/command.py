@@ -64,7 +64,7 @@ def _block(what: str, *modules: str, limit: float, **rehearsal: str) -> Block:
 
 BLOCKS = {
     1: _block("versions, ceilings, attention backends", "ceilings", limit=45),
-    2: _block("kernels, and replay of graphs", "kernels", "replay", limit=95, TRITON_INTERPRET="1"),
+    2: _block("kernels, and replay of graphs", "kernels", "paged", "replay", limit=95, TRITON_INTERPRET="1"),
     3: _block("a training step of 1.4B, ZeRO-1", "train_step", limit=110),
     4: _block("the optimizer step against torch.optim.Muon", "optimizer", limit=55),
     5: _block("forward and backward", "sweep", limit=130),

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from cluster import cli
 from cluster.measure import benchmark
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.corpora import Corpus
 from training.data.prepare import prepare
 from training.data.readers import Position

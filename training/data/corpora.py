@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.dataset import DataError
 from training.data.readers import Position, TextOrBad, find, reading
 

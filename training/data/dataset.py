@@ -7,12 +7,13 @@ state, so a run resumes exactly, at any number of ranks.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +56,23 @@ class Split:
 
 
 @dataclass(frozen=True)
+class MixedSource:
+    """A source of a mixture (`training.data.mixture`): its weight, and how many of the shards are its own."""
+
+    name: str
+    weight: float
+    train_shards: int
+    validation_shards: int
+    fingerprint: str
+    folder: str  # where it was prepared
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds. `request` is the hash of everything that was asked of `prepare`.
 
     `skipped_records` of the source could not be used; `skipped_first` says where the first ones are, and why.
+    `sources` of a mixture, in the order of its shards.
     """
 
     version: int
@@ -74,6 +88,7 @@ class Manifest:
     validation: Split
     skipped_records: int
     skipped_first: tuple[str, ...]
+    sources: tuple[MixedSource, ...] = ()
 
     def __post_init__(self) -> None:
         shards = [shard for split in SPLITS for shard in self.split(split).shards]
@@ -86,6 +101,11 @@ class Manifest:
             raise ValueError("a shard without tokens")
         if any(Path(file).name != file for file in files):
             raise ValueError("a file name that leaves the folder")
+        if self.sources and not all(0 < source.weight < float("inf") for source in self.sources):
+            raise ValueError("a source without a positive weight")
+        for split in SPLITS if self.sources else ():
+            if sum(self.shards_by_source(split).values()) != len(self.split(split).shards):
+                raise ValueError("the shards of the sources are not those of the splits")
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -109,7 +129,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text that `read` reads back to an equal object."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        content = dataclasses.asdict(self)
+        if not self.sources:
+            del content["sources"]
+        return json.dumps(content, indent=2) + "\n"
+
+    def shards_by_source(self, split: str) -> dict[str, int]:
+        """Name of each source -> how many shards of the split are its own."""
+        return {source.name: getattr(source, f"{split}_shards") for source in self.sources}
 
     def split(self, name: str) -> Split:
         """The split 'train' or 'validation'."""
@@ -118,9 +145,11 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (64 hex digits) of what the model sees: tokenizer, dtype, and the tokens of each shard."""
+        """SHA-256 (64 hex digits) of what the model sees: tokenizer, dtype, tokens of each shard, mixture."""
         shards = {name: [(s.tokens, s.sha256) for s in self.split(name).shards] for name in SPLITS}
-        identity = [self.tokenizer_sha256, self.dtype, shards]
+        identity: list[Any] = [self.tokenizer_sha256, self.dtype, shards]
+        if self.sources:
+            identity.append([[source.name, source.weight, source.fingerprint] for source in self.sources])
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def check_sizes(self, directory: Path, *, split: str) -> None:
@@ -151,9 +180,10 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     """JSON `value` as the type `kind`: a dataclass, a tuple of one type, or a scalar; else a ValueError."""
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        if not isinstance(value, dict) or set(value) != set(hints):
+        optional = {field.name for field in dataclasses.fields(kind) if field.default == ()}
+        if not isinstance(value, dict) or set(value) | optional != set(hints):
             raise ValueError(f"{name} must have exactly the fields {', '.join(hints)}")
-        return kind(**{field: _decode(hints[field], value[field], field) for field in hints})  # type: ignore[operator]
+        return kind(**{field: _decode(hints[field], value[field], field) for field in value})  # type: ignore[operator]
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list")
@@ -194,6 +224,13 @@ class TokenDataset:
                 f"batch.sequence_length + 1 = {sequence_length + 1}; lower batch.sequence_length, or prepare "
                 "more text (data.source, data.validation_fraction, data.shard_tokens)"
             )
+        for name, within in dataset.parts.items():
+            if not within:
+                raise DataError(
+                    f"{directory}: the {split} shards of {name} are shorter than one sample of "
+                    f"batch.sequence_length + 1 = {sequence_length + 1} tokens; lower batch.sequence_length, "
+                    "or take it out of data.sources"
+                )
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:  # without the maps, which pickle would copy
@@ -218,6 +255,19 @@ class TokenDataset:
     def num_samples(self) -> int:
         """Samples in the split, over all shards."""
         return int(self.first_samples[-1])
+
+    @cached_property
+    def parts(self) -> dict[str, range]:
+        """The samples of each source of a mixture, by its name; of other data, all under the name ""."""
+        counts = self.manifest.shards_by_source(self.split) or {"": len(self.first_samples) - 1}
+        ends = self.first_samples[np.cumsum([0, *counts.values()])].tolist()
+        return {name: range(*pair) for name, pair in zip(counts, itertools.pairwise(ends), strict=True)}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weight of each of `parts`; they add up to 1."""
+        weights = {source.name: source.weight for source in self.manifest.sources} or {"": 1.0}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     def sample(self, index: int) -> NDArray[np.int64]:
         """Sample `index` of the split: int64 [sequence_length + 1]."""
@@ -268,9 +318,15 @@ class SampleOrder:
         return self._permutation
 
 
+class Order(Protocol):
+    """An endless order of sample ids, such as `SampleOrder`."""
+
+    def ids(self, start: int, *, count: int) -> NDArray[np.int64]: ...
+
+
 def micro_batch(
     dataset: TokenDataset,
-    order: SampleOrder,
+    order: Order,
     *,
     consumed_samples: int,
     micro_step: int,
@@ -298,6 +354,7 @@ def validation_batches(
     world_size: int,
     micro_sequences: int,
     apart_from: int = 0,
+    within: range | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """min(sequences, num_samples) samples, evenly spaced over the split and dealt over the ranks once each.
 
@@ -306,11 +363,12 @@ def validation_batches(
 
     Args:
         apart_from: leave out the samples of `sequences=apart_from`, and space over the others.
+        within: the samples to choose from; None: all.
 
     Yields:
         tokens int64 [micro_sequences, sequence_length + 1], weights float32 [micro_sequences], 1 or 0.
     """
-    ids = np.arange(dataset.num_samples)
+    ids = np.arange(dataset.num_samples) if within is None else np.array(within)
     if apart_from:
         ids = np.delete(ids, _evenly_spaced(ids, apart_from))
     ids = _evenly_spaced(ids, sequences)
@@ -326,11 +384,21 @@ def _evenly_spaced(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return ids[np.arange(count) * len(ids) // count] if count else ids[:0]
 
 
+def of_share(sequences: int, share: float) -> int:
+    """How many of `sequences` a source with this share of a mixture has: one or more, or none of none."""
+    return max(round(sequences * share), 1) if sequences else 0
+
+
 def require_tuning_sequences(dataset: TokenDataset, *, sequences: int, tuning_sequences: int) -> None:
     """Raise a `DataError` unless the split holds both, disjoint; without tuning sequences anything goes."""
-    if tuning_sequences and sequences + tuning_sequences > dataset.num_samples:
-        raise DataError(
-            f"evaluation.tuning_sequences: {tuning_sequences} besides evaluation.sequences={sequences}, but "
-            f"the validation split has {dataset.num_samples} sequences of {dataset.sequence_length} tokens; "
-            "lower either, or raise data.validation_fraction"
+    for name, share in dataset.shares.items() if tuning_sequences else ():
+        wanted, there = (
+            of_share(sequences, share) + of_share(tuning_sequences, share),
+            len(dataset.parts[name]),
         )
+        if wanted > there:
+            raise DataError(
+                f"evaluation.tuning_sequences: {tuning_sequences} besides evaluation.sequences={sequences}, "
+                f"but the validation split has {there} sequences of {dataset.sequence_length} tokens"
+                f"{' of ' * bool(name)}{name}; lower either, or raise data.validation_fraction"
+            )

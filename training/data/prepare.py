@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster import cli, files
@@ -24,7 +25,7 @@ from cluster import config as layered
 from cluster.files import sha256_of
 from cluster.progress import Progress
 from training import config as training_config
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.corpora import Corpus, Document, Skipped
 from training.data.dataset import (
     FORMAT_VERSION,
@@ -34,6 +35,7 @@ from training.data.dataset import (
     DataError,
     Manifest,
 )
+from training.data.mixture import MixtureRequest, prepare_sources, write_mixture
 from training.data.readers import reading
 from training.data.shards import RESUME_FILE, TOKENIZER_FILE, Resume, ShardWriter
 from training.data.tokenizer import (
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {"file": options.config, "dotlist": options.overrides}
         config = training_config.load(**given, settle=False).data  # which would import torch
         if options.dry_run:
-            print(f"{layered.to_yaml(config)}{DataRequest.of(config).describe()}")
+            print(f"{layered.to_yaml(config)}{request_of(config).describe()}")
         else:
             prepare(config, report=lambda line: print(line, flush=True))
 
@@ -75,12 +77,14 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
     A damaged folder is rebuilt. Concurrent calls wait for each other. `report` gets one line per phase.
 
     Returns:
-        The folder, `<data.directory>/<source stem>-<12 hex digits>`.
+        The folder, `<data.directory>/<source stem>-<12 hex digits>`; of `data.sources` a mixture's.
 
     Raises:
         DataError: unusable source or tokenizer, an empty split, or a folder that cannot be written.
     """
-    request = DataRequest.of(config)
+    request = request_of(config)
+    if isinstance(request, MixtureRequest):
+        return _prepare_mixture(request, report=report)
     target = request.target
     with _writing(target, report=report) as read_only:
         if target.exists():
@@ -107,6 +111,14 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
             files.write_text(folder / MANIFEST_FILE, manifest.to_json())
         report(f"ready: {target}")
     return target
+
+
+def _prepare_mixture(request: MixtureRequest, *, report: Report) -> Path:
+    folders = prepare_sources(request.config, partial(prepare, report=report))
+    with _writing(request.target, report=report):
+        made = write_mixture(request, folders)
+        report(f"{'ready' if made else 'reusing'}: {request.target}, a mixture of {len(folders)} sources")
+    return request.target
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,13 @@ class DataRequest:
         """Two lines for people: the corpus, the folder and its state."""
         state = "there; would be verified and reused" if self.target.exists() else "not there yet"
         return f"corpus: {self.corpus.description}\nfolder: {self.target} ({state})"
+
+
+def request_of(config: DataConfig) -> DataRequest | MixtureRequest:
+    """What `config` asks `prepare` for. Raises `DataError`."""
+    if config.sources:
+        return MixtureRequest.of(config, lambda each: DataRequest.of(each).key)
+    return DataRequest.of(config)
 
 
 @contextmanager

@@ -172,7 +172,6 @@ class Head(Linear):
 
     loss_tokens: int | None = None
     z_loss: float = 0.0
-    grade: loss.Grade = staticmethod(loss.losses_and_gradients)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of x [B, T, D]; with targets [B, T] the loss instead."""
@@ -182,9 +181,8 @@ class Head(Linear):
         if self.loss_tokens is None:
             return loss.whole(super().forward(x).flatten(0, 1), targets.flatten(), z_loss=z_loss)
         return loss.chunked(
-            x.flatten(0, 1), self.weight, targets.flatten(), tokens=self.loss_tokens, z_loss=z_loss,
-            grade=self.grade if self.training else loss.losses_and_gradients,
-        )  # fmt: skip
+            x.flatten(0, 1), self.weight, targets.flatten(), tokens=self.loss_tokens, z_loss=z_loss
+        )
 
 
 class Decoder(nn.Module):
@@ -245,7 +243,7 @@ class Llama(nn.Module):
 
 
 def compile_layers(model: Llama, *, backend: str = "inductor") -> None:
-    """Compile what a layer does before and after its attention, and the loss; used while the model trains.
+    """Compile what a layer does before and after its attention; used while the model trains.
 
     Two frames for all layers, whatever their number: nothing in them depends on which layer it is, nor on
     `attend`. Evaluation and sampling run uncompiled, so no length of theirs compiles anything. Compilation
@@ -256,7 +254,6 @@ def compile_layers(model: Llama, *, backend: str = "inductor") -> None:
     halves = torch.compile(Layer.before, **options), torch.compile(Layer.after, **options)
     for layer in model.model.layers:
         layer.compiled = halves  # type: ignore[assignment]
-    model.lm_head.grade = torch.compile(loss.losses_and_gradients, **options)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ gradients of the hidden states and of the weight, and for more than one chunk an
 Shapes: N tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.precision import product_dtype
+from training.model import loss_kernel
 
 IGNORED_TARGET = -100
-
-Grade = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def whole(logits: Tensor, targets: Tensor, *, z_loss: float = 0.0) -> Tensor:
@@ -49,7 +47,6 @@ def chunked(
     *,
     tokens: int,
     z_loss: float = 0.0,
-    grade: Grade | None = None,
 ) -> Tensor:
     """`whole` of the logits `hidden @ weight.T`, of which this many tokens' are in memory at one time.
 
@@ -59,19 +56,27 @@ def chunked(
     Args:
         hidden: [N, D].
         weight: [V, D].
-        grade: `losses_and_gradients`, or what torch.compile made of it.
     """
-    return _Chunked.apply(hidden, weight, targets, tokens, z_loss, grade or losses_and_gradients)
+    return _Chunked.apply(hidden, weight, targets, tokens, z_loss)
 
 
 def losses_and_gradients(logits: Tensor, targets: Tensor, share: Tensor, z_loss: float) -> Tensor:
-    """Sum of the rows' losses times `share`; the logits are replaced by its gradient.
+    """Sum of the rows' losses times `share`; the logits are replaced by its gradient. On GPUs a kernel.
 
     Args:
         logits: [rows, V].
         targets: int64 [rows].
         share: fp32 scalar, 1 / (number of targets that count).
     """
+    if loss_kernel.unsupported(logits.device) is not None:
+        return losses_and_gradients_by_torch(logits, targets, share, z_loss)
+    losses = torch.empty(len(logits), device=logits.device)
+    loss_kernel.call(logits, targets, losses, share, z_loss, IGNORED_TARGET).launch()
+    return losses.sum()
+
+
+def losses_and_gradients_by_torch(logits: Tensor, targets: Tensor, share: Tensor, z_loss: float) -> Tensor:
+    """`losses_and_gradients` where the kernel does not run. Three copies of the logits in fp32."""
     wide, column = logits.float(), targets[:, None]
     log_z = wide.logsumexp(-1, keepdim=True)
     counts = column != IGNORED_TARGET
@@ -87,7 +92,7 @@ def losses_and_gradients(logits: Tensor, targets: Tensor, share: Tensor, z_loss:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tokens: int, z_loss: float, grade: Grade
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tokens: int, z_loss: float
     ) -> Tensor:
         wide = product_dtype(weight.dtype, hidden.device)
         rows, matrix = hidden.to(wide), weight.to(wide)
@@ -98,7 +103,7 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(rows), tokens):
             part = slice(start, start + tokens)
             logits = (rows[part] @ matrix.T).to(weight.dtype)
-            total += grade(logits, targets[part], share, z_loss)
+            total += losses_and_gradients(logits, targets[part], share, z_loss)
             gradient = logits.to(wide)
             if of_hidden is not None:
                 torch.mm(gradient, matrix, out=of_hidden[part])
@@ -116,7 +121,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [scale] = gradients
         scaled = (None if own is None else own * scale.to(own.dtype) for own in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.data.mixture import origin_of
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
 from training.run import checkpoint
@@ -84,7 +85,7 @@ def train(
             if compiles(config):
                 seconds = trainer.spent.seconds.get("compile")
                 took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
-                about += f"  layers and loss are compiled, {took}\n"
+                about += f"  layers are compiled, {took}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -128,7 +129,7 @@ def open_record(start: Start, command: list[str], *, step: int | None = None) ->
         job_type="train",
         tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
         resume_step=step,
-        inputs=[origins.of_dataset(start.train_set.directory, fingerprint)],
+        inputs=[origin_of(start.train_set)],
     )
 
 
@@ -271,6 +272,7 @@ class Trainer:
             "lr_vector": self.optimizer.lr("vector"),
             "skipped_steps": self.step - self.optimizer.applied_steps,
             **self.meter.line(),
+            **self.batches.drawn(self.step),
         }
 
     def optimizer_health(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cluster.record.row_format import is_being_written
 from cluster.runs import CONFIG_FILE
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
+from training.data.mixture import describe
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, step_of
@@ -142,6 +143,9 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
         return None
     start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
+    num_samples = plan.num_steps * plan.samples_per_step
+    for line in describe(start.train_set, samples=num_samples, seed=config.run.seed):
+        report(line)
     require_tuning_sequences(
         start.validation_set,
         sequences=config.evaluation.sequences,

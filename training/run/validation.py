@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from optim.step.zero import ZeroOptimizer
 from training.config import TrainConfig
-from training.data.dataset import TokenDataset, validation_batches
+from training.data.dataset import TokenDataset, of_share, validation_batches
 from training.model.attention import for_changing_lengths
 from training.model.llama import generate
 from training.model.loss import IGNORED_TARGET
@@ -39,23 +39,38 @@ class Validation:
     def losses(self) -> dict[str, float]:
         """Mean losses in nats per token over held-out sequences, the same ones every time.
 
-        `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it.
+        `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it. Those
+        of a mixture are means by weight; the loss of each source stands beside them (`validation_loss_NAME`).
         """
         evaluation = self._config.evaluation
         self._engine.eval()
         with self._optimizer.at_weights():
-            losses = {"validation_loss": self._loss(evaluation.sequences)}
+            losses = self._by_source("validation_loss", evaluation.sequences)
             if tuning := evaluation.tuning_sequences:
-                losses["tuning_loss"] = self._loss(tuning, apart_from=evaluation.sequences)
+                losses |= self._by_source("tuning_loss", tuning, apart_from=evaluation.sequences)
         return losses
 
-    def _loss(self, sequences: int, *, apart_from: int = 0) -> float:
+    def _by_source(self, name: str, sequences: int, *, apart_from: int = 0) -> dict[str, float]:
+        shares = self._dataset.shares
+        losses = {
+            source: self._loss(
+                of_share(sequences, share),
+                apart_from=of_share(apart_from, share),
+                within=self._dataset.parts[source],
+            )
+            for source, share in shares.items()
+        }
+        total = sum(shares[source] * loss for source, loss in losses.items())
+        return {name: total} | {f"{name}_{source}": loss for source, loss in losses.items() if source}
+
+    def _loss(self, sequences: int, *, apart_from: int, within: range) -> float:
         context = self._context
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
         for tokens, weights in validation_batches(
             self._dataset,
             sequences=sequences,
             apart_from=apart_from,
+            within=within,
             rank=context.rank,
             world_size=context.world_size,
             micro_sequences=self._config.batch.micro_sequences,

@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from cluster.config import require
 from cluster.display import Table, pairs
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.model.shapes import LlamaShape
 from training.plan import Plan, make_plan
 from training.study.config import RuleConfig, StudyConfig

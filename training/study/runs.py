@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cluster.config import ConfigError
 from training import config as training_config
-from training.config import DataConfig, TrainConfig
-from training.data.prepare import DataRequest
+from training.config import TrainConfig
+from training.data.config import DataConfig
+from training.data.prepare import request_of
 from training.study.config import NO_NOISE, StudyConfig
 
 TUNING, REPORT = "tuning", "report"
@@ -119,7 +120,7 @@ class RunConfigs:
         sections["data"].pop("directory")
         relevant = {name: value for name, value in sections.items() if name not in NOT_IDENTITY}
         if config.data not in self._data_keys:
-            self._data_keys[config.data] = DataRequest.of(config.data).key
+            self._data_keys[config.data] = request_of(config.data).key
         content = [relevant, config.run.seed, self._data_keys[config.data]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 

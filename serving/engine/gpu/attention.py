@@ -29,7 +29,7 @@ from serving.engine.scheduler import BLOCK_TOKENS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
-MAX_SPLITS = 64
+MAX_SPLITS = 32
 LEAST_ROWS = 16  # of a product on tensor cores
 
 
@@ -48,30 +48,24 @@ class Tiles:
     """A GPU's tiles.
 
     Attributes:
-        programs: among which a decoding step splits its keys, at least.
-        single: decoding with G = 1, by sums.
-        grouped: decoding with larger G, by products on tensor cores.
+        programs: among which a decoding step divides its tiles of keys, about.
+        decode: one query per request, G of a page in one product.
         prefill: spans of a prompt.
     """
 
     programs: int
-    single: Tile
-    grouped: Tile
+    decode: Tile
     prefill: Tile
 
 
 TILES = {  # in half precision
     # A40: 101,376 bytes of shared memory per block, 84 multiprocessors. Chosen by these; not measured.
-    (8, 6): Tiles(84 * 3, Tile(64, 8, 2), Tile(64, 4, 3), Tile(64, 4, 2, queries=64)),
-    # H100, H200: 232,448 bytes, 132 multiprocessors
-    (9, 0): Tiles(132 * 3, Tile(64, 8, 2), Tile(64, 4, 3), Tile(64, 8, 2, queries=128)),
+    (8, 6): Tiles(84 * 2, Tile(64, 4, 2), Tile(64, 4, 2, queries=64)),
+    # H100, H200: 232,448 bytes, 132 multiprocessors. Measured on an H200.
+    (9, 0): Tiles(256, Tile(64, 4, 2), Tile(64, 4, 2, queries=64)),
 }
 # Products of fp32 use no tensor cores. Larger tiles of it spill.
-FP32_TILES: dict[str, Any] = {
-    "single": Tile(32, 8, 2),
-    "grouped": Tile(32, 8, 2),
-    "prefill": Tile(16, 8, 2, queries=32),
-}
+FP32_TILES: dict[str, Any] = {"decode": Tile(32, 8, 2), "prefill": Tile(16, 8, 2, queries=32)}
 
 
 def _tiles(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
@@ -152,8 +146,8 @@ def decode_scratch(
     *, slots: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> DecodeScratch:
     """For steps of at most `slots` requests."""
-    tiles = TILES[_capability(device)]
-    most = max(size * _num_splits(tiles, size * num_kv_heads) for size in range(1, slots + 1)) * num_heads
+    programs = TILES[_capability(device)].programs
+    most = max(size * _most_splits(programs, size, num_kv_heads) for size in range(1, slots + 1)) * num_heads
     return DecodeScratch(
         torch.empty(most, head_dim, device=device),
         torch.empty(most, device=device),
@@ -161,10 +155,14 @@ def decode_scratch(
     )
 
 
-def _num_splits(tiles: Tiles, pairs: int) -> int:
-    """Programs for each pair of a request and a head of the cache: a power of two."""
-    wanted = math.ceil(tiles.programs / pairs)
-    return min(1 << (wanted - 1).bit_length(), MAX_SPLITS)
+def _most_splits(programs: int, size: int, num_kv_heads: int) -> int:
+    """Programs for each pair of a request and a head of the cache.
+
+    Four times what is used if all requests are equally long. One alone never uses more than its share.
+    """
+    return min(
+        math.ceil(programs / num_kv_heads), 4 * math.ceil(programs / (size * num_kv_heads)), MAX_SPLITS
+    )
 
 
 def decode_attention(
@@ -195,28 +193,27 @@ def _decode(
     (size, num_heads, _), num_kv_heads = q.shape, cache.shape[2]
     _require(size == len(blocks) == len(lengths), "q, blocks and lengths differ in requests")
     tiles = _tiles(capability, q.dtype)
-    splits = _num_splits(tiles, size * num_kv_heads)
+    splits = _most_splits(tiles.programs, size, num_kv_heads)
     _require(
         len(scratch.logs) >= size * splits * num_heads and len(scratch.arrived) >= size,
         f"the scratch is for fewer than {size} requests",
     )
-    group = num_heads // num_kv_heads
-    tile = tiles.single if group == 1 else tiles.grouped
-    rows = 1 << (group - 1).bit_length()
+    tile = tiles.decode
+    rows = 1 << (num_heads // num_kv_heads - 1).bit_length()
     arguments = _layout(q, cache, blocks, out) | {
         "lengths": lengths,
         "mixed": scratch.mixed,
         "logs": scratch.logs,
         "arrived": scratch.arrived,
-        "ROWS": 1 if group == 1 else max(rows, LEAST_ROWS),
+        "programs": tiles.programs,
+        "REQUESTS": max(1 << (size - 1).bit_length(), 128),
+        "ROWS": max(rows, LEAST_ROWS),
         "ROWS_ADDED": rows,
-        "SPLITS": MAX_SPLITS,
-        "SPLITS_ADDED": max(32 // rows, 1),
+        "ADDED": max(MAX_SPLITS // rows, 1),
         "KEYS": tile.keys,
-        "STAGES": tile.stages,
         "PDL": pdl,
     }
-    return Call(decode_kernel, (num_kv_heads, splits, size), arguments, tile.warps, tile.stages, pdl=pdl)
+    return Call(decode_kernel, (num_kv_heads, size, splits), arguments, tile.warps, tile.stages, pdl=pdl)
 
 
 # --- spans of a prompt --------------------------------------------------------------------------------------
@@ -266,6 +263,6 @@ def _prefill(
     _check(q, cache, out, blocks=blocks, tiles=tiles)
     _require(tiles.shape[1:] == (4,) and tiles.is_contiguous(), "tiles must be [T, 4], contiguous")
     tile = _tiles(capability, q.dtype).prefill
-    arguments = _layout(q, cache, blocks, out) | {"tiles": tiles, "STAGES": tile.stages}
+    arguments = _layout(q, cache, blocks, out) | {"tiles": tiles}
     arguments |= {"QUERIES": tile.queries, "KEYS": tile.keys}
     return Call(prefill_kernel, (q.shape[1], len(tiles)), arguments, tile.warps, tile.stages)

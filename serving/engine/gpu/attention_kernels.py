@@ -22,51 +22,44 @@ if triton_calls.TRITON_MISSING is None:
 
 @jit
 def decode_kernel(
-    q, cache, blocks, out, lengths, mixed, logs, arrived, scale,
+    q, cache, blocks, out, lengths, mixed, logs, arrived, scale, programs,
     q_row, q_head, out_row, out_head, blocks_row, cache_values, cache_block,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
-    ROWS: tl.constexpr, ROWS_ADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_ADDED: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    REQUESTS: tl.constexpr, ROWS: tl.constexpr, ROWS_ADDED: tl.constexpr, ADDED: tl.constexpr,
+    KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     head = tl.program_id(0)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    request = tl.program_id(2).to(tl.int64)
+    request = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)  # varies most slowly: those that have nothing to do come last
+    splits = tl.num_programs(2)
     length = tl.load(lengths + request)
+    num_tiles = tl.cdiv(length, KEYS)
+    each = tl.arange(0, REQUESTS)
+    each_tiles = tl.cdiv(tl.load(lengths + each, each < tl.num_programs(1), other=0), KEYS)
+    all_tiles = tl.sum(each_tiles) * tl.num_programs(0)
+    tiles_each = tl.maximum(tl.cdiv(all_tiles, programs), tl.maximum(tl.cdiv(num_tiles, splits), 1))
     if PDL:
         gdc_wait()  # the launch before writes q and the newest keys and values, not the lengths
-    num_tiles = tl.cdiv(length, KEYS)
-    tiles_each = tl.cdiv(num_tiles, splits)
-    first = split * tiles_each
     g = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, SIZE)[None, :]
     out += request * out_row + head * GROUP * out_head
-    if length == 0:
+    first = split * tiles_each
+    if first >= num_tiles:
         if split == 0:
             tl.store(out + g * out_head + c, tl.zeros((ROWS, SIZE), out.dtype.element_ty), g < GROUP)
         return
-    if first >= num_tiles:
-        return
-    last = tl.minimum(first + tiles_each, num_tiles)
     query = tl.load(q + request * q_row + (head * GROUP + g) * q_head + c, g < GROUP, other=0.0)
-    pages = cache + head * (PAGE * SIZE)
-    table = blocks + request * blocks_row
-    if ROWS == 1:
-        top, total, result = _attend_by_sums(
-            query, pages, table, first, last, length, scale, cache_values, cache_block,
-            SIZE, PAGE, KEYS, STAGES,
-        )  # fmt: skip
-    else:
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        result = tl.zeros((ROWS, SIZE), tl.float32)
-        newest = tl.zeros((ROWS,), tl.int32) + length - 1
-        top, total, result = _attend_by_products(
-            top, total, result, query, pages, table, first, last, length, newest, scale,
-            cache_values, cache_block, SIZE, PAGE, WIDEN, KEYS, STAGES, True,
-        )  # fmt: skip
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, SIZE), tl.float32)
+    newest = tl.zeros((ROWS,), tl.int32) + length - 1
+    top, total, result = _attend(
+        top, total, result, query, cache + head * (PAGE * SIZE), blocks + request * blocks_row,
+        first, tl.minimum(first + tiles_each, num_tiles), length, newest, scale, cache_values, cache_block,
+        SIZE, PAGE, WIDEN, KEYS, True,
+    )  # fmt: skip
     result = result / total[:, None]
 
     used = tl.cdiv(num_tiles, tiles_each)
@@ -79,7 +72,7 @@ def decode_kernel(
         log = top + tl.log2(total)
         if _leave(mixed, logs, arrived + pair, result, log, split, GROUP, SIZE, ROWS) == used - 1:
             tl.store(arrived + pair, 0)
-            _add_splits(mixed, logs, out, out_head, used, GROUP, SIZE, ROWS_ADDED, SPLITS, SPLITS_ADDED)
+            _add_splits(mixed, logs, out, out_head, used, GROUP, SIZE, ROWS_ADDED, ADDED)
 
 
 @jit
@@ -96,59 +89,52 @@ def _leave(
 
 
 @jit
-def _attend_by_sums(
-    query, pages, table, first, last, length, scale, cache_values, cache_block,
-    SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+def _add_splits(
+    mixed, logs, out, out_head, used,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """One query: largest score [1], sum of weights [1] and weighted values [1, C] over tiles first to last.
-
-    Each place of a tile has its own running maximum and sums, so that threads meet only after the last tile.
-    """
-    i = tl.arange(0, KEYS)
-    c = tl.arange(0, SIZE)[None, :]
-    query = query.to(tl.float32) * scale
-    top = tl.full((KEYS,), -1e30, tl.float32)  # finite: a place may have no key at all
-    total = tl.zeros((KEYS,), tl.float32)
-    result = tl.zeros((KEYS, SIZE), tl.float32)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        key = tile * KEYS + i
-        inside = key < length
-        block = tl.load(table + key // PAGE, inside, other=0).to(tl.int64)
-        place = pages + (block * cache_block + key % PAGE * SIZE)[:, None] + c
-        keys = tl.load(place, inside[:, None], other=0.0).to(tl.float32)
-        values = tl.load(place + cache_values, inside[:, None], other=0.0).to(tl.float32)
-        score = tl.where(inside, tl.sum(keys * query, 1), -float("inf"))
-        higher = tl.maximum(top, score)
+    """Adds the results of all splits of a pair, each with its share of the weights, and stores the sum."""
+    g = tl.arange(0, ROWS)
+    c = tl.arange(0, SIZE)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, SIZE), tl.float32)
+    for done in range(0, used, ADDED):
+        s = done + tl.arange(0, ADDED)[:, None]
+        row = s * GROUP + g[None, :]
+        inside = (s < used) & (g < GROUP)[None, :]
+        # .cg: other multiprocessors wrote it, and a level-1 cache does not see that
+        log = tl.load(logs + row, inside, other=-float("inf"), cache_modifier=".cg")
+        place = mixed + row[:, :, None] * SIZE + c[None, None, :]
+        part = tl.load(place, inside[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(log, 0))
         shrink = tl.exp2(top - higher)
-        weight = tl.exp2(score - higher)
-        total = total * shrink + weight
-        result = result * shrink[:, None] + weight[:, None] * values
+        share = tl.exp2(log - higher[None, :])
+        total = total * shrink + tl.sum(share, 0)
+        result = result * shrink[:, None] + tl.sum(share[:, :, None] * part, 0)
         top = higher
-    highest = tl.max(top, 0)
-    shrink = tl.exp2(top - highest)
-    total = tl.sum(total * shrink, 0, keep_dims=True)
-    return tl.max(top, 0, keep_dims=True), total, tl.sum(result * shrink[:, None], 0, keep_dims=True)
+    place = out + g[:, None] * out_head + c[None, :]
+    tl.store(place, (result / total[:, None]).to(out.dtype.element_ty), (g < GROUP)[:, None])
 
 
 @jit
-def _attend_by_products(
+def _attend(
     top, total, result, query, pages, table, first, last, length, newest, scale, cache_values, cache_block,
-    SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
+    SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Goes on from largest scores [R], sums of weights [R] and weighted values [R, C] of R queries.
 
     MASKED: a query sees no key after its `newest` [R], and none is read from `length` on.
     """
     c = tl.arange(0, SIZE)[None, :]
-    for tile in tl.range(first, last, num_stages=STAGES):
+    place = _places(pages, table, first * KEYS, length, cache_block, SIZE, PAGE, KEYS)
+    for tile in range(first, last):
         key = tile * KEYS + tl.arange(0, KEYS)
-        known = key < length if MASKED else None
         inside = (key < length)[:, None] if MASKED else None
-        block = tl.load(table + key // PAGE, known, other=0 if MASKED else None).to(tl.int64)
-        place = pages + (block * cache_block + key % PAGE * SIZE)[:, None] + c
-        keys = tl.load(place, inside, other=0.0 if MASKED else None)
-        values = tl.load(place + cache_values, inside, other=0.0 if MASKED else None)
+        keys = tl.load(place[:, None] + c, inside, other=0.0 if MASKED else None)
+        values = tl.load(place[:, None] + c + cache_values, inside, other=0.0 if MASKED else None)
+        # Ahead by one tile. In front of the loads, it would take stages of the pipeline from them.
+        place = _places(pages, table, tile * KEYS + KEYS, length, cache_block, SIZE, PAGE, KEYS)
         score = _product(query, tl.trans(keys), None, WIDEN)
         if MASKED:
             score = tl.where(key[None, :] <= newest[:, None], score, -float("inf"))
@@ -162,6 +148,20 @@ def _attend_by_products(
 
 
 @jit
+def _places(
+    pages, table, start, length, cache_block, SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """[KEYS]: where the keys of the tokens from `start` on are; anywhere for those from `length` on."""
+    i = tl.arange(0, KEYS)
+    offset = tl.zeros((KEYS,), tl.int64)
+    for page in tl.static_range((KEYS + PAGE - 1) // PAGE):
+        token = start + page * PAGE
+        block = tl.load(table + token // PAGE, token < length, other=0).to(tl.int64)
+        offset = tl.where(i // PAGE == page, block * cache_block, offset)
+    return pages + (offset + (start + i) % PAGE * SIZE)
+
+
+@jit
 def _product(a, b, c, WIDEN: tl.constexpr):
     """a b + c."""
     if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
@@ -171,40 +171,11 @@ def _product(a, b, c, WIDEN: tl.constexpr):
 
 
 @jit
-def _add_splits(
-    mixed, logs, out, out_head, used,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, ADDED: tl.constexpr,
-):  # fmt: skip
-    """Adds the results of all splits of a pair, each with its share of the weights, and stores the sum."""
-    g = tl.arange(0, ROWS)[None, :]
-    c = tl.arange(0, SIZE)[None, :]
-    each = tl.arange(0, SPLITS)[:, None]
-    # .cg: other multiprocessors wrote it, and a level-1 cache does not see that
-    log = tl.load(logs + each * GROUP + g, (each < used) & (g < GROUP), other=-1e30, cache_modifier=".cg")
-    highest = tl.max(log, 0)[None, :]
-    total = tl.sum(tl.exp2(log - highest), 0)[:, None]
-    result = tl.zeros((ROWS, SIZE), tl.float32)
-    for done in range(0, used, ADDED):
-        s = done + tl.arange(0, ADDED)[:, None]
-        inside = (s < used) & (g < GROUP)
-        log_here = tl.load(logs + s * GROUP + g, inside, other=-1e30, cache_modifier=".cg")
-        part = tl.load(
-            mixed + (s * GROUP + g)[:, :, None] * SIZE + c[None, :, :],
-            inside[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        result += tl.sum(tl.exp2(log_here - highest)[:, :, None] * part, 0)
-    place = out + tl.arange(0, ROWS)[:, None] * out_head + c
-    tl.store(place, (result / total).to(out.dtype.element_ty), tl.arange(0, ROWS)[:, None] < GROUP)
-
-
-@jit
 def prefill_kernel(
     q, cache, blocks, out, tiles, scale,
     q_row, q_head, out_row, out_head, blocks_row, cache_values, cache_block,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tiles += 4 * tl.program_id(1)
@@ -222,13 +193,13 @@ def prefill_kernel(
     whole = (position + 1) // KEYS  # tiles that every query sees all of
     stop = position + num_rows
     newest = position + tl.arange(0, QUERIES)
-    top, total, result = _attend_by_products(
+    top, total, result = _attend(
         top, total, result, query, pages, table, 0, whole, stop, newest, scale,
-        cache_values, cache_block, SIZE, PAGE, WIDEN, KEYS, STAGES, False,
+        cache_values, cache_block, SIZE, PAGE, WIDEN, KEYS, False,
     )  # fmt: skip
-    top, total, result = _attend_by_products(
+    top, total, result = _attend(
         top, total, result, query, pages, table, whole, tl.cdiv(stop, KEYS), stop, newest, scale,
-        cache_values, cache_block, SIZE, PAGE, WIDEN, KEYS, STAGES, True,
+        cache_values, cache_block, SIZE, PAGE, WIDEN, KEYS, True,
     )  # fmt: skip
     out += row * out_row + head * out_head
     result = result / total[:, None]

@@ -5,7 +5,6 @@ As in tests/optim/kernels/test_gpu.py, a second pytest with TRITON_INTERPRET=1 r
 """
 
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,15 +12,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serving.engine.gpu import attention
-from serving.engine.scheduler import BLOCK_TOKENS, num_blocks
+from serving.engine.scheduler import BLOCK_TOKENS
 from tests.commands import ROOT
 from tests.compiled_kernels import compiled, problems
+from tests.serving.engine.pages import Pages
 
 HALF, SINGLE = torch.bfloat16, torch.float32
+CPU = torch.device("cpu")
 
 # --- compiled -----------------------------------------------------------------------------------------------
 
@@ -132,59 +132,35 @@ def test_the_kernels_compute_attention():
     assert re.search(r"^9 passed", result.stdout, re.MULTILINE), result.stdout
 
 
-class Pages:
-    """A layer's cache with random tokens of some requests, in random blocks; NaN everywhere else."""
-
-    def __init__(self, lengths, *, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        width = max(map(num_blocks, lengths)) + 1
-        spare = list(range(len(lengths) * width + 1))
-        random.shuffle(spare)
-        self.cache = torch.full((2, len(spare), num_kv_heads, BLOCK_TOKENS, head_dim), torch.nan, dtype=dtype)
-        self.blocks = torch.tensor(spare[1:], dtype=torch.int32).view(len(lengths), width)
-        self.tokens = [torch.randn(2, num_kv_heads, n, head_dim).to(dtype) for n in lengths]
-        for row, tokens in zip(self.blocks.tolist(), self.tokens, strict=True):
-            for block, part in zip(row, tokens.split(BLOCK_TOKENS, dim=2), strict=False):
-                self.cache[:, block, :, : part.shape[2]] = part
-
-    def exact(self, request: int, q: Tensor, start: int) -> Tensor:
-        """[T, H, C] fp64 of q [T, H, C] at positions from `start` on."""
-        keys, values = self.tokens[request].double()
-        visible = torch.arange(keys.shape[1]) <= torch.arange(start, start + len(q))[:, None]
-        queries = q.double().transpose(0, 1)
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible, enable_gqa=True
-        ).transpose(0, 1)
-
-
 def assert_near(found: Tensor, exact: Tensor) -> None:
     """Weights and results are rounded to `found`'s dtype, which the interpreter does by truncation."""
     error = (found.double() - exact).norm() / exact.norm()
     assert error <= (1e-6 if found.dtype == SINGLE else 4 * torch.finfo(found.dtype).eps / 2)
 
 
-LENGTHS = (1, 31, 0, 32, 33, 150)
+LENGTHS = (1, 31, 0, 32, 33, 150)  # 7 tiles of 64 keys, 10 of 32
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "head_dim", "dtype", "splits"),
+    ("num_heads", "head_dim", "dtype", "programs"),
     [
         (2, 64, SINGLE, 1),
-        (2, 128, HALF, 2),
-        (2, 64, HALF, 8),
-        (8, 64, SINGLE, 8),
-        (8, 128, HALF, 2),
+        (2, 128, HALF, 7),
+        (2, 64, HALF, 100),
+        (8, 64, SINGLE, 100),
+        (8, 128, HALF, 7),
         (16, 64, HALF, 1),
     ],
 )
-def interpreted_decode(num_heads, head_dim, dtype, splits, monkeypatch):
-    """1, 4 and 8 queries a head; whole requests, halves and single tiles for each program."""
+def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
+    """1, 4 and 8 queries a head; for each program all tiles of a request, two, or one."""
     torch.manual_seed(num_heads + head_dim)
-    tiles = replace(attention.TILES[8, 6], programs=2 * len(LENGTHS) * splits)
+    tiles = replace(attention.TILES[8, 6], programs=programs)
     monkeypatch.setitem(attention.TILES, (8, 6), tiles)
-    pages = Pages(LENGTHS, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    pages = Pages(LENGTHS, num_kv_heads=2, head_dim=head_dim, dtype=dtype, device=CPU)
     size = len(LENGTHS)
     sizes = {"num_heads": num_heads, "num_kv_heads": 2, "head_dim": head_dim}
-    scratch = attention.decode_scratch(slots=size, **sizes, device=torch.device("cpu"))
+    scratch = attention.decode_scratch(slots=size, **sizes, device=CPU)
     q = torch.randn(size, num_heads, 3 * head_dim).to(dtype)[:, :, :head_dim]  # a part of a wider row
     frame = torch.full((size + 2, num_heads, head_dim), torch.nan, dtype=dtype)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
@@ -211,7 +187,7 @@ SPANS = ((0, 70), (33, 100), (64, 96), (40, 41))
 def interpreted_prefill(num_heads, head_dim, dtype):
     torch.manual_seed(num_heads + head_dim)
     stops = [stop for _, stop in SPANS]
-    pages = Pages(stops, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+    pages = Pages(stops, num_kv_heads=1, head_dim=head_dim, dtype=dtype, device=CPU)
     first, spans = 1, []
     for table, (start, stop) in enumerate(SPANS):
         spans.append((first, start, stop, table))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.data.small_corpus import texts, write_jsonl
-from training.config import DataConfig
+from training.data.config import DataConfig
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.config import DataConfig
+from training.data.config import DataConfig
 
 WORDS = (
     "the",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT
-from training.config import DataConfig
 from training.data import corpora, readers
+from training.data.config import DataConfig
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError
 from training.data.readers import Position

@@ -17,9 +17,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from tests.training.data.small_corpus import change, silent, texts, visible, write_jsonl
-from training.config import DataConfig
 from training.data import corpora
 from training.data import prepare as preparation
+from training.data.config import DataConfig
 from training.data.corpora import Corpus
 from training.data.dataset import DataError, Manifest, TokenDataset
 from training.data.prepare import main, prepare

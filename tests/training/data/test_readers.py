@@ -14,8 +14,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from training.config import DataConfig
 from training.data import readers
+from training.data.config import DataConfig
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError, Manifest
 from training.data.prepare import prepare
@@ -40,8 +40,8 @@ def documents(source: object, **keys: object) -> list[str]:
         ("a.json", ARRAY),
         ("a.json", BOM + b"\n " + ARRAY),
         ("part-00000-c000.json", LINES),  # as Spark names lines
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl.gz", gzip.compress(LINES[:100]) + gzip.compress(LINES[100:])),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES[:100], mtime=0) + gzip.compress(LINES[100:])),
         ("a.JSON.BZ2", bz2.compress(ARRAY)),
         ("a.jsonl.xz", lzma.compress(LINES)),
         ("a.jsonl.zst", zstandard.compress(LINES)),
@@ -123,7 +123,7 @@ def test_a_url_is_read_like_a_folder() -> None:
     import fsspec
 
     system = fsspec.filesystem("memory")
-    system.pipe("/corpus/b.jsonl.gz", gzip.compress(LINES))
+    system.pipe("/corpus/b.jsonl.gz", gzip.compress(LINES, mtime=0))
     system.pipe("/corpus/a.jsonl", b'{"text": "first"}')
     system.pipe("/corpus/README.md", b"x")
     assert documents("memory://corpus") == ["first", *TEXTS]
@@ -143,7 +143,7 @@ def cut(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", cut(gzip.compress(LINES))),
+        ("a.jsonl.gz", cut(gzip.compress(LINES, mtime=0))),
         ("a.jsonl.gz", LINES),
         ("a.jsonl.bz2", cut(bz2.compress(LINES))),
         ("a.jsonl.bz2", LINES),
@@ -156,7 +156,7 @@ def cut(content: bytes) -> bytes:
         ("a.json", b'[{"text": "x"}] y'),
         ("a.parquet", cut(LINES)),
         ("a.parquet", b"PAR1" + LINES + b"\x0f\0\0\0PAR1"),
-        ("a.txt.gz", gzip.compress(b"\xff\xfe")),
+        ("a.txt.gz", gzip.compress(b"\xff\xfe", mtime=0)),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:

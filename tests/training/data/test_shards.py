@@ -12,8 +12,8 @@ from cluster.files import sha256_of
 from tests.commands import ROOT
 from tests.training.data.small_corpus import change, silent, texts, visible, write_jsonl
 from tests.waiting import PATIENCE_SECONDS
-from training.config import DataConfig
 from training.data import shards
+from training.data.config import DataConfig
 from training.data.dataset import Manifest
 from training.data.prepare import prepare
 
@@ -23,7 +23,7 @@ def test_a_killed_prepare_goes_on_where_it_was_and_ends_with_the_same_bytes(
 ) -> None:
     script = (
         "import os, signal, sys\n"
-        "from training.config import DataConfig\n"
+        "from training.data.config import DataConfig\n"
         "from training.data import shards\n"
         "from training.data.prepare import prepare\n"
         "shards.BATCH_BYTES, shards.SAVE_BYTES = 2000, 5000\n"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from serving.endpoint.prompts import Prompts
 from tests.training.data.small_corpus import change, silent, texts
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.dataset import DataError, Manifest
 from training.data.prepare import prepare
 from training.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer

@@ -1,10 +1,17 @@
 """training/model/loss.py: chunks against whole logits, in loss and gradients."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
-from training.model.loss import IGNORED_TARGET, chunked, whole
+from tests.commands import ROOT
+from tests.compiled_kernels import compiled, problems
+from training.model import loss_kernel
+from training.model.loss import IGNORED_TARGET, chunked, losses_and_gradients_by_torch, whole
 
 TOKENS, HIDDEN, VOCABULARY = 50, 24, 97
 DTYPES = {
@@ -80,3 +87,40 @@ def test_no_logits_outlive_the_forward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         chunked(hidden, weight, targets, tokens=16)
     assert sorted(tuple(t.shape) for t in kept) == [(TOKENS, HIDDEN), (VOCABULARY, HIDDEN)]
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", loss_kernel.CAPABILITIES)
+def test_the_kernel_fits_the_gpu(capability, tmp_path):
+    logits = torch.empty(2, 50304, dtype=torch.bfloat16)
+    call = loss_kernel.call(
+        logits, torch.zeros(2, dtype=torch.int64), torch.empty(2), torch.ones(()), 1e-4, IGNORED_TARGET
+    )
+    kernel = compiled(call, capability)
+    assert problems(kernel, capability, tmp_path) == []
+    assert "st.global.v4" in kernel.asm["ptx"] and "ld.global.v4" in kernel.asm["ptx"]
+
+
+@pytest.mark.stack
+def test_the_kernel_computes_what_torch_does():
+    """Triton decides at its import whether kernels are interpreted, so this runs in a process of its own."""
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=interpreted_*"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "6 passed" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("columns", [97, loss_kernel.SIZE, loss_kernel.SIZE + 11])
+def interpreted_loss_kernel(columns: int, z_loss: float):
+    draw = torch.Generator().manual_seed(columns)
+    logits = 3 * torch.randn(5, columns, generator=draw)
+    targets = torch.tensor([0, columns - 1, IGNORED_TARGET, 7, 50])
+    share, exact, losses = torch.tensor(0.25), logits.clone(), torch.empty(5)
+    total = losses_and_gradients_by_torch(exact, targets, share, z_loss)
+    loss_kernel.call(logits, targets, losses, share, z_loss, IGNORED_TARGET).launch()
+    torch.testing.assert_close(losses.sum(), total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-7)
+    assert losses[2] == 0 and not logits[2].any()

@@ -72,9 +72,10 @@ def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) ->
 def runs(tmp_path_factory) -> list[tuple[list[dict], dict]]:
     """Rows and summary of the run without and of the one with interruptions, on two ranks."""
     folder = tmp_path_factory.mktemp("loop")
-    write_corpus(folder)
-    data = prepare(training_config.load(dotlist=tiny(folder)).data, report=lambda _: None).absolute()
+    corpus = write_corpus(folder)
     keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, **EVERY}
+    keys["data__sources"] = f'["most={corpus}@3","rest={corpus}@1"]'
+    data = prepare(training_config.load(dotlist=tiny(folder, **keys)).data, report=lambda _: None).absolute()
     folders = spawn(both, folder, data, keys, world_size=2)[0]
     return [(read_metrics(f / "metrics.jsonl"), files.read_json(f / "summary.json")) for f in folders]
 
@@ -92,6 +93,19 @@ def test_everything_comes_as_often_as_asked_whatever_else_is_due(runs):
     assert steps_with(rows, "optimizer_attention_logit_max") == [7, 14]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert all(row["tokens"] == 512 * row["step"] for row in rows)
+
+
+def test_of_a_mixture_each_source_is_counted_and_evaluated(runs):
+    (rows, summary), _ = runs
+    for row in rows:
+        if "loss" in row:
+            assert row["source_tokens_most"] + row["source_tokens_rest"] == row["tokens"]
+            assert row["source_tokens_most"] == pytest.approx(row["tokens"] * 3 / 4, abs=64)
+            assert row["source_epochs_most"] > row["source_epochs_rest"] > 0
+        if "validation_loss" in row:
+            by_weight = 0.75 * row["validation_loss_most"] + 0.25 * row["validation_loss_rest"]
+            assert row["validation_loss"] == pytest.approx(by_weight)
+    assert summary["validation_loss_most"] > 0
 
 
 def test_an_interrupted_run_records_line_for_line_what_an_uninterrupted_one_does(runs):

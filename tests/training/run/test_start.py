@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.training.data.small_corpus import silent, texts, write_jsonl
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.dataset import TokenDataset
 from training.data.prepare import prepare
 from training.data.tokenizer import train_tokenizer
