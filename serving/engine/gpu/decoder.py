@@ -189,8 +189,9 @@ class GpuDecoder:
         normed = self._stack.final_norm(x.index_select(0, sent.wanted), added.index_select(0, sent.wanted))
         self._scored = normed[: step.num_scored]
         sampled = normed[step.num_scored :]
-        return (
-            self._stack.head(sampled)[0]
-            if len(sampled)
-            else sampled.new_empty(0, len(self._stack.lm_head)).float()
-        )
+        self._logits = sampled.new_empty(len(sampled), len(self._stack.lm_head), dtype=torch.float32)
+        self._likeliest = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
+        if len(sampled):
+            self._logits, best = self._stack.head(sampled)
+            pick(best, self._likeliest, None, None, pdl=self._stack.pdl).launch()
+        return self._logits
