@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -86,7 +86,14 @@ def python(
         return subprocess.CompletedProcess(line, process.exitcode, out.read_text(), err.read_text())
 
 
-def _become(line: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+def _become(
+    line: list[str],
+    variables: dict[str, str],
+    out: Path,
+    err: Path,
+    command: Callable[[list[str]], None] | None = None,
+) -> None:
+    """Run `python -m <line>` in this process, or `command` with its arguments."""
     for number, file in ((1, out), (2, err)):
         with file.open("wb") as stream:
             os.dup2(stream.fileno(), number)
@@ -94,6 +101,8 @@ def _become(line: list[str], variables: dict[str, str], out: Path, err: Path) ->
     os.environ.update(variables)
     os.chdir(ROOT)
     sys.argv = line
+    if command:
+        command(line[1:])
     runpy.run_module(line[0], run_name="__main__", alter_sys=True)
 
 

@@ -342,6 +342,9 @@ class RecordConfig:
         "report disk_nearly_full if less than this, or than two checkpoints, is free at run.directory",
         least=0,
     )
+    profile_steps: tuple[int, ...] = key(
+        (), "steps of which a trace (Perfetto) and, on GPUs, a snapshot of memory are written to profiles/"
+    )
     wandb: str = key("auto", "W&B: auto is online with a key, else offline", choices=WANDB_MODES)
     upload_checkpoints: bool = key(
         False, "send the files of every checkpoint to W&B; false: only where they lie, and their hash"

@@ -125,6 +125,13 @@ def stop(_spec: dict[str, Any], _run: Path) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def lose_node(_spec: dict[str, Any], _run: Path) -> None:
+    """SIGKILL of the raylet of this worker of Ray, and of the worker; not on the head node."""
+    if b"--head" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0"):
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def read_only(_spec: dict[str, Any], run: Path) -> None:
     """The checkpoints can no longer be written. Who started this undoes it."""
     folder = run / "checkpoints"
@@ -175,4 +182,5 @@ FAULTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "count": nothing, "kill": kill, "terminate": terminate, "stand still": stand_still, "stop": stop,
     "read-only": read_only, "memory": use_up_memory, "nan": make_gradients_nan, "clock": move_clock,
     "file size": limit_files,
+    "node": lose_node,
 }  # fmt: skip

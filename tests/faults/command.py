@@ -28,12 +28,14 @@ from cluster.record import provenance
 from tests.commands import write_corpus
 from tests.faults import checks
 from tests.faults.arm import mount
-from tests.faults.kinds import AS_ROOT, ROUND, Counts, Kind, Story, killed, unmount
+from tests.faults.kinds import AS_ROOT, ROUND, Counts, Kind, Story, hang_at_defaults, killed, unmount
+from tests.faults.ray_kinds import RAY_ROUND, SETUP
 from tests.faults.runs import SETUPS, Place, forget, start
 
 WHAT = "faults"
 RUNS = 240
 MOST_STARTS = 4  # after the faults, until the run has ended
+RAY_EVERY = 30  # seeds, of which one is a run under Ray: it takes ten times as long
 TWICE = 0.2  # share of the runs that are killed a second time while they resume
 CLONE_NEWNS, MS_REC_PRIVATE = 0x20000, 0x44000
 
@@ -54,6 +56,8 @@ class Campaign:
 
     def kind(self, seed: int) -> tuple[str, Kind]:
         """The kind of fault of a seed. Kinds come in turns, spread over a round."""
+        if seed % RAY_EVERY == RAY_EVERY - 1:
+            return RAY_ROUND[seed // RAY_EVERY % len(RAY_ROUND)]
         order = random.Random("round").sample(self._kinds, len(self._kinds))
         return order[seed % len(order)]
 
@@ -62,7 +66,7 @@ class Campaign:
         rng = random.Random(seed)
         name, happens = self.kind(seed)
         setups = [each for each in SETUPS if "exchange" not in name or SETUPS[each]["workers__count"] > 1]
-        setup = rng.choice(setups)
+        setup = SETUP if name.startswith("Ray") else rng.choice(setups)
         story = Story(Place(self._folder, f"seed-{seed}", setup), rng, self._counts(setup))
         happens(story)
         if rng.random() < TWICE and not (story.run / "summary.json").exists():
@@ -75,6 +79,14 @@ class Campaign:
             story.problems.append("it did not come to its end")
         unmount(story.run)
         return name, story
+
+    def hang(self) -> float:
+        """`kinds.hang_at_defaults`. Raises `RunError`."""
+        story = Story(Place(self._folder, "hang", "two"), random.Random(0), [])
+        seconds = hang_at_defaults(story)
+        if story.problems:
+            raise RunError(f"a hang: {story.problems}")
+        return seconds
 
     def _place(self, setup: str) -> Place:
         return Place(self._folder, f"undisturbed-{setup}", setup)
@@ -142,9 +154,11 @@ def campaign(seeds: Sequence[int], *, kind: str, output: Path | None, keep: bool
                 print(f"its files: {story.run}, and {story.place.folder / 'logs' / story.place.name}")
             else:
                 forget(story.place)
+        found = {"hang_found_seconds": round(here.hang(), 1)} if output else {}
     result: dict[str, Any] = {
         "bench": WHAT, "faulted_runs": sum(kinds.values()), "starts": num_starts, "wrong": len(wrong),
         "kinds": dict(kinds), "seeds": [seeds[0], seeds[-1]], "wrong_seeds": wrong,
+        **found,
         "minutes": round((time.monotonic() - began) / 60, 1), "load_average_before": load,
     }  # fmt: skip
     if output:

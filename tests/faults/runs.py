@@ -22,8 +22,12 @@ from tests.listening import listening
 from tests.test_secrets import CANARIES
 
 __all__ = ["tests", "training"]  # imported for the processes that are forked
+Command = Callable[[list[str]], None]
 NUM_STEPS, KEEP = 10, 2
 PATIENCE_SECONDS = 300.0  # in which ranks end by themselves, on a busy machine too
+# After a rank was killed, the others are ended after so long, as torchrun does at once: a rank that begins to
+# look for a killed one waits for it for half an hour.
+AGENT_SECONDS = 60.0
 TINY = {
     "batch__tokens": 128,
     "schedule__tokens": 128 * NUM_STEPS,
@@ -86,6 +90,9 @@ def start(
     specs: dict[int, dict[str, Any]] | None = None,
     meddle: Callable[[list[int]], None] = lambda pids: None,
     environment: dict[str, str] | None = None,
+    command: Command | None = None,
+    num_ranks: int | None = None,
+    on_loopback: bool = True,
     **more: Any,
 ) -> Outcome:
     """One start of a run, to its end.
@@ -93,20 +100,26 @@ def start(
     Args:
         specs: rank -> what goes wrong in it (`tests.faults.arm`).
         meddle: called with the process ids again and again while ranks run.
+        command: is given the keys, in place of `training.launch`.
+        num_ranks: processes to start, if they are not the workers.
+        on_loopback: they must listen there alone. In a cluster Ray's driver does not: cluster/README.md.
         more: keys that differ in this start.
     """
     port = free_ports(1)[0]
     logs = place.folder / "logs" / place.name
-    logs.mkdir(parents=True, exist_ok=True)
+    logs /= f"start-{len(list(logs.glob('start-*')))}"
+    logs.mkdir(parents=True)
     pids = []
-    for rank in range(place.num_ranks):
+    for rank in range(num_ranks or place.num_ranks):
         pid = os.fork()
         if not pid:
-            _run(place, rank, port, (specs or {}).get(rank), environment or {}, logs, place.keys(**more))
+            variables = _group(rank, num_ranks or place.num_ranks, port) | (environment or {})
+            _run(place, (specs or {}).get(rank), variables, logs / str(rank), place.keys(**more), command)
         pids.append(pid)
     codes, late, sockets = _wait(pids, meddle, port=port)
-    leftovers = [*sockets, *(f"process {pid}: {command}" for pid, command in _sessions(pids))]
-    for pid, _ in _sessions(pids):
+    left = [] if command else _sessions(pids)  # who gives a command sees to what it has started
+    leftovers = [*(sockets if on_loopback else ()), *(f"process {pid}: {name}" for pid, name in left)]
+    for pid, _ in left:
         os.kill(pid, signal.SIGKILL)
     texts = {
         name: [(logs / f"{rank}.{name}").read_text() for rank in range(len(pids))] for name in ("out", "err")
@@ -114,9 +127,19 @@ def start(
     return Outcome(codes, texts["out"][0], "\n".join(texts["err"]), leftovers, late)
 
 
+def _group(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The environment variables by which ranks find each other."""
+    if num_ranks == 1:
+        return {}
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {name: str(value) for name, value in group.items()} | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
+    }  # fmt: skip
+
+
 def _run(
-    place: Place, rank: int, port: int, spec: dict[str, Any] | None, more: dict[str, str], logs: Path,
-    keys: list[str],
+    place: Place, spec: dict[str, Any] | None, more: dict[str, str], log: Path, keys: list[str],
+    command: Command | None,
 ) -> None:  # fmt: skip
     """A rank's process, which has just been forked."""
     os.setsid()
@@ -124,15 +147,11 @@ def _run(
     planted = {name: canary for name, canary in CANARIES.items() if name.isupper()}
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     variables = {**ours, **planted, **more}
-    if place.num_ranks > 1:
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": place.num_ranks, "MASTER_PORT": port}
-        group |= {"LOCAL_WORLD_SIZE": place.num_ranks, "MASTER_ADDR": "127.0.0.1"}
-        variables |= {name: str(value) for name, value in group.items()}
     code = 1
     try:
         if spec:
             arm(spec, place.directory)
-        _become(["training.launch", *keys], variables, logs / f"{rank}.out", logs / f"{rank}.err")
+        _become(["training.launch", *keys], variables, Path(f"{log}.out"), Path(f"{log}.err"), command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
@@ -151,12 +170,17 @@ def _wait(
     codes: dict[int, int] = {}
     sockets: set[str] = set()
     until, looked = time.monotonic() + PATIENCE_SECONDS, 0.0
-    late = False
+    late, killed = False, 0.0
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(found[1])
         alive = [pid for pid in pids if pid not in codes]
+        if -signal.SIGKILL in codes.values():
+            killed = killed or time.monotonic()
+            if time.monotonic() > killed + AGENT_SECONDS:
+                for pid in alive:
+                    os.kill(pid, signal.SIGKILL)
         meddle(alive)
         if time.monotonic() > looked + 1:
             looked = time.monotonic()

@@ -9,12 +9,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from serving.engine.decoder import TorchDecoder
-from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
+from serving.engine.decoder import StepDecoder, TorchDecoder
+from serving.engine.gpu.decoder import GpuDecoder
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.gpu.block import Run
 from training.model.llama import Llama, initialize
+from training.model.shapes import LlamaShape
 
 LIMIT = 12  # kernels that are named
+STEP_TOKENS = 8192  # of a prefill
 
 
 def measure(run: Run) -> None:
@@ -23,35 +26,48 @@ def measure(run: Run) -> None:
 
 def decoding(run: Run) -> None:
     """Batch 8, contexts of 512: launched step by step, because a graph's kernels have no operator's name."""
-    batch, context = (8, 512) if run.gpu else (2, 40)
+    batch, prompt = (8, 512) if run.gpu else (2, 40)
     with run.device:
         model = Llama(run.shape)
     initialize(model, seed=0)
     if run.gpu:
         model.bfloat16()
-    blocks = batch * (context // BLOCK_TOKENS + 2)
-    draw = random.Random(0)
+    size = {"num_blocks": batch * (prompt // BLOCK_TOKENS + 2), "slots": batch}
     for name, graphs in (("decoding", False), ("decoding by graphs", True)):
         if graphs and not run.gpu:
             continue
-        decoder = TorchDecoder(model, num_blocks=blocks, slots=batch, graphs=graphs)
-        scheduler = Scheduler(
-            slots=batch, cache_tokens=blocks * BLOCK_TOKENS, step_tokens=batch * context + 1
+        make = GpuDecoder if run.gpu else TorchDecoder
+        step = decoding_step(
+            make(model, graphs=graphs, **size), model.shape, batch=batch, prompt=prompt, **size
         )
-        for _ in range(batch):
-            prompt = [draw.randrange(run.shape.vocab_size) for _ in range(context)]
-            scheduler.add(ScheduledRequest(prompt, context + 10))
-
-        def step(decoder: TorchDecoder = decoder, scheduler: Scheduler = scheduler) -> None:
-            spans = scheduler.next_step()
-            decoder.forward(spans)
-            for span in spans:
-                span.request.done = span.stop
-                span.request.tokens.append(0)
-
-        for _ in range(3):  # the prompts, then two steps that decode
-            step()
+        step()
         top(run, name, step)
+
+
+def decoding_step(
+    decoder: StepDecoder, shape: LlamaShape, *, batch: int, prompt: int, slots: int, num_blocks: int
+) -> Callable[[], list[Span]]:
+    """A step in which this many requests decode, after their prompts. It may be called BLOCK_TOKENS times."""
+    scheduler = Scheduler(
+        slots=slots, cache_tokens=num_blocks * BLOCK_TOKENS, step_tokens=max(STEP_TOKENS, slots + 1)
+    )
+    draw = random.Random(0)
+    for _ in range(batch):
+        tokens = [draw.randrange(shape.vocab_size) for _ in range(prompt)]
+        scheduler.add(ScheduledRequest(tokens, prompt + BLOCK_TOKENS + 2))
+
+    def step() -> list[Span]:
+        spans = scheduler.next_step()
+        decoder.forward(spans)
+        for span in spans:
+            span.request.done = span.stop
+            if span.samples:
+                span.request.tokens.append(0)
+        return spans
+
+    while any(span.stop - span.start > 1 for span in step()):
+        pass
+    return step
 
 
 def top(run: Run, name: str, step: Callable[[], Any]) -> None:

@@ -18,18 +18,21 @@ import torch
 from optim.bench import step_race
 from optim.kernels import gpu
 from serving.engine.decoder import TorchDecoder
+from serving.engine.scheduler import BLOCK_TOKENS
 from tests.commands import ROOT, python
-from tests.gpu import command, replay, sweep, wheels
+from tests.gpu import ablation, command, replay, sweep, wheels
 from tests.gpu import kernels as kernel_checks
 from tests.gpu.block import TINY, Run
 from tests.gpu.command import BLOCKS, Block
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from training.model.attention import sdpa
 from training.model.llama import Llama, initialize
 from training.planner.memory import POINTS
+from training.run import engine as trained_engine
 
 UNIT = re.compile(
     r"(^|_)(ms|gb|gb_per_s|tflops|nats|seconds_to_build|tokens_per_second|joules_per_step|elements|elements_beside"
-    r"|launches|graphs|cores|steps_that_only_decode|relative_\w+|relative_error|tolerance|gradient_norm)$"
+    r"|percent_apart|times_as_long|chunk_tokens|launches|graphs|cores|steps_that_only_decode|relative_\w+|relative_error|tolerance|gradient_norm)$"
     r"|^(percent_of|speedup)_\w+$"
 )
 
@@ -152,7 +155,7 @@ def test_block_4_races_the_same_work(rehearsal):
 def test_block_5_has_every_variant_at_one_loss(rehearsal):
     rows = rehearsal[5]
     losses = figures(rows, "loss_nats")
-    assert len(losses) >= 5 and any("compiled" in case and "chunked" in case for case in losses)
+    assert len(losses) >= 5 and any(case.endswith(sweep.CHECKPOINTED) for case in losses)
     assert all(loss == pytest.approx(math.log(TINY.vocab_size), rel=0.01) for loss in losses.values())
     assert figures(rows, "graphs") == {"graphs that were compiled": 2}  # for all layers
 
@@ -170,6 +173,36 @@ def test_block_6_decodes_by_batch_and_context(rehearsal):
 @pytest.mark.stack
 def test_block_7_names_what_takes_the_time(rehearsal):
     named_kernels(rehearsal[7], "decoding")
+
+
+@pytest.mark.stack
+def test_block_8_has_each_technique_off_in_turn(rehearsal):
+    ratios = figures(rehearsal[8], "times_as_long")
+    assert len(ratios) == 1 + len(ablation.TRAINING) + 2 * (1 + len(ablation.DECODING))
+    assert [case for case, ratio in ratios.items() if ratio == 1] == [
+        f"{work}, without nothing" for work in ("training", "decoding 1 x 24", "decoding 2 x 40")
+    ]
+
+
+def test_what_is_off_is_back_afterwards():
+    before = trained_engine.deepspeed_config, gpu.unsupported
+    for technique in ablation.TRAINING:
+        with technique.off():
+            after = trained_engine.deepspeed_config, gpu.unsupported
+            assert (after == before) == (not technique.instead)
+    assert (trained_engine.deepspeed_config, gpu.unsupported) == before
+
+
+def test_attention_that_gathers_is_attention():
+    """Grouped heads; the second request has one token in its second page."""
+    cache = torch.randn(2, 4, 2, BLOCK_TOKENS, 16)
+    q, blocks, lengths = torch.randn(2, 4, 16), torch.tensor([[0, 1], [3, 2]]), torch.tensor([40, 33])
+    out = torch.empty_like(q)
+    ablation.gathered_attention(q, cache, blocks, lengths, out)
+    for row, (pages, length) in enumerate(zip(blocks, lengths, strict=True)):
+        keys, values = (part[pages].transpose(0, 1).flatten(1, 2)[:, :length] for part in cache)
+        expected = sdpa(q[row][None, :, None], keys[None], values[None], visible=torch.ones(1, length) > 0)
+        torch.testing.assert_close(out[row], expected[0, :, 0])
 
 
 def named_kernels(rows: list[dict], step: str) -> None:
@@ -327,12 +360,14 @@ def test_a_decoder_that_is_wrong_is_seen(factor, error, monkeypatch):
 
 
 def test_a_loss_that_is_another_is_seen(monkeypatch):
-    wrong = lambda *given: 1.1 * sweep.chunked(*given)  # noqa: E731
-    monkeypatch.setitem(sweep.LOSSES, "chunked", wrong)
+    right = Llama.forward
+    monkeypatch.setattr(
+        Llama, "forward", lambda self, *given: right(self, *given) * (1.1 if self.lm_head.loss_tokens else 1)
+    )
     model, run = Llama(TINY), in_memory()
     initialize(model, seed=0)
-    expected = sweep.point(run, model, sweep.AS_THEY_ARE, "plain", 1)
-    sweep.point(run, model, sweep.AS_THEY_ARE, "chunked", 1, expected=expected)
+    expected = sweep.point(run, model, sweep.AS_THEY_ARE, sweep.PLAIN, 1)
+    sweep.point(run, model, sweep.AS_THEY_ARE, sweep.CHUNKED, 1, expected=expected)
     right, other = rows_of(run.stream)
     assert "problem" not in right and "are not" in other["problem"]
 

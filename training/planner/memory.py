@@ -141,13 +141,15 @@ def _resident(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Pa
         weights = n * width // num_workers + (gathered * width if num_workers > 1 else 0)
     gradients = {0: 0, 1: n * 4 if bf16 else 0}.get(stage, n * 4 // num_workers)
     offloaded = config.zero.offload_optimizer and config.workers.gpu
-    buckets = 1 + config.workers.gpu  # two where they are sent while the next is filled
+    buckets = 2 if config.workers.gpu and stage == 2 else 1  # one is sent while the next is filled
     parts = {
         "weights": weights,
         "gradients (fp32)": gradients,
         "master weights (fp32)": 0 if stage == 0 and not bf16 else n * 4 // shard,
         "momentum and moments": state_bytes(config, shape) // shard,
-        "matrices on their way": _matrix_buffer_bytes(config, shape, num_workers=num_workers),
+        "matrices on their way": 0
+        if config.workers.gpu
+        else _matrix_buffer_bytes(config, shape, num_workers=num_workers),
         "communication buckets": buckets * bucket * width if stage >= 2 else 0,
     }
     if offloaded:
@@ -214,16 +216,18 @@ def _loss_bytes(shape: LlamaShape, tokens: int, form: Form) -> tuple[int, int]:
     """Most bytes of head and loss in the forward and in the backward pass.
 
     At once: the logits, then fp32 numbers for logits, log-probabilities and their gradient. In chunks
-    (`training.model.loss.chunked`): the forward pass holds a chunk of logits, not compiled also four fp32
-    numbers and a mask of each, beside both gradients; the backward pass has these twice.
+    (`training.model.loss.chunked`, by its kernel): the forward pass holds a chunk of logits beside both
+    gradients and, for more than one chunk, the head's in fp32 twice, while one is added to the other; the
+    backward pass has both gradients twice.
     """
     p, vocabulary, hidden = form.width, shape.vocab_size, shape.hidden_size
     if form.chunk_tokens is None:
         return tokens * vocabulary * ((p if p < 4 else 0) + 8), tokens * vocabulary * 12
     of_hidden, of_weight = tokens * hidden * p, vocabulary * hidden * p
     in_fp32 = vocabulary * hidden * 4 if tokens > form.chunk_tokens else 0
-    chunk = min(form.chunk_tokens, tokens) * vocabulary * (p if form.compiled else p + 17)
-    return of_hidden + max(chunk + in_fp32, in_fp32 + of_weight), 2 * (of_hidden + of_weight)
+    chunk = min(form.chunk_tokens, tokens) * vocabulary * p
+    adding = chunk + (2 * in_fp32 or of_weight)
+    return of_hidden + max(adding, in_fp32 + of_weight), 2 * (of_hidden + of_weight)
 
 
 def _sent_bytes(config: TrainConfig, n: int, num_workers: int) -> int:
@@ -278,21 +282,24 @@ def _cuts_matrices(config: TrainConfig, shape: LlamaShape, num_workers: int) -> 
 
 
 def step_bytes(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> int:
-    """What the optimizer step holds for a moment, beside its buffers.
+    """What the optimizer step holds for a moment.
 
-    On a GPU what the iteration of some matrices takes (`optim.polar.orthogonalize`), elsewhere that of all
-    matrices of a shape that a worker owns. AdamW's pass over the tables holds four numbers of fp32 for each
-    of their elements.
+    AdamW's pass over the tables holds three numbers of fp32 for each of their elements, in stage 3 four. The
+    iteration of matrices (`optim.polar.orthogonalize`) takes X twice and some n x n matrices. A GPU iterates
+    some of one shape at a time, and only then has the buffers in which matrices travel: of that shape, or of
+    all where they do travel. A CPU keeps its buffers.
     """
-    shard = 1 if config.zero.stage == 0 else num_workers
-    vectors = 16 * (shape.num_parameters - _matrix_elements(shape)) // shard
-    if not _whole_elements(config, shape):
-        return max(vectors, 16 * _matrix_elements(shape) // shard)
-    most = 0
-    for (rows, cols), count in shape.matrices().items():
-        short = min(rows, cols)
-        each = 2 * rows * cols + (5 if uses_gram(rows, cols) else 2) * short * short
-        each *= _exchange_width(config)
-        owned = each * -(-count // num_workers)
-        most = max(most, min(owned, max(GROUP_BYTES, each)) if config.workers.gpu else owned)
-    return max(vectors, most)
+    shard, whole = (1 if config.zero.stage == 0 else num_workers), _whole_elements(config, shape)
+    tables = shape.num_parameters - _matrix_elements(shape) if whole else shape.num_parameters
+    elementwise = (16 if config.zero.stage == 3 else 12) * tables // shard
+    iterated, width, gpu = 0, _exchange_width(config), config.workers.gpu
+    travels = num_workers > 1 and _cuts_matrices(config, shape, num_workers)
+    for (rows, cols), count in shape.matrices().items() if whole else ():
+        short, owned = min(rows, cols), -(-count // num_workers)
+        each = (2 * rows * cols + (5 if uses_gram(rows, cols) else 2) * short * short) * width
+        taken = min(owned * each, max(GROUP_BYTES, each)) if gpu else owned * each
+        own = 0 if travels or not gpu else owned * rows * cols * width
+        iterated = max(iterated, taken + own)
+    if gpu and travels:
+        iterated += _matrix_buffer_bytes(config, shape, num_workers=num_workers)
+    return max(elementwise, iterated)

@@ -77,7 +77,8 @@ class Proposal:
         for each in sorted(others, key=lambda each: each.seconds)[:2]:
             checkpointing, stage = each.policy
             name = f"ZeRO-{stage} {'with' if checkpointing else 'without'} checkpointing"
-            parts.append(f"{name} takes {each.seconds / best.seconds - 1:.0%} longer")
+            longer = each.seconds / best.seconds - 1
+            parts.append(f"{name} takes {f'{longer:.0%} longer' if longer > EQUAL else 'as long'}")
         return f"{best.keys} is the fastest that fits {room}" + (": " + "; ".join(parts) if parts else "")
 
     def by_policy(self) -> list[Candidate]:

@@ -30,7 +30,8 @@ from training.projection.config import LinkConfig
 
 PRODUCT_SHARE = 0.88  # of the product ceiling, in a model's own products: those run hotter and longer
 ATTENTION_SHARE = 0.46  # of the same ceiling
-PASS_SHARE = 0.73  # of the copy ceiling, in elementwise kernels
+PASS_SHARE = 0.73  # of the copy ceiling, in torch's own elementwise kernels
+COMPILED_SHARE = 0.50  # of the same, in compiled ones: norms with their reductions, heads in strides
 STEP_SHARE = 0.70  # of the product ceiling, in the orthogonalisation of 168 matrices
 SHEET_PRODUCTS, SHEET_COPIES = 0.79, 0.89  # of the datasheet: 785 of 989 TFLOP/s, 4260 of 4800 GB/s
 LAUNCH_SECONDS = 24e-6  # of one kernel, by torch from Python: 74 ms for micro-batches of one sequence
@@ -110,10 +111,11 @@ def micro_batch_seconds(
     attention *= 1 + FORWARD_ATTENTION * form.checkpointing
     forward, backward = _elementwise_bytes(shape, form)
     elementwise = forward * (1 + form.checkpointing) + backward
+    share = COMPILED_SHARE if form.compiled else PASS_SHARE
     found = {
         "matrix products": products,
         "attention": attention,
-        "elementwise": tokens * shape.num_layers * elementwise / _passes(rates),
+        "elementwise": tokens * shape.num_layers * elementwise / (share * rates.bytes_per_s),
         "loss": tokens * _loss_bytes(shape, form) / _passes(rates),
     }
     launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + form.checkpointing / 3)
@@ -139,7 +141,7 @@ def _elementwise_bytes(shape: LlamaShape, form: Form) -> tuple[float, float]:
 
 
 def _loss_bytes(shape: LlamaShape, form: Form) -> float:
-    """Of one token: logits, softmax and its gradient, in fp32 where they are not compiled.
+    """Of one token: logits, softmax and its gradient, in fp32 tensors or in one kernel for a chunk.
 
     In chunks also the head's gradient, read and written in fp32 once for each chunk.
     """
@@ -147,4 +149,4 @@ def _loss_bytes(shape: LlamaShape, form: Form) -> float:
     if form.chunk_tokens is None:
         return shape.vocab_size * 36 * wide
     summed = 8 * shape.vocab_size * shape.hidden_size / form.chunk_tokens
-    return shape.vocab_size * (10 if form.compiled else 80) * wide + summed
+    return shape.vocab_size * 10 * wide + summed

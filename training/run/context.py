@@ -27,6 +27,7 @@ from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
 Result = TypeVar("Result")
+StoreLost = dist.DistNetworkError  # the store was in a process that has ended
 PREPARED, TAKEN = "asuncion/prepared", "asuncion/taken"  # keys of the store
 TAKE_SECONDS = 60.0  # in which the ranks take what was prepared; torchrun starts them together
 

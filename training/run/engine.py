@@ -104,6 +104,14 @@ def warm_up(module: Llama, batch: tuple[Tensor, Tensor]) -> None:
     torch.autograd.grad(module(*batch), module.model.embed_tokens.weight)
 
 
+def describe_compilation(config: TrainConfig, seconds: Mapping[str, float]) -> str:
+    """A line for people, or none. seconds: of the parts of the start, with "compile" after `warm_up`."""
+    if not compiles(config):
+        return ""
+    took = f"took {seconds['compile']:.1f} s" if "compile" in seconds else "happens in the first step"
+    return f"  compiling the layers {took}\n"
+
+
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
     """The rule of each label (`optim.groups.Member.label`): of each kind, or under Scion of each norm."""
     matrix, vector = optim.matrix, optim.vector

@@ -34,13 +34,14 @@ from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, build_model, warm_up
+from training.run.engine import build_deepspeed_engine, build_model, describe_compilation, warm_up
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start, report_checkpoint
 from training.run.state import rewinds
+from training.run.state.profiling import profiled
 from training.run.state.rewinds import Rewinds
 from training.run.state.writer import Writer
 from training.run.validation import Validation
@@ -82,10 +83,7 @@ def train(
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
-            if compiles(config):
-                seconds = trainer.spent.seconds.get("compile")
-                took = "in the first step" if seconds is None else f"in {seconds:.1f} s"
-                about += f"  layers are compiled, {took}\n"
+            about += describe_compilation(config, trainer.spent.seconds)
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -374,7 +372,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         output.row({"step": 0, "tokens": 0, **trainer.validate()})
     trainer.start_meter()
     while trainer.step < plan.num_steps:
-        trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
+        with profiled(config, trainer.context, step=trainer.step + 1):
+            trainer.losses.add(trainer.take_step(phase=trainer.meter.phase))
         trainer.meter.count_step()
         trainer.heart.mark("row")
         last = trainer.step == plan.num_steps
@@ -403,9 +402,8 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
             output.row({"step": trainer.step, "tokens": trainer.step * plan.tokens_per_step, **row})
         if logging and trainer.rewind(output):
             held_out, saving = {}, False
-        if saving and trainer.skips.sound(
-            trainer.optimizer, trainer.context, final=held_out if last else None
-        ):
+        final = held_out if last else None
+        if saving and trainer.skips.sound(trainer.optimizer, trainer.context, final=final):
             wall_seconds = trainer.wall_seconds + time.monotonic() - started
             trainer.save(output, wall_seconds=wall_seconds, waits=last or stopping)
             trainer.context.report({"step": trainer.step})

@@ -141,6 +141,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     saved = Checkpoint(newest) if newest else None
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
+        text = "the last step was taken; the start that took it was killed before it said so"
+        events.end(directory, "finished", text, step=saved.state["step"])
         return None
     start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
     num_samples = plan.num_steps * plan.samples_per_step

@@ -18,8 +18,8 @@ from cluster.record.alarms import DiskAlarm, LossAlarms, ProgressAlarm, Straggle
 from cluster.record.record import follow, read_metrics
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
-from training.run.checkpoint import step_of
-from training.run.context import Context
+from training.run.checkpoint import CheckpointError, step_of
+from training.run.context import Context, StoreLost
 from training.run.start import PARTITION, newest_of
 from training.run.workers import LOST
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optim.step.zero import ZeroOptimizer
 
 MOST_REASON = 300  # letters of an error that is not ours
+STARTING = "the part start"  # of a worker, until it has its model and checkpoint (`Heartbeat.place`)
 MOST_CAUSE = 120  # of these, in a message of ours
 NO_MEMORY = r"DefaultCPUAllocator|std::bad_alloc|[Oo]ut of memory"
 RANK_LOST = (
@@ -240,14 +241,19 @@ def _report_end_of_worker(config: TrainConfig, text: str, *, final: bool) -> Non
 
 def explained(error: Exception, *, who: str, where: str) -> "TrainingError | None":
     """What an error of torch's means, and what to change; None for any other error."""
+    if isinstance(error, RunError):  # which says all that there is to say
+        return None
     text = reason(error)
+    if isinstance(error, CheckpointError) and where != STARTING:  # it could be written, or read, before
+        return TrainingError(f"{who}{error}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, text):
         return TrainingError(
             f"{who}out of memory in {where} ({text}); lower batch.micro_sequences, set "
             "model.activation_checkpointing=true or raise zero.stage, and run again: it resumes from the "
             "newest checkpoint"
         )
-    if isinstance(error, RuntimeError) and re.search(RANK_LOST, text):
+    lost = isinstance(error, StoreLost)
+    if lost or (isinstance(error, RuntimeError) and re.search(RANK_LOST, text)):
         return TrainingError(
             f"{who}{LOST} in {where}: its process was killed, or its node was lost ({text[:MOST_CAUSE]}); "
             "the same command resumes the run from its newest checkpoint"

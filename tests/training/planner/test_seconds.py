@@ -18,7 +18,7 @@ TIMED = [row for row in H200["5"]["rows"] if "ms" in row]
 
 @pytest.mark.parametrize("row", TIMED, ids=[row["case"] for row in TIMED])
 def test_seconds_of_forward_and_backward_on_an_h200_are_those_planned(row) -> None:
-    micro, form = alone(row["case"])
+    micro, form = alone(row)
     planned = micro_batch_seconds(SHAPE, 2048 * micro, 2048, form, RATES)
     assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=WITHIN)
 

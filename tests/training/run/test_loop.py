@@ -1,5 +1,7 @@
 """The record of a run: every line that is due, of the steps that it names, interrupted or not."""
 
+import gzip
+import json
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -30,6 +32,7 @@ EVERY = {  # no two fall together but at the end
     "optim__noise__measure_every_steps": 6,
     "optim__inspect_every_steps": 7,
 }
+PROFILED = [2, 14]  # steps of the interrupted run
 TIMES = ("step_seconds", "tokens_per_second", "mfu")
 
 
@@ -59,8 +62,12 @@ def run(context: Context, config: TrainConfig, data: Path, *, stop_after: int = 
 def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) -> tuple[Path, Path]:
     """The folders of a run without and of one with interruptions."""
     of = {
-        name: training_config.load(dotlist=tiny(folder, run__name=f"{name}-{context.world_size}", **keys))
-        for name in ("whole", "broken")
+        name: training_config.load(
+            dotlist=tiny(
+                folder, run__name=f"{name}-{context.world_size}", record__profile_steps=profiled, **keys
+            )
+        )
+        for name, profiled in (("whole", "[]"), ("broken", str(PROFILED)))
     }
     run(context, of["whole"], data)
     for stop in (11, 13, NUM_STEPS):  # checkpoints at 9, after the line at 8, and at 12, with that line
@@ -69,14 +76,19 @@ def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) ->
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[tuple[list[dict], dict]]:
-    """Rows and summary of the run without and of the one with interruptions, on two ranks."""
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Of the run without and of the one with interruptions, on two ranks."""
     folder = tmp_path_factory.mktemp("loop")
     corpus = write_corpus(folder)
     keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, **EVERY}
     keys["data__sources"] = f'["most={corpus}@3","rest={corpus}@1"]'
     data = prepare(training_config.load(dotlist=tiny(folder, **keys)).data, report=lambda _: None).absolute()
-    folders = spawn(both, folder, data, keys, world_size=2)[0]
+    return spawn(both, folder, data, keys, world_size=2)[0]
+
+
+@pytest.fixture(scope="module")
+def runs(folders) -> list[tuple[list[dict], dict]]:
+    """Their rows and summaries."""
     return [(read_metrics(f / "metrics.jsonl"), files.read_json(f / "summary.json")) for f in folders]
 
 
@@ -115,6 +127,18 @@ def test_an_interrupted_run_records_line_for_line_what_an_uninterrupted_one_does
         return {key: value for key, value in row.items() if key not in TIMES and not key.endswith("seconds")}
 
     assert [timeless(row) for row in broken] == [timeless(row) for row in whole]
+
+
+def test_named_steps_leave_a_trace_of_each_rank_and_change_nothing(folders, runs):
+    """That they change nothing is what the test above compares."""
+    whole, broken = folders
+    traces = sorted((broken / "profiles").iterdir())
+    assert [file.name for file in traces] == [
+        f"step-{step:07d}-rank{rank}.json.gz" for step in PROFILED for rank in (0, 1)
+    ]
+    assert not (whole / "profiles").exists()
+    trace = json.loads(gzip.decompress(traces[0].read_bytes()))
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
 
 
 def test_the_time_of_a_step_is_that_of_the_steps_it_is_divided_by(runs):
