@@ -113,7 +113,7 @@ def largest_of(logits, ids, keep):
 
 
 def pick(
-    best: tuple[Tensor, Tensor], ids: Tensor, tokens: Tensor, lengths: Tensor, *, pdl: bool = False
+    best: Best, ids: Tensor, tokens: Tensor | None, lengths: Tensor | None, *, pdl: bool = False
 ) -> Call:
     """The likeliest token of each row, -1 where its logit is no finite number; and the next step's input.
 
