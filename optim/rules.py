@@ -54,8 +54,8 @@ class Rule:
         whole: the rule needs whole matrices.
         orthogonal: updates of whole matrices are meant to be orthogonal, or nearly so.
         looks_ahead: `apply` may return another point than the weights.
-        in_kernels: `direction` is MomentumRule's, and `finish` says all of `apply`. False for a class that
-            overrides one of them, unless that class sets it.
+        in_kernels: `direction` is MomentumRule's or AdamW's, and `finish` says all of `apply`. False for a
+            class that overrides one of them, unless that class sets it.
         state_names: laid out as the weights.
         row_state_names: one number per row of a whole matrix, kept by its owner.
     """
@@ -329,6 +329,7 @@ class AdamW(Rule):
     eps: float = 1e-8
 
     state_names: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
+    in_kernels: ClassVar[bool] = True
 
     def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
         first = state["first_moment"].lerp_(gradient, 1 - self.beta1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from optim.kernels import gpu
+from optim.kernels import gpu, product
 from optim.kernels.passes import SegmentTable
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,8 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
         stack.enter_context(_guard())
         # A real GPU is not to be touched.
         stack.enter_context(patch("torch.cuda.is_available", lambda: False))
-        stack.enter_context(patch.object(gpu, "unsupported", unsupported))
+        for module in (gpu, product):
+            stack.enter_context(patch.object(module, "unsupported", unsupported))
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch("torch.cuda.Event", Event))
         stack.enter_context(patch("torch.cuda.synchronize", lambda *_: traffic.note("wait")))

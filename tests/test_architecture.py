@@ -33,6 +33,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
     "optim.kernels.native": ("cluster.machine.compiled",),
     "optim.kernels.accumulate": ("cluster.machine.triton_calls",),
     "optim.kernels.gpu": ("cluster.machine.triton_calls",),
+    "optim.kernels.product": ("cluster.machine.triton_calls",),
     "optim.bench": (
         "cluster.measure.benchmark",
         "cluster.cli",
@@ -115,6 +116,8 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     "training.evaluate.harness",
+    "training.bench",
+    "training.export",
     "training.launch",
     "training.plan",
     "training.planner.memory",

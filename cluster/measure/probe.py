@@ -2,7 +2,10 @@
 
     python -m cluster.measure.probe [--device cpu|cuda] [--dtype bfloat16|float32] [--threads N]
 
-Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it.
+Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it. A
+GPU that multiplies for more than some 50 ms is slowed down by its limit of power (an H200 from 790 to 690
+TFLOP/s); products are therefore measured in short bursts after rests, and shares are of that ceiling. What
+the GPU sustains is reported beside it.
 The spread beside it, (slowest, fastest), shows how much was disturbed. Products are measured in the dtype in
 which a model of that dtype multiplies (`optim.precision`); the result names it. Sizes and repeats shrink on a
 slow CPU, so that everything takes at most ten seconds. What cannot be measured is missing, with a reason.
@@ -37,8 +40,9 @@ LEAST_ROWS = 64  # of a model's products, on a slow CPU
 CPU_SECONDS = 2.5  # on a CPU, for each measurement: products, two of memory, and all products of a model
 COPY_BYTES = 1 << 28  # well above any cache
 SUSTAINED_SECONDS = 0.2  # of each repeat on a GPU
+BURST_SECONDS, REST_SECONDS = 0.02, 0.3  # of products on a GPU, before its limit of power holds
 PEAKS = ("product_tflops", "read_gb_per_s")  # of Ceilings: the peaks of compute and memory
-RATES = ("product_tflops", "read_gb_per_s", "copy_gb_per_s")  # of Ceilings
+RATES = ("product_tflops", "read_gb_per_s", "copy_gb_per_s", "product_sustained_tflops")  # of Ceilings
 LINK_PEAK = "all_reduce_gb_per_s"  # of MeasuredLinks: the peak for the bytes that a rank sends
 
 
@@ -61,6 +65,8 @@ class Ceilings:
         copy_gb_per_s: GB/s of copying one, bytes read plus bytes written.
         device: such as "cpu, 2 threads" or the GPU's name.
         problems: name of a rate -> why it is missing, in one line.
+        product_sustained_tflops: of the same products without a rest, after half a second: what a GPU's limit
+            of power leaves. None on a CPU, whose products have no rests.
     """
 
     product_dtype: str
@@ -69,6 +75,7 @@ class Ceilings:
     copy_gb_per_s: Ceiling | None
     device: str
     problems: dict[str, str]
+    product_sustained_tflops: Ceiling | None = None
 
 
 def measure(
@@ -103,14 +110,10 @@ def measure(
             problems[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return None
 
-    def products() -> Ceiling:
+    def products(*, sustained: bool = False) -> Ceiling:
         n = size or GEMM_SIZE * (4 if gpu else 1)
-        if not gpu:
-            n = _affordable_size(n, repeats, _pilot_flops(product))
-        left, right = (torch.randn(n, n, device=device).to(product) for _ in range(2))
-        out = torch.empty_like(left)
-        taken = _sustained(lambda: torch.mm(left, right, out=out), repeats, gpu=gpu, within=CPU_SECONDS)
-        return _ceiling(2 * n**3 / 1e12, taken)
+        n = n if gpu else _affordable_size(n, repeats, _pilot_flops(product))
+        return _square_products(n, repeats, device=device, dtype=product, sustained=sustained)
 
     def memory(*, copied: bool) -> Ceiling:
         source = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
@@ -126,8 +129,25 @@ def measure(
         read_gb_per_s=attempt("read_gb_per_s", partial(memory, copied=False)),
         copy_gb_per_s=attempt("copy_gb_per_s", partial(memory, copied=True)),
         device=name,
+        product_sustained_tflops=(
+            attempt("product_sustained_tflops", partial(products, sustained=True)) if gpu else None
+        ),
         problems=problems,
     )
+
+
+def _square_products(n: int, repeats: int, *, device: str, dtype: "torch.dtype", sustained: bool) -> Ceiling:
+    import torch
+
+    gpu = device == "cuda"
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    multiply = partial(torch.mm, left, right, out=out)
+    if gpu and not sustained:
+        taken = _sustained(multiply, repeats, gpu=True, seconds=BURST_SECONDS, rest=REST_SECONDS)
+    else:
+        taken = _sustained(multiply, repeats, gpu=gpu, within=CPU_SECONDS)
+    return _ceiling(2 * n**3 / 1e12, taken[2:] if sustained else taken)
 
 
 def measure_products(
@@ -194,21 +214,25 @@ def _affordable_size(most: int, repeats: int, flops_per_s: float) -> int:
     return size
 
 
-def _sustained(body: Callable[[], Any], repeats: int, *, gpu: bool, within: float) -> list[float]:
-    """Seconds of `body`; on a GPU each is the mean of as many launches in a row as take SUSTAINED_SECONDS.
+def _sustained(
+    body: Callable[[], Any], repeats: int, *, gpu: bool, within: float = inf, rest: float = 0.0,
+    seconds: float = SUSTAINED_SECONDS,
+) -> list[float]:  # fmt: skip
+    """Seconds of `body`; on a GPU each is the mean of as many launches in a row as take `seconds`.
 
-    A single product is over before a GPU's clocks have settled, and too short beside waiting for it. On a
-    CPU repeats end after `within` seconds.
+    A single product is over before a GPU's clocks have settled, and too short beside waiting for it. Before
+    each repeat a GPU rests. On a CPU repeats end after `within` seconds.
     """
     if not gpu:
         return _seconds(body, repeats, gpu=gpu, within=within)
-    number = max(1, round(SUSTAINED_SECONDS / min(_seconds(body, 3, gpu=True))))
+    number = max(1, round(seconds / min(_seconds(body, 3, gpu=True))))
 
     def many() -> None:
         for _ in range(number):
             body()
 
-    return [seconds / number for seconds in _seconds(many, repeats, gpu=True)]
+    taken = _seconds(many, repeats, gpu=True, before=partial(time.sleep, rest))
+    return [each / number for each in taken]
 
 
 def _seconds(

@@ -85,6 +85,19 @@ def check_apply_pass(weight: Tensor, update: Tensor, table: SegmentTable, model:
     require(weight.dtype == torch.float32, "weight must be fp32")
 
 
+def check_adamw_pass(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, model: Tensor | None
+) -> None:
+    """Raises `ValueError` as `adamw_pass` says."""
+    _check_flat(len(weight), weight=weight, gradient=gradient, first=first, second=second)
+    require(gradient.dtype in (torch.bfloat16, torch.float32), "gradient must be bf16 or fp32")
+    for name, tensor in (("weight", weight), ("first", first), ("second", second)):
+        require(tensor.dtype == torch.float32, f"{name} must be fp32")
+    if model is not None:
+        _check_flat(len(weight), model=model)
+        require(model.dtype in (torch.bfloat16, torch.float32), "model must be bf16 or fp32")
+
+
 def _check_flat(least: int, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         require(tensor.dim() == 1 and tensor.is_contiguous(), f"{name} must be flat and contiguous")

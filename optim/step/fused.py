@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.rules import MomentumRule, Rule, State, new_state
+from optim.kernels import gpu
+from optim.rules import AdamW, MomentumRule, Rule, State, new_state
 from optim.step.exchange import ShapeGroup
 from optim.step.fragments import Fragment, Piece, cut, rank_and_world_size
 from optim.step.health import Health
@@ -188,11 +189,25 @@ class FusedStep:
 
     def _elementwise(self, run: "_Run", *, lr: float) -> None:
         flat = run.fragment.flat
+        if isinstance(self.rule, AdamW) and flat.grad is not None and self._by_kernels(flat):
+            place, model = slice(run.start, run.stop), run.fragment.model
+            state = self._state_at(flat, place)
+            end = self.rule.finish(lr=lr, scale=run.scale, step=self.steps)
+            gpu.adamw_pass(
+                flat.data.view(-1)[place], flat.grad.view(-1)[place], state["first_moment"],
+                state["second_moment"], beta1=self.rule.beta1, beta2=self.rule.beta2, eps=self.rule.eps,
+                step=self.steps, decay=end.decay, factor=end.factor,
+                model=None if model is None else model.view(-1)[place],
+            )  # fmt: skip
+            return
         gradient = torch.zeros_like(flat).view(-1) if flat.grad is None else flat.grad.view(-1)
         for chunk in _chunks(run.stop - run.start, flat.device):
             place = slice(run.start + chunk.start, run.start + chunk.stop)
             update = self.rule.direction(gradient[place], self._state_at(flat, place), step=self.steps)
             self._apply(run.fragment, place, update, lr=lr, scale=run.scale)
+
+    def _by_kernels(self, flat: Tensor) -> bool:
+        return self.rule.in_kernels and gpu.unsupported(flat.device, torch.bfloat16) is None
 
     def _apply(self, fragment: Fragment, place: slice, update: Tensor, *, lr: float, scale: float) -> None:
         """One chunk of the weights and of the model's copy, while both are in the cache."""

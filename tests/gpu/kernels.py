@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optim import polar
 from optim.kernels import gpu
-from optim.kernels.gpu import apply_pass, momentum_pass, symmetric_product
+from optim.kernels.gpu import adamw_pass, apply_pass, momentum_pass, symmetric_product
 from optim.kernels.passes import BLOCK, SegmentTable
 from optim.precision import gram_dtype
 from tests.gpu.block import Run, error_of, worst_of
@@ -31,6 +31,7 @@ SIZES = {
 SEGMENTS = ((1, 5203, 5000), (5003, 3, 0), (5003, 0, 1), (5010, 1, 2048), (7300, 2051, 2049), (9349, 5200, 3))
 FLAT, PACKED = 9400, 10300
 LARGE = {"cuda": 2**31 + 4099, "cpu": 3 * BLOCK + 5}  # elements of a flat tensor
+TABLES = {"cuda": 206_045_184, "cpu": 3 * BLOCK + 5}  # elements
 LARGE_BATCH = {"cuda": (129, 4096, 4096), "cpu": (3, 16, 16)}  # more than 2^31 elements, too
 WINDOW = 1 << 26  # elements that are checked in fp64 at a time
 
@@ -145,6 +146,8 @@ def passes(run: Run) -> None:
         _momentum(run, source, packed, nesterov=nesterov)
     for update, model in product((single, half), (half, single, None)):
         _apply(run, update, model)
+    for model in (torch.bfloat16, None):
+        _adamw(run, model)
 
 
 def _table(run: Run) -> SegmentTable:
@@ -201,6 +204,35 @@ def _apply(run: Run, update_dtype: torch.dtype, model_dtype: torch.dtype | None)
         )
         worst.error = error_of(model[changed], point[changed])
         worst.report(run, f"apply_pass {names}: the point ahead", model.dtype)
+
+
+def _adamw(run: Run, model_dtype: torch.dtype | None) -> None:
+    """The third step, on as many elements as the tables of the 1.4B model have."""
+    numel, beta1, beta2, eps, decay, factor = TABLES[run.device.type], 0.9, 0.95, 1e-8, 0.9, 0.3
+    weight, gradient, first = (run.random(numel, seed=seed) for seed in (7, 8, 9))
+    second = run.random(numel, seed=10).square()
+    model = None if model_dtype is None else torch.full((numel,), nan, dtype=model_dtype, device=run.device)
+
+    def launch() -> None:
+        adamw_pass(
+            weight, gradient, first, second, beta1=beta1, beta2=beta2, eps=eps, step=3, decay=decay,
+            factor=factor, model=model,
+        )  # fmt: skip
+
+    before = [each.double() for each in (weight, first, second)]
+    launch()
+    m = beta1 * before[1] + (1 - beta1) * gradient.double()
+    v = beta2 * before[2] + (1 - beta2) * gradient.double().square()
+    update = m / (1 - beta1**3) / ((v / (1 - beta2**3)).sqrt() + eps)
+    exact = decay * before[0] - factor * update
+    worst = Worst(error=worst_of(error_of(weight, exact), error_of(first, m), error_of(second, v)))
+    rates = _rates(run, launch, num_bytes=(28 + (0 if model is None else model.itemsize)) * numel)
+    case = f"adamw_pass, model {'none' if model_dtype is None else _short(model_dtype)}"
+    worst.report(run, case, torch.float32, elements=float(numel), **rates)
+    if model is not None:
+        launch()  # _rates has moved the weights on
+        worst = Worst(unwritten=int(model.isnan().sum()), error=error_of(model.nan_to_num(), weight))
+        worst.report(run, f"{case}: the model", model.dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

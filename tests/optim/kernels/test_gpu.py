@@ -15,12 +15,14 @@ import torch
 
 from cluster.machine import toolchain
 from optim import polar, rules
-from optim.kernels import gpu
+from optim.kernels import gpu, product
 from optim.kernels.gpu import apply_pass, momentum_pass, symmetric_product
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
 from tests.commands import ROOT
 from tests.compiled_kernels import compiled, problems
+from tests.optim.kernels import interpreted_products
+from tests.optim.kernels.interpreted_products import assert_rounded_once, random
 from tests.optim.kernels.test_passes import build
 
 INSTRUCTIONS = {  # of a product: tensor cores, rounding to nearest, asynchronous copies, wide stores
@@ -28,7 +30,7 @@ INSTRUCTIONS = {  # of a product: tensor cores, rounding to nearest, asynchronou
     (9, 0): ("wgmma", "cvt.rn", "cp.async", "st.global.v4"),
 }
 
-each_capability = pytest.mark.parametrize("capability", gpu.TILES)
+each_capability = pytest.mark.parametrize("capability", product.TILES)
 
 
 @pytest.mark.stack
@@ -41,19 +43,19 @@ def test_every_variant_fits_the_gpu_and_uses_its_tensor_cores(capability, tmp_pa
         if "TILE_K" in call.arguments:
             wanted = INSTRUCTIONS[capability]
             found[name] += [f"no {each}" for each in wanted if each not in kernel.asm["ptx"]]
-    assert len(found) == 26
+    assert len(found) == 38
     assert {name: text for name, text in found.items() if text} == {}
 
 
 @each_capability
 def test_the_variants_have_every_tile(capability):
     def tile(call):
-        sizes = [call.arguments[f"TILE_{side}"] for side in "NK"]
-        return gpu.Tile(*sizes, warps=call.warps, stages=call.stages)
+        sizes = [call.arguments[f"TILE_{side}"] for side in "MNK"]
+        return product.Tile(*sizes, warps=call.warps, stages=call.stages)
 
     products = [call for call in gpu.variants(capability).values() if "TILE_K" in call.arguments]
-    tiles = gpu.TILES[capability]
-    assert {tile(call) for call in products} == {tiles.small, tiles.large}
+    tiles = product.TILES[capability]
+    assert {tile(call) for call in products} == {tiles.small, tiles.large, tiles.described} - {None}
 
 
 def test_a_tile_that_does_not_fit_is_seen(tmp_path):
@@ -90,7 +92,7 @@ def test_a_gpu_runs_half_precision_if_it_has_tiles(monkeypatch):
     monkeypatch.setattr(toolchain, "missing", lambda: None)
     device = {}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device["capability"])
-    for device["capability"] in gpu.TILES:
+    for device["capability"] in product.TILES:
         assert why_not("cuda") is why_not("cuda", torch.float16) is None
         assert why_not("cuda", torch.float32) == "products of torch.float32 stay with torch"
     monkeypatch.setattr(toolchain, "missing", lambda: "Triton needs a C compiler: `apt install gcc`")
@@ -115,7 +117,7 @@ class WithoutTriton:
 
 sys.meta_path[:] = map(WithoutTriton, sys.meta_path)
 import torch
-from optim import polar, rules; from optim.step import fused; from optim.kernels import gpu
+from optim import polar, rules; from optim.step import fused; from optim.kernels import gpu, product
 
 print(gpu.unsupported(torch.device("cuda"), torch.bfloat16))
 print(polar.orthogonalize(torch.eye(2)[None], method="cans", dtype=torch.float32).shape)
@@ -135,18 +137,18 @@ def test_operands_that_do_not_fit_are_an_error():
     meta = torch.device("meta")
     x, p = torch.empty(2, 3, 5, device=meta), torch.empty(2, 3, 3, device=meta)
 
-    def product(a, b, c=None, out=p):
-        gpu._product(a, b, c, out, 1.0, 0.0, 0.0, capability=(8, 6))
+    def multiply(a, b, c=None, out=p):
+        product.call(a, b, c, out, 1.0, 0.0, 0.0, capability=(8, 6))
 
-    product(x, x)
+    multiply(x, x)
     for wrong in (
-        lambda: product(x, p),
-        lambda: product(x, x.mT),
-        lambda: product(x, x, c=x),
-        lambda: product(x, x, out=x),
-        lambda: product(x, x, out=p[:1]),
-        lambda: product(x, x, c=p.half()),
-        lambda: product(x, torch.empty(2, 3, 5)),
+        lambda: multiply(x, p),
+        lambda: multiply(x, x.mT),
+        lambda: multiply(x, x, c=x),
+        lambda: multiply(x, x, out=x),
+        lambda: multiply(x, x, out=p[:1]),
+        lambda: multiply(x, x, c=p.half()),
+        lambda: multiply(x, torch.empty(2, 3, 5)),
     ):
         with pytest.raises(ValueError, match=r"symmetric|the product is|differ"):
             wrong()
@@ -178,77 +180,31 @@ def test_flat_tensors_that_do_not_fit_are_an_error():
             function(**{name: wrong})
 
 
+def test_what_descriptors_cannot_hold_stays_with_pointers():
+    x = torch.empty(64, 520, 520, dtype=torch.bfloat16, device="meta")
+    kernels = [
+        product.call(
+            each, each, None, each.new_empty(len(each), 520, 520), 1.0, 0.0, 0.0, capability=capability
+        ).kernel
+        for each, capability in (
+            (x, (9, 0)), (x.mT, (9, 0)), (x, (8, 6)), (x[..., ::2], (9, 0)), (x[..., 1:], (9, 0)),
+            (x.new_empty(64, 520, 523), (9, 0)), (x[:1], (9, 0)),
+        )
+    ]  # fmt: skip
+    assert kernels == [product._described_product_kernel] * 2 + [product._product_kernel] * 5
+
+
 # --- by the interpreter -------------------------------------------------------------------------------------
 
 
 @pytest.mark.stack
 def test_the_kernels_compute_what_they_say():
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=interpreted_*"]
+    files = [__file__, interpreted_products.__file__]
+    command = [sys.executable, "-m", "pytest", *files, "-o", "python_functions=interpreted_*"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^54 passed", result.stdout, re.MULTILINE), result.stdout
-
-
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-each_shape = pytest.mark.parametrize("shape", [(2, 96, 200), (1, 33, 70), (2, 1, 5)])
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def framed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A buffer of NaN and, in the midst of it, a copy of x [B, r, c], laid out as x."""
-    tall = x.stride(-1) > x.stride(-2)
-    buffer = torch.full([size + 2 for size in (x.mT if tall else x).shape], torch.nan, dtype=x.dtype)
-    inside = buffer.mT[1:-1, 1:-1, 1:-1] if tall else buffer[1:-1, 1:-1, 1:-1]
-    return buffer, inside.copy_(x)
-
-
-def assert_rounded_once(result: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
-    """`result` is `exact` [fp64] rounded once, but for fp32 sums of terms of `magnitude`."""
-    units = 1.0 if result.dtype == torch.bfloat16 else 0.5  # in the last place: the interpreter truncates
-    bound = exact.abs() * torch.finfo(result.dtype).eps * units + 1e-6 * magnitude
-    assert ((result.double() - exact).abs() <= bound).all()
-
-
-@each_dtype
-@each_shape
-def interpreted_symmetric_product(shape, dtype):
-    size, n, k = shape
-    a, b = random(size, n, k, dtype=dtype, seed=0), random(size, n, k, dtype=dtype, seed=1)
-    lower = random(size, n, n, dtype=dtype, seed=2).tril()
-    c = lower + torch.full_like(lower, torch.nan).triu(1)  # whose upper half is not read
-    for left, right in ((a, a), (b.mT.contiguous().mT, b.mT.contiguous().mT), (a, framed(b)[1])):
-        for alpha, addend, beta, diagonal in ((1.0, None, 0.0, 0.0), (0.5, c, -2.0, 3.0)):
-            frame, out = framed(torch.zeros(size, n, n, dtype=dtype))
-            options = {"alpha": alpha, "c": addend, "beta": beta, "diagonal": diagonal}
-            result = symmetric_product(left, right, **options, out=out)
-            assert result is out and torch.equal(result, result.mT)
-            assert frame.isnan().sum() == frame.numel() - out.numel()  # nothing was written beside it
-            plus = beta * lower.double() + diagonal * torch.eye(n, dtype=torch.float64)
-            exact = alpha * left.double() @ right.double().mT + plus
-            magnitude = left.double().abs() @ right.double().abs().mT + plus.abs()
-            assert_rounded_once(result.tril(), exact.tril(), magnitude)
-    assert torch.equal(symmetric_product(left, right, **options), result)
-
-
-def interpreted_large_tiles(monkeypatch):
-    tiles = replace(gpu.TILES[8, 6], num_sms=1)
-    monkeypatch.setitem(gpu.TILES, (8, 6), tiles)
-    x = random(1, 130, 70, dtype=torch.float32, seed=70)
-    call = gpu._product(x, x, None, x.new_empty(1, 130, 130), 1.0, 0.0, 0.0, capability=(8, 6))
-    assert call.arguments["TILE_N"] == tiles.large.n == 128
-    gram = x.double() @ x.double().mT
-    assert_rounded_once(symmetric_product(x, x), gram, x.double().abs() @ x.double().abs().mT)
-
-
-def interpreted_many_tiles():
-    """An odd number of rows of tiles, the last one ragged."""
-    x = random(1, 10 * 64 + 1, 70, dtype=torch.float32, seed=70)
-    gram = x.double() @ x.double().mT
-    assert_rounded_once(symmetric_product(x, x), gram, x.double().abs() @ x.double().abs().mT)
+    assert re.search(r"^60 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 # Offsets in the flat tensor and in the packed buffer, in other orders, with gaps, at odd places; one empty.
@@ -322,6 +278,32 @@ def interpreted_apply_pass(update_dtype, model_dtype, ahead):
         point = new + ahead * (new - before[mask].double())
         assert_rounded_once(model[mask], point, torch.full_like(new, ahead))
         assert model[~mask].isnan().all()
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
+def interpreted_adamw(model_dtype, monkeypatch):
+    """The step in one pass is the step chunk by chunk; nothing beside the fragment is written."""
+
+    def stepped() -> dict[str, torch.Tensor]:
+        flat = random(5000, dtype=torch.float32, seed=0)
+        model = None if model_dtype is None else torch.zeros(5000, dtype=model_dtype)
+        place = Fragment("a", (70,), 70, 0, 4900, flat, 50, model)
+        unit = FusedStep(rules.AdamW(weight_decay=0.1), [place], device=torch.device("cpu"))
+        for step in range(3):
+            flat.grad = random(5000, dtype=torch.float32, seed=1 + step)
+            unit.step(lr=0.1)
+        return {"flat": flat, **unit.states[0]} | ({} if model is None else {"model": model.float()})
+
+    launches = []
+    launch = gpu.adamw_pass
+    monkeypatch.setattr(gpu, "adamw_pass", lambda *a, **k: launches.append(1) or launch(*a, **k))
+    found = stepped()
+    assert len(launches) == 3
+    monkeypatch.setattr(gpu, "unsupported", lambda device, dtype: "for comparison")
+    for name, tensor in stepped().items():
+        bound = 2**-7 if name == "model" and model_dtype == torch.bfloat16 else 1e-6  # truncated
+        assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
+        assert torch.equal(found[name][:50], tensor[:50]) and torch.equal(found[name][4950:], tensor[4950:])
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,9 @@ LENGTHS = (1, 31, 0, 32, 33, 150)  # 7 tiles of 64 keys, 10 of 32
         (2, 64, SINGLE, 1),
         (2, 128, HALF, 7),
         (2, 64, HALF, 100),
-        (8, 64, SINGLE, 100),
+        (16, 64, SINGLE, 100),  # 5 splits, added 4 at a time
         (8, 128, HALF, 7),
-        (16, 64, HALF, 1),
+        (8, 64, HALF, 1),
     ],
 )
 def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
