@@ -63,6 +63,14 @@ class _Running(ScheduledRequest):
     chance: random.Random = field(kw_only=True)
     scores: list[Score] = field(default_factory=list)
 
+    def prompt(self) -> list[Token]:
+        """All of the prompt, to be echoed; if no token is to follow, its last one ends the request."""
+        scores = [None, *self.scores] if self.scored else [None] * self.prompt_tokens
+        tokens = [Token(token, found, None) for token, found in zip(self.tokens, scores, strict=True)]
+        if self.prompt_tokens == self.most_tokens:
+            tokens[-1] = tokens[-1]._replace(finish="length")
+        return tokens
+
 
 class TorchEngine:
     """See `serving.engine.protocol.Engine`.
@@ -226,7 +234,7 @@ class TorchEngine:
             if not all(math.isfinite(each.logprob) for each in request.scores):
                 return BrokenModel()
             if request.sampling.echo:
-                tokens += self._prompt(request)
+                tokens += request.prompt()
         if drawn is not None:
             token, found = drawn
             if token == BROKEN:
@@ -257,14 +265,6 @@ class TorchEngine:
         rest = iter(found)
         for span in scored:
             span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
-
-    def _prompt(self, request: _Running) -> list[Token]:
-        """All of a prompt, to be echoed; if no token is to follow, its last one ends the request."""
-        scores = [None, *request.scores] if request.scored else [None] * request.prompt_tokens
-        tokens = [Token(token, found, None) for token, found in zip(request.tokens, scores, strict=True)]
-        if request.prompt_tokens == request.most_tokens:
-            tokens[-1] = tokens[-1]._replace(finish="length")
-        return tokens
 
     def _finish(self, request: _Running) -> Finish | None:
         if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:

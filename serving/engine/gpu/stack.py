@@ -14,10 +14,6 @@ from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, project, project
 from serving.engine.scheduler import BLOCK_TOKENS
 from training.model.llama import Layer, Linear, Llama, rotary
 
-# Bytes of weights that are brought into the L2 cache (50 MB on an H100) while attention runs, and while any
-# other launch ends.
-DURING_ATTENTION, BETWEEN = 16 << 20, 0
-
 Attend = Callable[[int, Tensor, Tensor], None]  # of a layer: queries [M, H, C] -> mixed values, written
 
 
@@ -69,23 +65,17 @@ class Stack:
         normed: dict[str, Any] = {"eps": shape.norm_eps, "pdl": pdl}
         half = ceil(shape.hidden_size / 2)
         for index, layer in enumerate(self.layers):
-            following = self.layers[index + 1].qkv if index + 1 < len(self.layers) else self.lm_head
             project(
                 x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, norm=layer.input_norm,
                 heads=heads_of(index), **normed,
             ).launch()  # fmt: skip
             attend(index, q, mixed)
-            project(
-                mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl,
-                ahead=_part(layer.gate_up, DURING_ATTENTION),
-            ).launch()  # fmt: skip
+            project(mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl).launch()
             project(
                 x, layer.gate_up, active, epilogue=SILU, half=shape.ffn_size, norm=layer.ffn_norm,
-                ahead=_part(layer.down, BETWEEN), **normed,
+                **normed,
             ).launch()  # fmt: skip
-            project(
-                active, layer.down, x, epilogue=ADD, half=half, pdl=pdl, ahead=_part(following, BETWEEN)
-            ).launch()  # fmt: skip
+            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()  # fmt: skip
 
     def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
         """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""
@@ -152,11 +142,6 @@ class Stack:
             torch.empty(num_rows, programs, dtype=torch.float32, device=self.cache.device),
             torch.empty(num_rows, programs, dtype=torch.int32, device=self.cache.device),
         )
-
-
-def _part(weight: Tensor, num_bytes: int) -> Tensor:
-    """The first bytes of a matrix."""
-    return weight.flatten()[: num_bytes // weight.element_size()]
 
 
 def _merged(layer: Layer) -> _Layer:
