@@ -125,8 +125,15 @@ def orthogonalize(
             *(each.split(size) for each in (matrices, scale, out)), strict=True
         ):
             x = torch.empty(source.shape, dtype=product, device=source.device)
-            torch.mul(source, factor[:, None, None], out=x)  # in fp32, rounded once
-            target.copy_(_form(product, gram=gram)(x, coefficients))
+            if by_kernels and source.is_contiguous():
+                gpu.scale_pass(source, factor, out=x)
+            else:
+                torch.mul(source, factor[:, None, None], out=x)  # in fp32, rounded once
+            x = _form(product, gram=gram)(x, coefficients)
+            if by_kernels and x.dtype != target.dtype and x.is_contiguous() and target.is_contiguous():
+                gpu.scale_pass(x, None, out=target)
+            else:
+                target.copy_(x)
         return out
     x = torch.empty(matrices.shape, dtype=product)
     wide = torch.promote_types(matrices.dtype, x.dtype)

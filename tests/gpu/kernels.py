@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optim import polar
 from optim.kernels import gpu
-from optim.kernels.gpu import adamw_pass, apply_pass, momentum_pass, symmetric_product
+from optim.kernels.gpu import adamw_pass, apply_pass, momentum_pass, scale_pass, symmetric_product
 from optim.kernels.passes import BLOCK, SegmentTable
 from optim.precision import gram_dtype
 from tests.gpu.block import Run, error_of, worst_of
@@ -148,6 +148,8 @@ def passes(run: Run) -> None:
         _apply(run, update, model)
     for model in (torch.bfloat16, None):
         _adamw(run, model)
+    for dtype in (torch.bfloat16, torch.float16):
+        _scale(run, dtype)
 
 
 def _table(run: Run) -> SegmentTable:
@@ -233,6 +235,17 @@ def _adamw(run: Run, model_dtype: torch.dtype | None) -> None:
         launch()  # _rates has moved the weights on
         worst = Worst(unwritten=int(model.isnan().sum()), error=error_of(model.nan_to_num(), weight))
         worst.report(run, f"{case}: the model", model.dtype)
+
+
+def _scale(run: Run, dtype: torch.dtype) -> None:
+    x = run.random(*((24, 2048, 5504) if run.gpu else (2, 30, 70)), dtype=torch.bfloat16, seed=11)
+    factors, out = run.random(len(x), seed=12), torch.full_like(x, nan, dtype=dtype)
+    scale_pass(x, factors, out=out)
+    worst = Worst(unwritten=int(out.isnan().sum()))
+    for each, factor, found in zip(x, factors, out, strict=True):
+        worst.error = worst_of(worst.error, error_of(found.nan_to_num(), factor.double() * each.double()))
+    rates = _rates(run, lambda: scale_pass(x, factors, out=out), num_bytes=4 * x.numel())
+    worst.report(run, f"scale_pass bf16 to {_short(dtype)}", dtype, **rates)
 
 
 def _short(dtype: torch.dtype) -> str:
