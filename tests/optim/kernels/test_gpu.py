@@ -361,7 +361,7 @@ def interpreted_fused_step(rule, model_dtype, monkeypatch):
         assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
 
 
-# Truncation, of the scaled input as well, more than doubles what test_polar measured between bf16 products that
+# Truncation, of the scaled input too, more than doubles what test_polar measured between bf16 products that
 # are rounded at different places.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("shape", [(72, 150), (150, 72), (72, 80)])
