@@ -6,11 +6,17 @@ operands are widened, multiplied in fp32, and the result is rounded: the same pr
 """
 
 import functools
+import os
 import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+BELOW_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")  # values of ONEDNN_MAX_CPU_ISA
 
 
 def product_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
@@ -49,9 +55,22 @@ def compute_dtype(device: "torch.device") -> "torch.dtype":
 def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16 matrices, and oneDNN uses them.
 
-    oneDNN also accepts bf16 on AVX-512 without such instructions, and emulates them there.
+    oneDNN also accepts bf16 on AVX-512 without such instructions, and emulates them there. On Linux on x86-64
+    the kernel says it, so that a plan need not import torch.
     """
+    flags = _cpu_flags()
+    if flags is not None:
+        held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+        return "avx512_bf16" in flags and held_to not in BELOW_AVX512
     import torch
 
     emulated = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not emulated
+
+
+def _cpu_flags() -> set[str] | None:
+    """What this x86-64 CPU can do, in the words of Linux; None anywhere else."""
+    with suppress(OSError):
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return set(found[1].split()) if found else None
+    return None

@@ -116,6 +116,8 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     "training.evaluate.harness",
+    "training.bench",
+    "training.export",
     "training.launch",
     "training.plan",
     "training.planner.memory",

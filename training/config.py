@@ -364,6 +364,11 @@ class TrainConfig:
         "without bf16 arithmetic",
         choices=PRECISIONS,
     )
+    load: str | None = key(
+        None,
+        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA directory",
+        pattern=(r"hf:.+", "must be hf:DIR"),
+    )
     run: RunConfig = key(RunConfig, "")
     data: DataConfig = key(DataConfig, "")
     model: ModelConfig = key(ModelConfig, "")
@@ -393,6 +398,11 @@ class TrainConfig:
         return self.precision == "bf16"
 
     @property
+    def load_directory(self) -> Path | None:
+        """DIR of load=hf:DIR, absolute."""
+        return Path(self.load.removeprefix("hf:")).expanduser().absolute() if self.load else None
+
+    @property
     def run_directory(self) -> Path:
         """`<run.directory>/<run.name>`, absolute."""
         return (Path(self.run.directory).expanduser() / self.run.name).absolute()
@@ -412,11 +422,6 @@ def settled(config: TrainConfig) -> TrainConfig:
     """With a precision in place of `auto`: bf16 on GPUs, on CPUs what `optim.precision` says of this one."""
     if config.precision != "auto":
         return config
-    if config.workers.gpu:
-        return replace(config, precision="bf16")
-    import torch
+    from optim.precision import cpu_has_bf16
 
-    from optim.precision import compute_dtype
-
-    bf16 = compute_dtype(torch.device("cpu")) == torch.bfloat16
-    return replace(config, precision="bf16" if bf16 else "fp32")
+    return replace(config, precision="bf16" if config.workers.gpu or cpu_has_bf16() else "fp32")

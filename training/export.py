@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import cli, runs
-from training.run.export import DTYPES, export
+
+DTYPES = ("bfloat16", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         run = runs.directory_of(options.run)
+        from training.run.export import export  # torch, which a wrong name need not wait for
+
         print(export(run, output=options.output, step=options.step, dtype=options.dtype).describe())
 
     return cli.run(body)
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=list(DTYPES),
+        choices=DTYPES,
         default="bfloat16",
         help="bfloat16 (default): the master weights rounded, which is exactly what bf16 training computed "
         "with; float32: the master weights themselves",

@@ -87,6 +87,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     spent = Spent()
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
+    if config.load_directory:
+        config = replace(config, load=f"hf:{config.load_directory}")
     show(plan.table())
     with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
         with spent.part("data"):

@@ -17,7 +17,7 @@ from cluster.config import ConfigError
 from cluster.display import Table, pairs, show
 from cluster.measure import hardware
 from training import config as training_config
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 from training.model import shapes
 from training.model.shapes import LlamaShape
 from training.planner.memory import Memory, memory
@@ -215,15 +215,29 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
 
 
 def resolve_shape(config: TrainConfig) -> LlamaShape:
-    """The model's shape, with the overrides of `config.model`. Raises `ConfigError`."""
+    """The model's shape, with the overrides of `config.model`; with `load`, that of the weights.
+
+    Raises:
+        ConfigError: there is no such shape, or a key of `config.model` asks for another than `load` has.
+    """
     overrides = asdict(config.model)
     name = overrides.pop("shape")
     for other in ("activation_checkpointing", "compile", "loss_tokens"):
         overrides.pop(other)
+    given = {size: value for size, value in overrides.items() if value is not None}
     try:
-        return shapes.resolve(name, **overrides)
+        if config.load_directory is None:
+            return shapes.resolve(name, **overrides)
+        shape = shapes.resolve(config.load_directory)
+        asked = given if name == ModelConfig().shape else vars(shapes.resolve(name, **overrides))
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+        raise ConfigError(f"{'load' if config.load else 'model'}: {error}") from error
+    for size, value in asked.items():
+        if (loaded := getattr(shape, size)) != value:
+            key = f"model.{size if size in given else 'shape'}"
+            problem = f"{size} is {value}, but {loaded} in {config.load}"
+            raise ConfigError(f"{key}: {problem}; leave the key out: the weights have their own shape")
+    return shape
 
 
 def _device(config: TrainConfig) -> hardware.Device | None:

@@ -1,6 +1,6 @@
 """`make test-faults`: real runs are broken in every way, resumed, and compared with undisturbed ones.
 
-    python -m tests.faults [--runs N] [--first N] [--kind WORDS] [--output FILE] [--no-output]
+    python -m tests.faults [--runs N] [--first N] [--jobs N] [--kind WORDS] [--output FILE] [--no-output]
     python -m tests.faults --seed N          that one again, and its files stay
 
 Seed N chooses everything about run N: its kind of fault, its setup, and the event at which it happens. What
@@ -10,14 +10,17 @@ must hold is in `tests/faults/checks.py`.
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,9 @@ from tests.faults.ray_kinds import RAY_ROUND, SETUP
 from tests.faults.runs import SETUPS, Place, forget, start
 
 WHAT = "faults"
-RUNS = 240
+RUNS = 200
 MOST_STARTS = 4  # after the faults, until the run has ended
-RAY_EVERY = 30  # seeds, of which one is a run under Ray: it takes ten times as long
+RAY_EVERY = 40  # seeds, of which one is a run under Ray: it takes ten times as long
 TWICE = 0.2  # share of the runs that are killed a second time while they resume
 CLONE_NEWNS, MS_REC_PRIVATE = 0x20000, 0x44000
 
@@ -45,6 +48,7 @@ class Campaign:
 
     def __init__(self, folder: Path, *, as_root: bool) -> None:
         self._folder = folder
+        write_corpus(folder)
         self._references: dict[str, Counts] = {}
         self._kinds = [
             (name, kind)
@@ -52,7 +56,6 @@ class Campaign:
             for _ in range(times)
             if as_root or kind not in AS_ROOT
         ]
-        write_corpus(folder)
 
     def kind(self, seed: int) -> tuple[str, Kind]:
         """The kind of fault of a seed. Kinds come in turns, spread over a round."""
@@ -109,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"default: {RUNS}")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="first seed (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
     parser.add_argument("--seed", type=int, metavar="N", help="only this one, and keep its files")
     parser.add_argument(
         "--kind", default="", metavar="WORDS", help="only kinds with these words in their name"
@@ -123,10 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = range(options.seed, options.seed + 1)
     keep = options.seed is not None or options.no_output
     output = None if keep else prepare_output(options.output, WHAT)
-    return run(lambda: campaign(seeds, kind=options.kind, output=output, keep=options.seed is not None))
+    keep = options.seed is not None
+    return run(lambda: campaign(seeds, jobs=options.jobs, kind=options.kind, output=output, keep=keep))
 
 
-def campaign(seeds: Sequence[int], *, kind: str, output: Path | None, keep: bool) -> None:
+def campaign(seeds: Sequence[int], *, jobs: int, kind: str, output: Path | None, keep: bool) -> None:
     """Run these seeds. Raises `RunError` if anything was wrong."""
     load, began = load_average(), time.monotonic()
     as_root = private_mounts()
@@ -135,31 +140,28 @@ def campaign(seeds: Sequence[int], *, kind: str, output: Path | None, keep: bool
     wrong: dict[int, list[str]] = {}
     kinds: Counter[str] = Counter()
     num_starts = 0
-    with ExitStack() as stack:
-        name = (
-            tempfile.mkdtemp(prefix="faults-") if keep else stack.enter_context(tempfile.TemporaryDirectory())
-        )
-        here = Campaign(Path(name), as_root=as_root)
-        for seed in seeds:
-            if kind not in here.kind(seed)[0]:
-                continue
-            name, story = here.story(seed)
-            kinds[name] += 1
-            num_starts += len(story.said)
-            print(f"seed {seed:<5}{name:<38}{story.place.setup:<8}{'; '.join(story.said)}", flush=True)
-            if story.problems:
-                wrong[seed] = story.problems
-                print("\n".join(f"    WRONG: {problem}" for problem in story.problems), flush=True)
-            if keep:
-                print(f"its files: {story.run}, and {story.place.folder / 'logs' / story.place.name}")
-            else:
-                forget(story.place)
-        found = {"hang_found_seconds": round(here.hang(), 1)} if output else {}
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    here = Campaign(folder, as_root=as_root)
+    chosen = [seed for seed in seeds if kind in here.kind(seed)[0]]
+    try:
+        with multiprocessing.get_context("fork").Pool(jobs, _begin, (folder, as_root)) as pool:
+            for told in pool.imap_unordered(partial(_tell, keep=keep), chosen):
+                kinds[told.name] += 1
+                num_starts += len(told.said)
+                print(f"seed {told.seed:<5}{told.name:<38}{told.setup:<8}{'; '.join(told.said)}", flush=True)
+                if told.problems:
+                    wrong[told.seed] = told.problems
+                    print("\n".join(f"    WRONG: {problem}" for problem in told.problems), flush=True)
+            found = {"hang_found_seconds": round(pool.apply(_hang), 1)} if output else {}
+    finally:
+        if keep:
+            print(f"the files: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     result: dict[str, Any] = {
         "bench": WHAT, "faulted_runs": sum(kinds.values()), "starts": num_starts, "wrong": len(wrong),
-        "kinds": dict(kinds), "seeds": [seeds[0], seeds[-1]], "wrong_seeds": wrong,
-        **found,
-        "minutes": round((time.monotonic() - began) / 60, 1), "load_average_before": load,
+        "kinds": dict(kinds), "seeds": [chosen[0], chosen[-1]], "wrong_seeds": wrong, **found,
+        "minutes": round((time.monotonic() - began) / 60, 1), "jobs": jobs, "load_average_before": load,
     }  # fmt: skip
     if output:
         about = provenance.collect(command=sys.argv, data_fingerprint=None)
@@ -167,9 +169,40 @@ def campaign(seeds: Sequence[int], *, kind: str, output: Path | None, keep: bool
         print(f"written to {output}")
     print(json.dumps(result))
     if wrong:
-        raise RunError(
-            f"{len(wrong)} of {sum(kinds.values())} runs went wrong; again: --seed {next(iter(wrong))}"
-        )
+        first = next(iter(wrong))
+        raise RunError(f"{len(wrong)} of {sum(kinds.values())} runs went wrong; again: --seed {first}")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came out of a story, for the process that prints."""
+
+    seed: int
+    name: str
+    setup: str
+    said: list[str]
+    problems: list[str]
+
+
+_campaign: Campaign  # of a process of the pool
+
+
+def _begin(folder: Path, as_root: bool) -> None:
+    global _campaign
+    own = folder / str(os.getpid())
+    own.mkdir()
+    _campaign = Campaign(own, as_root=as_root)
+
+
+def _tell(seed: int, *, keep: bool) -> Told:
+    name, story = _campaign.story(seed)
+    if not keep:
+        forget(story.place)
+    return Told(seed, name, story.place.setup, story.said, story.problems)
+
+
+def _hang() -> float:
+    return _campaign.hang()
 
 
 def private_mounts() -> bool:

@@ -144,11 +144,11 @@ def held_to(run: Run, cap_gb: float | None) -> Iterator[None]:
         return
     whole = torch.cuda.get_device_properties(run.device).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((cap_gb * 1e9 - CONTEXT_BYTES) / whole, run.device)
+    torch.cuda.set_per_process_memory_fraction((cap_gb * 1e9 - CONTEXT_BYTES) / whole)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, run.device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @contextmanager

@@ -222,6 +222,7 @@ def test_every_key_of_a_training_run_is_explained_once():
 REFUSED = {
     "launcher": ["slurm"],
     "precision": ["fp16", "BF16"],
+    "load": ["gpt2", "'hf:'"],
     "run.name": ["a/b", "..", ".hidden", "''", "a b", "-x", "é"],
     "run.seed": ["-1", str(2**63)],
     "data.sources": ["[x]", "[a=]", "[a=x@b]", "[a=x@0]", "[a=x@-1]", "[a b=x]", "[a=x,a=y]", "[a=x@nan]"],

@@ -54,6 +54,8 @@ def refusal(capsys, *arguments: str) -> str:
         ({"zero__stage": 4}, ["zero.stage", "0, 1, 2, 3"]),
         ({"model__shape": "llama-9t"}, ["llama-9t", "llama-1b4"]),
         ({"model__num_kv_heads": 3}, ["num_kv_heads", "3"]),
+        ({"model__num_layers": 10**9}, ["num_layers: 1,000,000,000 is above 10,000"]),
+        ({"model__hidden_size": 2 * 10**5, "model__ffn_size": 10**7}, ["hidden_size: ", "e+13 parameters"]),
         ({"model__vocab_size": 256}, ["model.vocab_size: 256", "320 tokens"]),
         ({"workers__accelerator": "A400"}, ["workers.accelerator", "A400", "A40"]),
         ({"workers__count": 2}, ["workers.count: 2", "torchrun started 1"]),
@@ -76,6 +78,17 @@ def test_a_directory_that_cannot_be_written_is_named(finished: Path, capsys) -> 
     (finished / "file").write_text("not a folder")
     message = refusal(capsys, *tiny(finished, run__directory=finished / "file"))
     assert str(finished / "file") in message and "run.directory" in message
+
+
+def test_a_place_for_checkpoints_that_cannot_be_written_is_named_before_the_first_step(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to("/proc/self/fdinfo")  # where nobody may make a file, root neither
+    message = refusal(capsys, *tiny(finished, run__name="run", run__directory=tmp_path))
+    assert f"{run / 'checkpoints'}: no checkpoint can be written there (" in message
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_other_data_than_the_checkpoint_saw_is_refused(unfinished: Path, capsys) -> None:

@@ -36,6 +36,18 @@ class RopeScaling:
         _require(self.original_max_positions >= 1, "rope_scaling.original_max_positions", "must be positive")
 
 
+# Far above every model so far, and below what would take minutes to count or fill any machine.
+MOST = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "num_layers": 10_000,
+    "num_heads": 100_000,
+    "head_dim": 100_000,
+    "ffn_size": 10_000_000,
+}
+MOST_PARAMETERS = 10**13
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
     """The sizes of a LLaMA model. Raises `ValueError`, naming the field, for sizes that fit no model."""
@@ -60,6 +72,8 @@ class LlamaShape:
                 _require(
                     isinstance(value, int) and value >= 1, field.name, f"{value!r} is no positive integer"
                 )
+                most = MOST.get(field.name, value)
+                _require(value <= most, field.name, f"{value:,} is above {most:,}, the most that is taken")
         # Attention could do without the first, but transformers refuses to load such a model.
         for whole, part in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads")):
             size, divisor = getattr(self, whole), getattr(self, part)
@@ -67,6 +81,12 @@ class LlamaShape:
         _require(self.head_dim % 2 == 0, "head_dim", f"{self.head_dim} is odd; RoPE rotates pairs")
         _require(self.rope_theta > 0, "rope_theta", f"{self.rope_theta} must be positive")
         _require(self.norm_eps > 0, "norm_eps", f"{self.norm_eps} must be positive")
+        layer = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * self.ffn_size
+        total = self.hidden_size * (self.num_layers * layer + self.vocab_size)
+        problem = (
+            f"with the other sizes this is {total:.2g} parameters; at most {MOST_PARAMETERS:.0e} are taken"
+        )
+        _require(total <= MOST_PARAMETERS, "hidden_size", problem)
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, named and ordered as in transformers' LlamaForCausalLM.

@@ -178,12 +178,15 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
     norm = (4 + 2 * p) * shape.hidden_size
     forward, loss = _loss_bytes(shape, tokens, form)
     table = shape.vocab_size * shape.hidden_size * p
-    # in a layer's backward pass: gradients of the SwiGLU's three products, of the residual and of its norm
-    inside = (3 * shape.ffn_size + 2 * shape.hidden_size) * p + (layer if form.checkpointing else 0)
+    # In a layer's backward pass: gradients of the residual, its norm and the SwiGLU's three products, which
+    # compiled kernels do not hold at once; and the layer, computed again.
+    inside = (2 * shape.hidden_size + (0 if form.compiled else 3 * shape.ffn_size)) * p
+    inside += layer if form.checkpointing else 0
     places = (
         tokens * (kept + norm) + loss,
         tokens * (kept + inside) + table,
-        tokens * (inside if form.checkpointing else layer + inside) + gradients + table,
+        tokens * (inside if form.checkpointing else layer + inside) + max(gradients - table, 0),
+        gradients + table,
     )
     return tokens * (kept + norm) + forward, max(places)
 

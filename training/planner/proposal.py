@@ -1,14 +1,15 @@
-"""The fastest configuration that fits a GPU's memory: micro-batch, checkpointing and ZeRO stage."""
+"""The fastest configuration that fits a GPU's memory: micro-batch, compilation, checkpointing, ZeRO stage."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from cluster.config import ConfigError
 from cluster.display import Table, table
 from cluster.measure.hardware import Device
 from training.config import TrainConfig
 from training.model.shapes import LlamaShape
-from training.planner.memory import Memory, memory
+from training.planner.memory import Memory, compiles, memory
 from training.planner.seconds import Rates, rates_of, step_seconds
 
 MOST_MICRO_SEQUENCES = 64
@@ -27,17 +28,23 @@ class Candidate:
     @property
     def keys(self) -> str:
         """What to write on a command line."""
-        config = self.config
-        checkpointing = str(config.model.activation_checkpointing).lower()
+        compiled, checkpointing = (str(each).lower() for each in self.policy[:2])
         return (
-            f"batch.micro_sequences={config.batch.micro_sequences} "
-            f"model.activation_checkpointing={checkpointing} zero.stage={config.zero.stage}"
+            f"batch.micro_sequences={self.config.batch.micro_sequences} model.compile={compiled} "
+            f"model.activation_checkpointing={checkpointing} zero.stage={self.config.zero.stage}"
         )
 
     @property
-    def policy(self) -> tuple[bool, int]:
-        """(checkpointing, stage)."""
-        return self.config.model.activation_checkpointing, self.config.zero.stage
+    def policy(self) -> tuple[bool, bool, int]:
+        """(compiled, checkpointing, stage)."""
+        return compiles(self.config), self.config.model.activation_checkpointing, self.config.zero.stage
+
+    @property
+    def name(self) -> str:
+        """The policy in words."""
+        compiled, checkpointing, stage = self.policy
+        name = f"ZeRO-{stage} {'with' if checkpointing else 'without'} checkpointing"
+        return name if compiled else f"{name}, not compiled"
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,12 @@ class Proposal:
             parts.append(f"micro-batches of {micro} need {need:.1f} GB ({next_one.memory.largest})")
         others = [each for each in self.by_policy() if each is not best and self.fits(each)]
         for each in sorted(others, key=lambda each: each.seconds)[:2]:
-            checkpointing, stage = each.policy
-            name = f"ZeRO-{stage} {'with' if checkpointing else 'without'} checkpointing"
             longer = each.seconds / best.seconds - 1
-            parts.append(f"{name} takes {f'{longer:.0%} longer' if longer > EQUAL else 'as long'}")
+            parts.append(f"{each.name} takes {f'{longer:.0%} longer' if longer > EQUAL else 'as long'}")
         return f"{best.keys} is the fastest that fits {room}" + (": " + "; ".join(parts) if parts else "")
 
     def by_policy(self) -> list[Candidate]:
-        """Of each (checkpointing, stage) the fastest that fits, else the smallest."""
+        """Of each policy the fastest that fits, else the smallest."""
         found = []
         for policy in dict.fromkeys(each.policy for each in self.candidates):
             same = [each for each in self.candidates if each.policy == policy]
@@ -95,15 +100,15 @@ class Proposal:
         best = self.best
         rows = [
             (
-                "full" if each.policy[0] else "none", f"{each.policy[1]}",
+                "yes" if each.policy[0] else "no", "full" if each.policy[1] else "none", f"{each.policy[2]}",
                 f"{each.config.batch.micro_sequences}", f"{each.memory.total / 1e9:.1f}", each.memory.largest,
                 f"{each.seconds:.3f}", f"{each.config.batch.tokens / each.seconds:,.0f}",
                 "proposed" if each is best else "" if self.fits(each) else "does not fit",
             )
             for each in sorted(self.by_policy(), key=lambda each: (not self.fits(each), each.seconds))
         ]  # fmt: skip
-        head = ("checkpointing", "ZeRO", "micro", "GB", "most in", "s per step", "tokens/s", "")
-        return table(head, rows, left=(0, 4, -1))
+        head = ("compiled", "checkpointing", "ZeRO", "micro", "GB", "most in", "s per step", "tokens/s", "")
+        return table(head, rows, left=(0, 1, 5, -1))
 
 
 def propose(
@@ -115,6 +120,8 @@ def propose(
     stages: Iterable[int] = STAGES,
 ) -> Proposal:
     """Plan every micro-batch that divides the batch, with and without checkpointing, in these stages.
+
+    Where the configuration does not compile, it is planned compiled too.
 
     Raises:
         ConfigError: no micro-batch divides the batch.
@@ -142,8 +149,8 @@ def _choices(config: TrainConfig, num_workers: int, stages: tuple[int, ...]) -> 
         if rest or sequences % micro:
             continue
         batch = replace(config.batch, micro_sequences=micro)
-        for checkpointing in (False, True):
-            model = replace(config.model, activation_checkpointing=checkpointing)
+        for compiled, checkpointing in product(dict.fromkeys((compiles(config), True)), (False, True)):
+            model = replace(config.model, compile=compiled, activation_checkpointing=checkpointing)
             for stage in stages:
                 zero = replace(config.zero, stage=stage, init=config.zero.init and stage == 3)
                 yield replace(config, batch=batch, model=model, zero=zero)

@@ -8,26 +8,21 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster import config as layered
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
-from cluster.record import origins, provenance
-from cluster.record.alarms import LossAlarms
 from cluster.record.heartbeat import Heartbeat
-from cluster.record.record import Record
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
-from training.data.mixture import origin_of
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
 from training.run import checkpoint
@@ -40,14 +35,14 @@ from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
 from training.run.spent import Spent
 from training.run.start import PARTITION, Start, report_checkpoint
-from training.run.state import rewinds
+from training.run.state.hf_weights import HuggingFaceWeights
+from training.run.state.output import Observe, Output, open_record
 from training.run.state.profiling import profiled
 from training.run.state.rewinds import Rewinds
 from training.run.state.writer import Writer
 from training.run.validation import Validation
 from training.run.watch import (
     Skips,
-    loss_alarms,
     report_end,
     report_failure,
     report_hang,
@@ -57,7 +52,6 @@ from training.run.watch import (
 
 LAYERS_EVERY = 10  # inspections of the optimizer, of which one has a value for each matrix
 
-Observe = Callable[[dict[str, Any]], None]
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -103,79 +97,6 @@ def train(
             elif record is not None:
                 report_stop(config, step=trainer.step)
     return summary is not None
-
-
-def open_record(start: Start, command: list[str], *, step: int | None = None) -> Record:
-    """The record of a run, on rank 0, after `step` steps (None: those of the checkpoint of `start`)."""
-    config = start.config
-    if step is None and start.checkpoint is not None:
-        step = checkpoint.step_of(start.checkpoint)
-    fingerprint = start.train_set.manifest.fingerprint
-    about = provenance.collect(
-        command=command, data_fingerprint=fingerprint, config_changes=layered.changes(config)
-    )
-    if went_back := rewinds.read(config.run_directory):
-        about |= {"rewinds": went_back}
-    return Record.open(
-        config.run_directory,
-        config=layered.to_dict(config),
-        provenance=about,
-        wandb_mode=config.record.wandb,
-        project=config.record.project,
-        group=config.record.group,
-        name=config.run.name,
-        job_type="train",
-        tags=[config.optim.matrix.rule, f"zero-{config.zero.stage}"],
-        resume_step=step,
-        inputs=[origin_of(start.train_set)],
-    )
-
-
-@dataclass
-class Output:
-    """Where rows and notes go: the record on rank 0, nowhere on the others.
-
-    Attributes:
-        upload: checkpoints to W&B, not only references to them.
-        alarms: for the losses.
-        reopen: opens the record again, after `step` steps.
-    """
-
-    record: Record | None
-    observe: Observe
-    upload: bool = False
-    alarms: LossAlarms | None = None
-    reopen: Callable[..., Record] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.record is not None:
-            self.record.__exit__(*error)
-
-    @property
-    def spiked(self) -> bool:
-        """Whether the newest row began a loss spike."""
-        return self.alarms is not None and self.alarms.spiked
-
-    def row(self, row: dict[str, Any]) -> None:
-        if self.record is not None:
-            self.record.log(row)
-            if self.alarms is not None:
-                self.alarms.see(row)
-            self.observe(row)
-
-    def go_back(self, config: TrainConfig, *, step: int) -> None:
-        """Drop the rows after `step`."""
-        if self.record is not None and self.reopen is not None:
-            self.record.close()
-            self.record = self.reopen(step=step)
-            self.alarms = loss_alarms(config, step=step)
-
-    def checkpoint(self, path: Path) -> None:
-        if self.record is not None:
-            self.record.output(origins.of_checkpoint(path), upload=self.upload)
 
 
 class Trainer:
@@ -224,6 +145,9 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
             self.resumed_from, self.wall_seconds = self.step, saved.state["wall_seconds"]
+        elif config.load_directory is not None:
+            weights = HuggingFaceWeights(config.load_directory, plan.shape)
+            self.optimizer.load_shards(weights.read, applied_steps=0)
 
     def run(self, output: Output) -> dict[str, Any] | None:
         """All remaining steps. Returns the summary of the run; None if it stopped before its last step."""

@@ -4,9 +4,10 @@ import errno
 import fcntl
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
+from cluster.config import ConfigError
 from cluster.record import events
 from cluster.record.row_format import is_being_written
 from cluster.runs import CONFIG_FILE
+from training import config as training_config
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
 from training.data.mixture import describe
@@ -25,6 +28,8 @@ from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, step_of
 from training.run.context import Context
+from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
+from training.run.state.seam import describe_seam
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 LOCK = "launcher.lock"  # in the run directory: held by the launcher of a start, whom it names
@@ -144,6 +149,9 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         text = "the last step was taken; the start that took it was killed before it said so"
         events.end(directory, "finished", text, step=saved.state["step"])
         return None
+    require_tokenizer(config)
+    if config.load_directory and not saved:
+        HuggingFaceWeights(config.load_directory, plan.shape)  # refused here rather than in a worker
     start = Start.of(config, plan, prepare(config.data, report=report).absolute(), checkpoint=newest)
     num_samples = plan.num_steps * plan.samples_per_step
     for line in describe(start.train_set, samples=num_samples, seed=config.run.seed):
@@ -154,14 +162,20 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         tuning_sequences=config.evaluation.tuning_sequences,
     )
     data, vocab_size = start.train_set.directory, start.train_set.manifest.vocab_size
+    if config.load_directory and (note := require_same_tokens(config.load_directory, start.train_set)):
+        report(note)
     if vocab_size > plan.shape.vocab_size:
         raise UserError(
             f"model.vocab_size: {plan.shape.vocab_size}, but the tokenizer of {data} has {vocab_size} "
-            "tokens; set model.vocab_size to at least that"
+            f"tokens; {'set data.tokenizer' if config.load else 'set model.vocab_size to at least that'}"
         )
+    seam = None
     if saved:
         saved.check_identity(start.identity)
         report(f"resuming {directory} from step {saved.state['step']}")
+        seam = _seam(config, saved)
+        if seam:
+            report(seam)
     elif (metrics := directory / "metrics.jsonl").exists():
         report(f"{directory} broke off before its first checkpoint: starting again from step 0")
         metrics.unlink()
@@ -173,21 +187,46 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         _keep_tokenizer(start.train_set, directory / TOKENIZER)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
-    _tell_start(start, damaged)
+    _require_writable(directory / "checkpoints")
+    _tell_start(start, damaged, seam)
     return start
 
 
-def _tell_start(start: Start, damaged: list[str]) -> None:
+def _require_writable(checkpoints: Path) -> None:
+    """The folder may be storage of its own; better known now than at the first checkpoint."""
+    try:
+        checkpoints.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=checkpoints):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{checkpoints}: no checkpoint can be written there ({error.strerror}); make it writable, or set "
+            "run.directory"
+        ) from error
+
+
+def _seam(config: TrainConfig, saved: Checkpoint) -> str | None:
+    """`describe_seam`, by the configuration of the start before, if it can still be read."""
+    with suppress(ConfigError):
+        before = training_config.load(file=config.run_directory / CONFIG_FILE, settle=False)
+        return describe_seam(before, config, applied_steps=saved.state["applied_steps"])
+    return None
+
+
+def _tell_start(start: Start, damaged: list[str], seam: str | None) -> None:
     """The event that begins this start. A resumed run keeps its events, a fresh one replaces them.
 
-    damaged: lines about the checkpoints that could not be used.
+    Args:
+        damaged: lines about the checkpoints that could not be used.
+        seam: what the learning rate does, if its schedule has changed.
     """
     directory, saved, num_steps = start.config.run_directory, start.checkpoint, start.plan.num_steps
     if saved is None:
         (directory / events.FILE).unlink(missing_ok=True)
-        events.append(
-            directory, "started", f"a run of {num_steps:,} steps begins", step=0, num_steps=num_steps
-        )
+        text = f"a run of {num_steps:,} steps begins"
+        if start.config.load:
+            text += f", from the weights of {start.config.load}"
+        events.append(directory, "started", text, step=0, num_steps=num_steps)
     else:
         found = events.read(directory)
         if not any((event["kind"], event["step"]) == ("checkpoint", step_of(saved)) for event in found):
@@ -195,7 +234,7 @@ def _tell_start(start: Start, damaged: list[str]) -> None:
         if not events.has_ended(found):
             text = "the start before did not report its end: it was killed, or its node was lost"
             events.end(directory, "killed", text)
-        text, step = f"the run continues from {saved.name}", step_of(saved)
+        text, step = f"the run continues from {saved.name}{f'; {seam}' if seam else ''}", step_of(saved)
         events.append(directory, "resumed", text, step=step, num_steps=num_steps)
     for line in damaged:
         events.append(directory, "checkpoint_damaged", line)

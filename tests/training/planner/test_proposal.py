@@ -24,7 +24,7 @@ def test_what_is_proposed_fits_and_nothing_that_fits_is_faster(proposal) -> None
     fitting = [each for each in proposal.candidates if each.memory.total <= 48e9]
     assert best.seconds <= (1 + EQUAL) * min(each.seconds for each in fitting)
     assert len(fitting) < len(proposal.candidates)
-    assert best.keys in proposal.reason() and "longer" in proposal.reason()
+    assert best.keys in proposal.reason() and " takes " in proposal.reason()
     rows = str(proposal.table()).splitlines()
     assert len(rows) == 1 + 6 and sum(row.endswith("proposed") for row in rows) == 1
 
@@ -32,10 +32,16 @@ def test_what_is_proposed_fits_and_nothing_that_fits_is_faster(proposal) -> None
 def test_checkpointing_is_proposed_where_nothing_else_fits() -> None:
     small = replace(A40, memory_gb=33)
     found = propose(CONFIG, SHAPE, small, num_workers=1)
-    without = [each for each in found.candidates if not each.policy[0] and found.fits(each)]
-    assert found.best.policy[0] == (not without)
+    without = [each for each in found.candidates if not each.policy[1] and found.fits(each)]
+    assert found.best.policy[1] == (not without)
     none = propose(CONFIG, SHAPE, replace(A40, memory_gb=8), num_workers=1)
     assert none.best is None and none.reason().startswith("none fits 8 GB: the smallest, ")
+
+
+def test_a_run_that_does_not_compile_is_told_to() -> None:
+    found = propose(on_one_gpu("batch.tokens=65536", "model.compile=false"), SHAPE, A40, num_workers=1)
+    assert "model.compile=true" in found.best.keys.split()
+    assert {each.policy[0] for each in found.by_policy()} == {False, True}
 
 
 def test_more_memory_is_never_slower() -> None:

@@ -18,8 +18,9 @@ from training.config import TrainConfig
 from training.data.prepare import prepare
 from training.plan import make_plan
 from training.run.context import Context
-from training.run.loop import Output, Trainer, open_record
+from training.run.loop import Trainer
 from training.run.start import Start, newest_of
+from training.run.state.output import Output, open_record
 
 pytestmark = pytest.mark.stack
 
