@@ -49,23 +49,30 @@ class Tiles:
 
     Attributes:
         programs: among which a decoding step divides its tiles of keys, about.
-        decode: one query per request, G of a page in one product.
+        single: decoding with G = 1.
+        grouped: decoding with G queries of a page in one product.
         prefill: spans of a prompt.
     """
 
     programs: int
-    decode: Tile
+    single: Tile
+    grouped: Tile
     prefill: Tile
 
 
 TILES = {  # in half precision
-    # A40: 101,376 bytes of shared memory per block, 84 multiprocessors. Chosen by these; not measured.
-    (8, 6): Tiles(84 * 2, Tile(64, 4, 2), Tile(64, 4, 2, queries=64)),
-    # H100, H200: 232,448 bytes, 132 multiprocessors. Measured on an H200.
-    (9, 0): Tiles(256, Tile(64, 4, 2), Tile(64, 4, 2, queries=64)),
+    # A40: 84 multiprocessors, 101,376 bytes of shared memory each: two programs fit. Not measured.
+    (8, 6): Tiles(84 * 3, Tile(64, 4, 2), Tile(64, 4, 2), Tile(32, 4, 2, queries=64)),
+    # H100, H200: 132 multiprocessors, 232,448 bytes. Chosen among 7 tiles and 4 numbers of programs, measured
+    # on an H200 with contexts of 512 and 2000 and 1 to 32 requests, equal and mixed.
+    (9, 0): Tiles(384, Tile(64, 4, 2), Tile(128, 4, 2), Tile(64, 4, 3, queries=64)),
 }
 # Products of fp32 use no tensor cores. Larger tiles of it spill.
-FP32_TILES: dict[str, Any] = {"decode": Tile(32, 8, 2), "prefill": Tile(16, 8, 2, queries=32)}
+FP32_TILES: dict[str, Any] = {
+    "single": Tile(32, 8, 2),
+    "grouped": Tile(32, 8, 2),
+    "prefill": Tile(16, 8, 2, queries=32),
+}
 
 
 def _tiles(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
@@ -158,11 +165,11 @@ def decode_scratch(
 def _most_splits(programs: int, size: int, num_kv_heads: int) -> int:
     """Programs for each pair of a request and a head of the cache.
 
-    Four times what is used if all requests are equally long. One alone never uses more than its share.
+    Four times what is used if all requests are equally long, which divides long ones among short ones. One
+    request alone gets two thirds: there, programs without work take longer to launch than they save.
     """
-    return min(
-        math.ceil(programs / num_kv_heads), 4 * math.ceil(programs / (size * num_kv_heads)), MAX_SPLITS
-    )
+    alone = math.ceil(programs * 2 / 3 / num_kv_heads)
+    return min(alone, 4 * math.ceil(programs / (size * num_kv_heads)), MAX_SPLITS)
 
 
 def decode_attention(
@@ -182,24 +189,26 @@ def decode_attention(
     Raises:
         ValueError: shapes, strides or dtypes do not fit together.
     """
-    _decode(q, cache, blocks, lengths, out, scratch, _capability(q.device), pdl=pdl).launch()
+    decode_call(q, cache, blocks, lengths, out, scratch=scratch, pdl=pdl).launch()
 
 
-def _decode(
-    q: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, out: Tensor, scratch: DecodeScratch,
-    capability: tuple[int, int], *, pdl: bool = False,
+def decode_call(
+    q: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, out: Tensor, *, scratch: DecodeScratch,
+    pdl: bool = False, capability: tuple[int, int] | None = None,
 ) -> Call:  # fmt: skip
+    """The launch of `decode_attention`, for this device or another GPU's `capability`."""
     _check(q, cache, out, blocks=blocks, lengths=lengths)
     (size, num_heads, _), num_kv_heads = q.shape, cache.shape[2]
     _require(size == len(blocks) == len(lengths), "q, blocks and lengths differ in requests")
-    tiles = _tiles(capability, q.dtype)
+    tiles = _tiles(capability or _capability(q.device), q.dtype)
     splits = _most_splits(tiles.programs, size, num_kv_heads)
     _require(
         len(scratch.logs) >= size * splits * num_heads and len(scratch.arrived) >= size,
         f"the scratch is for fewer than {size} requests",
     )
-    tile = tiles.decode
-    rows = 1 << (num_heads // num_kv_heads - 1).bit_length()
+    group = num_heads // num_kv_heads
+    tile = tiles.single if group == 1 else tiles.grouped
+    rows = 1 << (group - 1).bit_length()
     arguments = _layout(q, cache, blocks, out) | {
         "lengths": lengths,
         "mixed": scratch.mixed,
@@ -254,15 +263,17 @@ def prefill_attention(q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, o
     Raises:
         ValueError: shapes, strides or dtypes do not fit together.
     """
-    _prefill(q, cache, blocks, tiles, out, _capability(q.device)).launch()
+    prefill_call(q, cache, blocks, tiles, out).launch()
 
 
-def _prefill(
-    q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, out: Tensor, capability: tuple[int, int]
-) -> Call:
+def prefill_call(
+    q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, out: Tensor, *,
+    capability: tuple[int, int] | None = None,
+) -> Call:  # fmt: skip
+    """The launch of `prefill_attention`, for this device or another GPU's `capability`."""
     _check(q, cache, out, blocks=blocks, tiles=tiles)
     _require(tiles.shape[1:] == (4,) and tiles.is_contiguous(), "tiles must be [T, 4], contiguous")
-    tile = _tiles(capability, q.dtype).prefill
+    tile = _tiles(capability or _capability(q.device), q.dtype).prefill
     arguments = _layout(q, cache, blocks, out) | {"tiles": tiles}
     arguments |= {"QUERIES": tile.queries, "KEYS": tile.keys}
     return Call(prefill_kernel, (q.shape[1], len(tiles)), arguments, tile.warps, tile.stages)

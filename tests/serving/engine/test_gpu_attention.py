@@ -41,11 +41,12 @@ def variants(capability: tuple[int, int]) -> dict[str, attention.Call]:
         for num_kv_heads in (16, 4) if dtype == HALF else (4,):
             cache = empty(2, 64, num_kv_heads, BLOCK_TOKENS, head_dim, dtype=dtype)
             scratch = attention.DecodeScratch(*sums, arrived=empty(size, num_kv_heads))
-            calls[f"decode, {num_kv_heads}, {dtype}"] = attention._decode(
-                q, cache, empty(size, 64), empty(size), q, scratch, capability, pdl=capability >= (9, 0)
-            )
-        calls[f"prefill, {dtype}"] = attention._prefill(
-            q, cache, empty(size, 64), empty(size, 4), q, capability
+            calls[f"decode, {num_kv_heads}, {dtype}"] = attention.decode_call(
+                q, cache, empty(size, 64), empty(size), q,
+                scratch=scratch, pdl=capability >= (9, 0), capability=capability,
+            )  # fmt: skip
+        calls[f"prefill, {dtype}"] = attention.prefill_call(
+            q, cache, empty(size, 64), empty(size, 4), q, capability=capability
         )
     return calls
 
@@ -97,10 +98,10 @@ def test_operands_that_do_not_fit_are_an_error():
         "out": torch.empty(2, 4, 16),
         "scratch": make_scratch(2, 4, 2, 16),
     }
-    attention._decode(**right, capability=(8, 6))
+    attention.decode_call(**right, capability=(8, 6))
     for message, wrong in cases.items():
         with pytest.raises(ValueError, match=message):
-            attention._decode(**right | wrong, capability=(8, 6))
+            attention.decode_call(**right | wrong, capability=(8, 6))
 
 
 def make_scratch(slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> attention.DecodeScratch:
