@@ -151,13 +151,18 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, by: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         before, after = self.compiled if self.compiled and self.training else (Layer.before, Layer.after)
-        return after(self, x, attend(*before(self, x, by)))
+        q, k, v = (part.transpose(1, 2) for part in before(self, x, by))
+        return after(self, x, attend(q, k, v).transpose(1, 2))
+
+    # Between the halves tensors are [B, T, heads, C], as they lie in memory: torch 2.11 copies each gradient
+    # that reaches a compiled frame in another order (3.9 of 127 ms in llama-1b4 on an H200).
 
     def before(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn(self.input_layernorm(x), by)
+        q, k, v = self.self_attn(self.input_layernorm(x), by)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.self_attn.o_proj(mixed.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -1,0 +1,71 @@
+"""Compiled layers under DeepSpeed. torch traces them; on a CPU its compiler would take a minute."""
+
+import pytest
+import torch
+
+from tests.ranks import spawn
+from training import config as training_config
+from training.model.llama import compile_layers
+from training.plan import resolve_shape
+from training.run.context import Context
+from training.run.engine import build_deepspeed_engine, build_model, warm_up
+
+KEYS = (
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_size=96",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.vocab_size=256",
+    "model.loss_tokens=24",
+    "optim.z_loss=1e-3",
+    "precision=bf16",
+)
+CHECKPOINTING = "model.activation_checkpointing=true"
+CASES = [("zero.stage=1",), ("zero.stage=3",), ("zero.stage=3", "zero.init=true", CHECKPOINTING)]
+
+
+def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def losses(context: Context, *keys: str) -> list[float]:
+    """Of two steps of two micro-batches on this rank."""
+    config = training_config.load(dotlist=[*KEYS, *keys])
+    model = build_model(config, resolve_shape(config), device=context.device)
+    if config.model.compile:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compile_layers(model, backend="eager")
+    engine, _, _ = build_deepspeed_engine(model, config, micro_batch=2, accumulation=2)
+    if config.model.compile and config.zero.stage < 3:
+        warm_up(engine.module, micro_batch(100))
+        assert all(parameter.grad is None for parameter in engine.module.parameters())
+        assert not any(any(of_group) for of_group in engine.optimizer.fp32_groups_has_gradients)
+    found = []
+    for step in range(4):
+        engine.train()
+        loss = engine(*micro_batch(10 * step + context.rank))
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    if config.model.compile:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    return found
+
+
+def compared(context: Context) -> list[tuple[list[float], list[float]]]:
+    return [
+        (losses(context, *case, "model.compile=false"), losses(context, *case, "model.compile=true"))
+        for case in CASES
+    ]
+
+
+@pytest.mark.stack
+def test_compiled_layers_train_as_others_do_in_every_stage_and_with_checkpointing() -> None:
+    """Traced and not compiled, a layer computes the same bits."""
+    for rank in spawn(compared, world_size=2):
+        assert len(rank) == 3
+        for plain, compiled in rank:
+            assert compiled == plain and plain[-1] != plain[0]
