@@ -144,12 +144,11 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     for line in damaged:
         report(line)
     saved = Checkpoint(newest) if newest else None
+    _tidy(config)
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
         text = "the last step was taken; the start that took it was killed before it said so"
         events.end(directory, "finished", text, step=saved.state["step"])
-        keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
-        prune(saved.path.parent, keep=keep, keep_every_steps=every)
         return None
     require_tokenizer(config)
     if config.load_directory and not saved:
@@ -181,8 +180,6 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     elif (metrics := directory / "metrics.jsonl").exists():
         report(f"{directory} broke off before its first checkpoint: starting again from step 0")
         metrics.unlink()
-    for leftover in directory.glob(".*.tmp"):  # of a start that was killed while it replaced a file
-        leftover.unlink(missing_ok=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
@@ -213,6 +210,15 @@ def _seam(config: TrainConfig, saved: Checkpoint) -> str | None:
         before = training_config.load(file=config.run_directory / CONFIG_FILE, settle=False)
         return describe_seam(before, config, applied_steps=saved.state["applied_steps"])
     return None
+
+
+def _tidy(config: TrainConfig) -> None:
+    """Delete what a start left that was killed while it replaced a file or before it dropped a checkpoint."""
+    keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+    with suppress(OSError):
+        for leftover in config.run_directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        prune(config.run_directory / "checkpoints", keep=keep, keep_every_steps=every)
 
 
 def _tell_start(start: Start, damaged: list[str], seam: str | None) -> None:
