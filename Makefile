@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python -m
 
 .PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
   status preflight attach stop pull down \
-  test test-cluster test-faults check format clean help
+  test test-cluster test-fuzz test-faults check format clean help
 
 ## Train, serve, measure
 ## train         train a model, or resume the run of that name
@@ -111,6 +111,10 @@ test-cluster: $(VENV)/ready
 ## test-faults   break real runs in every way, resume and compare them (ARGS="--seed 7": that one)
 test-faults: $(VENV)/ready
 	$(PY) tests.faults $(ARGS)
+
+## test-fuzz     5,000 damaged files of every kind that the commands read
+test-fuzz: $(VENV)/ready
+	ASUNCION_PROPERTY_CASES=230 $(PY) pytest -n 2 --no-loadscope-reorder tests/fuzz $(ARGS)
 
 ## check         lint, format and types
 check: $(VENV)/ready

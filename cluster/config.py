@@ -125,6 +125,9 @@ def check(schema: Any, values: Mapping[str, Any], prefix: str = "") -> None:
         elif isinstance(value, dict) and dataclasses.is_dataclass(_item_type(field.type)):
             for part, item in value.items():
                 check(_item_type(field.type), item, f"{name}.{part}.")
+        elif isinstance(value, list | tuple) and any(isinstance(item, dict | list) for item in value):
+            # which omegaconf lets through: tuple[str, ...] is to it a list of anything
+            raise ConfigError(f"{name}: {value} holds a mapping or a list; quote a text")
         elif problem := field.metadata.get("allowed", Allowed()).problem(value):
             raise ConfigError(f"{name}: {problem}")
 

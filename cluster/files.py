@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `ValueError`, which names the file, if it does not hold JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or malformed UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, or nested too deeply
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 

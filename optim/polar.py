@@ -120,13 +120,7 @@ def orthogonalize(
         return native.orthogonalize_(x, coefficients, factors=scale, restart=restart).to(dtype)
     if matrices.device.type != "cpu" or by_kernels:
         out = matrices if overwrite and matrices.dtype == dtype else torch.empty_like(matrices, dtype=dtype)
-        size = _group_size(matrices, product)
-        for source, factor, target in zip(
-            *(each.split(size) for each in (matrices, scale, out)), strict=True
-        ):
-            x = torch.empty(source.shape, dtype=product, device=source.device)
-            torch.mul(source, factor[:, None, None], out=x)  # in fp32, rounded once
-            target.copy_(_form(product, gram=gram)(x, coefficients))
+        _in_groups(matrices, scale, coefficients, out=out, product=product, by_kernels=by_kernels)
         return out
     x = torch.empty(matrices.shape, dtype=product)
     wide = torch.promote_types(matrices.dtype, x.dtype)
@@ -135,6 +129,26 @@ def orthogonalize(
     if by_native:
         return native.orthogonalize_(x, coefficients, restart=restart).to(dtype)
     return _form(product, gram=gram)(x, coefficients).to(dtype)
+
+
+def _in_groups(
+    matrices: Tensor, scale: Tensor, coefficients: Coefficients, *, out: Tensor, product: torch.dtype,
+    by_kernels: bool,
+) -> None:  # fmt: skip
+    """Iterate the matrices some at a time, scaled and in `product`; `out` may be `matrices`."""
+    form = _form(product, gram=uses_gram(*matrices.shape[-2:]))
+    size = _group_size(matrices, product)
+    for source, factor, target in zip(*(each.split(size) for each in (matrices, scale, out)), strict=True):
+        x = torch.empty(source.shape, dtype=product, device=source.device)
+        if by_kernels and source.is_contiguous():
+            gpu.scale_pass(source, factor, out=x)
+        else:
+            torch.mul(source, factor[:, None, None], out=x)  # in fp32, rounded once
+        x = form(x, coefficients)
+        if by_kernels and x.dtype != target.dtype and x.is_contiguous() and target.is_contiguous():
+            gpu.scale_pass(x, None, out=target)
+        else:
+            target.copy_(x)
 
 
 def _group_size(matrices: Tensor, product: torch.dtype) -> int:

@@ -60,13 +60,26 @@ class EngineConfig:
         "torch: tokens of all requests whose keys and values fit the cache; vllm sizes its own",
         least=1,
     )
-    step_tokens: int = key(256, "most tokens of a step: one of each running request, then prompts")
+    step_tokens: int | None = key(
+        None,
+        "most tokens of a step: one of each running request, then prompts. Default: 256 on a CPU; on a GPU "
+        "8192 and one for each slot: its products need many rows (an H200 reaches 54% of its peak with "
+        "8192 and 35% with 2000), but running requests wait while a step of prompts runs",
+        least=2,
+    )
     compiled: bool = key(True, "CPU: use serving/engine/native.cpp if it can run; GPU: use CUDA graphs")
 
     def __post_init__(self) -> None:
-        require(self.step_tokens > self.slots, "engine.step_tokens", "must exceed engine.slots")
+        fits = self.step_tokens is None or self.step_tokens > self.slots
+        require(fits, "engine.step_tokens", "must exceed engine.slots")
         fits = self.context_tokens is None or self.context_tokens <= self.cache_tokens
         require(fits, "engine.context_tokens", "must not exceed engine.cache_tokens")
+
+    def step_tokens_on(self, device: str) -> int:
+        """`step_tokens`, or its default on "cpu" or "cuda"."""
+        if self.step_tokens is not None:
+            return self.step_tokens
+        return 8192 + self.slots if device == "cuda" else max(256, self.slots + 1)
 
 
 @dataclass(frozen=True)

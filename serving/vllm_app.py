@@ -52,7 +52,7 @@ def llm_arguments(config: ServeConfig, directory: Path, *, name: str) -> dict[st
         "engine_kwargs": {
             "dtype": engine.dtype,
             "max_num_seqs": engine.slots,
-            "max_num_batched_tokens": engine.step_tokens,
+            "max_num_batched_tokens": engine.step_tokens_on("cuda" if config.deployment.gpus else "cpu"),
             "max_model_len": engine.context_tokens,
             "enable_chunked_prefill": True,
             # Otherwise a benchmark that sends a prompt twice would measure the cache of the first.

@@ -117,7 +117,7 @@ def fake_cuda(*, with_kernels: bool = False) -> Iterator[HostTraffic]:
             traffic.note("to host")
         return np.zeros(tuple(tensor.shape), dtype=float if tensor.is_floating_point() else int).tolist()
 
-    def launch(call: gpu.Call) -> None:
+    def launch(call: gpu.Call, *, like: Any = None) -> None:
         places = {value.device.type for value in call.arguments.values() if isinstance(value, Tensor)}
         assert places == {"cuda"}, f"{call.kernel} has operands on {places}"
 

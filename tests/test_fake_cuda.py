@@ -23,6 +23,7 @@ from optim.step.fused import FusedStep
 from optim.step.gradients import Bf16Gradients
 from optim.step.zero import ZeroOptimizer
 from serving.engine.decoder import WARM_UPS, TorchDecoder, graph_sizes
+from serving.engine.gpu.decoder import GpuDecoder
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import choose
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
@@ -270,14 +271,8 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
         }
 
 
-DRAWS = {
-    ("to device", "serving/engine/sampling.py choose"): 2,
-    ("to device", "serving/engine/sampling.py _draw"): 2,
-}
-NUCLEUS = {
-    ("to device", "serving/engine/sampling.py _draw"): 3,
-    ("to device", "serving/engine/sampling.py _nucleus"): 1,
-}
+DRAWS = {("to device", "serving/engine/sampling.py choose"): 4}
+NUCLEUS = {("to device", "serving/engine/sampling.py draw"): 2}
 SCORES = {
     ("to host", "serving/engine/sampling.py score"): 1,
     ("to host", "serving/engine/sampling.py score.<locals>.<genexpr>"): 2,
@@ -302,6 +297,36 @@ def test_sampling_waits_once_for_the_tokens(sampling, more):
         logits = torch.empty(4, 333, device=CUDA)
         choose(logits, [Sampling(max_tokens=1, **sampling)] * 4, [random.Random(0)] * 4)
         assert traffic.counts == {("to host", "serving/engine/sampling.py choose"): 1} | more
+
+
+def test_the_decoder_of_kernels_waits_for_its_tokens_alone():
+    """What a step needs is sent from pinned memory; one that follows a step that decodes sends nothing."""
+    with fake_cuda(with_kernels=True) as traffic:
+        decoder = GpuDecoder(make_model(), num_blocks=40, slots=8, graphs=False)
+        samplings = [Sampling(max_tokens=9, **each) for each in ({"temperature": 0.0}, {"top_p": 0.5})]
+        chances = [random.Random(0)] * 2
+        scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=500)
+        for size in (33, 40):
+            scheduler.add(ScheduledRequest([1] * size, 60))
+        sent, drawn = "serving/engine/gpu/inputs.py", "serving/engine/gpu/sampling.py"
+        for step in ("prompts", "first", "following"):
+            spans = scheduler.after(spans) if step == "following" else scheduler.next_step()  # noqa: F821
+            traffic.counts.clear()
+            logits = decoder.again(spans) if step == "following" else decoder.forward(spans)
+            assert logits.shape == (2, 333) and logits.device.type == "cuda"
+            inputs = {"prompts": {("async to device", f"{sent} Step.send"): 1}, "following": {}}
+            assert traffic.counts == inputs.get(step, {("async to device", f"{sent} Rows.set"): 1})
+            read = decoder.choose(samplings, chances)
+            assert traffic.counts == inputs.get(step, {("async to device", f"{sent} Rows.set"): 1}) | {
+                ("async to device", f"{drawn} Sampler._drawn"): 1,
+                ("async to host", f"{drawn} Sampler.choose"): 1,
+            }
+            read()
+            assert traffic.counts["wait", f"{drawn} Sampler.choose.<locals>.read"] == 1
+            for span in spans:
+                span.request.done = span.stop
+                if step == "prompts":
+                    span.request.tokens.append(1)
 
 
 # --- CUDA graphs --------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def read(path: Path, *, instead: str, key: str = "") -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{origin}: no such file; write one with `make baseline`, {instead}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{origin}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise UserError(f"{origin}: not a file of `make baseline`")
@@ -205,7 +205,10 @@ def read_side(origin: str) -> Side:
             raise UserError(f"{origin}: no such datasheet; there are {known}")
         return Side(f"{device.name} (roofline of its datasheet)", origin, device)
     content = read(Path(origin), instead=f"or say {DATASHEET}h100")
-    problem = _problem(content)
+    try:
+        problem = _problem(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"a figure or ceiling has another form ({type(error).__name__}: {error})"
     if problem is not None:
         raise UserError(f"{origin}: {problem}; run `make baseline` again on that machine")
     about = content["hardware"]

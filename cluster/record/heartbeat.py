@@ -51,7 +51,7 @@ class Beat:
         quiet_seconds: how long it has been there.
         forward_seconds: of its last steps, each; None: not known.
         where: file, line and function in which its main thread stands; only once it hangs.
-        waits: that is a collective.
+        waits: that is a collective, or the wait for one.
         stopped_seconds: for how long no thread of it ran; only once it hangs.
     """
 
@@ -294,13 +294,14 @@ class Heartbeat:
 
 
 def _place(frame: Any) -> tuple[str, bool]:
-    """(file, line and function of a thread's innermost frame of ours; whether it is in a collective)."""
+    """(file, line and function in which a thread stands; whether it waits in a collective, or for one)."""
     inside, waits, ours = "", False, ""
     while frame is not None:
         code = frame.f_code
         text = f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
+        is_handle = not inside and code.co_name == "wait" and not code.co_filename.endswith("threading.py")
         inside = inside or text
-        waits = waits or code.co_filename.endswith(COLLECTIVES)
+        waits = waits or is_handle or code.co_filename.endswith(COLLECTIVES)
         if not ours and not any(part in code.co_filename for part in ("site-packages", "/lib/python")):
             ours = text
         frame = frame.f_back

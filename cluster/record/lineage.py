@@ -28,7 +28,7 @@ def find(name: str) -> Origin:
     if path is None:
         raise UserError(f"{name}: no such file or folder, and no such run in {runs.OUTPUTS.absolute()}")
     try:
-        return _of_path(path)
+        return origins.checked(_of_path(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

@@ -26,6 +26,7 @@ from optim.kernels.passes import (
     check_adamw_pass,
     check_apply_pass,
     check_momentum_pass,
+    require,
 )
 from optim.kernels.product import PRODUCT_DTYPES, TILES, symmetric_product, unsupported
 
@@ -33,8 +34,8 @@ if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
 
 __all__ = [
-    "PRODUCT_DTYPES", "TILES", "adamw_pass", "apply_pass", "momentum_pass", "symmetric_product",
-    "unsupported", "variants",
+    "PRODUCT_DTYPES", "TILES", "adamw_pass", "apply_pass", "momentum_pass", "scale_pass",
+    "symmetric_product", "unsupported", "variants",
 ]  # fmt: skip
 
 PASS_WARPS = 8
@@ -133,6 +134,40 @@ def _adamw_kernel(
         tl.store(model + i, w.to(model.dtype.element_ty), inside)
 
 
+def scale_pass(source: Tensor, factors: Tensor | None, *, out: Tensor) -> None:
+    """out[b] ← factors[b]·source[b], in fp32 and rounded once; a cast if there are no factors.
+
+    torch does both at a quarter of the memory's rate (measured on an H200).
+
+    Args:
+        source, out: [B, r, c], contiguous; any floating dtypes.
+        factors: [B] fp32.
+
+    Raises:
+        ValueError: a tensor is not contiguous, or the shapes differ.
+    """
+    require(source.is_contiguous() and out.is_contiguous(), "source and out must be contiguous")
+    require(source.shape == out.shape, f"source is {tuple(source.shape)}, out {tuple(out.shape)}")
+    _scale(source, factors, out).launch()
+
+
+def _scale(source: Tensor, factors: Tensor | None, out: Tensor) -> Call:
+    numel = source[0].numel()
+    arguments = {"source": source, "factors": factors, "out": out, "numel": numel, "SIZE": BLOCK}
+    return Call(_scale_kernel, (ceil(numel / BLOCK), len(source)), arguments, PASS_WARPS, stages=1)
+
+
+@jit
+def _scale_kernel(source, factors, out, numel, SIZE: tl.constexpr):
+    matrix = tl.program_id(1)
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    first = matrix.to(tl.int64) * numel
+    x = tl.load(source + first + i, i < numel).to(tl.float32)
+    if factors is not None:
+        x *= tl.load(factors + matrix)
+    tl.store(out + first + i, x.to(out.dtype.element_ty), i < numel)
+
+
 def _pass(kernel: Any, table: SegmentTable, **arguments: Any) -> Call:
     arguments |= {"sources": table.sources, "targets": table.targets, "numels": table.numels}
     return Call(kernel, (len(table.sources),), arguments | {"SIZE": BLOCK}, PASS_WARPS, stages=1)
@@ -203,4 +238,8 @@ def variants(capability: tuple[int, int]) -> dict[str, Call]:
     for gradient, model in pairs((single, half), (half, single, None)):
         call = _adamw(single, gradient, single, single, model, **numbers)
         calls[f"adamw, {gradient.dtype}, model={None if model is None else model.dtype}"] = call
+    factors, x = torch.empty(1, device="meta"), torch.empty(1, 16, 16, dtype=torch.bfloat16, device="meta")
+    for name, given, dtype in (("scale", factors, torch.bfloat16), ("scale", factors, torch.float16),
+                               ("cast", None, torch.float16)):  # fmt: skip
+        calls[f"{name}, {dtype}"] = _scale(x, given, x.to(dtype))
     return calls

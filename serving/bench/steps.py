@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--prompt-tokens: must be at least 1, and --new-tokens at least 4")
         length = options.prompt_tokens + options.new_tokens
         keys = [f"engine.slots={max(batches)}", f"engine.cache_tokens={max(batches) * (length + 32)}"]
-        keys += [f"engine.context_tokens={length}", f"engine.step_tokens={max(256, max(batches) + 1)}"]
+        keys += [f"engine.context_tokens={length}"]
         config = serving_config.load(file=options.config, dotlist=[*keys, *options.overrides])
         if options.dry_run:
             print(layered.to_yaml(config))

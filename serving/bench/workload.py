@@ -168,9 +168,11 @@ def from_conversations(
                 prompt, reply = (row["conversations"][turn]["value"] for turn in (0, 1))
             else:
                 prompt, reply = row["prompt"], row["completion"]
+            if not (isinstance(prompt, str) and isinstance(reply, str)):
+                raise TypeError("texts are needed")
             more = count_tokens(reply)
             size = count_tokens(prompt)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, UnicodeEncodeError) as error:
             raise ConfigError(
                 f"{file}, line {line}: needs conversations with two values, or prompt and completion"
             ) from error
@@ -194,7 +196,7 @@ def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number}: no JSON ({error})") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{file}, line {number}: no JSON object")

@@ -5,12 +5,14 @@ decode replay a CUDA graph, because launching their kernels one by one takes lon
 graphs are captured when the decoder is made, because a capture would delay requests.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from serving.engine.protocol import Sampling, Score
 from serving.engine.scheduler import BLOCK_TOKENS, Span, num_blocks
 from training.model.attention import for_changing_lengths, sdpa
 from training.model.llama import Llama
@@ -33,6 +35,23 @@ class StepDecoder(Protocol):
 
         In order, in slices [R, V], fp32, R at most SLICE_ROWS; a slice may be overwritten by the next.
         """
+
+
+# Waits for the tokens of a step; their ids and, where log-probabilities are asked for, their scores.
+Chosen = Callable[[], tuple[list[int], list[Score | None]]]
+
+
+class AheadDecoder(StepDecoder, Protocol):
+    """One whose steps need no answer of the host: a step that follows may begin before the last has ended."""
+
+    def again(self, spans: Sequence[Span]) -> Tensor:
+        """`forward` of the step after one that only decoded and whose tokens `choose` chose: the same rows.
+
+        The tokens of the spans' requests may lack those of the last step.
+        """
+
+    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
+        """Choose a token for each row of the newest step's logits, as `serving.engine.sampling.choose`."""
 
 
 class TorchDecoder:

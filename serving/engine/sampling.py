@@ -4,7 +4,8 @@ A row does not depend on other rows: the sums that decide a draw are of integers
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,11 +33,12 @@ def choose(
     largest, ids = logits.max(dim=-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
     if drawn:
-        ids[drawn] = _draw(
+        tensor = partial(torch.tensor, device=logits.device)
+        ids[drawn] = draw(
             logits[drawn],
-            temperatures=[samplings[row].temperature for row in drawn],
-            top_ps=[samplings[row].top_p for row in drawn],
-            uniforms=[chances[row].random() for row in drawn],
+            temperatures=tensor([samplings[row].temperature for row in drawn]),
+            uniforms=tensor([chances[row].random() for row in drawn], dtype=torch.float64),
+            top_ps={i: samplings[row].top_p for i, row in enumerate(drawn) if samplings[row].top_p < 1},
         )
     scores: list[Score | None] = [None] * len(samplings)
     asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs]
@@ -54,27 +56,40 @@ def score(logits: Tensor, ids: Tensor) -> list[Score]:
     return [Score(*each) for each in zip(own, likeliest.tolist(), top, strict=True)]
 
 
-def _draw(logits: Tensor, *, temperatures: list[float], top_ps: list[float], uniforms: list[float]) -> Tensor:
-    """Ids [S], by inverting the cumulative weights of the tokens, in order of id, at u in [0, 1)."""
+def draw(
+    logits: Tensor, *, temperatures: Tensor, uniforms: Tensor, top_ps: Mapping[int, float] | Tensor
+) -> Tensor:
+    """Ids [S], int64, by inverting the cumulative weights of the tokens, in order of id, at u in [0, 1).
+
+    Args:
+        logits: [S, V], fp32, any device; the other tensors are there, too.
+        temperatures: [S], fp32, at least LEAST_TEMPERATURE.
+        uniforms: [S], fp64.
+        top_ps: of the rows where it is below 1; or of all, [S], fp64.
+    """
     device = logits.device
     below = logits - logits.amax(dim=-1, keepdim=True)  # else dividing large logits could overflow
-    probabilities = (below / torch.tensor(temperatures, device=device)[:, None]).softmax(dim=-1)
+    probabilities = (below / temperatures[:, None]).softmax(dim=-1)
     weights = (probabilities.double() * WEIGHT_OF_ONE).long()
-    rows = [row for row, top_p in enumerate(top_ps) if top_p < 1]
-    if rows:
-        cut = torch.tensor(rows, device=device)
-        weights[cut] = _nucleus(weights[cut], [top_ps[row] for row in rows])
+    if isinstance(top_ps, Tensor):
+        weights = _nucleus(weights, top_ps)
+    elif top_ps:
+        cut = torch.tensor([*top_ps], device=device)
+        shares = torch.tensor([*top_ps.values()], dtype=torch.float64, device=device)
+        weights[cut] = _nucleus(weights[cut], shares)
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    targets = (torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None] * total).long()
+    targets = (uniforms[:, None] * total).long()
     places = torch.searchsorted(cumulative, targets.minimum(total - 1), right=True)
     return places.clamp_max(logits.shape[-1] - 1)[:, 0]  # beyond the last only where logits are not numbers
 
 
-def _nucleus(weights: Tensor, top_ps: list[float]) -> Tensor:
-    """`weights` [S, V], int64, with 0 for all but the likeliest tokens that first reach a share `top_ps`."""
+def _nucleus(weights: Tensor, top_ps: Tensor) -> Tensor:
+    """`weights` [S, V], int64, with 0 for all but the likeliest tokens that first reach a share `top_ps` [S].
+
+    A share of 1 keeps all, because sums of integers are exact.
+    """
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
-    shares = torch.tensor(top_ps, dtype=torch.float64, device=weights.device)[:, None]
-    reached = before >= shares * weights.sum(dim=-1, keepdim=True)
+    reached = before >= top_ps[:, None] * weights.sum(dim=-1, keepdim=True)
     return weights.scatter(-1, order, ordered.masked_fill(reached, 0))

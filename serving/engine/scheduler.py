@@ -74,7 +74,7 @@ class Scheduler:
     """Slots, blocks and the queue of one engine. Not thread-safe: callers hold one lock.
 
     Only `next_step` hands out blocks. So a request may be removed while a step still writes to its blocks, if
-    `next_step` is called only after that step has ended.
+    `next_step` is called only after that step, and one that began by `after`, have ended.
 
     Args:
         cache_tokens: size of the cache; whole blocks of it are used.
@@ -128,11 +128,29 @@ class Scheduler:
                 room -= taken
         return spans
 
+    def after(self, spans: Sequence[Span]) -> list[Span]:
+        """Spans of the step after this one, if it is certain that it has no others: it may begin at once.
+
+        Every running request decodes, has a token left after the one that is on its way, and none can be
+        admitted. One that ends before its length takes part all the same; what it is given is of no use.
+        """
+        decodes = all(s.samples and s.stop - s.start == 1 for s in spans)
+        goes_on = all(s.stop + 1 < s.request.most_tokens for s in spans)
+        if not decodes or not goes_on or [span.request for span in spans] != self.running:
+            return []
+        if self.waiting and len(self.running) < self._slots and self._fits(self.waiting[0]):
+            return []
+        return [
+            Span(s.request, s.stop, s.stop + 1, s.request.blocks[: num_blocks(s.stop + 1)]) for s in spans
+        ]
+
+    def _fits(self, request: ScheduledRequest) -> bool:
+        return num_blocks(request.most_tokens) <= len(self._free)
+
     def _admit(self, request: ScheduledRequest) -> bool:
-        needed = num_blocks(request.most_tokens)
-        if needed > len(self._free):
+        if not self._fits(request):
             return False
-        request.blocks = tuple(self._free.pop() for _ in range(needed))
+        request.blocks = tuple(self._free.pop() for _ in range(num_blocks(request.most_tokens)))
         return True
 
 

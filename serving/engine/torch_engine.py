@@ -22,7 +22,7 @@ from optim.precision import compute_dtype, product_dtype
 from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
-from serving.engine.decoder import StepDecoder, TorchDecoder
+from serving.engine.decoder import AheadDecoder, Chosen, StepDecoder, TorchDecoder
 from serving.engine.memory import says_what_does_not_fit
 from serving.engine.protocol import (
     BrokenModel,
@@ -45,6 +45,15 @@ from training.model.llama import Llama, initialize, load_hf, widen_products
 from training.model.shapes import LlamaShape
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that has begun: its spans, those of its requests that get a token, and what waits for these."""
+
+    spans: list[Span]
+    sampled: list["_Running"]
+    chosen: Chosen
+
+
 @dataclass(eq=False)
 class _Running(ScheduledRequest):
     """A request, its sampling and where to deliver; `scores` are of its prompt's tokens after the first."""
@@ -54,6 +63,14 @@ class _Running(ScheduledRequest):
     chance: random.Random = field(kw_only=True)
     scores: list[Score] = field(default_factory=list)
 
+    def prompt(self) -> list[Token]:
+        """All of the prompt, to be echoed; if no token is to follow, its last one ends the request."""
+        scores = [None, *self.scores] if self.scored else [None] * self.prompt_tokens
+        tokens = [Token(token, found, None) for token, found in zip(self.tokens, scores, strict=True)]
+        if self.prompt_tokens == self.most_tokens:
+            tokens[-1] = tokens[-1]._replace(finish="length")
+        return tokens
+
 
 class TorchEngine:
     """See `serving.engine.protocol.Engine`.
@@ -61,6 +78,7 @@ class TorchEngine:
     Args:
         decoder: runs the model; called from the engine's thread alone.
         scheduler: its cache is the decoder's.
+        ahead: the decoder, if its steps may begin before the last one's tokens are known.
         eos_ids: tokens that end a text.
     """
 
@@ -72,8 +90,11 @@ class TorchEngine:
         info: EngineInfo,
         eos_ids: Sequence[int],
         num_threads: int | None = None,
+        ahead: AheadDecoder | None = None,
     ) -> None:
         self._decoder, self._scheduler, self._info = decoder, scheduler, info
+        self._ahead = ahead
+        self._next: _Step | None = None  # begun ahead
         self._eos_ids = frozenset(eos_ids)
         self._num_threads = num_threads
         self._lock = threading.Condition()
@@ -152,20 +173,16 @@ class TorchEngine:
                     traceback.print_exc()
 
     def _step(self) -> bool:
-        """Run one step, after a wait if there is nothing to do. False once the engine is closed."""
-        with self._lock:
-            while not self._closed and not (spans := self._scheduler.next_step()):
-                self._lock.wait()
-            if self._closed:
-                return False
-        logits = self._decoder.forward(spans)
-        sampled: list[_Running] = [span.request for span in spans if span.samples]  # type: ignore[misc]
-        ids, scores = choose(logits, [r.sampling for r in sampled], [r.chance for r in sampled])
-        self._score_prompts(spans)
-        drawn = dict(zip(sampled, zip(ids, scores, strict=True), strict=True))
+        """End one step, after a wait if there is nothing to do. False once the engine is closed."""
+        step, self._next = self._next or self._begin(), None
+        if step is None:
+            return False
+        self._next = self._begin_after(step)
+        ids, scores = step.chosen()
+        drawn = dict(zip(step.sampled, zip(ids, scores, strict=True), strict=True))
         with self._lock:
             self._counts["steps"] += 1
-            for span in reversed(spans):  # prompts come last in a step: deliver first tokens first
+            for span in reversed(step.spans):  # prompts come last in a step: deliver first tokens first
                 request: _Running = span.request  # type: ignore[assignment]
                 request.done = span.stop
                 if span.stop == request.prompt_tokens:
@@ -174,6 +191,39 @@ class TorchEngine:
                 if request.is_running and (outcome := self._outcome(request, drawn.get(request))):
                     self._tell(request, outcome)
         return True
+
+    def _begin(self) -> _Step | None:
+        """The next step, after a wait if there is nothing to do. None once the engine is closed."""
+        with self._lock:
+            while not self._closed and not (spans := self._scheduler.next_step()):
+                self._lock.wait()
+            if self._closed:
+                return None
+        logits = self._decoder.forward(spans)
+        sampled: list[_Running] = [span.request for span in spans if span.samples]  # type: ignore[misc]
+        chosen = self._choose(sampled, logits)
+        self._score_prompts(spans)
+        return _Step(spans, sampled, chosen)
+
+    def _begin_after(self, step: _Step) -> _Step | None:
+        """The step after this one, whose tokens the host does not know yet; None if it has to wait for them.
+
+        So the GPU computes while the host delivers.
+        """
+        if self._ahead is None:
+            return None
+        with self._lock:
+            spans = [] if self._closed else self._scheduler.after(step.spans)
+        if not spans:
+            return None
+        return _Step(spans, step.sampled, self._choose(step.sampled, self._ahead.again(spans)))
+
+    def _choose(self, sampled: Sequence[_Running], logits: torch.Tensor) -> Chosen:
+        samplings, chances = [r.sampling for r in sampled], [r.chance for r in sampled]
+        if self._ahead is not None:
+            return self._ahead.choose(samplings, chances)
+        found = choose(logits, samplings, chances)
+        return lambda: found
 
     def _outcome(
         self, request: _Running, drawn: tuple[int, Score | None] | None
@@ -184,7 +234,7 @@ class TorchEngine:
             if not all(math.isfinite(each.logprob) for each in request.scores):
                 return BrokenModel()
             if request.sampling.echo:
-                tokens += self._prompt(request)
+                tokens += request.prompt()
         if drawn is not None:
             token, found = drawn
             if token == BROKEN:
@@ -216,14 +266,6 @@ class TorchEngine:
         for span in scored:
             span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
 
-    def _prompt(self, request: _Running) -> list[Token]:
-        """All of a prompt, to be echoed; if no token is to follow, its last one ends the request."""
-        scores = [None, *request.scores] if request.scored else [None] * request.prompt_tokens
-        tokens = [Token(token, found, None) for token, found in zip(request.tokens, scores, strict=True)]
-        if request.prompt_tokens == request.most_tokens:
-            tokens[-1] = tokens[-1]._replace(finish="length")
-        return tokens
-
     def _finish(self, request: _Running) -> Finish | None:
         if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:
             return "stop"
@@ -246,45 +288,42 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
-    scheduler = Scheduler(
-        slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=options.step_tokens
-    )
+    step_tokens = options.step_tokens_on(device.type)
+    scheduler = Scheduler(slots=options.slots, cache_tokens=options.cache_tokens, step_tokens=step_tokens)
     cache_tokens = scheduler.num_blocks * BLOCK_TOKENS
     context = min(options.context_tokens or shape.max_positions, shape.max_positions, cache_tokens)
     size = {"num_blocks": scheduler.num_blocks, "slots": options.slots, "context_tokens": context}
     decoder: StepDecoder | None = None
-    kernels = ""
+    ahead, kernels = None, ""
     if numbers.not_compiled is None:
         try:
-            decoder = native.NativeDecoder(
-                model, step_tokens=options.step_tokens, num_threads=num_threads, **size
-            )
+            decoder = native.NativeDecoder(model, step_tokens=step_tokens, num_threads=num_threads, **size)
         except ValueError as error:
             numbers = arithmetic(options, device, not_compiled=str(error))
     if decoder is None:
         model = model.to(device, numbers.dtype)
         widen_products(model)
-        decoder, kernels = _torch_decoder(model, size, graphs=device.type == "cuda" and options.compiled)
+        graphs = device.type == "cuda" and options.compiled
+        ahead, kernels = _gpu_decoder(model, size) if graphs else (None, "not used: engine.compiled=false")
+        decoder = ahead or TorchDecoder(model, graphs=graphs, **size)
     info = describe(shape, options, numbers, device=device.type, name=served.name, context=context)
     on_cpu = device.type == "cpu"
     gpu = {} if on_cpu else {"gpu": torch.cuda.get_device_name(), "decoder of Triton kernels": kernels}
     about = {"threads": str(num_threads)} if on_cpu else gpu
     info.details.update(about | {"compiled decoder": numbers.compiled_decoder})
     threads = num_threads if on_cpu else None
-    return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads)
+    return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads, ahead=ahead)
 
 
-def _torch_decoder(model: Llama, size: dict[str, Any], *, graphs: bool) -> tuple[StepDecoder, str]:
-    """The decoder of a model that no native code runs, and whether Triton's kernels do, or why not."""
+def _gpu_decoder(model: Llama, size: dict[str, Any]) -> tuple[AheadDecoder | None, str]:
+    """The decoder of Triton kernels, and "used"; or None, and why there is none for this GPU and model."""
+    from serving.engine.gpu import decoder  # it imports Triton
+
     weight = model.model.norm.weight
-    reason: str | None = "engine.compiled=false"
-    if graphs:
-        from serving.engine.gpu import decoder as gpu  # it imports Triton
-
-        reason = gpu.unsupported(weight.device, weight.dtype, model.shape)
-        if reason is None:
-            return gpu.GpuDecoder(model, **size), "used"
-    return TorchDecoder(model, graphs=graphs, **size), f"not used: {reason}"
+    reason = decoder.unsupported(weight.device, weight.dtype, model.shape)
+    if reason is not None:
+        return None, f"not used: {reason}"
+    return decoder.GpuDecoder(model, **size), "used"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Of models of the 1.4B's width with fewer layers: whole optimizer steps by the re
 real decoder with random weights.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -123,11 +122,9 @@ def training(run: Run) -> None:
     with corpus_and_ranks(run) as (folder, context):
 
         def seconds(technique: Technique) -> dict[str, float]:
-            gc.collect()
             run.reset_peak_memory()
             keys = {"model.num_layers": LAYERS[kind]["training"], **technique.keys}
-            with technique.off():
-                trainer = trainer_of(run, keys, folder, context)
+            with technique.off(), trainer_of(run, keys, folder, context) as trainer:
                 return {"": timed(run, trainer.take_step, steps=STEPS[kind]["training"])}
 
         compare(run, "training", TRAINING, seconds)

@@ -1,5 +1,6 @@
 """What a block of the kit is given: the device, the ceilings, and where its rows go."""
 
+import gc
 import json
 import math
 import statistics
@@ -126,6 +127,8 @@ class Run:
         return torch.cuda.max_memory_allocated(self.device) / 1e9 if self.gpu else None
 
     def reset_peak_memory(self) -> None:
+        """Free what nothing refers to any more, and count from here."""
+        gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -12,9 +12,9 @@ from math import nan
 import torch
 from torch import Tensor
 
+from cluster.machine.triton_calls import INTERPRETED
 from optim import polar
-from optim.kernels import gpu
-from optim.kernels.gpu import adamw_pass, apply_pass, momentum_pass, symmetric_product
+from optim.kernels.gpu import adamw_pass, apply_pass, momentum_pass, scale_pass, symmetric_product
 from optim.kernels.passes import BLOCK, SegmentTable
 from optim.precision import gram_dtype
 from tests.gpu.block import Run, error_of, worst_of
@@ -23,8 +23,9 @@ from tests.gpu.block import Run, error_of, worst_of
 HALF_UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-21}
 
 # (matrices, rows, columns). On a GPU: small and large tiles, of sizes that 16 divides and that it does not.
+# The last one comes through tensor descriptors on sm_90.
 SIZES = {
-    "cuda": ((2, 64, 192), (2, 33, 70), (1, 2048, 5504), (3, 1031, 2053)),
+    "cuda": ((2, 64, 192), (2, 33, 70), (1, 2048, 5504), (3, 1031, 2053), (3, 2048, 1000)),
     "cpu": ((2, 33, 70), (1, 64, 64)),
 }
 # Of the flat tensor (source, target in the packed buffer, numel): other orders, gaps, odd places, one empty.
@@ -41,7 +42,7 @@ def measure(run: Run) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return HALF_UNIT[dtype] * (2 if gpu.INTERPRETED else 1)
+    return HALF_UNIT[dtype] * (2 if INTERPRETED else 1)
 
 
 def framed(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ def orthogonalize(run: Run) -> None:
         x = run.random(*size)
         found = polar.orthogonalize(x, method="polar_express", dtype=torch.bfloat16)
         exact = polar.orthogonalize(x.double(), method="polar_express", dtype=torch.float64)
-        error, limit = error_of(found, exact), 0.08 if gpu.INTERPRETED else 0.04
+        error, limit = error_of(found, exact), 0.08 if INTERPRETED else 0.04
         problem = None if error <= limit else f"relative error {error:.2g} above {limit:.2g}"
         products_in = str(gram_dtype(torch.bfloat16, run.device) if name[0] == "G" else torch.bfloat16)
         run.row(
@@ -148,6 +149,8 @@ def passes(run: Run) -> None:
         _apply(run, update, model)
     for model in (torch.bfloat16, None):
         _adamw(run, model)
+    for dtype in (torch.bfloat16, torch.float16):
+        _scale(run, dtype)
 
 
 def _table(run: Run) -> SegmentTable:
@@ -233,6 +236,17 @@ def _adamw(run: Run, model_dtype: torch.dtype | None) -> None:
         launch()  # _rates has moved the weights on
         worst = Worst(unwritten=int(model.isnan().sum()), error=error_of(model.nan_to_num(), weight))
         worst.report(run, f"{case}: the model", model.dtype)
+
+
+def _scale(run: Run, dtype: torch.dtype) -> None:
+    x = run.random(*((24, 2048, 5504) if run.gpu else (2, 30, 70)), dtype=torch.bfloat16, seed=11)
+    factors, out = run.random(len(x), seed=12), torch.full_like(x, nan, dtype=dtype)
+    scale_pass(x, factors, out=out)
+    worst = Worst(unwritten=int(out.isnan().sum()))
+    for each, factor, found in zip(x, factors, out, strict=True):
+        worst.error = worst_of(worst.error, error_of(found.nan_to_num(), factor.double() * each.double()))
+    rates = _rates(run, lambda: scale_pass(x, factors, out=out), num_bytes=4 * x.numel())
+    worst.report(run, f"scale_pass bf16 to {_short(dtype)}", dtype, **rates)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Block 2, second part: the decoder by CUDA graphs, launched step by step, and the model on whole texts."""
+"""Block 2, second part: each decoder by CUDA graphs, launched step by step, and the model on whole texts."""
 
 import copy
 import random
@@ -6,6 +6,7 @@ import random
 import torch
 
 from serving.engine.decoder import TorchDecoder
+from serving.engine.gpu.decoder import GpuDecoder
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.gpu.block import TINY, Run, error_of, worst_of
 from training.model.llama import Llama, initialize
@@ -20,19 +21,21 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # what whole bf16 sequence
 
 
 def measure(run: Run) -> None:
+    """The rehearsal leaves the decoder of Triton kernels to its own tests: the interpreter takes minutes."""
     for dtype in (torch.float32, torch.bfloat16) if run.gpu else (torch.float32,):
-        compare(run, dtype)
+        for kind in (TorchDecoder, GpuDecoder) if run.gpu else (TorchDecoder,):
+            compare(run, dtype, kind)
 
 
-def compare(run: Run, dtype: torch.dtype) -> None:
+def compare(run: Run, dtype: torch.dtype, kind: type[TorchDecoder | GpuDecoder]) -> None:
     """Steps of requests that come and go: worst relative errors of logits, per pair of ways to get them."""
     with run.device:
         model = Llama(MEDIUM if run.gpu else TINY)
     initialize(model, seed=1)
     model.to(dtype)
     whole = copy.deepcopy(model).float()
-    eager = TorchDecoder(model, num_blocks=BLOCKS, slots=SLOTS, graphs=False)
-    graphs = TorchDecoder(model, num_blocks=BLOCKS, slots=SLOTS, graphs=run.gpu)
+    eager = kind(copy.deepcopy(model), num_blocks=BLOCKS, slots=SLOTS, graphs=False)
+    graphs = kind(model, num_blocks=BLOCKS, slots=SLOTS, graphs=run.gpu)
     scheduler = Scheduler(slots=SLOTS, cache_tokens=BLOCKS * BLOCK_TOKENS, step_tokens=100)
     draw = random.Random(0)
     worst = {"graphs_eager": 0.0, "eager_whole": 0.0, "graphs_whole": 0.0}
@@ -59,7 +62,8 @@ def compare(run: Run, dtype: torch.dtype) -> None:
     if run.gpu and not replays:
         wrong.append("no step was replayed")
     run.row(
-        f"decoder {str(dtype).removeprefix('torch.')}, {STEPS} steps", problem="; ".join(wrong) or None,
+        f"{kind.__name__} {str(dtype).removeprefix('torch.')}, {STEPS} steps",
+        problem="; ".join(wrong) or None,
         **{f"{pair}_relative_error": error for pair, error in worst.items()}, tolerance=limit,
         steps_that_only_decode=replays,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Block 3: training steps of the 1.4B model by the real trainer, under ZeRO-1, against their plan."""
 
-import gc
 import os
 import random
 import tempfile
@@ -128,17 +127,17 @@ def measure_one(run: Run, setting: Setting, folder: Path, context: Context) -> N
     run.reset_peak_memory()
     started = time.perf_counter()
     inspected = {"optim.inspect_every_steps": setting.num_steps}
-    trainer = trainer_of(run, {**setting.keys, **inspected}, folder, context)
-    run.row(f"{setting.name}: start", seconds_to_build=time.perf_counter() - started)
-    train(run, trainer, setting)
-    if setting.profiled:
-        top(run, "training", trainer.take_step)
+    left = torch.cuda.memory_allocated(run.device) / 1e9 if run.gpu else None  # of the trainer before
+    with trainer_of(run, {**setting.keys, **inspected}, folder, context) as trainer:
+        run.row(f"{setting.name}: start", seconds_to_build=time.perf_counter() - started, left_over_gb=left)
+        train(run, trainer, setting)
+        if setting.profiled:
+            top(run, "training", trainer.take_step)
 
 
 @contextmanager
 def held_to(run: Run, cap_gb: float | None) -> Iterator[None]:
     """A block in which torch may take so much memory, less what CUDA's context takes beside it."""
-    gc.collect()
     if cap_gb is None or not run.gpu:
         yield
         return
@@ -164,12 +163,19 @@ def corpus_and_ranks(run: Run) -> Iterator[tuple[Path, Context]]:
         yield Path(folder), context
 
 
-def trainer_of(run: Run, keys: Keys, folder: Path, context: Context) -> Trainer:
+@contextmanager
+def trainer_of(run: Run, keys: Keys, folder: Path, context: Context) -> Iterator[Trainer]:
     """A trainer of the folder's corpus, which is prepared by the first one."""
     paths = {"run.directory": folder, "data.directory": folder / "data", "data.source": folder / CORPUS}
     config = load(run, {**keys, **paths})
     data = prepare(config.data, report=print)
-    return Trainer(Start.of(config, make_plan(config), data), context)
+    trainer = Trainer(Start.of(config, make_plan(config), data), context)
+    try:
+        yield trainer
+    finally:
+        trainer.engine.destroy()
+        for parameter in trainer.engine.module.parameters():  # which DeepSpeed's hooks keep alive
+            parameter.grad, parameter.data = None, parameter.data.new_empty(0)
 
 
 def load(run: Run, more: Keys) -> TrainConfig:

@@ -28,7 +28,7 @@ from cluster.measure import benchmark
 from training.data.config import DataConfig
 from training.data.corpora import Corpus
 from training.data.prepare import prepare
-from training.data.readers import Position
+from training.data.records import Position
 from training.data.tokenizer import train_tokenizer
 
 WHAT = "prepare_rate"

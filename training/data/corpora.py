@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from training.data.config import DataConfig
 from training.data.dataset import DataError
-from training.data.readers import Position, TextOrBad, find, reading
+from training.data.readers import find
+from training.data.records import Position, TextOrBad, reading
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000

@@ -124,7 +124,7 @@ class Manifest:
             raise DataError(f"{path}: missing, so this is no prepared folder; {REMEDY}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check data.directory") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not a usable manifest ({error}); {REMEDY}") from error
 
     def to_json(self) -> str:

@@ -36,9 +36,10 @@ from training.data.dataset import (
     Manifest,
 )
 from training.data.mixture import MixtureRequest, prepare_sources, write_mixture
-from training.data.readers import reading
+from training.data.records import reading, require_file
 from training.data.shards import RESUME_FILE, TOKENIZER_FILE, Resume, ShardWriter
 from training.data.tokenizer import (
+    encoding_with,
     end_of_text_id,
     load_tokenizer,
     opening_only,
@@ -138,6 +139,7 @@ class DataRequest:
         else:
             path = Path(config.tokenizer).expanduser()
             with reading(path):
+                require_file(path)
                 tokenizer = ["file", sha256_of(path), config.add_special_tokens, config.end_of_text]
         asked = [FORMAT_VERSION, corpus.identity, tokenizer, config.validation_fraction, config.shard_tokens]
         if config.max_bad_fraction != DataConfig.max_bad_fraction:
@@ -259,7 +261,7 @@ def _write_shards(request: DataRequest, folder: Path, resume: Resume, *, report:
         folder, tokenizer, end_id=end_id, dtype=dtype, shard_tokens=config.shard_tokens, resume=resume
     )
     skipped, tokens_before = Skipped(config.max_bad_fraction), writer.tokens
-    with _progress(corpus) as progress:
+    with _progress(corpus) as progress, encoding_with(config.tokenizer):
         for position in writer.write(corpus.divided(config, skipped), corpus.position):
             rate = (writer.tokens - tokens_before) / (time.monotonic() - started)
             progress.update({"step": position // 1_000_000, "tokens_per_second": rate})

@@ -1,7 +1,7 @@
 """Files of text as records: .txt, .jsonl, .json and Parquet, plain or compressed, here or behind a URL.
 
 A record is a text, or a `Bad` one that says what is wrong with it. What makes a whole file useless is a
-`DataError` that names it. Memory is bounded by a record or a Parquet row group, not by the file.
+`DataError` that names it. Memory is bounded by the longest line, or a Parquet row group, not by the file.
 """
 
 import bz2
@@ -9,24 +9,23 @@ import functools
 import glob
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
-import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from cluster.files import sha256_of
 from training.data.dataset import DataError
+from training.data.records import Bad, Position, TextOrBad, in_a_line, reading, text_of
+from training.data.tables import parquet_records
 
 TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several records
 JSON_PIECE_CHARACTERS = 1 << 16
+LONGEST_LINE = 64 << 20  # bytes of a line of .jsonl, characters of a record of .json
 LONGEST_WORD = 16  # of what JSON does not allow to be cut: -Infinity, or an escaped pair of surrogates
 COMPANION_SHARE = 0.01  # files of another kind may lie beside the corpus, up to this share of its bytes
 KINDS = {
@@ -41,26 +40,6 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READABLE = ".txt .jsonl .json .parquet, the first three also with .gz .bz2 .xz .zst"
 
 
-class Bad(NamedTuple):
-    """A record that cannot be used: the file and the place in it, and the problem with its remedy."""
-
-    where: str
-    problem: str
-
-
-class Position:
-    """How many bytes of a source were read, compressed ones where it is compressed."""
-
-    def __init__(self) -> None:
-        self.before = 0  # of the files that are finished
-        self.stream: IO[bytes] | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.before + (self.stream.tell() if self.stream and not self.stream.closed else 0)
-
-
-TextOrBad = str | Bad
 _DECODER = json.JSONDecoder(parse_int=float)  # only texts are used, and Python's int has a limit of digits
 
 
@@ -86,7 +65,7 @@ class SourceFile:
         with reading(self.path), self.opener() as stream:
             position.stream = stream
             if self.kind == "parquet":
-                yield from _parquet(stream, field, self.path)
+                yield from parquet_records(stream, field, self.path)
             else:
                 yield from _READERS[self.kind](_decompressed(stream, self.name), field, self.path)
         position.before += self.num_bytes
@@ -238,11 +217,22 @@ def _txt(stream: IO[bytes], _field: str, _path: str) -> Iterator[TextOrBad]:
         yield piece
 
 
-def _jsonl(stream: Iterable[bytes], field: str, path: str) -> Iterator[TextOrBad]:
-    for number, line in enumerate(stream, start=1):
+def _jsonl(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
+    for number, line in enumerate(_lines(stream), start=1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if line.strip():
+        if len(line) > LONGEST_LINE:
+            problem = f"a line of more than {LONGEST_LINE >> 20} MiB; divide or remove it"
+            yield Bad(f"{path}:{number}", problem)
+        elif line.strip():
             yield _parsed(line, field, where=f"{path}:{number}")
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines; of one that is longer than LONGEST_LINE, a byte more than that."""
+    while line := stream.readline(LONGEST_LINE + 1):
+        yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE + 1)
 
 
 def _parsed(line: bytes, field: str, *, where: str) -> TextOrBad:
@@ -273,7 +263,7 @@ def _json(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
             yield text_of(record, field, where=f"{path}, record {number}")
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not a whole JSON array ({_in_a_line(error)} after record {number}); write it again"
+            f"{path}: not a whole JSON array ({in_a_line(error)} after record {number}); write it again"
         ) from error
 
 
@@ -333,6 +323,8 @@ class _JsonText:
 
     def _more(self) -> None:
         rest = self._text[self._place :]
+        if len(rest) > LONGEST_LINE:
+            raise ValueError(f"more than {LONGEST_LINE >> 20} Mi characters, or no end,")
         more = self._stream.read(max(JSON_PIECE_CHARACTERS, len(rest)))
         self._text, self._place, self._ended = rest + more, 0, not more
 
@@ -353,97 +345,8 @@ class _Joined(io.RawIOBase):
         return len(part)
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half a pair, UTF-8 cannot hold it
-
-
-def text_of(record: Any, field: str, *, where: str) -> TextOrBad:
-    """The text in `field` of an object. "a.b" is b of the object in a, unless there is a field "a.b"."""
-    remedy = "fix or remove the record"
-    value = record
-    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none, it is not an object"
-        fields = fields.encode(errors="backslashreplace").decode()  # they too may hold half a pair
-        return Bad(where, f"no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
-    if _SURROGATE.search(value):
-        return Bad(where, f"{field!r} holds half a surrogate pair; {remedy}")
-    return value
-
-
-def _parquet(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
-    import pyarrow  # here, because it takes half a second
-    from pyarrow import compute, parquet
-
-    try:
-        with parquet.ParquetFile(stream) as table:
-            inner = _column(table.schema_arrow, field, path)
-            rows = itertools.count(1)
-            for group in range(table.num_row_groups):  # pyarrow cannot join dictionaries of several
-                for batch in table.iter_batches(batch_size=1024, columns=[field], row_groups=[group]):
-                    column = compute.struct_field(batch.column(0), inner) if inner else batch.column(0)
-                    if pyarrow.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
-                    for value in column.to_pylist():
-                        yield _cell(value, field, where=f"{path}: row {next(rows)}")
-    except pyarrow.ArrowException as error:
-        problem = _in_a_line(error)
-        raise DataError(f"{path}: not a readable Parquet file ({problem}); write it again") from error
-
-
-def _column(schema: Any, field: str, path: str) -> list[str]:
-    """Names inside the column of `field` that lead to its text; empty for a plain column."""
-    import pyarrow
-
-    names = [field] if field in schema.names else field.split(".")
-    kind: Any = pyarrow.struct(list(schema))
-    for name in names:
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            columns = ", ".join(schema.names)
-            raise DataError(f"{path}: no column {field!r} among {columns}; set data.text_field")
-        kind = kind.field(name).type
-    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if str(value) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
-        raise DataError(f"{path}: column {field!r} holds {kind}, not strings; set data.text_field")
-    return names[1:]
-
-
-def _cell(value: str | bytes | None, field: str, *, where: str) -> TextOrBad:
-    if value is None:
-        return Bad(where, f"no text in {field!r}; remove the row")
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            return Bad(where, f"not valid UTF-8 ({error.reason}); remove the row")
-    return value
-
-
 _READERS: dict[str, Callable[[Any, str, str], Iterator[TextOrBad]]] = {
     "txt": _txt,
     "jsonl": _jsonl,
     "json": _json,
 }
-
-
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into a `DataError` that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        remedy = "convert it, for example with iconv"
-        raise DataError(f"{path}: not valid UTF-8 ({error.reason}); {remedy}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
-    except OSError as error:
-        problem, remedy = error.strerror or _in_a_line(error), "check the path and its permissions"
-        raise DataError(f"{path}: cannot be read ({problem}); {remedy}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd"):
-            raise
-        raise DataError(f"{path}: damaged or cut off ({error}); copy it again") from error
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from cluster import files
 from training.data.corpora import Document
 from training.data.dataset import SPLITS, Shard, Split
-from training.data.readers import Position
+from training.data.records import Position
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096

@@ -1,13 +1,14 @@
 """The tokenizer of prepared data: trained or given, its end-of-text token and its special tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from training.data.dataset import DataError
-from training.data.readers import reading
+from training.data.records import reading
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and Qwen, LLaMA 3, DeepSeek, LLaMA 2 and Mistral, Gemma, and others
@@ -50,14 +51,30 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     with reading(path):
         content = path.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error}); set data.tokenizer") from error
+    with encoding_with(path):
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            problem = f"not a Hugging Face tokenizer.json ({error})"
+            raise DataError(f"{path}: {problem}; set data.tokenizer") from error
+        tokenizer.encode("")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@contextmanager
+def encoding_with(path: Path | str) -> Iterator[None]:
+    """Turn a panic of the library, which some files cause, into a `DataError` that names the file."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of pyo3, which exports no such class
+            raise
+        raise DataError(
+            f"{path}: the tokenizers library fails on it ({error}); set data.tokenizer"
+        ) from error
 
 
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
@@ -66,7 +83,10 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     Raises:
         DataError: there is none.
     """
-    for each in END_OF_TEXT_NAMES if name is None else (name,):
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    # Special ones first: Gemma has </s> too, for the end of struck out text, as an ordinary token.
+    usual = sorted(END_OF_TEXT_NAMES, key=lambda each: each not in special)
+    for each in usual if name is None else (name,):
         if (token := tokenizer.token_to_id(each)) is not None:
             return token
     if name is not None:

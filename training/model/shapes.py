@@ -74,13 +74,15 @@ class LlamaShape:
                 )
                 most = MOST.get(field.name, value)
                 _require(value <= most, field.name, f"{value:,} is above {most:,}, the most that is taken")
+            elif field.type is float:
+                value = getattr(self, field.name)
+                usable = isinstance(value, int | float) and 0 < value < 1e30
+                _require(usable, field.name, f"{value!r} is not a usable number")
         # Attention could do without the first, but transformers refuses to load such a model.
         for whole, part in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads")):
             size, divisor = getattr(self, whole), getattr(self, part)
             _require(size % divisor == 0, part, f"{divisor} does not divide {whole}={size}")
         _require(self.head_dim % 2 == 0, "head_dim", f"{self.head_dim} is odd; RoPE rotates pairs")
-        _require(self.rope_theta > 0, "rope_theta", f"{self.rope_theta} must be positive")
-        _require(self.norm_eps > 0, "norm_eps", f"{self.norm_eps} must be positive")
         layer = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * self.ffn_size
         total = self.hidden_size * (self.num_layers * layer + self.vocab_size)
         problem = (
@@ -242,7 +244,7 @@ def _read(path: Path) -> LlamaShape:
         raise ValueError(f"{path}: no such config.json, nor a shape's name; those are {', '.join(SHAPES)}")
     try:
         return from_hf_config(json.loads(file.read_text()))
-    except ValueError as error:  # a JSONDecodeError is one too
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError is one too
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -268,6 +270,9 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
         ValueError: a missing key, or one that asks for what our model does not do: another architecture,
             biases, dropout, quantised weights, another activation, or a RoPE other than default and llama3.
     """
+    _require(isinstance(config, dict), "config.json", "holds no JSON object")
+    for name in ("rope_parameters", "rope_scaling"):
+        _require(isinstance(config.get(name), dict | None), name, f"{config.get(name)!r} is no object")
     config = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     for name, only in _ONLY.items():
         value = config.get(name)
@@ -288,6 +293,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
             original_max_positions=required("original_max_position_embeddings"),
         )
     hidden_size, num_heads = required("hidden_size"), required("num_attention_heads")
+    for name in ("hidden_size", "num_attention_heads"):
+        _require(isinstance(config[name], int), name, f"{config[name]!r} is no integer")
     return LlamaShape(
         vocab_size=required("vocab_size"),
         hidden_size=hidden_size,

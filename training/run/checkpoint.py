@@ -104,6 +104,15 @@ def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
             shutil.rmtree(path)
 
 
+def _names_shards(written: Any) -> bool:
+    return isinstance(written, dict) and all(
+        isinstance(shard, dict)
+        and isinstance(shard.get("bytes"), int)
+        and isinstance(shard.get("sha256"), str)
+        for shard in written.values()
+    )
+
+
 class Checkpoint:
     """A complete checkpoint, opened for reading.
 
@@ -120,6 +129,8 @@ class Checkpoint:
         self._remedy = f"restore it, or delete {path} to use the checkpoint before"
         try:
             self.state: dict[str, Any] = files.read_json(files.inside(path, STATE))
+            if not isinstance(self.state, dict):
+                raise ValueError("not what a checkpoint writes there")
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path / STATE}: unreadable ({error}); {self._remedy}") from error
         version, mark = self.state.get("format"), (path / COMPLETE).read_bytes().strip()
@@ -128,6 +139,8 @@ class Checkpoint:
             raise DamagedError(f"{path / STATE}: its SHA-256 is not that in {COMPLETE}; {self._remedy}")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format {version}, but this version reads {FORMAT_VERSION}")
+        if not _names_shards(self.state.get("files")):
+            raise DamagedError(f"{path / STATE}: not what a checkpoint writes there; {self._remedy}")
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for name, written in self.state["files"].items():
             try:

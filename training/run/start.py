@@ -26,7 +26,7 @@ from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_se
 from training.data.mixture import describe
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
-from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, step_of
+from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
 from training.run.context import Context
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
 from training.run.state.seam import describe_seam
@@ -148,6 +148,8 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
         report(f"{directory} is complete at step {saved.state['step']}; to train on, raise schedule.tokens")
         text = "the last step was taken; the start that took it was killed before it said so"
         events.end(directory, "finished", text, step=saved.state["step"])
+        keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+        prune(saved.path.parent, keep=keep, keep_every_steps=every)
         return None
     require_tokenizer(config)
     if config.load_directory and not saved:

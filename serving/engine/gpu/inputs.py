@@ -29,24 +29,25 @@ class Rows:
         self.tokens, self.lengths = self._device[:slots], self._device[slots : 2 * slots]
         self.blocks = self._device[2 * slots :].view(slots, width)
         self.ids = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._numpy = self._host.numpy()
-        self._table = self._numpy[2 * slots :].reshape(slots, width)
-        self._blocks_of: list[tuple[ScheduledRequest | None, int]] = [(None, 0)] * slots  # and how many
+        self._table = self._host[2 * slots :].view(slots, width)
+        self._owners: list[ScheduledRequest | None] = [None] * slots  # of the rows of the table
 
     def set(self, spans: Sequence[Span]) -> None:
         """Send what these spans of one token need. The last step must have ended."""
-        slots, values = self._slots, self._numpy
-        values[: 2 * slots] = 0
-        values[: len(spans)] = [span.request.tokens[span.start] for span in spans]
-        values[slots : slots + len(spans)] = [span.stop for span in spans]
+        slots = self._slots
+        padding = [0] * (slots - len(spans))
+        tokens = [span.request.tokens[span.start] for span in spans] + padding
+        lengths = [span.stop for span in spans] + padding
+        self._host[: 2 * slots] = torch.tensor(tokens + lengths, dtype=torch.int32)
         changed = False
         for row, span in enumerate(spans):
-            there = (span.request, len(span.blocks))
-            if self._blocks_of[row][0] is not span.request or self._blocks_of[row][1] != there[1]:
-                self._table[row, : len(span.blocks)] = span.blocks
-                self._blocks_of[row] = there
+            if self._owners[row] is not span.request:
+                # All of the request's, so that they change no more; its own are gone if it was cancelled.
+                blocks = span.request.blocks or span.blocks
+                self._table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+                self._owners[row] = span.request
                 changed = True
-        size = len(values) if changed else 2 * slots
+        size = len(self._host) if changed else 2 * slots
         self._device[:size].copy_(self._host[:size], non_blocking=True)
 
 
@@ -99,10 +100,11 @@ class Step:
         """By one copy from pinned memory."""
         parts = [np.asarray(part, dtype=np.int32) for part in self._parts]
         ends = list(accumulate(_aligned(part.size) for part in parts))
-        flat = torch.zeros(ends[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        flat = np.zeros(ends[-1], dtype=np.int32)
         for start, part in zip([0, *ends], parts, strict=False):
-            flat.numpy()[start : start + part.size] = part.ravel()
-        there = flat.to(device, non_blocking=True)
+            flat[start : start + part.size] = part.ravel()
+        host = torch.empty(len(flat), dtype=torch.int32, pin_memory=device.type == "cuda")
+        there = host.copy_(torch.tensor(flat)).to(device, non_blocking=True)
         found = [there[start:] for start in [0, *ends[:-1]]]
         return Sent(*(each[: part.size].view(part.shape) for each, part in zip(found, parts, strict=True)))
 

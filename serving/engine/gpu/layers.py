@@ -1,12 +1,9 @@
-"""Triton kernels of a decoder step besides attention.
+"""Triton kernels of a decoder step, between products by cuBLAS, and what `project` shares with them.
 
-`project` is for steps of few rows, which take as long as reading the weights takes: one launch is a product
-with what stands before and after it in the layer. The other kernels stand between products by cuBLAS. All of
-them round to bf16 where `training.model.llama` does.
+All round to bf16 where `training.model.llama` does.
 
 Legend: M rows (tokens) of a step, D hidden, K inner dimension, N outputs, H query heads, G key/value heads,
-C head_dim, F feed-forward, V vocabulary. Two outputs that one program computes together are a pair: the two
-halves of a head that RoPE rotates, or gate and up.
+C head_dim, F feed-forward, V vocabulary, P parts of a row.
 """
 
 # Kernel arguments are pointers and scalars, which have no Python type.
@@ -20,16 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.machine.triton_calls import INTERPRETED, TRITON_MISSING, Call, jit
+from cluster.machine.triton_calls import TRITON_MISSING, Call, jit
 from serving.engine.scheduler import BLOCK_TOKENS
 
 if TRITON_MISSING is None:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MOST_NARROW = 16  # rows of `project`: what one instruction of the tensor cores multiplies
-BROKEN = -1  # in place of a token's id
-ADD, SILU, ROPE, LOGITS = "add", "silu", "rope", "logits"  # what `project` does with its product
 SCAN = 2048  # logits of a row that a program of `scan` reads
 
 
@@ -70,183 +64,20 @@ NO_HEADS = {
 Best = tuple[Tensor, Tensor]  # fp32 and int32 [M, P]: the largest of a row's logits in each part, and its id
 
 
-# --- few rows -----------------------------------------------------------------------------------------------
-
-
-def project(
-    x: Tensor, weight: Tensor, out: Tensor, *, epilogue: str, half: int, norm: Tensor | None = None,
-    eps: float = 0.0, heads: Heads | None = None, best: Best | None = None, pdl: bool = False,
-) -> Call:  # fmt: skip
-    """The launch of out = epilogue(norm(x) weightᵀ), for at most MOST_NARROW rows.
-
-    Args:
-        x: [M, K]; K contiguous, as in all operands.
-        weight: [N, K].
-        out: ADD: [M, N], to which the product is added. SILU: [M, N/2] of gates and ups. ROPE: [M, H·C],
-            queries; keys and values go into the cache. LOGITS: [M, N] fp32, rounded as the model's.
-        half: outputs i and i + half are a pair, in each run of 2·half outputs.
-        norm: [K], the weight of an RMSNorm of x, whose epsilon is `eps`.
-        best: LOGITS: of `project_programs` parts.
-        pdl: begin while the launch before is running, and wait for its end where x is read (sm_90).
-    """
-    rows, tile_n, tile_k, warps, stages = _tile(*x.shape, width=x.element_size())
-    arguments: dict[str, Any] = {
-        "x": x, "norm": norm, "weight": weight, "out": out, "num_rows": len(x), "inner": x.shape[1],
-        "outputs": len(weight), "half": half, "eps": eps, "x_row": x.stride(0), "out_row": out.stride(0),
-    }  # fmt: skip
-    arguments |= NO_HEADS if heads is None else heads.arguments()
-    arguments |= dict(zip(("best", "best_id"), best or (None, None), strict=True))
-    arguments |= {"EPILOGUE": epilogue, "ROWS": rows, "TILE_N": tile_n, "TILE_K": tile_k}
-    arguments |= {"WIDEN": INTERPRETED, "PDL": pdl}
-    grid = (project_programs(x, outputs=len(weight), half=half),)
-    return Call(_project_kernel, grid, arguments, warps, stages, pdl=pdl)
-
-
-def project_programs(x: Tensor, *, outputs: int, half: int) -> int:
-    """Programs of `project`, each of one tile of pairs."""
-    return ceil(ceil(outputs / (2 * half)) * half / _tile(*x.shape, width=x.element_size())[1])
-
-
-def _tile(num_rows: int, inner: int, *, width: int) -> tuple[int, int, int, int, int]:
-    """(rows, pairs and inner length of a program's tile, warps, stages).
-
-    One row: all of K at once, so that every weight is under way before the first is needed. More rows: the
-    tensor cores' smallest product, so that the programs are many.
-    """
-    if num_rows == 1:
-        tile_k = power_of_two(inner)
-        return 1, max(1, 16_384 // (tile_k * width)), tile_k, 4 if tile_k * width <= 16_384 else 8, 1
-    return 16, 8, 128, 1, 5
-
-
 @jit
-def _project_kernel(
-    x, norm, weight, out, num_rows, inner, outputs, half, eps, x_row, out_row,
-    cos, sin, cache, blocks, lengths, table_rows, block_row, values_from, heads, groups, best, best_id,
-    EPILOGUE: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    first = n // half * (2 * half) + n % half
-    second = first + half
-    if ROWS == 1:
-        a, b = _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K, PDL)
-    else:
-        a, b = _few_rows(
-            x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
-            ROWS, TILE_N, TILE_K, WIDEN, PDL,
-        )  # fmt: skip
-    m = tl.arange(0, ROWS)[:, None]
-    live = m < num_rows
-    first = first[None, :]
-    second = second[None, :]
-    keep = live & (first < outputs)
-    keep_second = live & (second < outputs)
-    to = out + m * out_row
-    if EPILOGUE == "add":
-        tl.store(to + first, _sum(tl.load(to + first, keep, other=0.0), a), keep)
-        tl.store(to + second, _sum(tl.load(to + second, keep_second, other=0.0), b), keep_second)
-    elif EPILOGUE == "silu":
-        tl.store(to + n[None, :], _silu_mul(a, b), keep)
-    elif EPILOGUE == "rope":
-        length = tl.load(lengths + m, live, other=0)
-        block = tl.load(blocks + m * block_row + tl.maximum(length - 1, 0) // BLOCK, live, other=0)
-        _place(
-            a, b, first // HEAD_DIM, first % HEAD_DIM, keep, length, block, to, cos, sin, cache,
-            values_from, heads, groups, HEAD_DIM, BLOCK,
-        )  # fmt: skip
-    else:
-        tl.store(to + first, a.to(tl.float32), keep)
-        tl.store(to + second, b.to(tl.float32), keep_second)
-        a_best, a_id = _best(a.to(tl.float32), first, keep)
-        b_best, b_id = _best(b.to(tl.float32), second, keep_second)
-        at = tl.arange(0, ROWS) * tl.num_programs(0) + tl.program_id(0)
-        inside = tl.arange(0, ROWS) < num_rows
-        tl.store(best + at, tl.maximum(a_best, b_best), inside)
-        tl.store(best_id + at, tl.where(a_best >= b_best, a_id, b_id), inside)
-
-
-@jit
-def _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K: tl.constexpr, PDL: tl.constexpr):
-    """The products [1, TILE_N] of the row with `first` and `second` of the outputs, rounded."""
-    dtype = weight.dtype.element_ty
-    k = tl.arange(0, TILE_K)
-    within = k < inner
-    a_tile = weight + first.to(tl.int64)[:, None] * inner + k[None, :]
-    b_tile = weight + second.to(tl.int64)[:, None] * inner + k[None, :]
-    a_weights = tl.load(a_tile, (first < outputs)[:, None] & within[None, :], other=0.0)
-    b_weights = tl.load(b_tile, (second < outputs)[:, None] & within[None, :], other=0.0)
-    if norm is not None:
-        scale_by = tl.load(norm + k, within, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-    row = tl.load(x + k, within, other=0.0).to(tl.float32)
-    if norm is not None:
-        normed = row * tl.rsqrt(tl.sum(row * row) / inner + eps)
-        row = (scale_by * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    a = tl.sum(a_weights.to(tl.float32) * row[None, :], 1)[None, :]
-    b = tl.sum(b_weights.to(tl.float32) * row[None, :], 1)[None, :]
-    return a.to(dtype), b.to(dtype)
-
-
-@jit
-def _few_rows(
-    x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,
-    ROWS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As `_one_row`, [ROWS, TILE_N], on tensor cores."""
-    dtype = weight.dtype.element_ty
-    k = tl.arange(0, TILE_K)
-    m = tl.arange(0, ROWS)
-    if PDL:
-        gdc_wait()
-    rows = x + m[:, None] * x_row + k[None, :]
-    live = (m < num_rows)[:, None]
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if norm is not None:
-        squares = tl.zeros((ROWS, TILE_K), tl.float32)
-        for done in range(0, inner, TILE_K):
-            part = tl.load(rows + done, live & (k < inner - done)[None, :], other=0.0).to(tl.float32)
-            squares += part * part
-        scale = tl.rsqrt(tl.sum(squares, 1) / inner + eps)
-    a_tile = weight + first.to(tl.int64)[None, :] * inner + k[:, None]
-    b_tile = weight + second.to(tl.int64)[None, :] * inner + k[:, None]
-    a = tl.zeros((ROWS, TILE_N), tl.float32)
-    b = tl.zeros((ROWS, TILE_N), tl.float32)
-    for done in range(0, inner, TILE_K):
-        within = k < inner - done
-        part = tl.load(rows + done, live & within[None, :], other=0.0)
-        if norm is not None:
-            scale_by = tl.load(norm + done + k, within, other=0.0).to(tl.float32)
-            normed = (part.to(tl.float32) * scale[:, None]).to(dtype).to(tl.float32)
-            part = (scale_by[None, :] * normed).to(dtype)
-        a_weights = tl.load(a_tile + done, (first < outputs)[None, :] & within[:, None], other=0.0)
-        b_weights = tl.load(b_tile + done, (second < outputs)[None, :] & within[:, None], other=0.0)
-        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers: triton issue 11584
-            part = part.to(tl.float32)
-            a_weights = a_weights.to(tl.float32)
-            b_weights = b_weights.to(tl.float32)
-        a = tl.dot(part, a_weights, a, input_precision="ieee")
-        b = tl.dot(part, b_weights, b, input_precision="ieee")
-    return a.to(dtype), b.to(dtype)
-
-
-@jit
-def _sum(a, b):
+def add_rounded(a, b):
     return (a.to(tl.float32) + b.to(tl.float32)).to(b.dtype)
 
 
 @jit
-def _silu_mul(gate, up):
+def silu_times(gate, up):
     wide = gate.to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(up.dtype)
     return (activated.to(tl.float32) * up.to(tl.float32)).to(up.dtype)
 
 
 @jit
-def _place(
+def place_heads(
     a, b, head, c, keep, length, block, to, cos, sin, cache, values_from, heads, groups,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -273,7 +104,7 @@ def _place(
 
 
 @jit
-def _best(logits, ids, keep):
+def largest_of(logits, ids, keep):
     """The largest of each row, and the lowest id that has it. NaN counts as infinite."""
     logits = tl.where(keep, tl.where(logits == logits, logits, float("inf")), float("-inf"))
     largest = tl.max(logits, 1)
@@ -282,15 +113,15 @@ def _best(logits, ids, keep):
 
 
 def pick(
-    best: tuple[Tensor, Tensor], ids: Tensor, tokens: Tensor, lengths: Tensor, *, pdl: bool = False
+    best: Best, ids: Tensor, tokens: Tensor | None, lengths: Tensor | None, *, pdl: bool = False
 ) -> Call:
-    """The likeliest token of each row, BROKEN where its logit is no finite number; and the next step's input.
+    """The likeliest token of each row, -1 where its logit is no finite number; and the next step's input.
 
     Args:
         best: as `project` or `scan` leave it.
         ids: [M] int32, overwritten.
-        tokens: [M] int32, overwritten with the ids, 0 for BROKEN.
-        lengths: [M] int32: 1 more, but 0 stays.
+        tokens: [M] int32, overwritten with the ids, 0 for -1; None: no other step follows at once.
+        lengths: [M] int32: 1 more, but 0 stays; None as `tokens`.
     """
     values, which = best
     arguments: dict[str, Any] = {
@@ -317,12 +148,10 @@ def _pick_kernel(best, best_id, ids, tokens, lengths, num, TILE: tl.constexpr, P
     chosen = tl.min(tl.where(values == largest, which, 2147483647), 0)
     good = (largest > float("-inf")) & (largest < float("inf"))
     tl.store(ids + row, tl.where(good, chosen, -1))
-    tl.store(tokens + row, tl.where(good, chosen, 0))
-    length = tl.load(lengths + row)
-    tl.store(lengths + row, length + (length > 0).to(tl.int32))
-
-
-# --- any number of rows -------------------------------------------------------------------------------------
+    if tokens is not None:
+        tl.store(tokens + row, tl.where(good, chosen, 0))
+        length = tl.load(lengths + row)
+        tl.store(lengths + row, length + (length > 0).to(tl.int32))
 
 
 def add_norm(
@@ -353,7 +182,7 @@ def _add_norm_kernel(x, added, weight, out, size, eps, TILE: tl.constexpr, PDL: 
     at = tl.program_id(0).to(tl.int64) * size + i
     row = tl.load(x + at, inside, other=0.0)
     if added is not None:
-        row = _sum(row, tl.load(added + at, inside, other=0.0))
+        row = add_rounded(row, tl.load(added + at, inside, other=0.0))
         tl.store(x + at, row, inside)
     wide = row.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)).to(row.dtype).to(tl.float32)
@@ -392,7 +221,7 @@ def _rotate_kernel(
     if table_rows is not None:
         table_row = tl.load(table_rows + m)
     block = tl.load(blocks + table_row * block_row + tl.maximum(length - 1, 0) // BLOCK)
-    _place(
+    place_heads(
         a, b, head, c, keep, length, block, qkv, cos, sin, cache, values_from, heads, groups, HEAD_DIM, BLOCK
     )
 
@@ -414,7 +243,7 @@ def _silu_kernel(gate_up, out, size, TILE: tl.constexpr, PDL: tl.constexpr):
     inside = i < size
     gate = tl.load(gate_up + row * 2 * size + i, inside)
     up = tl.load(gate_up + row * 2 * size + size + i, inside)
-    tl.store(out + row * size + i, _silu_mul(gate, up), inside)
+    tl.store(out + row * size + i, silu_times(gate, up), inside)
 
 
 def scan(logits: Tensor, wide: Tensor, best: Best, *, pdl: bool = False) -> Call:
@@ -435,7 +264,7 @@ def _scan_kernel(logits, wide, best, best_id, size, TILE: tl.constexpr, PDL: tl.
     inside = i < size
     found = tl.load(logits + row.to(tl.int64) * size + i, inside, other=0.0).to(tl.float32)
     tl.store(wide + row.to(tl.int64) * size + i, found, inside)
-    largest, which = _best(found[None, :], i[None, :], inside[None, :])
+    largest, which = largest_of(found[None, :], i[None, :], inside[None, :])
     at = row * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, 1)
     tl.store(best + at, largest)
     tl.store(best_id + at, which)

@@ -1,4 +1,4 @@
-"""The layers of a model over the rows of a step: few rows by `layers.project`, any number by cuBLAS."""
+"""The layers of a model over the rows of a step: few rows by `project`, any number by cuBLAS."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.engine.gpu.layers import (
-    ADD,
-    LOGITS,
-    ROPE,
-    SCAN,
-    SILU,
-    Best,
-    Heads,
-    add_norm,
-    project,
-    project_programs,
-    rotate_and_store,
-    scan,
-    silu_mul,
-)
+from serving.engine.gpu.layers import SCAN, Best, Heads, add_norm, rotate_and_store, scan, silu_mul
+from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, project, project_programs
 from serving.engine.scheduler import BLOCK_TOKENS
 from training.model.llama import Layer, Linear, Llama, rotary
 
@@ -85,9 +72,10 @@ class Stack:
             attend(index, q, mixed)
             project(mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl).launch()
             project(
-                x, layer.gate_up, active, epilogue=SILU, half=shape.ffn_size, norm=layer.ffn_norm, **normed
-            ).launch()
-            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()
+                x, layer.gate_up, active, epilogue=SILU, half=shape.ffn_size, norm=layer.ffn_norm,
+                **normed,
+            ).launch()  # fmt: skip
+            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()  # fmt: skip
 
     def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
         """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""
@@ -112,14 +100,17 @@ class Stack:
         normed, mixed = torch.empty_like(x), x.new_empty(len(x), shape.num_heads, shape.head_dim)
         active = x.new_empty(len(x), shape.ffn_size)
         added = None
+        norm = rotate = silu = None  # as compiled for the layer before
         for index, layer in enumerate(self.layers):
-            add_norm(x, added, layer.input_norm, normed, eps=shape.norm_eps, pdl=pdl).launch()
+            into_attention = add_norm(x, added, layer.input_norm, normed, eps=shape.norm_eps, pdl=pdl)
+            into_attention.launch(like=norm if index else None)
             qkv = F.linear(normed, layer.qkv)
-            rotate_and_store(qkv, heads_of(index), pdl=pdl).launch()
+            rotate = rotate_and_store(qkv, heads_of(index), pdl=pdl).launch(like=rotate)
             attend(index, qkv[:, : mixed[0].numel()].view(mixed.shape), mixed)
             added = F.linear(mixed.flatten(1), layer.out)
-            add_norm(x, added, layer.ffn_norm, normed, eps=shape.norm_eps, pdl=pdl).launch()
-            silu_mul(F.linear(normed, layer.gate_up), active, pdl=pdl).launch()
+            into_ffn = add_norm(x, added, layer.ffn_norm, normed, eps=shape.norm_eps, pdl=pdl)
+            norm = into_ffn.launch(like=norm)
+            silu = silu_mul(F.linear(normed, layer.gate_up), active, pdl=pdl).launch(like=silu)
             added = F.linear(active, layer.down)
         assert added is not None
         return added

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -5,8 +6,16 @@ import subprocess
 
 import pytest
 
-from cluster.record import events
-from cluster.record.alarms import CALM, LEAST_HISTORY, WINDOW, DiskAlarm, LossAlarms, ProgressAlarm
+from cluster.record import events, heartbeat
+from cluster.record.alarms import (
+    CALM,
+    LEAST_HISTORY,
+    WINDOW,
+    DiskAlarm,
+    LossAlarms,
+    ProgressAlarm,
+    StragglerAlarm,
+)
 
 
 def row(step, loss, *, skipped=0, **more):
@@ -215,3 +224,24 @@ def test_space_for_two_checkpoints_must_be_free(disk):
     alarm.check()
     assert told(disk) == [("disk_nearly_full", None)]
     assert "a checkpoint takes 20 MB" in events.read(disk)[0]["text"]
+
+
+def test_a_rank_that_is_slow_for_a_minute_is_one_event_and_one_that_is_slow_for_a_moment_none(tmp_path):
+    alarm = StragglerAlarm(tmp_path, fraction=0.25)
+
+    def look(*forward_seconds):
+        folder = tmp_path / heartbeat.FOLDER
+        folder.mkdir(exist_ok=True)
+        for rank, seconds in enumerate(forward_seconds):
+            about = {"rank": rank, "world_size": 3, "start": "s", "host": "gpu", "process": 7, "step": 5}
+            beat = {**about, "part": "data", "num_marks": 9, "quiet_seconds": 0.0, "forward_seconds": seconds}
+            (folder / f"{rank:05d}.json").write_text(json.dumps(beat))
+        alarm.check(seconds=StragglerAlarm.LOOK_SECONDS)
+        return [(event["kind"], event["rank"]) for event in events.read(tmp_path)]
+
+    for _ in range(StragglerAlarm.LOOKS - 1):
+        assert look(1.0, 1.0, 2.0) == []
+    assert look(1.0, 1.0, 1.1) == []
+    for _ in range(StragglerAlarm.LOOKS + 2):
+        told = look(1.0, 1.0, 2.0)
+    assert told == [("straggler", 2)]

@@ -142,6 +142,16 @@ def test_a_first_step_and_a_checkpoint_may_take_longer_than_a_step() -> None:
     }  # fmt: skip
 
 
+def test_a_rank_that_waits_for_the_handle_of_a_collective_is_known() -> None:
+    class Handle:
+        def wait(self) -> tuple[str, bool]:
+            return heartbeat._place(sys._getframe())
+
+    where, waits = Handle().wait()
+    assert where.startswith("test_heartbeat.py:") and where.endswith(" in wait") and waits
+    assert not heartbeat._place(sys._getframe())[1]
+
+
 def test_a_slow_rank_is_told_with_what_it_costs() -> None:
     beats = [beat(rank, forward_seconds=seconds) for rank, seconds in enumerate((1.0, 1.1, 1.5))]
     assert heartbeat.stragglers(beats, fraction=0.25) == {

@@ -13,7 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.protocol import BrokenModel, EngineFailed, EngineInfo, Overloaded, Sampling, Ticket, Token
+from serving.engine.decoder import Chosen
+from serving.engine.protocol import (
+    BrokenModel,
+    EngineFailed,
+    EngineInfo,
+    Overloaded,
+    Sampling,
+    Score,
+    Ticket,
+    Token,
+)
+from serving.engine.sampling import choose
 from serving.engine.scheduler import BLOCK_TOKENS, Scheduler, Span
 from serving.engine.torch_engine import TorchEngine
 from tests.properties import cases
@@ -49,14 +60,49 @@ class Remembering:
         logits = []
         for span in spans:
             if span.samples:
-                found = [token for block in span.blocks for token in self._cache[block]][: span.stop]
-                token = following(found)
-                logits.append([math.nan if token is None else float(i == token) for i in range(VOCABULARY)])
+                logits.append(self._after(span))
                 self._interrupt()
         return torch.tensor(logits).view(-1, VOCABULARY)
 
+    def _after(self, span: Span) -> list[float]:
+        token = following([token for block in span.blocks for token in self._cache[block]][: span.stop])
+        return [math.nan if token is None else float(i == token) for i in range(VOCABULARY)]
+
     def scored(self) -> Iterator[torch.Tensor]:
         yield from ()
+
+
+class Ahead(Remembering):
+    """The same as an `AheadDecoder`, whose steps take the tokens that the last one chose."""
+
+    def __init__(self, interrupt: Callable[[], None]) -> None:
+        super().__init__(interrupt)
+        self.num_ahead = 0
+        self._logits, self._chosen = torch.empty(0), list[int]()
+
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        self._logits = super().forward(spans)
+        return self._logits
+
+    def again(self, spans: Sequence[Span]) -> torch.Tensor:
+        self.num_ahead += 1
+        rows = []
+        for span, token in zip(spans, self._chosen, strict=True):
+            self._cache[span.blocks[span.start // BLOCK_TOKENS]][span.start % BLOCK_TOKENS] = max(token, 0)
+            self._interrupt()
+            rows.append(self._after(span))
+        self._logits = torch.tensor(rows)
+        return self._logits
+
+    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
+        found = choose(self._logits, samplings, chances)
+        self._chosen = found[0]
+
+        def read() -> tuple[list[int], list[Score | None]]:
+            self._interrupt()
+            return found
+
+        return read
 
 
 @dataclass(eq=False)
@@ -108,14 +154,18 @@ class Client:
             assert heard == expected[: len(heard)]
 
 
-def make_engine(interrupt: Callable[[], None], kind: type[TorchEngine] = TorchEngine) -> TorchEngine:
+def make_engine(
+    interrupt: Callable[[], None], kind: type[TorchEngine] = TorchEngine, *, ahead: bool = False
+) -> TorchEngine:
     info = EngineInfo(
         engine="fake", model="remembering", device="cpu", dtype="none", context_tokens=CONTEXT,
         vocab_size=VOCABULARY, num_parameters=0, num_slots=SLOTS, most_waiting=WAITING, weight_bytes=1,
         kv_bytes_per_token=1, flops_per_token=1, head_flops=0, attention_flops=0, details={},
     )  # fmt: skip
     scheduler = Scheduler(slots=SLOTS, cache_tokens=NUM_BLOCKS * BLOCK_TOKENS, step_tokens=40)
-    return kind(Remembering(interrupt), scheduler, info=info, eos_ids=[])
+    decoder = Ahead(interrupt) if ahead else Remembering(interrupt)
+    looking = decoder if isinstance(decoder, Ahead) else None
+    return kind(decoder, scheduler, info=info, eos_ids=[], ahead=looking)
 
 
 def check_blocks(scheduler: Scheduler) -> None:
@@ -135,8 +185,8 @@ class Stepped(TorchEngine):
 class Interleaving:
     """Requests that come and go as `choices` say: between steps, within them, in deliveries."""
 
-    def __init__(self, choices: bytes) -> None:
-        self.engine = make_engine(self.act, Stepped)
+    def __init__(self, choices: bytes, *, ahead: bool) -> None:
+        self.engine = make_engine(self.act, Stepped, ahead=ahead)
         self.clients: list[Client] = []
         self._choices = iter(choices)
         self._acting = False
@@ -180,9 +230,9 @@ class Interleaving:
 
 
 @settings(max_examples=cases(), deadline=None)
-@given(choices=st.binary(min_size=12, max_size=24))
-def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
-    run = Interleaving(choices)
+@given(choices=st.binary(min_size=12, max_size=24), ahead=st.booleans())
+def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices, ahead):
+    run = Interleaving(choices, ahead=ahead)
     run.run()
     for client in run.clients:
         client.check()
@@ -190,6 +240,20 @@ def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices):
     assert stats.free_cache_tokens == NUM_BLOCKS * BLOCK_TOKENS
     assert stats.finished == sum(client.ended and client.error is None for client in run.clients)
     assert stats.cancelled == sum(client.cancelled for client in run.clients)
+
+
+def test_steps_begin_before_the_last_one_s_tokens_are_read_whenever_no_other_request_can_join():
+    run = Interleaving(b"", ahead=True)
+    decoder = run.engine._decoder
+    for prompt, max_tokens in ((3, 9), (4, 7)):
+        client = Client([prompt], max_tokens, lambda: None)
+        client.submit(run.engine)
+        run.clients.append(client)
+    run.run()
+    for client in run.clients:
+        client.check()
+    # All but the first, and the one after which the shorter ends, the first of the other alone.
+    assert run.engine.stats().steps == 9 and decoder.num_ahead == 7
 
 
 def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(capfd):

@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from cluster.machine.triton_calls import Call
-from serving.engine.gpu import attention, layers
+from serving.engine.gpu import attention, layers, project
 from serving.engine.gpu.decoder import GpuDecoder, unsupported
+from serving.engine.gpu.sampling import Sampler
+from serving.engine.protocol import Sampling
+from serving.engine.sampling import BROKEN, choose
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
 from tests.commands import ROOT
 from tests.compiled_kernels import compiled, problems
@@ -50,11 +53,11 @@ def launches(num_rows: int, *, capability: tuple[int, int], name: str = "llama-1
     with torch.device("meta"):
         model = Llama(shapes.resolve(name, num_layers=1)).bfloat16()
     with (
-        patch.object(Call, "launch", lambda self: calls.append(self)),
+        patch.object(Call, "launch", lambda self, like=None: calls.append(self)),
         patch.object(attention, "_capability", lambda device: capability),
         torch.inference_mode(),
     ):
-        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False)
+        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False, most_narrow=project.MOST_NARROW)
         decoder._stack.pdl = capability >= (9, 0)
         decoder._decode(num_rows)
     return calls
@@ -71,7 +74,7 @@ def test_a_layer_is_five_launches_for_few_rows_and_five_beside_its_products_for_
 
 @pytest.mark.parametrize(
     ("capability", "num_rows", "which"),
-    [((9, 0), 1, 0), ((9, 0), 8, 0), ((8, 6), 1, 4), ((8, 6), 8, 3), ((8, 6), 32, 0), ((9, 0), 32, 1)],
+    [((9, 0), 1, 0), ((9, 0), 1, 2), ((9, 0), 8, 0), ((8, 6), 1, 4), ((8, 6), 8, 3), ((8, 6), 32, 0)],
 )
 def test_kernels_compile_without_spills(capability, num_rows, which, tmp_path):
     kernel = compiled(launches(num_rows, capability=capability)[which], capability)
@@ -83,13 +86,48 @@ def test_weights_are_under_way_before_the_launch_before_has_ended():
     """What makes one row fast: all of a program's weights are asked for before it waits for its input."""
     ptx = compiled(launches(1, capability=(9, 0))[0], (9, 0)).asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait")
-    assert before.count("ld.global.v4") == 16 + 2 and 0 < after.count("ld.global.v4") <= 2
+    assert before.count("ld.global.v4") == 8 + 2 and 0 < after.count("ld.global.v4") <= 2
 
 
 def test_a_model_with_rows_beyond_a_program_is_refused_with_the_reason():
     shape = shapes.resolve("llama-1b4", ffn_size=16_400)
     reason = unsupported(torch.device("cuda"), torch.bfloat16, shape)
     assert reason == "rows of 16400 exceed the 16384 that one program of a kernel holds"
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.7, 3.0)])
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_the_sampler_chooses_as_the_host_does(temperatures, top_p):
+    """To the token, also with rows that take no part; and the scores of those that ask."""
+    logits = 3 * torch.randn(4, 97, generator=torch.Generator().manual_seed(0))
+    logits[2, 5] = torch.nan
+    largest, ids = logits.max(-1)
+    likeliest = torch.where(largest.isfinite(), ids, BROKEN).int()
+    samplings = [
+        Sampling(max_tokens=1, temperature=each, top_p=top_p if row else 1.0, logprobs=row % 2 == 0)
+        for row, each in enumerate(temperatures)
+    ]
+    sampler = Sampler(4, torch.device("cpu"))
+    for seed in range(5):
+        chances = [[random.Random(f"{seed} {row}") for row in range(4)] for _ in range(2)]
+        chosen, read = sampler.choose(logits, likeliest, samplings, chances[0])
+        ids, scores = read()
+        expected_ids, expected_scores = choose(logits, samplings, chances[1])
+        assert ids == chosen.tolist() == expected_ids and ids[2] == BROKEN
+        assert scores[0] == pytest.approx(expected_scores[0]) and scores[1] is scores[3] is None
+
+
+def test_two_steps_may_be_on_their_way_at_once():
+    """What the first chose is read after the second chose; and after that of the second, none is lost."""
+    sampler, sampling = Sampler(2, torch.device("cpu")), [Sampling(max_tokens=1, temperature=0.0)]
+    logits = torch.zeros(1, 9)
+    reads = [
+        sampler.choose(logits, torch.tensor([i], dtype=torch.int32), sampling, [None])[1] for i in (3, 4)
+    ]
+    assert [read()[0] for read in reads] == [[3], [4]]
 
 
 # --- by the interpreter -------------------------------------------------------------------------------------
@@ -119,20 +157,20 @@ def interpreted_projections_are_the_models_operations(num_rows, dtype):
     product = F.linear(norm(x), weight)
     out = torch.full((num_rows, inner), torch.nan, dtype=dtype)
     normed = {"norm": norm.weight.data, "eps": 1e-2}
-    layers.project(x, weight, out, epilogue="silu", half=inner, **normed).launch()
+    project.project(x, weight, out, epilogue="silu", half=inner, **normed).launch()
     assert close(out, F.silu(product[:, :inner]) * product[:, inner:])
 
     odd = weight[:51]
     residual = values(num_rows, 51, seed=9, dtype=dtype)
     expected = residual + F.linear(x, odd)
-    layers.project(x, odd, residual, epilogue="add", half=26).launch()
+    project.project(x, odd, residual, epilogue="add", half=26).launch()
     assert close(residual, expected)
 
     size = {"outputs": 51, "half": 26}
-    programs = layers.project_programs(x, **size)
+    programs = project.project_programs(x, **size)
     best = torch.empty(num_rows, programs), torch.empty(num_rows, programs, dtype=torch.int32)
     logits = torch.full((num_rows, 51), torch.nan)
-    layers.project(x, odd, logits, epilogue="logits", half=26, best=best, **normed).launch()
+    project.project(x, odd, logits, epilogue="logits", half=26, best=best, **normed).launch()
     assert close(logits, product[:, :51].float(), dtype)
     picked(best, logits)
 
@@ -144,7 +182,7 @@ def picked(best: layers.Best, logits: torch.Tensor) -> None:
     lengths[-1] = 0
     layers.pick(best, ids, tokens, lengths).launch()
     broken = ~logits.amax(-1).isfinite()
-    expected = logits.argmax(-1).masked_fill(broken, layers.BROKEN)
+    expected = logits.argmax(-1).masked_fill(broken, BROKEN)
     assert ids.tolist() == expected.tolist() and tokens.tolist() == expected.clamp_min(0).tolist()
     assert lengths.tolist() == [*[6] * (num_rows - 1), 0]
 
@@ -184,7 +222,7 @@ def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
         heads = layers.Heads(cos, sin, cache, blocks, positions.int() + 1, None, 4)
         if through_project:
             found = torch.empty(num_rows, 64, dtype=dtype)
-            layers.project(x, weight, found, epilogue="rope", half=8, heads=heads).launch()
+            project.project(x, weight, found, epilogue="rope", half=8, heads=heads).launch()
         else:
             layers.rotate_and_store(qkv, heads).launch()
             found = qkv[:, :64]
@@ -216,10 +254,9 @@ def interpreted_texts_continue_as_whole_texts_do(most_narrow, dtype, monkeypatch
         scheduler.add(ScheduledRequest([draw.randrange(97) for _ in range(size)], size + 9, scored=scored))
     for _ in range(5):
         spans = scheduler.next_step()
-        found = [*decoder.forward(spans)]
-        if all(span.samples and span.stop - span.start == 1 for span in spans):
-            decoded += 1
-            assert decoder.ids[: len(spans)].tolist() == [row.argmax().item() for row in found]
+        found = [row.clone() for row in decoder.forward(spans)]
+        assert decoder.ids.tolist() == [row.argmax().item() for row in found]
+        decoded += all(span.samples and span.stop - span.start == 1 for span in spans)
         found += [row for part in decoder.scored() for row in part.clone()]
         places = [(span.request.tokens, span.stop - 1) for span in spans if span.samples]
         places += [(s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored)]

@@ -14,7 +14,7 @@ from training.data import corpora, readers
 from training.data.config import DataConfig
 from training.data.corpora import Corpus, Skipped
 from training.data.dataset import DataError
-from training.data.readers import Position
+from training.data.records import Position
 
 
 def test_a_long_text_file_becomes_pieces_that_end_with_a_line(

@@ -109,10 +109,40 @@ def test_a_post_processor_of_encoders_is_refused_unless_it_is_not_wanted(
     prepare(change(config, tokenizer=str(given), add_special_tokens=False), report=silent)
 
 
-@pytest.mark.parametrize(
-    "name", ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
-)
-def test_the_end_of_text_is_found_by_the_names_of_common_families(name: str) -> None:
+# Special tokens, ordinary added tokens, and the one that ends a document, of each family's base model.
+FAMILIES = {
+    "gpt-2": (["<|endoftext|>"], [], "<|endoftext|>"),
+    "llama 2, mistral 7b": (["<unk>", "<s>", "</s>"], [], "</s>"),
+    "mistral nemo": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>", "[TOOL_CALLS]"], [], "</s>"),
+    "gemma": (["<pad>", "<eos>", "<bos>", "<unk>"], ["<start_of_turn>", "<table>", "<s>", "</s>"], "<eos>"),
+    "qwen 2.5": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>"], "<|endoftext|>"),
+    "deepseek v3": (
+        ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+        ["<\uff5cUser\uff5c>", "<|EOT|>"],
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    "llama 3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>"],
+        [],
+        "<|end_of_text|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_text_is_found_in_the_tokens_of_common_families(family: str) -> None:
+    special, ordinary, end = FAMILIES[family]
+    trained = train_tokenizer(texts(10), vocab_size=300).to_str().replace("<|endoftext|>", "<unused>")
+    for order in (1, -1):
+        tokenizer = Tokenizer.from_str(trained)
+        tokenizer.add_tokens(ordinary)
+        tokenizer.add_special_tokens(special[::order])
+        assert tokenizer.id_to_token(end_of_text_id(tokenizer)) == end
+        assert tokenizer.id_to_token(end_of_text_id(tokenizer, special[0])) == special[0]
+
+
+def test_an_end_of_text_that_is_no_special_token_is_found_too() -> None:
     tokenizer = train_tokenizer(texts(10), vocab_size=300)
-    other = Tokenizer.from_str(tokenizer.to_str().replace("<|endoftext|>", name))
-    assert end_of_text_id(other) == 0
+    tokenizer = Tokenizer.from_str(tokenizer.to_str().replace("<|endoftext|>", "<unused>"))
+    tokenizer.add_tokens(["</s>"])
+    assert tokenizer.id_to_token(end_of_text_id(tokenizer)) == "</s>"

@@ -6,13 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.record import events
 from cluster.record.record import read_metrics
 from tests.commands import python, started, tiny, write_corpus
 from tests.waiting import wait_until
 from training import config as training_config
-from training.run.watch import RunWatch
+from training.run.watch import RunWatch, explained
 
 pytestmark = pytest.mark.stack
 
@@ -55,6 +56,15 @@ def test_a_storage_that_fails_for_a_moment_does_not_end_the_watch(tmp_path: Path
     events.append(config.run_directory, "node_lost", "node 10.0.0.2 is lost")
     watch._look(seconds=1.0)
     assert any("node 10.0.0.2 is lost" in line for line in shown)
+
+
+def test_what_torch_cannot_allocate_is_said_with_the_part_and_what_to_change() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    said = str(explained(refused.value, who="rank 3: ", where="the backward of step 7"))
+    assert said.startswith("rank 3: out of memory in the backward of step 7 (RuntimeError: ")
+    assert "lower batch.micro_sequences" in said and said.endswith("from the newest checkpoint")
+    assert explained(RuntimeError("shapes differ"), who="rank 3: ", where="") is None
 
 
 def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
