@@ -22,7 +22,7 @@ KEYS = (
     "precision=bf16",
 )
 CHECKPOINTING = "model.activation_checkpointing=true"
-CASES = [("zero.stage=1",), ("zero.stage=3",), ("zero.stage=3", "zero.init=true", CHECKPOINTING)]
+CASES = [("zero.stage=1",), ("zero.stage=3", "zero.init=true", CHECKPOINTING)]
 
 
 def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +66,6 @@ def compared(context: Context) -> list[tuple[list[float], list[float]]]:
 def test_compiled_layers_train_as_others_do_in_every_stage_and_with_checkpointing() -> None:
     """Traced and not compiled, a layer computes the same bits."""
     for rank in spawn(compared, world_size=2):
-        assert len(rank) == 3
+        assert len(rank) == 2
         for plain, compiled in rank:
             assert compiled == plain and plain[-1] != plain[0]
