@@ -222,7 +222,8 @@ def hang_at_defaults(story: Story) -> float:
         os.kill(pids[-1], signal.SIGSTOP)
         stopped.append(time.monotonic())
 
-    outcome = story.start("SIGSTOP of rank 1", meddle=at_row(story, 6, stop))
+    steps_only = {"checkpoint__every_steps": 1000, "evaluation__every_steps": 1000}  # others may take longer
+    outcome = story.start("SIGSTOP of rank 1", meddle=at_row(story, 6, stop), **steps_only)
     story.fails(outcome, "workers.hang_seconds")
     return time.monotonic() - stopped[0]
 
