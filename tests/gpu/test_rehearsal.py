@@ -114,7 +114,7 @@ def test_block_2_checks_every_kernel_and_the_decoder(rehearsal):
         == {0}
         == set(figures(rows, "elements_beside").values())
     )
-    [decoder] = [row for row in rows if row["case"].startswith("decoder")]
+    [decoder] = [row for row in rows if row["case"].startswith("TorchDecoder")]
     assert 0 < decoder["eager_whole_relative_error"] < 1e-5 and decoder["steps_that_only_decode"] > 10
 
 
