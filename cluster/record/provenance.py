@@ -50,10 +50,12 @@ def collect(
 def code_version() -> dict[str, Any]:
     """`commit` and `dirty` (uncommitted or untracked files, baselines aside) of the code that runs.
 
-    A copy of the code without its git folder, such as the working directory that Ray uploads, takes them
-    from the environment (see `commit_environment`). Failing that, `commit` is "unknown", `dirty` None, and
-    `commit_problem` says why.
+    A copy of the code, such as the working directory that Ray uploads, takes them from the environment (see
+    `commit_environment`), also where it lies over a git folder of another commit. Failing both, `commit` is
+    "unknown", `dirty` None, and `commit_problem` says why.
     """
+    if carried := os.environ.get(COMMIT_VARIABLE):
+        return {"commit": carried.removesuffix("+dirty"), "dirty": carried.endswith("+dirty")}
     try:
         toplevel = _git("rev-parse", "--show-toplevel")
         if Path(toplevel).resolve() != _ROOT:  # a copy that lies inside somebody else's checkout
@@ -63,8 +65,6 @@ def code_version() -> dict[str, Any]:
             "dirty": bool(_git("status", "--porcelain", "--", ".", NOT_CODE)),
         }
     except LookupError as problem:
-        if carried := os.environ.get(COMMIT_VARIABLE):
-            return {"commit": carried.removesuffix("+dirty"), "dirty": carried.endswith("+dirty")}
         return {"commit": "unknown", "dirty": None, "commit_problem": str(problem)}
 
 

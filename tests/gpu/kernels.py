@@ -243,8 +243,8 @@ def _scale(run: Run, dtype: torch.dtype) -> None:
     factors, out = run.random(len(x), seed=12), torch.full_like(x, nan, dtype=dtype)
     scale_pass(x, factors, out=out)
     worst = Worst(unwritten=int(out.isnan().sum()))
-    for each, factor, found in zip(x, factors, out, strict=True):
-        worst.error = worst_of(worst.error, error_of(found.nan_to_num(), factor.double() * each.double()))
+    # Over all matrices: for 3 factors of 1000, all products of 8 bits round by more than the mean.
+    worst.error = error_of(out.nan_to_num(), factors.double()[:, None, None] * x.double())
     rates = _rates(run, lambda: scale_pass(x, factors, out=out), num_bytes=4 * x.numel())
     worst.report(run, f"scale_pass bf16 to {_short(dtype)}", dtype, **rates)
 

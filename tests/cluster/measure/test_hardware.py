@@ -87,3 +87,6 @@ def test_a_copy_without_git_takes_its_commit_from_the_environment(tmp_path, monk
     monkeypatch.setenv("ASUNCION_COMMIT", "abc123+dirty")
     assert provenance.code_version() == {"commit": "abc123", "dirty": True}
     assert provenance.commit_environment() == {"ASUNCION_COMMIT": "abc123+dirty"}
+    monkeypatch.undo()
+    monkeypatch.setenv("ASUNCION_COMMIT", "abc123")  # also where the copy lies over another commit's folder
+    assert provenance.code_version() == {"commit": "abc123", "dirty": False}
