@@ -150,7 +150,7 @@ def test_a_command_that_fails_says_no_secret(kind, capsys):
 def test_a_failed_worker_s_log_says_no_secret_and_only_its_owner_reads_it(tmp_path):
     log = tmp_path / "failure.log"
     error = RuntimeError(f"Traceback\n  ...\nHTTPError: 401 for http://host/?token={SECRET}")
-    assert workers._reason(error, log) == f"HTTPError: 401 for http://host/?token={MASK}"
+    assert workers._reason(error, tmp_path) == f"HTTPError: 401 for http://host/?token={MASK}"
     assert "HTTPError: 401" in log.read_text() and SECRET not in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o600
 

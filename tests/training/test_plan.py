@@ -28,7 +28,7 @@ def test_a_run_that_does_not_fit_is_told_what_does(capsys) -> None:
     assert planning.main(arguments) == 2
     message = capsys.readouterr().err
     [proposed] = [line for line in message.splitlines() if "is the fastest that fits 48 GB" in line]
-    assert "most of it in: backward" in proposed
+    assert "most of it in: forward" in proposed
     keys = proposed.partition("). ")[2].partition(" is the fastest")[0].split()
     assert planning.main(["--config", str(A40_1B4), *keys]) == 0
     assert "proposed" in capsys.readouterr().out
