@@ -377,5 +377,5 @@ class Skips:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all elements are. A sum takes a tenth of the time; it may overflow, but it misses nothing."""
+    """Whether all elements are. A sum takes less time; it may overflow, but it misses nothing."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
