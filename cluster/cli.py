@@ -69,14 +69,14 @@ def run(body: Callable[[], None]) -> int:
     try:
         body()
     except (UserError, layered.ConfigError) as error:
-        print(f"error: {mask(str(error))}", file=sys.stderr)
+        _print_error(str(error))
         return BAD_INPUT
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {mask(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        _print_error(f"{where}{error.strerror or error}")
         return FAILED
     except RunError as error:
-        print(f"error: {mask(str(error))}", file=sys.stderr)
+        _print_error(str(error))
         return FAILED
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
@@ -88,6 +88,12 @@ def run(body: Callable[[], None]) -> int:
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
     return 0
+
+
+def _print_error(text: str) -> None:
+    """The message, masked. Control characters of an input show as \\x1e: some would begin a new line."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in mask(text))
+    print(f"error: {''.join(shown)}", file=sys.stderr)
 
 
 @contextmanager

@@ -147,6 +147,14 @@ def test_a_command_that_fails_says_no_secret(kind, capsys):
     assert ("Traceback" in said) == (kind is ValueError)
 
 
+def test_a_message_with_control_characters_of_an_input_stays_one_line(capsys):
+    def body() -> None:
+        raise cli.UserError("data.sources=\x1e\u2028: é is no source")
+
+    assert cli.run(body) == cli.BAD_INPUT
+    assert capsys.readouterr().err.splitlines() == ["error: data.sources=\\x1e\\u2028: é is no source"]
+
+
 def test_a_failed_worker_s_log_says_no_secret_and_only_its_owner_reads_it(tmp_path):
     log = tmp_path / "failure.log"
     error = RuntimeError(f"Traceback\n  ...\nHTTPError: 401 for http://host/?token={SECRET}")
