@@ -11,6 +11,9 @@ p: bytes of an element of the model.
     exchange        gradients on their way between workers, activations gone
     optimizer step  what the step holds for a moment
 
+Not counted: where `precision=bf16` is asked of a CPU without bf16 arithmetic, the wide copies of matrices and
+of their inputs that the backward pass needs.
+
 Compared with peaks on an H200 and on a CPU: tests/training/planner/test_memory.py. Read in DeepSpeed 0.19.8.
 """
 
