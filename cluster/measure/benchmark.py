@@ -10,7 +10,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,25 @@ def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, roun
         "--output", type=Path, metavar="FILE", help=f"default: tests/baselines/<hardware>_{what}.json"
     )
     parser.add_argument("--wandb", choices=WANDB_MODES, default="auto", help="W&B mode (default: auto)")
+
+
+def measure_and_publish(
+    options: argparse.Namespace, *, what: str, plan: str, measure: Callable[[], Mapping[str, Any]]
+) -> None:
+    """The body of a bench of the launcher: check, measure, print the table, publish.
+
+    Args:
+        options: of `add_options`, and --dry-run, which prints `plan` alone.
+    """
+    require_rounds(options.rounds)
+    if options.dry_run:
+        print(plan)
+        return
+    output = prepare_output(options.output, what)
+    result = {"bench": what, "load_average_before": load_average()}
+    result |= measure()
+    print(table(result))
+    publish(result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None)
 
 
 def busy(load_average: float, *, cores: int | None) -> str | None:

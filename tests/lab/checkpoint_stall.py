@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        benchmark.require_rounds(options.rounds)
-        if options.dry_run:
-            print(f"{options.rounds} checkpoints of {options.megabytes} MB of each kind in {options.folder}")
-            return
-        output = benchmark.prepare_output(options.output, WHAT)
-        result = {"bench": WHAT, "aim": AIM, "load_average_before": benchmark.load_average()}
-        result |= measure(options.folder, megabytes=options.megabytes, num_rounds=options.rounds)
-        print(benchmark.table(result))
-        benchmark.publish(
-            result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None
-        )
+        plan = f"{options.rounds} checkpoints of {options.megabytes} MB of each kind in {options.folder}"
+        measured = partial(measure, options.folder, megabytes=options.megabytes, num_rounds=options.rounds)
+        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
 
     return cli.run(body)
 
@@ -90,7 +83,7 @@ def measure(folder: Path, *, megabytes: int, num_rounds: int) -> dict[str, Any]:
                 samples.setdefault("stall_seconds", []).append(stall)
                 samples.setdefault("synchronous_seconds", []).append(synchronous)
                 samples.setdefault("stall_share", []).append(stall / synchronous)
-    return {"rounds": num_rounds, "megabytes": megabytes, **benchmark.medians(samples)}
+    return {"aim": AIM, "rounds": num_rounds, "megabytes": megabytes, **benchmark.medians(samples)}
 
 
 if __name__ == "__main__":

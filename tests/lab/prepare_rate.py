@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        benchmark.require_rounds(options.rounds)
-        if options.dry_run:
-            print(f"{options.rounds} rounds of alone and ours on {options.megabytes} MB of text")
-            return
-        output = benchmark.prepare_output(options.output, WHAT)
-        result = {"bench": WHAT, "aim": AIM, "load_average_before": benchmark.load_average()}
-        result |= measure(options.megabytes, vocab_size=options.vocab_size, num_rounds=options.rounds)
-        print(benchmark.table(result))
-        benchmark.publish(
-            result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None
+        plan = f"{options.rounds} rounds of alone and ours on {options.megabytes} MB of text"
+        measured = partial(
+            measure, options.megabytes, vocab_size=options.vocab_size, num_rounds=options.rounds
         )
+        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
 
     return cli.run(body)
 
@@ -84,7 +79,13 @@ def measure(megabytes: int, *, vocab_size: int, num_rounds: int) -> dict[str, An
             for what in ("wall", "cpu"):
                 share = found["alone"][what] / found["ours"][what]
                 samples.setdefault(f"share_{what}", []).append(share)
-    return {"rounds": num_rounds, "megabytes": size, "vocab_size": vocab_size, **benchmark.medians(samples)}
+    return {
+        "aim": AIM,
+        "rounds": num_rounds,
+        "megabytes": size,
+        "vocab_size": vocab_size,
+        **benchmark.medians(samples),
+    }
 
 
 def write_corpus(path: Path, *, num_bytes: int) -> int:

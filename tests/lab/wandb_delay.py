@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.steps_in:
             take_steps(options.steps_in, seconds=options.seconds, mode=options.mode)
             return
-        benchmark.require_rounds(options.rounds)
-        if options.dry_run:
-            print(f"{options.rounds} rounds of {', '.join(SITUATIONS)}: {options.seconds:g} s of steps each")
-            return
-        output = benchmark.prepare_output(options.output, WHAT)
-        result = {"bench": WHAT, "aim_percent": AIM_PERCENT, "load_average_before": benchmark.load_average()}
-        result |= measure(num_rounds=options.rounds, seconds=options.seconds)
-        print(benchmark.table(result))
-        benchmark.publish(
-            result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None
-        )
+        plan = f"{options.rounds} rounds of {', '.join(SITUATIONS)}: {options.seconds:g} s of steps each"
+        measured = partial(measure, num_rounds=options.rounds, seconds=options.seconds)
+        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
 
     return cli.run(body)
 
@@ -94,7 +87,13 @@ def measure(*, num_rounds: int, seconds: float) -> dict[str, Any]:
             if situation != "off":
                 moved = 100 * (found["step_ms"] / runs["off"]["step_ms"] - 1)
                 samples.setdefault(f"moved_percent_{situation}", []).append(moved)
-    return {"rounds": num_rounds, "lost_rows": lost, "wandb_status": said, **benchmark.medians(samples)}
+    return {
+        "aim_percent": AIM_PERCENT,
+        "rounds": num_rounds,
+        "lost_rows": lost,
+        "wandb_status": said,
+        **benchmark.medians(samples),
+    }
 
 
 def one_run(situation: str, *, seconds: float) -> dict[str, Any]:
