@@ -15,11 +15,11 @@ network between nodes is left to `make projection`.
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from cluster import files
 from cluster.measure.hardware import Device
 from cluster.session import ROOT
 from training.config import TrainConfig
@@ -51,7 +51,7 @@ class Rates:
 
 def rates_of(device: Device, *, folder: Path = ROOT / "tests" / "baselines") -> Rates:
     """As measured by `python -m tests.gpu`, if its file for this device is in the folder; else estimated."""
-    file = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.name.lower())}_gpu.json"
+    file = folder / f"{files.slug(device.name)}_gpu.json"
     sheet = Rates(
         f"{SHEET_PRODUCTS:.0%} and {SHEET_COPIES:.0%} of the datasheet, as an H200 reached: not measured",
         SHEET_PRODUCTS * device.bf16_tflops * 1e12,
