@@ -33,11 +33,12 @@ ATTENTION_SHARE = 0.46  # of the same ceiling
 PASS_SHARE = 0.73  # of the copy ceiling, in torch's own elementwise kernels
 COMPILED_SHARE = 0.50  # of the same, in compiled ones: norms with their reductions, heads in strides
 STEP_SHARE = 0.70  # of the product ceiling, in the orthogonalisation of 168 matrices
-SHEET_PRODUCTS, SHEET_COPIES = 0.79, 0.89  # of the datasheet: 785 of 989 TFLOP/s, 4260 of 4800 GB/s
+# Of the datasheet: 785 of 989 TFLOP/s, 4260 of 4800 GB/s (nvidia-h200_gpu.json as of commit 27a28c0).
+SHEET_PRODUCTS, SHEET_COPIES = 0.79, 0.89
 LAUNCH_SECONDS = 24e-6  # of one kernel, by torch from Python: 74 ms for micro-batches of one sequence
 EAGER_LAUNCHES, COMPILED_LAUNCHES = 126, 45  # of a layer, forward and backward
 ACCUMULATED_BYTES, FIRST_BYTES = 10, 6  # of a parameter: bf16 read, fp32 sum read and written
-FORWARD_ATTENTION = 0.25  # of an attention's time: 0.145 of 0.57 ms
+FORWARD_ATTENTION = 0.25  # of an attention's time, forward and backward: 0.145 of 0.585 ms
 
 
 @dataclass(frozen=True)
