@@ -3,12 +3,18 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def slug(name: str) -> str:
+    """`name` in a file's name: lower case, each run of other characters than letters and digits a hyphen."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:

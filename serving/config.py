@@ -63,8 +63,8 @@ class EngineConfig:
     step_tokens: int | None = key(
         None,
         "most tokens of a step: one of each running request, then prompts. Default: 256 on a CPU; on a GPU "
-        "8192 and one for each slot: its products need many rows (an H200 reaches 54% of its peak with "
-        "8192 and 35% with 2000), but running requests wait while a step of prompts runs",
+        "8192 and one for each slot. Products of many rows are faster (an H200 reaches up to 54% of its peak "
+        "with 8192), but running requests wait while a step of prompts runs",
         least=2,
     )
     compiled: bool = key(True, "CPU: use serving/engine/native.cpp if it can run; GPU: use CUDA graphs")

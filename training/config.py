@@ -238,7 +238,7 @@ class ZeroConfig:
     bucket_elements: int = key(50_000_000, "elements per communication bucket", least=1)
     communication_dtype: str = key(
         "auto",
-        "what gradients travel in between workers; they are summed in fp32 before. auto: as the weights",
+        "dtype in which workers exchange gradients, which are accumulated in fp32; auto: that of the weights",
         choices=PRECISIONS,
     )
 
@@ -258,7 +258,7 @@ class WorkersConfig:
     )
     hang_seconds: float = key(
         45.0,
-        "a worker hangs, and the run fails, if a step takes so much longer than the longest one before; the "
+        "the run fails if a step takes this many seconds longer than the longest step before; the "
         "first steps, checkpoints and evaluations may take a multiple; 0: never",
         least=0,
     )
@@ -277,7 +277,7 @@ class CheckpointConfig:
     keep: int = key(2, "newest complete checkpoints to keep", least=1)
     keep_every_steps: int = key(
         0,
-        "also keep, for ever, those of every N-th step: a multiple of checkpoint.every_steps; 0: none",
+        "also keep the checkpoint of every N-th step for ever, a multiple of checkpoint.every_steps; 0: none",
         least=0,
     )
     background: bool = key(
@@ -334,7 +334,7 @@ class RecordConfig:
     )
     straggler_fraction: float = key(
         0.25,
-        "report a rank whose forward pass takes so much longer than the median for a minute; 0: never",
+        "report a rank whose forward pass is slower than the median by this fraction for a minute; 0: never",
         least=0,
     )
     disk_free_gb: float = key(

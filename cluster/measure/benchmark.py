@@ -7,7 +7,6 @@ round, so above 1 where ours is faster; beside it stands `spread_<peer>_<case>`,
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -126,8 +125,7 @@ def baseline_path(host: Mapping[str, Any], what: str) -> Path:
         name += f" held to {tier}"
     if gpus := host.get("gpus"):
         name += f" {gpus[0]} {len(gpus)} gpus"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return ROOT / "tests" / "baselines" / f"{slug}_{what}.json"
+    return ROOT / "tests" / "baselines" / f"{files.slug(name)}_{what}.json"
 
 
 def prepare_output(output: Path | None, what: str) -> Path:

@@ -3,9 +3,9 @@
     python -m cluster.measure.probe [--device cpu|cuda] [--dtype bfloat16|float32] [--threads N]
 
 Each figure is the best of several repeats: a ceiling is what the hardware can do when nothing disturbs it. A
-GPU that multiplies for more than some 50 ms is slowed down by its limit of power (an H200 from 790 to 690
-TFLOP/s); products are therefore measured in short bursts after rests, and shares are of that ceiling. What
-the GPU sustains is reported beside it.
+GPU that multiplies for more than some 50 ms is slowed down by its limit of power (an H200 from 799 to 683
+TFLOP/s, tests/baselines/nvidia-h200_gpu.json). Products are therefore measured in short bursts after rests,
+and shares are of that ceiling. What the GPU sustains is reported beside it.
 The spread beside it, (slowest, fastest), shows how much was disturbed. Products are measured in the dtype in
 which a model of that dtype multiplies (`optim.precision`); the result names it. Sizes and repeats shrink on a
 slow CPU, so that everything takes at most ten seconds. What cannot be measured is missing, with a reason.

@@ -37,7 +37,7 @@ KINDS = {  # kind -> its level, and what it reports
     "loss_not_finite": (ERROR, "a loss became NaN or infinite"),
     "loss_spike": (WARNING, "the loss rose far above its recent values"),
     "rewound": (WARNING, "the run went back to before a loss spike, and skips the batches since"),
-    "not_rewound": (WARNING, "it could not, so it goes on after the spike"),
+    "not_rewound": (WARNING, "the run could not go back, so it goes on after the spike"),
     "skipped_steps": (WARNING, "steps were skipped, because their gradient was not finite"),
     "no_progress": (ERROR, "neither a line of metrics.jsonl nor a checkpoint for some minutes"),
     "progress": (INFO, "the run moves again after no_progress"),

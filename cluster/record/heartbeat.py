@@ -118,7 +118,7 @@ def describe_hang(directory: Path, beats: list[Beat], *, world_size: int) -> str
 
 
 def stragglers(beats: list[Beat], *, fraction: float) -> dict[int, str]:
-    """Rank -> what it costs, of those whose forward pass takes so much longer than the median; 0: none.
+    """Rank -> a sentence, for ranks whose forward pass is slower than the median by `fraction` (0: none).
 
     The others wait for it in the backward pass, which takes about twice as long as the forward pass.
     """

@@ -6,8 +6,9 @@ graphs are captured when the decoder is made, because a capture would delay requ
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -237,19 +238,45 @@ def graph_sizes(*, slots: int, context_tokens: int, cache_blocks: int) -> list[t
     captured first, so that the others fit into the memory that it has freed.
     """
     requests = {min(1 << i, slots) for i in range(slots.bit_length() + 1)}
-    widths = [1 << i for i in range(_power_of_two(num_blocks(context_tokens)).bit_length())]
+    widths = [1 << i for i in range(power_of_two(num_blocks(context_tokens)).bit_length())]
     found = [(n, width) for n in requests for width in widths if n * width <= 4 * cache_blocks]
     return sorted(found, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
 
 
-class _Graphs:
-    """CUDA graphs of steps that only decode, one for each of `sizes`, captured as torch's documentation says:
-    warm-up and capture on one side stream, which waits for the current one and is waited for by it; all
-    graphs share one memory pool, since none runs beside another and logits are read before the next replay.
+Size = TypeVar("Size", bound=Hashable)
+
+
+def captured(
+    steps: Mapping[Size, Callable[[], Tensor]], device: torch.device
+) -> dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]]:
+    """A CUDA graph of each of `steps`, in their order, and the tensor that its replay writes.
+
+    As torch's documentation says: warm-up and capture on one side stream, which waits for the current one and
+    is waited for by it. All graphs share one memory pool, since none runs beside another and logits are read
+    before the next replay.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Checked on an H200 by block 2 of
     tests/gpu; the tests see the order of the calls, on fake tensors.
     """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for step in steps.values():
+            for _ in range(WARM_UPS):
+                step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {}
+    for size, step in steps.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            logits = step()
+        graphs[size] = graph, logits
+    return graphs
+
+
+class _Graphs:
+    """CUDA graphs of steps that only decode, one for each of `sizes`."""
 
     def __init__(self, decoder: TorchDecoder, sizes: Sequence[tuple[int, int]]) -> None:
         self._decoder = decoder
@@ -260,15 +287,8 @@ class _Graphs:
             for n, width in sizes
             for padding in (decoder.inputs([], width=width, size=n),)
         }
-        self._stream = torch.cuda.Stream(decoder.device)
-        self._stream.wait_stream(torch.cuda.current_stream(decoder.device))
-        with torch.cuda.stream(self._stream):
-            for inputs in self._inputs.values():
-                for _ in range(WARM_UPS):
-                    decoder.step(*inputs)
-        torch.cuda.current_stream(decoder.device).wait_stream(self._stream)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured = {size: self._capture(inputs) for size, inputs in self._inputs.items()}
+        steps = {size: partial(decoder.step, *inputs) for size, inputs in self._inputs.items()}
+        self._captured = captured(steps, decoder.device)
 
     def replay(self, spans: Sequence[Span]) -> Tensor | None:
         """Logits [S, V], S the number of spans; None if no graph is as large as this step."""
@@ -285,12 +305,7 @@ class _Graphs:
         graph.replay()
         return logits[: len(spans)]
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            logits = self._decoder.step(*inputs)
-        return graph, logits
 
-
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << (n - 1).bit_length()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-from cluster.cli import RunError, run
+from cluster.cli import RunError, UserError, run
 from cluster.measure.benchmark import load_average, prepare_output
 from cluster.record import provenance
 from tests.commands import write_corpus
@@ -125,9 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = range(options.first, options.first + options.runs)
     if options.seed is not None:
         seeds = range(options.seed, options.seed + 1)
-    keep = options.seed is not None or options.no_output
-    output = None if keep else prepare_output(options.output, WHAT)
     keep = options.seed is not None
+    output = None if keep or options.no_output else prepare_output(options.output, WHAT)
     return run(lambda: campaign(seeds, jobs=options.jobs, kind=options.kind, output=output, keep=keep))
 
 
@@ -144,6 +143,8 @@ def campaign(seeds: Sequence[int], *, jobs: int, kind: str, output: Path | None,
     here = Campaign(folder, as_root=as_root)
     chosen = [seed for seed in seeds if kind in here.kind(seed)[0]]
     try:
+        if not chosen:
+            raise UserError("no run is chosen: --runs must be above 0, and --kind in the name of a kind")
         with multiprocessing.get_context("fork").Pool(jobs, _begin, (folder, as_root)) as pool:
             for told in pool.imap_unordered(partial(_tell, keep=keep), chosen):
                 kinds[told.name] += 1

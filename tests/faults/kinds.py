@@ -16,7 +16,7 @@ from cluster.record import events
 from cluster.record.record import read_metrics
 from cluster.runs import complete_checkpoints
 from tests.faults import checks
-from tests.faults.arm import mount
+from tests.faults.arm import MS_REMOUNT, mount
 from tests.faults.runs import NUM_STEPS, Outcome, Place, start
 from tests.test_secrets import CANARIES
 from training.run.checkpoint import step_of
@@ -118,7 +118,7 @@ def disk_full(story: Story) -> None:
     outcome = story.start(f"disk of {kilobytes} kB")
     if not outcome.done:
         story.fails(outcome, "space")
-    mount("tmpfs", str(story.run), "tmpfs", 32, "size=64m")  # MS_REMOUNT
+    mount("tmpfs", str(story.run), "tmpfs", MS_REMOUNT, "size=64m")
 
 
 def file_limit(story: Story) -> None:
@@ -173,7 +173,7 @@ def not_finite(story: Story) -> None:
     outcome = story.start(f"NaN from call {spec['at']} on", specs={rank: {"fault": "nan", **spec}})
     if not outcome.done:
         story.fails(outcome, "not finite", "optim.matrix.lr")
-    elif outcome.done:  # the last step alone was skipped: what is done is done
+    else:  # the last step alone was skipped: what is done is done
         shutil.rmtree(story.run)
 
 

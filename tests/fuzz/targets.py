@@ -27,7 +27,7 @@ from cluster.record import lineage, origins
 from serving.bench import config as bench_config
 from serving.bench.workload import from_conversations, from_trace
 from tests.commands import ROOT
-from tests.training.data.small_corpus import silent, texts
+from tests.training.data.small_corpus import silent, texts, visible
 from training import config as training_config
 from training.data.config import DataConfig
 from training.data.dataset import MANIFEST_FILE, Manifest, TokenDataset
@@ -107,7 +107,7 @@ def _prepared(folder: Path, **keys: Any) -> Path:
     try:
         made = prepare(config, report=silent)
     except BaseException:
-        left = [path.name for path in data.iterdir() if path.suffix != ".lock"] if data.exists() else []
+        left = visible(data) if data.exists() else []
         assert left == [], f"half-written: {left}"
         raise
     Manifest.read(made).verify(made)
@@ -278,7 +278,5 @@ TARGETS = {
     "trace": Target(_traces, _trace),
     "conversations": Target(_chats, _conversations),
     "lineage": Target(_lineages, _lineage),
-    "baseline": Target(
-        lambda: [(ROOT / "tests/baselines/amd-epyc-2-cores_baseline.json").read_bytes()], _side
-    ),
+    "baseline": Target(_baselines, _side),
 }

@@ -1,12 +1,12 @@
 """Block 8: each technique off in turn, all others on: how many times as long the same work takes then.
 
-Of models of the 1.4B's width with fewer layers: whole optimizer steps by the real trainer, and steps of the
+The models have the 1.4B's width and fewer layers: whole optimizer steps by the real trainer, and steps of the
 real decoder with random weights.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +45,7 @@ class Technique:
     instead: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @contextmanager
-    def off(self) -> Any:
+    def off(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name, other in self.instead.items():
                 stack.enter_context(patch(name, other))

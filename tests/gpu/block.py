@@ -48,6 +48,11 @@ class Run:
         """The model: 1.4B parameters, or TINY in a rehearsal."""
         return shapes.resolve("llama-1b4") if self.gpu else TINY
 
+    @property
+    def sheet(self) -> hardware.Device | None:
+        """The GPU's datasheet, if there is one."""
+        return hardware.lookup(torch.cuda.get_device_name(self.device)) if self.gpu else None
+
     def row(self, case: str, *, problem: str | None = None, **figures: Any) -> None:
         """Report one row: its figures, each with its unit in its key, and what is wrong with it, if anything.
 
@@ -90,9 +95,8 @@ class Run:
         return self._shares(gb_per_s, ("datasheet_gb_per_s", f"{measured}_gb_per_s"))
 
     def _shares(self, rate: float, names: tuple[str, str]) -> dict[str, float]:
-        sheet = hardware.lookup(torch.cuda.get_device_name(self.device)) if self.gpu else None
         known = dict(self.ceilings)
-        if sheet is not None:
+        if (sheet := self.sheet) is not None:
             known |= {
                 "datasheet_bf16_tflops": sheet.bf16_tflops,
                 "datasheet_gb_per_s": sheet.memory_gb_per_s,

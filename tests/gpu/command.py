@@ -12,7 +12,6 @@ import argparse
 import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -165,8 +164,7 @@ def output_file(card: str, folder: Path | None, device: str) -> Path:
         raise UserError("NVML names no GPU here; use --device cpu to rehearse, or --out to try all the same")
     folder = folder or ROOT / ("outputs" if device == "cpu" else "tests/baselines")
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    return folder / f"{slug}_gpu.json"
+    return folder / f"{files.slug(card)}_gpu.json"
 
 
 def begin(card: str, file: Path, host: Mapping[str, Any]) -> dict[str, Any]:

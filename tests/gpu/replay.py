@@ -1,4 +1,4 @@
-"""Block 2, second part: each decoder by CUDA graphs, launched step by step, and the model on whole texts."""
+"""Block 2, third part: each decoder by CUDA graphs, launched step by step, and the model on whole texts."""
 
 import copy
 import random

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from cluster.measure import hardware
 from tests.gpu.block import OUT_OF_MEMORY, Run
 from training.model.llama import Llama, compile_layers, initialize
 from training.planner.memory import LOSS_TOKENS, WORKSPACE_BYTES, Form, activation_bytes
@@ -96,8 +95,7 @@ def point(
 
 def planned(run: Run, form: Form, micro: int) -> dict[str, float]:
     """Milliseconds and GB of the plan for this card; empty where there is no datasheet of it."""
-    sheet = hardware.lookup(torch.cuda.get_device_name(run.device)) if run.gpu else None
-    if sheet is None:
+    if (sheet := run.sheet) is None:
         return {}
     length, weights = run.shape.max_positions, form.width * run.shape.num_parameters
     seconds = micro_batch_seconds(run.shape, micro * length, length, form, rates_of(sheet))

@@ -98,8 +98,7 @@ def settings(run: Run) -> list[Setting]:
 
 def proposed(run: Run, keys: Keys) -> dict[str, Any]:
     """These keys, and those that the planner proposes for CAP_GB, under ZeRO-1."""
-    sheet = hardware.lookup(torch.cuda.get_device_name(run.device)) if run.gpu else None
-    sheet = sheet or hardware.lookup("A40")
+    sheet = run.sheet or hardware.lookup("A40")
     assert sheet is not None
     config = load(run, {**keys, "run.directory": "unused"})
     found = propose(config, run.shape, replace(sheet, memory_gb=CAP_GB), num_workers=1, stages=(1,)).best
@@ -244,8 +243,7 @@ def _milliseconds(health: dict[str, float | None]) -> dict[str, float | None]:
 
 def _planned_seconds(run: Run, trainer: Trainer, seconds: float) -> dict[str, float]:
     """What the plan says of this card, and by how much that is apart from `seconds`."""
-    sheet = hardware.lookup(torch.cuda.get_device_name(run.device)) if run.gpu else None
-    if sheet is None:
+    if (sheet := run.sheet) is None:
         return {}
     planned = sum(replace(trainer.plan, device=sheet).seconds.values())
     return {"planned_ms": 1e3 * planned, "percent_apart": 100 * (planned / seconds - 1)}

@@ -392,10 +392,8 @@ def of_share(sequences: int, share: float) -> int:
 def require_tuning_sequences(dataset: TokenDataset, *, sequences: int, tuning_sequences: int) -> None:
     """Raise a `DataError` unless the split holds both, disjoint; without tuning sequences anything goes."""
     for name, share in dataset.shares.items() if tuning_sequences else ():
-        wanted, there = (
-            of_share(sequences, share) + of_share(tuning_sequences, share),
-            len(dataset.parts[name]),
-        )
+        wanted = of_share(sequences, share) + of_share(tuning_sequences, share)
+        there = len(dataset.parts[name])
         if wanted > there:
             raise DataError(
                 f"evaluation.tuning_sequences: {tuning_sequences} besides evaluation.sequences={sequences}, "

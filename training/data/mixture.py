@@ -4,7 +4,6 @@ The order of the samples is a pure function of (seed, position), like that of a 
 resumes exactly and reads the same at any world size. An exhausted source begins again, in another order.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -208,8 +207,9 @@ def write_mixture(request: MixtureRequest, folders: list[tuple[Path, Manifest]])
         if Manifest.read(target) == manifest:
             for split in SPLITS:
                 manifest.check_sizes(target, split=split)
-            return False
-    except DataError:
+            if files.sha256_of(target / manifest.tokenizer_file) == manifest.tokenizer_sha256:
+                return False
+    except (DataError, FileNotFoundError):
         pass
     with files.replace_folder(target) as folder:
         for source, (place, of_source) in zip(manifest.sources, folders, strict=True):
@@ -239,7 +239,7 @@ def _manifest(request: MixtureRequest, folders: list[tuple[Path, Manifest]]) -> 
 
     def joined(split: str) -> Split:
         shards = [
-            dataclasses.replace(shard, file=f"{source.name}-{shard.file}")
+            replace(shard, file=f"{source.name}-{shard.file}")
             for source, part in zip(sources, parts, strict=True)
             for shard in part.split(split).shards
         ]
@@ -247,7 +247,7 @@ def _manifest(request: MixtureRequest, folders: list[tuple[Path, Manifest]]) -> 
         return Split(sum(s.documents for s in each), sum(s.text_bytes for s in each), tuple(shards))
 
     skipped = [line for part in parts for line in part.skipped_first]
-    return dataclasses.replace(
+    return replace(
         parts[0],
         request=request.key,
         source="; ".join(

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        given = {"file": options.config, "dotlist": options.overrides}
-        config = training_config.load(**given, settle=False).data  # which would import torch
+        # settle=False, because settling would import torch
+        config = training_config.load(file=options.config, dotlist=options.overrides, settle=False).data
         if options.dry_run:
             print(f"{layered.to_yaml(config)}{request_of(config).describe()}")
         else:

@@ -1,7 +1,7 @@
 """Documents to token shards: encoded on all cores, written in order, and continued after a kill.
 
 `resume.json`, beside the shards, says what was written so far. A continued call reads the source again from
-its beginning, which takes a thirtieth of the time of encoding it, so readers and hashes have no saved state.
+its beginning, which is much faster than encoding it, so readers and hashes have no saved state.
 """
 
 import hashlib
@@ -95,10 +95,9 @@ class SplitWriter:
         written: what earlier calls wrote.
     """
 
-    def __init__(self, folder: Path, name: str, *, dtype: str, shard_tokens: int, written: Written) -> None:
+    def __init__(self, folder: Path, name: str, *, shard_tokens: int, written: Written) -> None:
         self.written = written
         self._folder, self._name, self._shard_tokens = folder, name, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def write(self, documents: Iterable[Document], tokens: NDArray[Any]) -> None:
         """Append documents, whose tokens these are; what a full shard cannot take goes into the next."""
@@ -143,7 +142,7 @@ class ShardWriter:
     ) -> None:
         self.text_sha256 = hashlib.sha256()
         self.splits = {
-            name: SplitWriter(folder, name, dtype=dtype, shard_tokens=shard_tokens, written=written)
+            name: SplitWriter(folder, name, shard_tokens=shard_tokens, written=written)
             for name, written in resume.splits.items()
         }
         self._folder, self._tokenizer, self._resume = folder, tokenizer, resume

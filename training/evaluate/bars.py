@@ -8,7 +8,7 @@ from cluster.progress import Progress
 
 
 @contextmanager
-def as_ours(*, unit: str = "request") -> Iterator[None]:
+def as_ours() -> Iterator[None]:
     """In a `with` block, every bar of tqdm's in this process is a `cluster.progress.Progress`.
 
     tqdm still counts. `display` is where its documentation has other front ends begin; `close` would write
@@ -19,7 +19,7 @@ def as_ours(*, unit: str = "request") -> Iterator[None]:
     shown: dict[int, Progress] = {}
 
     def display(bar: Any, *_: Any, **__: Any) -> None:
-        progress = shown.setdefault(id(bar), Progress(bar.total, unit=unit))
+        progress = shown.setdefault(id(bar), Progress(bar.total, unit="request"))
         progress.update({"step": bar.n, "doing": bar.desc.removesuffix(": ")})
 
     def close(bar: Any) -> None:

@@ -6,8 +6,8 @@ p: bytes of an element of the model.
     after load      weights; masters and state; fp32 gradients where they are allocated once; the buffers in
                     which matrices travel and are orthogonalised
     forward         beside these: what the layers keep for the backward pass, and the logits
-    backward        the largest of three places: the loss, the last layer, the first layer, by when all other
-                    activations are gone and all gradients are there
+    backward        the largest of four places: the loss; the last layer; the first layer, when only its own
+                    activations are left; the embedding, when all gradients are there and no activations
     exchange        gradients on their way between workers, activations gone
     optimizer step  what the step holds for a moment
 
@@ -27,8 +27,9 @@ from training.model.shapes import LlamaShape
 POINTS = ("after load", "forward", "backward", "exchange", "optimizer step")
 OUTSIDE = "CUDA, NCCL, fragments"
 CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not count: an allowance
-FRAGMENT_SHARE = 0.04  # torch reserved 51.4 GB for 49.5 GB on an H200 (tests/baselines/nvidia-h200_gpu.json)
-WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: the same file, at every micro-batch
+# Of tests/baselines/nvidia-h200_gpu.json as of commit 27a28c0: torch reserved 51.4 GB for 49.5 GB allocated.
+FRAGMENT_SHARE = 0.04
+WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: that file's block 5, each micro-batch
 LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
 STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
 

@@ -15,11 +15,11 @@ network between nodes is left to `make projection`.
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from cluster import files
 from cluster.measure.hardware import Device
 from cluster.session import ROOT
 from training.config import TrainConfig
@@ -33,11 +33,12 @@ ATTENTION_SHARE = 0.46  # of the same ceiling
 PASS_SHARE = 0.73  # of the copy ceiling, in torch's own elementwise kernels
 COMPILED_SHARE = 0.50  # of the same, in compiled ones: norms with their reductions, heads in strides
 STEP_SHARE = 0.70  # of the product ceiling, in the orthogonalisation of 168 matrices
-SHEET_PRODUCTS, SHEET_COPIES = 0.79, 0.89  # of the datasheet: 785 of 989 TFLOP/s, 4260 of 4800 GB/s
+# Of the datasheet: 785 of 989 TFLOP/s, 4260 of 4800 GB/s (nvidia-h200_gpu.json as of commit 27a28c0).
+SHEET_PRODUCTS, SHEET_COPIES = 0.79, 0.89
 LAUNCH_SECONDS = 24e-6  # of one kernel, by torch from Python: 74 ms for micro-batches of one sequence
 EAGER_LAUNCHES, COMPILED_LAUNCHES = 126, 45  # of a layer, forward and backward
 ACCUMULATED_BYTES, FIRST_BYTES = 10, 6  # of a parameter: bf16 read, fp32 sum read and written
-FORWARD_ATTENTION = 0.25  # of an attention's time: 0.145 of 0.57 ms
+FORWARD_ATTENTION = 0.25  # of an attention's time, forward and backward: 0.145 of 0.585 ms
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rates:
 
 def rates_of(device: Device, *, folder: Path = ROOT / "tests" / "baselines") -> Rates:
     """As measured by `python -m tests.gpu`, if its file for this device is in the folder; else estimated."""
-    file = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.name.lower())}_gpu.json"
+    file = folder / f"{files.slug(device.name)}_gpu.json"
     sheet = Rates(
         f"{SHEET_PRODUCTS:.0%} and {SHEET_COPIES:.0%} of the datasheet, as an H200 reached: not measured",
         SHEET_PRODUCTS * device.bf16_tflops * 1e12,

@@ -14,7 +14,7 @@ from training.run.start import Start
 class Batches:
     """Micro-batches as a function of the step: there is no state to save.
 
-    passed_over: step -> how many steps' worth of batches are skipped before that which follows it.
+    passed_over: given the steps taken, the steps' worth of batches that are skipped before the next batch.
     """
 
     def __init__(self, start: Start, context: Context, *, passed_over: Callable[[int], int]) -> None:

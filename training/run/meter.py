@@ -113,8 +113,9 @@ class Meter:
 class Pace:
     """Tells the heartbeat which part of a step begins, and how long this rank's last forward passes took.
 
-    They show a slow rank: in the backward pass each rank waits for the others, and in ZeRO stage 3 in the
-    forward pass too, where none is told apart. On a GPU it is the device's time, which is not waited for.
+    Forward passes show a slow rank, because in the backward pass each rank waits for the others. In ZeRO
+    stage 3 ranks wait in the forward pass too, so no times are given. On a GPU they are times of the device,
+    read without synchronising.
     """
 
     PASSES = 32

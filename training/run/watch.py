@@ -274,8 +274,7 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
 
     Call it before the record opens, which drops the lines after `step`.
     """
-    directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
+    directory, rows = config.run_directory, _rows(config)
     kept = [row for row in rows if row["step"] <= step]
     num = context.world_size
     text = f"{num} worker{'s' * (num > 1)} ({context.device_name}, {context.launcher}) from step {step} on"
@@ -286,16 +285,23 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
     if kind == "restarted":
         text = f"Ray started the workers again: {text}"
     events.append(directory, kind, text, step=step, world_size=context.world_size)
-    return loss_alarms(config, step=step)
+    return _alarms_after(config, kept)
 
 
 def loss_alarms(config: TrainConfig, *, step: int) -> LossAlarms:
     """The alarms for the losses after `step`, which know the lines until then."""
-    directory, metrics = config.run_directory, config.run_directory / "metrics.jsonl"
-    kept = [row for row in (read_metrics(metrics) if metrics.exists() else []) if row["step"] <= step]
-    alarms = LossAlarms(directory, deviations=config.record.spike_deviations)
-    alarms.replay(kept)
+    return _alarms_after(config, [row for row in _rows(config) if row["step"] <= step])
+
+
+def _alarms_after(config: TrainConfig, rows: list[dict[str, Any]]) -> LossAlarms:
+    alarms = LossAlarms(config.run_directory, deviations=config.record.spike_deviations)
+    alarms.replay(rows)
     return alarms
+
+
+def _rows(config: TrainConfig) -> list[dict[str, Any]]:
+    metrics = config.run_directory / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.exists() else []
 
 
 def report_end(config: TrainConfig, summary: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cluster.machine import triton_calls
 from cluster.machine.triton_calls import INTERPRETED, Call
+from serving.engine.decoder import power_of_two
 from serving.engine.gpu.attention_kernels import decode_kernel, prefill_kernel
 from serving.engine.scheduler import BLOCK_TOKENS
 
@@ -208,14 +209,14 @@ def decode_call(
     )
     group = num_heads // num_kv_heads
     tile = tiles.single if group == 1 else tiles.grouped
-    rows = 1 << (group - 1).bit_length()
+    rows = power_of_two(group)
     arguments = _layout(q, cache, blocks, out) | {
         "lengths": lengths,
         "mixed": scratch.mixed,
         "logs": scratch.logs,
         "arrived": scratch.arrived,
         "programs": tiles.programs,
-        "REQUESTS": max(1 << (size - 1).bit_length(), 128),
+        "REQUESTS": max(power_of_two(size), 128),
         "ROWS": max(rows, LEAST_ROWS),
         "ROWS_ADDED": rows,
         "ADDED": max(MAX_SPLITS // rows, 1),

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from cluster.machine.triton_calls import TRITON_MISSING, Call, jit
+from serving.engine.decoder import power_of_two
 from serving.engine.scheduler import BLOCK_TOKENS
 
 if TRITON_MISSING is None:
@@ -268,8 +269,3 @@ def _scan_kernel(logits, wide, best, best_id, size, TILE: tl.constexpr, PDL: tl.
     at = row * tl.num_programs(1) + tl.program_id(1) + tl.arange(0, 1)
     tl.store(best + at, largest)
     tl.store(best_id + at, which)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from cluster.machine.triton_calls import INTERPRETED, TRITON_MISSING, Call, jit
+from serving.engine.decoder import power_of_two
 from serving.engine.gpu.layers import (
     NO_HEADS,
     Best,
@@ -32,7 +33,6 @@ from serving.engine.gpu.layers import (
     add_rounded,
     largest_of,
     place_heads,
-    power_of_two,
     silu_times,
 )
 
@@ -121,9 +121,7 @@ def _project_kernel(
     first = n // half * (2 * half) + n % half
     second = first + half
     if ROWS == 1:
-        a, b = _one_row(
-            x, norm, weight, first, second, inner, outputs, eps, TILE_K, REST_K, PDL
-        )  # fmt: skip
+        a, b = _one_row(x, norm, weight, first, second, inner, outputs, eps, TILE_K, REST_K, PDL)
     else:
         a, b = _few_rows(
             x, norm, weight, first, second, inner, outputs, eps, num_rows, x_row,

@@ -39,7 +39,7 @@ class Stack:
 
     Attributes:
         cache: [layers, 2, blocks, G, BLOCK_TOKENS, C].
-        pdl: see `layers.project`.
+        pdl: see `project.project`.
     """
 
     def __init__(self, model: Llama, *, num_blocks: int, context: int) -> None:
@@ -75,7 +75,7 @@ class Stack:
                 x, layer.gate_up, active, epilogue=SILU, half=shape.ffn_size, norm=layer.ffn_norm,
                 **normed,
             ).launch()  # fmt: skip
-            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()  # fmt: skip
+            project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()
 
     def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
         """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""

@@ -104,9 +104,14 @@ def test_a_mixture_is_a_folder_of_links_with_the_tokenizer_of_its_first_source(m
     assert lines[-1].startswith("reusing: ")
     heavier = change(mixed, sources=(*mixed.sources[:2], mixed.sources[2].replace("@0.1", "@0.2")))
     assert Manifest.read(prepare(heavier, report=silent)).fingerprint != manifest.fingerprint
-    (folder / "web-train-00000.bin").unlink()
-    assert prepare(mixed, report=lines.append) == folder
+    for name in ("web-train-00000.bin", "tokenizer.json"):
+        (folder / name).unlink()
+        assert prepare(mixed, report=lines.append) == folder
+        assert lines[-1].startswith("ready: ")
+    (folder / "tokenizer.json").write_text("{}")
+    prepare(mixed, report=lines.append)
     assert lines[-1].startswith("ready: ")
+    manifest.verify(folder)
 
 
 def test_a_prepared_folder_is_a_source_and_another_tokenizer_is_refused_by_name(

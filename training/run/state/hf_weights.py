@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from cluster import files
@@ -13,6 +12,7 @@ from cluster.record import origins
 from optim.step.saved import MASTER, POINT
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset
+from training.data.tokenizer import load_tokenizer
 from training.model.llama import stored_weights
 from training.model.shapes import LlamaShape
 
@@ -59,7 +59,7 @@ def require_same_tokens(directory: Path, data: TokenDataset) -> str | None:
             f"{directory} has no {TOKENIZER}: make sure that {data.directory} has the tokens of its weights"
         )
     theirs, ours = (
-        Tokenizer.from_file(str(file)).get_vocab()
+        load_tokenizer(file).get_vocab()
         for file in (directory / TOKENIZER, data.directory / data.manifest.tokenizer_file)
     )
     differing = sorted(token for token, number in ours.items() if theirs.get(token) != number)

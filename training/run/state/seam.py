@@ -34,10 +34,13 @@ def describe_seam(before: TrainConfig, after: TrainConfig, *, applied_steps: int
         rest = min((num_steps - applied_steps) / num_steps, 1 - after.schedule.warmup_fraction)
         share = last / after.optim.matrix.lr
         vector = after.optim.vector.lr * share
+        smooth = (
+            f"let it fall on from {last:.3g} instead, set schedule.decay_fraction={rest:.3g} "
+            f"optim.matrix.lr={last:.3g} optim.vector.lr={vector:.3g}, or"
+        )
         text += (
-            f"; to let it fall on from {last:.3g} instead, set schedule.decay_fraction={rest:.3g} "
-            f"optim.matrix.lr={last:.3g} optim.vector.lr={vector:.3g}, or go on from a checkpoint before its "
-            "fall (checkpoint.keep_every_steps)"
+            f"; to {smooth if last else 'avoid the jump,'} go on from a checkpoint before its fall "
+            "(checkpoint.keep_every_steps)"
         )
     return text
 

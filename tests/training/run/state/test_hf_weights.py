@@ -105,3 +105,8 @@ def test_data_of_another_tokenizer_and_a_missing_tensor_are_refused(folder: Path
     assert launch.main(keys(folder, "refused", load=f"hf:{deeper}")) == BAD_INPUT
     assert "load: " in (message := capsys.readouterr().err)
     assert "model.layers.2.self_attn.q_proj.weight is missing" in message
+
+    (deeper / "config.json").write_text(json.dumps(config))
+    (deeper / "tokenizer.json").write_text("{")
+    assert launch.main(keys(folder, "refused", load=f"hf:{deeper}")) == BAD_INPUT
+    assert f"{deeper}/tokenizer.json: not a Hugging Face tokenizer.json" in capsys.readouterr().err

@@ -33,6 +33,16 @@ def test_a_finished_run_with_more_tokens_says_that_its_rate_jumps_and_how_it_wou
     assert said is not None and "instead" not in said
 
 
+def test_a_rate_that_fell_to_zero_is_not_advised_as_a_peak():
+    to_zero = "schedule.final_fraction=0"
+    done, more = config("schedule.tokens=409600", to_zero), config("schedule.tokens=819200", to_zero)
+    text = describe_seam(done, more, applied_steps=100)
+    assert text is not None and "goes from 0 in step 100 to" in text and "optim.vector.lr=" not in text
+    assert text.endswith(
+        "; to avoid the jump, go on from a checkpoint before its fall (checkpoint.keep_every_steps)"
+    )
+
+
 def test_the_phases_that_are_left_are_named_and_nothing_if_nothing_changes():
     before = config("schedule.tokens=409600")
     longer = describe_seam(before, config("schedule.tokens=4096000"), applied_steps=20)
