@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import config as layered
+from cluster import files
 from cluster.masking import mask
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -75,7 +76,7 @@ def run(body: Callable[[], None]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{where}{error.strerror or error}")
         return FAILED
-    except RunError as error:
+    except (RunError, files.DamagedFile) as error:
         _print_error(str(error))
         return FAILED
     except Stopped as stopped:

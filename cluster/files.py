@@ -56,12 +56,16 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, f"{text}\n")
 
 
+class DamagedFile(ValueError):
+    """A file does not hold what it should. The message names it; `cluster.cli.run` shows it alone."""
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `ValueError`, which names the file, if it does not hold JSON."""
+    """The content of a JSON file. Raises `DamagedFile` if it does not hold JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, or nested too deeply
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise DamagedFile(f"{path}: not valid JSON: {error}") from error
 
 
 def sha256_of(path: Path) -> str:

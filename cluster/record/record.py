@@ -75,7 +75,7 @@ class Record:
             inputs: origins (`cluster.record.origins`) of what it is made from; to `provenance.json` and W&B.
 
         Raises:
-            ValueError: a line of metrics.jsonl other than a torn last one is damaged.
+            cluster.files.DamagedFile: a line of metrics.jsonl other than a torn last one is damaged.
             OSError: the directory cannot be written.
         """
         directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`. A torn last line, left by a crash or being written, is ignored.
 
     Raises:
-        ValueError: any other line is damaged; the message names file and line.
+        cluster.files.DamagedFile: any other line is damaged; the message names file and line.
         FileNotFoundError: there is no such file.
     """
     return [row for _, row in _parse(path.read_bytes(), path=path)]
@@ -202,7 +202,7 @@ def follow(path: Path, *, stop: Callable[[], bool], poll_seconds: float = 0.2) -
     replaces the file, the rows start again from the first of the new file.
 
     Raises:
-        ValueError: a damaged line, as in `read_metrics`.
+        cluster.files.DamagedFile: a damaged line, as in `read_metrics`.
     """
     identity, num_lines, position, pending = None, 0, 0, b""
     while True:
@@ -230,9 +230,9 @@ def _parse(content: bytes, *, path: Path, num_lines_before: int = 0) -> Iterator
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; repair or remove the line") from error
+            raise files.DamagedFile(f"{path}, line {number}: {error}; repair or remove the line") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object; repair or remove the line")
+            raise files.DamagedFile(f"{path}, line {number}: not a JSON object; repair or remove the line")
         yield number, row_format.decode(row)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import BAD_INPUT
+from cluster.cli import BAD_INPUT, FAILED
 from cluster.record.record import read_metrics
 from cluster.runs import COMPLETE
 from tests.commands import python, tiny, write_corpus
@@ -120,6 +120,16 @@ def test_a_truncated_shard_is_named(unfinished: Path, capsys) -> None:
     shard = shard_of_the_only_checkpoint(unfinished)
     os.truncate(shard, 1000)
     assert f"{shard}: 1000 bytes instead of" in refusal(capsys, *tiny(unfinished, run__name="run"))
+
+
+@pytest.mark.parametrize("name", ["rewinds.json", "provenance.json"])
+def test_a_damaged_file_of_the_run_is_one_message(unfinished: Path, name: str) -> None:
+    file = unfinished / "outputs" / "run" / name
+    file.write_text("{torn")
+    done = python("training.launch", *tiny(unfinished, run__name="run"))
+    assert done.returncode == FAILED and "Traceback" not in done.stderr
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{file}: not valid JSON" in message
 
 
 @pytest.mark.parametrize("damage", ["half-written", "damaged"])
