@@ -169,7 +169,7 @@ def test_peaks_of_a_step_on_a_cpu_are_those_planned(number: int, on_cpu) -> None
     assert max(sums["backward"], sums["exchange"]) == pytest.approx(on_cpu[number]["backward"], rel=WITHIN)
 
 
-# --- peaks on GPUs -------------------------------------------------------------------------------------------
+# --- peaks on GPUs ------------------------------------------------------------------------------------------
 
 SHAPE = shapes.resolve("llama-1b4")
 

@@ -1,4 +1,4 @@
-"""Planned seconds against those that an H100 and an H200 took, and what the plan does without a measurement."""
+"""Planned seconds against those an H100 and an H200 took, and what the plan does without a measurement."""
 
 import json
 from pathlib import Path
