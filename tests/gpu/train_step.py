@@ -103,11 +103,12 @@ def proposed(run: Run, keys: Keys) -> dict[str, Any]:
     config = load(run, {**keys, "run.directory": "unused"})
     found = propose(config, run.shape, replace(sheet, memory_gb=CAP_GB), num_workers=1, stages=(1,)).best
     assert found is not None, "nothing fits"
-    checkpointing = found.config.model.activation_checkpointing
+    model = found.config.model
     return {
         **keys,
         "batch.micro_sequences": found.config.batch.micro_sequences,
-        "model.activation_checkpointing": checkpointing,
+        "model.activation_checkpointing": model.activation_checkpointing,
+        "model.checkpoint_every": model.checkpoint_every,
     }
 
 
