@@ -16,7 +16,7 @@ from cluster import files
 from cluster.measure import hardware
 from cluster.session import ROOT, free_ports
 from tests.gpu.block import OUT_OF_MEMORY, TINY, Run
-from tests.gpu.profiles import top
+from tests.gpu.profiles import host_waits, top
 from training import config as training_config
 from training.baseline import steps
 from training.config import TrainConfig
@@ -133,6 +133,7 @@ def measure_one(run: Run, setting: Setting, folder: Path, context: Context) -> N
         train(run, trainer, setting)
         if setting.profiled:
             top(run, "training", trainer.take_step)
+            host_waits(run, "training", trainer.take_step)
 
 
 @contextmanager
