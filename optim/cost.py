@@ -8,8 +8,8 @@ Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
 
 With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 20n³. A product of two
 polynomials of A is symmetric but for its rounding; in fp32, and in fp16 on a GPU, half of it is computed too:
-6n²m + 14n³. `_multiply_polynomials` in optim/polar.py says why not in bf16. The compiled step in fp32 does not
-start again and multiplies X once: 4n²m + 34n³, or half of the products 3n²m + 17n³ (optim/kernels/native.cpp).
+6n²m + 14n³. `_multiply_polynomials` in optim/polar.py says why not in bf16. The compiled step in fp32
+(optim/kernels/native.cpp) has no restart and multiplies X once: 4n²m + 34n³, with halves 3n²m + 17n³.
 """
 
 NUM_ITERATIONS = 5
