@@ -13,6 +13,8 @@ can all be looked at. No torch; importing it needs the standard library only.
 
 import json
 import os
+import platform
+import re
 import statistics
 import time
 from array import array
@@ -162,14 +164,27 @@ class Run:
             return State(FAILED, "the directory holds no row and no provenance.json: no run began here")
         silent = max(0.0, time.time() - self.written)
         since = f"its last row is {duration(silent)} old"
-        if row_format.is_being_written(self.metrics):
+        held = row_format.is_being_written(self.metrics)
+        if held:
             due = f", and one was due every {duration(self._interval)}" if silent > self._patience else ""
             return State(RUNNING, since + due)
         if ended := self._end():
             return ended
-        if silent <= self._patience:
+        if silent <= self._patience and not (held is False and self._ran_here and not self._launcher_lives()):
             return State(RUNNING, since)
         return State(FAILED, f"it ended without a summary (killed, or its node was lost); {since}")
+
+    @property
+    def _ran_here(self) -> bool:
+        """Whether its record was written on this host, where a lock of a living process is seen."""
+        host = self.provenance.get("host")
+        return isinstance(host, dict) and host.get("hostname") == platform.node()
+
+    def _launcher_lives(self) -> bool:
+        """Whether the launcher is a process of this host: it may be starting the workers again."""
+        file = self.directory / row_format.LAUNCHER_LOCK
+        owner = re.match(r"process (\d+) on ", file.read_text()) if file.exists() else None
+        return owner is not None and Path("/proc", owner[1]).exists()
 
     def _end(self) -> State | None:
         """How the newest start of the run ended, if an event or failure.log says so."""
