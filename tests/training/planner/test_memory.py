@@ -9,6 +9,7 @@ import torch
 
 from cluster import files
 from tests.commands import ROOT
+from tests.gpu.sweep import CHECKPOINTED
 from tests.ranks import spawn
 from tests.training.planner.peaks import peaks_of_steps
 from training import config as training_config
@@ -149,6 +150,7 @@ ON_CPU = (
     ("zero.stage=2",),
     ("zero.stage=3",),
     ("zero.stage=1", "model.activation_checkpointing=true"),
+    ("zero.stage=1", "model.activation_checkpointing=true", "model.checkpoint_every=2"),
     ("zero.stage=1", "precision=fp32", "optim.matrix.rule=adamw"),
 )
 
@@ -176,9 +178,10 @@ SHAPE = shapes.resolve("llama-1b4")
 
 def alone(row) -> tuple[int, Form]:
     """(micro-batch, form) of a row of block 5. The H200's rows are of a time of chunks of 2048 tokens."""
-    layers, loss, micro, *checkpointed = row["case"].split(", ")
+    layers, loss, micro, *rest = row["case"].split(", ")
+    every = next(n for n, name in CHECKPOINTED.items() if name == "".join(f", {each}" for each in rest))
     chunk = row.get("chunk_tokens", 2048) if loss == "loss chunked" else None
-    form = Form(2, layers == "compiled layers", checkpointing=bool(checkpointed), chunk_tokens=chunk)
+    form = Form(2, layers == "compiled layers", checkpointing=every, chunk_tokens=chunk)
     return int(micro.removeprefix("micro-batch ")), form
 
 
