@@ -1,7 +1,8 @@
 """The LLaMA model in plain PyTorch, its initialisation, sampling, and loading from Hugging Face directories.
 
-Parameters are named as in transformers' LlamaForCausalLM, so checkpoints need no renaming. Each weight is
-read only in its own module's forward, which is where ZeRO-3 gathers it.
+Parameters are named as in transformers' LlamaForCausalLM, with QK-norm as in its Qwen3ForCausalLM, so
+checkpoints need no renaming. Each weight is read only in its own module's forward, which is where ZeRO-3
+gathers it.
 
 Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, C head_dim, V vocabulary.
 """
@@ -114,13 +115,19 @@ class Attention(nn.Module):
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+        self.q_norm, self.k_norm = (
+            RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None for _ in "qk"
+        )
 
     def forward(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         return rotate(q, by), rotate(k, by), v
 
 
