@@ -170,21 +170,9 @@ class Run:
             return State(RUNNING, since + due)
         if ended := self._end():
             return ended
-        if silent <= self._patience and not (held is False and self._ran_here and not self._launcher_lives()):
+        if silent <= self._patience and not (held is False and _died_here(self.directory, self.provenance)):
             return State(RUNNING, since)
         return State(FAILED, f"it ended without a summary (killed, or its node was lost); {since}")
-
-    @property
-    def _ran_here(self) -> bool:
-        """Whether its record was written on this host, where a lock of a living process is seen."""
-        host = self.provenance.get("host")
-        return isinstance(host, dict) and host.get("hostname") == platform.node()
-
-    def _launcher_lives(self) -> bool:
-        """Whether the launcher is a process of this host: it may be starting the workers again."""
-        file = self.directory / row_format.LAUNCHER_LOCK
-        owner = re.match(r"process (\d+) on ", file.read_text()) if file.exists() else None
-        return owner is not None and Path("/proc", owner[1]).exists()
 
     def _end(self) -> State | None:
         """How the newest start of the run ended, if an event or failure.log says so."""
@@ -252,6 +240,15 @@ class Run:
     def _note(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _died_here(directory: Path, provenance: dict[str, Any]) -> bool:
+    """Whether a run whose lock is free ran on this host, and its launcher has ended too."""
+    host, file = provenance.get("host"), directory / row_format.LAUNCHER_LOCK
+    if not isinstance(host, dict) or host.get("hostname") != platform.node():
+        return False  # a lock of another host may not be seen here
+    owner = re.match(r"process (\d+) on ", file.read_text()) if file.exists() else None
+    return owner is None or not Path("/proc", owner[1]).exists()
 
 
 def _is_number(value: Any) -> bool:
