@@ -5,11 +5,7 @@ functions named `interpreted_*`. The interpreter truncates where a GPU rounds a 
 """
 
 import copy
-import os
 import random
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
@@ -26,27 +22,14 @@ from serving.engine.gpu.sampling import Sampler
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import BROKEN, choose
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
-from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from training.model import shapes
 from training.model.llama import Llama, RMSNorm, initialize, rotary, rotate
 from training.model.shapes import LlamaShape
 
 
 def test_the_interpreter_runs_every_kernel():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=interpreted_*",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^12 passed", result.stdout, re.MULTILINE), result.stdout
+    run_interpreted(__file__, passes=12)
 
 
 def launches(num_rows: int, *, capability: tuple[int, int], **changes: object) -> list[Call]:
