@@ -86,8 +86,19 @@ def make_page(run: Run) -> Page:
         sentence=part("outcome", lambda: _sentence(run), state.capitalize()),
         facts=part("figures", lambda: facts(run), []),
         sections=[section for section in sections if section],
-        notices=[*run.problems, *problems],
+        notices=[*run.problems, *problems, *part("first alarm", lambda: _first_alarm(run), [])],
     )
+
+
+def _first_alarm(run: Run) -> list[str]:
+    """The first warning or error, which often explains the others; [] without one."""
+    alarms = [event for event in run.events if event.get("level", "info") != "info"]
+    if not alarms:
+        return []
+    step = alarms[0].get("step")
+    at = f"Step {amount(step)}: " if step is not None else ""
+    more = f" ({len(alarms) - 1:,} more in Events)" if len(alarms) > 1 else ""
+    return [f"{at}{alarms[0].get('text')}{more}"]
 
 
 def _sentence(run: Run) -> str:
