@@ -49,12 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def find(name: str) -> Run:
     """The run of this directory, or of this name under outputs/. Raises `UserError` if there is none."""
-    places = [Path(name).expanduser().absolute(), (runs.OUTPUTS / name).absolute()]
-    for place in places:
-        if place.is_dir() and name:
-            return Run(place)
-    there = ", ".join(sorted(path.name for path in runs.OUTPUTS.glob("*") if path.is_dir())) or "none"
-    raise UserError(f"{name or 'RUN'}: no such run directory; directories in {runs.OUTPUTS}/: {there}")
+    return Run(runs.named(name, fits=Path.is_dir, lacks="no such run directory"))
 
 
 def make_page(run: Run) -> Page:
