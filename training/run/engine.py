@@ -94,8 +94,8 @@ def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device)
     return model
 
 
-def warm_up(module: Llama, batch: tuple[Tensor, Tensor]) -> None:
-    """Compile what `batch`, (inputs, targets) of one pass, compiles. Nothing else changes.
+def warm_up(module: Llama, batch: tuple[Tensor, ...]) -> None:
+    """Compile what `batch`, that the model is called with in one pass, compiles. Nothing else changes.
 
     Only the embedding's gradient is asked for, so nothing accumulates; it lies behind all others. Not for
     stage 3, whose hooks cannot run without accumulating.

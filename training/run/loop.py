@@ -23,13 +23,20 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
+from training.model import attention
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
 from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, build_model, describe_compilation, warm_up
+from training.run.engine import (
+    DTYPES,
+    build_deepspeed_engine,
+    build_model,
+    describe_compilation,
+    warm_up,
+)
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
@@ -78,6 +85,7 @@ def train(
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             about += describe_compilation(config, trainer.spent.seconds)
+            about += f"  attention by {trainer.attention_kernel}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -129,6 +137,10 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
+        self.attention_kernel = attention.kernel(
+            plan.shape, length=config.batch.sequence_length, dtype=DTYPES[config.precision],
+            device=context.device, documents=config.batch.document_masks,
+        )  # fmt: skip
         self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
@@ -171,10 +183,10 @@ class Trainer:
         for micro_step in range(self.plan.accumulation):
             mark("data")
             with phase("data"):
-                inputs, targets = self.batches.micro_batch(self.step, micro_step)
+                batch = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
                 mark("forward")
-                loss = self.engine(inputs, targets)
+                loss = self.engine(*batch)
                 mark("backward")
                 self.engine.backward(loss)
             mark("optimizer")
@@ -343,6 +355,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         "resumed_from_step": trainer.resumed_from,
         "num_parameters": plan.shape.num_parameters,
         "flops_per_token": plan.flops_per_token,
+        "attention_kernel": trainer.attention_kernel,
         **trainer.meter.summary(),
         "samples": trainer.sample(),
         **trainer.spent.summary(),
