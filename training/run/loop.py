@@ -23,7 +23,6 @@ from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
 from training.config import TrainConfig
-from training.model import attention
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
 from training.run import checkpoint
@@ -31,7 +30,7 @@ from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
 from training.run.engine import (
-    DTYPES,
+    attention_kernel,
     build_deepspeed_engine,
     build_model,
     describe_compilation,
@@ -82,10 +81,11 @@ def train(
     failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
     with failures(), heart:
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+        kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             about += describe_compilation(config, trainer.spent.seconds)
-            about += f"  attention by {trainer.attention_kernel}\n"
+            about += f"  attention by {kernel}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -100,7 +100,7 @@ def train(
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
-                record.finish(summary)
+                record.finish(summary | {"attention_kernel": kernel})
                 report_end(config, summary)
             elif record is not None:
                 report_stop(config, step=trainer.step)
@@ -137,10 +137,6 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
-        self.attention_kernel = attention.kernel(
-            plan.shape, length=config.batch.sequence_length, dtype=DTYPES[config.precision],
-            device=context.device, documents=config.batch.document_masks,
-        )  # fmt: skip
         self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
         self.validation = Validation(
             config,
@@ -355,7 +351,6 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         "resumed_from_step": trainer.resumed_from,
         "num_parameters": plan.shape.num_parameters,
         "flops_per_token": plan.flops_per_token,
-        "attention_kernel": trainer.attention_kernel,
         **trainer.meter.summary(),
         "samples": trainer.sample(),
         **trainer.spent.summary(),
