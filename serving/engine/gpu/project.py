@@ -41,7 +41,7 @@ if TRITON_MISSING is None:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ADD, SILU, ROPE, LOGITS = "add", "silu", "rope", "logits"  # what `project` does with its product
+STORE, ADD, SILU, ROPE, LOGITS = "store", "add", "silu", "rope", "logits"  # of its product, in `project`
 ROW_WARPS = 4  # of a program, at least
 WARP_BYTES = 4096  # of weights that one of its warps holds: a quarter of its registers
 
@@ -55,8 +55,8 @@ def project(
     Args:
         x: [1, K]; K contiguous, as in all operands.
         weight: [N, K].
-        out: ADD: [1, N], to which the product is added. SILU: [1, N/2] of gates and ups. ROPE: [1, H·C],
-            queries; keys and values go into the cache. LOGITS: [1, N] fp32, rounded as the model's.
+        out: STORE: [1, N]. ADD: [1, N], to which the product is added. SILU: [1, N/2] of gates and ups. ROPE:
+            [1, H·C], queries; keys and values go into the cache. LOGITS: [1, N] fp32, rounded as the model's.
         half: outputs i and i + half are a pair, in each run of 2·half outputs.
         norm: [K], the weight of an RMSNorm of x, whose epsilon is `eps`.
         best: LOGITS: of `project_programs` parts.
@@ -117,7 +117,10 @@ def _project_kernel(
     second = second[None, :]
     keep = first < outputs
     keep_second = second < outputs
-    if EPILOGUE == "add":
+    if EPILOGUE == "store":
+        tl.store(out + first, a, keep)
+        tl.store(out + second, b, keep_second)
+    elif EPILOGUE == "add":
         tl.store(out + first, add_rounded(tl.load(out + first, keep, other=0.0), a), keep)
         tl.store(out + second, add_rounded(tl.load(out + second, keep_second, other=0.0), b), keep_second)
     elif EPILOGUE == "silu":
