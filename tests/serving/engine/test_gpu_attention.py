@@ -121,7 +121,7 @@ def test_tiles_hold_every_row_once_and_the_longest_come_first():
 
 @pytest.mark.stack
 def test_the_kernels_compute_attention():
-    run_interpreted(__file__, passes=9)
+    run_interpreted(__file__, passes=12)
 
 
 def assert_near(found: Tensor, exact: Tensor) -> None:
@@ -173,11 +173,16 @@ def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
 SPANS = ((0, 70), (33, 100), (64, 96), (40, 41))
 
 
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptor"])
 @pytest.mark.parametrize(
     ("num_heads", "head_dim", "dtype"), [(2, 64, SINGLE), (8, 64, HALF), (1, 128, torch.float16)]
 )
-def interpreted_prefill(num_heads, head_dim, dtype):
+def interpreted_prefill(num_heads, head_dim, dtype, described, monkeypatch):
     torch.manual_seed(num_heads + head_dim)
+    tiles = attention.TILES[8, 6]
+    monkeypatch.setitem(
+        attention.TILES, (8, 6), replace(tiles, prefill=replace(tiles.prefill, described=described))
+    )
     stops = [stop for _, stop in SPANS]
     pages = Pages(stops, num_kv_heads=1, head_dim=head_dim, dtype=dtype, device=CPU)
     first, spans = 1, []
