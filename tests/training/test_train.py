@@ -96,7 +96,8 @@ def reference(folder: Path) -> Path:
     done = python("training.launch", *keys, ranks=2, WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     assert "validation loss" in done.stdout and "sample 'The name of the'" in done.stdout
-    assert re.search(r"^time: \d+ s, .*start \d", done.stdout, re.MULTILINE)
+    assert re.search(r"^time: \d+ s, .*training \d", done.stdout, re.MULTILINE)
+    assert re.search(r"first step after [\d.]+ s: command [\d.]+, imports .*, step \d", done.stderr)
     return folder / "outputs" / "reference"
 
 
