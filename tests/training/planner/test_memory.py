@@ -9,6 +9,7 @@ import torch
 
 from cluster import files
 from tests.commands import ROOT
+from tests.gpu.sweep import CHECKPOINTED
 from tests.ranks import spawn
 from tests.training.planner.peaks import peaks_of_steps
 from training import config as training_config
@@ -70,11 +71,12 @@ def saved_bytes(model: Llama, tokens: torch.Tensor) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("qk_norm", ["false", "true"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activation_bytes_are_what_autograd_keeps(precision: str, monkeypatch) -> None:
+def test_activation_bytes_are_what_autograd_keeps(precision: str, qk_norm: str, monkeypatch) -> None:
     # As on a GPU: without the widened copies that a CPU without bf16 arithmetic makes.
     monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: True)
-    config = training_config.load(dotlist=[*SMALL, f"precision={precision}"])
+    config = training_config.load(dotlist=[*SMALL, f"precision={precision}", f"model.qk_norm={qk_norm}"])
     shape = resolve_shape(config)
     model = Llama(shape)
     initialize(model, seed=1)
@@ -149,6 +151,7 @@ ON_CPU = (
     ("zero.stage=2",),
     ("zero.stage=3",),
     ("zero.stage=1", "model.activation_checkpointing=true"),
+    ("zero.stage=1", "model.activation_checkpointing=true", "model.checkpoint_every=2"),
     ("zero.stage=1", "precision=fp32", "optim.matrix.rule=adamw"),
 )
 
@@ -176,9 +179,10 @@ SHAPE = shapes.resolve("llama-1b4")
 
 def alone(row) -> tuple[int, Form]:
     """(micro-batch, form) of a row of block 5. The H200's rows are of a time of chunks of 2048 tokens."""
-    layers, loss, micro, *checkpointed = row["case"].split(", ")
+    layers, loss, micro, *rest = row["case"].split(", ")
+    every = next(n for n, name in CHECKPOINTED.items() if name == "".join(f", {each}" for each in rest))
     chunk = row.get("chunk_tokens", 2048) if loss == "loss chunked" else None
-    form = Form(2, layers == "compiled layers", checkpointing=bool(checkpointed), chunk_tokens=chunk)
+    form = Form(2, layers == "compiled layers", checkpointing=every, chunk_tokens=chunk)
     return int(micro.removeprefix("micro-batch ")), form
 
 
