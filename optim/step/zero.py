@@ -72,9 +72,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._bound: deepspeed.DeepSpeedEngine | None = None
         super().__init__(groups, defaults={})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's own, without its wrapper: that imports torch's compiler, for more than a CPU second."""
-        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+    # without torch's wrapper, which imports its compiler for more than a CPU second
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def bind(self, engine: deepspeed.DeepSpeedEngine) -> None:
         """Read where the shards lie, check them against the weights, plan the exchange, allocate the state.

@@ -134,12 +134,11 @@ class Trainer:
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
-        self.startup.end("model")
         if compiles(start.config) and start.config.zero.stage < 3:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
-            self.startup.end("compile")
+        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -318,7 +317,7 @@ class Trainer:
 def _end_startup(trainer: Trainer, startup: Startup) -> None:
     """After the first step."""
     trainer.context.synchronize()
-    startup.end("step")
+    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
     if trainer.context.is_main:
         report_first_step(trainer.config, startup, step=trainer.step)
     trainer.startup = None
@@ -331,8 +330,6 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
     held_out: dict[str, float] = {}
     if trainer.step == 0:
         output.row({"step": 0, "tokens": 0, **trainer.validate()})
-        if trainer.startup is not None:
-            trainer.startup.end("evaluation")
     trainer.start_meter()
     while trainer.step < plan.num_steps:
         with profiled(config, trainer.context, step=trainer.step + 1):

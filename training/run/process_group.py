@@ -64,7 +64,6 @@ def _meet(settings: dict[str, Any]) -> None:
 
 
 def _leave() -> None:
-    import torch.distributed as dist
+    from cluster.machine.rendezvous import leave
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()

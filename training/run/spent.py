@@ -64,14 +64,14 @@ class Startup:
         self._last = _begin_of_process()
         self.seconds: dict[str, float] = {}
 
-    def end(self, part: str) -> None:
-        """The time since the part before belongs to this part."""
+    def end(self, part: str, **within: float) -> None:
+        """The time since the part before belongs to this part, but for the seconds of those `within`."""
         before, self._last = self._last, time.time()
-        self.seconds[part] = self._last - before
+        self.seconds |= {**within, part: self._last - before - sum(within.values())}
 
     def describe(self) -> str:
         """One line: all seconds until now, and each part's."""
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
         return f"first step after {sum(self.seconds.values()):.1f} s: {parts}"
 
 
