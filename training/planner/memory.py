@@ -43,14 +43,18 @@ class Form:
     Attributes:
         width: bytes of an element of weights and activations, 2 or 4.
         compiled: layers compiled by torch, which keeps less for the backward pass.
-        checkpointing: each layer keeps its input alone.
+        checkpointing: every so many layers, from the first, keep their input alone; 0: none does.
         chunk_tokens: the loss is computed for so many tokens at a time; None: for all at once.
     """
 
     width: int
     compiled: bool = False
-    checkpointing: bool = False
+    checkpointing: int = 0
     chunk_tokens: int | None = None
+
+    def recomputed(self, num_layers: int) -> int:
+        """Layers that are computed again in the backward pass."""
+        return -(-num_layers // self.checkpointing) if self.checkpointing else 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def form_of(config: TrainConfig) -> Form:
     return Form(
         width=2 if config.is_bf16 else 4,
         compiled=compiles(config),
-        checkpointing=config.model.activation_checkpointing,
+        checkpointing=config.model.recomputed_every,
         chunk_tokens=loss_tokens(config),
     )
 
@@ -112,6 +116,7 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     low = n * form.width if stage == 0 or (stage == 1 and not config.is_bf16) else 0
     forward, backward = activation_bytes(shape, tokens, form, gradients=0 if accumulates else low)
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
+    earlier["document masks"] = mask_bytes(config)
     later: Parts = {"model's gradients": low} if low else {}
     points = {
         "after load": resident,
@@ -127,6 +132,14 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     return Memory(
         {point: {name: size for name, size in parts.items() if size} for point, parts in points.items()}
     )
+
+
+def mask_bytes(config: TrainConfig) -> int:
+    """The mask of `training.model.attention.DocumentAttention`, for all layers. bf16 on GPUs needs none."""
+    if not config.batch.document_masks or (config.workers.gpu and config.is_bf16):
+        return 0
+    width = 2 if config.is_bf16 else 4
+    return config.batch.micro_sequences * config.batch.sequence_length**2 * width
 
 
 def _with_outside(parts: Parts) -> Parts:
@@ -177,19 +190,18 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
     Args:
         gradients: bytes of the model's gradients that this backward pass allocates.
     """
-    p, layer = form.width, layer_bytes(shape, form)
-    kept = shape.num_layers * (shape.hidden_size * p if form.checkpointing else layer)
+    p, layer, kept = form.width, layer_bytes(shape, form), _kept_by_layers(shape, form)
     norm = (4 + 2 * p) * shape.hidden_size
     forward, loss = _loss_bytes(shape, tokens, form)
     table = shape.vocab_size * shape.hidden_size * p
     # In a layer's backward pass: gradients of the residual, its norm and the SwiGLU's three products, which
-    # compiled kernels do not hold at once; and the layer, computed again.
+    # compiled kernels do not hold at once; and the last layer, where it is computed again.
     inside = (2 * shape.hidden_size + (0 if form.compiled else 3 * shape.ffn_size)) * p
-    inside += layer if form.checkpointing else 0
+    is_last_recomputed = form.checkpointing and (shape.num_layers - 1) % form.checkpointing == 0
     places = (
         tokens * (kept + norm) + loss,
-        tokens * (kept + inside) + table,
-        tokens * (inside if form.checkpointing else layer + inside) + max(gradients - table, 0),
+        tokens * (kept + inside + (layer if is_last_recomputed else 0)) + table,
+        tokens * (layer + inside) + max(gradients - table, 0),
         gradients + table,
     )
     return tokens * (kept + norm) + forward, max(places)
@@ -198,21 +210,31 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
 def kept_bytes(shape: LlamaShape, tokens: int, form: Form) -> int:
     """Bytes that autograd keeps of a forward pass, plain loss: layers, last norm, log-probabilities."""
     p = form.width
-    per_layer = shape.hidden_size * p if form.checkpointing else layer_bytes(shape, form)
     norm = (4 + 2 * p) * shape.hidden_size
-    return tokens * (shape.num_layers * per_layer + norm + 4 * shape.vocab_size)
+    return tokens * (_kept_by_layers(shape, form) + norm + 4 * shape.vocab_size)
+
+
+def _kept_by_layers(shape: LlamaShape, form: Form) -> int:
+    """Bytes for each token that all layers keep together."""
+    recomputed = form.recomputed(shape.num_layers)
+    inputs = recomputed * shape.hidden_size * form.width
+    return inputs + (shape.num_layers - recomputed) * layer_bytes(shape, form)
 
 
 def layer_bytes(shape: LlamaShape, form: Form) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
     As it is written: two norms at (4 + 2p)h; q, k, v and their mix at (2q + 2kv)p, 4 per head for the
-    softmax; the SwiGLU at 4·ffn·p. Compiled, torch keeps input, sum and both norms' outputs at 4hp, and does
-    not keep silu(gate): 3·ffn·p.
+    softmax; the SwiGLU at 4·ffn·p; norms of queries and keys at (4 + p)(q + kv). Compiled, torch keeps input,
+    sum and both norms' outputs at 4hp, queries and keys before their norms at (q + kv)p, and does not keep
+    silu(gate): 3·ffn·p.
     """
     p, hidden = form.width, shape.hidden_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention, roots = (2 * q + 2 * kv) * p + 4 * shape.num_heads, 2 * 4
+    if shape.qk_norm:
+        attention += (q + kv) * (p if form.compiled else 4 + p)
+        roots += 4 * (shape.num_heads + shape.num_kv_heads)
     if form.compiled:
         return 4 * hidden * p + attention + 3 * shape.ffn_size * p + roots
     norm = (4 + 2 * p) * hidden

@@ -107,13 +107,14 @@ def micro_batch_seconds(
     """Part -> seconds of one forward and backward pass."""
     head = shape.vocab_size * shape.hidden_size
     hidden = shape.num_matmul_parameters - head
-    again = 2 * hidden if form.checkpointing else 0
+    recomputed = form.recomputed(shape.num_layers) / shape.num_layers
+    again = 2 * hidden * recomputed
     products = tokens * (6 * shape.num_matmul_parameters + again) / (PRODUCT_SHARE * rates.product_flops)
     flops = 6 * shape.num_layers * shape.num_heads * shape.head_dim * sequence_length * tokens
     attention = flops / (ATTENTION_SHARE * rates.product_flops)
-    attention *= 1 + FORWARD_ATTENTION * form.checkpointing
+    attention *= 1 + FORWARD_ATTENTION * recomputed
     forward, backward = _elementwise_bytes(shape, form)
-    elementwise = forward * (1 + form.checkpointing) + backward
+    elementwise = forward * (1 + recomputed) + backward
     share = COMPILED_SHARE if form.compiled else PASS_SHARE
     found = {
         "matrix products": products,
@@ -121,7 +122,7 @@ def micro_batch_seconds(
         "elementwise": tokens * shape.num_layers * elementwise / (share * rates.bytes_per_s),
         "loss": tokens * _loss_bytes(shape, form) / _passes(rates),
     }
-    launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + form.checkpointing / 3)
+    launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + recomputed / 3)
     started = shape.num_layers * launches * LAUNCH_SECONDS
     return found | {"launches": max(0.0, started - sum(found.values()))}
 
@@ -135,12 +136,16 @@ def _elementwise_bytes(shape: LlamaShape, form: Form) -> tuple[float, float]:
 
     Eager: each operation of norms (fp32), RoPE (fp32), SwiGLU and residuals reads its inputs and writes its
     outputs. Compiled: one kernel each for norm with residual, RoPE and SwiGLU. In bf16; twice that in fp32.
+    A norm of queries and keys moves what another norm does of as many elements; compiled, it is part of RoPE
+    and reads them once more, and its backward pass reads them too.
     """
     hidden, rotated = shape.hidden_size, (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    ffn, wide = shape.ffn_size, form.width / 2
+    ffn, wide, normed = shape.ffn_size, form.width / 2, rotated * shape.qk_norm
     if form.compiled:
-        return wide * (16 * hidden + 4 * rotated + 6 * ffn), wide * (22 * hidden + 4 * rotated + 10 * ffn)
-    return wide * (84 * hidden + 52 * rotated + 10 * ffn), wide * (198 * hidden + 60 * rotated + 18 * ffn)
+        forward = 16 * hidden + 4 * rotated + 6 * ffn + 2 * normed
+        return wide * forward, wide * (22 * hidden + 4 * rotated + 10 * ffn + 4 * normed)
+    forward = 84 * hidden + 52 * rotated + 10 * ffn + 36 * normed
+    return wide * forward, wide * (198 * hidden + 60 * rotated + 18 * ffn + 93 * normed)
 
 
 def _loss_bytes(shape: LlamaShape, form: Form) -> float:

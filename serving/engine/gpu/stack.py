@@ -1,4 +1,4 @@
-"""The layers of a model over the rows of a step: few rows by `project`, any number by cuBLAS."""
+"""The layers of a model over the rows of a step: one row by `project`, any number by cuBLAS."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.engine.gpu.layers import SCAN, Best, Heads, add_norm, rotate_and_store, scan, silu_mul
-from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, project, project_programs
+from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, STORE, project, project_programs
 from serving.engine.scheduler import BLOCK_TOKENS
 from training.model.llama import Layer, Linear, Llama, rotary
 
+ADDS_IN_PRODUCT = False  # of `many`: cuBLAS adds the residual, and `add_norm` moves half as many bytes
 Attend = Callable[[int, Tensor, Tensor], None]  # of a layer: queries [M, H, C] -> mixed values, written
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The matrices [outputs, inputs] and norms of a layer."""
+    """The matrices [outputs, inputs] and norms of a layer; those of queries and keys are [2, C], if any."""
 
     input_norm: Tensor
+    qk_norm: Tensor | None
     qkv: Tensor
     out: Tensor
     ffn_norm: Tensor
@@ -54,10 +56,10 @@ class Stack:
         self.cache = torch.zeros(size, dtype=self._norm.dtype, device=device)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
-    # --- few rows: each product with what stands around it ---
+    # --- one row: each product with what stands around it ---
 
-    def few(self, x: Tensor, lengths: Tensor, blocks: Tensor, attend: Attend) -> None:
-        """All layers over x [M, D], in place."""
+    def one(self, x: Tensor, lengths: Tensor, blocks: Tensor, attend: Attend) -> None:
+        """All layers over x [1, D], in place."""
         shape, pdl = self.shape, self.pdl
         heads_of = self._heads(lengths, blocks, None)
         q = x.new_empty(len(x), shape.num_heads, shape.head_dim)
@@ -65,10 +67,19 @@ class Stack:
         normed: dict[str, Any] = {"eps": shape.norm_eps, "pdl": pdl}
         half = ceil(shape.hidden_size / 2)
         for index, layer in enumerate(self.layers):
-            project(
-                x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, norm=layer.input_norm,
-                heads=heads_of(index), **normed,
-            ).launch()  # fmt: skip
+            heads, into_attention = heads_of(index), {"norm": layer.input_norm, **normed}
+            if layer.qk_norm is None:
+                project(
+                    x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, heads=heads,
+                    **into_attention,
+                ).launch()  # fmt: skip
+            else:  # which needs whole heads, and a program of `project` has a few pairs
+                qkv = x.new_empty(len(x), len(layer.qkv))
+                project(
+                    x, layer.qkv, qkv, epilogue=STORE, half=shape.head_dim // 2, **into_attention
+                ).launch()
+                rotate_and_store(qkv, heads, pdl=pdl).launch()
+                q = qkv[:, : mixed[0].numel()].view(mixed.shape)
             attend(index, q, mixed)
             project(mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl).launch()
             project(
@@ -77,8 +88,8 @@ class Stack:
             ).launch()  # fmt: skip
             project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()
 
-    def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
-        """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""
+    def one_head(self, x: Tensor) -> tuple[Tensor, Best]:
+        """Logits [1, V] of x [1, D] before the final norm, and the largest of each program."""
         shape = self.shape
         size = {"outputs": shape.vocab_size, "half": ceil(shape.vocab_size / 2)}
         logits = x.new_empty(len(x), shape.vocab_size, dtype=torch.float32)
@@ -93,29 +104,35 @@ class Stack:
 
     def many(
         self, x: Tensor, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None, attend: Attend
-    ) -> Tensor:
-        """All layers over x [M, D], in place but for the last product: the end is x + what is returned."""
+    ) -> Tensor | None:
+        """All layers over x [M, D], in place, but for what is returned: the end is x + that."""
         shape, pdl = self.shape, self.pdl
         heads_of = self._heads(lengths, blocks, table_rows)
         normed, mixed = torch.empty_like(x), x.new_empty(len(x), shape.num_heads, shape.head_dim)
         active = x.new_empty(len(x), shape.ffn_size)
-        added = None
+        added: Tensor | None = None
         norm = rotate = silu = None  # as compiled for the layer before
+
+        def add(y: Tensor, weight: Tensor) -> Tensor | None:
+            if not ADDS_IN_PRODUCT:
+                return F.linear(y, weight)
+            x.addmm_(y, weight.T)
+            return None
+
         for index, layer in enumerate(self.layers):
             into_attention = add_norm(x, added, layer.input_norm, normed, eps=shape.norm_eps, pdl=pdl)
-            into_attention.launch(like=norm if index else None)
+            into_attention.launch(like=norm if index or ADDS_IN_PRODUCT else None)
             qkv = F.linear(normed, layer.qkv)
             rotate = rotate_and_store(qkv, heads_of(index), pdl=pdl).launch(like=rotate)
             attend(index, qkv[:, : mixed[0].numel()].view(mixed.shape), mixed)
-            added = F.linear(mixed.flatten(1), layer.out)
+            added = add(mixed.flatten(1), layer.out)
             into_ffn = add_norm(x, added, layer.ffn_norm, normed, eps=shape.norm_eps, pdl=pdl)
             norm = into_ffn.launch(like=norm)
             silu = silu_mul(F.linear(normed, layer.gate_up), active, pdl=pdl).launch(like=silu)
-            added = F.linear(active, layer.down)
-        assert added is not None
+            added = add(active, layer.down)
         return added
 
-    def final_norm(self, x: Tensor, added: Tensor) -> Tensor:
+    def final_norm(self, x: Tensor, added: Tensor | None) -> Tensor:
         normed = torch.empty_like(x)
         if len(x):
             add_norm(x, added, self._norm, normed, eps=self.shape.norm_eps, pdl=self.pdl).launch()
@@ -132,8 +149,9 @@ class Stack:
     def _heads(self, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None) -> Callable[[int], Heads]:
         def of(layer: int) -> Heads:
             return Heads(
-                self.cos, self.sin, self.cache[layer], blocks, lengths, table_rows, self.shape.num_heads
-            )
+                self.cos, self.sin, self.cache[layer], blocks, lengths, table_rows, self.shape.num_heads,
+                self.layers[layer].qk_norm, self.shape.norm_eps,
+            )  # fmt: skip
 
         return of
 
@@ -147,8 +165,10 @@ class Stack:
 def _merged(layer: Layer) -> _Layer:
     """The layer's weights, of which its parameters become views: two copies would not fit."""
     attend, mlp = layer.self_attn, layer.mlp
+    norms = [norm.weight.data for norm in (attend.q_norm, attend.k_norm) if norm is not None]
     return _Layer(
         input_norm=layer.input_layernorm.weight.data,
+        qk_norm=torch.stack(norms) if norms else None,
         qkv=_merge(attend.q_proj, attend.k_proj, attend.v_proj),
         out=attend.o_proj.weight.data,
         ffn_norm=layer.post_attention_layernorm.weight.data,

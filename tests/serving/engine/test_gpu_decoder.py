@@ -5,11 +5,8 @@ functions named `interpreted_*`. The interpreter truncates where a GPU rounds a 
 """
 
 import copy
-import os
 import random
-import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -19,65 +16,58 @@ import torch.nn.functional as F
 
 from cluster.machine.triton_calls import Call
 from serving.engine.gpu import attention, layers, project
+from serving.engine.gpu import decoder as decoders
 from serving.engine.gpu.decoder import GpuDecoder, unsupported
 from serving.engine.gpu.sampling import Sampler
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import BROKEN, choose
-from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
-from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from training.model import shapes
 from training.model.llama import Llama, RMSNorm, initialize, rotary, rotate
 from training.model.shapes import LlamaShape
 
 
 def test_the_interpreter_runs_every_kernel():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=interpreted_*",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^11 passed", result.stdout, re.MULTILINE), result.stdout
+    run_interpreted(__file__, passes=10)
 
 
-def launches(num_rows: int, *, capability: tuple[int, int], name: str = "llama-1b4") -> list[Call]:
+def launches(num_rows: int, *, capability: tuple[int, int], **changes: object) -> list[Call]:
     """What a step of so many rows that decode launches besides products by cuBLAS, for one layer."""
     calls: list[Call] = []
     with torch.device("meta"):
-        model = Llama(shapes.resolve(name, num_layers=1)).bfloat16()
+        model = Llama(shapes.resolve("llama-1b4", num_layers=1, **changes)).bfloat16()
     with (
         patch.object(Call, "launch", lambda self, like=None: calls.append(self)),
         patch.object(attention, "_capability", lambda device: capability),
         torch.inference_mode(),
     ):
-        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False, most_narrow=project.MOST_NARROW)
+        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False)
         decoder._stack.pdl = capability >= (9, 0)
         decoder._decode(num_rows)
     return calls
 
 
-def test_a_layer_is_five_launches_for_few_rows_and_five_beside_its_products_for_more():
-    few = [call.kernel.__name__ for call in launches(1, capability=(9, 0))]
+def test_a_layer_is_five_launches_for_one_row_and_five_beside_its_products_for_more():
+    one = [call.kernel.__name__ for call in launches(1, capability=(9, 0))]
     attend = "decode_kernel"
-    assert few == ["_project_kernel", attend, *["_project_kernel"] * 4, "_pick_kernel"]
+    assert one == ["_project_kernel", attend, *["_project_kernel"] * 4, "_pick_kernel"]
     many = [call.kernel.__name__ for call in launches(32, capability=(9, 0))]
     between = ["_add_norm_kernel", "_rotate_kernel", attend, "_add_norm_kernel", "_silu_kernel"]
     assert many == [*between, "_add_norm_kernel", "_scan_kernel", "_pick_kernel"]
+    normed = [call.kernel.__name__ for call in launches(1, capability=(9, 0), qk_norm=True)]
+    assert normed == [one[0], "_rotate_kernel", *one[1:]]
 
 
 @pytest.mark.parametrize(
-    ("capability", "num_rows", "which"),
-    [((9, 0), 1, 0), ((9, 0), 1, 2), ((9, 0), 8, 0), ((8, 6), 1, 4), ((8, 6), 8, 3), ((8, 6), 32, 0)],
-)
-def test_kernels_compile_without_spills(capability, num_rows, which, tmp_path):
-    kernel = compiled(launches(num_rows, capability=capability)[which], capability)
+    ("capability", "num_rows", "which", "qk_norm"),
+    [
+        ((9, 0), 1, 0, False), ((9, 0), 1, 2, False), ((9, 0), 32, 1, False), ((8, 6), 1, 4, False),
+        ((8, 6), 32, 0, False), ((9, 0), 1, 0, True), ((8, 6), 32, 1, True),
+    ],
+)  # fmt: skip
+def test_kernels_compile_without_spills(capability, num_rows, which, qk_norm, tmp_path):
+    kernel = compiled(launches(num_rows, capability=capability, qk_norm=qk_norm)[which], capability)
     assert problems(kernel, capability, tmp_path) == []
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= (9, 0))
 
@@ -148,28 +138,27 @@ rows = pytest.mark.parametrize("num_rows", [1, 3])
 
 
 @dtypes
-@rows
-def interpreted_projections_are_the_models_operations(num_rows, dtype):
+def interpreted_projections_are_the_models_operations(dtype):
     hidden, inner = 40, 36
-    x, weight = (values(n, hidden, seed=n, dtype=dtype) for n in (num_rows, 2 * inner))
+    x, weight = (values(n, hidden, seed=n, dtype=dtype) for n in (1, 2 * inner))
     norm = RMSNorm(hidden, eps=1e-2)
     norm.weight.data = values(hidden, seed=7, dtype=dtype)
     product = F.linear(norm(x), weight)
-    out = torch.full((num_rows, inner), torch.nan, dtype=dtype)
+    out = torch.full((1, inner), torch.nan, dtype=dtype)
     normed = {"norm": norm.weight.data, "eps": 1e-2}
     project.project(x, weight, out, epilogue="silu", half=inner, **normed).launch()
     assert close(out, F.silu(product[:, :inner]) * product[:, inner:])
 
     odd = weight[:51]
-    residual = values(num_rows, 51, seed=9, dtype=dtype)
+    residual = values(1, 51, seed=9, dtype=dtype)
     expected = residual + F.linear(x, odd)
     project.project(x, odd, residual, epilogue="add", half=26).launch()
     assert close(residual, expected)
 
     size = {"outputs": 51, "half": 26}
     programs = project.project_programs(x, **size)
-    best = torch.empty(num_rows, programs), torch.empty(num_rows, programs, dtype=torch.int32)
-    logits = torch.full((num_rows, 51), torch.nan)
+    best = torch.empty(1, programs), torch.empty(1, programs, dtype=torch.int32)
+    logits = torch.full((1, 51), torch.nan)
     project.project(x, odd, logits, epilogue="logits", half=26, best=best, **normed).launch()
     assert close(logits, product[:, :51].float(), dtype)
     picked(best, logits)
@@ -179,12 +168,13 @@ def picked(best: layers.Best, logits: torch.Tensor) -> None:
     """`pick` finds the largest of `logits`, and advances the rows that are no padding."""
     num_rows = len(logits)
     ids, tokens, lengths = (torch.full((num_rows,), start, dtype=torch.int32) for start in (-7, -7, 5))
-    lengths[-1] = 0
+    if num_rows > 1:
+        lengths[-1] = 0
     layers.pick(best, ids, tokens, lengths).launch()
     broken = ~logits.amax(-1).isfinite()
     expected = logits.argmax(-1).masked_fill(broken, BROKEN)
     assert ids.tolist() == expected.tolist() and tokens.tolist() == expected.clamp_min(0).tolist()
-    assert lengths.tolist() == [*[6] * (num_rows - 1), 0]
+    assert lengths.tolist() == [*[6] * (num_rows - 1), 6 if num_rows == 1 else 0]
 
 
 def interpreted_a_row_with_nan_is_broken_and_of_equal_logits_the_first_wins():
@@ -199,6 +189,7 @@ def interpreted_a_row_with_nan_is_broken_and_of_equal_logits_the_first_wins():
     picked(best, torch.where(wide.isnan(), torch.inf, wide))
 
 
+GREEDY = Sampling(max_tokens=9, temperature=0.0)
 SHAPE = LlamaShape(
     vocab_size=97, hidden_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=40,
     max_positions=128,
@@ -217,7 +208,7 @@ def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
     by = rotary(SHAPE, positions)
     wanted_q, wanted_k = rotate(q, by)[0].transpose(0, 1), rotate(k, by)
     wanted = torch.cat((wanted_k, v))  # [2, G, M, C]
-    for through_project in (True, False):
+    for through_project in {num_rows == 1, False}:
         cache = torch.full((2, 7, 2, BLOCK_TOKENS, 16), torch.nan, dtype=dtype)
         heads = layers.Heads(cos, sin, cache, blocks, positions.int() + 1, None, 4)
         if through_project:
@@ -233,39 +224,91 @@ def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
         assert cache.isfinite().sum() == num_rows * 2 * 2 * 16  # and nothing elsewhere
 
 
-@pytest.mark.parametrize(("most_narrow", "dtype"), [(0, torch.float32), (16, torch.bfloat16)])
-def interpreted_texts_continue_as_whole_texts_do(most_narrow, dtype, monkeypatch):
-    """Prompts in chunks beside rows that decode, some scored; earlier requests left NaN in the cache."""
-    one = replace(attention.TILES[8, 6], programs=1)  # which the interpreter runs one after the other
-    monkeypatch.setitem(attention.TILES, (8, 6), one)
-    model = Llama(SHAPE)
+def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of attention, at a time: the interpreter runs them one after the other."""
+    monkeypatch.setitem(attention.TILES, (8, 6), replace(attention.TILES[8, 6], programs=1))
+
+
+def drawn(shape: LlamaShape) -> Llama:
+    model = Llama(shape)
     initialize(model, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() == 2 else torch.rand_like(parameter) + 0.5)
-    model.to(dtype)
+    return model
+
+
+def interpreted_one_row_has_the_same_norms_of_queries_and_keys_in_both_forms(monkeypatch):
+    one_program(monkeypatch)
+    model = drawn(replace(SHAPE, num_layers=1, qk_norm=True))
+    one, many = (
+        GpuDecoder(copy.deepcopy(model), num_blocks=1, slots=1, graphs=False, project=by_project)
+        for by_project in (True, False)
+    )
+    request = ScheduledRequest([7], 9)
+    for position in range(2):
+        span = Span(request, position, position + 1, (0,))
+        assert close(one.forward([span]), many.forward([span]))
+        request.tokens.append(8)
+
+
+class Replayed:
+    """In place of a CUDA graph: the step runs again, and writes where it wrote first."""
+
+    def __init__(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        self.step, self.result, self.num_replays = step, step(), 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for old, new in zip(self.result, self.step(), strict=True):
+            old.copy_(new)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "dtype", "qk_norm"), [(True, torch.float32, True), (False, torch.bfloat16, False)]
+)
+def interpreted_texts_continue_as_whole_texts_do(graphs, dtype, qk_norm, monkeypatch):
+    """Prompts in chunks beside rows that decode, some scored; earlier requests left NaN in the cache.
+
+    Each step begins before the host knows the tokens of the last one. With `graphs`, those whose prompts are
+    not scored are padded to the rows of a graph.
+    """
+    one_program(monkeypatch)
+    made: list[Replayed] = []
+
+    def captured(steps, device):
+        new = {size: Replayed(step) for size, step in steps.items()}
+        made.extend(new.values())
+        return {size: (graph, graph.result) for size, graph in new.items()}
+
+    monkeypatch.setattr(decoders, "captured", captured)
+    monkeypatch.setattr(decoders, "PROMPT_ROWS", (24,))
+    model = drawn(replace(SHAPE, qk_norm=qk_norm)).to(dtype)
     whole = copy.deepcopy(model).float()
-    decoder = GpuDecoder(model, num_blocks=8, slots=3, graphs=False, most_narrow=most_narrow)
+    decoder = GpuDecoder(model, num_blocks=8, slots=4, graphs=graphs, step_tokens=24)
     with torch.inference_mode():
         decoder._cache.fill_(torch.nan)
-    scheduler = Scheduler(slots=3, cache_tokens=8 * BLOCK_TOKENS, step_tokens=40)
-    draw, worst, decoded = random.Random(0), 0.0, 0
-    for size, scored in ((1, False), (33, True), (20, False)):
-        scheduler.add(ScheduledRequest([draw.randrange(97) for _ in range(size)], size + 9, scored=scored))
-    for _ in range(5):
-        spans = scheduler.next_step()
-        found = [row.clone() for row in decoder.forward(spans)]
-        assert decoder.ids.tolist() == [row.argmax().item() for row in found]
-        decoded += all(span.samples and span.stop - span.start == 1 for span in spans)
-        found += [row for part in decoder.scored() for row in part.clone()]
-        places = [(span.request.tokens, span.stop - 1) for span in spans if span.samples]
-        places += [(s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
-        for row, (tokens, place) in zip(found, places, strict=True):
-            with torch.no_grad():
-                expected = whole(torch.tensor([tokens[: place + 1]]))[0, -1]
-            worst = max(worst, ((row - expected).norm() / expected.norm()).item())
-        for span in spans:
-            span.request.done = span.stop
-            if span.samples:
-                span.request.tokens.append(draw.randrange(97))
-    assert decoded == 3 and worst < (1e-5 if dtype == torch.float32 else 0.06)
+    scheduler = Scheduler(slots=4, cache_tokens=8 * BLOCK_TOKENS, step_tokens=24)
+    draw, found, places, reads = random.Random(0), [], [], []
+    for size, scored in ((20, False), (1, False), (33, True), (5, False)):
+        tokens = [draw.randrange(97) for _ in range(size)]
+        scheduler.add(ScheduledRequest(tokens, size + 9, scored=scored))
+        for _ in range(3 if scored else 1):
+            spans = scheduler.next_step()
+            found += [row.clone() for row in decoder.forward(spans)]
+            sampling = [span for span in spans if span.samples]
+            read = decoder.choose([GREEDY] * len(sampling), [draw] * len(sampling))
+            reads.append(([span.request for span in sampling], read))
+            found += [row for part in decoder.scored() for row in part.clone()]
+            places += [(span.request, span.stop) for span in sampling]
+            places += [(s.request, s.start + row + 1) for s in spans for row in range(s.num_scored)]
+            for requests, read in reads[-2:-1]:
+                for request, token in zip(requests, read()[0], strict=True):
+                    request.tokens.append(token)
+    worst = 0.0
+    for row, (request, stop) in zip(found, places, strict=True):
+        with torch.no_grad():
+            expected = whole(torch.tensor([request.tokens[:stop]]))[0, -1]
+        worst = max(worst, ((row - expected).norm() / expected.norm()).item())
+    assert worst < (1e-5 if dtype == torch.float32 else 0.06)
+    assert sum(graph.num_replays for graph in made) == (4 if graphs else 0)
