@@ -50,7 +50,8 @@ class Tokens:
             self._at = 0
         window = self._flat[self._at : self._at + rows * length + 1].astype("int64")
         self._at += rows * length
-        return tuple(torch.from_numpy(part.reshape(rows, length)) for part in (window[:-1], window[1:]))
+        inputs, targets = (torch.from_numpy(part.reshape(rows, length)) for part in (window[:-1], window[1:]))
+        return inputs, targets
 
 
 class Ours:
@@ -76,8 +77,8 @@ class Ours:
         context = self._stack.enter_context(torch_context(workers.torch_ranks(config.workers), gpu=False))
         self._trainer = Trainer(start, context)
         self.num_parameters = plan.shape.num_parameters
-        self.precision, self.tried = config.precision, {}
-        self.optimizer_seconds: float | None = 0.0
+        self.precision, self.tried = config.precision, dict[str, float]()
+        self.optimizer_seconds = 0.0
         self.about = {"launcher": "one process, without Ray", "zero": str(config.zero.stage)}
         self.first_loss = self.step()
 
@@ -179,7 +180,13 @@ class LitGpt(Peer):
     def _optimizers(self, model: Any) -> list[Any]:
         import torch
 
-        adamw = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "fused": True}
+        adamw: dict[str, Any] = {
+            "lr": LR,
+            "betas": BETAS,
+            "eps": EPS,
+            "weight_decay": WEIGHT_DECAY,
+            "fused": True,
+        }
         if self._load["rule"] == "adamw":
             return [torch.optim.AdamW(model.parameters(), **adamw)]
         named = dict(model.named_parameters())
@@ -236,8 +243,8 @@ class Transformers(Peer):
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**load["hf_config"], use_cache=False, attn_implementation="sdpa")
-        model = transformers.LlamaForCausalLM(config)
+        keys = {**load["hf_config"], "use_cache": False, "attn_implementation": "sdpa"}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys))
         adamw = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
         engine, *_ = deepspeed.initialize(
             model=model,
