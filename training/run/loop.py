@@ -39,7 +39,7 @@ from training.run.engine import (
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 from training.run.start import PARTITION, Start, report_checkpoint
 from training.run.state.hf_weights import HuggingFaceWeights
 from training.run.state.output import Observe, Output, open_record
@@ -51,6 +51,7 @@ from training.run.watch import (
     Skips,
     report_end,
     report_failure,
+    report_first_step,
     report_hang,
     report_stop,
     report_workers,
@@ -62,7 +63,13 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def train(
-    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
+    start: Start,
+    *,
+    command: list[str],
+    context: Context,
+    observe: Observe,
+    asked_to_stop: Callable[[], bool],
+    startup: Startup | None = None,
 ) -> bool:
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
@@ -70,6 +77,7 @@ def train(
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
+        startup: what the start has taken until now; the first step completes and reports it.
     """
     config = start.config
     final = context.launcher != "ray" or config.workers.max_failures == 0
@@ -80,7 +88,8 @@ def train(
     )  # fmt: skip
     failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
     with failures(), heart:
-        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+        startup = startup or Startup()
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
         kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -92,6 +101,7 @@ def train(
             output = Output(reopen(), observe, config.record.upload_checkpoints, alarms, reopen)
         else:
             output = Output(None, observe)
+        startup.end("record")
         with output:
             with failures():  # while W&B can still be told
                 summary = trainer.run(output)
@@ -111,10 +121,16 @@ class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(
-        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+        self,
+        start: Start,
+        context: Context,
+        stop: Stop | None = None,
+        heart: Heartbeat | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
+        self.startup: Startup | None = startup or Startup()
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -122,6 +138,7 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
+        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -191,6 +208,8 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         self.skips.count(self.step, applied=self.optimizer.applied_steps)
+        if self.startup is not None:
+            _end_startup(self, self.startup)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -293,6 +312,15 @@ class Trainer:
     def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _end_startup(trainer: Trainer, startup: Startup) -> None:
+    """After the first step."""
+    trainer.context.synchronize()
+    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
+    if trainer.context.is_main:
+        report_first_step(trainer.config, startup, step=trainer.step)
+    trainer.startup = None
 
 
 def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
