@@ -77,6 +77,9 @@ class BatchConfig:
     tokens: int = key(4096, "tokens per optimizer step, over all workers", least=1)
     sequence_length: int = key(256, "tokens per sequence", least=1)
     micro_sequences: int = key(4, "sequences per worker and forward pass; sets the accumulation", least=1)
+    document_masks: bool = key(
+        False, "in a sequence of several documents no token sees another document; in validation too"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 
 STOPPING = "stopping, with a checkpoint, after the next step; a second signal breaks off at once"
 
@@ -84,7 +84,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     from training.run.start import STOP, prepare_run, sole_writer
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
-    spent = Spent()
+    spent, startup = Spent(), Startup()
+    startup.end("command")
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     if config.load_directory:
@@ -93,11 +94,13 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
+        startup.end("data")
         if start is None:
             return
         with report_failure(config), ExitStack() as stack:
             with spent.part("Ray"):
                 stack.enter_context(workers.session(config))
+            startup.end("Ray")
             first_step = step_of(start.checkpoint) if start.checkpoint else 0
             stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
@@ -105,7 +108,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
 
             ask = (config.run_directory / STOP).touch
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
-                finished = _fit(start)
+                finished = _fit(start, startup)
     _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")
 
@@ -117,12 +120,12 @@ def _require_finished(config: TrainConfig, finished: bool, received: list[int]) 
         raise Stopped(f"{config.run_directory}; the same command resumes it", signal=signal)
 
 
-def _fit(start: "Start") -> bool:
+def _fit(start: "Start", startup: Startup) -> bool:
     """One Ray Train run. Returns whether it took its last step; else it was asked to stop."""
     from training.run.watch import report_failure
 
     directory = start.config.run_directory
-    arguments = {"start": start, "command": sys.argv}
+    arguments = {"start": start, "command": sys.argv, "startup": startup}
     try:
         with report_failure(start.config):
             return workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
@@ -134,15 +137,18 @@ def _fit(start: "Start") -> bool:
 
 
 def _ray_worker(arguments: dict[str, Any]) -> bool:
+    startup: Startup = arguments["startup"]
+    startup.end("workers")
     from training.run.context import RayContext
     from training.run.loop import train
     from training.run.start import STOP
 
+    startup.end("imports")
     start: Start = arguments["start"]
     context = RayContext.create(gpu=start.config.workers.gpu)
     stop = start.config.run_directory / STOP
     return train(
-        start.on_ranks(context), command=arguments["command"], context=context,
+        start.on_ranks(context), command=arguments["command"], context=context, startup=startup,
         observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
         asked_to_stop=lambda: context.is_main and stop.exists(),
     )  # fmt: skip
@@ -150,13 +156,15 @@ def _ray_worker(arguments: dict[str, Any]) -> bool:
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
     """Train in this process, as one rank of torchrun or alone."""
-    spent = Spent()
+    spent, startup = Spent(), Startup()
+    startup.end("command")
     ranks = workers.torch_ranks(config.workers)
     from training.run.context import torch_context
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
     from training.run.watch import RunWatch, ShowRows
 
+    startup.end("imports")
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
             progress.note(plan.table())
@@ -167,6 +175,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
         with spent.part("data"):
             start = ranks.on_main(prepare)
+        startup.end("data")
         if start is None:
             return
         with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
@@ -176,7 +185,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
                 start, command=sys.argv, context=context, observe=ShowRows(config, progress),
-                asked_to_stop=lambda: bool(received),
+                asked_to_stop=lambda: bool(received), startup=startup,
             )  # fmt: skip
     _require_finished(config, finished, received)
     if ranks.rank == 0:

@@ -208,6 +208,7 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
     model = asdict(plan.shape)
     if not plan.shape.qk_norm:
         del model["qk_norm"]
+    masked = {"batch.document_masks": True} if config.batch.document_masks else {}
     return {
         "data fingerprint": fingerprint,
         "run.seed": config.run.seed,
@@ -215,6 +216,7 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
         "batch.sequence_length": config.batch.sequence_length,
         "optim.matrix.rule": config.optim.matrix.rule,
         "model": model,
+        **masked,
     }
 
 

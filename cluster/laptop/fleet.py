@@ -7,18 +7,23 @@ worker the head's key, and waits until every node has joined. It skips what is d
 """
 
 import argparse
+import fcntl
 import json
+import os
 import shlex
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import cli
-from cluster.cli import RunError
+from cluster import config as layered
+from cluster.cli import RunError, UserError
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
 from cluster.laptop import inventory
@@ -32,6 +37,7 @@ LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
+HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
 
 UNPACK = """
 import io, os, shutil, sys, zipfile
@@ -66,6 +72,30 @@ def up(cluster: Path, *, report: Callable[[str], None]) -> None:
         RunError: some nodes have not joined; the message gives each reason.
     """
     site = inventory.load(cluster)
+    with _alone(site):
+        _up(site, report=report)
+
+
+@contextmanager
+def _alone(site: Inventory) -> Iterator[None]:
+    """A block that one command of this machine at a time may be in, for each cluster. Raises `RunError`."""
+    site.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (site.home / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunError(
+                f"{site.name}: another `make up` or `make down` from this machine is at work (pid "
+                f"{lock.read().strip() or 'unknown'}); wait for its end"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     begin = time.monotonic()
     generation = uuid.uuid4().hex
     package = pack(more={"site.json": json.dumps({**site.site(), "generation": generation}, indent=2)})
@@ -169,12 +199,18 @@ def _wait(
     report: Callable[[str], None],
 ) -> dict[str, str]:
     shown: dict[str, tuple[str, str]] = {}
+    is_ours = False
     active = {node: time.monotonic() for node in site.nodes}  # when it last did something
     script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
         keeper = answer["keeper"] or {}
-        states = keeper["nodes"] if keeper.get("generation") == generation else {}
+        if is_ours and keeper.get("generation") != generation:
+            raise RunError(
+                f"another `make up` of {site.name} has taken over, from another machine; see there"
+            )
+        is_ours = is_ours or keeper.get("generation") == generation
+        states = keeper["nodes"] if is_ours else {}
         if not answer["runs"]:
             raise RunError(
                 f"the keeper on {site.head} ended: {answer['said']}; see {site.scratch}/keeper.log"
@@ -232,6 +268,8 @@ def status(cluster: Path) -> str:
                 if name in found["resources"]
             )
             lines.append(f"  {node:<16}{found['name']:<20}{resources}")
+        elif state["state"] == JOINED or not answer["runs"]:  # what a keeper said last is no news
+            lines.append(f"  {node:<16}not in Ray")
         else:
             lines.append(f"  {node:<16}{state['state']} {state['detail']}")
     if check := answer.get("preflight"):
@@ -276,26 +314,38 @@ def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
         ) from error
 
 
-def down(cluster: Path, *, report: Callable[[str], None]) -> None:
+def down(cluster: Path, *, report: Callable[[str], None], keep_access: bool = False) -> None:
     """End what the cluster runs on every node, and check that nothing is left.
+
+    Args:
+        keep_access: leave the head's key and what else `cluster.head.forget` removes.
 
     Raises:
         RunError: a node could not be reached, or something is left on it.
     """
     site = inventory.load(cluster)
+    with _alone(site):
+        _down(site, report=report, keep_access=keep_access)
+
+
+def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) -> None:
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
-        f"[ ! -e {site.code}/site.json ] || "
+        f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "
         f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.head.keeper stop site.json; }}"
     )
-    patiently(lambda: head.run(stop), patience=60, report=report)
-    reap = (Path(__file__).parents[1] / "head/reap.py").read_bytes()
+    said = patiently(lambda: head.run(stop), patience=60, report=report).decode().splitlines()
+    key = said[0] if said else ""
+    reap, forget = ((HEAD / name).read_bytes() for name in ("reap.py", "forget.py"))
 
     def one(node: str) -> tuple[bool, str]:
+        there = Ssh(site, node, pin=True)
         try:
             script = f"{site.python} - {site.name}"
-            there = Ssh(site, node, pin=True)
             found = _parsed(there.run(script, given=reap, timeout=60), there)
+            if not keep_access:
+                script = f"{site.python} - {site.name} {site.scratch} {shlex.quote(key)}"
+                found |= _parsed(there.run(script, given=forget, timeout=60), there)
         except CommandError as error:
             try:
                 return False, f"still there: {'; '.join(json.loads(error.output)['left'])}"
@@ -304,15 +354,25 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
         except RunError as error:
             return False, str(error)
         ended = found["ended"]
-        return True, f"{ended} processes ended, none left" if ended else "nothing was running"
+        told = f"{ended} processes ended, none left" if ended else "nothing was running"
+        return True, told + ("; access removed" if found.get("removed") else "")
 
     with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
         found = dict(zip(site.nodes, pool.map(one, site.nodes), strict=True))
-    for node, (_, said) in found.items():
-        report(f"{node}: {said}")
+    for node, (_, text) in found.items():
+        report(f"{node}: {text}")
     problems = [node for node, (clean, _) in found.items() if not clean]
     if problems:
         raise RunError(f"not down: {', '.join(problems)} (above); mend that and run `make down` again")
+    stays = f"{site.scratch}/env stays for the next `make up`; runs and data lie in {site.storage}"
+    report(f"{site.name} is down. {stays}")
+
+
+@dataclass(frozen=True)
+class DownConfig:
+    keep_access: bool = layered.key(
+        False, "leave the head's key on the nodes, Ray's token and the line in ~/.bashrc"
+    )
 
 
 def main() -> int:
@@ -322,16 +382,22 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("up", "status", "down"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="down: keep_access=true")
     options = parser.parse_args()
 
     def note(text: str) -> None:
         print(text, flush=True)
 
     def body() -> None:
+        if options.overrides and options.verb != "down":
+            raise UserError(f"{options.overrides[0]}: `make {options.verb}` takes no keys")
         if options.verb == "status":
             print(status(options.cluster))
+        elif options.verb == "up":
+            up(options.cluster, report=note)
         else:
-            {"up": up, "down": down}[options.verb](options.cluster, report=note)
+            config = layered.load(DownConfig, dotlist=options.overrides)
+            down(options.cluster, report=note, keep_access=config.keep_access)
 
     return cli.run(body)
 

@@ -225,6 +225,7 @@ REFUSED = {
     "load": ["gpt2", "'hf:'"],
     "run.name": ["a/b", "..", ".hidden", "''", "a b", "-x", "é"],
     "run.seed": ["-1", str(2**63)],
+    "data.source": ["''"],
     "data.sources": ["[x]", "[a=]", "[a=x@b]", "[a=x@0]", "[a=x@-1]", "[a b=x]", "[a=x,a=y]", "[a=x@nan]"],
     "data.vocab_size": ["299", "1000001"],
     "data.validation_fraction": ["0", "0.5", "-0.1", "nan"],

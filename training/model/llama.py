@@ -24,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from cluster import files
 from optim.precision import product_dtype
 from training.model import loss, shapes
-from training.model.attention import sdpa
+from training.model.attention import Attend, DocumentAttention, causal_attention
 from training.model.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 INITIAL_STD = 0.02
 
@@ -98,11 +97,6 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
     x32 = x.float()
     first, second = x32.chunk(2, dim=-1)
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
-    return sdpa(q, k, v)
 
 
 class Attention(nn.Module):
@@ -213,9 +207,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Normed hidden states [B, T, D] of tokens [B, T] (int64).
 
-        `positions`, integers [T] or [B, T], and `attend` (layer, q, k, v -> mixed values, shaped as in
-        `causal_attention`) are the seam for decoding with a key/value cache; the defaults are whole
-        sequences from position 0.
+        `positions`, integers [T] or [B, T], and `attend` are the seam for decoding with a key/value cache;
+        the defaults are whole sequences from position 0.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -247,13 +240,20 @@ class Llama(nn.Module):
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
+
+        With `documents`, the `starts` of `DocumentAttention`, no token sees another document than its own.
 
         The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
         are not `IGNORED_TARGET`; it is NaN when all are. While the model trains, `Head.z_loss` adds to it.
         """
-        return self.lm_head(self.model(tokens), targets)
+        attend: Attend = causal_attention
+        if documents is not None:
+            attend = DocumentAttention(documents, batch=tokens.shape[0], length=tokens.shape[1])
+        return self.lm_head(self.model(tokens, attend=attend), targets)
 
 
 def compile_layers(model: Llama, *, backend: str = "inductor") -> None:

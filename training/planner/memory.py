@@ -116,6 +116,7 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     low = n * form.width if stage == 0 or (stage == 1 and not config.is_bf16) else 0
     forward, backward = activation_bytes(shape, tokens, form, gradients=0 if accumulates else low)
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
+    earlier["document masks"] = mask_bytes(config)
     later: Parts = {"model's gradients": low} if low else {}
     points = {
         "after load": resident,
@@ -131,6 +132,14 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     return Memory(
         {point: {name: size for name, size in parts.items() if size} for point, parts in points.items()}
     )
+
+
+def mask_bytes(config: TrainConfig) -> int:
+    """The mask of `training.model.attention.DocumentAttention`, for all layers. bf16 on GPUs needs none."""
+    if not config.batch.document_masks or (config.workers.gpu and config.is_bf16):
+        return 0
+    width = 2 if config.is_bf16 else 4
+    return config.batch.micro_sequences * config.batch.sequence_length**2 * width
 
 
 def _with_outside(parts: Parts) -> Parts:

@@ -29,11 +29,17 @@ from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, build_model, describe_compilation, warm_up
+from training.run.engine import (
+    attention_kernel,
+    build_deepspeed_engine,
+    build_model,
+    describe_compilation,
+    warm_up,
+)
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 from training.run.start import PARTITION, Start, report_checkpoint
 from training.run.state.hf_weights import HuggingFaceWeights
 from training.run.state.output import Observe, Output, open_record
@@ -45,6 +51,7 @@ from training.run.watch import (
     Skips,
     report_end,
     report_failure,
+    report_first_step,
     report_hang,
     report_stop,
     report_workers,
@@ -56,7 +63,13 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def train(
-    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
+    start: Start,
+    *,
+    command: list[str],
+    context: Context,
+    observe: Observe,
+    asked_to_stop: Callable[[], bool],
+    startup: Startup | None = None,
 ) -> bool:
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
@@ -64,6 +77,7 @@ def train(
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
         observe: called on rank 0 with every row of `metrics.jsonl`.
+        startup: what the start has taken until now; the first step completes and reports it.
     """
     config = start.config
     final = context.launcher != "ray" or config.workers.max_failures == 0
@@ -74,16 +88,20 @@ def train(
     )  # fmt: skip
     failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
     with failures(), heart:
-        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+        startup = startup or Startup()
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
+        kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             about += describe_compilation(config, trainer.spent.seconds)
+            about += f"  attention by {kernel}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
             output = Output(reopen(), observe, config.record.upload_checkpoints, alarms, reopen)
         else:
             output = Output(None, observe)
+        startup.end("record")
         with output:
             with failures():  # while W&B can still be told
                 summary = trainer.run(output)
@@ -92,7 +110,7 @@ def train(
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
-                record.finish(summary)
+                record.finish(summary | {"attention_kernel": kernel})
                 report_end(config, summary)
             elif record is not None:
                 report_stop(config, step=trainer.step)
@@ -103,10 +121,16 @@ class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(
-        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+        self,
+        start: Start,
+        context: Context,
+        stop: Stop | None = None,
+        heart: Heartbeat | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
+        self.startup: Startup | None = startup or Startup()
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -114,6 +138,7 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
+        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -171,10 +196,10 @@ class Trainer:
         for micro_step in range(self.plan.accumulation):
             mark("data")
             with phase("data"):
-                inputs, targets = self.batches.micro_batch(self.step, micro_step)
+                batch = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
                 mark("forward")
-                loss = self.engine(inputs, targets)
+                loss = self.engine(*batch)
                 mark("backward")
                 self.engine.backward(loss)
             mark("optimizer")
@@ -183,6 +208,8 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         self.skips.count(self.step, applied=self.optimizer.applied_steps)
+        if self.startup is not None:
+            _end_startup(self, self.startup)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -285,6 +312,15 @@ class Trainer:
     def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _end_startup(trainer: Trainer, startup: Startup) -> None:
+    """After the first step."""
+    trainer.context.synchronize()
+    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
+    if trainer.context.is_main:
+        report_first_step(trainer.config, startup, step=trainer.step)
+    trainer.startup = None
 
 
 def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:

@@ -11,14 +11,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import config as layered
 from cluster import files
 from cluster.cli import UserError
 from cluster.config import ConfigError
 from cluster.record import events
-from cluster.record.row_format import is_being_written
+from cluster.record.row_format import LAUNCHER_LOCK, is_being_written
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
@@ -27,12 +27,13 @@ from training.data.mixture import describe
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
-from training.run.context import Context
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
 from training.run.state.seam import describe_seam
 
+if TYPE_CHECKING:
+    from training.run.context import Context
+
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
-LOCK = "launcher.lock"  # in the run directory: held by the launcher of a start, whom it names
 STOP = "stop"  # in the run directory, while it runs: its workers are asked to stop
 WORKERS_END_SECONDS = 120.0  # in which workers end after their launcher was killed
 TOKENIZER = "tokenizer"  # in the run directory: the data's manifest and tokenizer, for exports
@@ -62,7 +63,7 @@ class Start:
         """`run_identity` of this run."""
         return run_identity(self.config, self.plan, fingerprint=self.train_set.manifest.fingerprint)
 
-    def on_ranks(self, context: Context) -> "Start":
+    def on_ranks(self, context: "Context") -> "Start":
         """This start for the workers that Ray has really started. Collective.
 
         They may be fewer than `workers.count` (`workers.min_count`), and after a restart there is a newer
@@ -92,10 +93,10 @@ def sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterat
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / LOCK).open("a+"))
+            lock = stack.enter_context((directory / LAUNCHER_LOCK).open("a+"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = (directory / LOCK).read_text().strip() or "another process"
+            owner = (directory / LAUNCHER_LOCK).read_text().strip() or "another process"
             raise UserError(
                 f"{directory} is being written by {owner}; wait for it, or give this run another run.name"
             ) from error

@@ -63,9 +63,13 @@ def test_an_event_is_marked_on_the_curves_and_says_how_the_loss_moved(tmp_path):
     events.append(directory, "resumed", "the run continues from step 8", step=8)
     text = read(directory).text
     assert "the loss rose far above its recent values 4 → 9 1 → 1" in text
+    first = text.index("Step 6: the loss rose far above its recent values")
+    assert first < text.index("Curves"), "a reader need not look for it"
     assert "1 routine event " in text
     charts = (directory / "report.html").read_text().rpartition("<script")[0]
-    assert charts.count("the loss rose far above its recent values") >= 6, "in the table and on every chart"
+    assert charts.count("the loss rose far above its recent values") >= 7, (
+        "on top, in the table, on every chart"
+    )
 
 
 @pytest.mark.parametrize("events_there", [False, True])
@@ -143,7 +147,7 @@ def test_a_key_that_nobody_knows_is_drawn_too(tmp_path):
     assert "Other measurements Attention logits max" in text
 
 
-def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
+def test_the_slowest_requests_come_first_and_failed_ones_are_counted_before_them(tmp_path):
     with open_record(tmp_path / "s") as record:
         record.log({"step": 1, "load": "8 in flight", "goodput_per_second": 7.5, "attainment": 0.5})
         with (tmp_path / "s/requests.jsonl").open("w") as file:
@@ -168,7 +172,8 @@ def test_slow_requests_come_first_and_failed_ones_before_them(tmp_path):
     assert "Model night, torch, cpu, bfloat16" in text
     table = text.partition(" Missed ")[2]
     slowest = "8 in flight 7 7 25 8 2 100 5,100 5,200 5,100 TPOT"
-    assert table.startswith(f"8 in flight 30 30 25 8 2 - - - 0 timeout {slowest}")
+    assert table.startswith(slowest)
+    assert "Failed with Requests First 8 in flight timeout 1 30 at 30 s" in text
 
 
 def test_a_serving_run_whose_requests_all_failed_has_a_page(tmp_path):
