@@ -258,8 +258,8 @@ class WorkersConfig:
     )
     hang_seconds: float = key(
         45.0,
-        "the run fails if a step takes this many seconds longer than the longest step before; the "
-        "first steps, checkpoints and evaluations may take a multiple; 0: never",
+        "the run fails if a part of a step takes this many seconds longer than the longest before, or if "
+        "anything else makes no progress for so long; 0: never",
         least=0,
     )
     min_count: int | None = key(
@@ -269,6 +269,10 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         within = self.min_count is None or 1 <= self.min_count <= self.count
         require(within, "workers.min_count", f"must lie between 1 and workers.count={self.count}")
+
+    def failure_is_final(self, launcher: str) -> bool:
+        """Whether a failure of a worker ends the run: nothing starts the workers again."""
+        return launcher != "ray" or self.max_failures == 0
 
 
 @dataclass(frozen=True)

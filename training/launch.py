@@ -135,24 +135,31 @@ def _fit(start: "Start") -> bool:
 
 def _ray_worker(arguments: dict[str, Any]) -> bool:
     from training.run.context import RayContext
-    from training.run.loop import train
     from training.run.start import STOP
 
     start: Start = arguments["start"]
-    context = RayContext.create(gpu=start.config.workers.gpu)
-    stop = start.config.run_directory / STOP
-    return train(
-        start.on_ranks(context), command=arguments["command"], context=context,
-        observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
-        asked_to_stop=lambda: context.is_main and stop.exists(),
-    )  # fmt: skip
+    config = start.config
+    context = RayContext.create(gpu=config.workers.gpu)
+    stop = config.run_directory / STOP
+    with workers.heartbeat(
+        config.run_directory, config.workers, launcher="ray",
+        rank=context.rank, world_size=context.world_size, start=context.start,
+    ) as heart:  # fmt: skip
+        from training.run.loop import train
+
+        return train(
+            start.on_ranks(context), command=arguments["command"], context=context, heart=heart,
+            observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
+            asked_to_stop=lambda: context.is_main and stop.exists(),
+        )  # fmt: skip
 
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
     """Train in this process, as one rank of torchrun or alone."""
     spent = Spent()
     ranks = workers.torch_ranks(config.workers)
-    from training.run.context import torch_context
+    from cluster.record.heartbeat import FORMING
+    from training.run.context import start_of, torch_context
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
     from training.run.watch import RunWatch, ShowRows
@@ -169,14 +176,20 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             start = ranks.on_main(prepare)
         if start is None:
             return
-        with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
+        heart = workers.heartbeat(
+            config.run_directory, config.workers, launcher="torch",
+            rank=ranks.rank, world_size=ranks.world_size, start=start_of(ranks.store),
+        )  # fmt: skip
+        with heart, ExitStack() as stack:
+            heart.mark(FORMING)
+            context = stack.enter_context(torch_context(ranks, gpu=config.workers.gpu))
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
-                start, command=sys.argv, context=context, observe=ShowRows(config, progress),
-                asked_to_stop=lambda: bool(received),
+                start, command=sys.argv, context=context, heart=heart,
+                observe=ShowRows(config, progress), asked_to_stop=lambda: bool(received),
             )  # fmt: skip
     _require_finished(config, finished, received)
     if ranks.rank == 0:

@@ -5,7 +5,6 @@ resumes from the newest complete one (`training.run.start`).
 """
 
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
-from cluster.record.heartbeat import Heartbeat
+from cluster.record.hang import CHECKPOINT, EVALUATION, Heartbeat
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
@@ -45,7 +44,6 @@ from training.run.watch import (
     Skips,
     report_end,
     report_failure,
-    report_hang,
     report_stop,
     report_workers,
 )
@@ -56,24 +54,21 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def train(
-    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
-) -> bool:
+    start: Start, *, command: list[str], context: Context, heart: Heartbeat, observe: Observe,
+    asked_to_stop: Callable[[], bool],
+) -> bool:  # fmt: skip
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
     Args:
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
+        heart: that beats.
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
     config = start.config
-    final = context.launcher != "ray" or config.workers.max_failures == 0
-    heart = Heartbeat(
-        config.run_directory, rank=context.rank, world_size=context.world_size,
-        start=context.gather(uuid.uuid4().hex)[0], hang_seconds=config.workers.hang_seconds,
-        fail=partial(report_hang, config, final=final),
-    )  # fmt: skip
+    final = config.workers.failure_is_final(context.launcher)
     failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
-    with failures(), heart:
+    with failures():
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -136,10 +131,12 @@ class Trainer:
             optimizer=self.optimizer,
             dataset=start.validation_set,
             context=context,
+            on_batch=partial(self.heart.mark, EVALUATION),
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
         self.writer = Writer(context)
+        self.heart.written = self.writer.moved
         self.resumed_from: int | None = None
         self.wall_seconds = 0.0  # of the loop, in earlier starts
         if saved is not None:
@@ -217,7 +214,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """`Validation.losses`."""
-        with self.spent.part("evaluation"):
+        with self.spent.part(EVALUATION):
             return self.validation.losses()
 
     def sample(self) -> dict[str, str]:
@@ -234,7 +231,7 @@ class Trainer:
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         waits = waits or not self.config.checkpoint.background
-        with self.spent.part("checkpoint"):
+        with self.spent.part(CHECKPOINT):
             self.writer.begin(
                 path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
@@ -274,7 +271,7 @@ class Trainer:
         """
         if not self.rewinds.wanted(output.spiked):
             return False
-        self.heart.mark("checkpoint")
+        self.heart.mark(CHECKPOINT)
         self.writer.wait()
         if (path := self.rewinds.go_back(self.step)) is None:
             return False
@@ -307,7 +304,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         )
         stopping = trainer.stop.due(failed=trainer.writer.failed) and not last
         if stopping:
-            trainer.heart.mark("checkpoint")
+            trainer.heart.mark(CHECKPOINT)
             trainer.writer.wait()  # raises, if that is why
         saving = saving or stopping
         probing = _due(trainer.step, config.optim.noise.measure_every_steps)

@@ -222,14 +222,6 @@ def report_failure(
         raise
 
 
-def report_hang(config: TrainConfig, text: str, *, final: bool) -> None:
-    """Append the events that a worker hangs. One process reports it."""
-    since = (*events.STARTS, *events.WORKERS)
-    step = Run(config.run_directory).last_step
-    events.append_first(config.run_directory, "hung", text, among=("hung",), since=since, step=step)
-    _report_end_of_worker(config, text, final=final)
-
-
 def _report_end_of_worker(config: TrainConfig, text: str, *, final: bool) -> None:
     directory = config.run_directory
     if final:

@@ -10,6 +10,7 @@ from cluster import files
 from cluster.cli import RunError, UserError
 from cluster.masking import mask
 from cluster.record import events
+from cluster.record.hang import Heartbeat
 from cluster.record.provenance import commit_environment
 from cluster.session import ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig
@@ -52,6 +53,8 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    group = GroupConfig(backend="nccl" if workers.gpu else "gloo", directory=directory, workers=workers)
+
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
@@ -66,7 +69,7 @@ def run(
             resources_per_worker=_each(workers),
             accelerator_type=workers.accelerator,
         ),
-        torch_config=GroupConfig(backend="nccl" if workers.gpu else "gloo"),
+        torch_config=group,
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(directory),
@@ -79,6 +82,16 @@ def run(
         raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
         raise KeyboardInterrupt from error
+
+
+def heartbeat(
+    directory: Path, workers: WorkersConfig, *, launcher: str, rank: int, world_size: int, start: str
+) -> Heartbeat:
+    """The heartbeat of a rank. start: see `cluster.record.heartbeat.Beat`."""
+    return Heartbeat(
+        directory, rank=rank, world_size=world_size, start=start, hang_seconds=workers.hang_seconds,
+        final=workers.failure_is_final(launcher),
+    )  # fmt: skip
 
 
 def torch_ranks(workers: WorkersConfig) -> "Ranks":

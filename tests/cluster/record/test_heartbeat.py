@@ -9,15 +9,18 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.record import heartbeat
+import pytest
+
+from cluster.record import events, hang, heartbeat
 from cluster.record.heartbeat import Beat
 from tests.commands import ROOT
 from tests.waiting import wait_until
 
 RANK = """
-import sys, time
+import ctypes, os, sys, threading, time
 from pathlib import Path
-from cluster.record.heartbeat import Heartbeat, read
+from cluster.record.hang import Heartbeat
+from cluster.record.heartbeat import read
 
 folder, rank, world_size, hold = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
@@ -25,17 +28,21 @@ def wait_for_the_others():
     while True:  # until this process is ended
         time.sleep(0.01)
 
-def fail(text):
-    with (folder / "said").open("a") as file:
-        file.write(text + "\\n")
-
-with Heartbeat(folder, rank=rank, world_size=world_size, start="s", hang_seconds=1.0, fail=fail) as heart:
+with Heartbeat(folder, rank=rank, world_size=world_size, start="s", hang_seconds=1.0) as heart:
     while len(read(folder)) < world_size:
         time.sleep(0.01)
     for step in range(1, 7):
         for part in ("data", "forward", "backward", "optimizer"):
             heart.mark(part, step)
             time.sleep(0.001)
+    if hold == "in native code":
+        ctypes.PyDLL(None).read(os.pipe()[0], bytes(1), 1)  # which keeps the interpreter's lock
+    if hold == "writing":
+        heart.written = lambda: 7  # bytes, and no more of them
+        threading.Thread(target=wait_for_the_others, name="write-step-0000007", daemon=True).start()
+        while True:
+            heart.mark("data", 7)
+            time.sleep(0.01)
     if hold == "here":
         heart.mark("data", 7)
         wait_for_the_others()
@@ -80,7 +87,7 @@ def test_the_rank_that_the_others_wait_for_is_named_and_the_stacks_of_all_are_th
     with ranks(tmp_path, "", "here") as both:
         errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [1, 1]
-    for said in (tmp_path / "said").read_text().splitlines():
+    for said in [event["text"] for event in events.read(tmp_path)]:
         assert f"rank 1 ({os.uname().nodename}, process {both[1].pid}) hangs: no progress for" in said
         assert "in the data of step 7 (<string>:" in said and "in wait_for_the_others)" in said
         assert f"the stacks of the ranks are in {tmp_path}/ranks" in said
@@ -98,18 +105,62 @@ def test_a_rank_that_is_stopped_is_found_by_another_and_its_stack_is_there(tmp_p
         for process in both:
             process.communicate()
     assert [process.returncode for process in both] == [1, 1]
-    said = (tmp_path / "said").read_text().splitlines()
-    assert any(f"process {both[1].pid})" in line for line in said)
+    kinds = [event["kind"] for event in events.read(tmp_path) if f"process {both[1].pid})" in event["text"]]
+    assert kinds == ["hung", "failed"]
     assert 'File "<string>", line ' in (tmp_path / "ranks/00001.stacks").read_text()
+
+
+@pytest.mark.parametrize("how", ["stopped", "in native code"])
+def test_a_single_rank_of_which_no_thread_runs_is_found_from_outside(tmp_path: Path, how: str) -> None:
+    with ranks(tmp_path, how) as [process]:
+        wait_until(lambda: (tmp_path / "ranks/00000.json").exists())
+        if how == "stopped":
+            os.kill(process.pid, signal.SIGSTOP)
+        said = process.communicate()[1]
+        wait_until(lambda: len(events.read(tmp_path)) == 2)  # the watcher may say so last
+    assert process.returncode == (1 if how == "stopped" else -signal.SIGKILL)
+    text = f"rank 0 ({os.uname().nodename}, process {process.pid}) stood still: no "
+    for event, kind in zip(events.read(tmp_path), ("hung", "failed"), strict=True):
+        assert event["kind"] == kind and event["text"].startswith(text)
+        assert f"error: {event['text']}" in said
+    stacks = tmp_path / "ranks/00000.stacks"
+    assert 'File "<string>", line ' in stacks.read_text() and stat.S_IMODE(stacks.stat().st_mode) == 0o600
+
+
+def test_a_checkpoint_that_no_longer_grows_ends_a_run_that_trains_on(tmp_path: Path) -> None:
+    with ranks(tmp_path, "writing") as [process]:
+        process.communicate()
+    assert process.returncode == 1
+    [text, _] = [event["text"] for event in events.read(tmp_path)]
+    assert "hangs: its checkpoint has not grown for 1 s (<string>:" in text
+    assert "in wait_for_the_others); look at the storage" in text
+
+
+def test_the_watcher_ends_with_its_rank(tmp_path: Path) -> None:
+    with ranks(tmp_path, "here") as [process]:
+        wait_until(lambda: (tmp_path / "ranks/00000.json").exists())
+        [watcher] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        wait_until(lambda: not is_alive(watcher))
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def is_alive(process: str) -> bool:
+    """A zombie, which whoever inherits it has yet to collect, is not."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_who_is_named() -> None:
     def named(*beats: Beat) -> str:
-        return heartbeat.describe_hang(Path("run"), list(beats), world_size=3).partition(";")[0]
+        found = heartbeat.describe_hang(Path("run"), list(beats), world_size=3, hang_seconds=45.0)
+        return found.partition(";")[0]
 
     there = {"where": "loop.py:1 in take_step"}
     waiting = {"where": "distributed_c10d.py:9 in all_reduce", "waits": True}
-    assert named(beat(0, **there), beat(2, **there)) == "rank 1 has never written a heartbeat"
+    assert named(beat(0, **there), beat(2, **there)) == "rank 1: no heartbeat in this start"
     assert named(beat(0, **there), beat(1, written=100.0), beat(2, **there, written=160.0)) == (
         "rank 1 (gpu, process 101) stands still: no heartbeat for 60 s, the last in the forward of step 7"
     )
@@ -125,31 +176,76 @@ def test_who_is_named() -> None:
     )
 
 
-def test_a_first_step_and_a_checkpoint_may_take_longer_than_a_step() -> None:
-    heart = heartbeat.Heartbeat(Path("run"), hang_seconds=45.0)
-    limits = {}
-    for step in range(1, 6):
+def test_what_is_progress() -> None:
+    """Of a part of known length only its end is; computing and reading are elsewhere; what grows, always."""
+    heart = hang.Heartbeat(Path("run"), hang_seconds=45.0)
+    heart._worked.since = lambda seconds: computes  # type: ignore[method-assign]
+    now, quiet = heart._before, {}
+
+    def after(seconds: int, name: str) -> None:
+        nonlocal now
+        for _ in range(seconds):
+            now += 1.0
+            heart._look(now)
+        quiet[name] = heart._quiet
+
+    heart.mark("start")
+    computes = False
+    after(11, "a start that waits")  # the first look only notices the new part
+    computes = True
+    after(1339, "one that computes")
+    after(10, "one that computes for longer than a compiler does")
+    for step in range(1, 5):
         heart.mark("forward", step)
-        limits[step] = heart._limit
+        after(11, f"computing in step {step}")
         heart.mark("row")
     heart.mark("checkpoint")
-    limits["first checkpoint"] = heart._limit
-    heart.mark("data", 6)
-    heart.mark("checkpoint")
-    limits["checkpoint"] = heart._limit
-    assert {name: round(seconds, 0) for name, seconds in limits.items()} == {
-        1: 1350, 2: 1350, 3: 1350, 4: 1350, 5: 45, "first checkpoint": 1350, "checkpoint": 450,
+    computes = False
+    heart.written = lambda: int(now)
+    after(11, "a checkpoint that grows")
+    heart.written = lambda: None
+    after(10, "and one that waits")
+    assert {name: round(seconds) for name, seconds in quiet.items()} == {
+        "a start that waits": 10, "one that computes": 0,
+        "one that computes for longer than a compiler does": 10,
+        "computing in step 1": 0, "computing in step 2": 0, "computing in step 3": 0,
+        "computing in step 4": 10, "a checkpoint that grows": 0, "and one that waits": 9,
     }  # fmt: skip
+
+
+def test_a_rank_that_waits_for_one_that_makes_progress_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    first, second = (
+        hang.Heartbeat(tmp_path, rank=rank, world_size=2, start="s", hang_seconds=45.0) for rank in (0, 1)
+    )
+    first._quiet = 50.0
+    assert first._hangs()  # the other one has no heartbeat
+    second._write(second._beat())
+    assert not first._hangs()
+    second._quiet = 40.0
+    second._write(second._beat())
+    assert first._hangs()
+    first._quiet, first._write_quiet, second._write_quiet = 0.0, 50.0, 0.0
+    second._write(second._beat())
+    assert not first._hangs()  # the checkpoint waits for the other one's part, which grows
+
+
+def test_a_child_that_computes_is_work(tmp_path: Path) -> None:
+    work = hang._Work()
+    work.since(1.0)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        wait_until(lambda: work.since(1.0))
+        child.kill()
 
 
 def test_a_rank_that_waits_for_the_handle_of_a_collective_is_known() -> None:
     class Handle:
         def wait(self) -> tuple[str, bool]:
-            return heartbeat._place(sys._getframe())
+            return hang._place(sys._getframe())
 
     where, waits = Handle().wait()
     assert where.startswith("test_heartbeat.py:") and where.endswith(" in wait") and waits
-    assert not heartbeat._place(sys._getframe())[1]
+    assert not hang._place(sys._getframe())[1]
 
 
 def test_a_slow_rank_is_told_with_what_it_costs() -> None:
@@ -164,7 +260,7 @@ def test_a_slow_rank_is_told_with_what_it_costs() -> None:
 def test_status_has_the_ranks_of_the_newest_start(tmp_path: Path) -> None:
     assert heartbeat.describe(tmp_path) == []
     for rank, start in ((0, "new"), (1, "new"), (2, "old")):
-        heart = heartbeat.Heartbeat(tmp_path, rank=rank, world_size=2, start=start)
+        heart = hang.Heartbeat(tmp_path, rank=rank, world_size=2, start=start)
         with heart:
             wait_until(lambda heart=heart: heart._file.exists())
     old = tmp_path / "ranks/00002.json"
@@ -174,4 +270,4 @@ def test_status_has_the_ranks_of_the_newest_start(tmp_path: Path) -> None:
     long_ago = time.time() - 100
     os.utime(tmp_path / "ranks/00001.json", (long_ago, long_ago))
     [line] = heartbeat.describe(tmp_path)
-    assert line.startswith("0 of 2 ranks have a heartbeat; rank 1 (") and "is silent since 100 s" in line
+    assert line.startswith("0 of 2 ranks have a heartbeat; rank 1 (") and "has been silent for 100 s" in line

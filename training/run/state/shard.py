@@ -40,7 +40,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], *, moved: Callable[[int], N
 
         put(_header(tensors, ordered))
         for name in ordered:
-            content = memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+            content = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
             for first in range(0, len(content), PIECE_BYTES):
                 put(content[first : first + PIECE_BYTES])
         os.fsync(stream.fileno())
