@@ -194,14 +194,14 @@ def out_of_memory(story: Story) -> None:
     story.fails(outcome, "out of memory", "batch.micro_sequences")
 
 
-def hung(story: Story, *, how: str) -> None:
+def hung(story: Story, *, how: str, group: str = "call") -> None:
     """A rank makes no progress any more: it is named, the stacks are there, and the run fails."""
-    rank, spec = story.point("call", share=0.9)
-    if story.place.num_ranks == 1 and how == "stop":  # nobody would see it
-        how = "stand still"
+    rank, spec = story.point(group, share=0.9)
     specs = {rank: {"fault": how, **spec}}
-    outcome = story.start(f"rank {rank}: {how} at call {spec['at']}", specs=specs, workers__hang_seconds=2)
-    story.fails(outcome, f"rank {rank} ", "workers.hang_seconds")
+    outcome = story.start(f"rank {rank}: {how} at {group} {spec['at']}", specs=specs, workers__hang_seconds=2)
+    if outcome.done and group == "tensors":  # the last one, from which the other rank had all that it needs
+        return
+    story.fails(outcome, f"rank {rank}", "workers.hang_seconds")
     stacks = sorted(file.name for file in (story.run / "ranks").glob("*.stacks"))
     story.require(len(stacks) == story.place.num_ranks, f"stacks: {stacks}")
     story.require("hung" in [event["kind"] for event in events.read(story.run)], "no event hung")
@@ -284,6 +284,8 @@ ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a rou
     ("clock jump", clock, 1),
     ("out of memory", out_of_memory, 1),
     ("hung worker", partial(hung, how="stand still"), 2),
+    ("hung in a checkpoint's write", partial(hung, how="stand still", group="tensors"), 1),
+    ("hung while the group forms", partial(hung, how="stop", group="group"), 1),
     ("stopped worker", partial(hung, how="stop"), 1),
     ("W&B unreachable", wandb_away, 1),
 ]
