@@ -51,26 +51,37 @@ _ARGUMENT_WORDS = ("key", "token", "secret", "password", "passwd")  # 'batch.tok
 
 def mask(text: str) -> str:
     """`text` with `***` in place of what looks like a secret (see the module)."""
-    for value in _own_secrets():
+    return _mask(text, _own_secrets())
+
+
+def masked(value: Any) -> Any:
+    """A JSON-ready value with every string masked; strings under a secret's name are masked whole."""
+    return _masked(value, _own_secrets())
+
+
+def _mask(text: str, secrets: tuple[str, ...]) -> str:
+    for value in secrets:
         text = text.replace(value, MASK)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     return _FORMATS.sub(MASK, text)
 
 
-def masked(value: Any) -> Any:
-    """A JSON-ready value with every string masked; strings under a secret's name are masked whole."""
+_mask_key = functools.lru_cache(4096)(_mask)  # every row of a record has the same keys
+
+
+def _masked(value: Any, secrets: tuple[str, ...], name: object = None) -> Any:
+    """`masked`, of the value under the key `name` of an object."""
     if isinstance(value, str):
-        return mask(value)
+        return MASK if value and is_secret(name) else _mask(value, secrets)
     if isinstance(value, dict):
-        return {masked(key): _masked_under(key, each) for key, each in value.items()}
+        return {
+            _mask_key(key, secrets) if isinstance(key, str) else key: _masked(each, secrets, key)
+            for key, each in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [masked(each) for each in value]
+        return [_masked(each, secrets) for each in value]
     return value
-
-
-def _masked_under(name: object, value: Any) -> Any:
-    return MASK if value and isinstance(value, str) and is_secret(name) else masked(value)
 
 
 def mask_secrets(command: Sequence[str]) -> list[str]:
@@ -93,7 +104,7 @@ def mask_secrets(command: Sequence[str]) -> list[str]:
     return found
 
 
-@functools.lru_cache(4096)  # every text asks for each environment variable, every row for each key
+@functools.lru_cache(4096)  # every call asks for each environment variable, every row for each key
 def is_secret(name: object) -> bool:
     """Whether this is the name of a secret: `api_key`, `HF_TOKEN`, `password`; not `tokens`, not `key`."""
     return isinstance(name, str) and re.fullmatch(_NAME, name, re.IGNORECASE) is not None
@@ -103,8 +114,8 @@ def _is_secret_argument(name: str) -> bool:
     return any(word.endswith(_ARGUMENT_WORDS) for word in re.split(r"[^a-z0-9]+", name.lower()))
 
 
-def _own_secrets() -> list[str]:
+def _own_secrets() -> tuple[str, ...]:
     """Values of secret environment variables, the longest first: one may hold another."""
     names = [name for name in os.environ if is_secret(name) or name.upper().endswith(VARIABLES)]
     values = {os.environ[name].strip() for name in names}
-    return sorted((value for value in values if len(value) >= SHORTEST_VALUE), key=len, reverse=True)
+    return tuple(sorted((value for value in values if len(value) >= SHORTEST_VALUE), key=len, reverse=True))

@@ -300,33 +300,36 @@ def test_sampling_waits_once_for_the_tokens(sampling, more):
 
 
 def test_the_decoder_of_kernels_waits_for_its_tokens_alone():
-    """What a step needs is sent from pinned memory; one that follows a step that decodes sends nothing."""
+    """No step waits before it begins, though the last one's tokens are not read; they are sent if need be.
+
+    A step of the same rows as the last, which only decoded, sends nothing.
+    """
     with fake_cuda(with_kernels=True) as traffic:
         decoder = GpuDecoder(make_model(), num_blocks=40, slots=8, graphs=False)
         samplings = [Sampling(max_tokens=9, **each) for each in ({"temperature": 0.0}, {"top_p": 0.5})]
         chances = [random.Random(0)] * 2
         scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=500)
-        for size in (33, 40):
-            scheduler.add(ScheduledRequest([1] * size, 60))
-        sent, drawn = "serving/engine/gpu/inputs.py", "serving/engine/gpu/sampling.py"
-        for step in ("prompts", "first", "following"):
-            spans = scheduler.after(spans) if step == "following" else scheduler.next_step()  # noqa: F821
+        scheduler.add(ScheduledRequest([1] * 33, 60))
+        sent, drawn = "serving/engine/gpu/inputs.py _send", "serving/engine/gpu/sampling.py"
+        inputs = {("async to device", sent): 1}
+        spans: list[Span] = []
+        for step, expected in (("prompt", inputs), ("mixed", inputs), ("decoding", inputs), ("again", {})):
+            last, spans = spans, scheduler.next_step()
             traffic.counts.clear()
-            logits = decoder.again(spans) if step == "following" else decoder.forward(spans)
-            assert logits.shape == (2, 333) and logits.device.type == "cuda"
-            inputs = {"prompts": {("async to device", f"{sent} Step.send"): 1}, "following": {}}
-            assert traffic.counts == inputs.get(step, {("async to device", f"{sent} Rows.set"): 1})
-            read = decoder.choose(samplings, chances)
-            assert traffic.counts == inputs.get(step, {("async to device", f"{sent} Rows.set"): 1}) | {
+            logits = decoder.forward(spans)
+            assert logits.shape == (len(spans), 333) and logits.device.type == "cuda"
+            assert traffic.counts == expected
+            read = decoder.choose(samplings[-len(spans) :], chances[-len(spans) :])
+            assert traffic.counts == expected | {
                 ("async to device", f"{drawn} Sampler._drawn"): 1,
                 ("async to host", f"{drawn} Sampler.choose"): 1,
             }
-            read()
-            assert traffic.counts["wait", f"{drawn} Sampler.choose.<locals>.read"] == 1
-            for span in spans:
-                span.request.done = span.stop
-                if step == "prompts":
-                    span.request.tokens.append(1)
+            if step == "prompt":
+                scheduler.add(ScheduledRequest([1] * 40, 60))
+            for span in last:  # of which the host now knows the tokens
+                span.request.tokens.append(1)
+        read()
+        assert traffic.counts["wait", f"{drawn} Sampler.choose.<locals>.read"] == 1
 
 
 # --- CUDA graphs --------------------------------------------------------------------------------------------

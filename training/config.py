@@ -57,10 +57,18 @@ class ModelConfig:
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
+    checkpoint_every: int = key(
+        1, "with activation_checkpointing: recompute only every so many layers, from the first", least=1
+    )
     compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
         None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
     )
+
+    @property
+    def recomputed_every(self) -> int:
+        """Every so many layers are recomputed in the backward pass; 0: none is."""
+        return self.checkpoint_every if self.activation_checkpointing else 0
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def resolve_shape(config: TrainConfig) -> LlamaShape:
     """
     overrides = asdict(config.model)
     name = overrides.pop("shape")
-    for other in ("activation_checkpointing", "compile", "loss_tokens"):
+    for other in ("activation_checkpointing", "checkpoint_every", "compile", "loss_tokens"):
         overrides.pop(other)
     given = {size: value for size, value in overrides.items() if value is not None}
     try:

@@ -36,12 +36,18 @@ def add_options(parser: argparse.ArgumentParser, *, what: str, rounds: int, roun
 
 
 def measure_and_publish(
-    options: argparse.Namespace, *, what: str, plan: str, measure: Callable[[], Mapping[str, Any]]
+    options: argparse.Namespace,
+    *,
+    what: str,
+    plan: str,
+    measure: Callable[[], Mapping[str, Any]],
+    shown: Callable[[Mapping[str, Any]], display.Table] | None = None,
 ) -> None:
     """The body of a bench of the launcher: check, measure, print the table, publish.
 
     Args:
         options: of `add_options`, and --dry-run, which prints `plan` alone.
+        shown: makes the table of a result; by default `table`.
     """
     require_rounds(options.rounds)
     if options.dry_run:
@@ -50,7 +56,7 @@ def measure_and_publish(
     output = prepare_output(options.output, what)
     result = {"bench": what, "load_average_before": load_average()}
     result |= measure()
-    print(table(result))
+    display.show((shown or table)(result))
     publish(result, output, job_type="launcher-bench", wandb_mode=options.wandb, data_fingerprint=None)
 
 

@@ -4,6 +4,7 @@
 carries its section: `loss` is `train/loss`, and `ttft_p99_ms` of a serving bench is `serve/ttft_p99_ms`.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,7 @@ _LEAST = re.compile(r"validation/.*loss")
 _MOST = re.compile(r"optimizer/orthogonality_error_max|throughput/memory_.+|serve/goodput_per_second")
 
 
+@functools.lru_cache(4096)  # every row of a run has the same keys
 def wandb_key(key: str, *, job_type: str = "train") -> str:
     """The key in W&B of a key of `metrics.jsonl` or `summary.json`; one with a slash stays as it is.
 

@@ -43,13 +43,10 @@ Chosen = Callable[[], tuple[list[int], list[Score | None]]]
 
 
 class AheadDecoder(StepDecoder, Protocol):
-    """One whose steps need no answer of the host: a step that follows may begin before the last has ended."""
+    """One whose steps need no answer of the host: a step may begin before the last one has ended.
 
-    def again(self, spans: Sequence[Span]) -> Tensor:
-        """`forward` of the step after one that only decoded and whose tokens `choose` chose: the same rows.
-
-        The tokens of the spans' requests may lack those of the last step.
-        """
+    A span that begins where its request's known tokens end has the token that `choose` chose for it last.
+    """
 
     def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
         """Choose a token for each row of the newest step's logits, as `serving.engine.sampling.choose`."""
@@ -244,12 +241,13 @@ def graph_sizes(*, slots: int, context_tokens: int, cache_blocks: int) -> list[t
 
 
 Size = TypeVar("Size", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def captured(
-    steps: Mapping[Size, Callable[[], Tensor]], device: torch.device
-) -> dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]]:
-    """A CUDA graph of each of `steps`, in their order, and the tensor that its replay writes.
+    steps: Mapping[Size, Callable[[], Result]], device: torch.device
+) -> dict[Size, tuple[torch.cuda.CUDAGraph, Result]]:
+    """A CUDA graph of each of `steps`, in their order, and the tensors that its replay writes.
 
     As torch's documentation says: warm-up and capture on one side stream, which waits for the current one and
     is waited for by it. All graphs share one memory pool, since none runs beside another and logits are read
@@ -270,8 +268,8 @@ def captured(
     for size, step in steps.items():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = step()
-        graphs[size] = graph, logits
+            result = step()
+        graphs[size] = graph, result
     return graphs
 
 

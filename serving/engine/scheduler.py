@@ -26,7 +26,7 @@ class ScheduledRequest:
         tokens: prompt, then what was sampled.
         most_tokens: its largest length, prompt and continuation.
         scored: the tokens of its prompt get scores.
-        done: how many of `tokens` have gone through the model, and are in the cache.
+        done: tokens that are in the cache, or will be once the steps that have begun end.
         blocks: of the cache; its own until it is removed, empty before it runs.
     """
 
@@ -44,6 +44,13 @@ class ScheduledRequest:
     def is_running(self) -> bool:
         return bool(self.blocks)
 
+    @property
+    def left(self) -> int:
+        """Tokens for the next step. One that the last step is to choose counts, if another follows it."""
+        if self.done == len(self.tokens):
+            return int(self.done + 1 < self.most_tokens)
+        return len(self.tokens) - self.done
+
 
 @dataclass(frozen=True)
 class Span:
@@ -51,7 +58,7 @@ class Span:
 
     Attributes:
         blocks: those that hold tokens [0, stop). A copy: the request may be removed while the step runs.
-        samples: the span ends with its newest token, and another is to follow.
+        samples: the span ends a prompt or follows it, and another token is to follow.
         num_scored: tokens, from the first, whose successor is in a prompt that is scored.
     """
 
@@ -62,7 +69,7 @@ class Span:
 
     @property
     def samples(self) -> bool:
-        return self.stop == len(self.request.tokens) < self.request.most_tokens
+        return self.request.prompt_tokens <= self.stop < self.request.most_tokens
 
     @property
     def num_scored(self) -> int:
@@ -73,8 +80,8 @@ class Span:
 class Scheduler:
     """Slots, blocks and the queue of one engine. Not thread-safe: callers hold one lock.
 
-    Only `next_step` hands out blocks. So a request may be removed while a step still writes to its blocks, if
-    `next_step` is called only after that step, and one that began by `after`, have ended.
+    A request may be removed while steps that have begun still write to its blocks. Another request may get
+    these at once, because steps run in the order in which they began.
 
     Args:
         cache_tokens: size of the cache; whole blocks of it are used.
@@ -113,51 +120,32 @@ class Scheduler:
     def next_step(self) -> list[Span]:
         """Spans of the next step, those that decode first; empty if there is nothing to do.
 
-        Call it when the last step has ended and its tokens have been appended to their requests.
+        The last step may still run: a request that it gives a token is here with that token, though not in
+        `tokens` yet. The step before must have ended, and its tokens have been appended.
         """
         while self.waiting and len(self.running) < self._slots and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
-        ready = [s for s in self.running if len(s.tokens) - s.done == 1]
-        spans = [_span(s, 1) for s in ready]
+        left = {request: request.left for request in self.running}
+        spans = [_begin(request, 1) for request, count in left.items() if count == 1]
         room = self._step_tokens - len(spans)
-        for request in self.running:
-            left = len(request.tokens) - request.done
-            if left > 1 and room > 0:
-                taken = min(left, room)
-                spans.append(_span(request, taken))
+        for request, count in left.items():
+            if count > 1 and room > 0:
+                taken = min(count, room)
+                spans.append(_begin(request, taken))
                 room -= taken
         return spans
 
-    def after(self, spans: Sequence[Span]) -> list[Span]:
-        """Spans of the step after this one, if it is certain that it has no others: it may begin at once.
-
-        Every running request decodes, has a token left after the one that is on its way, and none can be
-        admitted. One that ends before its length takes part all the same; what it is given is of no use.
-        """
-        decodes = all(s.samples and s.stop - s.start == 1 for s in spans)
-        goes_on = all(s.stop + 1 < s.request.most_tokens for s in spans)
-        if not decodes or not goes_on or [span.request for span in spans] != self.running:
-            return []
-        if self.waiting and len(self.running) < self._slots and self._fits(self.waiting[0]):
-            return []
-        return [
-            Span(s.request, s.stop, s.stop + 1, s.request.blocks[: num_blocks(s.stop + 1)]) for s in spans
-        ]
-
-    def _fits(self, request: ScheduledRequest) -> bool:
-        return num_blocks(request.most_tokens) <= len(self._free)
-
     def _admit(self, request: ScheduledRequest) -> bool:
-        if not self._fits(request):
+        if num_blocks(request.most_tokens) > len(self._free):
             return False
         request.blocks = tuple(self._free.pop() for _ in range(num_blocks(request.most_tokens)))
         return True
 
 
-def _span(request: ScheduledRequest, num_tokens: int) -> Span:
-    """The next tokens of a running request."""
-    stop = request.done + num_tokens
-    return Span(request, request.done, stop, request.blocks[: num_blocks(stop)])
+def _begin(request: ScheduledRequest, num_tokens: int) -> Span:
+    """The next tokens of a running request, which are then done."""
+    start, request.done = request.done, request.done + num_tokens
+    return Span(request, start, request.done, request.blocks[: num_blocks(request.done)])
 
 
 def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:

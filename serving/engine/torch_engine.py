@@ -78,7 +78,7 @@ class TorchEngine:
     Args:
         decoder: runs the model; called from the engine's thread alone.
         scheduler: its cache is the decoder's.
-        ahead: the decoder, if its steps may begin before the last one's tokens are known.
+        ahead: the decoder, if a step may begin before the last one's tokens are known.
         eos_ids: tokens that end a text.
     """
 
@@ -177,46 +177,38 @@ class TorchEngine:
         step, self._next = self._next or self._begin(), None
         if step is None:
             return False
-        self._next = self._begin_after(step)
+        if self._ahead is not None:  # so the GPU computes while the host delivers
+            self._next = self._begin(wait=False)
         ids, scores = step.chosen()
         drawn = dict(zip(step.sampled, zip(ids, scores, strict=True), strict=True))
         with self._lock:
             self._counts["steps"] += 1
             for span in reversed(step.spans):  # prompts come last in a step: deliver first tokens first
                 request: _Running = span.request  # type: ignore[assignment]
-                request.done = span.stop
-                if span.stop == request.prompt_tokens:
-                    self._counts["prompt_tokens"] += span.stop
+                ends_prompt = span.stop == request.prompt_tokens
+                self._counts["prompt_tokens"] += span.stop if ends_prompt else 0
                 # Else it was cancelled while the step ran.
-                if request.is_running and (outcome := self._outcome(request, drawn.get(request))):
+                if request.is_running and (
+                    outcome := self._outcome(request, drawn.get(request), ends_prompt=ends_prompt)
+                ):
                     self._tell(request, outcome)
         return True
 
-    def _begin(self) -> _Step | None:
-        """The next step, after a wait if there is nothing to do. None once the engine is closed."""
+    def _begin(self, *, wait: bool = True) -> _Step | None:
+        """The next step, after a wait if there is nothing to do. None once the engine is closed.
+
+        wait: if it is False, None instead of a wait. The last step may still run.
+        """
         with self._lock:
-            while not self._closed and not (spans := self._scheduler.next_step()):
+            while not self._closed and not (spans := self._scheduler.next_step()) and wait:
                 self._lock.wait()
-            if self._closed:
+            if self._closed or not spans:
                 return None
         logits = self._decoder.forward(spans)
         sampled: list[_Running] = [span.request for span in spans if span.samples]  # type: ignore[misc]
         chosen = self._choose(sampled, logits)
         self._score_prompts(spans)
         return _Step(spans, sampled, chosen)
-
-    def _begin_after(self, step: _Step) -> _Step | None:
-        """The step after this one, whose tokens the host does not know yet; None if it has to wait for them.
-
-        So the GPU computes while the host delivers.
-        """
-        if self._ahead is None:
-            return None
-        with self._lock:
-            spans = [] if self._closed else self._scheduler.after(step.spans)
-        if not spans:
-            return None
-        return _Step(spans, step.sampled, self._choose(step.sampled, self._ahead.again(spans)))
 
     def _choose(self, sampled: Sequence[_Running], logits: torch.Tensor) -> Chosen:
         samplings, chances = [r.sampling for r in sampled], [r.chance for r in sampled]
@@ -226,11 +218,11 @@ class TorchEngine:
         return lambda: found
 
     def _outcome(
-        self, request: _Running, drawn: tuple[int, Score | None] | None
+        self, request: _Running, drawn: tuple[int, Score | None] | None, *, ends_prompt: bool
     ) -> list[Token] | BrokenModel:
         """What a step that has run gives a request: no token if it was part of a prompt."""
         tokens: list[Token] = []
-        if request.done == request.prompt_tokens:
+        if ends_prompt:
             if not all(math.isfinite(each.logprob) for each in request.scores):
                 return BrokenModel()
             if request.sampling.echo:
@@ -304,7 +296,9 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
         model = model.to(device, numbers.dtype)
         widen_products(model)
         graphs = device.type == "cuda" and options.compiled
-        ahead, kernels = _gpu_decoder(model, size) if graphs else (None, "not used: engine.compiled=false")
+        ahead, kernels = (
+            _gpu_decoder(model, size, step_tokens) if graphs else (None, "not used: engine.compiled=false")
+        )
         decoder = ahead or TorchDecoder(model, graphs=graphs, **size)
     info = describe(shape, options, numbers, device=device.type, name=served.name, context=context)
     on_cpu = device.type == "cpu"
@@ -315,7 +309,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads, ahead=ahead)
 
 
-def _gpu_decoder(model: Llama, size: dict[str, Any]) -> tuple[AheadDecoder | None, str]:
+def _gpu_decoder(model: Llama, size: dict[str, Any], step_tokens: int) -> tuple[AheadDecoder | None, str]:
     """The decoder of Triton kernels, and "used"; or None, and why there is none for this GPU and model."""
     from serving.engine.gpu import decoder  # it imports Triton
 

@@ -1,8 +1,14 @@
-"""Block 7: the kernels that take the most time of a decoding step; `top` also serves block 3."""
+"""Block 7: the kernels that take the most time of a decoding step, and where the host waits for the GPU.
+
+`top` and `host_waits` also serve block 3.
+"""
 
 import random
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +48,7 @@ def decoding(run: Run) -> None:
         )
         step()
         top(run, name, step)
+        host_waits(run, name, step)
 
 
 def decoding_step(
@@ -93,6 +100,29 @@ def top(run: Run, name: str, step: Callable[[], Any]) -> None:
             percent_of_kernels=100 * seconds / total,
             launches=count,
         )
+
+
+def host_waits(run: Run, name: str, step: Callable[[], Any]) -> None:
+    """How often one step makes the host wait for the GPU, by torch's own count, and in which lines.
+
+    Waits for CUDA events, and collectives, are not in it (`torch.cuda.set_sync_debug_mode`).
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if run.gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            if run.gpu:
+                torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(
+        f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}"
+        for each in caught
+        if "synchronizing CUDA operation" in str(each.message)
+    )
+    where = ", ".join(f"{line} ({count})" for line, count in lines.most_common())
+    run.row(f"{name}: waits of the host in a step", waits=lines.total(), where=where or "nowhere")
 
 
 def _kernels(profiler: profile, *, gpu: bool) -> list[tuple[str, float, int]]:

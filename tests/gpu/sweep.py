@@ -20,7 +20,7 @@ DIFFERENCES = (1e-2, 5e-2)  # most, relative, of loss and of the gradient's norm
 Found = tuple[float, float]  # loss in nats, norm of the gradient
 AS_THEY_ARE, COMPILED = "layers as they are", "compiled layers"
 PLAIN, CHUNKED = "plain", "chunked"
-CHECKPOINTED = ", checkpointed"
+CHECKPOINTED = {0: "", 1: ", checkpointed", 2: ", every second layer checkpointed"}
 
 
 def measure(run: Run) -> None:
@@ -39,7 +39,8 @@ def measure(run: Run) -> None:
     for micro in COMPILED_MICRO[run.device.type]:
         for name in (PLAIN, CHUNKED):
             point(run, model, COMPILED, name, micro, expected=expected[micro])
-    point(run, model, COMPILED, CHUNKED, most, expected=expected[most], checkpointing=True)
+    for every in (1, 2):
+        point(run, model, COMPILED, CHUNKED, most, expected=expected[most], checkpointing=every)
     graphs, sizes = counters["stats"]["unique_graphs"], len(COMPILED_MICRO[run.device.type])
     at_most = 2 * sizes + 2  # two halves of a layer for each size; the loss of a chunk, or of a smaller one
     more = f"{graphs} graphs, not {at_most} at most: layers are compiled one by one"
@@ -48,10 +49,10 @@ def measure(run: Run) -> None:
 
 def point(
     run: Run, model: Llama, layers: str, loss: str, micro: int, *, expected: Found | None = None,
-    checkpointing: bool = False,
+    checkpointing: int = 0,
 ) -> Found | None:  # fmt: skip
     """Measure one variant. None: it does not fit."""
-    case = f"{layers}, loss {loss}, micro-batch {micro}{CHECKPOINTED * checkpointing}"
+    case = f"{layers}, loss {loss}, micro-batch {micro}{CHECKPOINTED[checkpointing]}"
     length, chunk = run.shape.max_positions, CHUNK_TOKENS[run.device.type]
     tokens = run.random(micro, length + 1).mul(1e3).long().remainder(run.shape.vocab_size)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

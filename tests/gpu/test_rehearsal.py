@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from optim.kernels import gpu
 from serving.engine.decoder import TorchDecoder
 from serving.engine.scheduler import BLOCK_TOKENS
 from tests.commands import ROOT, python
-from tests.gpu import ablation, command, replay, sweep, wheels
+from tests.gpu import ablation, command, profiles, replay, sweep, wheels
 from tests.gpu import kernels as kernel_checks
 from tests.gpu.block import TINY, Run
 from tests.gpu.command import BLOCKS, Block
@@ -32,7 +33,7 @@ from training.run import engine as trained_engine
 
 UNIT = re.compile(
     r"(^|_)(ms|gb|gb_per_s|tflops|nats|seconds_to_build|tokens_per_second|joules_per_step|elements|elements_beside"
-    r"|percent_apart|times_as_long|chunk_tokens|launches|graphs|cores|steps_that_only_decode|relative_\w+|relative_error|tolerance|gradient_norm)$"
+    r"|percent_apart|times_as_long|chunk_tokens|launches|waits|graphs|cores|steps_that_only_decode|relative_\w+|relative_error|tolerance|gradient_norm)$"
     r"|^(percent_of|speedup)_\w+$"
 )
 
@@ -155,7 +156,9 @@ def test_block_4_races_the_same_work(rehearsal):
 def test_block_5_has_every_variant_at_one_loss(rehearsal):
     rows = rehearsal[5]
     losses = figures(rows, "loss_nats")
-    assert len(losses) >= 5 and any(case.endswith(sweep.CHECKPOINTED) for case in losses)
+    assert len(losses) >= 5 and all(
+        any(case.endswith(name) for case in losses) for name in sweep.CHECKPOINTED.values()
+    )
     assert all(loss == pytest.approx(math.log(TINY.vocab_size), rel=0.01) for loss in losses.values())
     assert figures(rows, "graphs") == {"graphs that were compiled": 2}  # for all layers
 
@@ -370,6 +373,20 @@ def test_a_loss_that_is_another_is_seen(monkeypatch):
     sweep.point(run, model, sweep.AS_THEY_ARE, sweep.CHUNKED, 1, expected=expected)
     right, other = rows_of(run.stream)
     assert "problem" not in right and "are not" in other["problem"]
+
+
+def test_lines_in_which_the_host_waits_are_named_and_counted():
+    def step():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    run = in_memory()
+    profiles.host_waits(run, "training", step)
+    profiles.host_waits(run, "training", lambda: None)
+    waiting, free = rows_of(run.stream)
+    assert waiting["waits"] == 2 and re.fullmatch(r"gpu/test_rehearsal.py:\d+ \(2\)", waiting["where"])
+    assert free["waits"] == 0 and free["where"] == "nowhere"
 
 
 # --- wheels -------------------------------------------------------------------------------------------------

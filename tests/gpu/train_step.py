@@ -16,7 +16,7 @@ from cluster import files
 from cluster.measure import hardware
 from cluster.session import ROOT, free_ports
 from tests.gpu.block import OUT_OF_MEMORY, TINY, Run
-from tests.gpu.profiles import top
+from tests.gpu.profiles import host_waits, top
 from training import config as training_config
 from training.baseline import steps
 from training.config import TrainConfig
@@ -103,11 +103,12 @@ def proposed(run: Run, keys: Keys) -> dict[str, Any]:
     config = load(run, {**keys, "run.directory": "unused"})
     found = propose(config, run.shape, replace(sheet, memory_gb=CAP_GB), num_workers=1, stages=(1,)).best
     assert found is not None, "nothing fits"
-    checkpointing = found.config.model.activation_checkpointing
+    model = found.config.model
     return {
         **keys,
         "batch.micro_sequences": found.config.batch.micro_sequences,
-        "model.activation_checkpointing": checkpointing,
+        "model.activation_checkpointing": model.activation_checkpointing,
+        "model.checkpoint_every": model.checkpoint_every,
     }
 
 
@@ -132,6 +133,7 @@ def measure_one(run: Run, setting: Setting, folder: Path, context: Context) -> N
         train(run, trainer, setting)
         if setting.profiled:
             top(run, "training", trainer.take_step)
+            host_waits(run, "training", trainer.take_step)
 
 
 @contextmanager

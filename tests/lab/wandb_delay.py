@@ -2,15 +2,23 @@
 
     python -m tests.lab.wandb_delay [--rounds N] [--seconds S] [--output FILE] [--dry-run]
 
-One process after another, in turns, takes steps of a small model on one thread and logs each with
-`Record.log`. `off` is without W&B; the others log to a server on loopback:
+Each situation is a process that takes steps of a small model on one thread and one core, and logs each with
+`Record.log`. `off` is without W&B, and shows what the measurement itself reads; the others log to a server
+on loopback:
 
     well          it answers at once
     unreachable   nothing listens, from the start
     cut           it is gone after half of the steps, and stays away
     slow          it answers each request after 30 s
 
-A step's time includes its `log()`. With the defaults it takes about four minutes on two quiet cores.
+Once W&B has started, turns of a few steps alternate: with W&B, and without it. Without it the steps are
+logged to a second record, and W&B's own processes are suspended; whatever became due meanwhile is done in the
+turn with W&B. A turn is compared with its neighbour, so a machine that grows slower moves nothing. The
+interval is that of the median of these pairs (`intervals.of_median`). A step's time includes its `log()`; its
+CPU time is that of the training thread. `wandb_cpu_ms` is what W&B uses a step on whatever core is free: the
+most that a step can lose if none is. `start_lost_ms` is what the steps lose in all while W&B starts.
+
+With the defaults it takes nine minutes on two quiet cores.
 """
 
 import argparse
@@ -22,15 +30,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import cli
+import psutil
+
+from cluster import cli, display
 from cluster.cli import RunError
-from cluster.measure import benchmark
+from cluster.measure import benchmark, intervals
 from cluster.process import Child
 from cluster.record.record import Record, read_metrics
 from cluster.session import ROOT
@@ -42,7 +52,13 @@ SLOW_SECONDS = 30.0
 AIM_PERCENT = 1.0  # by which the median may move
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4}
 SEQUENCES, LENGTH = 4, 128
-SETTLING_STEPS = 20
+SETTLING_SECONDS = 3.0
+TURN_STEPS = 4
+MOVED = ("moved_percent", "moved_cpu_percent")  # of each pair of turns
+MEDIANS = (
+    "step_ms", "off_step_ms", "cpu_ms", "off_cpu_ms", "log_ms", "off_log_ms", "slowest_log_ms",
+    "moved_mean_percent", "wandb_cpu_ms", "start_seconds", "start_lost_ms",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.lab.wandb_delay", description=__doc__.partition("\n")[0]
     )
     benchmark.add_options(parser, what=WHAT, rounds=2, rounds_help="runs in each situation")
-    parser.add_argument(
-        "--seconds", type=float, default=14.0, help="of steps in a run (default: 14; W&B gives up at 10)"
-    )
+    parser.add_argument("--seconds", type=float, default=36.0, help="of turns in a run (default: 36)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--steps-in", type=Path, help=argparse.SUPPRESS)  # the process that takes the steps
     parser.add_argument("--mode", default="online", help=argparse.SUPPRESS)
@@ -61,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         if options.steps_in:
-            take_steps(options.steps_in, seconds=options.seconds, mode=options.mode)
+            print(json.dumps(take_steps(options.steps_in, seconds=options.seconds, mode=options.mode)))
             return
         plan = f"{options.rounds} rounds of {', '.join(SITUATIONS)}: {options.seconds:g} s of steps each"
         measured = partial(measure, num_rounds=options.rounds, seconds=options.seconds)
-        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
+        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured, shown=situations_table)
 
     return cli.run(body)
 
@@ -73,27 +87,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(*, num_rounds: int, seconds: float) -> dict[str, Any]:
     """All situations in turns: medians with spreads over the rounds, and what each lost of its rows."""
     samples: dict[str, list[float]] = {}
+    pairs: dict[str, list[float]] = {}
     lost, said = dict.fromkeys(SITUATIONS, 0), {}
     for number in range(num_rounds):
-        runs = {}
         for situation in SITUATIONS if number % 2 == 0 else SITUATIONS[::-1]:
-            runs[situation] = found = one_run(situation, seconds=seconds)
+            found = one_run(situation, seconds=seconds)
             lost[situation] += found["lost_rows"]
             said[situation] = found["wandb_status"]
-            print(f"round {number + 1}/{num_rounds}, {situation}: {found}", file=sys.stderr, flush=True)
-        for situation, found in runs.items():
-            for name in ("step_ms", "log_ms", "slowest_log_ms"):
+            for name in MOVED:
+                pairs.setdefault(f"{name}_{situation}", []).extend(found[name])
+                samples.setdefault(f"{name}_{situation}", []).append(statistics.median(found.pop(name)))
+            for name in MEDIANS:
                 samples.setdefault(f"{name}_{situation}", []).append(found[name])
-            if situation != "off":
-                moved = 100 * (found["step_ms"] / runs["off"]["step_ms"] - 1)
-                samples.setdefault(f"moved_percent_{situation}", []).append(moved)
-    return {
+            print(f"round {number + 1}/{num_rounds}, {situation}: {found}", file=sys.stderr, flush=True)
+    result = {
         "aim_percent": AIM_PERCENT,
         "rounds": num_rounds,
         "lost_rows": lost,
         "wandb_status": said,
         **benchmark.medians(samples),
     }
+    for name, values in pairs.items():
+        interval = intervals.of_median(values)
+        result[name], result[f"interval_{name}"] = interval.centre, [interval.low, interval.high]
+        result[f"pairs_{name}"] = len(values)
+    return result
+
+
+def situations_table(result: Mapping[str, Any]) -> display.Table:
+    """A row for each situation."""
+
+    def moved(key: str) -> str:
+        low, high = result[f"interval_{key}"]
+        return f"{result[key]:+.2f}%" + ("" if low is None else f" ({low:+.2f} to {high:+.2f})")
+
+    head = ("server", "step ms without W&B", "with", "moved (95%)", "CPU time moved (95%)", "mean moved")
+    head += ("log() ms", "W&B's CPU ms a step", "lost rows")
+    rows = [
+        (
+            each, f"{result[f'off_step_ms_{each}']:.1f}", f"{result[f'step_ms_{each}']:.1f}",
+            *(moved(f"{name}_{each}") for name in MOVED), f"{result[f'moved_mean_percent_{each}']:+.2f}%",
+            f"{result[f'log_ms_{each}']:.2f}", f"{result[f'wandb_cpu_ms_{each}']:.2f}",
+            result["lost_rows"][each],
+        )
+        for each in SITUATIONS
+    ]  # fmt: skip
+    return display.table(head, rows)
 
 
 def one_run(situation: str, *, seconds: float) -> dict[str, Any]:
@@ -102,7 +141,7 @@ def one_run(situation: str, *, seconds: float) -> dict[str, Any]:
         folder = Path(place)
         mode = "disabled" if situation == "off" else "online"
         command = [sys.executable, "-m", "tests.lab.wandb_delay", "--mode", mode]
-        command += ["--steps-in", str(folder / "run"), "--seconds", str(seconds)]
+        command += ["--steps-in", str(folder), "--seconds", str(seconds)]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         environment = {**clean, "HOME": place, **environment}
         with Child(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
@@ -114,10 +153,13 @@ def one_run(situation: str, *, seconds: float) -> dict[str, Any]:
                     found = json.loads(line)
         if child.returncode:
             raise RunError(f"{situation}: the process that takes the steps ended with {child.returncode}")
-        steps = [row["step"] for row in read_metrics(folder / "run/metrics.jsonl")]
-        lost = abs(found["num_steps"] - len(steps))
+        steps = {
+            name: [row["step"] for row in read_metrics(folder / name / "metrics.jsonl")]
+            for name in ("on", "off")
+        }
+        lost = sum(abs(num_steps - len(steps[name])) for name, num_steps in found["num_steps"].items())
         if mode == "online":
-            lost += len(set(steps) - steps_on_disk(folder / "run/wandb"))
+            lost += len(set(steps["on"]) - steps_on_disk(folder / "on/wandb"))
         return found | {"lost_rows": lost}
 
 
@@ -153,49 +195,136 @@ def server_of(situation: str) -> Iterator[tuple[dict[str, str], Any]]:
             yield server.environment, server.stop if situation == "cut" else nothing
 
 
-def take_steps(folder: Path, *, seconds: float, mode: str) -> None:
-    """Take steps for some seconds, log each, and print the times as one JSON line; "half" at the half."""
+def take_steps(folder: Path, *, seconds: float, mode: str) -> dict[str, Any]:
+    """Take turns for some seconds, with and without W&B. Prints "half" at the half; returns the figures."""
     import torch
 
-    from training.model.llama import Llama, initialize
-    from training.model.shapes import LlamaShape
-
     torch.set_num_threads(1)
-    shape = LlamaShape(**SHAPE, head_dim=64, ffn_size=688)
-    model = Llama(shape)
-    initialize(model, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    tokens = torch.randint(shape.vocab_size, (SEQUENCES, LENGTH + 1))
-    step_ms, log_ms, is_half = [], [], False
-    record = Record.open(
-        folder, config={}, provenance={}, wandb_mode=mode, project="delay", group=None, name=folder.name,
-        resume_step=None,
-    )  # fmt: skip
+    modes = {"on": mode, "off": "disabled"}
+    records = {name: open_record(folder / name, each) for name, each in modes.items()}
+    # only now: the mirror's thread, and W&B's processes which that thread starts, may use any core
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    steps = Steps(records)
     began = time.perf_counter()
-    while (now := time.perf_counter()) < began + seconds or len(step_ms) <= SETTLING_STEPS:
+    while records["on"].wandb_status.startswith("starting"):
+        steps.take("on")
+    start_seconds, starting = time.perf_counter() - began, [took["step_ms"] for took in steps.taken["on"]]
+    settled = time.perf_counter() + min(SETTLING_SECONDS, seconds)
+    while time.perf_counter() < settled:
+        steps.take("on")
+    pairs, is_half = [], False
+    for taken in steps.taken.values():
+        taken.clear()
+    began = time.perf_counter()
+    while (now := time.perf_counter()) < began + seconds or not pairs:
         if not is_half and now > began + seconds / 2:
             is_half = True
             print("half", flush=True)
-        optimizer.zero_grad()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        optimizer.step()
-        row = {"step": len(step_ms) + 1, "loss": loss.item(), **{f"value_{i}": i / 7 for i in range(20)}}
-        before_log = time.perf_counter()
-        record.log(row)
-        ended = time.perf_counter()
-        step_ms.append(1e3 * (ended - now))
-        log_ms.append(1e3 * (ended - before_log))
-    record.finish({})
-    record.close()
-    found = {
-        "num_steps": len(step_ms),
-        "step_ms": statistics.median(step_ms[SETTLING_STEPS:]),
-        "log_ms": statistics.median(log_ms),
-        "slowest_log_ms": max(log_ms),
-        "wandb_status": record.wandb_status,
+        pairs.append(
+            {name: steps.turn(name) for name in (("off", "on") if len(pairs) % 2 else ("on", "off"))}
+        )
+    suspend(False)
+    for record in records.values():
+        record.finish({})
+        record.close()
+    figures = _figures(pairs, steps)
+    return {
+        "num_steps": steps.number,
+        "wandb_status": records["on"].wandb_status,
+        "start_seconds": start_seconds,
+        "start_lost_ms": sum(starting) - len(starting) * figures["off_step_ms"],
+        **figures,
     }
-    print(json.dumps(found), flush=True)
+
+
+def _figures(pairs: list[dict[str, Any]], steps: "Steps") -> dict[str, Any]:
+    on, off = (
+        {key: [took[key] for took in steps.taken[name]] for key in Steps.KEYS} for name in ("on", "off")
+    )
+
+    def moved(of: Callable[[list[float]], float], key: str) -> list[float]:
+        return [
+            100 * (of([t[key] for t in pair["on"]]) / of([t[key] for t in pair["off"]]) - 1) for pair in pairs
+        ]
+
+    return {
+        "moved_percent": moved(statistics.median, "step_ms"),
+        "moved_cpu_percent": moved(statistics.median, "cpu_ms"),
+        "moved_mean_percent": 100 * (statistics.mean(on["step_ms"]) / statistics.mean(off["step_ms"]) - 1),
+        **{key: statistics.median(values) for key, values in on.items()},
+        **{f"off_{key}": statistics.median(values) for key, values in off.items()},
+        "slowest_log_ms": max(on["log_ms"]),
+        "wandb_cpu_ms": steps.beside_ms / len(on["step_ms"]),
+    }
+
+
+class Steps:
+    """Takes steps of a model, and logs each to one of two records."""
+
+    KEYS = ("step_ms", "cpu_ms", "log_ms")
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        import torch
+
+        from training.model.llama import Llama, initialize
+        from training.model.shapes import LlamaShape
+
+        shape = LlamaShape(**SHAPE, head_dim=64, ffn_size=688)
+        self._model = Llama(shape)
+        initialize(self._model, seed=0)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        self._tokens = torch.randint(shape.vocab_size, (SEQUENCES, LENGTH + 1))
+        self._records = records
+        self._loss = 0.0
+        self.number = dict.fromkeys(records, 0)  # steps of each record, and so its rows
+        self.taken: dict[str, list[dict[str, float]]] = {name: [] for name in records}
+        self.beside_ms = 0.0  # CPU time that other threads and W&B's processes used in turns with W&B
+
+    def turn(self, name: str) -> list[dict[str, float]]:
+        """A few steps with W&B ("on") or without it ("off")."""
+        suspend(name == "off")
+        before = _cpu_beside()
+        taken = [self.take(name) for _ in range(TURN_STEPS)]
+        if name == "on":
+            self.beside_ms += 1e3 * (_cpu_beside() - before)
+        return taken
+
+    def take(self, name: str) -> dict[str, float]:
+        """Log the step before, then take one: what W&B makes of a row falls into the step of its own turn."""
+        self.number[name] += 1
+        row = {"step": self.number[name], "loss": self._loss, **{f"value_{i}": i / 7 for i in range(20)}}
+        began, cpu = time.perf_counter(), time.thread_time()
+        self._records[name].log(row)
+        logged = time.perf_counter()
+        self._optimizer.zero_grad()
+        loss = self._model(self._tokens[:, :-1], self._tokens[:, 1:])
+        loss.backward()
+        self._optimizer.step()
+        self._loss = loss.item()
+        ended, ended_cpu = time.perf_counter(), time.thread_time()
+        times = (1e3 * (ended - began), 1e3 * (ended_cpu - cpu), 1e3 * (logged - began))
+        self.taken[name].append(dict(zip(self.KEYS, times, strict=True)))
+        return self.taken[name][-1]
+
+
+def open_record(folder: Path, mode: str) -> Record:
+    """A record without configuration."""
+    return Record.open(
+        folder, config={}, provenance={}, wandb_mode=mode, project="delay", group=None, name=folder.name,
+        resume_step=None,
+    )  # fmt: skip
+
+
+def suspend(suspended: bool) -> None:
+    """Suspend W&B's processes, which are the only children here, or let them go on."""
+    for child in psutil.Process().children(recursive=True):
+        child.suspend() if suspended else child.resume()
+
+
+def _cpu_beside() -> float:
+    """Seconds of CPU time of all threads and processes here except this thread."""
+    used = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time() - time.thread_time() + sum(times.user + times.system for times in used)
 
 
 if __name__ == "__main__":

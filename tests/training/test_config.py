@@ -241,6 +241,7 @@ REFUSED = {
     "optim.clip": ["-1", "nan"],
     "optim.z_loss": ["-1", "nan"],
     "model.loss_tokens": ["-1"],
+    "model.checkpoint_every": ["0", "-1"],
     "zero.communication_dtype": ["fp16"],
     "optim.max_skipped_fraction": ["-0.1", "1.1", "nan"],
     "optim.inspect_every_steps": ["0", "-1"],

@@ -193,7 +193,7 @@ class Head(Linear):
 class Decoder(nn.Module):
     """Everything between token ids and the output head."""
 
-    def __init__(self, shape: LlamaShape, *, activation_checkpointing: bool) -> None:
+    def __init__(self, shape: LlamaShape, *, activation_checkpointing: int) -> None:
         super().__init__()
         self.shape = shape
         self.activation_checkpointing = activation_checkpointing
@@ -216,7 +216,8 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         for number, layer in enumerate(self.layers):
             given = x, by, partial(attend, number)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            every = self.activation_checkpointing
+            if every and number % every == 0 and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*given)
@@ -226,11 +227,12 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model. Its weights are uninitialised until `initialize` or `load_hf` sets them.
 
-    With `activation_checkpointing` each layer keeps only its input and runs forward again in the backward
-    pass: activations shrink to about B·T·D per layer, for a third more computation.
+    With `activation_checkpointing` of n every n-th layer (0: none), from the first, keeps only its input and
+    runs forward again in the backward pass: its activations shrink to B·T·D, for a third more computation.
+    With n of 2 or more this is the selective checkpointing by layers of torchtitan.
     """
 
-    def __init__(self, shape: LlamaShape, *, activation_checkpointing: bool = False) -> None:
+    def __init__(self, shape: LlamaShape, *, activation_checkpointing: int = 0) -> None:
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape, activation_checkpointing=activation_checkpointing)

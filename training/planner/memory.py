@@ -43,14 +43,18 @@ class Form:
     Attributes:
         width: bytes of an element of weights and activations, 2 or 4.
         compiled: layers compiled by torch, which keeps less for the backward pass.
-        checkpointing: each layer keeps its input alone.
+        checkpointing: every so many layers, from the first, keep their input alone; 0: none does.
         chunk_tokens: the loss is computed for so many tokens at a time; None: for all at once.
     """
 
     width: int
     compiled: bool = False
-    checkpointing: bool = False
+    checkpointing: int = 0
     chunk_tokens: int | None = None
+
+    def recomputed(self, num_layers: int) -> int:
+        """Layers that are computed again in the backward pass."""
+        return -(-num_layers // self.checkpointing) if self.checkpointing else 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def form_of(config: TrainConfig) -> Form:
     return Form(
         width=2 if config.is_bf16 else 4,
         compiled=compiles(config),
-        checkpointing=config.model.activation_checkpointing,
+        checkpointing=config.model.recomputed_every,
         chunk_tokens=loss_tokens(config),
     )
 
@@ -177,19 +181,18 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
     Args:
         gradients: bytes of the model's gradients that this backward pass allocates.
     """
-    p, layer = form.width, layer_bytes(shape, form)
-    kept = shape.num_layers * (shape.hidden_size * p if form.checkpointing else layer)
+    p, layer, kept = form.width, layer_bytes(shape, form), _kept_by_layers(shape, form)
     norm = (4 + 2 * p) * shape.hidden_size
     forward, loss = _loss_bytes(shape, tokens, form)
     table = shape.vocab_size * shape.hidden_size * p
     # In a layer's backward pass: gradients of the residual, its norm and the SwiGLU's three products, which
-    # compiled kernels do not hold at once; and the layer, computed again.
+    # compiled kernels do not hold at once; and the last layer, where it is computed again.
     inside = (2 * shape.hidden_size + (0 if form.compiled else 3 * shape.ffn_size)) * p
-    inside += layer if form.checkpointing else 0
+    is_last_recomputed = form.checkpointing and (shape.num_layers - 1) % form.checkpointing == 0
     places = (
         tokens * (kept + norm) + loss,
-        tokens * (kept + inside) + table,
-        tokens * (inside if form.checkpointing else layer + inside) + max(gradients - table, 0),
+        tokens * (kept + inside + (layer if is_last_recomputed else 0)) + table,
+        tokens * (layer + inside) + max(gradients - table, 0),
         gradients + table,
     )
     return tokens * (kept + norm) + forward, max(places)
@@ -198,9 +201,15 @@ def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: i
 def kept_bytes(shape: LlamaShape, tokens: int, form: Form) -> int:
     """Bytes that autograd keeps of a forward pass, plain loss: layers, last norm, log-probabilities."""
     p = form.width
-    per_layer = shape.hidden_size * p if form.checkpointing else layer_bytes(shape, form)
     norm = (4 + 2 * p) * shape.hidden_size
-    return tokens * (shape.num_layers * per_layer + norm + 4 * shape.vocab_size)
+    return tokens * (_kept_by_layers(shape, form) + norm + 4 * shape.vocab_size)
+
+
+def _kept_by_layers(shape: LlamaShape, form: Form) -> int:
+    """Bytes for each token that all layers keep together."""
+    recomputed = form.recomputed(shape.num_layers)
+    inputs = recomputed * shape.hidden_size * form.width
+    return inputs + (shape.num_layers - recomputed) * layer_bytes(shape, form)
 
 
 def layer_bytes(shape: LlamaShape, form: Form) -> int:

@@ -14,6 +14,7 @@ from training.planner.seconds import Rates, rates_of, step_seconds
 
 MOST_MICRO_SEQUENCES = 64
 STAGES = (1, 2, 3)
+CHECKPOINTED = (0, 4, 2, 1)  # every so many layers recomputed; 0: none
 EQUAL = 0.005  # steps whose times differ by less count as equal; then the least memory wins
 
 
@@ -28,22 +29,29 @@ class Candidate:
     @property
     def keys(self) -> str:
         """What to write on a command line."""
-        compiled, checkpointing = (str(each).lower() for each in self.policy[:2])
-        return (
-            f"batch.micro_sequences={self.config.batch.micro_sequences} model.compile={compiled} "
-            f"model.activation_checkpointing={checkpointing} zero.stage={self.config.zero.stage}"
-        )
+        compiled, every, stage = self.policy
+        keys = {
+            "batch.micro_sequences": self.config.batch.micro_sequences,
+            "model.compile": compiled,
+            "model.activation_checkpointing": every > 0,
+            "model.checkpoint_every": every,
+            "zero.stage": stage,
+        }
+        if every <= 1:
+            del keys["model.checkpoint_every"]
+        return " ".join(f"{name}={str(value).lower()}" for name, value in keys.items())
 
     @property
-    def policy(self) -> tuple[bool, bool, int]:
-        """(compiled, checkpointing, stage)."""
-        return compiles(self.config), self.config.model.activation_checkpointing, self.config.zero.stage
+    def policy(self) -> tuple[bool, int, int]:
+        """(compiled, every so many layers recomputed or 0, stage)."""
+        return compiles(self.config), self.config.model.recomputed_every, self.config.zero.stage
 
     @property
     def name(self) -> str:
         """The policy in words."""
-        compiled, checkpointing, stage = self.policy
-        name = f"ZeRO-{stage} {'with' if checkpointing else 'without'} checkpointing"
+        compiled, every, stage = self.policy
+        name = f"ZeRO-{stage} {'with' if every else 'without'} checkpointing"
+        name += f" 1 of {every} layers" if every > 1 else ""
         return name if compiled else f"{name}, not compiled"
 
 
@@ -100,7 +108,7 @@ class Proposal:
         best = self.best
         rows = [
             (
-                "yes" if each.policy[0] else "no", "full" if each.policy[1] else "none", f"{each.policy[2]}",
+                "yes" if each.policy[0] else "no", _checkpointed(each.policy[1]), f"{each.policy[2]}",
                 f"{each.config.batch.micro_sequences}", f"{each.memory.total / 1e9:.1f}", each.memory.largest,
                 f"{each.seconds:.3f}", f"{each.config.batch.tokens / each.seconds:,.0f}",
                 "proposed" if each is best else "" if self.fits(each) else "does not fit",
@@ -119,7 +127,7 @@ def propose(
     num_workers: int,
     stages: Iterable[int] = STAGES,
 ) -> Proposal:
-    """Plan every micro-batch that divides the batch, with and without checkpointing, in these stages.
+    """Plan every micro-batch that divides the batch, with each `CHECKPOINTED`, in these stages.
 
     Where the configuration does not compile, it is planned compiled too.
 
@@ -149,11 +157,16 @@ def _choices(config: TrainConfig, num_workers: int, stages: tuple[int, ...]) -> 
         if rest or sequences % micro:
             continue
         batch = replace(config.batch, micro_sequences=micro)
-        for compiled, checkpointing in product(dict.fromkeys((compiles(config), True)), (False, True)):
-            model = replace(config.model, compile=compiled, activation_checkpointing=checkpointing)
+        for compiled, every in product(dict.fromkeys((compiles(config), True)), CHECKPOINTED):
+            checkpointing = {"activation_checkpointing": every > 0, "checkpoint_every": max(every, 1)}
+            model = replace(config.model, compile=compiled, **checkpointing)
             for stage in stages:
                 zero = replace(config.zero, stage=stage, init=config.zero.init and stage == 3)
                 yield replace(config, batch=batch, model=model, zero=zero)
+
+
+def _checkpointed(every: int) -> str:
+    return {0: "none", 1: "full"}.get(every, f"1 of {every}")
 
 
 def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -107,13 +107,14 @@ def micro_batch_seconds(
     """Part -> seconds of one forward and backward pass."""
     head = shape.vocab_size * shape.hidden_size
     hidden = shape.num_matmul_parameters - head
-    again = 2 * hidden if form.checkpointing else 0
+    recomputed = form.recomputed(shape.num_layers) / shape.num_layers
+    again = 2 * hidden * recomputed
     products = tokens * (6 * shape.num_matmul_parameters + again) / (PRODUCT_SHARE * rates.product_flops)
     flops = 6 * shape.num_layers * shape.num_heads * shape.head_dim * sequence_length * tokens
     attention = flops / (ATTENTION_SHARE * rates.product_flops)
-    attention *= 1 + FORWARD_ATTENTION * form.checkpointing
+    attention *= 1 + FORWARD_ATTENTION * recomputed
     forward, backward = _elementwise_bytes(shape, form)
-    elementwise = forward * (1 + form.checkpointing) + backward
+    elementwise = forward * (1 + recomputed) + backward
     share = COMPILED_SHARE if form.compiled else PASS_SHARE
     found = {
         "matrix products": products,
@@ -121,7 +122,7 @@ def micro_batch_seconds(
         "elementwise": tokens * shape.num_layers * elementwise / (share * rates.bytes_per_s),
         "loss": tokens * _loss_bytes(shape, form) / _passes(rates),
     }
-    launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + form.checkpointing / 3)
+    launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + recomputed / 3)
     started = shape.num_layers * launches * LAUNCH_SECONDS
     return found | {"launches": max(0.0, started - sum(found.values()))}
 

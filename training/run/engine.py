@@ -86,7 +86,7 @@ def zero_init(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
 def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device) -> Llama:
     """The model at its initial weights; on a GPU these are drawn there, which is faster."""
     with zero_init(config), device:
-        model = Llama(shape, activation_checkpointing=config.model.activation_checkpointing)
+        model = Llama(shape, activation_checkpointing=config.model.recomputed_every)
     initialize(model, seed=config.run.seed)
     model.lm_head.loss_tokens, model.lm_head.z_loss = loss_tokens(config), config.optim.z_loss
     if compiles(config):

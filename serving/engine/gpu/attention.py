@@ -259,7 +259,7 @@ def prefill_attention(q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, o
         q, out: [M, H, C], C contiguous. Rows of `out` that no tile names are left as they are.
         cache: as in `decode_attention`; holds the keys and values of the queries' tokens already.
         blocks: [R, N] int32, a row for each span.
-        tiles: [T, 4] int32, `prefill_tiles` with the `prefill_rows` of this device.
+        tiles: [T, 4] int32, `prefill_tiles` with the `prefill_rows` of this device; zeros do nothing.
 
     Raises:
         ValueError: shapes, strides or dtypes do not fit together.

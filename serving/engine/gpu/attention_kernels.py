@@ -183,6 +183,8 @@ def prefill_kernel(
     tiles += 4 * tl.program_id(1)
     row = tl.load(tiles).to(tl.int64)
     num_rows = tl.load(tiles + 1)
+    if num_rows == 0:  # padding
+        return
     position = tl.load(tiles + 2)
     table = blocks + tl.load(tiles + 3).to(tl.int64) * blocks_row
     pages = cache + (head // GROUP) * (PAGE * SIZE)

@@ -1,9 +1,11 @@
 """A decoder step by Triton kernels, cuBLAS and CUDA graphs, on GPUs that `unsupported` lets through.
 
-A layer is four products: q, k and v are one matrix, and so are gate and up. Steps of few rows multiply by
-`project`, which reads the weights while the launch before it ends, and has norm, RoPE, SiLU and
-residual inside; others multiply by cuBLAS, with a kernel between two products. What varies between steps that
-only decode lies in a few tensors on the GPU, so one CUDA graph for each power of two of rows is enough.
+A layer is four products: q, k and v are one matrix, and so are gate and up. One row is multiplied by
+`project`, which reads the weights while the launch before it ends, and has norm, RoPE, SiLU and residual
+inside; more are multiplied by cuBLAS, with a kernel between two products. What varies between steps lies in a
+few tensors on the GPU. So one CUDA graph for each power of two of rows serves the steps that only decode, and
+one for each of `PROMPT_ROWS` serves short steps with prompts, which the host would launch more slowly than
+they run.
 """
 
 import random
@@ -16,16 +18,21 @@ from torch import Tensor
 
 from serving.engine.decoder import SLICE_ROWS, Chosen, captured, power_of_two
 from serving.engine.gpu import attention
-from serving.engine.gpu.inputs import Rows, Step
-from serving.engine.gpu.layers import pick
+from serving.engine.gpu.inputs import Rows, Sent, Sizes, Step, most_blocks
+from serving.engine.gpu.layers import carry, pick
 from serving.engine.gpu.sampling import Sampler
 from serving.engine.gpu.stack import Stack
 from serving.engine.protocol import Sampling
-from serving.engine.scheduler import ScheduledRequest, Span
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Span
 from training.model.llama import Llama
 from training.model.shapes import LlamaShape
 
 MOST_INNER = 16_384  # elements of a row that one program holds
+# Rows of the graphs of steps with prompts. The padding of a step of n tokens is below n / 2.
+PROMPT_ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+GRAPHED_PROMPTS = True
+
+Output = tuple[Tensor, Tensor]  # logits [S, V] fp32, and the likeliest token of each row, [S] int32
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, shape: LlamaShape) -> str | None:
@@ -43,8 +50,9 @@ class GpuDecoder:
         model: on its device. Its weights become views of the merged matrices.
         num_blocks: of the cache, of `BLOCK_TOKENS` tokens each.
         slots: most requests of a step.
-        graphs: capture CUDA graphs of the steps that only decode.
+        graphs: capture CUDA graphs.
         context_tokens: most tokens of a request; default: the model's.
+        step_tokens: most tokens of a step; default: any number.
         most_narrow: most rows that `project` multiplies. With more than one, cuBLAS is faster: when both
             were measured on an H200 at 1.4B, a step of 8 rows took 1.8 ms, and 2.5 ms by `project`.
 
@@ -55,58 +63,54 @@ class GpuDecoder:
     @torch.no_grad()
     def __init__(
         self, model: Llama, *, num_blocks: int, slots: int, graphs: bool = True,
-        context_tokens: int | None = None, most_narrow: int = 1,
+        context_tokens: int | None = None, step_tokens: int | None = None, most_narrow: int = 1,
     ) -> None:  # fmt: skip
         shape = model.shape
         context = min(context_tokens or shape.max_positions, shape.max_positions)
         self._stack = Stack(model, num_blocks=num_blocks, context=context)
         self._cache = self._stack.cache
-        self.device, self._dtype = self._cache.device, self._cache.dtype
+        self.device = self._cache.device
         self._scratch = attention.decode_scratch(
             slots=slots, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim, device=self.device,
         )  # fmt: skip
-        self._most_narrow = most_narrow
-        self._state = Rows(slots, num_blocks=num_blocks, context=context, device=self.device)
+        self._tile = attention.prefill_rows(self.device, self._cache.dtype)
+        self._most_narrow, self._slots = most_narrow, slots
+        self._width = most_blocks(context=context, num_blocks=num_blocks)
+        self._state = Rows(slots, width=self._width, device=self.device)
         self._scored = self._cache.new_empty(0, shape.hidden_size)
         self._sampler = Sampler(slots, self.device)
         self._logits = self._likeliest = torch.empty(0, device=self.device)  # of the newest step
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._chosen, self._chosen_rows = self._state.ids, dict[ScheduledRequest, int]()  # of its requests
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Output]] = {}
+        self._prompt_graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Output]] = {}
+        self._sent: dict[tuple[int, bool], Sent] = {}  # of the graphs
         if graphs:
-            self._warm_up(slots)
-            self._capture(slots)
+            self._warm_up(min(step_tokens or PROMPT_ROWS[-1], num_blocks * BLOCK_TOKENS))
+            self._capture(step_tokens or PROMPT_ROWS[-1])
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The next step may overwrite what this one returns."""
-        if not all(span.samples and span.stop - span.start == 1 for span in spans):
-            return self._mixed(spans)
-        self._scored = self._scored[:0]
-        self._state.set(spans)
-        return self._replay(len(spans))
-
-    @torch.inference_mode()
-    def again(self, spans: Sequence[Span]) -> Tensor:
-        """See `AheadDecoder`. Tokens, lengths and blocks of the rows are on the GPU already."""
-        return self._replay(len(spans))
+        if all(span.samples and span.stop - span.start == 1 for span in spans):
+            self._scored = self._scored[:0]
+            if self._state.set(spans, self._chosen_rows):
+                carry(self._state.tokens[: len(spans)], self._chosen).launch()
+            logits, likeliest = self._replay(len(spans))
+        else:
+            logits, likeliest = self._mixed(spans)
+        sampling = [span.request for span in spans if span.samples]
+        self._chosen_rows = {request: row for row, request in enumerate(sampling)}
+        self._logits, self._likeliest = logits[: len(sampling)], likeliest[: len(sampling)]
+        return self._logits
 
     @torch.inference_mode()
     def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
         """See `AheadDecoder`."""
-        ids, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances)
-        if ids is not self._likeliest:
-            self._state.tokens[: len(ids)] = ids.clamp_min(0)
+        self._chosen, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances)
+        if self._chosen is not self._likeliest:  # else a step that only decodes has left them there
+            self._state.tokens[: len(self._chosen)] = self._chosen.clamp_min(0)
         return read
-
-    def _replay(self, num_rows: int) -> Tensor:
-        size = min((size for size in self._graphs if size >= num_rows), default=None)
-        if size is None:
-            logits = self._decode(num_rows)
-        else:
-            graph, logits = self._graphs[size]
-            graph.replay()
-        self._logits, self._likeliest = logits[:num_rows], self._state.ids[:num_rows]
-        return self._logits
 
     @torch.inference_mode()
     def scored(self) -> Iterator[Tensor]:
@@ -119,20 +123,55 @@ class GpuDecoder:
         """[S] int32: the likeliest token of each row of the newest step's logits, BROKEN if there is none."""
         return self._likeliest
 
-    def _warm_up(self, slots: int) -> None:
-        """Steps of prompts, so that no request waits for kernels to be compiled."""
-        for scored in (False, True):
-            long = ScheduledRequest([0, 0], 3, scored=scored)
-            spans = [Span(long, 0, 2, (0,)), Span(ScheduledRequest([0], 2), 0, 1, (0,))]
-            self.forward(spans[: min(slots, 2)])
+    @torch.inference_mode()
+    def _warm_up(self, step_tokens: int) -> None:
+        """Steps of prompts, so that no request waits for kernels to be compiled or loaded, or for memory.
 
-    def _capture(self, slots: int) -> None:
-        """One graph for each power of two up to `slots`, and for `slots`: the largest first."""
-        sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)}, reverse=True)
-        self._graphs = captured({size: partial(self._decode, size) for size in sizes}, self.device)
+        cuBLAS chooses its kernels by the number of rows, and CUDA loads each when it is first used.
+        """
+        rows = step_tokens
+        while True:
+            for decodes in (True, False):
+                self._prompts(Sent(self._sizes(rows, decodes=decodes), self.device))
+            if rows <= PROMPT_ROWS[-1]:
+                break
+            rows = rows * 3 // 4
+        carry(self._state.tokens[:1], self._state.ids).launch()
 
-    def _decode(self, num_rows: int) -> Tensor:
-        """Logits [num_rows, V] of a step that only decodes, of the rows in `_state`."""
+    def _capture(self, step_tokens: int) -> None:
+        """One graph for each power of two of rows that decode, and for all slots; and those of prompts."""
+        slots = self._slots
+        rows = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)}, reverse=True)
+        self._graphs = captured({each: partial(self._decode, each) for each in rows}, self.device)
+        enough = next((each for each in PROMPT_ROWS if each >= step_tokens), PROMPT_ROWS[-1])
+        if GRAPHED_PROMPTS:
+            self._sent = {
+                (each, decodes): Sent(self._sizes(each, decodes=decodes), self.device)
+                for each in PROMPT_ROWS[::-1]
+                if each <= enough
+                for decodes in (True, False)
+            }
+            steps = {size: partial(self._prompts, sent) for size, sent in self._sent.items()}
+            self._prompt_graphs = captured(steps, self.device)
+
+    def _sizes(self, rows: int, *, decodes: bool) -> Sizes:
+        """Of all steps of so many tokens."""
+        slots = self._slots
+        tiles = min(rows // self._tile + slots, rows)
+        return Sizes(rows, min(slots, rows) if decodes else 0, slots, tiles, slots, self._width)
+
+    # --- steps that only decode ---
+
+    def _replay(self, num_rows: int) -> Output:
+        size = min((size for size in self._graphs if size >= num_rows), default=None)
+        if size is None:
+            return self._decode(num_rows)
+        graph, output = self._graphs[size]
+        graph.replay()
+        return output
+
+    def _decode(self, num_rows: int) -> Output:
+        """Of the rows in `_state`."""
         state, stack = self._state, self._stack
         lengths, blocks = state.lengths[:num_rows], state.blocks[:num_rows]
         x = stack.embedding.index_select(0, state.tokens[:num_rows])
@@ -147,34 +186,56 @@ class GpuDecoder:
             added = stack.many(x, lengths, blocks, None, attend)
             logits, best = stack.head(stack.final_norm(x, added))
         pick(best, state.ids, state.tokens, state.lengths, pdl=stack.pdl).launch()
-        return logits
+        return logits, state.ids[:num_rows]
 
     def _attend(self, layer: int, q: Tensor, mixed: Tensor, lengths: Tensor, blocks: Tensor) -> None:
         attention.decode_attention(
             q, self._cache[layer], blocks, lengths, mixed, scratch=self._scratch, pdl=self._stack.pdl
         )
 
-    def _mixed(self, spans: Sequence[Span]) -> Tensor:
-        """Logits [S, V] of a step of any spans; those of one token attend together, before the others."""
-        step = Step(spans, tile=attention.prefill_rows(self.device, self._dtype))
-        sent = step.send(self.device)
-        q_rows, num = step.num_decoding, len(sent.tokens)
+    # --- steps with prompts ---
+
+    def _mixed(self, spans: Sequence[Span]) -> Output:
+        """A step of any spans; those of one token attend together, before the others."""
+        step = Step(spans, tile=self._tile, chosen=self._chosen_rows)
+        found = [
+            size
+            for size in self._sent
+            if size[0] >= step.sizes.rows and size[1] == (step.sizes.decoding > 0) and not step.num_scored
+        ]
+        size = min(found, default=None)
+        sent = Sent(step.sizes, self.device) if size is None else self._sent[size]
+        sent.send(step)
+        if step.carries:
+            carry(sent.tokens[: step.sizes.decoding], self._chosen).launch()
+        if size is None:
+            return self._prompts(sent, num_scored=step.num_scored)
+        self._scored = self._scored[:0]
+        graph, output = self._prompt_graphs[size]
+        graph.replay()
+        return output
+
+    def _prompts(self, sent: Sent, *, num_scored: int = 0) -> Output:
+        """Of the rows in `sent`."""
+        q_rows, stack = len(sent.decoding), self._stack
+        prefill = None  # as compiled for the layer before
 
         def attend(layer: int, q: Tensor, mixed: Tensor) -> None:
-            if q_rows:
-                few = q[:q_rows], mixed[:q_rows], sent.lengths[:q_rows], sent.blocks[:q_rows]
-                self._attend(layer, *few)
-            if q_rows < num:
-                attention.prefill_attention(q, self._cache[layer], sent.blocks, sent.tiles, mixed)
+            nonlocal prefill
+            if q_rows:  # rows of prompts among them become 0, and are then overwritten
+                self._attend(layer, q[:q_rows], mixed[:q_rows], sent.decoding, sent.blocks[:q_rows])
+            if len(sent.tiles):
+                call = attention.prefill_call(q, self._cache[layer], sent.blocks, sent.tiles, mixed)
+                prefill = call.launch(like=prefill)
 
-        x = self._stack.embedding.index_select(0, sent.tokens)
-        added = self._stack.many(x, sent.lengths, sent.blocks, sent.table_rows, attend)
-        normed = self._stack.final_norm(x.index_select(0, sent.wanted), added.index_select(0, sent.wanted))
-        self._scored = normed[: step.num_scored]
-        sampled = normed[step.num_scored :]
-        self._logits = sampled.new_empty(len(sampled), len(self._stack.lm_head), dtype=torch.float32)
-        self._likeliest = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
-        if len(sampled):
-            self._logits, best = self._stack.head(sampled)
-            pick(best, self._likeliest, None, None, pdl=self._stack.pdl).launch()
-        return self._logits
+        x = stack.embedding.index_select(0, sent.tokens)
+        added = stack.many(x, sent.lengths, sent.blocks, sent.table_rows, attend)
+        wanted = None if added is None else added.index_select(0, sent.wanted)
+        normed = stack.final_norm(x.index_select(0, sent.wanted), wanted)
+        self._scored, sampled = normed[:num_scored], normed[num_scored:]
+        likeliest = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
+        if not len(sampled):
+            return sampled.new_empty(0, len(stack.lm_head), dtype=torch.float32), likeliest
+        logits, best = stack.head(sampled)
+        pick(best, likeliest, None, None, pdl=stack.pdl).launch()
+        return logits, likeliest

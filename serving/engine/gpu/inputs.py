@@ -1,8 +1,13 @@
-"""What a step's kernels read besides weights and cache, sent to the GPU by one copy from pinned memory."""
+"""What a step's kernels read besides weights and cache, sent to the GPU by one copy from pinned memory.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+A token that the last step chose is known on the GPU alone. In its place a step has -1 - its row among the
+chosen ones, and `layers.carry` puts it there.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,102 +16,177 @@ from torch import Tensor
 from serving.engine.gpu import attention
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Span, num_blocks
 
+Chosen = Mapping[ScheduledRequest, int]  # rows of the last step's chosen tokens
+
+
+def token_of(span: Span, chosen: Chosen) -> int:
+    """The first token of the span, or where it is."""
+    known = span.request.tokens
+    return known[span.start] if span.start < len(known) else -1 - chosen[span.request]
+
+
+def most_blocks(*, context: int, num_blocks: int) -> int:
+    """Columns of a table of blocks that serves every request."""
+    return _aligned(min(-(-context // BLOCK_TOKENS), num_blocks))
+
 
 class Rows:
-    """What a step that only decodes reads, on the GPU, and a pinned copy from which it is sent at once.
+    """What a step that only decodes reads, on the GPU. Each step leaves there what the next one reads.
+
+    Args:
+        width: of the table of blocks.
 
     Attributes:
         tokens, lengths, ids: [slots] int32; lengths count the step's token, and are 0 for padding.
         blocks: [slots, width] int32.
     """
 
-    def __init__(self, slots: int, *, num_blocks: int, context: int, device: torch.device) -> None:
+    def __init__(self, slots: int, *, width: int, device: torch.device) -> None:
         slots = self._slots = _aligned(slots)
-        width = _aligned(min(-(-context // BLOCK_TOKENS), num_blocks))
         self._device = torch.zeros(slots * (2 + width), dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(slots * (2 + width), dtype=torch.int32, pin_memory=pinned)
+        self._host = np.zeros(slots * (2 + width), dtype=np.int32)
         self.tokens, self.lengths = self._device[:slots], self._device[slots : 2 * slots]
         self.blocks = self._device[2 * slots :].view(slots, width)
         self.ids = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._table = self._host[2 * slots :].view(slots, width)
+        self._table = self._host[2 * slots :].reshape(slots, width)
         self._owners: list[ScheduledRequest | None] = [None] * slots  # of the rows of the table
+        self._left: list[tuple[ScheduledRequest, int]] = []  # which token of each request the last step left
 
-    def set(self, spans: Sequence[Span]) -> None:
-        """Send what these spans of one token need. The last step must have ended."""
-        slots = self._slots
-        padding = [0] * (slots - len(spans))
-        tokens = [span.request.tokens[span.start] for span in spans] + padding
-        lengths = [span.stop for span in spans] + padding
-        self._host[: 2 * slots] = torch.tensor(tokens + lengths, dtype=torch.int32)
+    def set(self, spans: Sequence[Span], chosen: Chosen) -> bool:
+        """Send what these spans of one token need; True if `layers.carry` has to put tokens there."""
+        wanted = [(span.request, span.start) for span in spans]
+        there = wanted == self._left and all(start == len(request.tokens) for request, start in wanted)
+        self._left = [(request, start + 1) for request, start in wanted]
+        if there:
+            return False
+        slots, num = self._slots, len(spans)
+        self._host[: 2 * slots] = 0
+        self._host[:num] = [token_of(span, chosen) for span in spans]
+        self._host[slots : slots + num] = [span.stop for span in spans]
         changed = False
         for row, span in enumerate(spans):
             if self._owners[row] is not span.request:
                 # All of the request's, so that they change no more; its own are gone if it was cancelled.
                 blocks = span.request.blocks or span.blocks
-                self._table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+                self._table[row, : len(blocks)] = blocks
                 self._owners[row] = span.request
                 changed = True
         size = len(self._host) if changed else 2 * slots
-        self._device[:size].copy_(self._host[:size], non_blocking=True)
+        _send(self._host[:size], self._device[:size])
+        return bool(self._host[:num].min() < 0)
 
 
-@dataclass(frozen=True)
+class Sizes(NamedTuple):
+    """Of a step, or of all steps that one graph runs.
+
+    Attributes:
+        rows: tokens.
+        decoding: the first rows, which attend as requests that decode.
+        wanted: rows after which logits are wanted.
+        tiles: of `attention.prefill_attention`.
+        spans, blocks: of the table of blocks.
+    """
+
+    rows: int
+    decoding: int
+    wanted: int
+    tiles: int
+    spans: int
+    blocks: int
+
+
 class Sent:
-    """A step's numbers on the GPU, int32: see `Step`."""
+    """A step's numbers on the GPU, int32. Where a step is smaller, the rest is 0, and does nothing.
 
-    tokens: Tensor
-    lengths: Tensor
-    table_rows: Tensor
-    wanted: Tensor
-    tiles: Tensor
-    blocks: Tensor
+    Attributes:
+        tokens, lengths, table_rows: [rows]; lengths count a row's own token, and are 0 for padding.
+        decoding: [decoding] lengths, 0 for a row that does not decode.
+        wanted: [wanted] rows.
+        tiles: [tiles, 4].
+        blocks: [spans, blocks].
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        rows = (sizes.rows,)
+        shapes = [rows, rows, rows, (sizes.decoding,), (sizes.wanted,), (sizes.tiles, 4), sizes[-2:]]
+        ends = list(accumulate((_aligned(prod(shape)) for shape in shapes), initial=0))
+        self._flat = torch.zeros(ends[-1], dtype=torch.int32, device=device)
+        self._host = np.zeros(ends[-1], dtype=np.int32)
+        self._parts = [
+            self._host[start : start + prod(shape)].reshape(shape)
+            for (start, _), shape in zip(pairwise(ends), shapes, strict=True)
+        ]
+        (
+            self.tokens, self.lengths, self.table_rows, self.decoding, self.wanted, self.tiles, self.blocks,
+        ) = (
+            self._flat[start : start + prod(shape)].view(shape)
+            for (start, _), shape in zip(pairwise(ends), shapes, strict=True)
+        )  # fmt: skip
+
+    def send(self, step: "Step") -> None:
+        """By one copy from pinned memory. Steps that were sent before keep what they read."""
+        self._host.fill(0)
+        for place, part in zip(self._parts, step.parts, strict=True):
+            place[tuple(map(slice, part.shape))] = part
+        _send(self._host, self._flat)
 
 
 class Step:
-    """Rows of a step of any spans: those of one token first. One array, sent at once.
+    """Rows of a step of any spans: those of one token first.
 
     Args:
         tile: rows of a tile of `attention.prefill_attention`.
+        chosen: needed for spans whose token is not known yet.
+
+    Attributes:
+        parts: as in `Sent`, in its order; `decoding` has as many as decode.
+        sizes: the least that hold it.
+        num_scored: how many of the wanted rows are scored; they come first.
+        carries: tokens are to be put in place by `layers.carry`.
     """
 
-    def __init__(self, spans: Sequence[Span], *, tile: int) -> None:
+    def __init__(self, spans: Sequence[Span], *, tile: int, chosen: Chosen) -> None:
         ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
-        self.num_decoding = sum(span.stop - span.start == 1 for span in spans)
-        first, row = {}, 0
-        for span in ordered:
-            first[id(span)] = row
-            row += span.stop - span.start
-        sizes = [span.stop - span.start for span in ordered]
-        tokens = [token for span in ordered for token in span.request.tokens[span.start : span.stop]]
-        lengths = [np.arange(span.start + 1, span.stop + 1) for span in ordered]
-        table_rows = np.repeat(np.arange(len(ordered)), sizes)
+        num_tokens = [span.stop - span.start for span in ordered]
+        num_decoding = num_tokens.count(1)
+        starts = list(accumulate(num_tokens, initial=0))
+        first = dict(zip(map(id, ordered), starts, strict=False))
+        tokens = np.empty(starts[-1], dtype=np.int32)
+        for row, span in zip(starts, ordered[:num_decoding], strict=False):
+            tokens[row] = token_of(span, chosen)
+        for row, span in zip(starts[num_decoding:], ordered[num_decoding:], strict=False):
+            tokens[row : row + span.stop - span.start] = span.request.tokens[span.start : span.stop]
+        lengths = np.concatenate([np.arange(span.start + 1, span.stop + 1) for span in ordered])
         scored = [first[id(span)] + i for span in spans for i in range(span.num_scored)]
         sampled = [first[id(span)] + span.stop - span.start - 1 for span in spans if span.samples]
         long = [
-            (first[id(span)], span.start, span.stop, index)
-            for index, span in enumerate(ordered)
-            if span.stop - span.start > 1
+            (starts[index], span.start, span.stop, index)
+            for index, span in enumerate(ordered[num_decoding:], num_decoding)
         ]
-        width = _aligned(max(num_blocks(span.stop) for span in spans))
-        blocks = np.zeros((len(ordered), width), dtype=np.int32)
+        tiles = np.array(attention.prefill_tiles(long, rows=tile), dtype=np.int32).reshape(-1, 4)
+        blocks = np.zeros((len(spans), _aligned(max(num_blocks(span.stop) for span in spans))), np.int32)
         for index, span in enumerate(ordered):
             blocks[index, : len(span.blocks)] = span.blocks
+        wanted = np.array([*scored, *sampled], dtype=np.int32)
         self.num_scored = len(scored)
-        tiles = np.asarray(attention.prefill_tiles(long, rows=tile), dtype=np.int32).reshape(-1, 4)
-        self._parts = (tokens, np.concatenate(lengths), table_rows, [*scored, *sampled], tiles, blocks)
+        self.carries = bool(num_decoding and tokens[:num_decoding].min() < 0)
+        table_rows = np.repeat(np.arange(len(ordered)), num_tokens)
+        self.parts: tuple[np.ndarray, ...] = (
+            tokens,
+            lengths,
+            table_rows,
+            lengths[:num_decoding],
+            wanted,
+            tiles,
+            blocks,
+        )
+        self.sizes = Sizes(len(tokens), num_decoding, len(wanted), len(tiles), *blocks.shape)
 
-    def send(self, device: torch.device) -> Sent:
-        """By one copy from pinned memory."""
-        parts = [np.asarray(part, dtype=np.int32) for part in self._parts]
-        ends = list(accumulate(_aligned(part.size) for part in parts))
-        flat = np.zeros(ends[-1], dtype=np.int32)
-        for start, part in zip([0, *ends], parts, strict=False):
-            flat[start : start + part.size] = part.ravel()
-        host = torch.empty(len(flat), dtype=torch.int32, pin_memory=device.type == "cuda")
-        there = host.copy_(torch.tensor(flat)).to(device, non_blocking=True)
-        found = [there[start:] for start in [0, *ends[:-1]]]
-        return Sent(*(each[: part.size].view(part.shape) for each, part in zip(found, parts, strict=True)))
+
+def _send(values: np.ndarray, there: Tensor) -> None:
+    """Without a wait. The pinned copy is used for nothing else until it has been sent: torch sees to that."""
+    pinned = torch.empty(len(values), dtype=torch.int32, pin_memory=there.device.type == "cuda")
+    there.copy_(pinned.copy_(torch.tensor(values)), non_blocking=True)
 
 
 def _aligned(size: int) -> int:

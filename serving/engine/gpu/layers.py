@@ -155,6 +155,22 @@ def _pick_kernel(best, best_id, ids, tokens, lengths, num, TILE: tl.constexpr, P
         tl.store(lengths + row, length + (length > 0).to(tl.int32))
 
 
+def carry(tokens: Tensor, chosen: Tensor) -> Call:
+    """The launch that puts chosen tokens where `tokens` [M] int32 is -1 - the row of one.
+
+    chosen: [S] int32; BROKEN counts as token 0.
+    """
+    arguments = {"tokens": tokens, "chosen": chosen}
+    return Call(_carry_kernel, (len(tokens),), arguments, warps=1, stages=1)
+
+
+@jit
+def _carry_kernel(tokens, chosen):
+    token = tl.load(tokens + tl.program_id(0))
+    if token < 0:
+        tl.store(tokens + tl.program_id(0), tl.maximum(tl.load(chosen - 1 - token), 0))
+
+
 def add_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, out: Tensor, *, eps: float, pdl: bool = False
 ) -> Call:

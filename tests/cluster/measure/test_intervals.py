@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.measure.intervals import Interval, of_rate, of_ratio
+from cluster.measure.intervals import Interval, of_median, of_rate, of_ratio
 
 
 def test_of_three_runs_it_is_students_t_worked_by_hand():
@@ -106,3 +106,11 @@ def test_of_shares_of_ceilings_that_something_may_disturb_it_covers_the_truth_to
 def test_what_is_parity_within_a_tolerance():
     near, far = of_rate([1.0, 1.01, 0.99]), of_rate([2.0, 2.01, 1.99])
     assert near.within(0.1) and not far.within(0.1) and not of_rate([0.5, 2.0, 1.0]).within(0.1)
+
+
+def test_of_a_median_it_lies_between_the_values_of_the_sign_tests_table():
+    """The 95% values of the table are the second of 9 and 10, and the 40th of 100; five values show none."""
+    assert of_median([5.0, 1.0, 2.0, 4.0, 3.0]) == Interval(3.0, None, None)
+    assert of_median([float(value) for value in range(1, 11)]) == Interval(5.5, 2.0, 9.0)
+    assert of_median([float(value) for value in range(1, 101)]) == Interval(50.5, 40.0, 61.0)
+    assert of_median([1.0] * 3000).high == 1.0

@@ -25,7 +25,7 @@ from serving.engine.protocol import (
     Token,
 )
 from serving.engine.sampling import choose
-from serving.engine.scheduler import BLOCK_TOKENS, Scheduler, Span
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from serving.engine.torch_engine import TorchEngine
 from tests.properties import cases
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -55,7 +55,7 @@ class Remembering:
         for span in spans:
             for place in range(span.start, span.stop):
                 block = self._cache[span.blocks[place // BLOCK_TOKENS]]
-                block[place % BLOCK_TOKENS] = span.request.tokens[place]
+                block[place % BLOCK_TOKENS] = self._token(span, place)
             self._interrupt()
         logits = []
         for span in spans:
@@ -63,6 +63,9 @@ class Remembering:
                 logits.append(self._after(span))
                 self._interrupt()
         return torch.tensor(logits).view(-1, VOCABULARY)
+
+    def _token(self, span: Span, place: int) -> int:
+        return span.request.tokens[place]
 
     def _after(self, span: Span) -> list[float]:
         token = following([token for block in span.blocks for token in self._cache[block]][: span.stop])
@@ -77,26 +80,25 @@ class Ahead(Remembering):
 
     def __init__(self, interrupt: Callable[[], None]) -> None:
         super().__init__(interrupt)
-        self.num_ahead = 0
-        self._logits, self._chosen = torch.empty(0), list[int]()
+        self.num_ahead = 0  # tokens that the host did not know
+        self._logits = torch.empty(0)
+        self._sampling: list[ScheduledRequest] = []
+        self._chosen: dict[ScheduledRequest, int] = {}
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         self._logits = super().forward(spans)
+        self._sampling = [span.request for span in spans if span.samples]
         return self._logits
 
-    def again(self, spans: Sequence[Span]) -> torch.Tensor:
+    def _token(self, span: Span, place: int) -> int:
+        if place < len(span.request.tokens):
+            return super()._token(span, place)
         self.num_ahead += 1
-        rows = []
-        for span, token in zip(spans, self._chosen, strict=True):
-            self._cache[span.blocks[span.start // BLOCK_TOKENS]][span.start % BLOCK_TOKENS] = max(token, 0)
-            self._interrupt()
-            rows.append(self._after(span))
-        self._logits = torch.tensor(rows)
-        return self._logits
+        return max(self._chosen[span.request], 0)
 
     def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
         found = choose(self._logits, samplings, chances)
-        self._chosen = found[0]
+        self._chosen = dict(zip(self._sampling, found[0], strict=True))
 
         def read() -> tuple[list[int], list[Score | None]]:
             self._interrupt()
@@ -242,18 +244,21 @@ def test_cancels_at_any_moment_of_a_step_change_nothing_for_the_others(choices, 
     assert stats.cancelled == sum(client.cancelled for client in run.clients)
 
 
-def test_steps_begin_before_the_last_one_s_tokens_are_read_whenever_no_other_request_can_join():
+def test_every_step_begins_before_the_last_one_s_tokens_are_read():
+    """Also those in which a prompt joins, or a request has ended."""
     run = Interleaving(b"", ahead=True)
     decoder = run.engine._decoder
-    for prompt, max_tokens in ((3, 9), (4, 7)):
-        client = Client([prompt], max_tokens, lambda: None)
+    for prompt, max_tokens in ((1, 9), (1, 7), (75, 4)):
+        client = Client([3] * prompt, max_tokens, lambda: None)
         client.submit(run.engine)
         run.clients.append(client)
+        run.engine._step()  # begins one more, which the next request misses
+    assert [len(client.heard) for client in run.clients] == [3, 1, 0]
     run.run()
     for client in run.clients:
         client.check()
-    # All but the first, and the one after which the shorter ends, the first of the other alone.
-    assert run.engine.stats().steps == 9 and decoder.num_ahead == 7
+    # Every token but those that end a request is unknown when the step that takes it begins.
+    assert decoder.num_ahead == 8 + 6 + 3 and run.engine.stats().steps == 9
 
 
 def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(capfd):

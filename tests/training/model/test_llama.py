@@ -4,12 +4,14 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +42,7 @@ VARIANTS = {
 }
 
 
-def tiny(*, seed: int = 0, activation_checkpointing: bool = False, **changes: object) -> Llama:
+def tiny(*, seed: int = 0, activation_checkpointing: int = 0, **changes: object) -> Llama:
     model = Llama(resolve_tiny(**changes), activation_checkpointing=activation_checkpointing)
     initialize(model, seed=seed)
     return model
@@ -320,14 +322,16 @@ def test_no_token_sees_the_future() -> None:
 def test_activation_checkpointing_changes_nothing() -> None:
     inputs, targets = tokens(2, 32), tokens(2, 32, seed=1)
     losses, gradients = [], []
-    for activation_checkpointing in (False, True):
-        model = tiny(activation_checkpointing=activation_checkpointing)
-        loss = model(inputs, targets)
+    for activation_checkpointing in (0, 1, 2):
+        model = tiny(num_layers=3, activation_checkpointing=activation_checkpointing)
+        with patch("training.model.llama.checkpoint", wraps=checkpoint) as recomputed:
+            loss = model(inputs, targets)
+        assert recomputed.call_count == (activation_checkpointing and {1: 3, 2: 2}[activation_checkpointing])
         loss.backward()
         losses.append(loss.item())
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert losses[0] == losses[1]
-    assert all(map(torch.equal, *gradients))
+    assert losses[0] == losses[1] == losses[2]
+    assert all(map(torch.equal, *gradients[:2])) and all(map(torch.equal, *gradients[1:]))
 
 
 def test_a_kv_cache_through_the_seam_gives_the_same_logits() -> None:

@@ -57,7 +57,7 @@ def _peaks_of_steps(config: training_config.TrainConfig, accumulation: int) -> d
     tokens = torch.randint(shape.vocab_size, (batch.micro_sequences, batch.sequence_length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     with peaks(found):
-        model = Llama(shape, activation_checkpointing=config.model.activation_checkpointing)
+        model = Llama(shape, activation_checkpointing=config.model.recomputed_every)
         initialize(model, seed=1)
         engine, _, _ = build_deepspeed_engine(
             model, config, micro_batch=batch.micro_sequences, accumulation=accumulation

@@ -1,4 +1,4 @@
-"""Planned memory against autograd's count, the engine's tensors, and peaks on a CPU and on an H200."""
+"""Planned memory against autograd's count, the engine's tensors, and peaks on a CPU, an H100 and an H200."""
 
 import json
 from collections import Counter
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster import files
 from tests.commands import ROOT
+from tests.gpu.sweep import CHECKPOINTED
 from tests.ranks import spawn
 from tests.training.planner.peaks import peaks_of_steps
 from training import config as training_config
@@ -38,7 +40,17 @@ SMALL = (
     "batch.micro_sequences=2",
 )
 WITHIN = 0.10  # of every peak that was measured
-H200 = json.loads((ROOT / "tests/baselines/nvidia-h200_gpu.json").read_text())["blocks"]
+CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+
+
+def measured(block: str, column: str) -> list:
+    """(card, row) of every row of a block of the GPU kit that has this column, to parametrize with."""
+    found = []
+    for card in CARDS:
+        file = ROOT / f"tests/baselines/{files.slug(card)}_gpu.json"
+        rows = json.loads(file.read_text())["blocks"][block]["rows"]
+        found += [pytest.param(card, row, id=f"{card}: {row['case']}") for row in rows if column in row]
+    return found
 
 
 def saved_bytes(model: Llama, tokens: torch.Tensor) -> int:
@@ -138,6 +150,7 @@ ON_CPU = (
     ("zero.stage=2",),
     ("zero.stage=3",),
     ("zero.stage=1", "model.activation_checkpointing=true"),
+    ("zero.stage=1", "model.activation_checkpointing=true", "model.checkpoint_every=2"),
     ("zero.stage=1", "precision=fp32", "optim.matrix.rule=adamw"),
 )
 
@@ -158,25 +171,22 @@ def test_peaks_of_a_step_on_a_cpu_are_those_planned(number: int, on_cpu) -> None
     assert max(sums["backward"], sums["exchange"]) == pytest.approx(on_cpu[number]["backward"], rel=WITHIN)
 
 
-# --- peaks on an H200 ---------------------------------------------------------------------------------------
+# --- peaks on GPUs ------------------------------------------------------------------------------------------
 
 SHAPE = shapes.resolve("llama-1b4")
-FIRST_RESULT = ("model.compile=false", "model.loss_tokens=0")  # how block 3 trained, before these keys
 
 
 def alone(row) -> tuple[int, Form]:
-    """(micro-batch, form) of a row of block 5. The first result had chunks of 2048 tokens."""
-    layers, loss, micro, *checkpointed = row["case"].split(", ")
+    """(micro-batch, form) of a row of block 5. The H200's rows are of a time of chunks of 2048 tokens."""
+    layers, loss, micro, *rest = row["case"].split(", ")
+    every = next(n for n, name in CHECKPOINTED.items() if name == "".join(f", {each}" for each in rest))
     chunk = row.get("chunk_tokens", 2048) if loss == "loss chunked" else None
-    form = Form(2, layers == "compiled layers", checkpointing=bool(checkpointed), chunk_tokens=chunk)
+    form = Form(2, layers == "compiled layers", checkpointing=every, chunk_tokens=chunk)
     return int(micro.removeprefix("micro-batch ")), form
 
 
-ALONE = [row for row in H200["5"]["rows"] if "peak_allocated_gb" in row]
-
-
-@pytest.mark.parametrize("row", ALONE, ids=[row["case"] for row in ALONE])
-def test_peaks_of_forward_and_backward_on_an_h200_are_those_planned(row) -> None:
+@pytest.mark.parametrize(("card", "row"), measured("5", "peak_allocated_gb"))
+def test_peaks_of_forward_and_backward_on_gpus_are_those_planned(card, row) -> None:
     micro, form = alone(row)
     weights = 2 * SHAPE.num_parameters
     activations = activation_bytes(SHAPE, 2048 * micro, form, gradients=weights)
@@ -191,13 +201,7 @@ def on_one_gpu(*keys: str) -> TrainConfig:
     return training_config.load(file=Path(file), dotlist=[*alone, *keys])
 
 
-STEP_PEAKS = [row for row in H200["3"]["rows"] if row["case"].endswith("peak that torch allocated")]
-
-
-@pytest.mark.parametrize("row", STEP_PEAKS, ids=[row["case"] for row in STEP_PEAKS])
-def test_the_peak_of_a_training_step_on_an_h200_is_the_one_planned(row) -> None:
-    keys = row["keys"].split() if "keys" in row else FIRST_RESULT
-    planned = memory(on_one_gpu(*keys), SHAPE, num_workers=1).allocated
-    if "keys" not in row:  # then DeepSpeed kept every bf16 gradient beside its fp32 sum
-        planned += 2 * SHAPE.num_parameters
+@pytest.mark.parametrize(("card", "row"), measured("3", "planned_gb"))
+def test_the_peak_of_a_training_step_on_gpus_is_the_one_planned(card, row) -> None:
+    planned = memory(on_one_gpu(*row["keys"].split()), SHAPE, num_workers=1).allocated
     assert planned / 1e9 == pytest.approx(row["gb"], rel=WITHIN)

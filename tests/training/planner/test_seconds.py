@@ -1,4 +1,4 @@
-"""Planned seconds against those that an H200 took, and what the plan does without a measurement."""
+"""Planned seconds against those an H100 and an H200 took, and what the plan does without a measurement."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,28 @@ from pathlib import Path
 import pytest
 
 from cluster.measure import hardware
-from tests.training.planner.test_memory import FIRST_RESULT, H200, SHAPE, alone, on_one_gpu
+from tests.training.planner.test_memory import SHAPE, alone, measured, on_one_gpu
 from training.planner.memory import Form
 from training.planner.seconds import SHEET_PRODUCTS, micro_batch_seconds, rates_of, step_seconds
 
 WITHIN = 0.15  # of what was measured
+WITHIN_LAUNCHES = 0.35  # where starting kernels sets the pace: the plan does not know the host's speed
 DEVICE = hardware.lookup("NVIDIA H200")
 RATES = rates_of(DEVICE)
-TIMED = [row for row in H200["5"]["rows"] if "ms" in row]
 
 
-@pytest.mark.parametrize("row", TIMED, ids=[row["case"] for row in TIMED])
-def test_seconds_of_forward_and_backward_on_an_h200_are_those_planned(row) -> None:
+@pytest.mark.parametrize(("card", "row"), measured("5", "ms"))
+def test_seconds_of_forward_and_backward_on_gpus_are_those_planned(card, row) -> None:
     micro, form = alone(row)
-    planned = micro_batch_seconds(SHAPE, 2048 * micro, 2048, form, RATES)
-    assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=WITHIN)
+    planned = micro_batch_seconds(SHAPE, 2048 * micro, 2048, form, rates_of(hardware.lookup(card)))
+    within = WITHIN_LAUNCHES if planned["launches"] > 0.1 * sum(planned.values()) else WITHIN
+    assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=within)
 
 
-STEPS = [row for row in H200["3"]["rows"] if "tokens_per_second" in row]
-
-
-@pytest.mark.parametrize("row", STEPS, ids=[row["case"] for row in STEPS])
-def test_seconds_of_a_training_step_on_an_h200_are_those_planned(row) -> None:
-    keys = row["keys"].split() if "keys" in row else FIRST_RESULT
-    planned = step_seconds(on_one_gpu(*keys), SHAPE, RATES, num_workers=1)
+@pytest.mark.parametrize(("card", "row"), measured("3", "tokens_per_second"))
+def test_seconds_of_a_training_step_on_gpus_are_those_planned(card, row) -> None:
+    rates = rates_of(hardware.lookup(card))
+    planned = step_seconds(on_one_gpu(*row["keys"].split()), SHAPE, rates, num_workers=1)
     assert 1e3 * sum(planned.values()) == pytest.approx(row["ms"], rel=WITHIN)
     assert planned["matrix products"] == max(planned.values()) and planned["exchange"] == 0
 

@@ -64,7 +64,7 @@ def _count_one(traffic: Any, keys: tuple[str, ...], distance: int | None) -> flo
 
     config = training_config.load(dotlist=[*KEYS, *keys])
     plan = make_plan(config, num_workers=RANKS)
-    model = Llama(plan.shape, activation_checkpointing=config.model.activation_checkpointing)
+    model = Llama(plan.shape, activation_checkpointing=config.model.recomputed_every)
     initialize(model, seed=1)
     made = engines.deepspeed_config
 
