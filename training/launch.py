@@ -82,6 +82,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import STOP, prepare_run, sole_writer
+    from training.run.state.remote import Uploads
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent = Spent()
@@ -90,9 +91,11 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     if config.load_directory:
         config = replace(config, load=f"hf:{config.load_directory}")
     show(plan.table())
-    with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
+    with Progress(plan.num_steps) as progress, ExitStack() as owned:
+        owned.enter_context(sole_writer(config, report=progress.note))
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
+        owned.enter_context(Uploads(config, note=progress.note))
         if start is None:
             return
         with report_failure(config), ExitStack() as stack:
@@ -162,6 +165,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from training.run.context import start_of, torch_context
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
+    from training.run.state.remote import Uploads
     from training.run.watch import RunWatch, ShowRows
 
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
@@ -170,7 +174,9 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
         def prepare() -> "Start | None":  # by rank 0
             owned.enter_context(sole_writer(config, report=progress.note))
-            return prepare_run(config, plan, report=progress.note)
+            start = prepare_run(config, plan, report=progress.note)
+            owned.enter_context(Uploads(config, note=progress.note))
+            return start
 
         with spent.part("data"):
             start = ranks.on_main(prepare)

@@ -28,6 +28,8 @@ KINDS = {  # kind -> its level, and what it reports
     "restarted": (WARNING, "Ray started the workers again, from the newest checkpoint"),
     "worker_failed": (WARNING, "a worker ended with an error; Ray may start the workers again"),
     "checkpoint": (INFO, "a checkpoint was written"),
+    "uploaded": (INFO, "a checkpoint was sent to checkpoint.upload"),
+    "upload_failed": (WARNING, "a checkpoint could not be sent to checkpoint.upload; it is tried again"),
     "checkpoint_withheld": (WARNING, "a checkpoint was not written, because its numbers are not finite"),
     "checkpoint_damaged": (WARNING, "a checkpoint is half-written or damaged, and an older one is used"),
     "finished": (INFO, "the run took its last step"),

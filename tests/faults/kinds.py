@@ -177,6 +177,22 @@ def not_finite(story: Story) -> None:
         shutil.rmtree(story.run)
 
 
+def directory_lost(story: Story) -> None:
+    """Checkpoints are sent to a URL; the machine dies, its disk too: another one goes on from there."""
+    url = story.place.folder / "far" / story.place.name
+    story.keys = {"checkpoint__upload": f"file:{url}"}
+    row = story.rng.randrange(NUM_STEPS)
+    story.start(f"SIGKILL of all ranks after row {row}", meddle=at_row(story, row, kill_all))
+    shutil.rmtree(story.run)
+    there = complete_checkpoints(url / story.place.name / "checkpoints")
+    outcome = story.start("another machine")
+    story.require(outcome.done, f"exit codes {outcome.codes}")
+    newest = step_of(there[-1]) if there else 0
+    story.require(not newest or f"fetching step {newest}" in outcome.err, f"not from step {newest}")
+    steps = [step_of(path) for path in complete_checkpoints(url / story.place.name / "checkpoints")]
+    story.require(steps == story.steps, f"checkpoints there: {steps}, here: {story.steps}")
+
+
 def clock(story: Story) -> None:
     """The clock jumps, by up to a year."""
     rank, spec = story.point("call")
@@ -280,6 +296,7 @@ ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a rou
     ("checkpoints read-only", read_only, 1),
     ("bit flipped in a checkpoint", flipped_checkpoint, 2),
     ("bit flipped in the data", flipped_data, 1),
+    ("run directory lost", directory_lost, 1),
     ("gradients not finite", not_finite, 2),
     ("clock jump", clock, 1),
     ("out of memory", out_of_memory, 1),
