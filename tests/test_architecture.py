@@ -66,7 +66,7 @@ HOMES = {  # library or call -> the only modules that may use it
         "cluster.process",
         "cluster.head.keeper",
         "cluster.head.shell",
-        "cluster.record.watcher",
+        "cluster.heart.watcher",
     ),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),

@@ -3,7 +3,7 @@
     outputs/<run>/ranks/00003.json      how far rank 3 is, every BEAT_SECONDS
     outputs/<run>/ranks/00003.stacks    where its threads stood when the run hung
 
-`cluster.record.hang` writes them.
+`cluster.heart.hang` writes them.
 """
 
 import json

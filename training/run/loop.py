@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster import files
 from cluster.preflight.verdict import measured_tflops
-from cluster.record.hang import CHECKPOINT, EVALUATION, Heartbeat
+from cluster.heart.hang import CHECKPOINT, EVALUATION, Heartbeat
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.measure import hardware
-from cluster.record.hang import Heartbeat
+from cluster.heart.hang import Heartbeat
 from training.run.context import Context
 
 

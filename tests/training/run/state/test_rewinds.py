@@ -9,7 +9,7 @@ import pytest
 
 from cluster import files
 from cluster.record import events
-from cluster.record.hang import Heartbeat
+from cluster.heart.hang import Heartbeat
 from cluster.record.record import read_metrics
 from cluster.runs import complete_checkpoints
 from tests.commands import tiny, write_corpus

@@ -6,7 +6,7 @@ and reading. A checkpoint on its way to the disk has to grow, whatever the train
 
 The heartbeat threads see that. They write the stacks of all ranks, name the one that the others wait for, and
 end their processes: a thread that waits in a collective cannot be interrupted. If no thread of a rank runs,
-a process beside it (`cluster.record.watcher`) sees that. Then the launcher restarts the run, or ends it.
+a process beside it (`cluster.heart.watcher`) sees that. Then the launcher restarts the run, or ends it.
 """
 
 import faulthandler
@@ -23,7 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.record import heartbeat, watcher
+from cluster.heart import watcher
+from cluster.record import heartbeat
 from cluster.record.heartbeat import BEAT_SECONDS, FOLDER, GRACE_SECONDS, STEP_PARTS, Beat
 
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"  # parts whose progress is known more closely
@@ -182,9 +183,8 @@ class Heartbeat:
             if beat.write_quiet_seconds is not None
         ]
         least = self._hang_seconds / 2  # it came there later
-        return (mine and min(quiet, default=least) >= least) or (
-            writing and min(writes, default=least) >= least
-        )
+        all_wait, none_grows = (min(each, default=least) >= least for each in (quiet, writes))
+        return (mine and all_wait) or (writing and none_grows)
 
     def _all_beats(self) -> list[Beat]:
         return [beat for beat in heartbeat.read(self._directory) if beat.start == self._about["start"]]

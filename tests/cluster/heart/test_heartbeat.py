@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.record import events, hang, heartbeat
+from cluster.heart import hang
+from cluster.record import events, heartbeat
 from cluster.record.heartbeat import Beat
 from tests.commands import ROOT
 from tests.waiting import wait_until
@@ -19,7 +20,7 @@ from tests.waiting import wait_until
 RANK = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from cluster.record.hang import Heartbeat
+from cluster.heart.hang import Heartbeat
 from cluster.record.heartbeat import read
 
 folder, rank, world_size, hold = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

@@ -1,6 +1,6 @@
 """Watches a rank from outside: a small process that ends it if none of its Python threads runs any more.
 
-    python -IS cluster/record/watcher.py ...        what `Watcher` starts, beside each rank, on its node
+    python -IS cluster/heart/watcher.py ...        what `Watcher` starts, beside each rank, on its node
 
 A rank that is stopped (SIGSTOP), or stuck in native code that holds the interpreter's lock, cannot find that
 itself. Its heartbeat thread sends this process a byte every second or so, through a pipe.
