@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cluster import files
-from cluster.preflight.verdict import measured_tflops
 from cluster.heart.hang import CHECKPOINT, EVALUATION, Heartbeat
+from cluster.preflight.verdict import measured_tflops
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import files
 from cluster.cli import RunError, UserError
+from cluster.heart.hang import Heartbeat
 from cluster.masking import mask
 from cluster.record import events
-from cluster.heart.hang import Heartbeat
 from cluster.record.provenance import commit_environment
 from cluster.session import ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig

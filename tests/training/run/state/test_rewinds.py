@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cluster import files
-from cluster.record import events
 from cluster.heart.hang import Heartbeat
+from cluster.record import events
 from cluster.record.record import read_metrics
 from cluster.runs import complete_checkpoints
 from tests.commands import tiny, write_corpus
