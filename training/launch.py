@@ -82,6 +82,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import STOP, prepare_run, sole_writer
+    from training.run.state.gauges import Gauges
     from training.run.state.remote import Uploads
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
@@ -105,6 +106,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
+            stack.enter_context(Gauges(config))
 
             ask = (config.run_directory / STOP).touch
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own

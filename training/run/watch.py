@@ -53,7 +53,7 @@ class ShowRows:
         self._progress.update(row)
 
 
-class _Background:
+class Background:
     """`run` in a thread for the length of a `with` block; it returns once `stop` is set."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Background:
         self._thread.join()
 
 
-class RunWatch(_Background):
+class RunWatch(Background):
     """Raises the alarms that the loop cannot raise itself (`cluster.record.alarms`), and shows all alarms.
 
     Args:
@@ -125,7 +125,7 @@ class RunWatch(_Background):
                 self._note(events.describe(event))
 
 
-class NodeWatch(_Background):
+class NodeWatch(Background):
     """Reports which nodes are lost or have joined while a run is going, and what the run does about it."""
 
     POLL_SECONDS = 2.0
@@ -160,7 +160,7 @@ class NodeWatch(_Background):
         return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-class Follower(_Background):
+class Follower(Background):
     """Shows the rows of `metrics.jsonl` while the workers write it, from the step after `first_step` on.
 
     When Ray restarts the workers, the record goes back to their checkpoint; this reports it and follows.
