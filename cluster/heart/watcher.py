@@ -3,7 +3,8 @@
     python -IS cluster/heart/watcher.py ...        what `Watcher` starts, beside each rank, on its node
 
 A rank that is stopped (SIGSTOP), or stuck in native code that holds the interpreter's lock, cannot find that
-itself. Its heartbeat thread sends this process a byte every second or so, through a pipe.
+itself. Its heartbeat thread sends this process a byte every second or so, through a pipe. Nor can a rank
+that the kernel kills for want of memory say so.
 """
 
 import faulthandler
@@ -27,6 +28,11 @@ from cluster.record import events, heartbeat
 STACKS_SIGNAL = signal.SIGUSR2  # on which a rank writes its stacks, even while native code holds the lock
 ENDS_SECONDS = heartbeat.GRACE_SECONDS + 3.0  # in which a rank that was stopped, and runs again, ends itself
 STUCK_SECONDS = 2.0  # the same of one that was not stopped
+GOOD_BYE = b"x"  # before a rank closes its pipe
+MEMORY = (
+    "lower batch.micro_sequences, set model.activation_checkpointing=true, raise zero.stage, set "
+    "checkpoint.background=false (no copy of the state), or give the machine or container more memory"
+)
 
 
 class Watcher:
@@ -55,18 +61,20 @@ class Watcher:
 
     def close(self) -> None:
         """End the watching."""
+        with suppress(OSError):
+            os.write(self._pipe, GOOD_BYE)
         self._process.communicate()
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._stacks)
 
 
-def report(directory: Path, text: str, *, final: bool, step: int) -> None:
-    """Append the events that a worker hangs. One process reports it.
+def report(directory: Path, text: str, *, final: bool, step: int, kind: str = "hung") -> None:
+    """Append the events that a worker hangs, or another `kind` of end. One process reports it.
 
     final: that ends the run, and not only this worker, which may be started again.
     """
     since = (*events.STARTS, *events.WORKERS)
-    events.append_first(directory, "hung", text, among=("hung",), since=since, step=step)
+    events.append_first(directory, kind, text, among=(kind,), since=since, step=step)
     if final:
         events.end(directory, "failed", text, step=step)
     else:
@@ -81,15 +89,19 @@ class _Rank:
     ) -> None:
         self._directory, self._rank, self._start = Path(directory), rank, start
         self._seconds, self._final, self._stacks = seconds, final, stacks
-        self._process = os.getppid()
+        self._process, self._kills = os.getppid(), _kills()
 
     def watch(self) -> None:
         """Until the rank closes its pipe or has ended; or end it."""
         poll_seconds = min(1.0, self._seconds / 4)
         quiet, before = 0.0, time.monotonic()
-        while self._lives():
+        while True:
             ready, _, _ = select.select([0], [], [], poll_seconds)
-            if ready and not os.read(0, 4096):
+            read = os.read(0, 4096) if ready else b""
+            if GOOD_BYE in read:
+                return
+            if (ready and not read) or not self._lives():
+                self._died()
                 return
             now = time.monotonic()
             # the whole machine may have stood still: only the time in which this process looked counts
@@ -98,6 +110,16 @@ class _Rank:
             if quiet > self._seconds:
                 self._end(quiet)
                 return
+
+    def _died(self) -> None:
+        """Report the end of the rank if the kernel has just killed a process for its memory."""
+        if _kills() == self._kills:
+            return
+        beats = [beat for beat in heartbeat.read(self._directory) if beat.rank == self._rank]
+        text = heartbeat.describe_killed(beats, rank=self._rank, remedy=MEMORY)
+        step = beats[0].step if beats else 0
+        report(self._directory, text, final=self._final, step=step, kind="out_of_memory")
+        os.write(2, f"error: {text}\n".encode())
 
     def _lives(self) -> bool:
         return os.getppid() == self._process
@@ -127,6 +149,14 @@ class _Rank:
     def _kill(self) -> None:
         if self._lives():
             os.kill(self._process, signal.SIGKILL)
+
+
+def _kills() -> int:
+    """How many processes the kernel here has killed for want of memory; 0 where that is not known."""
+    with suppress(OSError, ValueError):
+        words = Path("/proc/vmstat").read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+    return 0
 
 
 if __name__ == "__main__":

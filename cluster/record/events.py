@@ -44,6 +44,7 @@ KINDS = {  # kind -> its level, and what it reports
     "no_progress": (ERROR, "neither a line of metrics.jsonl nor a checkpoint for some minutes"),
     "progress": (INFO, "the run moves again after no_progress"),
     "hung": (ERROR, "a worker made no progress, and the run, or this start of its workers, was ended"),
+    "out_of_memory": (ERROR, "the kernel killed a worker, because there was no memory left"),
     "straggler": (WARNING, "the forward pass of a rank takes much longer than the others'"),
     "node_lost": (ERROR, "a node left Ray while the run was going"),
     "node_joined": (INFO, "a node joined Ray while the run was going"),

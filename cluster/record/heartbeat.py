@@ -120,6 +120,15 @@ def describe_stuck(directory: Path, beats: list[Beat], *, rank: int, seconds: fl
     return f"{name} stood still: no Python thread of it ran for {seconds:.0f} s{place}{_remedy(directory)}"
 
 
+def describe_killed(beats: list[Beat], *, rank: int, remedy: str) -> str:
+    """One sentence about a rank that the kernel killed. beats: its own, if it has one."""
+    name, place = (_names(beats), f", in {beats[0].place}") if beats else (f"rank {rank}", "")
+    return (
+        f"{name} was killed by the kernel: out of memory{place}; {remedy}; the same command resumes the run "
+        "from its newest checkpoint"
+    )
+
+
 def _remedy(directory: Path) -> str:
     return (
         f"; the stacks of the ranks are in {directory / FOLDER}; the same command resumes the run "

@@ -144,6 +144,18 @@ def use_up_memory(_spec: dict[str, Any], _run: Path) -> None:
     torch.empty(1 << 60, dtype=torch.uint8)
 
 
+def use_up_cgroup(spec: dict[str, Any], _run: Path) -> None:
+    """The kernel kills this process: its control group has no memory left. Who started this removes that."""
+    group = Path(spec["cgroup"])
+    group.mkdir()
+    limit = group / "memory.limit_in_bytes"  # of version 1
+    (limit if limit.exists() else group / "memory.max").write_text(str(64 << 20))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    taken = []
+    while True:
+        taken.append(b"x" * (16 << 20))
+
+
 def make_gradients_nan(_spec: dict[str, Any], _run: Path) -> None:
     """Each gradient from now on is NaN."""
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -177,7 +189,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 FAULTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "count": nothing, "kill": kill, "terminate": terminate, "stand still": stand_still, "stop": stop,
-    "read-only": read_only, "memory": use_up_memory, "nan": make_gradients_nan, "clock": move_clock,
-    "file size": limit_files,
+    "read-only": read_only, "memory": use_up_memory, "cgroup": use_up_cgroup,
+    "nan": make_gradients_nan, "clock": move_clock, "file size": limit_files,
     "node": lose_node,
 }  # fmt: skip

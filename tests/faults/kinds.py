@@ -21,6 +21,8 @@ from tests.faults.runs import NUM_STEPS, Outcome, Place, start
 from tests.test_secrets import CANARIES
 from training.run.checkpoint import step_of
 
+CGROUPS = Path("/sys/fs/cgroup/memory")  # version 1; of version 2 it is the folder around
+CGROUPS = CGROUPS if CGROUPS.is_dir() else CGROUPS.parent
 Counts = list[dict[str, int]]  # rank -> group -> events of an undisturbed run
 
 
@@ -210,6 +212,20 @@ def out_of_memory(story: Story) -> None:
     story.fails(outcome, "out of memory", "batch.micro_sequences")
 
 
+def killed_for_memory(story: Story) -> None:
+    """The kernel kills a rank, because its container has no memory left: the message says so, and where."""
+    rank, spec = story.point("call", share=0.9)
+    group = CGROUPS / f"faults-{os.getpid()}-{story.place.name}"
+    fault = {"fault": "cgroup", "cgroup": str(group), **spec}
+    outcome = story.start(f"rank {rank} killed for memory at call {spec['at']}", specs={rank: fault})
+    group.rmdir()
+    story.require(outcome.codes[rank] == -9, f"exit codes {outcome.codes}")
+    found = [event["text"] for event in events.read(story.run) if event["kind"] == "out_of_memory"]
+    story.require(len(found) == 1, f"{len(found)} events out_of_memory")
+    for words in (f"rank {rank} (", "killed by the kernel: out of memory", "batch.micro_sequences"):
+        story.require(words in "".join(found) and words in outcome.err, f"{words!r} is not said")
+
+
 def hung(story: Story, *, how: str, group: str = "call") -> None:
     """A rank makes no progress any more: it is named, the stacks are there, and the run fails."""
     rank, spec = story.point(group, share=0.9)
@@ -282,7 +298,7 @@ def unmount(folder: Path) -> None:
 
 
 Kind = Callable[[Story], None]
-AS_ROOT = (disk_full, read_only)
+AS_ROOT = (disk_full, read_only, killed_for_memory)
 ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a round
     ("SIGKILL in a step", partial(killed, group="call"), 6),
     ("SIGKILL in the exchange", partial(killed, group="exchange"), 4),
@@ -300,6 +316,7 @@ ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a rou
     ("gradients not finite", not_finite, 2),
     ("clock jump", clock, 1),
     ("out of memory", out_of_memory, 1),
+    ("killed for memory", killed_for_memory, 1),
     ("hung worker", partial(hung, how="stand still"), 2),
     ("hung in a checkpoint's write", partial(hung, how="stand still", group="tensors"), 1),
     ("hung while the group forms", partial(hung, how="stop", group="group"), 1),

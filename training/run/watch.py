@@ -360,7 +360,7 @@ class Skips:
         """
         problem = None
         tensors = (tensor for *_, named in optimizer.shards() for tensor in named.values())
-        if not all(context.gather(all(map(_is_finite, tensors)))):
+        if not all(context.gather(all(map(is_finite, tensors)))):
             problem = "weights or optimizer state are not finite"
         elif final is None and self.in_a_row:  # it may be about to diverge
             problem = f"the gradient was not finite in the last {self.in_a_row} steps"
@@ -374,6 +374,6 @@ class Skips:
         return problem is None
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all elements are. A sum takes less time; it may overflow, but it misses nothing."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

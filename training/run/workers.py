@@ -18,6 +18,7 @@ from training.config import TrainConfig, WorkersConfig
 if TYPE_CHECKING:
     from training.run.context import Ranks
 
+TOLD = ("hung", "out_of_memory")  # events that say more than the worker's own end
 LOST = "another rank is gone"  # in the message of a rank that fails because of that
 
 
@@ -129,17 +130,18 @@ def _each(workers: WorkersConfig) -> dict[str, float]:
 def _reason(error: Any, directory: Path) -> str:
     """Why the workers ended; the whole story goes into `directory`/failure.log.
 
-    That is the sentence about a hang, or the message of the first worker that failed by itself, and not
-    because another one was gone. Secrets are masked in both. Only the owner reads the log: an exception may
-    say what no mask recognises.
+    That is the sentence about a hang or a kill for memory, or the message of the first worker that failed by
+    itself, and not because another one was gone. Secrets are masked in both. Only the owner reads the log: an
+    exception may say what no mask recognises.
     """
     failures = getattr(error, "worker_failures", {})
     causes = [failures[rank] for rank in sorted(failures)] or [error]
     story = mask("\n".join(f"--- {cause!r}\n{cause}" for cause in causes))
     files.write_text(directory / "failure.log", f"{story}\n", mode=0o600)
     found = events.read(directory)
-    if events.newest(found, ("hung", *events.STARTS, *events.WORKERS)) == "hung":
-        return str(next(event["text"] for event in reversed(found) if event["kind"] == "hung"))
+    newest = events.newest(found, (*TOLD, *events.STARTS, *events.WORKERS))
+    if newest in TOLD:
+        return str(next(event["text"] for event in reversed(found) if event["kind"] == newest))
     causes.sort(key=lambda cause: LOST in str(cause) or "ActorDiedError" in repr(cause))
     lines = [line.strip() for line in mask(str(causes[0])).splitlines() if line.strip()]
     return lines[-1] if lines else mask(repr(causes[0]))
