@@ -8,7 +8,8 @@ Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
 
 With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 20n³. A product of two
 polynomials of A is symmetric but for its rounding; in fp32, and in fp16 on a GPU, half of it is computed too:
-6n²m + 14n³. `_multiply_polynomials` in optim/polar.py says why not in bf16.
+6n²m + 14n³. `_multiply_polynomials` in optim/polar.py says why not in bf16. The compiled step in fp32
+(optim/kernels/native.cpp) has no restart and multiplies X once: 4n²m + 34n³, with halves 3n²m + 17n³.
 """
 
 NUM_ITERATIONS = 5
@@ -27,16 +28,21 @@ def uses_gram(rows: int, cols: int) -> bool:
     return long > GRAM_ASPECT * short
 
 
-def orthogonalize_flops(rows: int, cols: int, *, symmetric: bool = False, polynomials: bool = False) -> int:
+def orthogonalize_flops(
+    rows: int, cols: int, *, symmetric: bool = False, polynomials: bool = False, restart: bool = True
+) -> int:
     """FLOPs to orthogonalise one matrix.
 
     Args:
         symmetric: symmetric products cost half (optim/kernels/gpu.py, optim/kernels/native.cpp).
         polynomials: so do products of two polynomials of the Gram matrix; only with `symmetric`.
+        restart: the Gram form starts again after GRAM_RESTART iterations.
     """
     short, long = sorted((rows, cols))
     square, cube = short * short * long, short**3
     if uses_gram(rows, cols):
+        if not restart:
+            return 3 * square + 17 * cube if symmetric and polynomials else 4 * square + 34 * cube
         halved = 6 * square + (14 if polynomials else 20) * cube
         return halved if symmetric else 8 * square + 28 * cube
     return 15 * square + 5 * cube if symmetric else 20 * square + 10 * cube

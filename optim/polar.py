@@ -6,7 +6,8 @@ as + bs³ + cs⁵ and leaves the singular vectors alone. A method is its list of
 A matrix with one side much shorter gets the Gram form: every iteration multiplies X by a polynomial of A, so
 these polynomials are multiplied with each other first, n x n, and with X only once. In half precision that
 alone explodes (to singular values of 75 on a 1/i spectrum): after GRAM_RESTART
-iterations X is multiplied out and A taken anew. There is no key to turn the restart off.
+iterations X is multiplied out and A taken anew. There is no key to turn the restart off. The compiled step
+has no restart where its products are fp32 (optim/kernels/native.cpp).
 https://github.com/Dao-AILab/gram-newton-schulz
 
 On a GPU the matrices of a batch are iterated some at a time, so that what lives only during the iteration

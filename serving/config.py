@@ -19,7 +19,7 @@ WEIGHTS = ("checkpoint", "random")
 class ModelConfig:
     path: str = key(
         "newest",
-        "a Hugging Face LLaMA directory; a run's name or directory, exported if needed; or 'newest'",
+        "a Hugging Face LLaMA or Qwen3 directory; a run's name or directory, exported if needed; or 'newest'",
     )
     shape: str | None = key(None, "weights=random: a name from training/model/shapes.py, or a config.json")
     weights: str = key(

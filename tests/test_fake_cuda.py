@@ -30,6 +30,7 @@ from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, 
 from tests.fake_cuda import fake_cuda
 from tests.optim.step.fused_cases import PARAMETERS, RULES, numel
 from tests.optim.step.test_fused import NUM_MATRICES
+from training.model import attention
 from training.model.llama import Llama
 from training.model.shapes import LlamaShape
 from training.run.batches import send
@@ -108,6 +109,18 @@ def test_the_training_forward_asks_nothing_of_the_host(checkpointing, loss_token
         traffic.counts.clear()
         loss = model(tokens, tokens)
         assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
+        assert traffic.counts == {}
+
+
+@pytest.mark.parametrize("reason", [None, "as in fp32"])
+def test_neither_does_attention_within_documents(reason):
+    """By flash attention over pieces, and by a mask. How many documents there are, only the GPU knows."""
+    with fake_cuda() as traffic, patch.object(attention, "varlen_unsupported", lambda *_: reason):
+        model = make_model()
+        tokens = torch.empty(2, 16, dtype=torch.int64, device=CUDA)
+        starts = torch.empty(7, dtype=torch.int32, device=CUDA)
+        traffic.counts.clear()
+        assert model(tokens, tokens, starts).requires_grad
         assert traffic.counts == {}
 
 

@@ -48,7 +48,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     shape: str = key(
-        "llama-5m", "a name from training/model/shapes.py, or a Hugging Face LLaMA directory's config.json"
+        "llama-5m", "a name from training/model/shapes.py, or a Hugging Face LLaMA or Qwen3 config.json"
     )
     num_layers: int | None = key(None, "replaces the shape's number of layers")
     hidden_size: int | None = key(None, "replaces the shape's hidden size")
@@ -56,6 +56,7 @@ class ModelConfig:
     num_heads: int | None = key(None, "replaces the shape's number of query heads")
     num_kv_heads: int | None = key(None, "replaces the shape's number of key and value heads")
     vocab_size: int | None = key(None, "replaces the shape's vocabulary")
+    qk_norm: bool | None = key(None, "normalise each head's queries and keys, as Qwen3; default: the shape's")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
     checkpoint_every: int = key(
         1, "with activation_checkpointing: recompute only every so many layers, from the first", least=1
@@ -76,6 +77,9 @@ class BatchConfig:
     tokens: int = key(4096, "tokens per optimizer step, over all workers", least=1)
     sequence_length: int = key(256, "tokens per sequence", least=1)
     micro_sequences: int = key(4, "sequences per worker and forward pass; sets the accumulation", least=1)
+    document_masks: bool = key(
+        False, "in a sequence of several documents no token sees another document; in validation too"
+    )
 
 
 @dataclass(frozen=True)
@@ -387,7 +391,7 @@ class TrainConfig:
     )
     load: str | None = key(
         None,
-        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA directory",
+        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA or Qwen3 directory",
         pattern=(r"hf:.+", "must be hf:DIR"),
     )
     run: RunConfig = key(RunConfig, "")

@@ -203,14 +203,20 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
     """What must stay the same for a run to be resumed: key or name -> value, JSON-ready.
 
     The rest may change between the start of a run and its resumption: workers, ZeRO stage, learning rates.
+    What is younger than some checkpoints is named only if it is on.
     """
+    model = asdict(plan.shape)
+    if not plan.shape.qk_norm:
+        del model["qk_norm"]
+    masked = {"batch.document_masks": True} if config.batch.document_masks else {}
     return {
         "data fingerprint": fingerprint,
         "run.seed": config.run.seed,
         "batch.tokens": config.batch.tokens,
         "batch.sequence_length": config.batch.sequence_length,
         "optim.matrix.rule": config.optim.matrix.rule,
-        "model": asdict(plan.shape),
+        "model": model,
+        **masked,
     }
 
 

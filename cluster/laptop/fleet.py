@@ -191,6 +191,8 @@ def _wait(
                     report(f"{node}: {' '.join(filter(None, current))}")
             if state["state"] == JOINED:
                 continue
+            if node != site.head and states.get(site.head, {}).get("state") in BUSY:
+                active[node] = time.monotonic()  # workers wait for the head, which may install for minutes
             lasted = answer["now"] - state["since"]
             if node in refusals and state["state"] not in BUSY:
                 problems[node] = refusals[node]

@@ -377,11 +377,6 @@ def _indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def shell(script: str) -> str:
-    """The script as one command for bash. Not a login shell, whose profile may print."""
-    return f"bash -c {shlex.quote(script)}"
-
-
 def main() -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
     parser = argparse.ArgumentParser(

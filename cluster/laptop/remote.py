@@ -27,9 +27,10 @@ from typing import Any, BinaryIO
 from cluster import cli, process
 from cluster.cli import RunError, UserError
 from cluster.head import answers
+from cluster.head.shell import BEGIN, PastGreeting, login_command, not_run
 from cluster.laptop import inventory
 from cluster.laptop.fleet import ask, head_script, note
-from cluster.laptop.inventory import Inventory, shell
+from cluster.laptop.inventory import Inventory
 from cluster.laptop.package import Package, pack
 from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
 from cluster.record.provenance import commit_environment
@@ -164,7 +165,7 @@ def _stream(site: Inventory, run_id: str, log: BinaryIO | None) -> int:
 
     while True:
         script = head_script(site, "follow", run_id, str(offset))
-        code, said = _copy([*head.arguments(), shell(script)], write, on_attached=outage.end)
+        code, said = _copy([*head.arguments(), login_command(script)], write, on_attached=outage.end)
         if code == answers.REFUSED:
             raise RunError(said.splitlines()[-1] if said else "the head refuses")
         if code != TRANSPORT:
@@ -187,25 +188,31 @@ def _copy(
         stderr=subprocess.PIPE,
     )
     assert child.stdout is not None and child.stderr is not None
-    errors, said = child.stderr, []
+    errors = child.stderr
+    said: list[str] = []
 
     def listen() -> None:
         for line in errors:
             text = line.decode(errors="replace").strip()
             if text == answers.ATTACHED:
                 on_attached()
+            elif text.endswith(BEGIN):  # what came before is the login's
+                said.clear()
             else:
                 said.append(text)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
+    pass_on = PastGreeting(write)
     try:
         while chunk := os.read(child.stdout.fileno(), 1 << 16):
-            write(chunk)
+            pass_on(chunk)
         code = child.wait()
         listener.join()
     finally:
         child.kill()
+    if code != TRANSPORT and pass_on.greeting is not None:
+        raise RunError(not_run(pass_on.greeting))
     return code, "\n".join(said)
 
 

@@ -5,6 +5,9 @@ The first `make up` pins each node's host key in ~/.asuncion/NAME/known_hosts; f
 error. The private key stays on the laptop: there is no agent forwarding either.
 """
 
+import hashlib
+import os
+import re
 import shlex
 import subprocess
 import time
@@ -12,8 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from cluster import private
 from cluster.cli import RunError
-from cluster.laptop.inventory import Inventory, shell
+from cluster.head.shell import BEGIN, PLAIN, after_greeting, login_command, not_run, quiet_rsync
+from cluster.laptop.inventory import Inventory
 
 CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only lengthen the gaps
 ALIVE_SECONDS, ALIVE_COUNT = 3, 3  # a dead link is noticed after 9 s
@@ -21,6 +26,11 @@ PERSIST_SECONDS = 900  # for which the connection outlives the last command
 RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
 T = TypeVar("T")
 
+# what ssh says of a file of the user's that it does not read, by line and option
+CONFIGURATION = re.compile(
+    r"Bad owner or permissions on .*|Bad configuration option.*|terminating, \d+ bad configuration options|"
+    r"[^\n]*line \d+: [^\n]*",
+)
 TRANSPORT = 255  # ssh's own exit code, for all that is not the remote command's
 
 
@@ -80,21 +90,17 @@ class Ssh:
         inventory, home = self._inventory, self._inventory.home
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         options = {
-            "BatchMode": "yes",  # nothing may ask
+            **PLAIN,
             "IdentityFile": str(Path(inventory.ssh.key).expanduser()),
-            "ForwardAgent": "no",
             "StrictHostKeyChecking": "accept-new" if self._pin else "yes",
             "UserKnownHostsFile": str(home / "known_hosts"),
-            "GlobalKnownHostsFile": "/dev/null",
             "HashKnownHosts": "no",  # the head is given the workers' lines
-            "UpdateHostKeys": "no",
             "ConnectTimeout": str(CONNECT_SECONDS),
             "ServerAliveInterval": str(ALIVE_SECONDS),
             "ServerAliveCountMax": str(ALIVE_COUNT),
             "ControlMaster": "auto",
-            "ControlPath": str(home / "%C"),
+            "ControlPath": f"{_sockets(home)}/%C",
             "ControlPersist": str(PERSIST_SECONDS),
-            "LogLevel": "ERROR",
         }
         return [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
 
@@ -112,28 +118,34 @@ class Ssh:
         """
         try:
             done = subprocess.run(
-                [*self.arguments(), shell(script)], input=given, capture_output=True, timeout=timeout
+                [*self.arguments(), login_command(script)], input=given, capture_output=True, timeout=timeout
             )
         except subprocess.TimeoutExpired as error:
             raise LinkError(f"{self.address}: no answer within {timeout:g} s") from error
         except FileNotFoundError as error:
             raise NodeError("ssh: no such command; install the OpenSSH client on this machine") from error
-        said = done.stderr.decode(errors="replace").strip()
+        said = done.stderr.decode(errors="replace").rpartition(f"{BEGIN}\n")[2].strip()
         if done.returncode == TRANSPORT:
             raise self.explain(said)
+        if (answer := after_greeting(done.stdout)) is None:
+            raise NodeError(f"{self.address}: {not_run(done.stdout + done.stderr)}")
         if done.returncode:
-            output = said or done.stdout.decode(errors="replace").strip()
+            output = said or answer.decode(errors="replace").strip()
             last = output.splitlines()[-1] if output else "no output"
             raise CommandError(
                 f"{self.address}: {last} (exit code {done.returncode})", code=done.returncode, output=output
             )
-        return done.stdout
+        return answer
 
     def explain(self, said: str) -> RunError:
         """The error behind ssh's message when it ended with its own exit code."""
         inventory, node = self._inventory, self.address
         through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
-        if "Permission denied" in said:
+        if "Permission denied" in said and _has_passphrase(key := Path(inventory.ssh.key).expanduser()):
+            return NodeError(
+                f"{node}: the key {key} has a passphrase, and no agent holds it: `ssh-add {key}`"
+            )
+        if "Permission denied" in said or "Too many authentication failures" in said:
             return NodeError(
                 f"{node}: refuses the key {inventory.ssh.key} for user {self.user}; set ssh.user and ssh.key "
                 f"in the inventory, or `ssh-copy-id {through}-i {inventory.ssh.key} {self.user}@{self.host}`"
@@ -152,7 +164,37 @@ class Ssh:
             return NodeError(f"{node}: no such host; check the address in the inventory")
         if "no such identity" in said.lower() or "invalid format" in said:
             return NodeError(f"{inventory.ssh.key}: cannot be used as a key; set ssh.key in the inventory")
+        if "UNPROTECTED PRIVATE KEY" in said:
+            return NodeError(
+                f"{node}: ssh refuses {inventory.ssh.key}, which others can read: `chmod 600` it"
+            )
+        if "administratively prohibited" in said:
+            return NodeError(
+                f"{node}: sshd on {inventory.head} forbids forwarding, by which the workers are reached; "
+                f"its administrator can set `AllowTcpForwarding yes` for {self.user}"
+            )
+        if refusal := CONFIGURATION.search(said):
+            return NodeError(f"{node}: ssh here refuses its configuration: {refusal[0]}; see ~/.ssh/config")
         return LinkError(f"{node}: {said.splitlines()[-1] if said else 'the connection broke'}")
+
+
+def _has_passphrase(key: Path) -> bool:
+    """Whether the private key is there, and cannot be used without a passphrase."""
+    if not key.exists():
+        return False
+    done = subprocess.run(["ssh-keygen", "-y", "-P", "", "-f", key], capture_output=True, text=True)
+    return "incorrect passphrase" in done.stderr
+
+
+def _sockets(home: Path) -> Path:
+    """The folder of this cluster's sockets, short: their paths may have 104 bytes (macOS)."""
+    folder = Path(f"/tmp/asuncion-{os.getuid()}/{hashlib.sha256(bytes(home)).hexdigest()[:8]}")
+    try:
+        private.make_folder(folder.parent)
+        private.make_folder(folder)
+    except PermissionError as error:
+        raise NodeError(f"{error.filename}: {error.strerror}") from error
+    return folder
 
 
 class Outage:
@@ -206,7 +248,6 @@ def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> li
 
     Only differences travel, and a file that broke off goes on where it stopped.
     """
-    remote = shlex.join(["ssh", *node.options()])
     return [
         *(
             "rsync",
@@ -215,9 +256,8 @@ def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> li
             "--compress",
             "--partial-dir=.rsync-partial",
             "--stats",
-            "-e",
-            remote,
         ),
+        *quiet_rsync(["ssh", *node.options()]),
         *(f"--exclude={name}" for name in exclude),
         *(f"{node.user}@{node.host}:{source.rstrip('/')}/", f"{target}/"),
     ]

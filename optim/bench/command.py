@@ -232,8 +232,11 @@ def ceiling(
 
     dtype: "bf16" or "fp32", what products are computed in there, and the ceiling was.
     """
-    halved = gpu or dtype == "fp32"
-    flops = sum(orthogonalize_flops(*shape, symmetric=True, polynomials=halved) for shape in shapes)
+    fp32 = dtype == "fp32"
+    flops = sum(
+        orthogonalize_flops(*shape, symmetric=True, polynomials=gpu or fp32, restart=not fp32)
+        for shape in shapes
+    )
     floor = flops / (gflops * 1e9)
     print(f"ceiling: {gflops:.0f} GFLOP/s in {dtype} products of these shapes, {where}")
     work = f"{flops / 1e9:.1f} GFLOP, symmetric products at half their cost"

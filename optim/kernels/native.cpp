@@ -17,8 +17,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "simd.h"
 
@@ -30,7 +30,8 @@ constexpr long KEPT = PAIRS * PARTS;  // Scalars of a row of a tile
 constexpr long HALF = 16;           // rows and columns of a quarter of a tile
 constexpr long SUMS = REGISTERS == 32 ? 16 : 12;  // vectors of sums that are computed together
 constexpr long DEPTH = REGISTERS == 32 ? 1L << 40 : 64;  // pairs that are multiplied before the next columns
-constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs, into the second cache: saves 3% of the time
+constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs and the results' places, into the second cache: 7%
+constexpr bool ROUNDED = !std::is_same_v<Scalar, float>;  // whether a Scalar holds less than a sum
 constexpr long BAND = 4;  // panels of rows that are multiplied with a panel of columns in turn
 
 long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
@@ -43,13 +44,20 @@ struct Panels {  // of a matrix [panels·32, pairs·2]
 
 struct Tile {
   alignas(64) float sums[PANEL][PANEL];
-  alignas(64) Scalar kept[PANEL][KEPT];
+  alignas(64) Scalar rounded[ROUNDED ? PANEL : 1][KEPT];
+  const Scalar* kept(long row) const { return ROUNDED ? rounded[row] : (const Scalar*)sums[row]; }
 };
 
-// kept <- sums.
+// So that tile.kept are its sums.
 void keep(Tile& tile) {
-  for (long i = 0; i < PANEL; i++)
-    for (long j = 0; j < KEPT; j += WIDTH) store_scalars(tile.kept[i] + j, tile.sums[i] + j * PANEL / KEPT);
+  for (long i = 0; ROUNDED && i < PANEL; i++)
+    for (long j = 0; j < KEPT; j += WIDTH) store_scalars(tile.rounded[i] + j, tile.sums[i] + j * PANEL / KEPT);
+}
+
+// Fetches a block of a panel that is about to be read or written.
+void expect(const Scalar* block) {
+  for (long i = 0; PREFETCH && i < PAIRS * PARTS * PANEL; i += 64 / sizeof(Scalar))
+    _mm_prefetch((const char*)(block + i), _MM_HINT_T1);
 }
 
 // out <- the rows of the tile, as one block of a panel.
@@ -57,7 +65,7 @@ void store_rows(const Tile& tile, Scalar* out) {
   for (long row = 0; row < PANEL; row += WIDTH)
     for (long j = 0; j < KEPT; j += WIDTH) {
       Words r[WIDTH];
-      for (long i = 0; i < WIDTH; i++) r[i] = load_words(tile.kept[row + i] + j);
+      for (long i = 0; i < WIDTH; i++) r[i] = load_words(tile.kept(row + i) + j);
       transpose(r);
       for (long i = 0; i < WIDTH; i++) store_words(out + (j + i) * PANEL + row, r[i]);
     }
@@ -66,7 +74,7 @@ void store_rows(const Tile& tile, Scalar* out) {
 // The same of its columns.
 void store_columns(const Tile& tile, Scalar* out) {
   for (long i = 0; i < PAIRS; i++)
-    store_pairs<PANEL>(tile.kept[2 * i], tile.kept[2 * i + 1], out + i * PARTS * PANEL);
+    store_pairs<PANEL>(tile.kept(2 * i), tile.kept(2 * i + 1), out + i * PARTS * PANEL);
 }
 
 // A block of tile.sums = rows of a · rows of b: `rows` of them from `row` on, `vectors` of columns from `column` on.
@@ -163,6 +171,8 @@ template <class More>
 void symmetric(const Panels& a, const Panels& b, const Panels& out, More more) {
   Tile tile;
   each_tile(a.panels, b.panels, true, [&](long row, long col) {
+    expect(out.at(col, row * PAIRS));
+    expect(out.at(row, col * PAIRS));
     (row == col ? multiply_diagonal_tile : multiply_tile)(a.at(row, 0), b.at(col, 0), a.pairs, tile);
     more(tile, row, col);
     if (row == col && a.data != b.data)  // else it is symmetric as it is
@@ -189,7 +199,7 @@ void polynomial(const Panels& gram, const Panels& out, long n, float a, float b,
 // out = A·Bᵀ of two polynomials of one matrix: symmetric but for their rounding, and in bf16 computed in full
 // (`_multiply_polynomials` in optim/polar.py says why). In fp32 half will do.
 void commuting(const Panels& a, const Panels& b, const Panels& out) {
-  if (std::is_same_v<Scalar, float>) return symmetric(a, b, out);
+  if (!ROUNDED) return symmetric(a, b, out);
   Tile tile;
   each_tile(a.panels, b.panels, false, [&](long row, long col) {
     multiply_tile(a.at(row, 0), b.at(col, 0), a.pairs, tile);
@@ -249,8 +259,8 @@ class Iteration {
  public:
   explicit Iteration(long n, long m) : n_(n), rows_(panels_of(n)), cols_(panels_of(m)) {
     long wide = rows_ * PANEL * cols_ * KEPT, square = rows_ * PANEL * rows_ * KEPT;
-    space_.resize(3 * wide + 5 * square);
-    Scalar* next = space_.data();
+    space_.reset(new Scalar[3 * wide + 5 * square]);  // not set to zero: every tile is written before it is read
+    Scalar* next = space_.get();
     auto take = [&](long panels, long pairs) {
       Panels taken{next, panels, pairs};
       next += panels * pairs * PARTS * PANEL;
@@ -271,9 +281,12 @@ class Iteration {
     }
   }
 
-  // As `_multiply_polynomials` in optim/polar.py: anew after `restart` steps.
+  // As `_gram_form` in optim/polar.py: anew after `restart` steps. Products in fp32 need no restart, which saves a
+  // sixth of them at m = 8n/3. The rounding of G grows by a² in each step, by 2e5 in all. So it stays below 0.1,
+  // in the basin of the polynomials; the rounding of bf16 leaves it.
   void gram(const Matrix& y, float factor, const float* coefficients, long steps, long restart) {
     load(y, factor, by_rows_, by_columns_);
+    if (!ROUNDED) restart = steps;
     for (long first = 0, end = restart; first < steps; first = end, end = steps) {
       symmetric(by_rows_, by_rows_, gram_);
       for (long step = first; step < end; step++) {
@@ -299,6 +312,9 @@ class Iteration {
   void apply(const Panels& p, float a, const Matrix* out) {
     Tile tile;
     each_tile(rows_, cols_, false, [&](long row, long col) {
+      expect(by_columns_.at(col, row * PAIRS));
+      expect(by_rows_.at(row, col * PAIRS));
+      expect(next_columns_.at(col, row * PAIRS));
       multiply_tile(p.at(row, 0), by_columns_.at(col, 0), p.pairs, tile);
       if (a != 0) add(tile, 1, by_columns_.at(col, row * PAIRS), a);
       if (out) return store(tile, *out, row, col);
@@ -310,7 +326,7 @@ class Iteration {
   }
 
   long n_, rows_, cols_;
-  std::vector<Scalar> space_;
+  std::unique_ptr<Scalar[]> space_;
   Panels by_rows_, by_columns_, next_columns_, gram_, factor_, product_, square_, last_;
 };
 

@@ -60,7 +60,7 @@ def orthogonalize_(
         x: [B, r, c], bf16, contiguous; times its factor, of singular values of at most 1.
         factors: [B], fp32; None: ones.
         coefficients: (a, b, c) of each iteration.
-        restart: the Gram form, anew after so many of them; None: the standard form.
+        restart: the Gram form, anew after so many of them where products are bf16; None: the standard form.
 
     Returns:
         x.

@@ -16,6 +16,7 @@ constexpr long BLOCK = 32; // tokens of a block of the cache
 
 struct Layer {
   const uint16_t *attention_norm, *mlp_norm;       // [hidden]
+  const uint16_t *q_norm, *k_norm;                 // [head_dim]; null: the model has none
   const uint32_t *qkv, *out, *gate_up, *down;      // panels
   uint32_t *keys;                                  // [blocks, kv_heads, head_dim/2, BLOCK]
   uint32_t *values;                                // [blocks, kv_heads, BLOCK/2, head_dim]
@@ -142,7 +143,7 @@ void rotate(Activation* head, const float* cosines, const float* sines, long hal
   }
 }
 
-// Rotates queries in place and puts rotated keys, and values, into the cache.
+// Normalises, if the model does, and rotates queries in place; puts such keys, and values, into the cache.
 void remember(const Model& m, const Layer& layer, const Step& s) {
   long half = m.head_dim / 2, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
 #pragma omp for schedule(static)
@@ -153,7 +154,11 @@ void remember(const Model& m, const Layer& layer, const Step& s) {
     long block = s.blocks[span->first_block + position / BLOCK];
     const float *cosines = m.cosines + position * half, *sines = m.sines + position * half;
     Activation* qkv = s.qkv + row * width;
-    for (long h = 0; h < m.heads + m.kv_heads; h++) rotate(qkv + h * m.head_dim, cosines, sines, half);
+    for (long h = 0; h < m.heads + m.kv_heads; h++) {
+      Activation* head = qkv + h * m.head_dim;
+      if (layer.q_norm) norm(head, h < m.heads ? layer.q_norm : layer.k_norm, m.head_dim, m.eps, head);
+      rotate(head, cosines, sines, half);
+    }
     for (long h = 0; h < m.kv_heads; h++) {
       const Activation* key = qkv + (m.heads + h) * m.head_dim;
       uint32_t* keys = layer.keys + (block * m.kv_heads + h) * half * BLOCK + token;

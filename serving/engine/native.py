@@ -28,7 +28,9 @@ def _struct(name: str, **fields: Any) -> Any:
 
 
 # As in native.cpp.
-_Layer: Any = _struct("Layer", pointer="attention_norm mlp_norm qkv out gate_up down keys values")
+_Layer: Any = _struct(
+    "Layer", pointer="attention_norm mlp_norm q_norm k_norm qkv out gate_up down keys values"
+)
 _Model: Any = _struct(
     "Model",
     long="num_layers hidden heads kv_heads head_dim ffn vocab",
@@ -217,7 +219,11 @@ class NativeDecoder:
         gate_up = _alternate(take("mlp.gate_proj"), take("mlp.up_proj"), half)
         weights_in_order = (qkv, take("self_attn.o_proj"), gate_up, take("mlp.down_proj"))
         packed = [_pack(weight, self._library) for weight in weights_in_order]
-        norms = [self._keep(take(name)) for name in ("input_layernorm", "post_attention_layernorm")]
+        norms: list[int | None] = [
+            self._keep(take(name)) for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        heads = ("self_attn.q_norm", "self_attn.k_norm")
+        norms += [self._keep(take(name)) for name in heads] if model.shape.qk_norm else [None, None]
         panels = [self._keep(panel) for panel in packed]
         model.model.layers[index] = torch.nn.Identity()  # frees the unpacked weights
         for name in [name for name in weights if name.startswith(f"model.layers.{index}.")]:

@@ -24,6 +24,7 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         lab.link(**lab.slow)
         _require_no_scratch_of_another(lab)
         lab.seed_environment()
+        _have_odd_logins(lab)
         up = lab.up()
         assert up.returncode == 0, up.stdout + up.stderr
         assert "3 of 3 nodes joined" in up.stdout
@@ -72,6 +73,17 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         assert down.returncode == 0, down.stdout + down.stderr
         assert down.stdout.count("none left") == len(CLUSTER)
         assert {name: lab.rays(name) for name in CLUSTER} == {name: [] for name in CLUSTER}
+
+
+def _have_odd_logins(lab):
+    """Logins that print and change the folder; an ssh configuration that would put itself in the way."""
+    for name in CLUSTER:
+        done = lab.run(name, "echo 'echo Welcome; printf 3.12; echo mind the gap >&2; cd /var' > ~/.bashrc")
+        assert done.returncode == 0, done.stderr
+    config = "Host *\n RemoteCommand tmux\n RequestTTY force\n LocalForward 22 127.0.0.1:22\n"
+    config += " PermitLocalCommand yes\n LocalCommand echo local\n"
+    done = lab.run("nyc", f"echo '{config}' > ~/.ssh/config; chmod 600 ~/.ssh/config")
+    assert done.returncode == 0, done.stderr
 
 
 def _require_no_key_of_the_laptop(lab):

@@ -37,6 +37,12 @@ def test_the_gram_form_by_hand():
     assert orthogonalize_flops(2, 5, symmetric=True) == 2 * 20 + 2 * 40 + 8 * 8 + (small - 8) * 16
     # In fp32 P*P and the first product of A <- PAP are halved as well: all of the small ones.
     assert orthogonalize_flops(2, 5, symmetric=True, polynomials=True) == 2 * 20 + 2 * 40 + small * 8
+    # Without the restart: XX'; A*A, A <- PAP; three times A*A, P*P, A <- PAP; A*A; P*P; P*X.
+    small = (1 + 2) + 3 * (1 + 1 + 2) + (1 + 1)
+    assert small == 17
+    assert orthogonalize_flops(2, 5, restart=False) == 2 * 40 + small * 16
+    halved = orthogonalize_flops(2, 5, symmetric=True, polynomials=True, restart=False)
+    assert halved == 20 + 40 + small * 8
 
 
 def test_the_gram_form_starts_where_it_is_cheaper():

@@ -7,7 +7,7 @@ import pytest
 from cluster.config import ConfigError
 from training import config as training_config
 from training import plan as planning
-from training.plan import make_plan
+from training.plan import make_plan, run_identity
 
 A40_1B4 = Path("training/configs/a40_1b4.yaml")
 
@@ -40,3 +40,9 @@ def test_without_a_gpu_nothing_is_proposed(capsys) -> None:
     assert "memory, optimizer step" in found and "proposed" not in found
     assert planning.main(["model.shape=llama-9t"]) == 2
     assert capsys.readouterr().err.startswith("error: model: llama-9t: no such config.json")
+
+
+def test_a_run_from_before_an_option_resumes_and_one_with_it_only_with_it() -> None:
+    configs = [training_config.load(dotlist=keys) for keys in ([], ["model.qk_norm=true"])]
+    plain, normed = (run_identity(each, make_plan(each), fingerprint="")["model"] for each in configs)
+    assert "qk_norm" not in plain and normed == {**plain, "qk_norm": True}

@@ -346,6 +346,16 @@ def micro_batch(
     return dataset.samples(order.ids(start, count=micro_sequences))
 
 
+def document_starts(inputs: NDArray[np.int64], *, end_of_text: int) -> NDArray[np.int32]:
+    """Where documents begin in `inputs` [B, T], counted over all B·T tokens: int32 [N + 1], the last is B·T.
+
+    A sequence begins one, and so does the token after an end of text.
+    """
+    begins = np.ones(inputs.shape, dtype=bool)
+    begins[:, 1:] = inputs[:, :-1] == end_of_text
+    return np.append(np.flatnonzero(begins), inputs.size).astype(np.int32)
+
+
 def validation_batches(
     dataset: TokenDataset,
     *,

@@ -11,8 +11,9 @@ from cluster.runs import NEWEST
 class EvaluateConfig:
     model: str = key(
         NEWEST,
-        "a run's name or directory, exported where needed; a Hugging Face LLaMA directory; or 'newest'. With "
-        "endpoint: what is served there, for its tokenizer; default: the run of that name, if there is one",
+        "a run's name or directory, exported where needed; a Hugging Face LLaMA or Qwen3 directory; or "
+        "'newest'. With endpoint: what is served there, for its tokenizer; default: the run of that name, if "
+        "there is one",
     )
     tasks: tuple[str, ...] = key(
         (),

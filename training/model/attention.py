@@ -1,8 +1,13 @@
-"""Scaled dot-product attention by torch, in a dtype that the device multiplies; its kernels and logits."""
+"""Scaled dot-product attention by torch, in a dtype that the device multiplies; its kernels and logits.
 
+Shapes: B sequences, T tokens, S keys, H query heads, K key/value heads, C head_dim.
+"""
+
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim.precision import product_dtype
+from training.model.shapes import LlamaShape
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [B, H, T, C], k, v [B, K, T, C] -> mixed
 
 # All but cuDNN's. torch prefers that one on sm_90, and it builds a plan for each new shape (0.4 s): worth it
 # for the one shape of training, not for a context that grows with every token.
@@ -31,7 +39,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> T
     Args:
         q: [B, H, T, C].
         k, v: [B, K, S, C]; H is a multiple of K.
-        visible: bool, broadcast to [B, H, T, S]: which keys a query sees; None: its past and itself.
+        visible: broadcast to [B, H, T, S]: which keys a query sees, as bool or as 0 and -inf, which are added
+            to its logits; None: its past and itself.
     """
     wide = product_dtype(q.dtype, q.device)
     mixed = F.scaled_dot_product_attention(
@@ -45,17 +54,110 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> T
     return mixed.to(q.dtype)
 
 
-@torch.no_grad()
-def largest_logit(q: Tensor, k: Tensor) -> Tensor:
-    """The largest q kᵀ/√C of a query and its past or itself, an fp32 scalar. Shapes as in `sdpa`; S is T.
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` of each token to its past and itself: an `Attend`."""
+    return sdpa(q, k, v)
 
-    One head at a time, which saves memory.
+
+class DocumentAttention:
+    """An `Attend` of each token to its past and itself, within its document.
+
+    By flash attention over pieces of any length (`torch.nn.attention.varlen`), or where `varlen_unsupported`
+    gives a reason by a mask, B·T² elements for all layers. RoPE need not begin again with a document, because
+    attention depends on differences of positions alone.
+    """
+
+    def __init__(self, starts: Tensor, *, batch: int, length: int) -> None:
+        """starts: int32 [N + 1], where documents begin in B·T tokens, and B·T. A sequence begins one."""
+        self._starts, self._size = starts, (batch, length)
+        self._bias: Tensor | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if varlen_unsupported(q.device, q.dtype, q.shape[-1]) is None:
+            return self._within_pieces(q, k, v)
+        if self._bias is None:
+            visible, wide = self.visible, product_dtype(q.dtype, q.device)
+            self._bias = torch.zeros(visible.shape, dtype=wide, device=q.device)
+            self._bias.masked_fill_(~visible, -math.inf)
+        return sdpa(q, k, v, visible=self._bias)
+
+    @property
+    def visible(self) -> Tensor:
+        """bool [B, 1, T, T]: which tokens a token sees."""
+        tokens = torch.arange(math.prod(self._size), dtype=torch.int32, device=self._starts.device)
+        document = torch.bucketize(tokens, self._starts, right=True).view(self._size)
+        return (document[:, None, :, None] == document[:, None, None, :]).tril_()
+
+    def _within_pieces(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend = _varlen()
+        q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (q, k, v))
+        longest = self._size[1]  # at most; a number that only the GPU knows would have to be waited for
+        mixed = attend(q, k, v, self._starts, self._starts, longest, longest, window_size=(-1, 0))
+        return mixed.unflatten(0, self._size).transpose(1, 2)
+
+
+@cache
+def _varlen() -> Callable[..., Tensor]:
+    """`varlen_attn`, for grouped heads too. torch 2.11 asks for no option there."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn  # type: ignore[return-value]
+
+
+@cache
+def varlen_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash attention over pieces of any length cannot run, in one sentence; None if it can."""
+    if device.type != "cuda":
+        return f"{device.type} is no CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention does not compute in {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"flash attention does not compute heads of {head_dim}"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return f"torch {torch.__version__} was built without flash attention"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"flash attention needs compute capability 8.0, not {capability}"
+    return None
+
+
+def kernel(
+    shape: LlamaShape, *, length: int, dtype: torch.dtype, device: torch.device, documents: bool
+) -> str:
+    """In words, the kernel that attends in training: torch chooses it by the tensors, outside of any block.
+
+    documents: by `DocumentAttention`, and why not over pieces, if so.
+    """
+    reason = varlen_unsupported(device, dtype, shape.head_dim) if documents else None
+    if documents and reason is None:
+        return "flash_attention over pieces of any length"
+    wide = product_dtype(dtype, device)
+    q, k = (
+        torch.empty(1, length, heads, shape.head_dim, dtype=wide, device=device, requires_grad=True)
+        for heads in (shape.num_heads, shape.num_kv_heads)
+    )
+    q, k, bias = q.transpose(1, 2), k.transpose(1, 2), None
+    if documents:
+        bias = torch.empty(1, 1, length, length, dtype=wide, device=device)
+    grouped = shape.num_heads != shape.num_kv_heads
+    chosen = torch._fused_sdp_choice(q, k, k, bias, 0.0, bias is None, enable_gqa=grouped)
+    name = SDPBackend(chosen).name.lower()
+    return f"{name} with a mask: {reason}" if documents else name
+
+
+@torch.no_grad()
+def largest_logit(q: Tensor, k: Tensor, *, visible: Tensor | None = None) -> Tensor:
+    """The largest q kᵀ/√C of a query and a key that it sees, an fp32 scalar. Shapes as in `sdpa`; S is T.
+
+    One head at a time, which saves memory. visible: bool [B, 1, T, T]; None: its past and itself.
     """
     wide, group = product_dtype(q.dtype, q.device), q.shape[1] // k.shape[1]
     q, k = q.to(wide), k.to(wide)
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    if visible is None:
+        visible = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    hidden = ~visible[:, 0]
     heads = range(q.shape[1])
-    tops = [(q[:, h] @ k[:, h // group].mT).masked_fill_(future, -math.inf).amax() for h in heads]
+    tops = [(q[:, h] @ k[:, h // group].mT).masked_fill_(hidden, -math.inf).amax() for h in heads]
     return torch.stack(tops).amax().float() / math.sqrt(q.shape[-1])
 
 
@@ -85,8 +187,12 @@ class LogitProbe:
         return {"attention_logit_max": max(tops.values()), "attention": layers}
 
     def _join(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return (args, {**kwargs, "attend": self._attend}) if decoder.training and self._when() else None
+        if not (decoder.training and self._when()):
+            return None
+        attend = partial(self._attend, kwargs.get("attend", causal_attention))
+        return args, {**kwargs, "attend": attend}
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._found[layer] = largest_logit(q, k)
-        return sdpa(q, k, v)
+    def _attend(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        visible = attend.visible if isinstance(attend, DocumentAttention) else None
+        self._found[layer] = largest_logit(q, k, visible=visible)
+        return attend(layer, q, k, v)

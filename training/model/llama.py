@@ -1,7 +1,8 @@
 """The LLaMA model in plain PyTorch, its initialisation, sampling, and loading from Hugging Face directories.
 
-Parameters are named as in transformers' LlamaForCausalLM, so checkpoints need no renaming. Each weight is
-read only in its own module's forward, which is where ZeRO-3 gathers it.
+Parameters are named as in transformers' LlamaForCausalLM, with QK-norm as in its Qwen3ForCausalLM, so
+checkpoints need no renaming. Each weight is read only in its own module's forward, which is where ZeRO-3
+gathers it.
 
 Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, C head_dim, V vocabulary.
 """
@@ -23,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from cluster import files
 from optim.precision import product_dtype
 from training.model import loss, shapes
-from training.model.attention import sdpa
+from training.model.attention import Attend, DocumentAttention, causal_attention
 from training.model.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 INITIAL_STD = 0.02
 
@@ -99,11 +99,6 @@ def rotate(x: Tensor, by: Rotary) -> Tensor:
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` of each token to its past and itself. q [B, H, T, C]; k, v [B, K, T, C]."""
-    return sdpa(q, k, v)
-
-
 class Attention(nn.Module):
     """The matrices of attention; what lies between `heads` and `o_proj` is the caller's."""
 
@@ -114,13 +109,19 @@ class Attention(nn.Module):
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+        self.q_norm, self.k_norm = (
+            RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None for _ in "qk"
+        )
 
     def forward(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         return rotate(q, by), rotate(k, by), v
 
 
@@ -206,9 +207,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Normed hidden states [B, T, D] of tokens [B, T] (int64).
 
-        `positions`, integers [T] or [B, T], and `attend` (layer, q, k, v -> mixed values, shaped as in
-        `causal_attention`) are the seam for decoding with a key/value cache; the defaults are whole
-        sequences from position 0.
+        `positions`, integers [T] or [B, T], and `attend` are the seam for decoding with a key/value cache;
+        the defaults are whole sequences from position 0.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -240,13 +240,20 @@ class Llama(nn.Module):
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
+
+        With `documents`, the `starts` of `DocumentAttention`, no token sees another document than its own.
 
         The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
         are not `IGNORED_TARGET`; it is NaN when all are. While the model trains, `Head.z_loss` adds to it.
         """
-        return self.lm_head(self.model(tokens), targets)
+        attend: Attend = causal_attention
+        if documents is not None:
+            attend = DocumentAttention(documents, batch=tokens.shape[0], length=tokens.shape[1])
+        return self.lm_head(self.model(tokens, attend=attend), targets)
 
 
 def compile_layers(model: Llama, *, backend: str = "inductor") -> None:

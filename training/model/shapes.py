@@ -2,7 +2,7 @@
 
 Everything that can be known of a model before it is built is counted here, once: parameters, hidden
 matrices, FLOPs per token. The architecture: LLaMA, arXiv 2302.13971; grouped-query attention,
-arXiv 2305.13245; the long-context RoPE of Llama 3.1, arXiv 2407.21783.
+arXiv 2305.13245; the long-context RoPE of Llama 3.1, arXiv 2407.21783; QK-norm as in Qwen3, arXiv 2505.09388.
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ class LlamaShape:
     norm_eps: float = 1e-5
     max_positions: int = 2048
     tied: bool = False  # the output head is the input embedding
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,6 +94,8 @@ class LlamaShape:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter, named and ordered as in transformers' LlamaForCausalLM.
 
+        With `qk_norm` as in its Qwen3ForCausalLM: one gain of head_dim for queries and one for keys, the same
+        for all heads of a layer. (OLMo 2's norms are as wide as all heads together: another model.)
         Matrices are (rows, columns) = (output, input). A tied head is no parameter of its own.
         """
         hidden, ffn = self.hidden_size, self.ffn_size
@@ -102,6 +105,9 @@ class LlamaShape:
             "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden),
             "self_attn.o_proj": (hidden, q),
+            **dict.fromkeys(
+                ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm else (), (self.head_dim,)
+            ),
             "mlp.gate_proj": (ffn, hidden),
             "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn),
@@ -250,33 +256,43 @@ def _read(path: Path) -> LlamaShape:
 
 # What the other keys of a config may say; anything else is a model that ours is not.
 _ONLY = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "use_sliding_window": False,
 }
+# What transformers' Qwen3Config assumes where LlamaConfig assumes something else.
+_QWEN3 = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32_768}
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaShape:
-    """The shape that a Hugging Face `config.json` of transformers 4 or 5 describes.
+    """The shape that a Hugging Face `config.json` of transformers 4 or 5 describes: LLaMA's, or Qwen3's.
+
+    Qwen3 (without experts) is LLaMA with `qk_norm`.
 
     Optional keys take transformers' defaults. RoPE is read from `rope_parameters` (5) or from `rope_theta`
     and `rope_scaling` (4).
 
     Raises:
         ValueError: a missing key, or one that asks for what our model does not do: another architecture,
-            biases, dropout, quantised weights, another activation, or a RoPE other than default and llama3.
+            biases, dropout, quantised weights, another activation, sliding windows, or a RoPE other than
+            default and llama3.
     """
     _require(isinstance(config, dict), "config.json", "holds no JSON object")
     for name in ("rope_parameters", "rope_scaling"):
         _require(isinstance(config.get(name), dict | None), name, f"{config.get(name)!r} is no object")
+    kind = config.get("model_type") or "llama"
+    _require(kind in ("llama", "qwen3"), "model_type", f"{kind!r} is not supported, only 'llama' and 'qwen3'")
+    config = (_QWEN3 if kind == "qwen3" else {}) | config
     config = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     for name, only in _ONLY.items():
         value = config.get(name)
         _require(value is None or value == only, name, f"{value!r} is not supported, only {only!r}")
+    kinds = set(config.get("layer_types") or ())
+    _require(kinds <= {"full_attention"}, "layer_types", f"{sorted(kinds)} is more than full_attention")
 
     def required(name: str) -> Any:
         _require(config.get(name) is not None, name, "missing from the config")
@@ -308,6 +324,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
         norm_eps=config.get("rms_norm_eps", 1e-6),
         max_positions=config.get("max_position_embeddings", 2048),
         tied=config.get("tie_word_embeddings", False),
+        qk_norm=kind == "qwen3",
     )
 
 
@@ -335,15 +352,18 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """The `config.json` of a model of this shape whose weights are kept in `dtype` ("bfloat16", "float32").
 
-    Says RoPE and dtype in the words of both transformers 4 and 5. `from_hf_config` reads it back.
+    LLaMA's, or with `qk_norm` Qwen3's. Says RoPE and dtype in the words of both transformers 4 and 5.
+    `from_hf_config` reads it back.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
     if shape.rope_scaling is not None:
         rope = {"rope_type": "llama3"} | dataclasses.asdict(shape.rope_scaling)
         rope["original_max_position_embeddings"] = rope.pop("original_max_positions")
+    name = "Qwen3" if shape.qk_norm else "Llama"
+    only = {"use_sliding_window": False, "sliding_window": None} if shape.qk_norm else {"mlp_bias": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_size,
@@ -356,7 +376,7 @@ def to_hf_config(
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
-        "mlp_bias": False,
+        **only,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "rope_parameters": rope | {"rope_theta": shape.rope_theta},

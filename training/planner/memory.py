@@ -116,6 +116,7 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     low = n * form.width if stage == 0 or (stage == 1 and not config.is_bf16) else 0
     forward, backward = activation_bytes(shape, tokens, form, gradients=0 if accumulates else low)
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
+    earlier["document masks"] = mask_bytes(config)
     later: Parts = {"model's gradients": low} if low else {}
     points = {
         "after load": resident,
@@ -131,6 +132,14 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     return Memory(
         {point: {name: size for name, size in parts.items() if size} for point, parts in points.items()}
     )
+
+
+def mask_bytes(config: TrainConfig) -> int:
+    """The mask of `training.model.attention.DocumentAttention`, for all layers. bf16 on GPUs needs none."""
+    if not config.batch.document_masks or (config.workers.gpu and config.is_bf16):
+        return 0
+    width = 2 if config.is_bf16 else 4
+    return config.batch.micro_sequences * config.batch.sequence_length**2 * width
 
 
 def _with_outside(parts: Parts) -> Parts:
@@ -216,12 +225,16 @@ def layer_bytes(shape: LlamaShape, form: Form) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
     As it is written: two norms at (4 + 2p)h; q, k, v and their mix at (2q + 2kv)p, 4 per head for the
-    softmax; the SwiGLU at 4·ffn·p. Compiled, torch keeps input, sum and both norms' outputs at 4hp, and does
-    not keep silu(gate): 3·ffn·p.
+    softmax; the SwiGLU at 4·ffn·p; norms of queries and keys at (4 + p)(q + kv). Compiled, torch keeps input,
+    sum and both norms' outputs at 4hp, queries and keys before their norms at (q + kv)p, and does not keep
+    silu(gate): 3·ffn·p.
     """
     p, hidden = form.width, shape.hidden_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention, roots = (2 * q + 2 * kv) * p + 4 * shape.num_heads, 2 * 4
+    if shape.qk_norm:
+        attention += (q + kv) * (p if form.compiled else 4 + p)
+        roots += 4 * (shape.num_heads + shape.num_kv_heads)
     if form.compiled:
         return 4 * hidden * p + attention + 3 * shape.ffn_size * p + roots
     norm = (4 + 2 * p) * hidden

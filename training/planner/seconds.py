@@ -136,12 +136,16 @@ def _elementwise_bytes(shape: LlamaShape, form: Form) -> tuple[float, float]:
 
     Eager: each operation of norms (fp32), RoPE (fp32), SwiGLU and residuals reads its inputs and writes its
     outputs. Compiled: one kernel each for norm with residual, RoPE and SwiGLU. In bf16; twice that in fp32.
+    A norm of queries and keys moves what another norm does of as many elements; compiled, it is part of RoPE
+    and reads them once more, and its backward pass reads them too.
     """
     hidden, rotated = shape.hidden_size, (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    ffn, wide = shape.ffn_size, form.width / 2
+    ffn, wide, normed = shape.ffn_size, form.width / 2, rotated * shape.qk_norm
     if form.compiled:
-        return wide * (16 * hidden + 4 * rotated + 6 * ffn), wide * (22 * hidden + 4 * rotated + 10 * ffn)
-    return wide * (84 * hidden + 52 * rotated + 10 * ffn), wide * (198 * hidden + 60 * rotated + 18 * ffn)
+        forward = 16 * hidden + 4 * rotated + 6 * ffn + 2 * normed
+        return wide * forward, wide * (22 * hidden + 4 * rotated + 10 * ffn + 4 * normed)
+    forward = 84 * hidden + 52 * rotated + 10 * ffn + 36 * normed
+    return wide * forward, wide * (198 * hidden + 60 * rotated + 18 * ffn + 93 * normed)
 
 
 def _loss_bytes(shape: LlamaShape, form: Form) -> float:

@@ -260,9 +260,11 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
     """Elements that each module of training/model/llama.py holds itself, in the order of the forward pass."""
     sizes = {name: math.prod(size) for name, size in shape.parameters().items()}
     yield from (0, 0, sizes["model.embed_tokens.weight"])
+    norms = ("self_attn.q_norm", "self_attn.k_norm") if shape.qk_norm else ()
     for layer in range(shape.num_layers):
         for module in (
             *("", "input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            *norms,
             *("self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.gate_proj", "mlp.up_proj"),
             "mlp.down_proj",
         ):

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.dataset import micro_batch
+from training.config import TrainConfig
+from training.data.dataset import TokenDataset, document_starts, micro_batch
 from training.data.mixture import drawn, order_of
 from training.run.context import Context
 from training.run.start import Start
@@ -23,26 +26,42 @@ class Batches:
         self._order = order_of(start.train_set, seed=start.config.run.seed)
         self._context = context
 
-    def micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a pass after `step` steps: int64 [micro_sequences, sequence_length]."""
-        read = torch.from_numpy(
-            micro_batch(
-                self._start.train_set,
-                self._order,
-                consumed_samples=(step + self._passed_over(step)) * self._start.plan.samples_per_step,
-                micro_step=micro_step,
-                rank=self._context.rank,
-                world_size=self._context.world_size,
-                micro_sequences=self._start.config.batch.micro_sequences,
-            )
+    def micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
+        """What the model is called with in a pass after `step` steps.
+
+        Inputs and targets, int64 [micro_sequences, sequence_length], and what `documents` returns.
+        """
+        start, device = self._start, self._context.device
+        read = micro_batch(
+            start.train_set,
+            self._order,
+            consumed_samples=(step + self._passed_over(step)) * start.plan.samples_per_step,
+            micro_step=micro_step,
+            rank=self._context.rank,
+            world_size=self._context.world_size,
+            micro_sequences=start.config.batch.micro_sequences,
         )
-        tokens = send(read, self._context.device)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens = send(torch.from_numpy(read), device)
+        starts = documents(start.config, start.train_set, read[:, :-1], device)
+        return (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), *starts)
 
     def drawn(self, step: int) -> dict[str, float]:
         """For a row of the record after `step` steps: what each source of a mixture gave, skipped or not."""
         samples = (step + self._passed_over(step)) * self._start.plan.samples_per_step
         return drawn(self._order, samples, self._start.train_set)
+
+
+def documents(
+    config: TrainConfig, dataset: TokenDataset, inputs: NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, ...]:
+    """With `batch.document_masks` where documents begin in `inputs` [B, T], on the device; else nothing.
+
+    Found on the CPU, where the tokens are: how many there are, a GPU would have to be asked.
+    """
+    if not config.batch.document_masks:
+        return ()
+    starts = document_starts(inputs, end_of_text=dataset.manifest.end_of_text_id)
+    return (send(torch.from_numpy(starts), device),)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -215,8 +215,8 @@ class Checkpoint:
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Raise a `CheckpointError` unless a run of this `training.plan.run_identity` can continue it."""
         saved = self.state["identity"]
-        for key, value in identity.items():
-            if saved.get(key) != value:
+        for key in {**identity, **saved}:
+            if saved.get(key) != (value := identity.get(key)):
                 raise CheckpointError(
                     f"{self.path}: {key} was {saved.get(key)!r} and is now {value!r}; "
                     "set it back, or start anew under another run.name"

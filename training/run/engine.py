@@ -29,6 +29,7 @@ from optim.step.gradients import accumulate_in_fp32
 from optim.step.layout import quiet_deepspeed
 from optim.step.zero import ZeroOptimizer
 from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
+from training.model import attention
 from training.model.llama import Layer, Llama, compile_layers, initialize
 from training.model.shapes import LlamaShape
 from training.plan import resolve_shape
@@ -94,8 +95,8 @@ def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device)
     return model
 
 
-def warm_up(module: Llama, batch: tuple[Tensor, Tensor]) -> None:
-    """Compile what `batch`, (inputs, targets) of one pass, compiles. Nothing else changes.
+def warm_up(module: Llama, batch: tuple[Tensor, ...]) -> None:
+    """Compile what `batch`, that the model is called with in one pass, compiles. Nothing else changes.
 
     Only the embedding's gradient is asked for, so nothing accumulates; it lies behind all others. Not for
     stage 3, whose hooks cannot run without accumulating.
@@ -110,6 +111,14 @@ def describe_compilation(config: TrainConfig, seconds: Mapping[str, float]) -> s
         return ""
     took = f"took {seconds['compile']:.1f} s" if "compile" in seconds else "happens in the first step"
     return f"  compiling the layers {took}\n"
+
+
+def attention_kernel(config: TrainConfig, *, device: torch.device) -> str:
+    """`training.model.attention.kernel` of a run on this device."""
+    return attention.kernel(
+        resolve_shape(config), length=config.batch.sequence_length, dtype=DTYPES[config.precision],
+        device=device, documents=config.batch.document_masks,
+    )  # fmt: skip
 
 
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:

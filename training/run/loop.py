@@ -28,7 +28,13 @@ from training.run import checkpoint
 from training.run.batches import Batches
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context, Stop
-from training.run.engine import build_deepspeed_engine, build_model, describe_compilation, warm_up
+from training.run.engine import (
+    attention_kernel,
+    build_deepspeed_engine,
+    build_model,
+    describe_compilation,
+    warm_up,
+)
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
@@ -70,9 +76,11 @@ def train(
     failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
     with failures():
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+        kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
             about += describe_compilation(config, trainer.spent.seconds)
+            about += f"  attention by {kernel}\n"
             files.write_text(config.run_directory / PARTITION, about)
             alarms = report_workers(config, context, step=trainer.step)
             reopen = partial(open_record, start, command)
@@ -87,7 +95,7 @@ def train(
             if record is not None and summary is not None:
                 record.image("loss_plot", plot_losses(config.run_directory))
                 record.table("samples", ("prompt", "text"), list(summary["samples"].items()))
-                record.finish(summary)
+                record.finish(summary | {"attention_kernel": kernel})
                 report_end(config, summary)
             elif record is not None:
                 report_stop(config, step=trainer.step)
@@ -168,10 +176,10 @@ class Trainer:
         for micro_step in range(self.plan.accumulation):
             mark("data")
             with phase("data"):
-                inputs, targets = self.batches.micro_batch(self.step, micro_step)
+                batch = self.batches.micro_batch(self.step, micro_step)
             with phase("compute"):
                 mark("forward")
-                loss = self.engine(inputs, targets)
+                loss = self.engine(*batch)
                 mark("backward")
                 self.engine.backward(loss)
             mark("optimizer")

@@ -21,7 +21,7 @@ from training.run.context import Context
 def measure_noise(
     module: nn.Module,
     members: Iterable[Member],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, ...]],
     *,
     norm: Norm,
     context: Context,
@@ -29,9 +29,9 @@ def measure_noise(
     """Noise of one micro-batch's gradient, for a row of the record. Collective.
 
     Args:
-        module: the model itself, (inputs, targets) -> mean loss.
+        module: the model itself, (inputs, targets, ...) -> mean loss.
         members: the partition; its hidden matrices are measured.
-        batches: of this rank, two or more: (inputs, targets), int64 [micro_sequences, sequence_length].
+        batches: of this rank, two or more: `training.run.batches.Batches.micro_batch`.
 
     Returns:
         noise: parameter -> what `optim.noise.measure` returns; noise_tail_index_median and

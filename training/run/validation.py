@@ -12,6 +12,7 @@ from training.data.dataset import TokenDataset, of_share, validation_batches
 from training.model.attention import for_changing_lengths
 from training.model.llama import generate
 from training.model.loss import IGNORED_TARGET
+from training.run.batches import documents
 from training.run.context import Context
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.7, 40
@@ -43,6 +44,7 @@ class Validation:
 
         `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it. Those
         of a mixture are means by weight; the loss of each source stands beside them (`validation_loss_NAME`).
+        With `batch.document_masks` tokens see their own documents alone, as in training.
         """
         evaluation = self._config.evaluation
         self._engine.eval()
@@ -82,7 +84,8 @@ class Validation:
             real = torch.from_numpy(weights).to(context.device)
             # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
             targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
-            loss = self._engine(batch[:, :-1].contiguous(), targets).item()
+            starts = documents(self._config, self._dataset, tokens[:, :-1], context.device)
+            loss = self._engine(batch[:, :-1].contiguous(), targets, *starts).item()
             totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
         totals = context.sum(totals.to(context.device))
         return (totals[0] / totals[1]).item()

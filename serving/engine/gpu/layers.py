@@ -38,6 +38,8 @@ class Heads:
         blocks: [R, width] int32, the blocks of each request.
         lengths: [M] int32, of each row: the tokens that it sees, itself included. 0: padding.
         table_rows: [M] int32, each row's row of `blocks`; None: the row's own number.
+        norms: [2, C], the weights of the RMSNorms of queries and of keys, whose epsilon is `eps`; None: there
+            are none. Only `rotate_and_store` applies them.
     """
 
     cos: Tensor
@@ -47,6 +49,8 @@ class Heads:
     lengths: Tensor
     table_rows: Tensor | None
     num_heads: int
+    norms: Tensor | None = None
+    eps: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
         cache = self.cache
@@ -206,9 +210,27 @@ def _add_norm_kernel(x, added, weight, out, size, eps, TILE: tl.constexpr, PDL: 
     tl.store(out + at, (scale_by * normed).to(row.dtype), inside)
 
 
+@jit
+def norm_heads(a, b, head, c, keep, norms, eps, heads, groups, HEAD_DIM: tl.constexpr):
+    """RMSNorm of the halves a and b of whole heads [n, C/2], where they are queries or keys."""
+    wide_a = a.to(tl.float32)
+    wide_b = b.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide_a * wide_a + wide_b * wide_b, 1)[:, None] / HEAD_DIM + eps)
+    gain = norms + tl.where(head < heads, 0, HEAD_DIM) + c
+    by_a = tl.load(gain, keep, other=0.0).to(tl.float32)
+    by_b = tl.load(gain + HEAD_DIM // 2, keep, other=0.0).to(tl.float32)
+    normed_a = (by_a * (wide_a * scale).to(a.dtype).to(tl.float32)).to(a.dtype)
+    normed_b = (by_b * (wide_b * scale).to(b.dtype).to(tl.float32)).to(b.dtype)
+    is_normed = head < heads + groups
+    return tl.where(is_normed, normed_a, a), tl.where(is_normed, normed_b, b)
+
+
 def rotate_and_store(qkv: Tensor, heads: Heads, *, pdl: bool = False) -> Call:
-    """The launch that rotates the queries in qkv [M, (H + 2G)·C], and caches rotated keys, and values."""
-    arguments = heads.arguments()
+    """The launch that rotates the queries in qkv [M, (H + 2G)·C], and caches rotated keys, and values.
+
+    Queries and keys are normalised before, if `heads.norms` says so.
+    """
+    arguments = heads.arguments() | {"norms": heads.norms, "eps": heads.eps}
     num_heads = heads.num_heads + 2 * heads.cache.shape[2]
     tile = 16
     arguments |= {"qkv": qkv, "row": qkv.stride(0), "num_heads": num_heads, "TILE": tile, "PDL": pdl}
@@ -219,7 +241,7 @@ def rotate_and_store(qkv: Tensor, heads: Heads, *, pdl: bool = False) -> Call:
 @jit
 def _rotate_kernel(
     qkv, row, num_heads,
-    cos, sin, cache, blocks, lengths, table_rows, block_row, values_from, heads, groups,
+    cos, sin, cache, blocks, lengths, table_rows, block_row, values_from, heads, groups, norms, eps,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -231,8 +253,10 @@ def _rotate_kernel(
     keep = (head < num_heads) & (c < HEAD_DIM // 2)
     qkv += m.to(tl.int64) * row
     at = qkv + head * HEAD_DIM + c
-    a = tl.load(at, keep)
-    b = tl.load(at + HEAD_DIM // 2, keep)
+    a = tl.load(at, keep, other=0.0)
+    b = tl.load(at + HEAD_DIM // 2, keep, other=0.0)
+    if norms is not None:
+        a, b = norm_heads(a, b, head, c, keep, norms, eps, heads, groups, HEAD_DIM)
     length = tl.load(lengths + m)
     table_row = m
     if table_rows is not None:

@@ -41,7 +41,7 @@ if TRITON_MISSING is None:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_NARROW = 16  # rows of `project`: what one instruction of the tensor cores multiplies
-ADD, SILU, ROPE, LOGITS = "add", "silu", "rope", "logits"  # what `project` does with its product
+STORE, ADD, SILU, ROPE, LOGITS = "store", "add", "silu", "rope", "logits"  # of its product, in `project`
 ROW_WARPS = 4  # of a program that multiplies one row
 WARP_BYTES = 4096  # of weights that one of its warps holds: a quarter of its registers
 
@@ -55,8 +55,8 @@ def project(
     Args:
         x: [M, K]; K contiguous, as in all operands.
         weight: [N, K].
-        out: ADD: [M, N], to which the product is added. SILU: [M, N/2] of gates and ups. ROPE: [M, H·C],
-            queries; keys and values go into the cache. LOGITS: [M, N] fp32, rounded as the model's.
+        out: STORE: [M, N]. ADD: [M, N], to which the product is added. SILU: [M, N/2] of gates and ups. ROPE:
+            [M, H·C], queries; keys and values go into the cache. LOGITS: [M, N] fp32, rounded as the model's.
         half: outputs i and i + half are a pair, in each run of 2·half outputs.
         norm: [K], the weight of an RMSNorm of x, whose epsilon is `eps`.
         best: LOGITS: of `project_programs` parts.
@@ -134,7 +134,10 @@ def _project_kernel(
     keep = live & (first < outputs)
     keep_second = live & (second < outputs)
     to = out + m * out_row
-    if EPILOGUE == "add":
+    if EPILOGUE == "store":
+        tl.store(to + first, a, keep)
+        tl.store(to + second, b, keep_second)
+    elif EPILOGUE == "add":
         tl.store(to + first, add_rounded(tl.load(to + first, keep, other=0.0), a), keep)
         tl.store(to + second, add_rounded(tl.load(to + second, keep_second, other=0.0), b), keep_second)
     elif EPILOGUE == "silu":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.engine.gpu.layers import SCAN, Best, Heads, add_norm, rotate_and_store, scan, silu_mul
-from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, project, project_programs
+from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, STORE, project, project_programs
 from serving.engine.scheduler import BLOCK_TOKENS
 from training.model.llama import Layer, Linear, Llama, rotary
 
@@ -20,9 +20,10 @@ Attend = Callable[[int, Tensor, Tensor], None]  # of a layer: queries [M, H, C] 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The matrices [outputs, inputs] and norms of a layer."""
+    """The matrices [outputs, inputs] and norms of a layer; those of queries and keys are [2, C], if any."""
 
     input_norm: Tensor
+    qk_norm: Tensor | None
     qkv: Tensor
     out: Tensor
     ffn_norm: Tensor
@@ -66,10 +67,19 @@ class Stack:
         normed: dict[str, Any] = {"eps": shape.norm_eps, "pdl": pdl}
         half = ceil(shape.hidden_size / 2)
         for index, layer in enumerate(self.layers):
-            project(
-                x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, norm=layer.input_norm,
-                heads=heads_of(index), **normed,
-            ).launch()  # fmt: skip
+            heads, into_attention = heads_of(index), {"norm": layer.input_norm, **normed}
+            if layer.qk_norm is None:
+                project(
+                    x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, heads=heads,
+                    **into_attention,
+                ).launch()  # fmt: skip
+            else:  # which needs whole heads, and a program of `project` has a few pairs
+                qkv = x.new_empty(len(x), len(layer.qkv))
+                project(
+                    x, layer.qkv, qkv, epilogue=STORE, half=shape.head_dim // 2, **into_attention
+                ).launch()
+                rotate_and_store(qkv, heads, pdl=pdl).launch()
+                q = qkv[:, : mixed[0].numel()].view(mixed.shape)
             attend(index, q, mixed)
             project(mixed.flatten(1), layer.out, x, epilogue=ADD, half=half, pdl=pdl).launch()
             project(
@@ -139,8 +149,9 @@ class Stack:
     def _heads(self, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None) -> Callable[[int], Heads]:
         def of(layer: int) -> Heads:
             return Heads(
-                self.cos, self.sin, self.cache[layer], blocks, lengths, table_rows, self.shape.num_heads
-            )
+                self.cos, self.sin, self.cache[layer], blocks, lengths, table_rows, self.shape.num_heads,
+                self.layers[layer].qk_norm, self.shape.norm_eps,
+            )  # fmt: skip
 
         return of
 
@@ -154,8 +165,10 @@ class Stack:
 def _merged(layer: Layer) -> _Layer:
     """The layer's weights, of which its parameters become views: two copies would not fit."""
     attend, mlp = layer.self_attn, layer.mlp
+    norms = [norm.weight.data for norm in (attend.q_norm, attend.k_norm) if norm is not None]
     return _Layer(
         input_norm=layer.input_layernorm.weight.data,
+        qk_norm=torch.stack(norms) if norms else None,
         qkv=_merge(attend.q_proj, attend.k_proj, attend.v_proj),
         out=attend.o_proj.weight.data,
         ffn_norm=layer.post_attention_layernorm.weight.data,

@@ -1,5 +1,9 @@
 """What ssh says when it fails, in words that name the node and the remedy; and patience with a lost link."""
 
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from cluster.laptop.inventory import Inventory
@@ -22,6 +26,11 @@ def node(tmp_path, monkeypatch):
         ("@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\nVerification failed.", NodeError, "ssh-keygen -R"),
         ("Host key verification failed.", NodeError, "not pinned .*make up"),
         ("ssh: Could not resolve hostname 10.0.0.2: unknown", NodeError, "check the address"),
+        ("/h/.ssh/config: line 3: Bad configuration option: x\nterminating", NodeError, "line 3: Bad"),
+        ("Bad owner or permissions on /root/.ssh/config", NodeError, "Bad owner .*see ~/.ssh/config"),
+        ("Received disconnect: Too many authentication failures", NodeError, "refuses the key"),
+        ("channel 0: open failed: administratively prohibited: open failed", NodeError, "AllowTcpForwarding"),
+        ("WARNING: UNPROTECTED PRIVATE KEY FILE!", NodeError, "chmod 600"),
         ("ssh: connect to host 10.0.0.2 port 22: Connection refused", LinkError, "Connection refused"),
         ("ssh: connect to host 10.0.0.2 port 22: Connection timed out", LinkError, "timed out"),
         ("", LinkError, "the connection broke"),
@@ -43,6 +52,24 @@ def test_a_worker_is_reached_through_the_head_by_the_same_pinned_keys(node, tmp_
         assert "StrictHostKeyChecking=yes" in text and "ForwardAgent=no" in text
     assert "ControlPath=" in proxy and "%%C" in proxy  # ssh expands % of a ProxyCommand itself
     assert "accept-new" in " ".join(Ssh(SITE, "10.0.0.2", pin=True).arguments())
+
+
+def test_a_key_with_a_passphrase_is_told_from_one_that_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, phrase in (("locked", "secret"), ("open", "")):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", phrase, "-f", tmp_path / name], check=True)
+        site = replace(SITE, ssh=replace(SITE.ssh, key=f"~/{name}"))
+        error = Ssh(site, "10.0.0.2").explain("Permission denied (publickey).")
+        assert (f"`ssh-add {tmp_path}/locked`" in str(error)) == (name == "locked")
+        assert ("ssh-copy-id" in str(error)) == (name == "open")
+
+
+def test_sockets_have_a_short_path_whatever_the_home_is_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / ("long" * 40)))
+    (option,) = [part for part in Ssh(SITE, "10.0.0.1").options() if part.startswith("ControlPath=")]
+    folder = Path(option.removeprefix("ControlPath=")).parent
+    assert len(str(folder)) + 1 + 40 + 17 < 104  # %C, and what ssh adds while it makes the socket
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lost_link_is_waited_for_and_told_once(monkeypatch):

@@ -28,6 +28,14 @@ SHAPES = {
         "head_dim": 128,
         "tied": True,
     },
+    "qk norm": {
+        "hidden_size": 64,
+        "ffn_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 48,
+        "qk_norm": True,
+    },
 }
 
 

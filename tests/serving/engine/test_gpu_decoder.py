@@ -25,7 +25,7 @@ from serving.engine.gpu.decoder import GpuDecoder, unsupported
 from serving.engine.gpu.sampling import Sampler
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import BROKEN, choose
-from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler
+from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
 from tests.commands import ROOT
 from tests.compiled_kernels import compiled, problems
 from training.model import shapes
@@ -46,14 +46,14 @@ def test_the_interpreter_runs_every_kernel():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run([*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^11 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^12 passed", result.stdout, re.MULTILINE), result.stdout
 
 
-def launches(num_rows: int, *, capability: tuple[int, int], name: str = "llama-1b4") -> list[Call]:
+def launches(num_rows: int, *, capability: tuple[int, int], **changes: object) -> list[Call]:
     """What a step of so many rows that decode launches besides products by cuBLAS, for one layer."""
     calls: list[Call] = []
     with torch.device("meta"):
-        model = Llama(shapes.resolve(name, num_layers=1)).bfloat16()
+        model = Llama(shapes.resolve("llama-1b4", num_layers=1, **changes)).bfloat16()
     with (
         patch.object(Call, "launch", lambda self, like=None: calls.append(self)),
         patch.object(attention, "_capability", lambda device: capability),
@@ -72,14 +72,19 @@ def test_a_layer_is_five_launches_for_few_rows_and_five_beside_its_products_for_
     many = [call.kernel.__name__ for call in launches(32, capability=(9, 0))]
     between = ["_add_norm_kernel", "_rotate_kernel", attend, "_add_norm_kernel", "_silu_kernel"]
     assert many == [*between, "_add_norm_kernel", "_scan_kernel", "_pick_kernel"]
+    normed = [call.kernel.__name__ for call in launches(1, capability=(9, 0), qk_norm=True)]
+    assert normed == [few[0], "_rotate_kernel", *few[1:]]
 
 
 @pytest.mark.parametrize(
-    ("capability", "num_rows", "which"),
-    [((9, 0), 1, 0), ((9, 0), 1, 2), ((9, 0), 8, 0), ((8, 6), 1, 4), ((8, 6), 8, 3), ((8, 6), 32, 0)],
-)
-def test_kernels_compile_without_spills(capability, num_rows, which, tmp_path):
-    kernel = compiled(launches(num_rows, capability=capability)[which], capability)
+    ("capability", "num_rows", "which", "qk_norm"),
+    [
+        ((9, 0), 1, 0, False), ((9, 0), 1, 2, False), ((9, 0), 8, 0, False), ((8, 6), 1, 4, False),
+        ((8, 6), 8, 3, False), ((8, 6), 32, 0, False), ((9, 0), 1, 0, True), ((8, 6), 32, 1, True),
+    ],
+)  # fmt: skip
+def test_kernels_compile_without_spills(capability, num_rows, which, qk_norm, tmp_path):
+    kernel = compiled(launches(num_rows, capability=capability, qk_norm=qk_norm)[which], capability)
     assert problems(kernel, capability, tmp_path) == []
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= (9, 0))
 
@@ -236,6 +241,34 @@ def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
         assert cache.isfinite().sum() == num_rows * 2 * 2 * 16  # and nothing elsewhere
 
 
+def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of attention, at a time: the interpreter runs them one after the other."""
+    monkeypatch.setitem(attention.TILES, (8, 6), replace(attention.TILES[8, 6], programs=1))
+
+
+def drawn(shape: LlamaShape) -> Llama:
+    model = Llama(shape)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() == 2 else torch.rand_like(parameter) + 0.5)
+    return model
+
+
+def interpreted_few_rows_and_many_have_the_same_norms_of_queries_and_keys(monkeypatch):
+    one_program(monkeypatch)
+    model = drawn(replace(SHAPE, num_layers=1, qk_norm=True))
+    few, many = (
+        GpuDecoder(copy.deepcopy(model), num_blocks=1, slots=1, graphs=False, most_narrow=most)
+        for most in (16, 0)
+    )
+    request = ScheduledRequest([7], 9)
+    for position in range(2):
+        span = Span(request, position, position + 1, (0,))
+        assert close(few.forward([span]), many.forward([span]))
+        request.tokens.append(8)
+
+
 class Replayed:
     """In place of a CUDA graph: the step runs again, and writes where it wrote first."""
 
@@ -248,15 +281,16 @@ class Replayed:
             old.copy_(new)
 
 
-@pytest.mark.parametrize(("graphs", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def interpreted_texts_continue_as_whole_texts_do(graphs, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("graphs", "dtype", "qk_norm"), [(True, torch.float32, True), (False, torch.bfloat16, False)]
+)
+def interpreted_texts_continue_as_whole_texts_do(graphs, dtype, qk_norm, monkeypatch):
     """Prompts in chunks beside rows that decode, some scored; earlier requests left NaN in the cache.
 
     Each step begins before the host knows the tokens of the last one. With `graphs`, those whose prompts are
     not scored are padded to the rows of a graph.
     """
-    one = replace(attention.TILES[8, 6], programs=1)  # which the interpreter runs one after the other
-    monkeypatch.setitem(attention.TILES, (8, 6), one)
+    one_program(monkeypatch)
     made: list[Replayed] = []
 
     def captured(steps, device):
@@ -266,12 +300,7 @@ def interpreted_texts_continue_as_whole_texts_do(graphs, dtype, monkeypatch):
 
     monkeypatch.setattr(decoders, "captured", captured)
     monkeypatch.setattr(decoders, "PROMPT_ROWS", (24,))
-    model = Llama(SHAPE)
-    initialize(model, seed=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3 if parameter.dim() == 2 else torch.rand_like(parameter) + 0.5)
-    model.to(dtype)
+    model = drawn(replace(SHAPE, qk_norm=qk_norm)).to(dtype)
     whole = copy.deepcopy(model).float()
     decoder = GpuDecoder(model, num_blocks=8, slots=4, graphs=graphs, step_tokens=24)
     with torch.inference_mode():

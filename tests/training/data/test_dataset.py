@@ -17,6 +17,7 @@ from training.data.dataset import (
     Shard,
     Split,
     TokenDataset,
+    document_starts,
     micro_batch,
     require_tuning_sequences,
     validation_batches,
@@ -193,6 +194,12 @@ def test_a_resume_at_another_world_size_continues_the_order(folder: Path) -> Non
     for step in range(6):
         rest = global_batches(dataset, world_size=3, micro=2, start=12 * step, steps=6 - step)
         assert rest.tolist() == whole[step:].tolist()
+
+
+def test_documents_begin_with_a_sequence_and_after_an_end_of_text() -> None:
+    inputs = np.array([[3, 0, 4, 4, 0], [0, 0, 5, 5, 5]])
+    assert document_starts(inputs, end_of_text=0).tolist() == [0, 2, 5, 6, 7, 10]
+    assert document_starts(inputs, end_of_text=9).tolist() == [0, 5, 10]
 
 
 # --- validation ---------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""The largest attention logit: against products by hand, and without a trace in the model."""
+"""Attention within documents; the largest logit, by hand, and without a trace in the model."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.model.attention import LogitProbe, largest_logit
-from training.model.llama import Llama, initialize
+from training.data.dataset import document_starts
+from training.model.attention import LogitProbe, kernel, largest_logit, varlen_unsupported
+from training.model.llama import Llama, compile_layers, initialize
 from training.model.shapes import resolve
 
 
@@ -72,3 +75,100 @@ def test_larger_queries_are_seen_and_an_evaluation_is_not():
     top = after["attention"]["layers.1"]["attention_logit_max"]
     assert top == pytest.approx(10 * before["layers.1"]["attention_logit_max"], rel=1e-4)
     assert after["attention_logit_max"] == top
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+END = 0
+
+
+def packed(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [2, 41] of many documents, of one token too, and where these begin in the first 40 of a row."""
+    tokens = torch.randint(8, (2, 41), generator=torch.Generator().manual_seed(seed))
+    tokens[0, 5:7] = tokens[1, -2] = END
+    starts = document_starts(tokens[:, :-1].numpy(), end_of_text=END)
+    return tokens, torch.from_numpy(starts)
+
+
+def sharp(**options: bool) -> Llama:
+    """A model whose tokens see each other: its attention is far from uniform."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_size": 48, "num_layers": 2}
+    model = Llama(resolve("llama-5m", tied=False, qk_norm=True, **sizes), **options)
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    return model
+
+
+def losses_alone(model: Llama, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """The loss of every token [80], each document by itself, from position 0 on."""
+    inputs, targets = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+    pairs = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    logits = torch.cat([model(inputs[None, start:stop])[0] for start, stop in pairs])
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+def test_every_token_of_a_packed_sequence_has_the_loss_that_it_has_in_its_document_alone(dtype, bound):
+    """Though RoPE counts on through the sequence."""
+    model, (tokens, starts) = sharp().to(dtype), packed(3)
+    logits, crossing = model(tokens[:, :-1], None, starts), model(tokens[:, :-1])
+    found, other = (
+        F.cross_entropy(each.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        for each in (logits, crossing)
+    )
+    alone = losses_alone(model, tokens, starts)
+    assert (found - alone).abs().max() < bound * alone.abs().max()
+    assert (other - alone).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_documents_alone(checkpointing, compiled):
+    """Traced and not compiled, which would take a minute."""
+    model, expected, (tokens, starts) = sharp(activation_checkpointing=checkpointing), sharp(), packed(3)
+    if compiled:
+        torch._dynamo.reset()
+        compile_layers(model, backend="eager")
+    model(tokens[:, :-1], tokens[:, 1:], starts).backward()
+    losses_alone(expected, tokens, starts).mean().backward()
+    for (name, own), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        error = (own.grad - other.grad).norm() / other.grad.norm()
+        assert error < 2e-5, name
+
+
+def test_the_largest_logit_is_that_of_a_token_of_the_same_document():
+    model, (tokens, starts) = sharp(), packed(3)
+    probe = LogitProbe(model.model, when=lambda: True)
+    tops = []
+    for documents in (starts, None):
+        model(tokens[:, :-1], tokens[:, 1:], documents).backward()
+        tops.append(probe.read(lambda own: [own])["attention_logit_max"])
+    assert tops[0] < tops[1]
+    one_row = torch.tensor([0, 40, 80], dtype=torch.int32)
+    model(tokens[:, :-1], tokens[:, 1:], one_row)
+    assert probe.read(lambda own: [own])["attention_logit_max"] == pytest.approx(tops[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.bfloat16, 64, "cpu is no CUDA device"),
+        ("cuda", torch.float32, 64, "does not compute in torch.float32"),
+        ("cuda", torch.bfloat16, 20, "heads of 20"),
+    ],
+)
+def test_where_pieces_of_any_length_cannot_be_attended_to_the_reason_is_given(
+    device, dtype, head_dim, reason
+):
+    assert reason in varlen_unsupported(torch.device(device), dtype, head_dim)
+
+
+def test_the_kernel_is_named_and_with_documents_why_it_has_a_mask():
+    options = {"length": 16, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert kernel(resolve("llama-5m"), documents=False, **options) == "flash_attention"
+    found = kernel(resolve("llama-5m"), documents=True, **options)
+    assert found == "flash_attention with a mask: cpu is no CUDA device"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert kernel(resolve("llama-5m"), documents=False, **options) == "math"

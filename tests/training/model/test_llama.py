@@ -1,4 +1,4 @@
-"""Our LLaMA against transformers' LlamaForCausalLM, and against itself in other precisions and paths."""
+"""Our LLaMA against transformers', with QK-norm against its Qwen3, and against itself in other paths."""
 
 import hashlib
 import json
@@ -13,7 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from training.model.attention import LogitProbe
 from training.model.hf import save_hf
@@ -39,6 +47,7 @@ VARIANTS = {
     "theta": {"rope_theta": 5e5, "norm_eps": 1e-3},
     "llama3": {"rope_scaling": LLAMA_3, "rope_theta": 5e5},
     "head_dim": {"head_dim": 24},
+    "qk_norm": {"qk_norm": True, "head_dim": 24, "tied": True},
 }
 
 
@@ -82,7 +91,7 @@ def export(model: Llama, directory: Path, tokenizer_file: Path, **changes: objec
     return directory
 
 
-def theirs(shape: LlamaShape) -> LlamaForCausalLM:
+def theirs(shape: LlamaShape) -> PreTrainedModel:
     rope: dict = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if (scaling := shape.rope_scaling) is not None:
         rope |= {
@@ -92,7 +101,8 @@ def theirs(shape: LlamaShape) -> LlamaForCausalLM:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_positions,
         }
-    config = LlamaConfig(
+    kinds = (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    config = kinds[0](
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -107,11 +117,20 @@ def theirs(shape: LlamaShape) -> LlamaForCausalLM:
         initializer_range=0.2,  # logits and attention far from uniform, so that a wrong angle shows
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return with_gains(kinds[1](config).eval())
 
 
 @torch.no_grad()
-def assert_same_logits(ours: Llama, other: LlamaForCausalLM) -> None:
+def with_gains(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with the gains of QK-norm, if it has it, drawn from [0.5, 1.5]."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def assert_same_logits(ours: Llama, other: PreTrainedModel) -> None:
     batch = tokens(2, 200)
     expected = other(batch).logits
     torch.testing.assert_close(ours(batch), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -132,6 +151,7 @@ def test_transformers_loads_what_we_save(tmp_path: Path, tokenizer_file: Path, c
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(5)
+    with_gains(ours)
     export(ours, tmp_path / "export", tokenizer_file)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert other.dtype == torch.float32 and other.config.eos_token_id == 0

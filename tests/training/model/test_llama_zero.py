@@ -17,7 +17,8 @@ WORLD_SIZE = 2
 
 def build(*, tied: bool, activation_checkpointing: bool = False) -> Llama:
     sizes = {"vocab_size": 256, "hidden_size": 64, "ffn_size": 96, "num_layers": 2}
-    return Llama(resolve("llama-5m", tied=tied, **sizes), activation_checkpointing=activation_checkpointing)
+    shape = resolve("llama-5m", tied=tied, qk_norm=tied, **sizes)
+    return Llama(shape, activation_checkpointing=activation_checkpointing)
 
 
 def micro_batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

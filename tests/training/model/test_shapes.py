@@ -103,10 +103,44 @@ def test_a_public_llama_3_config_of_transformers_4() -> None:
     assert from_hf_config(config) == SHAPES["llama-3.1-8b"]
 
 
+def test_a_public_qwen3_config_of_transformers_4() -> None:
+    """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    shape = from_hf_config(config)
+    assert shape.qk_norm and shape.tied and shape.rope_theta == 1e6
+    assert shape.num_parameters == 596_049_920  # of the model card: 0.6B
+    assert from_hf_config(to_hf_config(shape, dtype="bfloat16")) == shape
+    assert from_hf_config({**config, "head_dim": None, "num_key_value_heads": 4}).head_dim == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type: 'qwen2' is not supported, only 'llama'"),
+        ({"model_type": "qwen2"}, "model_type: 'qwen2' is not supported, only 'llama' and 'qwen3'"),
+        ({"model_type": "olmo2"}, "model_type: 'olmo2'"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window: True"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types: .*sliding_attention"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

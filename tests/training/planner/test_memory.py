@@ -71,11 +71,12 @@ def saved_bytes(model: Llama, tokens: torch.Tensor) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("qk_norm", ["false", "true"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activation_bytes_are_what_autograd_keeps(precision: str, monkeypatch) -> None:
+def test_activation_bytes_are_what_autograd_keeps(precision: str, qk_norm: str, monkeypatch) -> None:
     # As on a GPU: without the widened copies that a CPU without bf16 arithmetic makes.
     monkeypatch.setattr("optim.precision.cpu_has_bf16", lambda: True)
-    config = training_config.load(dotlist=[*SMALL, f"precision={precision}"])
+    config = training_config.load(dotlist=[*SMALL, f"precision={precision}", f"model.qk_norm={qk_norm}"])
     shape = resolve_shape(config)
     model = Llama(shape)
     initialize(model, seed=1)

@@ -22,7 +22,7 @@ KEYS = (
     "precision=bf16",
 )
 CHECKPOINTING = "model.activation_checkpointing=true"
-CASES = [("zero.stage=1",), ("zero.stage=3", "zero.init=true", CHECKPOINTING)]
+CASES = [("zero.stage=1",), ("zero.stage=3", "zero.init=true", "model.qk_norm=true", CHECKPOINTING)]
 
 
 def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

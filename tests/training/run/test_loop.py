@@ -1,22 +1,32 @@
 """The record of a run: every line that is due, of the steps that it names, interrupted or not."""
 
 import gzip
+import itertools
 import json
+import math
+import statistics
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from cluster import config as layered
 from cluster import files
 from cluster.record.record import read_metrics
+from cluster.runs import CONFIG_FILE
 from tests.commands import tiny, write_corpus
 from tests.ranks import spawn
 from training import config as training_config
 from training.config import TrainConfig
+from training.data.dataset import TokenDataset, of_share, validation_batches
 from training.data.prepare import prepare
+from training.model.llama import Llama
 from training.plan import make_plan
+from training.run.checkpoint import Checkpoint
 from training.run.context import Context
 from training.run.loop import Trainer
 from training.run.start import Start, newest_of
@@ -71,6 +81,7 @@ def both(context: Context, folder: Path, data: Path, keys: dict[str, object]) ->
         for name, profiled in (("whole", "[]"), ("broken", str(PROFILED)))
     }
     run(context, of["whole"], data)
+    files.write_text(of["whole"].run_directory / CONFIG_FILE, layered.to_yaml(of["whole"]))
     for stop in (11, 13, NUM_STEPS):  # checkpoints at 9, after the line at 8, and at 12, with that line
         run(context, of["broken"], data, stop_after=stop)
     return of["whole"].run_directory, of["broken"].run_directory
@@ -82,6 +93,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("loop")
     corpus = write_corpus(folder)
     keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, **EVERY}
+    keys |= {"batch__document_masks": "true", "evaluation__sequences": 40}
     keys["data__sources"] = f'["most={corpus}@3","rest={corpus}@1"]'
     data = prepare(training_config.load(dotlist=tiny(folder, **keys)).data, report=lambda _: None).absolute()
     return spawn(both, folder, data, keys, world_size=2)[0]
@@ -119,6 +131,38 @@ def test_of_a_mixture_each_source_is_counted_and_evaluated(runs):
             by_weight = 0.75 * row["validation_loss_most"] + 0.25 * row["validation_loss_rest"]
             assert row["validation_loss"] == pytest.approx(by_weight)
     assert summary["validation_loss_most"] > 0
+
+
+def test_with_document_masks_a_held_out_token_is_predicted_from_its_own_document(folders, runs):
+    """By the weights of the last checkpoint, each document by itself."""
+    config = training_config.load(file=folders[0] / CONFIG_FILE)
+    saved = Checkpoint(newest_of(config, report=print))
+    shape = make_plan(config).shape
+    model = Llama(shape)
+    weights = {
+        name: saved.read(name, "master", 0, math.prod(size)).view(size)
+        for name, size in shape.parameters().items()
+    }
+    model.load_state_dict(weights, strict=not shape.tied)
+    data = prepare(config.data, report=lambda _: None)
+    held_out = TokenDataset.open(data, split="validation", sequence_length=config.batch.sequence_length)
+    size, share = config.evaluation.sequences, held_out.shares["most"]
+    chosen = validation_batches(
+        held_out, sequences=of_share(size, share), rank=0, world_size=1, micro_sequences=1,
+        within=held_out.parts["most"],
+    )  # fmt: skip
+    alone, crossing = [], []
+    for sample, _ in chosen:
+        tokens, end = torch.from_numpy(sample[0]), held_out.manifest.end_of_text_id
+        ends = [place + 1 for place in range(31) if tokens[place] == end]
+        pairs = itertools.pairwise([0, *ends, 32])
+        with torch.no_grad():
+            logits = torch.cat([model(tokens[None, start:stop])[0] for start, stop in pairs])
+            alone.append(F.cross_entropy(logits, tokens[1:]).item())
+            crossing.append(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]).item())
+    recorded = runs[0][1]["validation_loss_most"]
+    error = abs(statistics.fmean(alone) - recorded)
+    assert error < 0.01 and abs(statistics.fmean(crossing) - recorded) > 3 * error
 
 
 def test_an_interrupted_run_records_line_for_line_what_an_uninterrupted_one_does(runs):

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, a finished run `first`, and its weights in `hf`."""
     folder = tmp_path_factory.mktemp("load")
     write_corpus(folder)
-    done = python("training.launch", *tiny(folder, run__name="first"))
+    done = python("training.launch", *tiny(folder, run__name="first", model__qk_norm="true"))
     assert done.returncode == 0, done.stderr
     export(folder / "outputs/first", output=folder / "hf", dtype="float32")
     return folder
@@ -73,6 +73,7 @@ def test_of_weights_that_are_no_export_of_ours_the_content_is_the_fingerprint(fo
     [
         ({"load": "hf:/nowhere"}, ["load: ", "/nowhere: no such config.json"]),
         ({"model__num_layers": 3}, ["model.num_layers: num_layers is 3, but 2 in hf:", "leave the key out"]),
+        ({"model__qk_norm": "false"}, ["model.qk_norm: qk_norm is False, but True in hf:"]),
         ({"model__shape": "llama-60m"}, ["model.shape: ", "but 320 in hf:"]),
         ({"data__tokenizer": "train"}, ["data.tokenizer: 'train' makes another", "hf/tokenizer.json"]),
     ],
