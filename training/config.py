@@ -282,10 +282,6 @@ class WorkersConfig:
         within = self.min_count is None or 1 <= self.min_count <= self.count
         require(within, "workers.min_count", f"must lie between 1 and workers.count={self.count}")
 
-    def failure_is_final(self, launcher: str) -> bool:
-        """Whether a failure of a worker ends the run: nothing starts the workers again."""
-        return launcher != "ray" or self.max_failures == 0
-
 
 URL = r"[a-z][a-z0-9+.-]*:(?!//[^/]*@).+"  # with its protocol
 

@@ -168,7 +168,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
     from training.run.state.remote import Uploads
-    from training.run.watch import RunWatch, ShowRows
+    from training.run.watch import RunWatch, ShowRows, report_failure
 
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
@@ -184,12 +184,13 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             start = ranks.on_main(prepare)
         if start is None:
             return
-        heart = workers.heartbeat(
-            config.run_directory, config.workers, launcher="torch",
-            rank=ranks.rank, world_size=ranks.world_size, start=start_of(ranks.store),
-        )  # fmt: skip
-        with heart, ExitStack() as stack:
-            heart.mark(FORMING)
+        failures = report_failure(config, rank=ranks.rank, where=lambda: f"the {FORMING}'s forming")
+        with failures, ExitStack() as stack:
+            heart = workers.heartbeat(
+                config.run_directory, config.workers, launcher="torch",
+                rank=ranks.rank, world_size=ranks.world_size, start=start_of(ranks.store),
+            )  # fmt: skip
+            stack.enter_context(heart).mark(FORMING)
             context = stack.enter_context(torch_context(ranks, gpu=config.workers.gpu))
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note

@@ -60,7 +60,7 @@ class Heartbeat:
             "rank": rank, "world_size": world_size, "start": start,
             "host": platform.node(), "process": os.getpid(),
         }  # fmt: skip
-        self._hang_seconds, self._final = hang_seconds, final
+        self._hang_seconds, self.final = hang_seconds, final
         self._poll_seconds = min(1.0, hang_seconds / 4) if hang_seconds else 1.0
         self._file = self._folder / f"{rank:05d}.json"
         self._flag = heartbeat.flag_of(directory, start)
@@ -116,7 +116,7 @@ class Heartbeat:
                 if old != self._flag:
                     old.unlink(missing_ok=True)
         if self._hang_seconds:
-            about = {"rank": self._about["rank"], "start": self._about["start"], "final": self._final}
+            about = {"rank": self._about["rank"], "start": self._about["start"], "final": self.final}
             self._watcher = watcher.Watcher(
                 directory=str(self._directory), seconds=self._hang_seconds, **about
             )
@@ -224,7 +224,7 @@ class Heartbeat:
             self._directory, beats, world_size=num, hang_seconds=self._hang_seconds
         )
         with suppress(Exception):
-            watcher.report(self._directory, text, final=self._final, step=self.step)
+            watcher.report(self._directory, text, final=self.final, step=self.step)
         os.write(2, f"error: {text}\n".encode())
         os._exit(1)
 

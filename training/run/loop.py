@@ -72,8 +72,8 @@ def train(
         observe: called on rank 0 with every row of `metrics.jsonl`.
     """
     config = start.config
-    final = config.workers.failure_is_final(context.launcher)
-    failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
+    final, where = heart.final, lambda: heart.place
+    failures = partial(report_failure, config, rank=context.rank, where=where, final=final)
     with failures():
         trainer = Trainer(start, context, Stop(asked_to_stop), heart)
         kernel = attention_kernel(config, device=context.device)

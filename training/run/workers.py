@@ -91,7 +91,7 @@ def heartbeat(
     """The heartbeat of a rank. start: see `cluster.record.heartbeat.Beat`."""
     return Heartbeat(
         directory, rank=rank, world_size=world_size, start=start, hang_seconds=workers.hang_seconds,
-        final=workers.failure_is_final(launcher),
+        final=launcher != "ray" or workers.max_failures == 0,
     )  # fmt: skip
 
 
