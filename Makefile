@@ -79,9 +79,9 @@ sync: $(VENV)/ready
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
 ## up            start every node, or name those that did not join, with the reason
 ## status        nodes, runs, alarms, the last preflight; without CLUSTER=, the runs here (RUN=name)
-## down          end every process of the cluster; runs and data stay
+## down          end every process of the cluster and its access; runs and data stay (ARGS=keep_access=true)
 up down: $(VENV)/ready
-	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml))
+	$(PY) cluster.laptop.fleet $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) $(ARGS)
 
 status: $(VENV)/ready
 	$(PY) $(if $(CLUSTER),cluster.laptop.fleet status $(CLUSTER),cluster.review.status $(RUN))

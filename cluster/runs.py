@@ -2,10 +2,12 @@
 
 find("newest", key="model", instead="or name ...")     what to serve or evaluate: a run or a HF directory
 directory_of("first-light")                            a run directory, also one without a checkpoint
+named("first-light", fits=..., lacks="no ...")         any path, or any name in outputs/
 in_folder()                                            all runs with a complete checkpoint or an export
 complete_checkpoints(run / "checkpoints")              step folders that are whole, the oldest first
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +70,26 @@ def find(model: str, *, key: str, instead: str) -> ModelDirectory:
 
 def directory_of(run: str) -> Path:
     """The run directory of a path, or else of a run's name in OUTPUTS. Raises `UserError`."""
-    places = _places(run)
-    for directory in places:
-        if (directory / CONFIG_FILE).is_file():
-            return directory
-    there = ", ".join(sorted(file.parent.name for file in OUTPUTS.glob(f"*/{CONFIG_FILE}"))) or "none"
-    searched = " nor ".join(map(str, dict.fromkeys(places)))
-    raise UserError(f"{run}: no such run: no {CONFIG_FILE} in {searched}; runs in {OUTPUTS}/: {there}")
+    has_config = lambda place: (place / CONFIG_FILE).is_file()  # noqa: E731
+    return named(run, fits=has_config, lacks=f"no such run: no {CONFIG_FILE}")
+
+
+def named(name: str, *, fits: Callable[[Path], bool], lacks: str) -> Path:
+    """The path of that name, or else the one of that name in OUTPUTS.
+
+    Args:
+        fits: whether a path is what is looked for.
+        lacks: for the message, before "in" and the places.
+
+    Raises:
+        UserError: neither fits; the message lists what there is in OUTPUTS.
+    """
+    places = dict.fromkeys(_places(name))
+    if name and (place := next(filter(fits, places), None)):
+        return place
+    there = ", ".join(sorted(path.name for path in OUTPUTS.glob("*") if fits(path))) or "none"
+    searched = " nor ".join(map(str, places))
+    raise UserError(f"{name or 'RUN'}: {lacks} in {searched}; in {OUTPUTS}/ there are: {there}")
 
 
 def of_run(run: Path) -> ModelDirectory:

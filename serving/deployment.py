@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ MOST_REQUESTS = 8192
 READY_SECONDS = 600.0  # a large checkpoint from slow storage; a failure is seen at once
 POLL_SECONDS = 0.2
 STOP_SECONDS = 5.0
+SERVE_ENDS_SECONDS = 30.0  # as Serve itself waits for its controller
 
 
 class RayMetrics:
@@ -222,7 +223,7 @@ def serving(
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
-        with _orderly(serve.shutdown):
+        with _orderly(_end_serve):
             serve.start(
                 http_options={"host": options.host, "port": port},
                 logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
@@ -237,6 +238,31 @@ def serving(
 def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str]:
     haproxy.install(folder / HAPROXY, seconds=options.receive_seconds)
     return serve_environment(folder, haproxy=options.haproxy)
+
+
+def _end_serve() -> None:
+    """`serve.shutdown`, in which nothing waits for a call to the controller.
+
+    Serve's own waits for such a call until Ray kills the controller. Ray then reports the call as failed on
+    standard error.
+    """
+    import ray
+    from ray import serve
+    from ray.serve import context
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    client, _ = context._check_cached_client_alive()
+    if client is None:
+        serve.shutdown()
+        return
+    client.shutdown_cached_handles()
+    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
+    until = time.monotonic() + SERVE_ENDS_SECONDS
+    with suppress(ValueError):  # there is no such actor any more
+        while time.monotonic() < until:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.05)
+    context._disconnect()
 
 
 @contextmanager

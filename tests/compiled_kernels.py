@@ -1,7 +1,9 @@
-"""Triton kernels compiled without a GPU, for any, and what keeps the result from running well."""
+"""Triton kernels without a GPU: interpreted, or compiled for any; and what keeps those from running well."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from cluster.machine.triton_calls import Call
+from cluster.session import ROOT
 
 SHARED_BYTES = {(8, 6): 101_376, (9, 0): 232_448}  # most per block: CUDA C++ programming guide, appendix
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -28,6 +31,19 @@ class AbsentDriver:
 
     def get_current_stream(self, device: str) -> int:
         return 0
+
+
+def run_interpreted(*files: str, passes: int) -> None:
+    """Run the functions named `interpreted_*` of these files by Triton's interpreter; so many must pass.
+
+    Triton decides at its import whether kernels are interpreted, so this is a pytest of its own.
+    """
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider"]
+    command += ["-o", "python_functions=interpreted_*"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(rf"^{passes} passed", result.stdout, re.MULTILINE), result.stdout
 
 
 def compiled(call: Call, capability: tuple[int, int]):

@@ -43,6 +43,7 @@ BESIDES = {  # module -> what it alone of its room may import too: a bench and a
         "cluster.measure.intervals",
         "cluster.measure.turns",
         "cluster.display",
+        "cluster.progress",
         "cluster.session",
     ),
 }

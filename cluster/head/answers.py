@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster import files
 from cluster.head.keeper import state
-from cluster.head.ray_rest import FINAL, Ray, RayDown
+from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
 from cluster.review.status import report as report_runs
 
 SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN = 0, 10, 11, 12, 13  # of `follow`
@@ -92,6 +92,11 @@ class Head:
         """
         if hashlib.sha256(package).hexdigest() != request["digest"]:
             raise Refused("the code arrived incomplete; nothing was started; run the same command again")
+        if whose := stranger(port := self.site["gcs_port"], self.site["name"]):
+            raise Refused(
+                f"port {port} is in use by {whose}, and not by this cluster's Ray; nothing was sent to it. "
+                "End that, or set ports.gcs in the inventory; then `make up`"
+            )
         self.runs.mkdir(parents=True, exist_ok=True)
         with (self.runs / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two laptops at once

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files, private
-from cluster.head.ray_rest import FINAL, Ray, RayDown
+from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
 from cluster.head.reap import descendants, of_cluster
-from cluster.head.shell import Failure, Workers, bash, by_whom, is_taken, key_file
+from cluster.head.shell import Failure, Workers, bash, key_file
 
 JOINED, FAILED = "joined", "failed"
 BUSY = ("installing", "copying", "starting")  # states that may last
@@ -136,6 +136,7 @@ class Keeper:
         settings = hashlib.sha256(
             f"{site['start_head']}{site['start_worker']}{self._env}".encode()
         ).hexdigest()
+        self._require_no_stranger("gcs_port")
         if self._answers():
             if marker.exists() and marker.read_text() == settings:
                 return
@@ -152,12 +153,7 @@ class Keeper:
             )
         self._set(head, "starting", "Ray")
         bash(site["reap"])
-        for name in ("gcs_port", "dashboard_port"):
-            if is_taken(site[name]):
-                raise Failure(
-                    f"port {site[name]} is in use{by_whom(site[name])}; end that, or set "
-                    f"ports.{name.removesuffix('_port')} in the inventory"
-                )
+        self._require_no_stranger("dashboard_port")
         marker.unlink(missing_ok=True)
         bash(site["start_head"])
         marker.write_text(settings)
@@ -169,6 +165,12 @@ class Keeper:
                     f"{self.scratch}/ray/session_latest/logs"
                 )
             time.sleep(0.5)
+
+    def _require_no_stranger(self, name: str) -> None:
+        port = self.site[name]
+        if whose := stranger(port, self.site["name"]):
+            key = f"ports.{name.removesuffix('_port')}"
+            raise Failure(f"port {port} is in use by {whose}; end that, or set {key} in the inventory")
 
     def _answers(self) -> bool:
         try:

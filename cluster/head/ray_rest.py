@@ -4,8 +4,10 @@ Ray's own commands take 1 to 3 seconds each to import, and `ray job` neither res
 link. Source: https://docs.ray.io/en/latest/cluster/running-applications/job-submission/api.html
 """
 
+import contextlib
 import json
 import os
+import pwd
 import re
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from cluster.head.reap import of_cluster
 from cluster.private import read_token, token_file
 
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")  # states of a job that has ended
@@ -87,7 +90,8 @@ class Ray:
             raise RayDown(f"Ray does not answer at {self._base}")
         if owner != os.getuid():  # who would be given the token
             raise ValueError(
-                f"port {self._port} is user {owner}'s, not your Ray's; set ports.dashboard in the inventory"
+                f"port {self._port} is user {_name(owner)}'s, not your Ray's; set ports.dashboard in the "
+                "inventory"
             )
         request = urllib.request.Request(self._base + path, data=data, method=method)
         if token := read_token():
@@ -120,11 +124,59 @@ class Ray:
 def listener(port: int) -> int | None:
     """The user who listens on this TCP port of 127.0.0.1 or of every address, or None."""
     loopback, every = "0100007F", "00000000"
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, _, _, _, user, *_ = line.split()
-        if state == "0A" and local in (f"{loopback}:{port:04X}", f"{every}:{port:04X}"):
-            return int(user)
+    users = [user for local, user, _ in _listening(port) if local in (loopback, every)]
+    return users[0] if users else None
+
+
+def stranger(port: int, cluster: str) -> str | None:
+    """Who listens on this TCP port and is no process of this cluster, in words; None if nobody does.
+
+    Of another user's process only the user can be told.
+    """
+    ours = set().union(*map(_sockets, of_cluster(cluster)), set())
+    for _, user, inode in _listening(port):
+        if inode in ours:
+            continue
+        if user != os.getuid():
+            return f"user {_name(user)}"
+        for folder in Path("/proc").glob("[0-9]*"):
+            if inode in _sockets(int(folder.name)):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                return f"a process of yours, pid {folder.name}: {command[:80].strip()}"
+        return "a process of yours"
     return None
+
+
+def _listening(port: int) -> list[tuple[str, int, str]]:
+    """(address in hexadecimal, user, inode) of every socket that listens on this TCP port, IPv4 and IPv6."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        file = Path("/proc/net", table)
+        for line in file.read_text().splitlines()[1:] if file.exists() else ():
+            _, local, _, state, _, _, _, user, _, inode, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                found.append((address, int(user), inode))
+    return found
+
+
+def _sockets(pid: int) -> set[str]:
+    """Inodes of the sockets that a process has open; none if it has ended or is another user's."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                kind, _, inode = os.readlink(link).partition(":")
+                if kind == "socket":
+                    found.add(inode.strip("[]"))
+    return found
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def _reason(traceback: str) -> str:

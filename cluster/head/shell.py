@@ -9,8 +9,6 @@ import base64
 import os
 import re
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -183,26 +181,6 @@ def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
     errors = [line for line in lines if "rror" in line or "No space left" in line]
     return (errors or lines or [""])[-1][:300]
-
-
-def is_taken(port: int) -> bool:
-    """Whether something listens on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return True
-    return False
-
-
-def by_whom(port: int) -> str:
-    """Which program listens on the port, as part of a sentence; empty if that is unknown."""
-    if shutil.which("ss") is None:
-        return ""
-    said = subprocess.run(["ss", "-Hltnp", f"sport = :{port}"], capture_output=True, text=True).stdout
-    _, found, user = said.partition('users:(("')
-    return f" by {user.partition(chr(34))[0]}" if found else ""
 
 
 if __name__ == "__main__":

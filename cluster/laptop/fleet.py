@@ -14,11 +14,13 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import cli
-from cluster.cli import RunError
+from cluster import config as layered
+from cluster.cli import RunError, UserError
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
 from cluster.laptop import inventory
@@ -32,6 +34,7 @@ LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
+HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
 
 UNPACK = """
 import io, os, shutil, sys, zipfile
@@ -276,8 +279,11 @@ def _parsed(answer: bytes, node: Ssh) -> dict[str, Any]:
         ) from error
 
 
-def down(cluster: Path, *, report: Callable[[str], None]) -> None:
+def down(cluster: Path, *, report: Callable[[str], None], keep_access: bool = False) -> None:
     """End what the cluster runs on every node, and check that nothing is left.
+
+    Args:
+        keep_access: leave the head's key and what else `cluster.head.forget` removes.
 
     Raises:
         RunError: a node could not be reached, or something is left on it.
@@ -285,17 +291,21 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
     site = inventory.load(cluster)
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
-        f"[ ! -e {site.code}/site.json ] || "
+        f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "
         f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.head.keeper stop site.json; }}"
     )
-    patiently(lambda: head.run(stop), patience=60, report=report)
-    reap = (Path(__file__).parents[1] / "head/reap.py").read_bytes()
+    said = patiently(lambda: head.run(stop), patience=60, report=report).decode().splitlines()
+    key = said[0] if said else ""
+    reap, forget = ((HEAD / name).read_bytes() for name in ("reap.py", "forget.py"))
 
     def one(node: str) -> tuple[bool, str]:
+        there = Ssh(site, node, pin=True)
         try:
             script = f"{site.python} - {site.name}"
-            there = Ssh(site, node, pin=True)
             found = _parsed(there.run(script, given=reap, timeout=60), there)
+            if not keep_access:
+                script = f"{site.python} - {site.name} {site.scratch} {shlex.quote(key)}"
+                found |= _parsed(there.run(script, given=forget, timeout=60), there)
         except CommandError as error:
             try:
                 return False, f"still there: {'; '.join(json.loads(error.output)['left'])}"
@@ -304,15 +314,25 @@ def down(cluster: Path, *, report: Callable[[str], None]) -> None:
         except RunError as error:
             return False, str(error)
         ended = found["ended"]
-        return True, f"{ended} processes ended, none left" if ended else "nothing was running"
+        told = f"{ended} processes ended, none left" if ended else "nothing was running"
+        return True, told + ("; access removed" if found.get("removed") else "")
 
     with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
         found = dict(zip(site.nodes, pool.map(one, site.nodes), strict=True))
-    for node, (_, said) in found.items():
-        report(f"{node}: {said}")
+    for node, (_, text) in found.items():
+        report(f"{node}: {text}")
     problems = [node for node, (clean, _) in found.items() if not clean]
     if problems:
         raise RunError(f"not down: {', '.join(problems)} (above); mend that and run `make down` again")
+    stays = f"{site.scratch}/env stays for the next `make up`; runs and data lie in {site.storage}"
+    report(f"{site.name} is down. {stays}")
+
+
+@dataclass(frozen=True)
+class DownConfig:
+    keep_access: bool = layered.key(
+        False, "leave the head's key on the nodes, Ray's token and the line in ~/.bashrc"
+    )
 
 
 def main() -> int:
@@ -322,16 +342,22 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("up", "status", "down"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="down: keep_access=true")
     options = parser.parse_args()
 
     def note(text: str) -> None:
         print(text, flush=True)
 
     def body() -> None:
+        if options.overrides and options.verb != "down":
+            raise UserError(f"{options.overrides[0]}: `make {options.verb}` takes no keys")
         if options.verb == "status":
             print(status(options.cluster))
+        elif options.verb == "up":
+            up(options.cluster, report=note)
         else:
-            {"up": up, "down": down}[options.verb](options.cluster, report=note)
+            config = layered.load(DownConfig, dotlist=options.overrides)
+            down(options.cluster, report=note, keep_access=config.keep_access)
 
     return cli.run(body)
 

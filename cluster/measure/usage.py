@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+SHORTEST_SECONDS = 0.5  # the counter moves every few tens of milliseconds
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "exitcode  : -9")
 
 
@@ -13,7 +15,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "exit
 class Energy:
     """Joules between the two ends of a `with` block, or None and the reason.
 
-    The counter moves every few tens of milliseconds: of a block of half a second it is good to a tenth.
+    Of a block of SHORTEST_SECONDS it is good to a tenth. A shorter one may read 0, or more than the board
+    can draw.
     """
 
     joules: float | None = None

@@ -15,6 +15,8 @@
 """
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ FORMAT = 2
 KEYS = {"hardware", "ceilings", "cells", "figures"}  # without which a file is not one of ours
 KINDS = ("training", "prefill", "decode")
 DATASHEET = "datasheet:"
+MOST_POWER = 1.1  # times the board's limit, which a measured mean may exceed by its own error
 FIGURE_KEYS = {"bytes", "joules_per_token", "cost_per_million_tokens", "command", "peak_memory_bytes"}
 
 
@@ -139,8 +142,22 @@ class Side:
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Id -> figure."""
-        return {figure["id"]: figure for figure in self.content.get("figures", ())}
+        """Id -> figure. Energy that cannot be, of a turn too short for the driver's counter, is None."""
+        found = {figure["id"]: figure for figure in self.content.get("figures", ())}
+        return found | {name: {**found[name], "joules_per_token": None} for name in self.energy_in_doubt}
+
+    @property
+    def energy_in_doubt(self) -> list[str]:
+        """Ids of figures whose energy means no power at all, or more than the board's limit."""
+        limit = MOST_POWER * self.datasheet.power_watts if self.datasheet else math.inf
+        return [
+            figure["id"]
+            for figure in self.content.get("figures", ())
+            for watts in [
+                statistics.median(figure["joules_per_token"] or [0]) * statistics.median(figure["values"])
+            ]
+            if figure["joules_per_token"] and not 0 < watts <= limit
+        ]
 
     @property
     def busy(self) -> str | None:

@@ -33,7 +33,7 @@ def make_claims(comparisons: Sequence[Comparison], sides: tuple[Side, Side], tol
     for kind in KINDS:
         if group := [each for each in comparisons if each.kind == kind]:
             if any(side.is_roofline for side in sides):
-                found += [_against_roofline(each, sides, tolerance) for each in group]
+                found += _together(kind, [_against_roofline(each, sides, tolerance) for each in group])
             else:
                 found += [_throughout(kind, group, tolerance)]
                 found += [_of_one(each, tolerance) for each in group]
@@ -57,6 +57,8 @@ def finding(comparisons: Sequence[Comparison], sides: tuple[Side, Side], toleran
         ]
         decided = [_against_roofline(each, sides, tolerance).verdict for each in comparisons]
         known = f"{decided.count('supported')} of {len(decided)} figures are known to within {tolerance:.0%}"
+        if all(each.shares[measured].low is None for each in comparisons):
+            known = "each measured once, so that none has an interval"
         reached = f"{sides[measured].name} reaches {_listed(shares)} of its own roofline"
         return f"{reached} ({known})."
     found: dict[str, list[str]] = {}
@@ -111,6 +113,16 @@ def _against_roofline(each: Comparison, sides: tuple[Side, Side], tolerance: flo
     text = f"{each.id}: {'AB'[measured]} reaches {show(share)} of its own roofline ({each.bounds[measured]})"
     num_runs = len(each.figures[measured]["values"])
     return _known(text, share, num_runs, tolerance, void=each.voids[measured])
+
+
+def _together(kind: str, claims: Sequence[Claim]) -> Iterator[Claim]:
+    """The claims, with those that stay open for the same reason as one."""
+    reasons = [claim.because for claim in claims if claim.verdict == "not decided"]
+    alike = {reason for reason in reasons if reasons.count(reason) > 1}
+    yield from (claim for claim in claims if claim.because not in alike)
+    for reason in sorted(alike):
+        text = f"{kind}: the share of its own roofline, in {reasons.count(reason)} of {len(claims)} figures"
+        yield Claim(text, "not decided", reason)
 
 
 def _throughout(kind: str, group: Sequence[Comparison], tolerance: float) -> Claim:

@@ -66,7 +66,10 @@ def compare(a: Side, b: Side, *, tolerance: float) -> Parity:
         pair = (figures[0], figures[1])
         comparisons.append(compare_figures(name, pair, peaks, (a, b), link=not without, voids=voids))
     if not comparisons:
-        raise UserError(f"{a.origin} and {b.origin} have no figure in common: {'; '.join(missing[:3])}")
+        raise UserError(
+            f"{a.origin} and {b.origin} have no figure in common ({'; '.join(missing[:3])}); run "
+            "`make baseline` on both with the same train.shapes, train.rules and serve.models"
+        )
     comparisons.sort(key=lambda each: KINDS.index(each.kind))
     missing += [line for side in (a, b) for line in _unmeasured(side)]
     return Parity(
@@ -92,6 +95,8 @@ def _unmeasured(side: Side) -> list[str]:
             found.append(f"{side.name}, {cell['id']}: {cell['status']}: {cell['reason']}")
     if all(figure["joules_per_token"] is None for figure in side.figures.values()):
         found.append(f"{side.name}: energy, because NVML gives none")
+    if short := side.energy_in_doubt:
+        found.append(f"{side.name}: energy of {', '.join(short)}: the driver's counter is too coarse for it")
     if side.content["ceilings"].get("links") is None:
         found.append(f"{side.name}: links between devices")
     elif problem := side.content["ceilings"]["links"].get("problem"):

@@ -23,10 +23,7 @@ def find(name: str) -> Origin:
     Raises:
         UserError: there is no such thing, or its files are damaged; the message names them.
     """
-    places = [Path(name).expanduser().absolute(), (runs.OUTPUTS / name).absolute()]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UserError(f"{name}: no such file or folder, and no such run in {runs.OUTPUTS.absolute()}")
+    path = runs.named(name, fits=Path.exists, lacks="no such file or folder")
     try:
         return origins.checked(_of_path(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.record.origins import Origin
 from cluster.record.record import Record
 
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # columns, rows
+ColumnsAndRows = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 def record_result(
@@ -27,7 +27,7 @@ def record_result(
     group: str | None = None,
     tags: Sequence[str] = (),
     inputs: Sequence[Mapping[str, Any]] = (),
-    tables: Mapping[str, Table] | None = None,
+    tables: Mapping[str, ColumnsAndRows] | None = None,
     images: Mapping[str, Path] | None = None,
     attachments: Sequence[Path] = (),
     outputs: Sequence[Origin] = (),

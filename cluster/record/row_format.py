@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+LAUNCHER_LOCK = "launcher.lock"  # in a run directory: held by the launcher of a start, whom it names
+
 _NONFINITE = "_nonfinite"
 
 
@@ -35,15 +37,15 @@ def decode(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a record holds this `metrics.jsonl` open, on storage that has locks; else False."""
+def is_being_written(path: Path) -> bool | None:
+    """Whether a record holds this `metrics.jsonl` open; None without it, or on storage without locks."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False
+        return None
     return False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cluster.display import COLORS
-from cluster.review.words import number, shortened
+from cluster.review.words import amount, shortened
 
 MOST_POINTS = 2000  # of a curve; a chart is at most about 1,000 pixels wide
 PALETTE = (*COLORS[:4], "#7b4fa0", "#2a9d8f", "#8d6e63", "#d1495b", "#3d405b", "#6c757d")
@@ -23,6 +23,7 @@ LEVEL_COLORS = {"info": "#6c757d", "warning": "#b7791f", "error": "#c0392b"}
 MOST_DOTS = 200  # of a curve that is joined too
 MOST_LETTERS = 32  # of a label; the legend has to fit on a phone
 PHONE_PIXELS = 300  # of a chart's width on a phone
+LEGEND_ROW_PIXELS = 32  # a chart with more than two rows is as much higher
 WIDE_RATIO = 30.0  # of the largest to the median positive value, above which the y axis is logarithmic
 
 
@@ -57,7 +58,7 @@ class Curve:
         places = np.flatnonzero(~np.isfinite(self.y))
         if len(places):
             parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-            spans = [(number(self.x[part[0]]), number(self.x[part[-1]])) for part in parts[:3]]
+            spans = [(amount(self.x[part[0]]), amount(self.x[part[-1]])) for part in parts[:3]]
             where = ", ".join(low if low == high else f"{low} to {high}" for low, high in spans)
             more = " and later" if len(parts) > 3 else ""
             values = "value is" if len(places) == 1 else "values are"
@@ -186,7 +187,7 @@ class Charts:
     def _draw(self, figure: Any, curve: Curve, x: Any, y: Any, color: str) -> None:
         from bokeh.models import ColumnDataSource, HoverTool
 
-        shown = {"x_shown": [number(value) for value in x], "y_shown": [number(value) for value in y]}
+        shown = {"x_shown": [amount(value) for value in x], "y_shown": [amount(value) for value in y]}
         finite = np.where(np.isfinite(y), y, np.nan)
         source = ColumnDataSource({"x": x, "y": finite, **shown})
         joined, thinned = curve.style != "dots", len(x) < len(curve.x)
@@ -211,6 +212,7 @@ def _place_legend(figure: Any, labels: Sequence[str]) -> None:
     figure.add_layout(legend, "above")
     columns = max(1, min(len(labels), int(PHONE_PIXELS / max(6.5 * len(label) + 40 for label in labels))))
     legend.orientation, legend.click_policy, legend.ncols = "horizontal", "hide", columns
+    figure.height += LEGEND_ROW_PIXELS * max(0, math.ceil(len(labels) / columns) - 2)
     legend.location, legend.border_line_color = "left", None
     legend.padding, legend.margin, legend.spacing = 0, 4, 12
     legend.label_text_font_size = "12px"

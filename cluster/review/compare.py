@@ -22,10 +22,10 @@ from cluster.display import duration
 from cluster.measure import intervals
 from cluster.review import page as run_page
 from cluster.review.charts import Chart, Charts, Curve
-from cluster.review.document import Page, Section, Table, write
+from cluster.review.document import Page, PageTable, Section, write
 from cluster.review.outcome import Outcome, loss_at, tokens_to
 from cluster.review.run_reader import FINISHED, Run
-from cluster.review.words import commit, number, plain
+from cluster.review.words import amount, commit, plain
 
 BOOKKEEPING = ("run.", "record.", "session.", "checkpoint.", "data.directory", "launcher")  # make no setting
 PAGE = "compare.html"
@@ -126,7 +126,7 @@ class Comparison:
         if len(self.ranked) < 2 or self.tokens is None:
             if self.ranked and len(self.settings) == 1:
                 losses = self.losses(self.ranked[0])
-                spread = f"{number(min(losses))} to {number(max(losses))}" if losses else "unknown"
+                spread = f"{amount(min(losses))} to {amount(max(losses))}" if losses else "unknown"
                 return f"All {len(self.runs)} runs have one configuration: validation losses {spread}."
             return "There is nothing to compare: fewer than two of the runs have a finite validation loss."
         best, second = self.ranked[:2]
@@ -136,9 +136,9 @@ class Comparison:
             return f"{best.name} and {second.name} have the same validation loss."
         verdict = "is better than" if difference.decided else "has a lower validation loss than"
         said = (
-            f"{best.name} {verdict} {second.name}, by {number(difference.mean, digits=3)} nats per token "
-            f"({number(100 * -math.expm1(-difference.mean), digits=2)}% lower perplexity) at "
-            f"{number(self.tokens)} tokens"
+            f"{best.name} {verdict} {second.name}, by {amount(difference.mean, digits=3)} nats per token "
+            f"({amount(100 * -math.expm1(-difference.mean), digits=2)}% lower perplexity) at "
+            f"{amount(self.tokens)} tokens"
         )
         goal = statistics.mean(self.losses(second))
         needed = [tokens_to(outcome.curve, goal) for outcome in best.outcomes]
@@ -235,10 +235,10 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
         device = ", ".join(host.get("gpus") or []) or host.get("cpu", "-")
         data, started = str(about.get("data_fingerprint") or "-")[:12], str(about.get("time") or "-")[:19]
         rows.append((comparison.names[id(run)], commit(about), data, device, started.replace("T", " ")))
-    yield Section("Where they come from", tables=[Table(head, rows)])
+    yield Section("Where they come from", tables=[PageTable(head, rows)])
 
 
-def _settings_table(comparison: Comparison) -> Iterator[Table]:
+def _settings_table(comparison: Comparison) -> Iterator[PageTable]:
     """A row for each setting, the best first; only where a setting has several runs."""
     if all(len(setting.outcomes) == 1 for setting in comparison.settings):
         return
@@ -250,20 +250,23 @@ def _settings_table(comparison: Comparison) -> Iterator[Table]:
         to_best = (f"{difference.mean:+.4f}", difference.interval) if difference else ("-", "-")
         rows.append((setting.name, str(len(losses)), mean, spread, *to_best))
     head = ("Setting", "Seeds", "Mean loss", "Lowest to highest", "To the best", "95% interval")
-    caption = f"Validation loss in nats per token at {number(comparison.tokens)} tokens."
+    caption = f"Validation loss in nats per token at {amount(comparison.tokens)} tokens."
     classes = ["best" if setting is comparison.ranked[0] else "" for setting in comparison.ranked]
-    yield Table(head, rows, figures=(1, 2, 3, 4, 5), caption=caption, classes=classes)
+    yield PageTable(head, rows, figures=(1, 2, 3, 4, 5), caption=caption, classes=classes)
 
 
-def _runs_table(comparison: Comparison) -> Table:
-    """A row for each run, in the order given."""
+def _runs_table(comparison: Comparison) -> PageTable:
+    """A row for each run, the lowest loss first; last those without one."""
     target, at = comparison.target, comparison.tokens
     together = all(outcome.tokens == at for outcome in comparison.outcomes.values())
     best = min((loss for setting in comparison.settings for loss in comparison.losses(setting)), default=None)
+    losses = [
+        None if at is None else loss_at(comparison.outcomes[id(run)].curve, at) for run in comparison.runs
+    ]
+    ranked = sorted(zip(comparison.runs, losses, strict=True), key=lambda pair: _rank(pair[1]))
     rows, classes = [], []
-    for run in comparison.runs:
+    for run, loss in ranked:
         outcome = comparison.outcomes[id(run)]
-        loss = None if at is None else loss_at(outcome.curve, at)
         reached = None if target is None else tokens_to(outcome.curve, target)
         share = f" ({reached / at:.0%})" if reached is not None and at else ""
         rows.append(
@@ -273,17 +276,21 @@ def _runs_table(comparison: Comparison) -> Table:
                 plain(run.config.get("run.seed")),
                 "-" if loss is None else f"{loss:.4f}",
                 f"{loss - best:+.4f}" if loss is not None and best is not None and loss > best else "-",
-                *(() if together else (number(outcome.loss), number(outcome.tokens))),
-                "never" if reached is None else f"{number(round(reached))}{share}",
+                *(() if together else (amount(outcome.loss), amount(outcome.tokens))),
+                "never" if reached is None else f"{amount(round(reached))}{share}",
                 "-" if outcome.seconds is None else duration(outcome.seconds),
-                number(outcome.tokens_per_second, digits=3),
+                amount(outcome.tokens_per_second, digits=3),
             )
         )
         classes.append("best" if loss is not None and loss == best else "")
-    head = ["Run", "State", "Seed", f"Loss at {number(at)} tokens", "To the best"]
+    head = ["Run", "State", "Seed", f"Loss at {amount(at)} tokens", "To the best"]
     head += [] if together else ["Last loss", "Tokens"]
-    head += [f"Tokens to {number(target, digits=4)}", "Time", "Tokens/s"]
-    return Table(head, rows, figures=range(2, len(head)), classes=classes)
+    head += [f"Tokens to {amount(target, digits=4)}", "Time", "Tokens/s"]
+    return PageTable(head, rows, figures=range(2, len(head)), classes=classes)
+
+
+def _rank(loss: float | None) -> float:
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def _charts(comparison: Comparison, *, over: str) -> Iterator[Chart]:
@@ -321,7 +328,7 @@ def _config_section(comparison: Comparison) -> Section:
         if len(set(values)) > 1:
             rows.append((key, *values))
     if rows:
-        section.tables.append(Table(("Key", *(setting.name for setting in comparison.settings)), rows))
+        section.tables.append(PageTable(("Key", *(setting.name for setting in comparison.settings)), rows))
     else:
         section.paragraphs.append("None, apart from seeds, names and bookkeeping.")
     return section

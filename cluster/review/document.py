@@ -15,7 +15,7 @@ from cluster.review.charts import Chart
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table. Cells are text already.
 
     Attributes:
@@ -39,7 +39,7 @@ class Section:
     title: str
     paragraphs: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from cluster.display import duration
 from cluster.review.run_reader import FINISHED, Run
-from cluster.review.words import commit, number
+from cluster.review.words import amount, commit
 
 LossCurve = Sequence[tuple[int, float]]  # (tokens, validation loss in nats per token), tokens ascending
 
@@ -64,7 +64,7 @@ def sentence(run: Run, *, measured: str = "") -> str:
         head += f" at step {step:,} of {planned:,}" if step is not None else " before its first row"
     said = [measured] if measured else []
     if outcome.loss is not None:
-        said.append(f"validation loss {number(outcome.loss)}")
+        said.append(f"validation loss {amount(outcome.loss)}")
     if outcome.tokens is not None:
         said.append(f"after {outcome.tokens:,} tokens")
     if planned is not None and outcome.seconds:

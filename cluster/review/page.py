@@ -18,10 +18,10 @@ from cluster.display import duration
 from cluster.record import lineage
 from cluster.review import requests_section, training_charts
 from cluster.review.charts import Mark
-from cluster.review.document import Page, Section, Table, write
+from cluster.review.document import Page, PageTable, Section, write
 from cluster.review.outcome import Outcome, sentence
 from cluster.review.run_reader import Run
-from cluster.review.words import commit, number, plain
+from cluster.review.words import amount, commit, plain
 
 LONG_BYTES = 50_000_000  # of metrics.jsonl; reading them takes seconds
 MOST_MARKS = 30  # on the curves; more would hide them
@@ -49,12 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def find(name: str) -> Run:
     """The run of this directory, or of this name under outputs/. Raises `UserError` if there is none."""
-    places = [Path(name).expanduser().absolute(), (runs.OUTPUTS / name).absolute()]
-    for place in places:
-        if place.is_dir() and name:
-            return Run(place)
-    there = ", ".join(sorted(path.name for path in runs.OUTPUTS.glob("*") if path.is_dir())) or "none"
-    raise UserError(f"{name or 'RUN'}: no such run directory; directories in {runs.OUTPUTS}/: {there}")
+    return Run(runs.named(name, fits=Path.is_dir, lacks="no such run directory"))
 
 
 def make_page(run: Run) -> Page:
@@ -86,8 +81,19 @@ def make_page(run: Run) -> Page:
         sentence=part("outcome", lambda: _sentence(run), state.capitalize()),
         facts=part("figures", lambda: facts(run), []),
         sections=[section for section in sections if section],
-        notices=[*run.problems, *problems],
+        notices=[*run.problems, *problems, *part("first alarm", lambda: _first_alarm(run), [])],
     )
+
+
+def _first_alarm(run: Run) -> list[str]:
+    """The first warning or error, which often explains the others; [] without one."""
+    alarms = [event for event in run.events if event.get("level", "info") != "info"]
+    if not alarms:
+        return []
+    step = alarms[0].get("step")
+    at = f"Step {amount(step)}: " if step is not None else ""
+    more = f" ({len(alarms) - 1:,} more in Events)" if len(alarms) > 1 else ""
+    return [f"{at}{alarms[0].get('text')}{more}"]
 
 
 def _sentence(run: Run) -> str:
@@ -101,10 +107,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     outcome = Outcome(run)
     found: list[tuple[str, Any]] = []
     if outcome.loss is not None:
-        also = f" (best {number(outcome.best)})" if outcome.best not in (None, outcome.loss) else ""
-        found.append(("Validation loss, nats per token", f"{number(outcome.loss)}{also}"))
+        also = f" (best {amount(outcome.best)})" if outcome.best not in (None, outcome.loss) else ""
+        found.append(("Validation loss, nats per token", f"{amount(outcome.loss)}{also}"))
     if run.latest.get("loss") is not None:
-        found.append(("Training loss", number(run.latest["loss"])))
+        found.append(("Training loss", amount(run.latest["loss"])))
     found.append(("Tokens", _known(run.latest.get("tokens"))))
     found.append(("Tokens per second", _known(outcome.tokens_per_second, digits=3)))
     if "mfu" in run.latest:
@@ -150,7 +156,7 @@ def _served(model: Any) -> str | None:
 
 
 def _known(value: Any, *, digits: int = 5) -> str | None:
-    return None if value is None else number(value, digits=digits)
+    return None if value is None else amount(value, digits=digits)
 
 
 def _time_parts(run: Run, total: str) -> str:
@@ -191,7 +197,7 @@ def events_section(run: Run, marked: dict[int, Mark]) -> Section:
         when = str(event.get("time", ""))[:19].replace("T", " ")
         moved = [around[key](step) for key in ("loss", "gradient_norm")]
         numbered = marked[place].number if place in marked else ""
-        at = number(step) if step is not None else "-"
+        at = amount(step) if step is not None else "-"
         return [numbered, at, str(event.get("text")), *moved, str(event.get("level")), when]
 
     if alarms:
@@ -201,13 +207,13 @@ def events_section(run: Run, marked: dict[int, Mark]) -> Section:
         )
         classes = [str(event.get("level")) for _, event in alarms]
         rows_shown = [cells(place, event) for place, event in alarms]
-        section.tables.append(Table(head, rows_shown, figures=(1, 3, 4), classes=classes))
+        section.tables.append(PageTable(head, rows_shown, figures=(1, 3, 4), classes=classes))
     else:
         section.paragraphs.append("No warning and no error was recorded.")
     if others:
         folded = f"{len(others):,} routine event{'s' * (len(others) > 1)}"
         shown = [[row[1], row[2], row[6]] for row in (cells(*pair) for pair in others)]
-        section.tables.append(Table((head[1], head[2], head[6]), shown, figures=(0,), folded=folded))
+        section.tables.append(PageTable((head[1], head[2], head[6]), shown, figures=(0,), folded=folded))
     return section
 
 
@@ -227,9 +233,9 @@ def _around(run: Run, key: str) -> Any:
             return "-"
         high = after.max() if np.isfinite(after).all() else float(after[~np.isfinite(after)][0])
         return (
-            f"{number(float(np.median(before)), digits=4)} → {number(float(high), digits=4)}"
+            f"{amount(float(np.median(before)), digits=4)} → {amount(float(high), digits=4)}"
             if len(before)
-            else number(float(high), digits=4)
+            else amount(float(high), digits=4)
         )
 
     return said
@@ -263,12 +269,12 @@ def config_section(run: Run) -> Section:
     elif run.changes:
         rows = [(key, value, default) for key, (default, value) in run.changes.items()]
         head = ("Key", "This run", "Default")
-        section.tables.append(Table(head, [tuple(map(plain, row)) for row in rows]))
+        section.tables.append(PageTable(head, [tuple(map(plain, row)) for row in rows]))
     elif run.config:
         section.paragraphs.append("All keys have their defaults.")
     if run.config:
         every = [(key, plain(value)) for key, value in run.config.items()]
-        section.tables.append(Table(("Key", "Value"), every, folded=f"All {len(every)} keys"))
+        section.tables.append(PageTable(("Key", "Value"), every, folded=f"All {len(every)} keys"))
     return section
 
 
@@ -285,12 +291,12 @@ def system_section(run: Run) -> Section:
     rows += [("python", about["python"])] if about.get("python") else []
     rows += [(name, value) for name, value in (about.get("packages") or {}).items()]
     if rows:
-        section.tables.append(Table(("", ""), rows))
+        section.tables.append(PageTable(("", ""), rows))
     if command := _command(about):
         section.texts.append(("Command", command))
     if earlier := about.get("earlier_starts"):
         starts = [(str(start.get("time")), commit(start), _command(start)) for start in earlier]
-        section.tables.append(Table(("Started", "Commit", "Command"), starts, caption="Earlier starts"))
+        section.tables.append(PageTable(("Started", "Commit", "Command"), starts, caption="Earlier starts"))
     return section
 
 

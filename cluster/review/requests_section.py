@@ -1,16 +1,18 @@
 """The sections of a serving benchmark's run: its loads, its slowest requests, and latency over time."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from cluster.review.charts import Charts, Curve
-from cluster.review.document import Section, Table
+from cluster.review.document import PageTable, Section
 from cluster.review.run_reader import Run
-from cluster.review.words import number
+from cluster.review.words import amount
 
-MOST_SLOW = 30
+MOST_SLOW = 15
+MOST_FAILED = 10  # loads and errors
 COLUMNS = (  # head, key of a load's row
     ("Load", "load"),
     ("Succeeded", "counts"),
@@ -45,7 +47,7 @@ def sentence(run: Run) -> str:
     points = _points(run)
     best = max((point.get("goodput_per_second") or 0.0 for point in points), default=0.0)
     loads = f"{len(points)} load{'s' * (len(points) != 1)} measured"
-    return f"{loads}, at most {number(best, digits=3)} requests per second within the SLO"
+    return f"{loads}, at most {amount(best, digits=3)} requests per second within the SLO"
 
 
 def sections(run: Run) -> list[Section]:
@@ -60,17 +62,17 @@ def sections(run: Run) -> list[Section]:
 def _loads(run: Run, limits: dict[str, float]) -> Section:
     section = Section("Loads")
     if points := _points(run):
-        named = ", ".join(f"{key.upper()} {number(limit)} ms" for key, limit in limits.items())
+        named = ", ".join(f"{key.upper()} {amount(limit)} ms" for key, limit in limits.items())
         section.paragraphs.append(
             f"Latencies in milliseconds, from the scheduled arrival. SLO: {named or 'unknown'}."
         )
         rows = [[_cell(key, point.get(key)) for _, key in COLUMNS] for point in points]
-        section.tables.append(Table([head for head, _ in COLUMNS], rows, figures=range(1, len(COLUMNS))))
+        section.tables.append(PageTable([head for head, _ in COLUMNS], rows, figures=range(1, len(COLUMNS))))
     return section
 
 
 def _slow(run: Run, limits: dict[str, float]) -> Section:
-    """The slowest requests of the last attempt at each load, and which limits of the SLO they missed."""
+    """Of the last attempt at each load: the slowest requests with what they missed, and how many failed."""
     section = Section("Slow requests")
     every = [one for one in _requests(run) if one["measured"]]
     last = {one["load"]: one["attempt"] for one in every}
@@ -82,18 +84,36 @@ def _slow(run: Run, limits: dict[str, float]) -> Section:
         over = [key.upper() for key, limit in limits.items() if (one[key] or 0.0) > limit]
         one["missed"] = ", ".join([one["error"]] if one["error"] else over)
     failed, missed = (sum(bool(one[key]) for one in requests) for key in ("error", "missed"))
-    slowest = heapq.nlargest(MOST_SLOW, requests, key=lambda one: (bool(one["error"]), one["e2e"] or 0.0))
+    slowest = heapq.nlargest(MOST_SLOW, requests, key=lambda one: one["e2e"] or 0.0)
     section.paragraphs.append(
         f"{len(requests):,} measured request{'s' * (len(requests) != 1)}; {failed:,} failed, "
-        f"{missed - failed:,} more missed the SLO. Shown: {len(slowest):,}, failed ones first, then the "
-        "slowest. “Sent late” is the load generator's own delay; latencies contain it."
+        f"{missed - failed:,} more missed the SLO. The table shows the {len(slowest):,} slowest. “Sent late” "
+        "is the load generator's own delay; latencies contain it."
     )
     section.charts = _charts(requests)
     shown = [[_shown(one[key]) for _, key in REQUEST_COLUMNS] for one in slowest]
     classes = ["error" if one["error"] else "warning" if one["missed"] else "" for one in slowest]
     head = [name for name, _ in REQUEST_COLUMNS]
-    section.tables.append(Table(head, shown, figures=range(1, len(head) - 1), classes=classes))
+    if failed:
+        section.tables.append(_failed(requests))
+    section.tables.append(PageTable(head, shown, figures=range(1, len(head) - 1), classes=classes))
     return section
+
+
+def _failed(requests: list[dict[str, Any]]) -> PageTable:
+    """How many requests of each load failed, and how: the most frequent first."""
+    first: dict[tuple[str, str], str] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    for one in sorted(requests, key=lambda one: one["arrived"]):
+        if one["error"]:
+            counts[one["load"], one["error"]] += 1
+            first.setdefault(
+                (one["load"], one["error"]), f"{_shown(one['index'])} at {_shown(one['arrived'])} s"
+            )
+    rows = [[*key, f"{number_of:,}", first[key]] for key, number_of in counts.most_common(MOST_FAILED)]
+    return PageTable(
+        ["Load", "Failed with", "Requests", "First"], rows, figures=(2,), classes=["error"] * len(rows)
+    )
 
 
 def _points(run: Run) -> list[dict[str, Any]]:
@@ -142,4 +162,4 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else number(value, digits=3)
+    return value if isinstance(value, str) else amount(value, digits=3)

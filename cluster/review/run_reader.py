@@ -13,6 +13,8 @@ can all be looked at. No torch; importing it needs the standard library only.
 
 import json
 import os
+import platform
+import re
 import statistics
 import time
 from array import array
@@ -162,12 +164,13 @@ class Run:
             return State(FAILED, "the directory holds no row and no provenance.json: no run began here")
         silent = max(0.0, time.time() - self.written)
         since = f"its last row is {duration(silent)} old"
-        if row_format.is_being_written(self.metrics):
+        held = row_format.is_being_written(self.metrics)
+        if held:
             due = f", and one was due every {duration(self._interval)}" if silent > self._patience else ""
             return State(RUNNING, since + due)
         if ended := self._end():
             return ended
-        if silent <= self._patience:
+        if silent <= self._patience and not (held is False and _died_here(self.directory, self.provenance)):
             return State(RUNNING, since)
         return State(FAILED, f"it ended without a summary (killed, or its node was lost); {since}")
 
@@ -237,6 +240,15 @@ class Run:
     def _note(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _died_here(directory: Path, provenance: dict[str, Any]) -> bool:
+    """Whether a run whose lock is free ran on this host, and its launcher has ended too."""
+    host, file = provenance.get("host"), directory / row_format.LAUNCHER_LOCK
+    if not isinstance(host, dict) or host.get("hostname") != platform.node():
+        return False  # a lock of another host may not be seen here
+    owner = re.match(r"process (\d+) on ", file.read_text()) if file.exists() else None
+    return owner is None or not Path("/proc", owner[1]).exists()
 
 
 def _is_number(value: Any) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 from cluster.review.charts import Chart, Charts, Curve, Mark
 from cluster.review.columns import AXES
-from cluster.review.document import Section, Table
+from cluster.review.document import PageTable, Section
 from cluster.review.run_reader import Run
-from cluster.review.words import number
+from cluster.review.words import amount
 
 MOST_OTHERS = 24  # charts of keys that this version does not know
 
@@ -154,7 +154,7 @@ def _reasons(run: Run) -> list[str]:
     return [f"{name}: {run.latest[key]}." for key, name in named.items() if run.latest.get(key)]
 
 
-def _layers(run: Run) -> list[Table]:
+def _layers(run: Run) -> list[PageTable]:
     """The newest values of each layer, of keys that hold a mapping of layers."""
     found = []
     for key, layers in run.latest.items():
@@ -162,11 +162,11 @@ def _layers(run: Run) -> list[Table]:
             continue
         names = list(dict.fromkeys(name for each in layers.values() for name in each))
         rows: list[list[Any]] = [
-            [layer, *(number(values.get(name)) for name in names)] for layer, values in layers.items()
+            [layer, *(amount(values.get(name)) for name in names)] for layer, values in layers.items()
         ]
         head = ["Layer", *map(_label, names)]
         figures = range(1, len(head))
         found.append(
-            Table(head, rows, figures=figures, folded=f"{_label(key).capitalize()} of each layer, newest")
+            PageTable(head, rows, figures=figures, folded=f"{_label(key).capitalize()} of each layer, newest")
         )
     return found

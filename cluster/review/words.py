@@ -6,7 +6,7 @@ from typing import Any
 from cluster import display
 
 
-def number(value: Any, *, digits: int = 5) -> str:
+def amount(value: Any, *, digits: int = 5) -> str:
     """A number to about `digits` digits, without trailing zeros: 6,500; 0.0153; 5.136; nan; "-" for None."""
     if value is None:
         return "-"

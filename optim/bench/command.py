@@ -7,8 +7,8 @@ step_*  one process, whole steps: ours (twice, by two methods of equal FLOPs) an
 zero*   gloo ranks of one thread: ours, DeepSpeed's Muon, torch's AdamW (what an elementwise optimizer costs)
         and one that does nothing ("null"), under the same DeepSpeed configuration. See ADDED.
 plan    no measurement: the share of a 1.4B training step, by datasheet (optim/bench/share.py).
-gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. It has not
-        been run yet: no machine with a GPU was available.
+gpu     on a CUDA device only: ours and torch.optim.Muon on all matrices of the 1.4B model. `tests.gpu` runs
+        the same race; its results are in tests/baselines/*_gpu.json.
 
 On two quiet cores the default takes about 10 minutes, the first time 5 more: torch.compile for DeepSpeed.
 """
@@ -24,9 +24,10 @@ from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.config import key
-from cluster.display import show
+from cluster.display import Table, show, table
 from cluster.measure import benchmark, hardware
 from cluster.measure.benchmark import spread_of
+from cluster.progress import Progress
 from cluster.session import worker_environment
 from optim.bench.share import MATRICES_1B4, STAGES, estimate, floor_seconds, layers, train_flops_1b4
 from optim.cost import ADAMW_BYTES, PASS_BYTES, orthogonalize_flops
@@ -149,34 +150,36 @@ def bench(cases: Sequence[str], assumed: Assumptions, *, num_rounds: int) -> dic
         result["compiled_step"] = step_race.compiled_step()
         print(f"compiled step: {result['compiled_step']}")
     for case in cases:
-        print(f"\n{case}: {CASES[case]}", flush=True)
+        show(f"\n{case}: {CASES[case]}")
         if case == "plan":
             result["plan"] = plan_case(assumed)
         elif case in MATRICES:
             result |= step_case(case, num_rounds=num_rounds)
         else:
-            print(ADDED)
+            show(ADDED)
             for world_size in WORLD_SIZES:
                 result |= zero_case(int(case[-1]), world_size, num_rounds=num_rounds)
-    print(f"\n{target_table(result)}\n")
+    show("", target_table(result), "")
     return result
 
 
-def target_table(result: Mapping[str, Any]) -> str:
+def target_table(result: Mapping[str, Any]) -> Table:
     """The speed-ups and shares in `result` that have a target, each with the verdict."""
-    lines = [f"{'':<40}{'measured':>10}{'[min':>8}{'max]':>8}{'target':>10}"]
+    rows: list[tuple[Any, ...]] = []
     for name, target in TARGETS.items():
         if (speedup := result.get(f"speedup_{name}")) is not None:
-            low, high = result[f"spread_{name}"]
-            verdict = "met" if speedup >= target else "not met"
-            lines.append(f"{name:<40}{speedup:>10.2f}{low:>8.2f}{high:>8.2f}{f'>= {target}':>10}  {verdict}")
+            spread = (f"{value:.2f}" for value in result[f"spread_{name}"])
+            rows.append((name, f"{speedup:.2f}", *spread, f">= {target}", _verdict(speedup >= target)))
     for device, found in result.get("plan", {}).items():
         for stage in STAGES:
-            share = found[f"share_zero{stage}"]
-            verdict = "met" if share <= TARGET_SHARE else "not met"
-            name = f"planned share, {device}, ZeRO-{stage}"
-            lines.append(f"{name:<48}{share:>10.2%}{f'<= {TARGET_SHARE:.1%}':>18}  {verdict}")
-    return "\n".join(lines)
+            share, name = found[f"share_zero{stage}"], f"planned share, {device}, ZeRO-{stage}"
+            target_met = _verdict(share <= TARGET_SHARE)
+            rows.append((name, f"{share:.2%}", None, None, f"<= {TARGET_SHARE:.1%}", target_met))
+    return table(("", "measured", "min", "max", "target", "verdict"), rows, left=(0, -1))
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "not met"
 
 
 # --- in one process ---------------------------------------------------------------------------------------
@@ -267,19 +270,20 @@ def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]
     case, shapes = f"zero{stage}_{world_size}ranks", MATRICES["step_10m"]
     bf16 = step_race.multiplies_bf16(torch.device("cpu"))
     wait = ", after torch.compile for DeepSpeed: 1 to 3 minutes" if bf16 else ""
-    print(f"{case}: {num_rounds} rounds{wait}", file=sys.stderr)
-    try:
-        race = zero_race.race_zero(
-            shapes,
-            stage=stage,
-            world_size=world_size,
-            num_rounds=num_rounds,
-            environment=worker_environment(gpu=False, threads=1),
-        )
-    except RuntimeError as error:
-        raise RunError(f"{case}: {error}") from error
+    with Progress(None, unit="race") as progress:
+        progress.advance(f"{case}: {num_rounds} rounds{wait}")
+        try:
+            race = zero_race.race_zero(
+                shapes,
+                stage=stage,
+                world_size=world_size,
+                num_rounds=num_rounds,
+                environment=worker_environment(gpu=False, threads=1),
+            )
+        except RuntimeError as error:
+            raise RunError(f"{case}: {error}") from error
     cores = min(world_size, os.cpu_count() or 1)
-    print(f"\n{case}")
+    show(f"\n{case}")
     where = f"{world_size} ranks on {cores} cores"
     found = ceiling(case, shapes, race.gflops, where, dtype="bf16" if bf16 else "fp32")
     require_same_work(case, race.differences)
@@ -291,7 +295,7 @@ def zero_case(stage: int, world_size: int, *, num_rounds: int) -> dict[str, Any]
         print(
             f"torch.compile built {race.compiled} graphs while the clock ran: DeepSpeed's times are too long"
         )
-    print(contest_table(case, found, everyone))
+    show(contest_table(case, found, everyone))
     phases = (f"{phase} {1e3 * statistics.median(seconds):.1f}" for phase, seconds in race.phases.items())
     print(f"ours by phase, ms on the slowest rank: {', '.join(phases)}")
     return found
@@ -340,20 +344,20 @@ def zero_result(case: str, race: "ZeroRace", everyone: Mapping[str, "BenchedOpti
     }
 
 
-def contest_table(case: str, found: Mapping[str, Any], everyone: Mapping[str, "BenchedOptimizer"]) -> str:
-    """One line for each contender that ran: what it adds, over what ours adds, and what that takes."""
-    head = f"{'':<40}{'added, ms':>10}{'[min':>9}{'max]':>9}{'/ ours':>8}{'[min':>7}{'max]':>7}"
-    lines = [f"{head}{'MB sent':>9}{'orthogonalised':>16}"]
+def contest_table(case: str, found: Mapping[str, Any], everyone: Mapping[str, "BenchedOptimizer"]) -> Table:
+    """A row for each contender that ran: what it adds, over what ours adds, and what that takes."""
+    head = ("", "added, ms", "min", "max", "/ ours", "min", "max", "MB sent", "orthogonalised")
+    rows = []
     for name in everyone:
         added, speedup = f"ms_{name}_added_{case}", f"speedup_{name}_{case}"
         if found[added] is None:
             continue
-        line = f"{name:<40}{found[added]:>10.1f}" + "".join(f"{x:>9.1f}" for x in found[spread_of(added)])
-        ratios = (found[speedup], *found[spread_of(speedup)]) if speedup in found else ()
-        line += "".join(f"{x:>{8 - (i > 0)}.2f}" for i, x in enumerate(ratios)) or " " * 22
+        times = (f"{value:.1f}" for value in (found[added], *found[spread_of(added)]))
+        given = (found[speedup], *found[spread_of(speedup)]) if speedup in found else ()
+        ratios = [f"{value:.2f}" for value in given] or ["-"] * 3
         sent, calls = found[f"sent_bytes_{name}_{case}"], found[f"newton_schulz_{name}_{case}"]
-        lines.append(f"{line}{sent / 1e6:>9.2f}{calls:>16}")
-    return "\n".join(lines)
+        rows.append((name, *times, *ratios, f"{sent / 1e6:.2f}", calls))
+    return table(head, rows)
 
 
 def _ms(seconds: Sequence[float] | None) -> list[float] | None:
@@ -379,7 +383,9 @@ def plan_case(assumed: Assumptions) -> dict[str, dict[str, float]]:
             fraction_of_peak=assumed.fraction_of_peak,
             **_peaks(sheet),
         )
-        print(plan_table(sheet, plans[device], assumed, link_gb_per_s=link_gb_per_s))
+        batch = f"{assumed.num_gpus} of them, {assumed.tokens_per_step:,} tokens per step"
+        show(f"\n{sheet.name}, {batch}; the busiest one:")
+        show(plan_table(sheet, plans[device], assumed, link_gb_per_s=link_gb_per_s))
     return plans
 
 
@@ -389,8 +395,8 @@ def _peaks(sheet: hardware.Device) -> dict[str, float]:
 
 def plan_table(
     sheet: hardware.Device, found: Mapping[str, float], assumed: Assumptions, *, link_gb_per_s: float
-) -> str:
-    """One line for each term of a forecast: milliseconds per step, and what they come from."""
+) -> Table:
+    """A row for each term of a forecast: milliseconds per step and what they come from; then the shares."""
     peak, memory = f"{sheet.bf16_tflops:g} TFLOP/s", f"{sheet.memory_gb_per_s:g} GB/s"
     elements, owned = f"{found['shard_elements'] / 1e6:.0f}M elements", found["owned_flops"] / 1e12
     terms = {
@@ -402,14 +408,12 @@ def plan_table(
     for stage in STAGES:
         sent = found[f"sent_bytes_zero{stage}"] / 1e6
         terms[f"exchange_zero{stage}"] = f"{sent:.0f} MB / {link_gb_per_s:g} GB/s, nothing hidden"
-    batch = f"{assumed.num_gpus} of them, {assumed.tokens_per_step:,} tokens per step"
-    lines = [f"\n{sheet.name}, {batch}; the busiest one:"]
-    lines += [f"  {term:<16}{found[f'{term}_ms']:>10.1f} ms  {origin}" for term, origin in terms.items()]
+    rows = [(term, f"{found[f'{term}_ms']:.1f} ms", origin) for term, origin in terms.items()]
     for stage in STAGES:
         share = found[f"share_zero{stage}"]
-        verdict = "met" if share <= TARGET_SHARE else "not met"
-        lines.append(f"  share, ZeRO-{stage}{share:>13.2%}     target {TARGET_SHARE:.1%}: {verdict}")
-    return "\n".join(lines)
+        verdict = f"target {TARGET_SHARE:.1%}: {_verdict(share <= TARGET_SHARE)}"
+        rows.append((f"share, ZeRO-{stage}", f"{share:.2%}", verdict))
+    return table(("", "a step", "from"), rows, left=(0, -1))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
+from cluster.measure.usage import SHORTEST_SECONDS, joules_of, out_of_memory, peak_memory_bytes
 from serving import config as serving_config
 from serving.bench.latency import percentile
 from serving.checkpoints import export_if_stale, find, origin_of
@@ -88,7 +88,7 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
                     )  # fmt: skip
                 about = {"batch": batch, "prompt_tokens": num_prompt, "new_tokens": num_new}
                 used = joules(times, at_first[0], energy.joules, num_prompt=num_prompt)
-                used["joules_reason"] = energy.reason
+                used["joules_reason"] = energy.reason or ("too short" if None in used.values() else None)
                 points.append(about | batch_figures(times, num_prompt=num_prompt) | used)
         finally:
             engine.close()
@@ -135,15 +135,20 @@ def answer(
 def joules(
     times: Sequence[Sequence[float]], at_first: float | None, whole: float | None, *, num_prompt: int
 ) -> dict[str, Any]:
-    """`joules_per_token_prefill`, until all requests decode, and `joules_per_token_decode`, after that."""
+    """`joules_per_token_prefill`, until all requests decode, and `joules_per_token_decode`, after that.
+
+    None for a part that is too short for the counter (`SHORTEST_SECONDS`).
+    """
+    found: dict[str, Any] = {"joules_per_token_prefill": None, "joules_per_token_decode": None}
     if at_first is None or whole is None:
-        return {"joules_per_token_prefill": None, "joules_per_token_decode": None}
-    begin = max(row[0] for row in times)
-    later = sum(at > begin for row in times for at in row)
-    return {
-        "joules_per_token_prefill": at_first / (len(times) * num_prompt),
-        "joules_per_token_decode": (whole - at_first) / later,
-    }
+        return found
+    begin, end = max(row[0] for row in times), max(row[-1] for row in times)
+    if begin >= SHORTEST_SECONDS:
+        found["joules_per_token_prefill"] = at_first / (len(times) * num_prompt)
+    if end - begin >= SHORTEST_SECONDS:
+        later = sum(at > begin for row in times for at in row)
+        found["joules_per_token_decode"] = (whole - at_first) / later
+    return found
 
 
 def batch_figures(times: Sequence[Sequence[float]], *, num_prompt: int) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def test_a_run_survives_the_link_and_the_laptop(tmp_path):
         assert down.returncode == 0, down.stdout + down.stderr
         assert down.stdout.count("none left") == len(CLUSTER)
         assert {name: lab.rays(name) for name in CLUSTER} == {name: [] for name in CLUSTER}
+        ours = "ls -d ~/.ssh/asuncion* ~/.ray/auth_token; grep -H asuncion ~/.ssh/authorized_keys ~/.bashrc"
+        assert {name: lab.run(name, ours).stdout for name in CLUSTER} == dict.fromkeys(CLUSTER, "")
 
 
 def _have_odd_logins(lab):

@@ -304,7 +304,7 @@ def test_a_port_in_use_is_named(bare):
     bare.run("head", f'setsid nohup python3 -c "{listen}" > /dev/null 2>&1 < /dev/null & sleep 1')
     up = bare.up()
     assert up.returncode == 1
-    assert "port 6379 is in use" in up.stderr and "ports.gcs" in up.stderr
+    assert "port 6379 is in use by a process of yours, pid" in up.stderr and "ports.gcs" in up.stderr
 
 
 def test_a_full_disk_is_named(bare):

@@ -148,7 +148,7 @@ def gathered_attention(
 TORCH = "all kernels of ours"
 DECODING = (
     Technique("CUDA graphs", {"graphs": False}),
-    Technique("products with norm, RoPE, SiLU and residual inside", {"most_narrow": 0}),
+    Technique("products with norm, RoPE, SiLU and residual inside", {"project": False}),
     Technique(
         "attention over pages", instead={"serving.engine.gpu.attention.decode_attention": gathered_attention}
     ),

@@ -393,8 +393,9 @@ def test_the_command_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path, refu
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)  # somebody who cannot wait breaks nothing off
-        process.communicate(timeout=PATIENCE_SECONDS)
+        rest, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
+    assert "graceful_shutdown failed" not in f"{rest}{errors}", "Ray's word for an end in good order"
     _, alive = psutil.wait_procs(below, timeout=PATIENCE_SECONDS)
     assert alive == []
 

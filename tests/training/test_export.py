@@ -388,4 +388,4 @@ def test_the_message_lists_what_there_is(run: Path, capsys: pytest.CaptureFixtur
     main(["tiny", "--step", "3"])
     assert capsys.readouterr().err.endswith("there are: 2, 4\n")
     main(["tinny"])
-    assert capsys.readouterr().err.endswith("runs in outputs/: tiny\n")
+    assert capsys.readouterr().err.endswith("in outputs/ there are: tiny\n")

@@ -18,7 +18,7 @@ from cluster import files
 from cluster.cli import UserError
 from cluster.config import ConfigError
 from cluster.record import events
-from cluster.record.row_format import is_being_written
+from cluster.record.row_format import LAUNCHER_LOCK, is_being_written
 from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
@@ -33,7 +33,6 @@ from training.run.state.remote import restore
 from training.run.state.seam import describe_seam
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
-LOCK = "launcher.lock"  # in the run directory: held by the launcher of a start, whom it names
 STOP = "stop"  # in the run directory, while it runs: its workers are asked to stop
 WORKERS_END_SECONDS = 120.0  # in which workers end after their launcher was killed
 TOKENIZER = "tokenizer"  # in the run directory: the data's manifest and tokenizer, for exports
@@ -93,10 +92,10 @@ def sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterat
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / LOCK).open("a+"))
+            lock = stack.enter_context((directory / LAUNCHER_LOCK).open("a+"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = (directory / LOCK).read_text().strip() or "another process"
+            owner = (directory / LAUNCHER_LOCK).read_text().strip() or "another process"
             raise UserError(
                 f"{directory} is being written by {owner}; wait for it, or give this run another run.name"
             ) from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster import config as layered
 from cluster.record import origins
-from cluster.record.result import Table, record_result
+from cluster.record.result import ColumnsAndRows, record_result
 from training.study.report import About
 from training.study.results import COLUMNS, Spread, StudyResults, losses, token_ratio
 
@@ -47,7 +47,7 @@ def publish_study(study: StudyResults, *, about: About, data: Path) -> str:
     )
 
 
-def rules_table(study: StudyResults) -> Table:
+def rules_table(study: StudyResults) -> ColumnsAndRows:
     """Columns RULES and a row for each noise and rule: its rate, its losses, its tokens to the reference.
 
     Losses are in nats per token over the seeds that finished; tokens are shares of the reference's budget.

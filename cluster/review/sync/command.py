@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster import cli, runs
-from cluster.cli import RunError, UserError
+from cluster.cli import RunError
 from cluster.review.run_reader import RUNNING, Run
 from cluster.review.sync.segments import Segment, Staged, find, name_of
 from cluster.review.sync.uploads import Uploads
@@ -148,18 +148,13 @@ def main() -> int:
     options = parser.parse_args()
 
     def body() -> None:
-        where = _folder(options.run) if options.run else runs.OUTPUTS
+        lacks = "no W&B files (was its W&B mode `disabled`?)"
+        found = lambda folder: any(_with_wandb_files(folder))  # noqa: E731
+        where = runs.named(options.run, fits=found, lacks=lacks) if options.run else runs.OUTPUTS
         sync(sorted(_with_wandb_files(where)))
 
     with cli.sigterm_as_interrupt():
         return cli.run(body)
-
-
-def _folder(run: str) -> Path:
-    for folder in (runs.OUTPUTS / run, Path(run)):
-        if any(_with_wandb_files(folder)):
-            return folder
-    raise UserError(f"{run}: no W&B files in {runs.OUTPUTS / run}; was its W&B mode `disabled`?")
 
 
 def _with_wandb_files(folder: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from cluster.machine import triton_calls
 from cluster.machine.triton_calls import INTERPRETED, Call
 from serving.engine.decoder import power_of_two
-from serving.engine.gpu.attention_kernels import decode_kernel, prefill_kernel
+from serving.engine.gpu.attention_kernels import decode_kernel, described_prefill_kernel, prefill_kernel
 from serving.engine.scheduler import BLOCK_TOKENS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,6 +42,7 @@ class Tile:
     warps: int
     stages: int
     queries: int = 1
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,23 @@ def prefill_call(
     _check(q, cache, out, blocks=blocks, tiles=tiles)
     _require(tiles.shape[1:] == (4,) and tiles.is_contiguous(), "tiles must be [T, 4], contiguous")
     tile = _tiles(capability or _capability(q.device), q.dtype).prefill
+    if tile.described:
+        return _described_call(q, cache, blocks, tiles, out, tile)
     arguments = _layout(q, cache, blocks, out) | {"tiles": tiles}
     arguments |= {"QUERIES": tile.queries, "KEYS": tile.keys}
     return Call(prefill_kernel, (q.shape[1], len(tiles)), arguments, tile.warps, tile.stages)
+
+
+def _described_call(
+    q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, out: Tensor, tile: Tile
+) -> Call:  # fmt: skip
+    """Through a tensor descriptor (TMA): no thread computes addresses of keys and values."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    _, num_blocks, groups, page, head_dim = cache.shape
+    given = _layout(q, cache, blocks, out) | {"tiles": tiles}
+    del given["cache"], given["cache_values"], given["cache_block"]
+    given["pages"] = TensorDescriptor.from_tensor(cache.view(-1, head_dim), [page, head_dim])
+    given |= {"values_row": num_blocks * groups * page, "GROUPS": groups, "QUERIES": tile.queries}
+    grid = (q.shape[1], len(tiles))
+    return Call(described_prefill_kernel, grid, given, tile.warps, tile.stages)

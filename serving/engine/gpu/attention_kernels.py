@@ -208,3 +208,73 @@ def prefill_kernel(
     out += row * out_row + head * out_head
     result = result / total[:, None]
     tl.store(out + i * out_row + c, result.to(out.dtype.element_ty), i < num_rows)
+
+
+@jit
+def described_prefill_kernel(
+    q, pages, blocks, out, tiles, scale,
+    q_row, q_head, out_row, out_head, blocks_row, values_row,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """As `prefill_kernel`; `pages` describes a layer's cache as [rows, C], in blocks of a head's page."""
+    head = tl.program_id(0)
+    tiles += 4 * tl.program_id(1)
+    row = tl.load(tiles).to(tl.int64)
+    num_rows = tl.load(tiles + 1)
+    if num_rows == 0:  # padding
+        return
+    position = tl.load(tiles + 2)
+    table = blocks + tl.load(tiles + 3).to(tl.int64) * blocks_row
+    i = tl.arange(0, QUERIES)[:, None]
+    c = tl.arange(0, SIZE)[None, :]
+    query = tl.load(q + row * q_row + head * q_head + i * q_row + c, i < num_rows, other=0.0)
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    result = tl.zeros((QUERIES, SIZE), tl.float32)
+    whole = (position + 1) // PAGE  # pages that every query sees all of
+    stop = position + num_rows
+    newest = position + tl.arange(0, QUERIES)
+    top, total, result = _attend_pages(
+        top, total, result, query, pages, table, head // GROUP, 0, whole, stop, newest, scale,
+        values_row, GROUPS, PAGE, WIDEN, False,
+    )  # fmt: skip
+    top, total, result = _attend_pages(
+        top, total, result, query, pages, table, head // GROUP, whole, tl.cdiv(stop, PAGE), stop, newest,
+        scale, values_row, GROUPS, PAGE, WIDEN, True,
+    )  # fmt: skip
+    out += row * out_row + head * out_head
+    result = result / total[:, None]
+    tl.store(out + i * out_row + c, result.to(out.dtype.element_ty), i < num_rows)
+
+
+@jit
+def _attend_pages(
+    top, total, result, query, pages, table, group, first, last, length, newest, scale, values_row,
+    GROUPS: tl.constexpr, PAGE: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """As `_attend`, a page at a time."""
+    key_row = _page_row(table, first, length, group, GROUPS, PAGE)
+    for page in range(first, last):
+        keys = pages.load([key_row, 0])
+        values = pages.load([key_row + values_row, 0])
+        key_row = _page_row(table, page + 1, length, group, GROUPS, PAGE)
+        score = _product(query, tl.trans(keys), None, WIDEN)
+        if MASKED:
+            key = page * PAGE + tl.arange(0, PAGE)
+            score = tl.where(key[None, :] <= newest[:, None], score, -float("inf"))
+            values = tl.where((key < length)[:, None], values, 0.0)  # NaN perhaps, and 0 times NaN is NaN
+        higher = tl.maximum(top, tl.max(score, 1) * scale)
+        shrink = tl.exp2(top - higher)
+        weight = tl.exp2(score * scale - higher[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        result = _product(weight.to(values.dtype), values, result * shrink[:, None], WIDEN)
+        top = higher
+    return top, total, result
+
+
+@jit
+def _page_row(table, page, length, group, GROUPS: tl.constexpr, PAGE: tl.constexpr):
+    """The first row of a page in the described cache; that of any page from `length` on."""
+    block = tl.load(table + page, page * PAGE < length, other=0)
+    return (block * GROUPS + group) * PAGE

@@ -1,4 +1,4 @@
-"""The layers of a model over the rows of a step: few rows by `project`, any number by cuBLAS."""
+"""The layers of a model over the rows of a step: one row by `project`, any number by cuBLAS."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,10 +56,10 @@ class Stack:
         self.cache = torch.zeros(size, dtype=self._norm.dtype, device=device)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
-    # --- few rows: each product with what stands around it ---
+    # --- one row: each product with what stands around it ---
 
-    def few(self, x: Tensor, lengths: Tensor, blocks: Tensor, attend: Attend) -> None:
-        """All layers over x [M, D], in place."""
+    def one(self, x: Tensor, lengths: Tensor, blocks: Tensor, attend: Attend) -> None:
+        """All layers over x [1, D], in place."""
         shape, pdl = self.shape, self.pdl
         heads_of = self._heads(lengths, blocks, None)
         q = x.new_empty(len(x), shape.num_heads, shape.head_dim)
@@ -88,8 +88,8 @@ class Stack:
             ).launch()  # fmt: skip
             project(active, layer.down, x, epilogue=ADD, half=half, pdl=pdl).launch()
 
-    def few_head(self, x: Tensor) -> tuple[Tensor, Best]:
-        """Logits [M, V] of x [M, D] before the final norm, and the largest of each program."""
+    def one_head(self, x: Tensor) -> tuple[Tensor, Best]:
+        """Logits [1, V] of x [1, D] before the final norm, and the largest of each program."""
         shape = self.shape
         size = {"outputs": shape.vocab_size, "half": ceil(shape.vocab_size / 2)}
         logits = x.new_empty(len(x), shape.vocab_size, dtype=torch.float32)

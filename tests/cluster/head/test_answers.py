@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +11,7 @@ import pytest
 from cluster.head.answers import Head, Refused
 from cluster.head.ray_rest import Ray, RayDown
 from cluster.record import events
+from cluster.session import free_ports
 from tests.cluster.review.factories import make_run, row
 
 REQUEST = {
@@ -81,8 +83,17 @@ def server():
 
 @pytest.fixture
 def head(server, tmp_path):
-    site = {"scratch": str(tmp_path), "storage": str(tmp_path), "dashboard_port": server.server_address[1]}
-    return Head(site)
+    ports = {"dashboard_port": server.server_address[1], "gcs_port": free_ports(1)[0]}
+    return Head({"name": "here", "scratch": str(tmp_path), "storage": str(tmp_path), **ports})
+
+
+def test_another_ray_on_the_clusters_port_is_sent_nothing(head, server):
+    with socket.socket() as other:
+        other.bind(("", head.site["gcs_port"]))
+        other.listen()
+        with pytest.raises(Refused, match=r"in use by a process of yours, pid \d+.* nothing was sent to it"):
+            head.submit(REQUEST, b"code")
+    assert not server.jobs and not server.uploads
 
 
 def test_a_run_that_is_going_is_found_and_not_started_twice(head, server):

@@ -1,12 +1,14 @@
 """Ray's REST interface: whom it talks to, and what it makes of an error."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from cluster.head.ray_rest import Ray, _reason, listener
+from cluster.head.ray_rest import Ray, _reason, listener, stranger
 from cluster.private import make_token
 from cluster.session import free_ports
 
@@ -43,9 +45,27 @@ except TimeoutError:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as squatter:
         port = int(squatter.stdout.readline())
         assert listener(port) == 65534
-        with pytest.raises(ValueError, match=f"port {port} is user 65534's"):
+        with pytest.raises(ValueError, match=f"port {port} is user nobody's"):
             Ray(port).is_up()
+        assert stranger(port, "mine") == "user nobody"
         assert squatter.stdout.readline() == "nothing\n"
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_whoever_listens_and_is_not_of_the_cluster_is_a_stranger(family):
+    """Another cluster's process, or one started by hand, is a stranger though it is the same user's."""
+    port = free_ports(1)[0]
+    script = f"import socket, time; s = socket.socket({int(family)}); s.bind(('', {port})); s.listen()\n"
+    script += "print(flush=True); time.sleep(600)"
+    assert stranger(port, "mine") is None
+    for cluster, told in (("mine", None), ("other", r"a process of yours, pid \d+: .*python")):
+        environment = {**os.environ, "ASUNCION_CLUSTER": cluster}
+        command = [sys.executable, "-c", script]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as there:
+            there.stdout.readline()
+            whose = stranger(port, "mine")
+            there.kill()
+        assert whose is None if told is None else re.match(told, whose)
 
 
 def test_a_port_on_which_nobody_listens_is_a_ray_that_is_down():

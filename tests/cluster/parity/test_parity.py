@@ -372,3 +372,27 @@ def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, change, message):
 def test_bad_sides_are_one_message(a, b, message, capsys):
     assert parity.main([a, b, "--wandb", "disabled"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_energy_that_a_board_cannot_draw_is_not_compared_and_says_so(tmp_path):
+    """NVML's counter reads 0 J, or twice the limit, over a turn of a few milliseconds."""
+    rate = figure(A40, "prefill", 0.4)["values"][0]
+    for watts in (0.0, 700.0):
+        a = write(tmp_path, A40, [figure(A40, "prefill", 0.4, joules_per_token=[watts / rate])])
+        side = read_side(str(a))
+        found = compare(side, side, tolerance=0.1)
+        assert "per measured joule" not in found.comparisons[0].divisors
+        assert any("energy of prefill/llama-1b4/batch 1" in line for line in found.missing)
+
+
+def test_figures_that_stay_open_for_one_reason_are_one_claim(tmp_path):
+    figures = [
+        figure(A40, "decode", 0.4),
+        figure(A40, "prefill", 0.4),
+        figure(A40, "prefill", 0.5, id="prefill/x"),
+    ]
+    for each in figures:
+        each["values"] = each["values"][:1]
+    found = compare(read_side(str(write(tmp_path, A40, figures))), read_side("datasheet:a40"), tolerance=0.1)
+    assert "each measured once" in found.finding
+    assert [claim.text.partition(":")[0] for claim in found.claims] == ["prefill", "decode/llama-1b4/batch 1"]

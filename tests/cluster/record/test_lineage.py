@@ -175,7 +175,7 @@ def test_files_from_before_there_were_inputs_still_name_their_data(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone", None, "gone: no such file or folder, and no such run"),
+        ("gone", None, "gone: no such file or folder in "),
         ("a.json", "{", "a.json: its lineage cannot be read (DamagedFile: "),
         ("a.json", "[]", "a.json: holds no `provenance`"),
         ("a.json", '{"provenance": {"inputs": [7]}}', "not an origin: 7"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.review.charts import MOST_POINTS, Charts, Curve, Mark, medians, thin
-from cluster.review.words import number, plain
+from cluster.review.words import amount, plain
 from tests.cluster.review.browser import CHROMIUM, run_script
 
 
@@ -83,7 +83,7 @@ def test_ticks_are_written_as_people_write_them(tmp_path):
     ],
 )
 def test_numbers_are_written_as_people_write_them(value, written):
-    assert number(value) == written
+    assert amount(value) == written
 
 
 def test_values_of_a_configuration_are_written_as_one_types_them():

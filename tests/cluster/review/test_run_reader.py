@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -47,7 +48,13 @@ def test_a_killed_run_has_failed_and_keeps_its_rows(tmp_path):
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    assert Run(tmp_path).state.name == "running", "its last row is fresh, and locks may be missing"
+    assert Run(tmp_path).state.name == "running", "its last row is fresh, and its host is unknown"
+    about = {"host": {"hostname": platform.node()}}
+    (tmp_path / "provenance.json").write_text(json.dumps(about))
+    assert Run(tmp_path).state.name == "failed", "no process of this host holds its lock"
+    (tmp_path / "launcher.lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    assert Run(tmp_path).state.name == "running", "its launcher lives"
+    (tmp_path / "provenance.json").write_text("{}")
     age(tmp_path, 100)
     assert Run(tmp_path).state.name == "failed" and Run(tmp_path).last_step == 1
 

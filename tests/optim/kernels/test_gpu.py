@@ -4,7 +4,6 @@ Triton decides at its import whether kernels are interpreted, so a second pytest
  functions named `interpreted_*`. The interpreter truncates where a GPU rounds a cast to bf16.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from optim.kernels.gpu import apply_pass, momentum_pass, symmetric_product
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
 from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from tests.optim.kernels import interpreted_products
 from tests.optim.kernels.interpreted_products import assert_rounded_once, random
 from tests.optim.kernels.test_passes import build
@@ -199,12 +198,7 @@ def test_what_descriptors_cannot_hold_stays_with_pointers():
 
 @pytest.mark.stack
 def test_the_kernels_compute_what_they_say():
-    files = [__file__, interpreted_products.__file__]
-    command = [sys.executable, "-m", "pytest", *files, "-o", "python_functions=interpreted_*"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^62 passed", result.stdout, re.MULTILINE), result.stdout
+    run_interpreted(__file__, interpreted_products.__file__, passes=62)
 
 
 # Offsets in the flat tensor and in the packed buffer, in other orders, with gaps, at odd places; one empty.

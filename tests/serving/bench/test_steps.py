@@ -43,8 +43,16 @@ def test_good_batches():
 
 def test_energy_is_split_where_decoding_begins():
     """Two prompts of 10 tokens take 40 J; the 4 tokens that come after the last first one take 6 J."""
-    times = [[0.3, 0.6, 0.7], [0.5, 0.6, 0.7]]
+    times = [[0.3, 0.6, 1.0], [0.5, 0.6, 1.0]]
     assert joules(times, 40.0, 46.0, num_prompt=10) == {
         "joules_per_token_prefill": 2.0, "joules_per_token_decode": 1.5,
     }  # fmt: skip
     assert set(joules(times, None, None, num_prompt=10).values()) == {None}
+
+
+def test_energy_of_a_part_that_is_too_short_for_the_drivers_counter_is_none():
+    """On an H100 a prefill of 13 ms read 0 J, and one of 7 ms more than the board can draw."""
+    prefill, decode = "joules_per_token_prefill", "joules_per_token_decode"
+    found = joules([[0.013, 0.5, 1.0]], 0.0, 46.0, num_prompt=10)
+    assert found == {prefill: None, decode: 23.0}
+    assert joules([[0.6, 0.7]], 40.0, 46.0, num_prompt=10) == {prefill: 4.0, decode: None}

@@ -4,10 +4,6 @@ As in tests/optim/kernels/test_gpu.py, a second pytest with TRITON_INTERPRET=1 r
 `interpreted_*`. All pages are NaN wherever a request has no token.
 """
 
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,8 +12,7 @@ from torch import Tensor
 
 from serving.engine.gpu import attention
 from serving.engine.scheduler import BLOCK_TOKENS
-from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from tests.serving.engine.pages import Pages
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -126,11 +121,7 @@ def test_tiles_hold_every_row_once_and_the_longest_come_first():
 
 @pytest.mark.stack
 def test_the_kernels_compute_attention():
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=interpreted_*"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^9 passed", result.stdout, re.MULTILINE), result.stdout
+    run_interpreted(__file__, passes=12)
 
 
 def assert_near(found: Tensor, exact: Tensor) -> None:
@@ -182,11 +173,16 @@ def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
 SPANS = ((0, 70), (33, 100), (64, 96), (40, 41))
 
 
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptor"])
 @pytest.mark.parametrize(
     ("num_heads", "head_dim", "dtype"), [(2, 64, SINGLE), (8, 64, HALF), (1, 128, torch.float16)]
 )
-def interpreted_prefill(num_heads, head_dim, dtype):
+def interpreted_prefill(num_heads, head_dim, dtype, described, monkeypatch):
     torch.manual_seed(num_heads + head_dim)
+    tiles = attention.TILES[8, 6]
+    monkeypatch.setitem(
+        attention.TILES, (8, 6), replace(tiles, prefill=replace(tiles.prefill, described=described))
+    )
     stops = [stop for _, stop in SPANS]
     pages = Pages(stops, num_kv_heads=1, head_dim=head_dim, dtype=dtype, device=CPU)
     first, spans = 1, []

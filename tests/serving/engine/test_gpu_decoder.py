@@ -5,11 +5,7 @@ functions named `interpreted_*`. The interpreter truncates where a GPU rounds a 
 """
 
 import copy
-import os
 import random
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
@@ -26,27 +22,14 @@ from serving.engine.gpu.sampling import Sampler
 from serving.engine.protocol import Sampling
 from serving.engine.sampling import BROKEN, choose
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, Span
-from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from training.model import shapes
 from training.model.llama import Llama, RMSNorm, initialize, rotary, rotate
 from training.model.shapes import LlamaShape
 
 
 def test_the_interpreter_runs_every_kernel():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=interpreted_*",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^12 passed", result.stdout, re.MULTILINE), result.stdout
+    run_interpreted(__file__, passes=10)
 
 
 def launches(num_rows: int, *, capability: tuple[int, int], **changes: object) -> list[Call]:
@@ -59,28 +42,28 @@ def launches(num_rows: int, *, capability: tuple[int, int], **changes: object) -
         patch.object(attention, "_capability", lambda device: capability),
         torch.inference_mode(),
     ):
-        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False, most_narrow=project.MOST_NARROW)
+        decoder = GpuDecoder(model, num_blocks=64, slots=32, graphs=False)
         decoder._stack.pdl = capability >= (9, 0)
         decoder._decode(num_rows)
     return calls
 
 
-def test_a_layer_is_five_launches_for_few_rows_and_five_beside_its_products_for_more():
-    few = [call.kernel.__name__ for call in launches(1, capability=(9, 0))]
+def test_a_layer_is_five_launches_for_one_row_and_five_beside_its_products_for_more():
+    one = [call.kernel.__name__ for call in launches(1, capability=(9, 0))]
     attend = "decode_kernel"
-    assert few == ["_project_kernel", attend, *["_project_kernel"] * 4, "_pick_kernel"]
+    assert one == ["_project_kernel", attend, *["_project_kernel"] * 4, "_pick_kernel"]
     many = [call.kernel.__name__ for call in launches(32, capability=(9, 0))]
     between = ["_add_norm_kernel", "_rotate_kernel", attend, "_add_norm_kernel", "_silu_kernel"]
     assert many == [*between, "_add_norm_kernel", "_scan_kernel", "_pick_kernel"]
     normed = [call.kernel.__name__ for call in launches(1, capability=(9, 0), qk_norm=True)]
-    assert normed == [few[0], "_rotate_kernel", *few[1:]]
+    assert normed == [one[0], "_rotate_kernel", *one[1:]]
 
 
 @pytest.mark.parametrize(
     ("capability", "num_rows", "which", "qk_norm"),
     [
-        ((9, 0), 1, 0, False), ((9, 0), 1, 2, False), ((9, 0), 8, 0, False), ((8, 6), 1, 4, False),
-        ((8, 6), 8, 3, False), ((8, 6), 32, 0, False), ((9, 0), 1, 0, True), ((8, 6), 32, 1, True),
+        ((9, 0), 1, 0, False), ((9, 0), 1, 2, False), ((9, 0), 32, 1, False), ((8, 6), 1, 4, False),
+        ((8, 6), 32, 0, False), ((9, 0), 1, 0, True), ((8, 6), 32, 1, True),
     ],
 )  # fmt: skip
 def test_kernels_compile_without_spills(capability, num_rows, which, qk_norm, tmp_path):
@@ -155,28 +138,27 @@ rows = pytest.mark.parametrize("num_rows", [1, 3])
 
 
 @dtypes
-@rows
-def interpreted_projections_are_the_models_operations(num_rows, dtype):
+def interpreted_projections_are_the_models_operations(dtype):
     hidden, inner = 40, 36
-    x, weight = (values(n, hidden, seed=n, dtype=dtype) for n in (num_rows, 2 * inner))
+    x, weight = (values(n, hidden, seed=n, dtype=dtype) for n in (1, 2 * inner))
     norm = RMSNorm(hidden, eps=1e-2)
     norm.weight.data = values(hidden, seed=7, dtype=dtype)
     product = F.linear(norm(x), weight)
-    out = torch.full((num_rows, inner), torch.nan, dtype=dtype)
+    out = torch.full((1, inner), torch.nan, dtype=dtype)
     normed = {"norm": norm.weight.data, "eps": 1e-2}
     project.project(x, weight, out, epilogue="silu", half=inner, **normed).launch()
     assert close(out, F.silu(product[:, :inner]) * product[:, inner:])
 
     odd = weight[:51]
-    residual = values(num_rows, 51, seed=9, dtype=dtype)
+    residual = values(1, 51, seed=9, dtype=dtype)
     expected = residual + F.linear(x, odd)
     project.project(x, odd, residual, epilogue="add", half=26).launch()
     assert close(residual, expected)
 
     size = {"outputs": 51, "half": 26}
     programs = project.project_programs(x, **size)
-    best = torch.empty(num_rows, programs), torch.empty(num_rows, programs, dtype=torch.int32)
-    logits = torch.full((num_rows, 51), torch.nan)
+    best = torch.empty(1, programs), torch.empty(1, programs, dtype=torch.int32)
+    logits = torch.full((1, 51), torch.nan)
     project.project(x, odd, logits, epilogue="logits", half=26, best=best, **normed).launch()
     assert close(logits, product[:, :51].float(), dtype)
     picked(best, logits)
@@ -186,12 +168,13 @@ def picked(best: layers.Best, logits: torch.Tensor) -> None:
     """`pick` finds the largest of `logits`, and advances the rows that are no padding."""
     num_rows = len(logits)
     ids, tokens, lengths = (torch.full((num_rows,), start, dtype=torch.int32) for start in (-7, -7, 5))
-    lengths[-1] = 0
+    if num_rows > 1:
+        lengths[-1] = 0
     layers.pick(best, ids, tokens, lengths).launch()
     broken = ~logits.amax(-1).isfinite()
     expected = logits.argmax(-1).masked_fill(broken, BROKEN)
     assert ids.tolist() == expected.tolist() and tokens.tolist() == expected.clamp_min(0).tolist()
-    assert lengths.tolist() == [*[6] * (num_rows - 1), 0]
+    assert lengths.tolist() == [*[6] * (num_rows - 1), 6 if num_rows == 1 else 0]
 
 
 def interpreted_a_row_with_nan_is_broken_and_of_equal_logits_the_first_wins():
@@ -225,7 +208,7 @@ def interpreted_heads_are_rotated_and_go_where_they_belong(num_rows, dtype):
     by = rotary(SHAPE, positions)
     wanted_q, wanted_k = rotate(q, by)[0].transpose(0, 1), rotate(k, by)
     wanted = torch.cat((wanted_k, v))  # [2, G, M, C]
-    for through_project in (True, False):
+    for through_project in {num_rows == 1, False}:
         cache = torch.full((2, 7, 2, BLOCK_TOKENS, 16), torch.nan, dtype=dtype)
         heads = layers.Heads(cos, sin, cache, blocks, positions.int() + 1, None, 4)
         if through_project:
@@ -255,17 +238,17 @@ def drawn(shape: LlamaShape) -> Llama:
     return model
 
 
-def interpreted_few_rows_and_many_have_the_same_norms_of_queries_and_keys(monkeypatch):
+def interpreted_one_row_has_the_same_norms_of_queries_and_keys_in_both_forms(monkeypatch):
     one_program(monkeypatch)
     model = drawn(replace(SHAPE, num_layers=1, qk_norm=True))
-    few, many = (
-        GpuDecoder(copy.deepcopy(model), num_blocks=1, slots=1, graphs=False, most_narrow=most)
-        for most in (16, 0)
+    one, many = (
+        GpuDecoder(copy.deepcopy(model), num_blocks=1, slots=1, graphs=False, project=by_project)
+        for by_project in (True, False)
     )
     request = ScheduledRequest([7], 9)
     for position in range(2):
         span = Span(request, position, position + 1, (0,))
-        assert close(few.forward([span]), many.forward([span]))
+        assert close(one.forward([span]), many.forward([span]))
         request.tokens.append(8)
 
 

@@ -29,6 +29,14 @@ def test_a_cache_above_all_memory_is_refused_before_anything_is_allocated(monkey
     assert "GB free of" in message and "lower engine.cache_tokens" in message
 
 
+def test_on_a_gpu_the_largest_step_and_the_largest_graph_are_counted(monkeypatch):
+    keys = ["model.weights=random", "model.shape=llama-1b4", "engine.dtype=bfloat16"]
+    config = load(dotlist=[*keys, "engine.step_tokens=8192"])
+    assert memory._needed(config, None)[2] == 0
+    monkeypatch.setattr(memory, "_device", lambda _: torch.device("cuda"))
+    assert memory._needed(config, None)[2] == (8192 + 2048) * (4 * 2048 + 3 * 5504) * 2
+
+
 @pytest.mark.parametrize("kind", ["of torch on a CPU", "of CUDA", "of Python"])
 def test_an_allocation_that_fails_says_the_same(kind, monkeypatch):
     def fail(*_: object, **__: object) -> None:

@@ -1,15 +1,10 @@
 """training/model/loss.py: chunks against whole logits, in loss and gradients."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.commands import ROOT
-from tests.compiled_kernels import compiled, problems
+from tests.compiled_kernels import compiled, problems, run_interpreted
 from training.model import loss_kernel
 from training.model.loss import IGNORED_TARGET, chunked, losses_and_gradients_by_torch, whole
 
@@ -105,11 +100,7 @@ def test_the_kernel_fits_the_gpu(capability, tmp_path):
 
 @pytest.mark.stack
 def test_the_kernel_computes_what_torch_does():
-    """Triton decides at its import whether kernels are interpreted, so this runs in a process of its own."""
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=interpreted_*"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and "6 passed" in result.stdout, result.stdout
+    run_interpreted(__file__, passes=6)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
