@@ -24,7 +24,13 @@ if [ ! -e "$env/ready" ]; then
 import sys, tomllib
 print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]))
 ' "$code/pyproject.toml" > "$env/requirements.txt"
-  "$env/bin/pip" install --progress-bar off --constraint "$code/constraints.txt" --requirement "$env/requirements.txt"
+  "$env/bin/pip" install --progress-bar off --retries 2 --timeout 15 \
+      --constraint "$code/constraints.txt" --requirement "$env/requirements.txt" || {
+    echo "error: pip on $(hostname) cannot install what constraints.txt pins (its last lines are in keeper.log): can \
+it reach ${PIP_INDEX_URL:-the index that pip is set to there}?\
+ Set packages.index or packages.proxy in the inventory" >&2
+    exit 3
+  }
   sync -f "$env"
   touch "$env/ready"
 fi

@@ -7,13 +7,16 @@ worker the head's key, and waits until every node has joined. It skips what is d
 """
 
 import argparse
+import fcntl
 import json
+import os
 import shlex
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,30 @@ def up(cluster: Path, *, report: Callable[[str], None]) -> None:
         RunError: some nodes have not joined; the message gives each reason.
     """
     site = inventory.load(cluster)
+    with _alone(site):
+        _up(site, report=report)
+
+
+@contextmanager
+def _alone(site: Inventory) -> Iterator[None]:
+    """A block that one command of this machine at a time may be in, for each cluster. Raises `RunError`."""
+    site.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (site.home / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunError(
+                f"{site.name}: another `make up` or `make down` from this machine is at work (pid "
+                f"{lock.read().strip() or 'unknown'}); wait for its end"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     begin = time.monotonic()
     generation = uuid.uuid4().hex
     package = pack(more={"site.json": json.dumps({**site.site(), "generation": generation}, indent=2)})
@@ -172,12 +199,18 @@ def _wait(
     report: Callable[[str], None],
 ) -> dict[str, str]:
     shown: dict[str, tuple[str, str]] = {}
+    is_ours = False
     active = {node: time.monotonic() for node in site.nodes}  # when it last did something
     script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
         keeper = answer["keeper"] or {}
-        states = keeper["nodes"] if keeper.get("generation") == generation else {}
+        if is_ours and keeper.get("generation") != generation:
+            raise RunError(
+                f"another `make up` of {site.name} has taken over, from another machine; see there"
+            )
+        is_ours = is_ours or keeper.get("generation") == generation
+        states = keeper["nodes"] if is_ours else {}
         if not answer["runs"]:
             raise RunError(
                 f"the keeper on {site.head} ended: {answer['said']}; see {site.scratch}/keeper.log"
@@ -235,6 +268,8 @@ def status(cluster: Path) -> str:
                 if name in found["resources"]
             )
             lines.append(f"  {node:<16}{found['name']:<20}{resources}")
+        elif state["state"] == JOINED or not answer["runs"]:  # what a keeper said last is no news
+            lines.append(f"  {node:<16}not in Ray")
         else:
             lines.append(f"  {node:<16}{state['state']} {state['detail']}")
     if check := answer.get("preflight"):
@@ -289,6 +324,11 @@ def down(cluster: Path, *, report: Callable[[str], None], keep_access: bool = Fa
         RunError: a node could not be reached, or something is left on it.
     """
     site = inventory.load(cluster)
+    with _alone(site):
+        _down(site, report=report, keep_access=keep_access)
+
+
+def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) -> None:
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
         f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "

@@ -54,6 +54,20 @@ class PortsConfig:
     )
 
 
+URL = (
+    r"https?://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9_.~%-]+)*/?",
+    "must be http(s)://host[:port]/path, without a password (pip reads it from ~/.netrc on the head)",
+)
+
+
+@dataclass(frozen=True)
+class PackagesConfig:
+    index: str | None = key(
+        None, "package index that the head installs from; null: what pip there is set to", pattern=URL
+    )
+    proxy: str | None = key(None, "HTTP proxy by which the head reaches the index", pattern=URL)
+
+
 @dataclass(frozen=True)
 class NodeConfig:
     gpus: int = key(8, "GPUs of every node; 0 for a site without", least=0, most=64)
@@ -94,6 +108,7 @@ class Inventory:
     ssh: SshConfig = key(SshConfig, "")
     ports: PortsConfig = key(PortsConfig, "")
     node: NodeConfig = key(NodeConfig, "")
+    packages: PackagesConfig = key(PackagesConfig, "")
     scratch: str = key(
         "/scratch/asuncion", "folder on each node's own disk: code, environment", pattern=ABSOLUTE
     )
@@ -174,7 +189,9 @@ class Inventory:
     def setup_command(self) -> str:
         """Install the pinned environment on a node, unless it is there."""
         setup = f"bash {self.code}/cluster/head/setup.sh {self.code} {self.scratch} {self.python}"
-        return f"{self.owned()} && {setup}"
+        index, proxy = self.packages.index, self.packages.proxy
+        given = [*([f"PIP_INDEX_URL={index}"] if index else ()), *([f"PIP_PROXY={proxy}"] if proxy else ())]
+        return f"{self.owned()} && {' '.join([*given, setup])}"
 
     def reap_command(self) -> str:
         """End what this cluster runs on a node."""

@@ -1,18 +1,18 @@
 """How fast `prepare` tokenizes beside `tokenizers` alone, on the same texts and the same cores.
 
-    python -m tests.lab.prepare_rate [--megabytes 50] [--rounds 2] [--output FILE] [--dry-run]
+    python -m tests.lab.prepare_rate [--megabytes 50] [--rounds 2] [--ours-only] [--output FILE] [--dry-run]
 
 The corpus is generated: paragraphs of the embedded corpus in a random order, with a fixed seed. Both sides
 use the same given tokenizer. `alone` holds texts in memory and times nothing but `encode_batch_fast`, 4 MiB
 at a time; `ours` times all of `prepare`, from hashing the source to the manifest. Each is a process of its
 own, in turns. Compare wall times only on an idle machine; CPU seconds are less sensitive to load.
+With --ours-only one run of `prepare` shows its memory on a large corpus; its record is another one.
 """
 
 import argparse
 import json
 import multiprocessing
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -45,21 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.add_options(parser, what=WHAT, rounds=2, rounds_help="measurements of each side")
     parser.add_argument("--megabytes", type=int, default=50, help="of text (default: 50)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer (default: 8192)")
+    parser.add_argument("--ours-only", action="store_true", help="run `prepare` once, for its peak memory")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     options = parser.parse_args(arguments)
 
     def body() -> None:
-        plan = f"{options.rounds} rounds of alone and ours on {options.megabytes} MB of text"
+        rounds, sides, what = options.rounds, (alone, ours), WHAT
+        if options.ours_only:
+            rounds, sides, what = 1, (ours,), "prepare_memory"
+        names = " and ".join(side.__name__ for side in sides)
+        plan = f"{rounds} rounds of {names} on {options.megabytes} MB of text"
         measured = partial(
-            measure, options.megabytes, vocab_size=options.vocab_size, num_rounds=options.rounds
+            measure, options.megabytes, vocab_size=options.vocab_size, num_rounds=rounds, sides=sides
         )
-        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
+        benchmark.measure_and_publish(options, what=what, plan=plan, measure=measured)
 
     return cli.run(body)
 
 
-def measure(megabytes: int, *, vocab_size: int, num_rounds: int) -> dict[str, Any]:
-    """Both sides in turns: MB of text per second of wall and of CPU, peak memory, and ours as a share."""
+def measure(
+    megabytes: int, *, vocab_size: int, num_rounds: int, sides: tuple[Callable[..., Any], ...]
+) -> dict[str, Any]:
+    """The sides in turns: MB of text per second of wall and of CPU, peak memory, and ours as a share."""
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as place:
         source, given = Path(place, "corpus.jsonl"), Path(place, "tokenizer.json")
@@ -68,7 +75,7 @@ def measure(megabytes: int, *, vocab_size: int, num_rounds: int) -> dict[str, An
         tokenizer.save(str(given))
         for number in range(num_rounds):
             found = {}
-            for side in (alone, ours) if number % 2 == 0 else (ours, alone):
+            for side in sides if number % 2 == 0 else sides[::-1]:
                 found[side.__name__] = each = in_a_process(side, source, given, Path(place, str(number)))
                 print(
                     f"round {number + 1}/{num_rounds}, {side.__name__}: {each}", file=sys.stderr, flush=True
@@ -76,7 +83,7 @@ def measure(megabytes: int, *, vocab_size: int, num_rounds: int) -> dict[str, An
                 for what in ("wall", "cpu"):
                     samples.setdefault(f"mb_per_{what}_second_{side.__name__}", []).append(size / each[what])
                 samples.setdefault(f"peak_mb_{side.__name__}", []).append(each["peak_mb"])
-            for what in ("wall", "cpu"):
+            for what in ("wall", "cpu") if len(sides) == 2 else ():
                 share = found["alone"][what] / found["ours"][what]
                 samples.setdefault(f"share_{what}", []).append(share)
     return {
@@ -149,7 +156,9 @@ def ours(source: Path, given: Path, folder: Path) -> dict[str, float]:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    """Of this process, which is the only one. `getrusage` would answer for the parent that started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

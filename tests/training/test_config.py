@@ -226,6 +226,7 @@ REFUSED = {
     "run.name": ["a/b", "..", ".hidden", "''", "a b", "-x", "é"],
     "checkpoint.upload": ["backup", "/mnt/backup", "s3://name:secret@bucket"],
     "run.seed": ["-1", str(2**63)],
+    "data.source": ["''"],
     "data.sources": ["[x]", "[a=]", "[a=x@b]", "[a=x@0]", "[a=x@-1]", "[a b=x]", "[a=x,a=y]", "[a=x@nan]"],
     "data.vocab_size": ["299", "1000001"],
     "data.validation_fraction": ["0", "0.5", "-0.1", "nan"],

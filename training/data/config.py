@@ -38,6 +38,7 @@ class DataConfig:
     shard_tokens: int = key(100_000_000, "tokens per shard file", least=1000)
 
     def __post_init__(self) -> None:
+        require(bool(self.source.strip()), "data.source", "must not be empty")
         names = [parse_source(entry)[0] for entry in self.sources]
         for name in names:
             require(names.count(name) == 1, "data.sources", f"{name!r} names two sources")

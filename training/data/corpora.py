@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from training.data.config import DataConfig
 from training.data.dataset import DataError
 from training.data.readers import find
-from training.data.records import Position, TextOrBad, reading
+from training.data.records import Position, TextOrBad, on_a_line, reading
 
 BOTOCORE_VERSION = "1.44.5"  # as in pyproject.toml
 BOTOCORE_MIN_BYTES = 20_000_000
@@ -252,7 +252,7 @@ def _files(config: DataConfig) -> Corpus:
     stem = files[0].name.partition(".")[0] if len(files) == 1 else source.name
     return Corpus(
         stem=re.sub(r"[^\w.-]+", "-", stem).strip(".-") or "corpus",
-        description=f"{config.source} ({len(files)} .{kind}, {num_bytes / 1e6:.1f} MB{left_out})",
+        description=f"{on_a_line(config.source)} ({len(files)} .{kind}, {num_bytes / 1e6:.1f} MB{left_out})",
         identity=[
             kind,
             [[file.name, file.num_bytes, file.identity] for file in files],

@@ -7,9 +7,10 @@ resumes exactly and reads the same at any world size. An exhausted source begins
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from cluster import files
 from cluster.record import origins
 from training.data.config import DataConfig, parse_source
+from training.data.corpora import Corpus
 from training.data.dataset import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -137,16 +139,21 @@ class MixtureRequest:
 
     config: DataConfig
     key: str  # SHA-256 over all that determines the content of the folder
+    corpora: Mapping[str, Corpus]  # of the sources that are no prepared folders, by name
 
     @classmethod
-    def of(cls, config: DataConfig, key_of: Callable[[DataConfig], str]) -> "MixtureRequest":
-        """Hashes the files of all sources. `key_of` gives the key of one corpus. Raises `DataError`."""
-        asked = []
+    def of(cls, config: DataConfig, request_of: Callable[[DataConfig], Any]) -> "MixtureRequest":
+        """Hashes the files of all sources. `request_of` gives that of one corpus. Raises `DataError`."""
+        asked, corpora = [], {}
         for name, source, weight in map(parse_source, config.sources):
-            folder = prepared_folder(source)
-            content = Manifest.read(folder).fingerprint if folder else key_of(of_source(config, source))
+            if folder := prepared_folder(source):
+                content = Manifest.read(folder).fingerprint
+            else:
+                request = request_of(of_source(config, source))
+                content, corpora[name] = request.key, request.corpus
             asked.append([name, weight, content])
-        return cls(config, hashlib.sha256(json.dumps([FORMAT_VERSION, asked]).encode()).hexdigest())
+        key = hashlib.sha256(json.dumps([FORMAT_VERSION, asked]).encode()).hexdigest()
+        return cls(config, key, corpora)
 
     @property
     def target(self) -> Path:
@@ -170,19 +177,21 @@ def of_source(config: DataConfig, source: str) -> DataConfig:
     return replace(config, source=source, sources=())
 
 
-def prepare_sources(config: DataConfig, prepare: Callable[[DataConfig], Path]) -> list[tuple[Path, Manifest]]:
+def prepare_sources(
+    request: MixtureRequest, prepare: Callable[[DataConfig, Corpus], Path]
+) -> list[tuple[Path, Manifest]]:
     """Prepare or verify every source, all with the tokenizer of the first.
 
     Raises:
         DataError: a source is not usable, or was prepared with another tokenizer.
     """
-    found: list[tuple[Path, Manifest]] = []
+    config, found = request.config, list[tuple[Path, Manifest]]()
     for name, source, _ in map(parse_source, config.sources):
         folder = prepared_folder(source)
         if folder:
             Manifest.read(folder).verify(folder)
         else:
-            folder = prepare(of_source(config, source))
+            folder = prepare(of_source(config, source), request.corpora[name])
         found.append((folder.absolute(), manifest := Manifest.read(folder)))
         if config.tokenizer == "train":
             config = replace(config, tokenizer=str(folder / manifest.tokenizer_file))

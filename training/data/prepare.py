@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cluster import cli, files
@@ -83,7 +82,10 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
     Raises:
         DataError: unusable source or tokenizer, an empty split, or a folder that cannot be written.
     """
-    request = request_of(config)
+    return _prepare(request_of(config), report=report)
+
+
+def _prepare(request: "DataRequest | MixtureRequest", *, report: Report) -> Path:
     if isinstance(request, MixtureRequest):
         return _prepare_mixture(request, report=report)
     target = request.target
@@ -115,7 +117,10 @@ def prepare(config: DataConfig, *, report: Report = print) -> Path:
 
 
 def _prepare_mixture(request: MixtureRequest, *, report: Report) -> Path:
-    folders = prepare_sources(request.config, partial(prepare, report=report))
+    def prepare_source(config: DataConfig, corpus: Corpus) -> Path:
+        return _prepare(DataRequest.of(config, corpus), report=report)
+
+    folders = prepare_sources(request, prepare_source)
     with _writing(request.target, report=report):
         made = write_mixture(request, folders)
         report(f"{'ready' if made else 'reusing'}: {request.target}, a mixture of {len(folders)} sources")
@@ -131,11 +136,11 @@ class DataRequest:
     key: str  # SHA-256 over all that determines the content of the folder
 
     @classmethod
-    def of(cls, config: DataConfig) -> "DataRequest":
-        """Hashes the source files and a given tokenizer; writes nothing. Raises `DataError`."""
-        corpus = Corpus.of(config)
+    def of(cls, config: DataConfig, corpus: Corpus | None = None) -> "DataRequest":
+        """Hashes a given tokenizer and, without `corpus`, the source files. Raises `DataError`."""
+        corpus = corpus or Corpus.of(config)
         if config.tokenizer == "train":
-            tokenizer = ["train", config.vocab_size]
+            tokenizer = ["train", config.vocab_size, *([config.end_of_text] if config.end_of_text else [])]
         else:
             path = Path(config.tokenizer).expanduser()
             with reading(path):
@@ -160,7 +165,7 @@ class DataRequest:
 def request_of(config: DataConfig) -> DataRequest | MixtureRequest:
     """What `config` asks `prepare` for. Raises `DataError`."""
     if config.sources:
-        return MixtureRequest.of(config, lambda each: DataRequest.of(each).key)
+        return MixtureRequest.of(config, DataRequest.of)
     return DataRequest.of(config)
 
 
@@ -257,9 +262,7 @@ def _write_shards(request: DataRequest, folder: Path, resume: Resume, *, report:
     end_id = end_of_text_id(tokenizer, config.end_of_text)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    writer = ShardWriter(
-        folder, tokenizer, end_id=end_id, dtype=dtype, shard_tokens=config.shard_tokens, resume=resume
-    )
+    writer = ShardWriter(folder, end_id=end_id, dtype=dtype, shard_tokens=config.shard_tokens, resume=resume)
     skipped, tokens_before = Skipped(config.max_bad_fraction), writer.tokens
     with _progress(corpus) as progress, encoding_with(config.tokenizer):
         for position in writer.write(corpus.divided(config, skipped), corpus.position):

@@ -4,13 +4,9 @@ A record is a text, or a `Bad` one that says what is wrong with it. What makes a
 `DataError` that names it. Memory is bounded by the longest line, or a Parquet row group, not by the file.
 """
 
-import bz2
-import functools
 import glob
-import gzip
 import io
 import json
-import lzma
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +16,8 @@ from typing import IO, Any
 
 from cluster.files import sha256_of
 from training.data.dataset import DataError
-from training.data.records import Bad, Position, TextOrBad, in_a_line, reading, text_of
+from training.data.records import Bad, Position, TextOrBad, in_a_line, on_a_line, reading, text_of
+from training.data.streams import COMPRESSIONS, Joined, plain_stream
 from training.data.tables import parquet_records
 
 TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several records
@@ -36,7 +33,6 @@ KINDS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READABLE = ".txt .jsonl .json .parquet, the first three also with .gz .bz2 .xz .zst"
 
 
@@ -48,9 +44,10 @@ class SourceFile:
     """A file of a corpus.
 
     Attributes:
-        path: local path, or what its file system calls it.
+        path: local path, or what its file system calls it, as messages show it.
         name: relative to the corpus.
         identity: SHA-256 of a local file; size and version (such as an ETag) of a remote one.
+        stamp: a local file's number, size and time of change when it was hashed.
     """
 
     path: str
@@ -58,7 +55,8 @@ class SourceFile:
     kind: str
     num_bytes: int
     identity: Any
-    opener: Callable[[], IO[bytes]]
+    stamp: Any
+    opener: "_LocalFile | _RemoteFile"
 
     def records(self, field: str, position: Position) -> Iterator[TextOrBad]:
         """Its records in order; `field` holds the text of all but .txt. Moves `position`."""
@@ -67,7 +65,10 @@ class SourceFile:
             if self.kind == "parquet":
                 yield from parquet_records(stream, field, self.path)
             else:
-                yield from _READERS[self.kind](_decompressed(stream, self.name), field, self.path)
+                plain = plain_stream(stream, self.name, path=self.path)
+                yield from _READERS[self.kind](plain, field, self.path)
+            if self.stamp != self.opener.stamp():
+                raise DataError(f"{self.path}: changed while it was read; run again once nobody writes to it")
         position.before += self.num_bytes
 
 
@@ -87,9 +88,9 @@ def find(source: str) -> tuple[list[SourceFile], str]:
     for _, name, size, _ in candidates:
         if kind := kind_of(name):
             sizes[kind] += size
-    if not sizes:
-        path, name, _, _ = candidates[0]
-        suffix = Path(name).suffix or "files without extension"
+    path, name, largest, _ = max(candidates, key=lambda each: each[2] if not kind_of(each[1]) else -1)
+    if largest > sum(sizes.values()) or not sizes:
+        suffix = on_a_line(Path(name).suffix) or "files without extension"
         raise DataError(f"{path}: cannot read {suffix}; only {READABLE}")
     [(chosen, _), *others] = sizes.most_common()
     if sum(size for _, size in others) > COMPANION_SHARE * sum(sizes.values()):
@@ -99,10 +100,10 @@ def find(source: str) -> tuple[list[SourceFile], str]:
     for path, name, size, opener in candidates:
         if kind_of(name) == chosen:
             with reading(path):
-                identity = sha256_of(Path(path)) if "://" not in source else opener.identity  # type: ignore[attr-defined]
-            files.append(SourceFile(path, name, chosen, size, identity, opener))
+                stamp, identity = opener.stamp(), opener.identity
+            files.append(SourceFile(path, name, chosen, size, identity, stamp, opener))
         else:
-            left_out.append(name)
+            left_out.append(on_a_line(name))
     note = f"; left out {len(left_out)} other files, such as {left_out[0]}" if left_out else ""
     return files, note
 
@@ -115,7 +116,7 @@ def kind_of(name: str) -> str | None:
     return None if compressed and kind == "parquet" else kind
 
 
-_Candidate = tuple[str, str, int, Callable[[], Any]]
+_Candidate = tuple[str, str, int, "_LocalFile | _RemoteFile"]
 
 
 def _local(source: str) -> Iterator[_Candidate]:
@@ -134,9 +135,10 @@ def _local(source: str) -> Iterator[_Candidate]:
     for each in paths:
         if (real := each.resolve()) not in seen:
             seen.add(real)
-            with reading(each):
+            shown = on_a_line(str(each))
+            with reading(shown):
                 size = each.stat().st_size
-            yield str(each), str(each.absolute().relative_to(root)), size, functools.partial(each.open, "rb")
+            yield shown, str(each.absolute().relative_to(root)), size, _LocalFile(each)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -154,10 +156,29 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
+class _LocalFile:
+    path: Path
+
+    @property
+    def identity(self) -> str:
+        return sha256_of(self.path)
+
+    def stamp(self) -> Any:
+        state = self.path.stat()
+        return state.st_ino, state.st_size, state.st_mtime_ns
+
+    def __call__(self) -> IO[bytes]:
+        return self.path.open("rb")
+
+
+@dataclass(frozen=True)
 class _RemoteFile:
     system: Any
     path: str
     identity: Any
+
+    def stamp(self) -> None:
+        """Not asked for again: file systems answer it from what they keep of a listing."""
 
     def __call__(self) -> IO[bytes]:
         return self.system.open(self.path, "rb")
@@ -188,23 +209,7 @@ def _remote(source: str) -> Iterator[_Candidate]:
         size = info.get("size") or 0
         name = each.removeprefix(path).lstrip("/") or each.rpartition("/")[2]
         if info.get("type") == "file" and not any(part.startswith(".") for part in name.split("/")):
-            yield each, name, size, _RemoteFile(system, each, [size, version])
-
-
-def _decompressed(stream: IO[bytes], name: str) -> Any:
-    match os.path.splitext(name.lower())[1]:
-        case ".gz":
-            return gzip.open(stream)
-        case ".bz2":
-            return bz2.open(stream)
-        case ".xz":
-            return lzma.open(stream)
-        case ".zst":
-            import zstandard
-
-            frames = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-            return io.BufferedReader(frames)
-    return stream
+            yield on_a_line(each), name, size, _RemoteFile(system, each, [size, version])
 
 
 # --- kinds --------------------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ def _json(stream: IO[bytes], field: str, path: str) -> Iterator[TextOrBad]:
     head = b""
     while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := stream.read(1 << 12)):
         head += more
-    parts = _Joined(head.removeprefix(b"\xef\xbb\xbf"), stream)
+    parts = Joined(head.removeprefix(b"\xef\xbb\xbf"), stream)
     if not head.strip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _jsonl(io.BufferedReader(parts), field, path)
         return
@@ -327,22 +332,6 @@ class _JsonText:
             raise ValueError(f"more than {LONGEST_LINE >> 20} Mi characters, or no end,")
         more = self._stream.read(max(JSON_PIECE_CHARACTERS, len(rest)))
         self._text, self._place, self._ended = rest + more, 0, not more
-
-
-class _Joined(io.RawIOBase):
-    """A stream with the bytes that were already read from it put back in front."""
-
-    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
-        self._head, self._rest = head, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._head[: len(buffer)] or self._rest.read(len(buffer))
-        self._head = self._head[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
 
 
 _READERS: dict[str, Callable[[Any, str, str], Iterator[TextOrBad]]] = {

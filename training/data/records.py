@@ -46,11 +46,14 @@ def text_of(record: Any, field: str, *, where: str) -> TextOrBad:
     value = record
     for name in [field] if isinstance(record, dict) and field in record else field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
+        kind = {dict: "an object", list: "a list", bool: "a boolean"}.get(type(value), "a number")
+        return Bad(where, f"{field!r} holds {kind}, not a text; set data.text_field, or {remedy}")
+    if value is None:
         fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none, it is not an object"
         fields = fields.encode(errors="backslashreplace").decode()  # they too may hold half a pair
         return Bad(where, f"no text in {field!r} (fields: {fields}); set data.text_field, or {remedy}")
-    if _SURROGATE.search(value):
+    if not value.isascii() and _SURROGATE.search(value):
         return Bad(where, f"{field!r} holds half a surrogate pair; {remedy}")
     return checked(value, where=where)
 
@@ -84,6 +87,11 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def on_a_line(name: str) -> str:
+    """A file's name as a message shows it: what cannot be printed, such as a line end, is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def require_file(path: Path) -> None:

@@ -1,5 +1,8 @@
 """Documents to token shards: encoded on all cores, written in order, and continued after a kill.
 
+Each thread encodes its own batch with its own copy of the tokenizer. The library's threads would share one
+word cache, and leave every token to be freed by a thread that did not allocate it.
+
 `resume.json`, beside the shards, says what was written so far. A continued call reads the source again from
 its beginning, which is much faster than encoding it, so readers and hashes have no saved state.
 """
@@ -7,28 +10,31 @@ its beginning, which is much faster than encoding it, so readers and hashes have
 import hashlib
 import json
 import os
+import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from cluster import files
 from training.data.corpora import Document
 from training.data.dataset import SPLITS, Shard, Split
 from training.data.records import Position
+from training.data.tokenizer import load_tokenizer
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 19
 BATCH_DOCUMENTS = 4096
 SAVE_BYTES = 64 << 20  # of text between two writes of `resume.json`
-MOST_THREADS = 16  # each holds a batch's encodings, some 100 bytes a token
+PENDING_BYTES = 16 << 20  # of text being encoded, at some 100 bytes a token, or waiting to be written
+MOST_THREADS = 16  # reading and writing, by one thread, keeps no more of them busy
 RESUME_FILE = "resume.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -51,7 +57,6 @@ class Resume:
     request: str
     tokenizer_sha256: str = ""
     library: str = tokenizers.__version__  # another one may cut a text differently
-    batches: int = 0
     splits: dict[str, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     shard_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -133,7 +138,6 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
-        tokenizer: Tokenizer,
         *,
         end_id: int,
         dtype: str,
@@ -145,7 +149,7 @@ class ShardWriter:
             name: SplitWriter(folder, name, shard_tokens=shard_tokens, written=written)
             for name, written in resume.splits.items()
         }
-        self._folder, self._tokenizer, self._resume = folder, tokenizer, resume
+        self._folder, self._resume, self._own = folder, resume, threading.local()
         self._end_id, self._dtype = end_id, np.dtype(dtype).newbyteorder("<")
         self._saved_bytes = self.text_bytes
 
@@ -162,47 +166,64 @@ class ShardWriter:
     def write(self, divided: Iterable[tuple[str, Document]], position: Position) -> Iterator[int]:
         """Write the documents. After each batch it yields the `position` up to which all is written.
 
-        The tokenizer's threads encode without Python's lock; meanwhile this thread reads and writes.
+        The threads encode without Python's lock; meanwhile this one reads and writes.
         """
-        threads = min(len(os.sched_getaffinity(0)), MOST_THREADS) + 1
-        with ThreadPoolExecutor(threads) as pool:
-            pending = deque[Any]()
-            for number, batch in enumerate(_batches(divided)):
-                self.text_sha256.update(b"".join(document.digest for _, document in batch))
-                if number >= self._resume.batches:
-                    pending.append((position.num_bytes, batch, pool.submit(self._encode, batch)))
-                if len(pending) > threads:
-                    yield self._append(*pending.popleft())
+        threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+        with _library_without_threads(), ThreadPoolExecutor(threads) as pool:
+            pending, pending_bytes = deque[Any](), 0
+            for batch in _batches(self._after_the_written(divided)):
+                num_bytes = sum(document.num_bytes for _, document in batch)
+                while pending and pending_bytes + num_bytes > PENDING_BYTES:
+                    pending_bytes -= pending[0][0]
+                    yield self._append(*pending.popleft()[1:])
+                pending.append((num_bytes, position.num_bytes, batch, pool.submit(self._encode, batch)))
+                pending_bytes += num_bytes
             while pending:
-                yield self._append(*pending.popleft())
+                yield self._append(*pending.popleft()[1:])
+
+    def _after_the_written(self, divided: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
+        """The documents that earlier calls did not write. Those too are in `text_sha256`."""
+        written = sum(writer.written.documents for writer in self.splits.values())
+        for number, (split, document) in enumerate(divided):
+            self.text_sha256.update(document.digest)
+            if number >= written:
+                yield split, document
 
     def _encode(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        encodings = self._tokenizer.encode_batch_fast([document.text for _, document in batch])
-        end = (self._end_id,)
-        return {
-            name: np.fromiter(
-                chain.from_iterable(
-                    chain(encoding.ids, end)
-                    for (split, _), encoding in zip(batch, encodings, strict=True)
-                    if split == name
-                ),
-                dtype=self._dtype,
-            )
-            for name in self.splits
-        }
+        if not hasattr(self._own, "tokenizer"):
+            self._own.tokenizer = load_tokenizer(self._folder / TOKENIZER_FILE)
+        encodings = self._own.tokenizer.encode_batch_fast([document.text for _, document in batch])
+        ids = {name: array("I") for name in self.splits}  # filled from a list, twice as fast as NumPy's
+        for (split, _), encoding in zip(batch, encodings, strict=True):
+            ids[split].fromlist(encoding.ids)
+            ids[split].append(self._end_id)
+        return {name: np.array(part, dtype=self._dtype) for name, part in ids.items()}
 
     def _append(self, position: int, batch: Batch, encoded: Any) -> int:
         for name, tokens in encoded.result().items():
             self.splits[name].write((document for split, document in batch if split == name), tokens)
-        self._resume.batches += 1
         if self.text_bytes - self._saved_bytes >= SAVE_BYTES:
             self._saved_bytes = self.text_bytes
             self._resume.save(self._folder)
         return position
 
 
+@contextmanager
+def _library_without_threads() -> Iterator[None]:
+    name = "TOKENIZERS_PARALLELISM"  # read by the library at each call
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _batches(divided: Iterable[tuple[str, Document]]) -> Iterator[Batch]:
-    """(split, document) in groups of at most 4096, that end once they hold 1 MiB."""
+    """(split, document) in groups of at most 4096, that end once they hold 512 KiB."""
     batch: Batch = []
     num_bytes = 0
     for split, document in divided:

@@ -34,6 +34,8 @@ def _column(schema: Any, field: str, path: str) -> list[str]:
     import pyarrow
 
     names = [field] if field in schema.names else field.split(".")
+    if schema.names.count(names[0]) > 1:
+        raise DataError(f"{path}: several columns {names[0]!r}; rename all but one, or set data.text_field")
     kind: Any = pyarrow.struct(list(schema))
     for name in names:
         if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:

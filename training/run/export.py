@@ -30,8 +30,6 @@ from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
 from training.run.start import TOKENIZER
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Export:
@@ -59,7 +57,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
     Model and data are those that the checkpoint names; the run's config.yaml says only where data is kept.
 
     Args:
-        dtype: a key of `DTYPES`.
+        dtype: 'bfloat16' or 'float32'.
 
     Raises:
         UserError: no such checkpoint, a damaged one, the data's tokenizer is gone, or `output` cannot be
@@ -78,7 +76,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
             directory,
             shape=shape,
             tensors=_masters(saved, shape),
-            dtype=DTYPES[dtype],
+            dtype=getattr(torch, dtype),
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
             bos_id=next(iter(Tokenizer.from_file(str(data / manifest.tokenizer_file)).encode("").ids), None),

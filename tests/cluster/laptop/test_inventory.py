@@ -1,8 +1,10 @@
 """A site's inventory, and the Ray YAML made from it."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from cluster.cli import UserError
 from cluster.config import ConfigError
 from cluster.laptop import inventory
+from cluster.session import free_ports
 from tests.commands import ROOT
 
 SITE = """\
@@ -102,6 +105,10 @@ def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_pa
         (("/local/x", "/local/../x"), "scratch: '/local/../x' must be an absolute path"),
         (("/local/x", f"/{'x' * 40}"), "scratch: must be at most 39 bytes long"),
         (("name: here", "name: 'a/b'"), "name: 'a/b'"),
+        (
+            ("name: here", "name: here\npackages: {index: 'https://me:secret@pypi.site/simple'}"),
+            "packages.index",
+        ),
         (("name: here", "- name"), "here.inventory.yaml: not valid YAML"),
     ],
 )
@@ -131,7 +138,7 @@ HOSTILE = (
     "%h",
 )
 KEYS = ("name", "head", "external_head", "workers", "ssh.user", "ssh.key", "scratch", "storage", "python",
-        "node.accelerator", "node.interface")  # fmt: skip
+        "node.accelerator", "node.interface", "packages.index", "packages.proxy")  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -140,7 +147,7 @@ def test_no_string_of_the_inventory_can_add_yaml_or_shell(tmp_path, key):
     for text in (*HOSTILE, *(f"/a{text}" for text in HOSTILE), *(f"a{text}b" for text in HOSTILE)):
         site = yaml.safe_load(SITE)
         section, _, name = key.rpartition(".")
-        (site[section] if section else site)[name] = [text] if name == "workers" else text
+        (site.setdefault(section, {}) if section else site)[name] = [text] if name == "workers" else text
         cluster = write(tmp_path, json.dumps(site))
         if re.fullmatch(r"[\w./~@+=,][\w./~@+=,-]*", text):
             continue
@@ -190,6 +197,23 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
             assert done.stderr == (
                 "" if place == scratch else f"{place} is not yours: set scratch in the inventory\n"
             )
+
+
+@pytest.mark.cluster  # it makes a virtual environment
+def test_an_index_that_does_not_answer_is_told_with_the_keys(tmp_path):
+    """The set-up itself, by a real bash and a real pip; nothing listens at that index."""
+    root = ROOT
+    packages = inventory.PackagesConfig(index=f"http://127.0.0.1:{free_ports(1)[0]}/simple")
+    site = inventory.Inventory(head="10.0.0.1", scratch="/SCRATCH", python=sys.executable, packages=packages)
+    command = site.setup_command().replace("/SCRATCH/code", str(root)).replace("/SCRATCH", f"{tmp_path}/s")
+    (tmp_path / "s").mkdir(mode=0o700)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert packages.index in last and "packages.proxy in the inventory" in last
+    assert not list((tmp_path / "s/env").glob("*/ready")) and not (tmp_path / ".bashrc").exists()
 
 
 def test_a_missing_inventory_says_how_to_make_one(tmp_path):

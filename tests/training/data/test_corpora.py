@@ -30,7 +30,7 @@ def test_a_long_text_file_becomes_pieces_that_end_with_a_line(
     assert max(map(len, pieces)) <= 1000
     assert all(piece.endswith("\n") for piece in pieces)
     source.write_text("ñ" * 3000)  # one line longer than a piece
-    pieces = list(corpus.records(Position()))
+    pieces = list(Corpus.of(DataConfig(source=str(source))).records(Position()))
     assert [len(piece) for piece in pieces] == [1000, 1000, 1000]
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster import files
 from tests.training.data.small_corpus import change, silent, texts, write_jsonl
-from training.data import mixture
+from training.data import mixture, readers
 from training.data.config import DataConfig
 from training.data.dataset import DataError, Manifest, TokenDataset, micro_batch
 from training.data.mixture import MixedOrder, describe, drawn, order_of
@@ -112,6 +113,18 @@ def test_a_mixture_is_a_folder_of_links_with_the_tokenizer_of_its_first_source(m
     prepare(mixed, report=lines.append)
     assert lines[-1].startswith("ready: ")
     manifest.verify(folder)
+
+
+def test_each_file_of_a_mixture_is_hashed_once(mixed: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def sha256_of(path: Path) -> str:
+        hashed.append(path)
+        return files.sha256_of(path)
+
+    monkeypatch.setattr(readers, "sha256_of", sha256_of)
+    prepare(mixed, report=silent)
+    assert sorted(path.name for path in hashed) == ["books.jsonl", "code.jsonl", "web.jsonl"]
 
 
 def test_a_prepared_folder_is_a_source_and_another_tokenizer_is_refused_by_name(

@@ -196,11 +196,16 @@ def test_a_second_run_reuses_the_folder_and_a_changed_request_does_not(config: D
     assert prepare(config, report=lines.append) == folder
     assert len(lines) == 1 and lines[0].startswith(f"reusing {folder}")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    changes = [{"vocab_size": 330}, {"validation_fraction": 0.2}, {"shard_tokens": 5000}]
+    changes = [
+        {"end_of_text": "e"},
+        {"vocab_size": 330},
+        {"validation_fraction": 0.2},
+        {"shard_tokens": 5000},
+    ]
     others = [prepare(change(config, **values), report=silent) for values in changes]
     write_jsonl(Path(config.source), texts(401))
     others.append(prepare(config, report=silent))
-    assert len({folder, *others}) == 5
+    assert len({folder, *others}) == 6
 
 
 @pytest.mark.parametrize("file", ["train-00000.bin", "tokenizer.json", "manifest.json"])

@@ -156,7 +156,9 @@ def cut(content: bytes) -> bytes:
         ("a.json", b'[{"text": "x"}] y'),
         ("a.parquet", cut(LINES)),
         ("a.parquet", b"PAR1" + LINES + b"\x0f\0\0\0PAR1"),
-        ("a.txt.gz", gzip.compress(b"\xff\xfe", mtime=0)),
+        ("a.txt.gz", gzip.compress(b"\xff\xff", mtime=0)),
+        ("a.jsonl.zst", zstandard.compress(LINES[:100]) + zstandard.compress(LINES[100:])[:-9]),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0) + b"garbage"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
@@ -164,6 +166,53 @@ def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> N
     with pytest.raises(DataError, match=rf"{name}: .*; ") as error:
         documents(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", gzip.compress(LINES, mtime=0), "holds gzip, not text; give it the ending .gz"),
+        ("a.txt", bz2.compress(LINES), "holds bzip2, not text; give it the ending .bz2"),
+        ("a.json", zstandard.compress(ARRAY), "holds zstd, not text; give it the ending .zst"),
+        ("a.txt", LINES.decode().encode("utf-16"), "holds UTF-16, not UTF-8; convert it"),
+        ("a.jsonl", b"PAR1\x15\0", "holds Parquet, not text; give it the ending .parquet"),
+        ("a\nb\udcff.txt", lzma.compress(b"x"), r"a\nb\udcff.txt: holds xz, not text"),
+        ("a.jsonl", b'{"text": ["x"]}', "'text' holds a list, not a text; set data.text_field"),
+        ("a.arrow", b"ARROW1", "cannot read .arrow; only .txt"),
+    ],
+)
+def test_a_file_of_other_content_is_refused_by_name(
+    name: str, content: bytes, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "state.json").touch()
+    with pytest.raises(DataError) as error:
+        documents(tmp_path)
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text", "text"])
+    parquet.write_table(columns, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="several columns 'text'"):
+        documents(tmp_path / "a.parquet")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(LINES)
+    corpus = Corpus.of(DataConfig(source=str(source)))
+    with source.open("ab") as stream:  # a crawler that still writes
+        stream.write(b'{"text": "late"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read; run again"):
+        list(corpus.documents())
+
+
+def test_a_large_window_of_zstd_is_read(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(LINES) + stream.flush())
+    assert documents(tmp_path) == TEXTS
 
 
 def test_an_array_is_read_like_json_reads_it_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
