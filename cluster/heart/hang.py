@@ -30,6 +30,7 @@ from cluster.record.heartbeat import BEAT_SECONDS, FOLDER, GRACE_SECONDS, STEP_P
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"  # parts whose progress is known more closely
 FIRST = 3  # steps, or batches of the evaluation: they may compile, or fill caches
 MOST_TIMES = 30.0  # computing alone is progress for so many times `hang_seconds`: a thread may also spin
+COMING_TIMES = 3.0  # a rank without a heartbeat may still import, so many times `hang_seconds`
 BUSY = 0.01  # of a core: less is no computing
 READING = 100_000  # bytes per second from the storage: less is no reading
 COLLECTIVES = "distributed_c10d.py"  # of torch: a rank that stands there waits for another
@@ -173,7 +174,9 @@ class Heartbeat:
         if not mine and not writing:
             return False
         self._write(self._beat())
-        beats = self._all_beats()
+        beats = heartbeat.read(self._directory, start=self._about["start"])
+        if len(beats) < self._about["world_size"] and self._there < COMING_TIMES * self._hang_seconds:
+            return False
         newest = max((beat.written for beat in beats), default=0.0)
         ages = {beat.rank: newest - beat.written for beat in beats}
         quiet = [beat.quiet_seconds + ages[beat.rank] for beat in beats]
@@ -185,9 +188,6 @@ class Heartbeat:
         least = self._hang_seconds / 2  # it came there later
         all_wait, none_grows = (min(each, default=least) >= least for each in (quiet, writes))
         return (mine and all_wait) or (writing and none_grows)
-
-    def _all_beats(self) -> list[Beat]:
-        return [beat for beat in heartbeat.read(self._directory) if beat.start == self._about["start"]]
 
     def _beat(self, **more: Any) -> Beat:
         return Beat(
@@ -213,7 +213,7 @@ class Heartbeat:
             self._flag.touch()
         until = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < until:
-            beats = self._all_beats()
+            beats = heartbeat.read(self._directory, start=self._about["start"])
             if sum(bool(beat.where) for beat in beats) == num:
                 break
             for beat in beats:

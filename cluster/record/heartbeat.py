@@ -66,14 +66,14 @@ class Beat:
         return f"the {self.part} of step {self.step}" if self.part in STEP_PARTS else f"the part {self.part}"
 
 
-def read(directory: Path) -> list[Beat]:
-    """The newest beat of each rank of the newest start of a run, by rank; empty without any."""
+def read(directory: Path, *, start: str | None = None) -> list[Beat]:
+    """The newest beat of each rank of a start of a run (None: the newest), by rank; empty without any."""
     found = []
     for file in sorted((directory / FOLDER).glob("*.json")):
         with suppress(OSError, ValueError, TypeError):  # being replaced, or of another version
             found.append(Beat(**{**json.loads(file.read_text()), "written": file.stat().st_mtime}))
     newest = max(found, key=lambda beat: beat.written, default=None)
-    return [beat for beat in found if newest and beat.start == newest.start]
+    return [beat for beat in found if newest and beat.start == (start or newest.start)]
 
 
 def describe_hang(directory: Path, beats: list[Beat], *, world_size: int, hang_seconds: float) -> str:

@@ -195,7 +195,7 @@ class Uploads:
     def __init__(self, config: TrainConfig, *, note: Callable[[str], None]) -> None:
         self._config, self._note, self._remote = config, note, Remote.of(config)
         self._checkpoints = config.run_directory / "checkpoints"
-        self._done: dict[Path, str] = {}  # checkpoint -> mark of what was sent
+        self._done: dict[Path, str | None] = {}  # checkpoint -> mark of what was sent
         self._problem = ""
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploads")
