@@ -27,6 +27,7 @@ KINDS = {  # kind -> its level, and what it reports
     "workers": (INFO, "the workers of a start are ready to take their first step"),
     "restarted": (WARNING, "Ray started the workers again, from the newest checkpoint"),
     "worker_failed": (WARNING, "a worker ended with an error; Ray may start the workers again"),
+    "first_step": (INFO, "the first step of a start, and how long each part before it took"),
     "checkpoint": (INFO, "a checkpoint was written"),
     "uploaded": (INFO, "a checkpoint was sent to checkpoint.upload"),
     "upload_failed": (WARNING, "a checkpoint could not be sent to checkpoint.upload; it is tried again"),

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cluster import files
 from cluster.cli import UserError
 from cluster.runs import COMPLETE, complete_checkpoints
+
+if TYPE_CHECKING:  # the launcher looks for checkpoints without torch, whose import takes a second
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 STATE = "state.json"
@@ -186,12 +187,14 @@ class Checkpoint:
                     f"written; {self._remedy}"
                 )
 
-    def read(self, parameter: str, name: str, start: int, stop: int) -> Tensor:
+    def read(self, parameter: str, name: str, start: int, stop: int) -> "Tensor":
         """Elements [start, stop) of one tensor of a parameter: 1-D, fp32.
 
         Raises:
             CheckpointError: some of these elements are not in the checkpoint.
         """
+        import torch
+
         result = torch.empty(stop - start, dtype=torch.float32)
         pieces = self._pieces.get((parameter, name), [])
         position = start
@@ -222,7 +225,7 @@ class Checkpoint:
                     "set it back, or start anew under another run.name"
                 )
 
-    def whole(self, name: str) -> Iterable[tuple[str, Tensor]]:
+    def whole(self, name: str) -> Iterable[tuple[str, "Tensor"]]:
         """(parameter, 1-D fp32 tensor) of every parameter that has a tensor of this name."""
         for (parameter, tensor), pieces in self._pieces.items():
             if tensor == name:

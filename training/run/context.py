@@ -101,8 +101,12 @@ class RayContext(Context):
         """The context of the worker that calls."""
         import ray.train
 
-        worker = ray.train.get_context()
-        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        worker, device = ray.train.get_context(), torch.device("cpu")
+        if gpu:
+            import ray.train.torch
+
+            device = ray.train.torch.get_device()
+            torch.cuda.set_device(device)
         return cls(worker.get_world_rank(), worker.get_world_size(), device, "ray")
 
     def report(self, metrics: Mapping[str, Any]) -> None:

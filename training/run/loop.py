@@ -38,7 +38,7 @@ from training.run.engine import (
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 from training.run.start import PARTITION, Start, report_checkpoint
 from training.run.state.hf_weights import HuggingFaceWeights
 from training.run.state.output import Observe, Output, open_record
@@ -50,6 +50,7 @@ from training.run.watch import (
     Skips,
     report_end,
     report_failure,
+    report_first_step,
     report_stop,
     report_workers,
 )
@@ -60,9 +61,15 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def train(
-    start: Start, *, command: list[str], context: Context, heart: Heartbeat, observe: Observe,
+    start: Start,
+    *,
+    command: list[str],
+    context: Context,
+    heart: Heartbeat,
+    observe: Observe,
     asked_to_stop: Callable[[], bool],
-) -> bool:  # fmt: skip
+    startup: Startup | None = None,
+) -> bool:
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
     Args:
@@ -70,12 +77,14 @@ def train(
         command: the command line, for the record.
         heart: that beats.
         observe: called on rank 0 with every row of `metrics.jsonl`.
+        startup: what the start has taken until now; the first step completes and reports it.
     """
     config = start.config
     final, where = heart.final, lambda: heart.place
     failures = partial(report_failure, config, rank=context.rank, where=where, final=final)
     with failures():
-        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+        startup = startup or Startup()
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
         kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -87,6 +96,7 @@ def train(
             output = Output(reopen(), observe, config.record.upload_checkpoints, alarms, reopen)
         else:
             output = Output(None, observe)
+        startup.end("record")
         with output:
             with failures():  # while W&B can still be told
                 summary = trainer.run(output)
@@ -106,10 +116,16 @@ class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(
-        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+        self,
+        start: Start,
+        context: Context,
+        stop: Stop | None = None,
+        heart: Heartbeat | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
+        self.startup: Startup | None = startup or Startup()
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -117,6 +133,7 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
+        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -188,6 +205,8 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         self.skips.count(self.step, applied=self.optimizer.applied_steps)
+        if self.startup is not None:
+            _end_startup(self, self.startup)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -290,6 +309,15 @@ class Trainer:
     def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _end_startup(trainer: Trainer, startup: Startup) -> None:
+    """After the first step."""
+    trainer.context.synchronize()
+    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
+    if trainer.context.is_main:
+        report_first_step(trainer.config, startup, step=trainer.step)
+    trainer.startup = None
 
 
 def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:

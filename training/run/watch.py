@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cluster.cli import RunError
 from cluster.masking import mask
 from cluster.progress import Progress
@@ -19,12 +17,15 @@ from cluster.record.record import follow, read_metrics
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import CheckpointError, step_of
-from training.run.context import Context, StoreLost
+from training.run.spent import SUFFIX, Startup
 from training.run.start import PARTITION, newest_of
 from training.run.workers import LOST
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from optim.step.zero import ZeroOptimizer
+    from training.run.context import Context
 
 MOST_REASON = 300  # letters of an error that is not ours
 STARTING = "the part start"  # of a worker, until it has its model and checkpoint (`Heartbeat.place`)
@@ -34,7 +35,7 @@ RANK_LOST = (
     r"gloo.*(closed by peer|reset by peer|Read error|Write error|Broken pipe|timed out)"
     r"|ncclRemoteError|NCCL communicator was aborted"
 )
-SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
+SHOWN = ("first_step", "progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
 
@@ -235,6 +236,10 @@ def explained(error: Exception, *, who: str, where: str) -> "TrainingError | Non
     """What an error of torch's means, and what to change; None for any other error."""
     if isinstance(error, RunError):  # which says all that there is to say
         return None
+    import torch
+
+    from training.run.context import StoreLost
+
     text = reason(error)
     if isinstance(error, CheckpointError) and where != STARTING:  # it could be written, or read, before
         return TrainingError(f"{who}{error}")
@@ -261,7 +266,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:MOST_REASON]}" if lines else type(error).__name__
 
 
-def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossAlarms:
+def report_workers(config: TrainConfig, context: "Context", *, step: int) -> LossAlarms:
     """Append the event that the workers go on from `step`. Returns the alarms for their losses.
 
     Call it before the record opens, which drops the lines after `step`.
@@ -278,6 +283,15 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
         text = f"Ray started the workers again: {text}"
     events.append(directory, kind, text, step=step, world_size=context.world_size)
     return _alarms_after(config, kept)
+
+
+def report_first_step(config: TrainConfig, startup: Startup, *, step: int) -> None:
+    """Append the event that the start took its first step. Workers that Ray starts again report none."""
+    seconds = {f"{part}{SUFFIX}": round(value, 2) for part, value in startup.seconds.items()}
+    what, kind = startup.describe(), "first_step"
+    events.append_first(
+        config.run_directory, kind, what, among=(kind,), since=events.STARTS, step=step, **seconds
+    )
 
 
 def loss_alarms(config: TrainConfig, *, step: int) -> LossAlarms:
@@ -349,7 +363,9 @@ class Skips:
                 f"{self._share:g} allows; {self.REMEDY}"
             )
 
-    def sound(self, optimizer: "ZeroOptimizer", context: Context, *, final: dict[str, float] | None) -> bool:
+    def sound(
+        self, optimizer: "ZeroOptimizer", context: "Context", *, final: dict[str, float] | None
+    ) -> bool:
         """Whether this state may take the place of an older checkpoint. Collective.
 
         Args:
@@ -374,6 +390,6 @@ class Skips:
         return problem is None
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: "Tensor") -> bool:
     """Whether all elements are. A sum takes less time; it may overflow, but it misses nothing."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

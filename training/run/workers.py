@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from training.run.context import Ranks
 
 TOLD = ("hung", "out_of_memory")  # events that say more than the worker's own end
+# Callbacks of Ray Train 2.60 that start a process each, which imports 1 to 2 CPU seconds beside the workers.
+# One would free the workers' resources if only the controller died, but then the run ends, and with it all
+# that is Ray's; the other serves Ray Data, which no worker reads.
+NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 LOST = "another rank is gone"  # in the message of a rank that fails because of that
 
 
@@ -49,28 +53,32 @@ def run(
         KeyboardInterrupt: SIGINT or SIGTERM.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from training.run.process_group import GroupConfig
 
     group = GroupConfig(backend="nccl" if workers.gpu else "gloo", directory=directory, workers=workers)
 
-    class Trainer(TorchTrainer):
+    class Trainer(DataParallelTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
 
+        def _create_default_callbacks(self) -> list[Any]:
+            """Without those that start a process of their own, for what no run here has."""
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ not in NOT_NEEDED]
+
     elastic = (workers.min_count, workers.count)
     trainer = Trainer(
-        function,
-        train_loop_config=arguments,
+        lambda: function(arguments),  # as a configuration, the arguments would reach the controller too
         scaling_config=ScalingConfig(
             num_workers=workers.count if workers.min_count is None else elastic,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
             resources_per_worker=_each(workers),
             accelerator_type=workers.accelerator,
         ),
-        torch_config=group,
+        backend_config=group,
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(directory),
