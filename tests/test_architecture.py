@@ -62,13 +62,7 @@ HOMES = {  # library or call -> the only modules that may use it
     "ray.init": ("cluster.session",),
     # Whoever starts a process that may outlive a call does it with cluster.process, which ends it with its
     # parent. The keeper must outlive its parent; race_zero's ranks are torch's, which ends them itself.
-    # A rank's watcher ends with the pipe that its rank holds.
-    "subprocess.Popen": (
-        "cluster.process",
-        "cluster.head.keeper",
-        "cluster.head.shell",
-        "cluster.heart.watcher",
-    ),
+    "subprocess.Popen": ("cluster.process", "cluster.head.keeper", "cluster.head.shell"),
     "os.fork": ("cluster.process",),
     "multiprocessing.Process": (),
     "torch.multiprocessing": ("optim.bench.zero_race",),

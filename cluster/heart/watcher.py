@@ -12,7 +12,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from cluster.process import beside
 from cluster.record import events, heartbeat
 
 STACKS_SIGNAL = signal.SIGUSR2  # on which a rank writes its stacks, even while native code holds the lock
@@ -47,9 +47,7 @@ class Watcher:
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         command = [sys.executable, "-IS", __file__, json.dumps({"stacks": self._stacks, **about})]
         # in this process's group: Ctrl-Z must stop both
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[self._stacks]
-        )
+        self._process = beside(command, pass_fds=[self._stacks])
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
         os.set_blocking(self._pipe, False)
