@@ -116,7 +116,7 @@ def run(
 
 
 def beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """A process of ours that ends by itself once its standard input closes, as that does when this one ends."""
+    """A process of ours that ends itself once its standard input closes, as it does when this one ends."""
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
 
 
