@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    _start_coordinator()
+
     class Trainer(DataParallelTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
@@ -87,6 +89,16 @@ def run(
         raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
         raise KeyboardInterrupt from error
+
+
+def _start_coordinator() -> None:
+    """Start the process that the controller would start and wait for, while the controller itself starts."""
+    with suppress(ImportError):  # another Ray, whose controller starts its own
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
 
 
 def torch_ranks(workers: WorkersConfig) -> "Ranks":
