@@ -249,6 +249,8 @@ def test_a_rank_that_waits_for_the_handle_of_a_collective_is_known() -> None:
     where, waits = Handle().wait()
     assert where.startswith("test_heartbeat.py:") and where.endswith(" in wait") and waits
     assert not hang._place(sys._getframe())[1]
+    handle = type("Native", (), {"wait": staticmethod(hang._place)})  # no frame of its own, as in C++
+    assert handle.wait(sys._getframe())[1]
 
 
 def test_a_slow_rank_is_told_with_what_it_costs() -> None:
