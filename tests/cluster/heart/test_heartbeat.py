@@ -181,7 +181,8 @@ def test_what_is_progress() -> None:
     """Of a part of known length only its end is; computing and reading are elsewhere; what grows, always."""
     heart = hang.Heartbeat(Path("run"), hang_seconds=45.0)
     heart._worked.since = lambda seconds: computes  # type: ignore[method-assign]
-    now, quiet = heart._before, {}
+    heart._before, quiet = 1000.0, {}  # seconds of which sums are exact
+    now = heart._before
 
     def after(seconds: int, name: str) -> None:
         nonlocal now
