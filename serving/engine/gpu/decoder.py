@@ -28,8 +28,8 @@ from training.model.llama import Llama
 from training.model.shapes import LlamaShape
 
 MOST_INNER = 16_384  # elements of a row that one program holds
-# Rows of the graphs of steps with prompts. The padding of a step of n > 64 tokens is below n / 2. On an H100 at
-# 1.4B a graph of 512 rows takes 3.4 ms, and 6.2 to 9 ms without, which the host needs; one of 2048 takes 10.1.
+# Rows of the graphs of steps with prompts. The padding of a step of n > 64 tokens is below n / 2. On an H100,
+# at 1.4B, a step of 512 tokens takes 3.4 ms by a graph, and 6.2 to 9 ms without; of 2000, 10.1 ms by either.
 PROMPT_ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 Output = tuple[Tensor, Tensor]  # logits [S, V] fp32, and the likeliest token of each row, [S] int32
