@@ -233,6 +233,10 @@ def _embedded_environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_TOKEN_PATH": str(_make_token(folder)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `_start`: for the processes that Ray starts
+        # Ray would wait for a worker per CPU without our `runtime_env`, which nothing here could use.
+        "RAY_prestart_worker_first_driver": "0",
+        # A process that looks out for other nodes that are taken away.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
 
 

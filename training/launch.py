@@ -24,7 +24,7 @@ from training import config as training_config
 from training.config import TrainConfig
 from training.plan import Plan, make_plan
 from training.run import workers
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 
 STOPPING = "stopping, with a checkpoint, after the next step; a second signal breaks off at once"
 
@@ -82,30 +82,38 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import STOP, prepare_run, sole_writer
+    from training.run.state.gauges import Gauges
+    from training.run.state.remote import Uploads
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
-    spent = Spent()
+    spent, startup = Spent(), Startup()
+    startup.end("command")
     # Workers have another working directory, where a relative path would be another place.
     config = replace(config, run=replace(config.run, directory=str(config.run_directory.parent)))
     if config.load_directory:
         config = replace(config, load=f"hf:{config.load_directory}")
     show(plan.table())
-    with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
+    with Progress(plan.num_steps) as progress, ExitStack() as owned:
+        owned.enter_context(sole_writer(config, report=progress.note))
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
+        owned.enter_context(Uploads(config, note=progress.note))
+        startup.end("data")
         if start is None:
             return
         with report_failure(config), ExitStack() as stack:
             with spent.part("Ray"):
                 stack.enter_context(workers.session(config))
+            startup.end("Ray")
             first_step = step_of(start.checkpoint) if start.checkpoint else 0
             stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
+            stack.enter_context(Gauges(config))
 
             ask = (config.run_directory / STOP).touch
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
-                finished = _fit(start)
+                finished = _fit(start, startup)
     _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")
 
@@ -117,12 +125,12 @@ def _require_finished(config: TrainConfig, finished: bool, received: list[int]) 
         raise Stopped(f"{config.run_directory}; the same command resumes it", signal=signal)
 
 
-def _fit(start: "Start") -> bool:
+def _fit(start: "Start", startup: Startup) -> bool:
     """One Ray Train run. Returns whether it took its last step; else it was asked to stop."""
     from training.run.watch import report_failure
 
     directory = start.config.run_directory
-    arguments = {"start": start, "command": sys.argv}
+    arguments = {"start": start, "command": sys.argv, "startup": startup}
     try:
         with report_failure(start.config):
             return workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
@@ -134,49 +142,72 @@ def _fit(start: "Start") -> bool:
 
 
 def _ray_worker(arguments: dict[str, Any]) -> bool:
+    startup: Startup = arguments["startup"]
+    startup.end("workers")
     from training.run.context import RayContext
-    from training.run.loop import train
     from training.run.start import STOP
 
     start: Start = arguments["start"]
-    context = RayContext.create(gpu=start.config.workers.gpu)
-    stop = start.config.run_directory / STOP
-    return train(
-        start.on_ranks(context), command=arguments["command"], context=context,
-        observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
-        asked_to_stop=lambda: context.is_main and stop.exists(),
-    )  # fmt: skip
+    config = start.config
+    context = RayContext.create(gpu=config.workers.gpu)
+    stop = config.run_directory / STOP
+    with workers.heartbeat(
+        config.run_directory, config.workers, launcher="ray",
+        rank=context.rank, world_size=context.world_size, start=context.start,
+    ) as heart:  # fmt: skip
+        from training.run.loop import train
+
+        startup.end("imports")
+        return train(
+            start.on_ranks(context), command=arguments["command"], context=context, heart=heart,
+            observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
+            asked_to_stop=lambda: context.is_main and stop.exists(), startup=startup,
+        )  # fmt: skip
 
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
     """Train in this process, as one rank of torchrun or alone."""
-    spent = Spent()
+    spent, startup = Spent(), Startup()
+    startup.end("command")
     ranks = workers.torch_ranks(config.workers)
-    from training.run.context import torch_context
+    from cluster.record.heartbeat import FORMING
+    from training.run.context import start_of, torch_context
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
-    from training.run.watch import RunWatch, ShowRows
+    from training.run.state.remote import Uploads
+    from training.run.watch import RunWatch, ShowRows, report_failure
 
+    startup.end("imports")
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
         if ranks.rank == 0:
             progress.note(plan.table())
 
         def prepare() -> "Start | None":  # by rank 0
             owned.enter_context(sole_writer(config, report=progress.note))
-            return prepare_run(config, plan, report=progress.note)
+            start = prepare_run(config, plan, report=progress.note)
+            owned.enter_context(Uploads(config, note=progress.note))
+            return start
 
         with spent.part("data"):
             start = ranks.on_main(prepare)
+        startup.end("data")
         if start is None:
             return
-        with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
+        failures = report_failure(config, rank=ranks.rank, where=lambda: f"the {FORMING}'s forming")
+        with failures, ExitStack() as stack:
+            heart = workers.heartbeat(
+                config.run_directory, config.workers, launcher="torch",
+                rank=ranks.rank, world_size=ranks.world_size, start=start_of(ranks.store),
+            )  # fmt: skip
+            stack.enter_context(heart).mark(FORMING)
+            context = stack.enter_context(torch_context(ranks, gpu=config.workers.gpu))
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
-                start, command=sys.argv, context=context, observe=ShowRows(config, progress),
-                asked_to_stop=lambda: bool(received),
+                start, command=sys.argv, context=context, heart=heart, startup=startup,
+                observe=ShowRows(config, progress), asked_to_stop=lambda: bool(received),
             )  # fmt: skip
     _require_finished(config, finished, received)
     if ranks.rank == 0:

@@ -38,6 +38,12 @@ def meet(backend: str, *, rank: int, world_size: int, address: str, port: int, t
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
+def leave() -> None:
+    """End the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def interface_of(address: str) -> str | None:
     """The network interface whose first IPv4 address is `address`, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -281,6 +281,12 @@ def _sources(parity: Parity) -> Iterator[str]:
     for letter, side in zip("AB", parity.sides, strict=True):
         yield f"- {letter}: `{side.origin}`; {commit_of(side)}"
         yield from ("", "```", lineage.describe(origin_of(side)), "```", "")
+    yield from ("", "### Attention, by figure", "")
+    kernels = (
+        (each.id, *(figure.get("attention_kernel", "not recorded") for figure in each.figures))
+        for each in parity.comparisons
+    )
+    yield from markdown(("figure", "A", "B"), kernels)
     yield from ("", "### Commands, by figure", "")
     rows = (
         (

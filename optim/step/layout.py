@@ -31,16 +31,17 @@ from optim.step.fragments import Fragment, rank_and_world_size
 def quiet_deepspeed() -> None:
     """Keep DeepSpeed to errors. Call it before `deepspeed.initialize`.
 
-    BF16_Optimizer collects garbage and prints a table of memory, which takes 2 s. On a CPU,
-    `deepspeed_shm_comm` (only for inference) would compile for 20 to 90 s at its first use, and a build that
-    is killed leaves a lock that hangs every later run.
+    BF16_Optimizer collects garbage and prints a table of memory, which takes 2 s. On a CPU, DeepSpeed would
+    try a compiler to learn which of its operators it could build, to use one: `deepspeed_shm_comm` (only for
+    inference), which compiles for 20 to 90 s, and a build that is killed leaves a lock that hangs every later
+    run.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls functions that torch.distributed deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {}
 
 
 def read_layout(

@@ -9,6 +9,7 @@ borders may cut a matrix anywhere. Clipping therefore acts on the gradient, neve
     lending     why DeepSpeed's copy of the masters, after the step, does no harm
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
@@ -70,6 +71,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._replicated = False
         self._bound: deepspeed.DeepSpeedEngine | None = None
         super().__init__(groups, defaults={})
+
+    # without torch's wrapper, which imports its compiler for more than a CPU second
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def bind(self, engine: deepspeed.DeepSpeedEngine) -> None:
         """Read where the shards lie, check them against the weights, plan the exchange, allocate the state.

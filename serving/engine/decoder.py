@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serving.engine.protocol import Sampling, Score
 from serving.engine.scheduler import BLOCK_TOKENS, Span, num_blocks
-from training.model.attention import for_changing_lengths, sdpa
+from training.model.attention import chosen, for_changing_lengths, sdpa
 from training.model.llama import Llama
 
 WARM_UPS = 2  # runs before a capture, in which libraries choose kernels and allocate workspaces
@@ -193,6 +193,14 @@ def _visible(blocks: Tensor, positions: Tensor) -> Tensor:
     """[B, 1, T, N·BLOCK_TOKENS]: whether a token at positions [B, T] sees each token of its blocks [B, N]."""
     places = torch.arange(blocks.shape[1] * BLOCK_TOKENS, device=blocks.device)
     return (places <= positions[..., None])[:, None]
+
+
+def attention_kernel(model: Llama) -> str:
+    """By which kernel `TorchDecoder` attends."""
+    weight = model.model.norm.weight
+    mask = torch.ones(1, 1, 1, BLOCK_TOKENS, dtype=torch.bool, device=weight.device)
+    with for_changing_lengths():
+        return f"{chosen(model.shape, weight, queries=1, keys=BLOCK_TOKENS, mask=mask)} over gathered pages"
 
 
 class _Attention:

@@ -22,7 +22,7 @@ from optim.precision import compute_dtype, product_dtype
 from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
-from serving.engine.decoder import AheadDecoder, Chosen, StepDecoder, TorchDecoder
+from serving.engine.decoder import AheadDecoder, Chosen, StepDecoder, TorchDecoder, attention_kernel
 from serving.engine.memory import says_what_does_not_fit
 from serving.engine.protocol import (
     BrokenModel,
@@ -286,7 +286,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     context = min(options.context_tokens or shape.max_positions, shape.max_positions, cache_tokens)
     size = {"num_blocks": scheduler.num_blocks, "slots": options.slots, "context_tokens": context}
     decoder: StepDecoder | None = None
-    ahead, kernels = None, ""
+    ahead, kernels, attention = None, "", "the compiled decoder's own"
     if numbers.not_compiled is None:
         try:
             decoder = native.NativeDecoder(model, step_tokens=step_tokens, num_threads=num_threads, **size)
@@ -300,11 +300,12 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
             _gpu_decoder(model, size, step_tokens) if graphs else (None, "not used: engine.compiled=false")
         )
         decoder = ahead or TorchDecoder(model, graphs=graphs, **size)
+        attention = "Triton kernels over pages" if ahead else attention_kernel(model)
     info = describe(shape, options, numbers, device=device.type, name=served.name, context=context)
     on_cpu = device.type == "cpu"
     gpu = {} if on_cpu else {"gpu": torch.cuda.get_device_name(), "decoder of Triton kernels": kernels}
     about = {"threads": str(num_threads)} if on_cpu else gpu
-    info.details.update(about | {"compiled decoder": numbers.compiled_decoder})
+    info.details.update(about | {"compiled decoder": numbers.compiled_decoder, "attention": attention})
     threads = num_threads if on_cpu else None
     return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads, ahead=ahead)
 

@@ -70,6 +70,7 @@ def _trained(cell: Mapping[str, Any]) -> dict[str, Any]:
         "nodes": nodes,
         "link_bytes": None if sent is None else sent * devices / rows[0]["tokens_per_step"],
         "input": rows[0].get("input"),
+        "attention_kernel": rows[0].get("attention_kernel"),
         "communication_seconds": [row["seconds_communication"] for row in rows],
         "joules_per_token": joules and [each / rows[0]["tokens_per_step"] for each in joules],
         "step_seconds": [row["step_seconds"] for row in rows],
@@ -95,6 +96,7 @@ def _served(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             "devices": 1,
             "batch": batch,
             "input": rows[0].get("input"),
+            "attention_kernel": info.get("details", {}).get("attention"),
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
             "command": cell["command"],
         }

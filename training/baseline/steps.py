@@ -284,6 +284,8 @@ def _over_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _about(trainer: Any, *, num_nodes: int) -> dict[str, Any]:
+    from training.run.engine import attention_kernel
+
     config, plan = trainer.config, trainer.plan
     device = trainer.context.device_name
     return {
@@ -302,6 +304,7 @@ def _about(trainer: Any, *, num_nodes: int) -> dict[str, Any]:
         "zero_stage": config.zero.stage,
         "precision": config.precision,
         "rule": config.optim.matrix.rule,
+        "attention_kernel": attention_kernel(config, device=trainer.context.device),
     }
 
 

@@ -131,18 +131,23 @@ def kernel(
     reason = varlen_unsupported(device, dtype, shape.head_dim) if documents else None
     if documents and reason is None:
         return "flash_attention over pieces of any length"
+    like = torch.empty(0, dtype=dtype, device=device, requires_grad=True)
     wide = product_dtype(dtype, device)
-    q, k = (
-        torch.empty(1, length, heads, shape.head_dim, dtype=wide, device=device, requires_grad=True)
-        for heads in (shape.num_heads, shape.num_kv_heads)
-    )
-    q, k, bias = q.transpose(1, 2), k.transpose(1, 2), None
-    if documents:
-        bias = torch.empty(1, 1, length, length, dtype=wide, device=device)
-    grouped = shape.num_heads != shape.num_kv_heads
-    chosen = torch._fused_sdp_choice(q, k, k, bias, 0.0, bias is None, enable_gqa=grouped)
-    name = SDPBackend(chosen).name.lower()
+    mask = torch.empty(1, 1, length, length, dtype=wide, device=device) if documents else None
+    name = chosen(shape, like, queries=length, keys=length, mask=mask)
     return f"{name} with a mask: {reason}" if documents else name
+
+
+def chosen(shape: LlamaShape, like: Tensor, *, queries: int, keys: int, mask: Tensor | None = None) -> str:
+    """The kernel that torch chooses for `sdpa` of so many tokens, with the device and dtype of `like`."""
+    wide = product_dtype(like.dtype, like.device)
+    q, k = (
+        like.new_empty(1, size, heads, shape.head_dim, dtype=wide, requires_grad=like.requires_grad)
+        for size, heads in ((queries, shape.num_heads), (keys, shape.num_kv_heads))
+    )
+    q, k, grouped = q.transpose(1, 2), k.transpose(1, 2), shape.num_heads != shape.num_kv_heads
+    choice = torch._fused_sdp_choice(q, k, k, mask, 0.0, mask is None, enable_gqa=grouped)
+    return SDPBackend(choice).name.lower()
 
 
 @torch.no_grad()

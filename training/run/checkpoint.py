@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cluster import files
 from cluster.cli import UserError
 from cluster.runs import COMPLETE, complete_checkpoints
+
+if TYPE_CHECKING:  # the launcher looks for checkpoints without torch, whose import takes a second
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 STATE = "state.json"
@@ -87,19 +88,23 @@ def newest_sound(root: Path, *, report: Callable[[str], None]) -> Path | None:
     return None
 
 
+def kept(steps: list[int], *, keep: int, keep_every_steps: int) -> set[int]:
+    """Of the steps of complete checkpoints, ascending: the newest `keep`, and every `keep_every_steps`-th."""
+    for_ever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
+    return for_ever | set(steps[-keep:])
+
+
 def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
     """Delete the complete checkpoints that are not kept, and half-written ones older than the kept.
 
-    Kept are the newest `keep`, and those of every `keep_every_steps`-th step (0: none). One that is marked
-    DAMAGED is none of the newest.
+    `kept` says which. One that is marked DAMAGED is none of the newest.
     """
     sound = [path for path in complete_checkpoints(root) if not (path / DAMAGED).exists()]
     if len(sound) < keep:
         return
-    oldest_kept = sound[-keep]
+    retained = kept(list(map(step_of, sound)), keep=keep, keep_every_steps=keep_every_steps)
     for path in root.glob("step-*"):
-        for_ever = path in sound and keep_every_steps and step_of(path) % keep_every_steps == 0
-        if path < oldest_kept and not for_ever:
+        if path < sound[-keep] and step_of(path) not in retained:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted
             shutil.rmtree(path)
 
@@ -182,12 +187,14 @@ class Checkpoint:
                     f"written; {self._remedy}"
                 )
 
-    def read(self, parameter: str, name: str, start: int, stop: int) -> Tensor:
+    def read(self, parameter: str, name: str, start: int, stop: int) -> "Tensor":
         """Elements [start, stop) of one tensor of a parameter: 1-D, fp32.
 
         Raises:
             CheckpointError: some of these elements are not in the checkpoint.
         """
+        import torch
+
         result = torch.empty(stop - start, dtype=torch.float32)
         pieces = self._pieces.get((parameter, name), [])
         position = start
@@ -218,7 +225,7 @@ class Checkpoint:
                     "set it back, or start anew under another run.name"
                 )
 
-    def whole(self, name: str) -> Iterable[tuple[str, Tensor]]:
+    def whole(self, name: str) -> Iterable[tuple[str, "Tensor"]]:
         """(parameter, 1-D fp32 tensor) of every parameter that has a tensor of this name."""
         for (parameter, tensor), pieces in self._pieces.items():
             if tensor == name:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Context:
     world_size: int
     device: torch.device
     launcher: str
+
+    @property
+    def start(self) -> str:
+        """The same on all ranks of one start, another in the next. Any rank may be the first to ask."""
+        return start_of(_store())
 
     @property
     def is_main(self) -> bool:
@@ -95,8 +101,12 @@ class RayContext(Context):
         """The context of the worker that calls."""
         import ray.train
 
-        worker = ray.train.get_context()
-        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        worker, device = ray.train.get_context(), torch.device("cpu")
+        if gpu:
+            import ray.train.torch
+
+            device = ray.train.torch.get_device()
+            torch.cuda.set_device(device)
         return cls(worker.get_world_rank(), worker.get_world_size(), device, "ray")
 
     def report(self, metrics: Mapping[str, Any]) -> None:
@@ -147,6 +157,12 @@ class Ranks:
         if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
             self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
+
+
+def start_of(store: dist.Store) -> str:
+    """A name that all processes of a store agree on, of one start of them."""
+    key = f"asuncion/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return store.compare_set(key, "", uuid.uuid4().hex).decode()
 
 
 class Stop:

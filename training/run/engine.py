@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from cluster.config import ConfigError
@@ -203,6 +204,8 @@ def build_deepspeed_engine(
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
     """Wrap the model. Returns the engine, the bound optimizer, and the partition of the parameters."""
     quiet_deepspeed()
+    # DeepSpeed imports its own Muon, which asks for torch's compiler: 2 CPU seconds, and no use here.
+    compiler.compile = lambda: compiler.dummy_decorator
     shape = resolve_shape(config)
     splits = attention_splits(
         num_heads=shape.num_heads,

@@ -5,7 +5,6 @@ resumes from the newest complete one (`training.run.start`).
 """
 
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cluster import files
+from cluster.heart.hang import CHECKPOINT, EVALUATION, Heartbeat
 from cluster.preflight.verdict import measured_tflops
-from cluster.record.heartbeat import Heartbeat
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
@@ -39,7 +38,7 @@ from training.run.engine import (
 from training.run.meter import Losses, Meter, Pace
 from training.run.noise_probe import measure_noise
 from training.run.plots import plot_losses
-from training.run.spent import Spent
+from training.run.spent import Spent, Startup
 from training.run.start import PARTITION, Start, report_checkpoint
 from training.run.state.hf_weights import HuggingFaceWeights
 from training.run.state.output import Observe, Output, open_record
@@ -51,7 +50,7 @@ from training.run.watch import (
     Skips,
     report_end,
     report_failure,
-    report_hang,
+    report_first_step,
     report_stop,
     report_workers,
 )
@@ -62,25 +61,30 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def train(
-    start: Start, *, command: list[str], context: Context, observe: Observe, asked_to_stop: Callable[[], bool]
+    start: Start,
+    *,
+    command: list[str],
+    context: Context,
+    heart: Heartbeat,
+    observe: Observe,
+    asked_to_stop: Callable[[], bool],
+    startup: Startup | None = None,
 ) -> bool:
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
     Args:
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
+        heart: that beats.
         observe: called on rank 0 with every row of `metrics.jsonl`.
+        startup: what the start has taken until now; the first step completes and reports it.
     """
     config = start.config
-    final = context.launcher != "ray" or config.workers.max_failures == 0
-    heart = Heartbeat(
-        config.run_directory, rank=context.rank, world_size=context.world_size,
-        start=context.gather(uuid.uuid4().hex)[0], hang_seconds=config.workers.hang_seconds,
-        fail=partial(report_hang, config, final=final),
-    )  # fmt: skip
-    failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
-    with failures(), heart:
-        trainer = Trainer(start, context, Stop(asked_to_stop), heart)
+    final, where = heart.final, lambda: heart.place
+    failures = partial(report_failure, config, rank=context.rank, where=where, final=final)
+    with failures():
+        startup = startup or Startup()
+        trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
         kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -92,6 +96,7 @@ def train(
             output = Output(reopen(), observe, config.record.upload_checkpoints, alarms, reopen)
         else:
             output = Output(None, observe)
+        startup.end("record")
         with output:
             with failures():  # while W&B can still be told
                 summary = trainer.run(output)
@@ -111,10 +116,16 @@ class Trainer:
     """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(
-        self, start: Start, context: Context, stop: Stop | None = None, heart: Heartbeat | None = None
+        self,
+        start: Start,
+        context: Context,
+        stop: Stop | None = None,
+        heart: Heartbeat | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
+        self.startup: Startup | None = startup or Startup()
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -122,6 +133,7 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
+        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -144,10 +156,12 @@ class Trainer:
             optimizer=self.optimizer,
             dataset=start.validation_set,
             context=context,
+            on_batch=partial(self.heart.mark, EVALUATION),
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
         self.writer = Writer(context)
+        self.heart.written = self.writer.moved
         self.resumed_from: int | None = None
         self.wall_seconds = 0.0  # of the loop, in earlier starts
         if saved is not None:
@@ -191,6 +205,8 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         self.skips.count(self.step, applied=self.optimizer.applied_steps)
+        if self.startup is not None:
+            _end_startup(self, self.startup)
         return total / self.plan.accumulation
 
     def row(self) -> dict[str, Any]:
@@ -225,7 +241,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """`Validation.losses`."""
-        with self.spent.part("evaluation"):
+        with self.spent.part(EVALUATION):
             return self.validation.losses()
 
     def sample(self) -> dict[str, str]:
@@ -242,7 +258,7 @@ class Trainer:
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         waits = waits or not self.config.checkpoint.background
-        with self.spent.part("checkpoint"):
+        with self.spent.part(CHECKPOINT):
             self.writer.begin(
                 path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
@@ -282,7 +298,7 @@ class Trainer:
         """
         if not self.rewinds.wanted(output.spiked):
             return False
-        self.heart.mark("checkpoint")
+        self.heart.mark(CHECKPOINT)
         self.writer.wait()
         if (path := self.rewinds.go_back(self.step)) is None:
             return False
@@ -293,6 +309,15 @@ class Trainer:
     def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _end_startup(trainer: Trainer, startup: Startup) -> None:
+    """After the first step."""
+    trainer.context.synchronize()
+    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
+    if trainer.context.is_main:
+        report_first_step(trainer.config, startup, step=trainer.step)
+    trainer.startup = None
 
 
 def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
@@ -315,7 +340,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         )
         stopping = trainer.stop.due(failed=trainer.writer.failed) and not last
         if stopping:
-            trainer.heart.mark("checkpoint")
+            trainer.heart.mark(CHECKPOINT)
             trainer.writer.wait()  # raises, if that is why
         saving = saving or stopping
         probing = _due(trainer.step, config.optim.noise.measure_every_steps)

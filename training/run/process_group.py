@@ -1,40 +1,79 @@
-"""The process group of Ray Train's workers: it listens on the node's address alone."""
+"""The process group of Ray Train's workers: it listens on the node's address alone.
 
+Neither Ray's `TorchConfig` nor anything of `ray.train.torch` is used. The controller would import torch for
+them, and every worker another 500 modules, before the first step.
+"""
+
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars
+from ray.exceptions import GetTimeoutError
+from ray.train import get_context
+from ray.train.backend import Backend, BackendConfig
 
-from cluster.machine.rendezvous import meet
 from cluster.preflight.inspection import free_place
+from cluster.record.heartbeat import FORMING
+from training.config import WorkersConfig
+from training.run.workers import heartbeat
+
+TIMEOUT = timedelta(minutes=30)  # of a collective
+LEAVE_SECONDS = 30.0  # in which the workers leave the group at the end
 
 
-class GroupConfig(TorchConfig):
-    """Ray's `TorchConfig`, whose own store listens on every address."""
+@dataclass
+class GroupConfig(BackendConfig):
+    """backend: "gloo" or "nccl"; directory: of the run, for the heartbeats."""
+
+    backend: str
+    directory: Path
+    workers: WorkersConfig
 
     @property
-    def backend_cls(self) -> type:
+    def backend_cls(self) -> type[Backend]:
         return _Group
 
 
-class _Group(TorchConfig().backend_cls):  # type: ignore[misc]  # a property that returns a class
-    def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
-        """Make the group on all workers, as Ray's does; called on the driver's side."""
+class _Group(Backend):
+    share_cuda_visible_devices = True  # NCCL reaches the GPUs of the node's other ranks
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Make the group on all workers; called in the controller."""
         address, port = worker_group.execute_single(0, free_place)
-        worker_group.execute(_set_torch_distributed_env_vars)
-        settings = {
-            "backend": backend_config.backend,
-            "world_size": len(worker_group),
-            "address": address,
-            "port": port,
-            "timeout": timedelta(seconds=backend_config.timeout_s),
-        }
-        ranks = range(len(worker_group))
-        ray.get([worker_group.execute_single_async(rank, _meet, settings, rank) for rank in ranks])
+        settings = {"address": address, "port": port, "backend": backend_config.backend}
+        ray.get(worker_group.execute_async(_meet, settings, backend_config, uuid.uuid4().hex))
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Leave the group. A worker that cannot is ended by Ray all the same."""
+        with suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(_leave), timeout=LEAVE_SECONDS)
 
 
-def _meet(settings: dict[str, Any], rank: int) -> None:
-    """`meet` on a worker. Ray's `execute_single_async` has an argument `rank` of its own."""
-    meet(**settings, rank=rank)
+def _meet(settings: dict[str, Any], config: GroupConfig, start: str) -> None:
+    """`meet` on a worker, with the variables that torchrun sets too. start: the same for all of them."""
+    context = get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+    }
+    about = {"rank": rank, "world_size": world_size, "start": start}
+    with heartbeat(config.directory, config.workers, launcher="ray", **about) as heart:
+        heart.mark(FORMING)
+        from cluster.machine.rendezvous import meet
+
+        meet(**settings, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def _leave() -> None:
+    from cluster.machine.rendezvous import leave
+
+    leave()

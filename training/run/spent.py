@@ -1,8 +1,10 @@
-"""Where a run's time went: seconds of named parts, in the summary and in the command's last lines."""
+"""Where a run's time went: seconds of named parts, in the record and in lines of the command."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SUFFIX = "_seconds"
@@ -50,3 +52,31 @@ class Spent:
         return f"time: {total:.0f} s, " + ", ".join(
             f"{name} {seconds:.0f}" for name, seconds in parts.items() if seconds >= 0.5
         )
+
+
+class Startup:
+    """How long each part of a start took, from the command's process to the first step.
+
+    It goes to the workers, and there on. By the clock, so between nodes it is off by what their clocks are.
+    """
+
+    def __init__(self) -> None:
+        self._last = _begin_of_process()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, part: str, **within: float) -> None:
+        """The time since the part before belongs to this part, but for the seconds of those `within`."""
+        before, self._last = self._last, time.time()
+        self.seconds |= {**within, part: self._last - before - sum(within.values())}
+
+    def describe(self) -> str:
+        """One line: all seconds until now, and each part's."""
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds)
+        return f"first step after {sum(self.seconds.values()):.1f} s: {parts}"
+
+
+def _begin_of_process() -> float:
+    """When this process was started, as `time.time`. From field 22 of Linux's /proc/self/stat, in ticks."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - age

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import config as layered
 from cluster import files
@@ -27,9 +27,12 @@ from training.data.mixture import describe
 from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
-from training.run.context import Context
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
+from training.run.state.remote import restore
 from training.run.state.seam import describe_seam
+
+if TYPE_CHECKING:
+    from training.run.context import Context
 
 PARTITION = "partition.txt"  # in the run directory: which rule each parameter got
 STOP = "stop"  # in the run directory, while it runs: its workers are asked to stop
@@ -61,7 +64,7 @@ class Start:
         """`run_identity` of this run."""
         return run_identity(self.config, self.plan, fingerprint=self.train_set.manifest.fingerprint)
 
-    def on_ranks(self, context: Context) -> "Start":
+    def on_ranks(self, context: "Context") -> "Start":
         """This start for the workers that Ray has really started. Collective.
 
         They may be fewer than `workers.count` (`workers.min_count`), and after a restart there is a newer
@@ -142,6 +145,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     newest = newest_sound(config.run_directory / "checkpoints", report=damaged.append)
     for line in damaged:
         report(line)
+    newest = restore(config, newest=newest, report=report)
     saved = Checkpoint(newest) if newest else None
     _tidy(config)
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():

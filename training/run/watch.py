@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cluster.cli import RunError
 from cluster.masking import mask
 from cluster.progress import Progress
@@ -19,12 +17,15 @@ from cluster.record.record import follow, read_metrics
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
 from training.run.checkpoint import CheckpointError, step_of
-from training.run.context import Context, StoreLost
+from training.run.spent import SUFFIX, Startup
 from training.run.start import PARTITION, newest_of
 from training.run.workers import LOST
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from optim.step.zero import ZeroOptimizer
+    from training.run.context import Context
 
 MOST_REASON = 300  # letters of an error that is not ours
 STARTING = "the part start"  # of a worker, until it has its model and checkpoint (`Heartbeat.place`)
@@ -34,7 +35,7 @@ RANK_LOST = (
     r"gloo.*(closed by peer|reset by peer|Read error|Write error|Broken pipe|timed out)"
     r"|ncclRemoteError|NCCL communicator was aborted"
 )
-SHOWN = ("progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
+SHOWN = ("first_step", "progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
 
@@ -53,7 +54,7 @@ class ShowRows:
         self._progress.update(row)
 
 
-class _Background:
+class Background:
     """`run` in a thread for the length of a `with` block; it returns once `stop` is set."""
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class _Background:
         self._thread.join()
 
 
-class RunWatch(_Background):
+class RunWatch(Background):
     """Raises the alarms that the loop cannot raise itself (`cluster.record.alarms`), and shows all alarms.
 
     Args:
@@ -125,7 +126,7 @@ class RunWatch(_Background):
                 self._note(events.describe(event))
 
 
-class NodeWatch(_Background):
+class NodeWatch(Background):
     """Reports which nodes are lost or have joined while a run is going, and what the run does about it."""
 
     POLL_SECONDS = 2.0
@@ -160,7 +161,7 @@ class NodeWatch(_Background):
         return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-class Follower(_Background):
+class Follower(Background):
     """Shows the rows of `metrics.jsonl` while the workers write it, from the step after `first_step` on.
 
     When Ray restarts the workers, the record goes back to their checkpoint; this reports it and follows.
@@ -222,14 +223,6 @@ def report_failure(
         raise
 
 
-def report_hang(config: TrainConfig, text: str, *, final: bool) -> None:
-    """Append the events that a worker hangs. One process reports it."""
-    since = (*events.STARTS, *events.WORKERS)
-    step = Run(config.run_directory).last_step
-    events.append_first(config.run_directory, "hung", text, among=("hung",), since=since, step=step)
-    _report_end_of_worker(config, text, final=final)
-
-
 def _report_end_of_worker(config: TrainConfig, text: str, *, final: bool) -> None:
     directory = config.run_directory
     if final:
@@ -243,6 +236,10 @@ def explained(error: Exception, *, who: str, where: str) -> "TrainingError | Non
     """What an error of torch's means, and what to change; None for any other error."""
     if isinstance(error, RunError):  # which says all that there is to say
         return None
+    import torch
+
+    from training.run.context import StoreLost
+
     text = reason(error)
     if isinstance(error, CheckpointError) and where != STARTING:  # it could be written, or read, before
         return TrainingError(f"{who}{error}")
@@ -269,7 +266,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:MOST_REASON]}" if lines else type(error).__name__
 
 
-def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossAlarms:
+def report_workers(config: TrainConfig, context: "Context", *, step: int) -> LossAlarms:
     """Append the event that the workers go on from `step`. Returns the alarms for their losses.
 
     Call it before the record opens, which drops the lines after `step`.
@@ -286,6 +283,15 @@ def report_workers(config: TrainConfig, context: Context, *, step: int) -> LossA
         text = f"Ray started the workers again: {text}"
     events.append(directory, kind, text, step=step, world_size=context.world_size)
     return _alarms_after(config, kept)
+
+
+def report_first_step(config: TrainConfig, startup: Startup, *, step: int) -> None:
+    """Append the event that the start took its first step. Workers that Ray starts again report none."""
+    seconds = {f"{part}{SUFFIX}": round(value, 2) for part, value in startup.seconds.items()}
+    what, kind = startup.describe(), "first_step"
+    events.append_first(
+        config.run_directory, kind, what, among=(kind,), since=events.STARTS, step=step, **seconds
+    )
 
 
 def loss_alarms(config: TrainConfig, *, step: int) -> LossAlarms:
@@ -357,7 +363,9 @@ class Skips:
                 f"{self._share:g} allows; {self.REMEDY}"
             )
 
-    def sound(self, optimizer: "ZeroOptimizer", context: Context, *, final: dict[str, float] | None) -> bool:
+    def sound(
+        self, optimizer: "ZeroOptimizer", context: "Context", *, final: dict[str, float] | None
+    ) -> bool:
         """Whether this state may take the place of an older checkpoint. Collective.
 
         Args:
@@ -368,7 +376,7 @@ class Skips:
         """
         problem = None
         tensors = (tensor for *_, named in optimizer.shards() for tensor in named.values())
-        if not all(context.gather(all(map(_is_finite, tensors)))):
+        if not all(context.gather(all(map(is_finite, tensors)))):
             problem = "weights or optimizer state are not finite"
         elif final is None and self.in_a_row:  # it may be about to diverge
             problem = f"the gradient was not finite in the last {self.in_a_row} steps"
@@ -382,6 +390,6 @@ class Skips:
         return problem is None
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: "Tensor") -> bool:
     """Whether all elements are. A sum takes less time; it may overflow, but it misses nothing."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

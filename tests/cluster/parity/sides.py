@@ -15,6 +15,7 @@ def figure(device, kind, share, **changes):
     found = {
         "id": name, "kind": kind, "shape": "llama-1b4", "unit": "tokens/s per device", "devices": 1,
         "flops": FLOPS[kind], "bytes": 2.7e9 if kind == "decode" else None, "peak_memory_bytes": 4e9,
+        "attention_kernel": f"flash_attention of {device.name}",
         "joules_per_token": None, "cost_per_million_tokens": None, "command": f"python -m measure {kind}",
     }  # fmt: skip
     if kind == "training":

@@ -266,6 +266,7 @@ def test_the_page_opens_with_the_finding_the_rooflines_and_the_table(tmp_path):
     later = ("Public evidence, not measured", "3.16 times as fast", "6.61 times as high", "What may be said")
     places = [text.index(needed) for needed in (*opening, *later)]
     assert places == sorted(places)
+    assert all(f"flash_attention of {device.name}" in text for device in (A40, H100))
     assert "e+0" not in re.sub(r'src="[^"]*"', "", text)
 
 

@@ -161,6 +161,7 @@ def test_the_compiled_decoder_is_as_exact_as_transformers_in_bf16(checkpoint, ti
     """Both against the same weights in fp32: logits along whole texts, and the tokens that follow."""
     made = engine(checkpoint, dtype="bfloat16", step_tokens=200)
     assert made.info.details["compiled decoder"] == f"used ({tier})"
+    assert made.info.details["attention"] == "the compiled decoder's own"
     low = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     exact = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
     readers = [Reader(made, prompt, replace(GREEDY, logprobs=True)) for prompt in prompts(20)]

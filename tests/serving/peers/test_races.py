@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.cli import RunError, UserError
-from cluster.measure import benchmark
+from cluster.measure import benchmark, contender
 from serving.peers import contender_process, races
 from serving.peers.contender_process import RaceTurn, running
 from serving.peers.races import CASES, Race, RaceCase, decode_case
@@ -144,7 +144,7 @@ def fake(tmp_path, monkeypatch):
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     monkeypatch.setattr(contender_process, "SCRIPT", script)
-    monkeypatch.setattr(contender_process, "STOP_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(contender, "STOP_SECONDS", PATIENCE_SECONDS)
     monkeypatch.setenv("PYTHONPATH", "/of/ours")
     return running("vllm", sys.executable, threads=3, log=tmp_path / "log")
 
@@ -187,7 +187,7 @@ def test_a_contender_that_fails_is_named_with_its_log_and_ended(
 ):
     if concurrency == 14:
         monkeypatch.setattr(contender_process, "RUN_SECONDS", 0.3)
-    monkeypatch.setattr(contender_process, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(contender, "STOP_SECONDS", 0.1)
     pids = []
 
     def fail() -> None:

@@ -1,20 +1,20 @@
 """Weights to start a run from: `load=hf:DIR`, a Hugging Face LLaMA directory (continued pretraining)."""
 
+import functools
 import hashlib
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cluster import files
 from cluster.cli import UserError
 from cluster.record import origins
-from optim.step.saved import MASTER, POINT
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset
 from training.data.tokenizer import load_tokenizer
-from training.model.llama import stored_weights
 from training.model.shapes import LlamaShape
+
+if TYPE_CHECKING:  # the launcher imports this module, and torch only if a run starts from weights
+    from torch import Tensor
 
 TOKENIZER = "tokenizer.json"
 
@@ -27,13 +27,19 @@ class HuggingFaceWeights:
     """
 
     def __init__(self, directory: Path, shape: LlamaShape) -> None:
+        from training.model.llama import stored_weights
+
         try:
             self._tensors = stored_weights(directory, shape)
         except ValueError as error:
             raise UserError(f"load: {error}") from error
 
-    def read(self, parameter: str, name: str, start: int, stop: int) -> Tensor:
+    def read(self, parameter: str, name: str, start: int, stop: int) -> "Tensor":
         """As `Checkpoint.read`: 1-D, fp32. What is no weight is the optimizer's state, which starts at 0."""
+        import torch
+
+        from optim.step.saved import MASTER, POINT
+
         if name in (MASTER, POINT):
             return self._tensors[parameter].flatten()[start:stop].float()
         return torch.zeros(stop - start)
@@ -71,6 +77,7 @@ def require_same_tokens(directory: Path, data: TokenDataset) -> str | None:
     return None
 
 
+@functools.cache  # the record opens again after a rewind
 def origin_of(directory: Path) -> origins.Origin:
     """The origin of the weights. Of a directory that is no export of ours, all of them are hashed."""
     made = origins.of_model(directory)

@@ -1,7 +1,5 @@
 """The launcher's cost: the same loop under Ray Train and under torchrun, in turns, on CPU workers.
 
-    python -m training.bench [--output FILE] [--rounds N] [--config FILE] [--dry-run] [key=value ...]
-
 Measured: the steady optimizer step by the loop's own clock, without evaluation, checkpoints and the report to
 Ray after each checkpoint; and the wall time from the start of the command to the row of
 step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
@@ -10,6 +8,7 @@ Ray's own processes take about a tenth of a core (2.60: each wakes 100 times a s
 cores, the step slows down by that much; with workers.count=1 on two cores, Ray has a core, as on a node.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.display import Table, show
@@ -64,37 +62,28 @@ class LaunchTimes:
     step_seconds: float
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code (`cluster.cli`)."""
-    defaults = training_config.load(dotlist=run_keys())
-    parser = cli.make_parser("training.bench", description=__doc__.splitlines()[0], keys=defaults)
-    benchmark.add_options(parser, what=WHAT, rounds=3, rounds_help="runs per launcher")
-    options = parser.parse_args(arguments)
-
-    def body() -> None:
-        benchmark.require_rounds(options.rounds)
-        for argument in options.overrides:
-            if argument.partition("=")[0] in OWN_KEYS:
-                raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
-        keys = run_keys(options.overrides, file=options.config)
-        config = training_config.load(file=options.config, dotlist=keys)
-        plan = make_plan(config)
-        if plan.num_steps <= SETTLING_STEPS:
-            raise UserError(f"schedule.tokens: makes {plan.num_steps} steps; use over {SETTLING_STEPS}")
-        given = ["--config", str(options.config), *keys] if options.config else keys
-        if options.dry_run:
-            show(layered.to_yaml(config), plan.table())
-            for name in LAUNCHERS:
-                print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
-            return
-        output = benchmark.prepare_output(options.output, WHAT)
-        result, fingerprint = bench(config, plan, given, num_rounds=options.rounds)
-        benchmark.publish(
-            result, output, job_type="launcher-bench", wandb_mode=options.wandb,
-            config=layered.to_dict(config), data_fingerprint=fingerprint,
-        )  # fmt: skip
-
-    return cli.run(body)
+def compare_launchers(options: argparse.Namespace) -> None:
+    """The body of `python -m training.bench` without --peers. Raises `UserError` before anything runs."""
+    for argument in options.overrides:
+        if argument.partition("=")[0] in OWN_KEYS:
+            raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
+    keys = run_keys(options.overrides, file=options.config)
+    config = training_config.load(file=options.config, dotlist=keys)
+    plan = make_plan(config)
+    if plan.num_steps <= SETTLING_STEPS:
+        raise UserError(f"schedule.tokens: makes {plan.num_steps} steps; use over {SETTLING_STEPS}")
+    given = ["--config", str(options.config), *keys] if options.config else keys
+    if options.dry_run:
+        show(layered.to_yaml(config), plan.table())
+        for name in LAUNCHERS:
+            print(*command_line(name, given, num_workers=plan.num_workers, folder=Path("FOLDER")))
+        return
+    output = benchmark.prepare_output(options.output, WHAT)
+    result, fingerprint = bench(config, plan, given, num_rounds=options.rounds)
+    benchmark.publish(
+        result, output, job_type="launcher-bench", wandb_mode=options.wandb,
+        config=layered.to_dict(config), data_fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def run_keys(overrides: Sequence[str] = (), *, file: Path | None = None) -> list[str]:
@@ -240,7 +229,3 @@ def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
     with ThreadPoolExecutor(plan.num_workers) as pool:
         threads = [max(1, int(config.workers.cpus))] * plan.num_workers
         return 1e3 * statistics.harmonic_mean(pool.map(tflops, threads)), dtype
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,10 @@ import pytest
 
 from cluster import files
 from cluster.measure import benchmark
-from training import bench
 from training import config as training_config
-from training.bench import LAUNCHERS, SETTLING_STEPS, LaunchTimes
+from training.bench import launchers as bench
+from training.bench.command import main
+from training.bench.launchers import LAUNCHERS, SETTLING_STEPS, LaunchTimes
 from training.plan import make_plan
 
 TINY = [
@@ -122,7 +123,7 @@ def test_the_last_line_is_the_result_and_the_file_adds_where_it_comes_from(tmp_p
     monkeypatch.setattr(bench, "measure", lambda *_, **__: ROUNDS)
     monkeypatch.setattr(bench, "gemm_gflops", lambda config, plan: (50.0, "float32"))
     output = tmp_path / "new" / "result.json"
-    assert bench.main(["--rounds", "3", "--output", str(output), *TINY]) == 0
+    assert main(["--rounds", "3", "--output", str(output), *TINY]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ceiling: 50.0 GFLOP/s") and lines[1].startswith("floor:")
     result, written = json.loads(lines[-1]), files.read_json(output)
@@ -146,7 +147,7 @@ def test_a_dry_run_prints_both_commands_and_runs_nothing(monkeypatch, capsys, tm
     monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("it ran"))
     file = tmp_path / "c.yaml"
     file.write_text("zero:\n  stage: 2\n")
-    assert bench.main(["--dry-run", "--config", str(file), *TINY]) == 0
+    assert main(["--dry-run", "--config", str(file), *TINY]) == 0
     ray, torchrun = capsys.readouterr().out.splitlines()[-2:]
     assert f"training.launch --config {file}" in ray and "launcher=ray" in ray
     assert "torch.distributed.run" in torchrun and "launcher=torch" in torchrun
@@ -163,5 +164,5 @@ def test_a_dry_run_prints_both_commands_and_runs_nothing(monkeypatch, capsys, tm
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, names, capsys):
-    assert bench.main(["--dry-run", *arguments]) == 2
+    assert main(["--dry-run", *arguments]) == 2
     assert names in capsys.readouterr().err
