@@ -115,6 +115,11 @@ def run(
     return subprocess.CompletedProcess(command, child.returncode, out, problem)
 
 
+def beside(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """A process of ours that ends itself once its standard input closes, as it does when this one ends."""
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
+
+
 @contextmanager
 def no_leftovers(text: str) -> Iterator[None]:
     """For libraries that start processes themselves: what they leave is killed after the block or our death.
@@ -127,9 +132,7 @@ def no_leftovers(text: str) -> Iterator[None]:
             this process's session (`setsid`) are killed.
     """
     command = [sys.executable, "-IS", __file__, "watch", str(os.getpid()), str(os.getsid(0)), text]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as watcher:
+    with beside(command, start_new_session=True) as watcher:
         try:
             yield
         finally:

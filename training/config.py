@@ -270,8 +270,8 @@ class WorkersConfig:
     )
     hang_seconds: float = key(
         45.0,
-        "the run fails if a step takes this many seconds longer than the longest step before; the "
-        "first steps, checkpoints and evaluations may take a multiple; 0: never",
+        "the run fails if a part of a step takes this many seconds longer than the longest before, or if "
+        "anything else makes no progress for so long; 0: never",
         least=0,
     )
     min_count: int | None = key(
@@ -283,6 +283,9 @@ class WorkersConfig:
         require(within, "workers.min_count", f"must lie between 1 and workers.count={self.count}")
 
 
+URL = r"[a-z][a-z0-9+.-]*:(?!//[^/]*@).+"  # with its protocol
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = key(25, "steps between checkpoints; one more is written at the end", least=1)
@@ -291,6 +294,12 @@ class CheckpointConfig:
         0,
         "also keep the checkpoint of every N-th step for ever, a multiple of checkpoint.every_steps; 0: none",
         least=0,
+    )
+    upload: str | None = key(
+        None,
+        "also send each complete checkpoint to this fsspec URL, such as s3://bucket/folder, in the "
+        "background; a run whose newest one is there, and not here, continues from it",
+        pattern=(URL, "must be an fsspec URL without credentials, such as s3://bucket/folder"),
     )
     background: bool = key(
         True,

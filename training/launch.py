@@ -82,6 +82,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
     from training.run.start import STOP, prepare_run, sole_writer
+    from training.run.state.gauges import Gauges
+    from training.run.state.remote import Uploads
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent, startup = Spent(), Startup()
@@ -91,9 +93,11 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     if config.load_directory:
         config = replace(config, load=f"hf:{config.load_directory}")
     show(plan.table())
-    with Progress(plan.num_steps) as progress, sole_writer(config, report=progress.note):
+    with Progress(plan.num_steps) as progress, ExitStack() as owned:
+        owned.enter_context(sole_writer(config, report=progress.note))
         with spent.part("data"):
             start = prepare_run(config, plan, report=progress.note)
+        owned.enter_context(Uploads(config, note=progress.note))
         startup.end("data")
         if start is None:
             return
@@ -105,6 +109,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             stack.enter_context(RunWatch(config, observer="the launcher", note=progress.note))
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
+            stack.enter_context(Gauges(config))
 
             ask = (config.run_directory / STOP).touch
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
@@ -140,18 +145,24 @@ def _ray_worker(arguments: dict[str, Any]) -> bool:
     startup: Startup = arguments["startup"]
     startup.end("workers")
     from training.run.context import RayContext
-    from training.run.loop import train
     from training.run.start import STOP
 
-    startup.end("imports")
     start: Start = arguments["start"]
-    context = RayContext.create(gpu=start.config.workers.gpu)
-    stop = start.config.run_directory / STOP
-    return train(
-        start.on_ranks(context), command=arguments["command"], context=context, startup=startup,
-        observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
-        asked_to_stop=lambda: context.is_main and stop.exists(),
-    )  # fmt: skip
+    config = start.config
+    context = RayContext.create(gpu=config.workers.gpu)
+    stop = config.run_directory / STOP
+    with workers.heartbeat(
+        config.run_directory, config.workers, launcher="ray",
+        rank=context.rank, world_size=context.world_size, start=context.start,
+    ) as heart:  # fmt: skip
+        from training.run.loop import train
+
+        startup.end("imports")
+        return train(
+            start.on_ranks(context), command=arguments["command"], context=context, heart=heart,
+            observe=lambda row: None,  # the driver shows the rows, which it reads from metrics.jsonl
+            asked_to_stop=lambda: context.is_main and stop.exists(), startup=startup,
+        )  # fmt: skip
 
 
 def run_torch(config: TrainConfig, plan: Plan) -> None:
@@ -159,10 +170,12 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     spent, startup = Spent(), Startup()
     startup.end("command")
     ranks = workers.torch_ranks(config.workers)
-    from training.run.context import torch_context
+    from cluster.record.heartbeat import FORMING
+    from training.run.context import start_of, torch_context
     from training.run.loop import train
     from training.run.start import prepare_run, sole_writer
-    from training.run.watch import RunWatch, ShowRows
+    from training.run.state.remote import Uploads
+    from training.run.watch import RunWatch, ShowRows, report_failure
 
     startup.end("imports")
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
@@ -171,21 +184,30 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
 
         def prepare() -> "Start | None":  # by rank 0
             owned.enter_context(sole_writer(config, report=progress.note))
-            return prepare_run(config, plan, report=progress.note)
+            start = prepare_run(config, plan, report=progress.note)
+            owned.enter_context(Uploads(config, note=progress.note))
+            return start
 
         with spent.part("data"):
             start = ranks.on_main(prepare)
         startup.end("data")
         if start is None:
             return
-        with torch_context(ranks, gpu=config.workers.gpu) as context, ExitStack() as stack:
+        failures = report_failure(config, rank=ranks.rank, where=lambda: f"the {FORMING}'s forming")
+        with failures, ExitStack() as stack:
+            heart = workers.heartbeat(
+                config.run_directory, config.workers, launcher="torch",
+                rank=ranks.rank, world_size=ranks.world_size, start=start_of(ranks.store),
+            )  # fmt: skip
+            stack.enter_context(heart).mark(FORMING)
+            context = stack.enter_context(torch_context(ranks, gpu=config.workers.gpu))
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
-                start, command=sys.argv, context=context, observe=ShowRows(config, progress),
-                asked_to_stop=lambda: bool(received), startup=startup,
+                start, command=sys.argv, context=context, heart=heart, startup=startup,
+                observe=ShowRows(config, progress), asked_to_stop=lambda: bool(received),
             )  # fmt: skip
     _require_finished(config, finished, received)
     if ranks.rank == 0:

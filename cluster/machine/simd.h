@@ -168,9 +168,10 @@ __m256i lanes(long count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(std::min(count, WIDTH)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-Vec first(Vec x, long count) { return _mm256_and_ps(x, _mm256_castsi256_ps(lanes(count))); }
+// Whole vectors are the usual case, and a mask takes as long as some of the arithmetic.
+Vec first(Vec x, long count) { return count >= WIDTH ? x : _mm256_and_ps(x, _mm256_castsi256_ps(lanes(count))); }
 Vec larger(Vec a, Vec b, long count) {
-  return _mm256_blendv_ps(a, _mm256_max_ps(a, b), _mm256_castsi256_ps(lanes(count)));
+  return count >= WIDTH ? larger(a, b) : _mm256_blendv_ps(a, _mm256_max_ps(a, b), _mm256_castsi256_ps(lanes(count)));
 }
 
 Vec widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }

@@ -20,7 +20,7 @@ from cluster.review import requests_section, training_charts
 from cluster.review.charts import Mark
 from cluster.review.document import Page, PageTable, Section, write
 from cluster.review.outcome import Outcome, sentence
-from cluster.review.run_reader import Run
+from cluster.review.run_reader import STATE_OF_END, Run
 from cluster.review.words import amount, commit, plain
 
 LONG_BYTES = 50_000_000  # of metrics.jsonl; reading them takes seconds
@@ -86,8 +86,9 @@ def make_page(run: Run) -> Page:
 
 
 def _first_alarm(run: Run) -> list[str]:
-    """The first warning or error, which often explains the others; [] without one."""
-    alarms = [event for event in run.events if event.get("level", "info") != "info"]
+    """The first warning or error, which often explains the others. The end has a sentence of its own."""
+    passed = {"info", *STATE_OF_END}
+    alarms = [event for event in run.events if not passed & {event.get("level", "info"), event.get("kind")}]
     if not alarms:
         return []
     step = alarms[0].get("step")

@@ -65,13 +65,11 @@ void copy(const uint16_t* from, float* to, long size) {
 void linear(const Activation* x, long num_rows, long inputs, const uint32_t* panels, long outputs, Activation* out,
             bool add) {
 #pragma omp for schedule(static)
-  for (long p = 0; p < (outputs + PANEL - 1) / PANEL; p++)
-    linear_panel(x, num_rows, inputs, panels + p * PANEL * inputs / 2, [&](long row, Vec* sums) {
-      for (int v = 0; v < VECTORS; v++) {
-        long column = p * PANEL + v * WIDTH;
-        Activation* to = out + row * outputs + column;
-        Vec sum = add ? kept(sums[v]) + load(to, outputs - column) : sums[v];
-        store(to, sum, outputs - column);
+  for (long column = 0; column < outputs; column += PANEL)
+    linear_panel(x, num_rows, inputs, panels + column * inputs / 2, out + column, outputs, [&](auto* to, Vec* sums) {
+      for (long v = 0, left = outputs - column; v < VECTORS; v++, left -= WIDTH) {
+        Vec sum = add ? kept(sums[v]) + load(to + v * WIDTH, left) : sums[v];
+        store(to + v * WIDTH, sum, left);
       }
     });
 }
@@ -79,12 +77,9 @@ void linear(const Activation* x, long num_rows, long inputs, const uint32_t* pan
 // logits [rows, vocab], fp32 and not rounded.
 void logits(const Activation* x, long num_rows, long inputs, const uint32_t* panels, long vocab, float* out) {
 #pragma omp for schedule(static)
-  for (long p = 0; p < (vocab + PANEL - 1) / PANEL; p++)
-    linear_panel(x, num_rows, inputs, panels + p * PANEL * inputs / 2, [&](long row, Vec* sums) {
-      for (int v = 0; v < VECTORS; v++) {
-        long column = p * PANEL + v * WIDTH;
-        store(out + row * vocab + column, sums[v], vocab - column);
-      }
+  for (long column = 0; column < vocab; column += PANEL)
+    linear_panel(x, num_rows, inputs, panels + column * inputs / 2, out + column, vocab, [&](auto* to, Vec* sums) {
+      for (long v = 0; v < VECTORS; v++) store(to + v * WIDTH, sums[v], vocab - column - v * WIDTH);
     });
 }
 
@@ -92,13 +87,12 @@ void logits(const Activation* x, long num_rows, long inputs, const uint32_t* pan
 void gated(const Activation* x, long num_rows, long inputs, const uint32_t* panels, long ffn, Activation* out) {
   constexpr long half = VECTORS / 2;
 #pragma omp for schedule(static)
-  for (long p = 0; p < (ffn + half * WIDTH - 1) / (half * WIDTH); p++)
-    linear_panel(x, num_rows, inputs, panels + p * PANEL * inputs / 2, [&](long row, Vec* sums) {
-      for (int v = 0; v < half; v++) {
+  for (long column = 0; column < ffn; column += half * WIDTH)
+    linear_panel(x, num_rows, inputs, panels + column * inputs, out + column, ffn, [&](auto* to, Vec* sums) {
+      for (long v = 0; v < half; v++) {
         Vec gate = kept(sums[v]), up = kept(sums[v + half]);
         Vec below = spread(1.0f) + exponential(zeros() - gate);
-        long column = (p * half + v) * WIDTH;
-        store(out + row * ffn + column, kept(gate / below) * up, ffn - column);
+        store(to + v * WIDTH, kept(gate / below) * up, ffn - column - v * WIDTH);
       }
     });
 }

@@ -31,6 +31,7 @@ constexpr long SUMS = REGISTERS == 32 ? 24 : 12;  // vectors of sums that are co
 template <class Column>
 constexpr bool WIDENED = PARTS == 2 && std::is_same_v<Column, Scalar>;
 constexpr long WIDENED_ROWS = 64;  // from so many rows on it pays to widen a panel once for all of them
+constexpr long SLAB = 256;         // pairs of a strip that are widened at once, to 32 KB
 
 // sums[r][v] += rows[r] · panel over `pairs` pairs, for Z vectors of columns from v on. A pair is `stride` behind the
 // one before it, a strip of vectors `next_strip` behind the one before it.
@@ -162,9 +163,10 @@ void multiply_tiles(const uint16_t* x, long inputs, const uint32_t* panel, float
   asm volatile("" ::: "memory");
 }
 
-// As `linear_panel`, by tiles. For one row too: a row's sums must not depend on how many others there are.
-template <class Finish>
-void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
+// As `linear_panel_by_rows`, by tiles. For one row too: a row's sums must not depend on how many others there are.
+template <class Out, class Finish>
+void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const uint32_t* panel, Out* out, long width,
+                           Finish finish) {
   static_assert(PANEL == 4 * TILE && STRIP == VECTORS);
   alignas(64) float results[TILE * PANEL];
   long tiles = (num_rows + TILE - 1) / TILE, configured = 0;
@@ -175,7 +177,7 @@ void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const 
     for (long r = 0; r < count; r++) {
       Vec sums[VECTORS];
       for (long v = 0; v < VECTORS; v++) sums[v] = load(results + r * PANEL + v * WIDTH);
-      finish(first + r, sums);
+      finish(out + (first + r) * width, sums);
     }
   }
   _tile_release();
@@ -183,35 +185,14 @@ void linear_panel_by_tiles(const uint16_t* x, long num_rows, long inputs, const 
 
 #endif
 
-#ifndef __AVX512BF16__
-
-// The elements of a panel, in their order: of each pair the first elements of its strip, then the second ones.
-const Scalar* widened(const uint32_t* panel, long inputs) {
-  static thread_local std::vector<Scalar> elements;
-  elements.resize(PANEL * inputs + 16);
-  Scalar* aligned = elements.data() + (-(uintptr_t)elements.data() % 64) / sizeof(Scalar);  // to a line of the cache
-  Scalar* to = aligned;
-  for (long place = 0; place < PANEL * inputs / PARTS; place += STRIP * WIDTH)
-    for (long part = 0; part < PARTS; part++)
-      for (long v = 0; v < STRIP; v++, to += WIDTH)
-        store(to, load_operand(panel + place + v * WIDTH, part));
-  return aligned;
-}
-
-#endif
-
-// One panel of a linear layer for every row; `finish(row, sums)` takes the columns of a row. If the panel is widened,
-// `next` is the one after it as it is stored: it comes to the cache while this one is multiplied. Else it is not read.
-template <class Column, class Finish>
-void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const Column* panel, const uint32_t* next,
+// One panel of a linear layer for every row; `finish(to, sums)` takes the columns of a row, to out[row * width].
+template <class Out, class Finish>
+void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Out* out, long width,
                           Finish finish) {
-  constexpr long stride = STRIP * WIDTH * (WIDENED<Column> ? PARTS : 1), line = 64 / sizeof(uint32_t);
-  long tiles = (num_rows + ROWS - 1) / ROWS, lines = PANEL * inputs / 2 / line;
+  constexpr long stride = STRIP * WIDTH;
+  long tiles = (num_rows + ROWS - 1) / ROWS;
   for (long tile = 0; tile < tiles; tile++) {
     long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
-    if constexpr (WIDENED<Column>)
-      for (long l = cut(lines, tiles, tile); l < cut(lines, tiles, tile + 1); l++)
-        _mm_prefetch((const char*)(next + l * line), _MM_HINT_T1);
     const Activation* rows[ROWS];
     Vec sums[ROWS][VECTORS];
     for (long r = 0; r < count; r++) {
@@ -219,21 +200,65 @@ void linear_panel_by_rows(const Activation* x, long num_rows, long inputs, const
       for (auto& sum : sums[r]) sum = zeros();
     }
     accumulate<VECTORS>(count, sums, rows, panel, stride, stride * inputs / 2, inputs / 2);
-    for (long r = 0; r < count; r++) finish(first + r, sums[r]);
+    for (long r = 0; r < count; r++) finish(out + (first + r) * width, sums[r]);
   }
 }
 
+#ifndef __AVX512BF16__
+
+// The elements of `depth` pairs of a strip: of each pair the first elements, then the second ones.
+void widen_strip(const uint32_t* pairs, long depth, Scalar* to) {
+  for (long k = 0; k < depth; k++, pairs += STRIP * WIDTH)
+    for (long part = 0; part < PARTS; part++)
+      for (long v = 0; v < STRIP; v++, to += WIDTH) store(to, load_operand(pairs + v * WIDTH, part));
+}
+
+// The same for many rows: a slab of SLAB pairs of a strip is widened once for all of them, and stays in the innermost
+// cache. Meanwhile the next one comes from memory, and so do the places that `finish` writes.
+template <class Out, class Finish>
+void linear_panel_by_slabs(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Out* out,
+                           long width, Finish finish) {
+  constexpr long stride = STRIP * WIDTH, line = 64 / sizeof(uint32_t);
+  static thread_local std::vector<Vec> totals;  // [rows, VECTORS]
+  totals.resize(num_rows * VECTORS);
+  alignas(64) Scalar slab[SLAB * stride * PARTS];
+  long tiles = (num_rows + ROWS - 1) / ROWS, pairs = inputs / 2, slabs = (pairs + SLAB - 1) / SLAB;
+  for (long part = 0; part < VECTORS / STRIP * slabs; part++) {
+    long strip = part / slabs, start = cut(pairs, slabs, part % slabs);
+    long depth = cut(pairs, slabs, part % slabs + 1) - start, lines = depth * stride / line;
+    const uint32_t *columns = panel + (strip * pairs + start) * stride, *next = columns + depth * stride;
+    widen_strip(columns, depth, slab);
+    for (long tile = 0; tile < tiles; tile++) {
+      for (long l = cut(lines, tiles, tile); l < cut(lines, tiles, tile + 1); l++)
+        _mm_prefetch((const char*)(next + l * line), _MM_HINT_T1);
+      long first = cut(num_rows, tiles, tile), count = cut(num_rows, tiles, tile + 1) - first;
+      auto& sums = (Vec(&)[ROWS][VECTORS])totals[first * VECTORS + strip * STRIP];
+      const Activation* rows[ROWS];
+      for (long r = 0; r < count; r++) {
+        rows[r] = x + (first + r) * inputs + 2 * start;
+        for (long v = 0; start == 0 && v < STRIP; v++) sums[r][v] = zeros();
+        if (start + depth == pairs)
+          _mm_prefetch((const char*)(out + (first + r) * width + strip * stride), _MM_HINT_T1);
+      }
+      accumulate<STRIP>(count, sums, rows, (const Scalar*)slab, stride * PARTS, 0, depth);
+    }
+  }
+  for (long row = 0; row < num_rows; row++) finish(out + row * width, &totals[row * VECTORS]);
+}
+
+#endif
+
 // The same by what multiplies fastest.
-template <class Finish>
-void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Finish finish) {
+template <class Out, class Finish>
+void linear_panel(const Activation* x, long num_rows, long inputs, const uint32_t* panel, Out* out, long width,
+                  Finish finish) {
 #ifdef __AMX_BF16__
-  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, finish);
+  if (inputs % (2 * TILE) == 0) return linear_panel_by_tiles(x, num_rows, inputs, panel, out, width, finish);
 #endif
 #ifndef __AVX512BF16__
-  const uint32_t* next = panel + PANEL * inputs / 2;
-  if (num_rows >= WIDENED_ROWS) return linear_panel_by_rows(x, num_rows, inputs, widened(panel, inputs), next, finish);
+  if (num_rows >= WIDENED_ROWS) return linear_panel_by_slabs(x, num_rows, inputs, panel, out, width, finish);
 #endif
-  linear_panel_by_rows(x, num_rows, inputs, panel, nullptr, finish);
+  linear_panel_by_rows(x, num_rows, inputs, panel, out, width, finish);
 }
 
 }  // namespace

@@ -6,7 +6,8 @@ A point is a number among the events of one group, counted in this process:
     exchange    the same of the collectives in which matrices and gradients travel
     file        a file or folder of the run directory is made, opened for writing, renamed or deleted
     checkpoint  the same below `checkpoints/`
-    tensors     a shard of a checkpoint is written: half of it is there
+    tensors     a piece of a shard of a checkpoint is written, and not yet synced
+    group       before and after the process group is formed
     start       once, before the command begins
 
 `count` counts them in an undisturbed run, so that a campaign can choose any one of them.
@@ -50,11 +51,10 @@ def arm(spec: dict[str, Any], run: Path) -> None:
 
 def watch_files(run: Path, happened: Callable[[str], None]) -> None:
     """Events `file`, `checkpoint` and `tensors` of this process."""
-    import safetensors.torch
+    from training.run.state import shard
 
-    from training.run.state import writer
-
-    prefix, save = f"{run}{os.sep}", safetensors.torch.save_file
+    prefix, sync = f"{run}{os.sep}", os.fdatasync
+    shard.PIECE_BYTES = 64 << 10  # so that these small shards have some
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         if name in CHANGES or (name == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
@@ -64,15 +64,11 @@ def watch_files(run: Path, happened: Callable[[str], None]) -> None:
                 if "/checkpoints" in str(path):
                     happened("checkpoint")
 
-    def save_file(tensors: dict[str, Any], path: Path, *arguments: Any) -> None:
-        save(tensors, path, *arguments)
-        content = Path(path).read_bytes()
-        Path(path).write_bytes(content[: len(content) // 2])
+    def sync_piece(descriptor: int) -> None:
         happened("tensors")
-        Path(path).write_bytes(content)
+        sync(descriptor)
 
-    safetensors.torch.save_file = save_file
-    writer.save_file = save_file
+    os.fdatasync = sync_piece
     sys.addaudithook(hook)
 
 
@@ -99,6 +95,7 @@ def watch_calls(happened: Callable[[str], None]) -> None:
     for name in COLLECTIVES:
         wrap(dist, name, "call", "exchange")
     wrap(dist, "all_gather_object", "call")
+    wrap(dist, "init_process_group", "group")
 
 
 # --- the faults
@@ -115,7 +112,7 @@ def terminate(_spec: dict[str, Any], _run: Path) -> None:
 
 
 def stand_still(_spec: dict[str, Any], _run: Path) -> None:
-    """The main thread does nothing more."""
+    """The thread does nothing more."""
     while True:
         time.sleep(1)
 
@@ -145,6 +142,18 @@ def use_up_memory(_spec: dict[str, Any], _run: Path) -> None:
     import torch
 
     torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def use_up_cgroup(spec: dict[str, Any], _run: Path) -> None:
+    """The kernel kills this process: its control group has no memory left. Who started this removes that."""
+    group = Path(spec["cgroup"])
+    group.mkdir()
+    limit = group / "memory.limit_in_bytes"  # of version 1
+    (limit if limit.exists() else group / "memory.max").write_text(str(64 << 20))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    taken = []
+    while True:
+        taken.append(b"x" * (16 << 20))
 
 
 def make_gradients_nan(_spec: dict[str, Any], _run: Path) -> None:
@@ -180,7 +189,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 FAULTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "count": nothing, "kill": kill, "terminate": terminate, "stand still": stand_still, "stop": stop,
-    "read-only": read_only, "memory": use_up_memory, "nan": make_gradients_nan, "clock": move_clock,
-    "file size": limit_files,
+    "read-only": read_only, "memory": use_up_memory, "cgroup": use_up_cgroup,
+    "nan": make_gradients_nan, "clock": move_clock, "file size": limit_files,
     "node": lose_node,
 }  # fmt: skip

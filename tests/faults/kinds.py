@@ -21,6 +21,8 @@ from tests.faults.runs import NUM_STEPS, Outcome, Place, start
 from tests.test_secrets import CANARIES
 from training.run.checkpoint import step_of
 
+CGROUPS = Path("/sys/fs/cgroup/memory")  # version 1; of version 2 it is the folder around
+CGROUPS = CGROUPS if CGROUPS.is_dir() else CGROUPS.parent
 Counts = list[dict[str, int]]  # rank -> group -> events of an undisturbed run
 
 
@@ -177,6 +179,22 @@ def not_finite(story: Story) -> None:
         shutil.rmtree(story.run)
 
 
+def directory_lost(story: Story) -> None:
+    """Checkpoints are sent to a URL; the machine dies, its disk too: another one goes on from there."""
+    url = story.place.folder / "far" / story.place.name
+    story.keys = {"checkpoint__upload": f"file:{url}"}
+    row = story.rng.randrange(NUM_STEPS)
+    story.start(f"SIGKILL of all ranks after row {row}", meddle=at_row(story, row, kill_all))
+    shutil.rmtree(story.run)
+    there = complete_checkpoints(url / story.place.name / "checkpoints")
+    outcome = story.start("another machine")
+    story.require(outcome.done, f"exit codes {outcome.codes}")
+    newest = step_of(there[-1]) if there else 0
+    story.require(not newest or f"fetching step {newest}" in outcome.err, f"not from step {newest}")
+    steps = [step_of(path) for path in complete_checkpoints(url / story.place.name / "checkpoints")]
+    story.require(steps == story.steps, f"checkpoints there: {steps}, here: {story.steps}")
+
+
 def clock(story: Story) -> None:
     """The clock jumps, by up to a year."""
     rank, spec = story.point("call")
@@ -194,14 +212,28 @@ def out_of_memory(story: Story) -> None:
     story.fails(outcome, "out of memory", "batch.micro_sequences")
 
 
-def hung(story: Story, *, how: str) -> None:
-    """A rank makes no progress any more: it is named, the stacks are there, and the run fails."""
+def killed_for_memory(story: Story) -> None:
+    """The kernel kills a rank, because its container has no memory left: the message says so, and where."""
     rank, spec = story.point("call", share=0.9)
-    if story.place.num_ranks == 1 and how == "stop":  # nobody would see it
-        how = "stand still"
+    group = CGROUPS / f"faults-{os.getpid()}-{story.place.name}"
+    fault = {"fault": "cgroup", "cgroup": str(group), **spec}
+    outcome = story.start(f"rank {rank} killed for memory at call {spec['at']}", specs={rank: fault})
+    group.rmdir()
+    story.require(outcome.codes[rank] == -9, f"exit codes {outcome.codes}")
+    found = [event["text"] for event in events.read(story.run) if event["kind"] == "out_of_memory"]
+    story.require(len(found) == 1, f"{len(found)} events out_of_memory")
+    for words in (f"rank {rank} (", "killed by the kernel: out of memory", "batch.micro_sequences"):
+        story.require(words in "".join(found) and words in outcome.err, f"{words!r} is not said")
+
+
+def hung(story: Story, *, how: str, group: str = "call") -> None:
+    """A rank makes no progress any more: it is named, the stacks are there, and the run fails."""
+    rank, spec = story.point(group, share=0.9)
     specs = {rank: {"fault": how, **spec}}
-    outcome = story.start(f"rank {rank}: {how} at call {spec['at']}", specs=specs, workers__hang_seconds=2)
-    story.fails(outcome, f"rank {rank} ", "workers.hang_seconds")
+    outcome = story.start(f"rank {rank}: {how} at {group} {spec['at']}", specs=specs, workers__hang_seconds=2)
+    if outcome.done and group == "tensors":  # the last one, from which the other rank had all that it needs
+        return
+    story.fails(outcome, f"rank {rank}", "workers.hang_seconds")
     stacks = sorted(file.name for file in (story.run / "ranks").glob("*.stacks"))
     story.require(len(stacks) == story.place.num_ranks, f"stacks: {stacks}")
     story.require("hung" in [event["kind"] for event in events.read(story.run)], "no event hung")
@@ -266,7 +298,7 @@ def unmount(folder: Path) -> None:
 
 
 Kind = Callable[[Story], None]
-AS_ROOT = (disk_full, read_only)
+AS_ROOT = (disk_full, read_only, killed_for_memory)
 ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a round
     ("SIGKILL in a step", partial(killed, group="call"), 6),
     ("SIGKILL in the exchange", partial(killed, group="exchange"), 4),
@@ -280,10 +312,14 @@ ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a rou
     ("checkpoints read-only", read_only, 1),
     ("bit flipped in a checkpoint", flipped_checkpoint, 2),
     ("bit flipped in the data", flipped_data, 1),
+    ("run directory lost", directory_lost, 1),
     ("gradients not finite", not_finite, 2),
     ("clock jump", clock, 1),
     ("out of memory", out_of_memory, 1),
+    ("killed for memory", killed_for_memory, 1),
     ("hung worker", partial(hung, how="stand still"), 2),
+    ("hung in a checkpoint's write", partial(hung, how="stand still", group="tensors"), 1),
+    ("hung while the group forms", partial(hung, how="stop", group="group"), 1),
     ("stopped worker", partial(hung, how="stop"), 1),
     ("W&B unreachable", wandb_away, 1),
 ]

@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 300.0  # in which ranks end by themselves, on a busy machine 
 # After a rank was killed, the others are ended after so long, as torchrun does at once: a rank that begins to
 # look for a killed one waits for it for half an hour.
 AGENT_SECONDS = 60.0
+WATCHER_SECONDS = 20.0  # in which a rank's watcher ends after its rank, on a busy machine too
 TINY = {
     "batch__tokens": 128,
     "schedule__tokens": 128 * NUM_STEPS,
@@ -117,7 +118,7 @@ def start(
             _run(place, (specs or {}).get(rank), variables, logs / str(rank), place.keys(**more), command)
         pids.append(pid)
     codes, late, sockets = _wait(pids, meddle, port=port)
-    left = [] if command else _sessions(pids)  # who gives a command sees to what it has started
+    left = [] if command else _left(pids)  # who gives a command sees to what it has started
     leftovers = [*(sockets if on_loopback else ()), *(f"process {pid}: {name}" for pid, name in left)]
     for pid, _ in left:
         os.kill(pid, signal.SIGKILL)
@@ -196,6 +197,14 @@ def _wait(
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[pid] for pid in pids], late, sorted(sockets)
+
+
+def _left(pids: list[int]) -> list[tuple[int, str]]:
+    """`_sessions`, once a rank's watcher has had the time to see that its rank is gone."""
+    until = time.monotonic() + WATCHER_SECONDS
+    while (left := _sessions(pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left
 
 
 def _sessions(pids: list[int]) -> list[tuple[int, str]]:

@@ -24,7 +24,7 @@ from cluster import cli
 from cluster.measure import benchmark
 from training.run.context import Context
 from training.run.state.writer import Writer, save
-from training.run.watch import _is_finite
+from training.run.watch import is_finite
 
 WHAT = "checkpoint_stall"
 AIM = 0.05
@@ -68,7 +68,7 @@ def measure(folder: Path, *, megabytes: int, num_rounds: int) -> dict[str, Any]:
         for number in range(num_rounds + 1):
             checkpoints = Path(place, str(number), "checkpoints")
             began = time.monotonic()
-            assert all(_is_finite(tensor) for *_, named in shards for tensor in named.values())
+            assert all(is_finite(tensor) for *_, named in shards for tensor in named.values())
             finite = time.monotonic() - began
             began = time.monotonic()
             background.begin(checkpoints / "step-0000001", shards=shards, state={"step": 1})

@@ -224,6 +224,7 @@ REFUSED = {
     "precision": ["fp16", "BF16"],
     "load": ["gpt2", "'hf:'"],
     "run.name": ["a/b", "..", ".hidden", "''", "a b", "-x", "é"],
+    "checkpoint.upload": ["backup", "/mnt/backup", "s3://name:secret@bucket"],
     "run.seed": ["-1", str(2**63)],
     "data.source": ["''"],
     "data.sources": ["[x]", "[a=]", "[a=x@b]", "[a=x@0]", "[a=x@-1]", "[a b=x]", "[a=x,a=y]", "[a=x@nan]"],

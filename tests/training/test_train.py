@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -211,18 +212,34 @@ def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
     )
     run = folder / "outputs" / "ray"
     with_own_session = {"RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}
+    soon = {"RAY_metrics_report_interval_ms": "500"}
 
     def told(kind: str, *, after: str = "started") -> list[str]:
         found = [(event["kind"], event["text"]) for event in events.read(run)]
         begin = next((place for place, event in enumerate(found) if event[0] == after), len(found))
         return [text for each, text in found[begin:] if each == kind]
 
+    def figures() -> dict[str, str]:
+        """What Ray's endpoint gives of the run: gauge and its own labels -> value."""
+        [file] = Path(with_own_session["RAY_TMPDIR"]).glob("ray-*/r/session_latest/metrics_export_port_*")
+        with urllib.request.urlopen(f"http://127.0.0.1:{file.read_text()}/metrics") as answer:
+            lines = answer.read().decode()
+        found = re.findall(
+            r'^ray_(asuncion_\w+)\{.*?((?:rank="\d+",)?run="ray")\} (\S+)', lines, re.MULTILINE
+        )
+        return {f"{name}{{{labels}}}": value for name, labels, value in found}
+
     def lose_a_worker() -> None:
+        names = ("step", "tokens", "loss", "tokens_per_second", "data_wait_seconds", "checkpoint_age_seconds")
+        ages = [f'asuncion_heartbeat_age_seconds{{rank="{rank}",run="ray"}}' for rank in (0, 1)]
+        expected = {*(f'asuncion_{name}{{run="ray"}}' for name in names), *ages}
+        step = 'asuncion_step{run="ray"}'
+        wait_until(lambda: expected <= set(found := figures()) and float(found[step]) >= 8, told=figures)
         wait_until(lambda: told("no_progress", after="checkpoint"), told=lambda: events.read(run))
         os.kill(train_workers(with_own_session["RAY_TMPDIR"])[0], signal.SIGKILL)
         wait_until(lambda: told("no_progress", after="restarted"), told=lambda: events.read(run))
 
-    seen = kill_at(8, run, "training.launch", *keys, before=lose_a_worker, **with_own_session)
+    seen = kill_at(8, run, "training.launch", *keys, before=lose_a_worker, **soon, **with_own_session)
     assert max(losses(run)) >= seen
     assert "seen from the launcher" in told("no_progress")[-1]
     assert "Ray started the workers again: 2 workers" in told("restarted")[0]

@@ -88,19 +88,23 @@ def newest_sound(root: Path, *, report: Callable[[str], None]) -> Path | None:
     return None
 
 
+def kept(steps: list[int], *, keep: int, keep_every_steps: int) -> set[int]:
+    """Of the steps of complete checkpoints, ascending: the newest `keep`, and every `keep_every_steps`-th."""
+    for_ever = {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
+    return for_ever | set(steps[-keep:])
+
+
 def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
     """Delete the complete checkpoints that are not kept, and half-written ones older than the kept.
 
-    Kept are the newest `keep`, and those of every `keep_every_steps`-th step (0: none). One that is marked
-    DAMAGED is none of the newest.
+    `kept` says which. One that is marked DAMAGED is none of the newest.
     """
     sound = [path for path in complete_checkpoints(root) if not (path / DAMAGED).exists()]
     if len(sound) < keep:
         return
-    oldest_kept = sound[-keep]
+    retained = kept(list(map(step_of, sound)), keep=keep, keep_every_steps=keep_every_steps)
     for path in root.glob("step-*"):
-        for_ever = path in sound and keep_every_steps and step_of(path) % keep_every_steps == 0
-        if path < oldest_kept and not for_ever:
+        if path < sound[-keep] and step_of(path) not in retained:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted
             shutil.rmtree(path)
 

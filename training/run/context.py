@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Context:
     world_size: int
     device: torch.device
     launcher: str
+
+    @property
+    def start(self) -> str:
+        """The same on all ranks of one start, another in the next. Any rank may be the first to ask."""
+        return start_of(_store())
 
     @property
     def is_main(self) -> bool:
@@ -151,6 +157,12 @@ class Ranks:
         if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
             self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
+
+
+def start_of(store: dist.Store) -> str:
+    """A name that all processes of a store agree on, of one start of them."""
+    key = f"asuncion/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return store.compare_set(key, "", uuid.uuid4().hex).decode()
 
 
 class Stop:

@@ -5,7 +5,6 @@ resumes from the newest complete one (`training.run.start`).
 """
 
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cluster import files
+from cluster.heart.hang import CHECKPOINT, EVALUATION, Heartbeat
 from cluster.preflight.verdict import measured_tflops
-from cluster.record.heartbeat import Heartbeat
 from optim import groups
 from optim.geometry import parse_norm
 from optim.schedule import lr_factor
@@ -52,7 +51,6 @@ from training.run.watch import (
     report_end,
     report_failure,
     report_first_step,
-    report_hang,
     report_stop,
     report_workers,
 )
@@ -67,6 +65,7 @@ def train(
     *,
     command: list[str],
     context: Context,
+    heart: Heartbeat,
     observe: Observe,
     asked_to_stop: Callable[[], bool],
     startup: Startup | None = None,
@@ -76,18 +75,14 @@ def train(
     Args:
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
+        heart: that beats.
         observe: called on rank 0 with every row of `metrics.jsonl`.
         startup: what the start has taken until now; the first step completes and reports it.
     """
     config = start.config
-    final = context.launcher != "ray" or config.workers.max_failures == 0
-    heart = Heartbeat(
-        config.run_directory, rank=context.rank, world_size=context.world_size,
-        start=context.gather(uuid.uuid4().hex)[0], hang_seconds=config.workers.hang_seconds,
-        fail=partial(report_hang, config, final=final),
-    )  # fmt: skip
-    failures = partial(report_failure, config, rank=context.rank, where=lambda: heart.place, final=final)
-    with failures(), heart:
+    final, where = heart.final, lambda: heart.place
+    failures = partial(report_failure, config, rank=context.rank, where=where, final=final)
+    with failures():
         startup = startup or Startup()
         trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
         kernel = attention_kernel(config, device=context.device)
@@ -161,10 +156,12 @@ class Trainer:
             optimizer=self.optimizer,
             dataset=start.validation_set,
             context=context,
+            on_batch=partial(self.heart.mark, EVALUATION),
         )
         self.step = 0  # optimizer steps taken, skipped ones included
         self.skips = Skips(config, num_steps=plan.num_steps)
         self.writer = Writer(context)
+        self.heart.written = self.writer.moved
         self.resumed_from: int | None = None
         self.wall_seconds = 0.0  # of the loop, in earlier starts
         if saved is not None:
@@ -244,7 +241,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """`Validation.losses`."""
-        with self.spent.part("evaluation"):
+        with self.spent.part(EVALUATION):
             return self.validation.losses()
 
     def sample(self) -> dict[str, str]:
@@ -261,7 +258,7 @@ class Trainer:
         """
         path = checkpoint.step_directory(self.config.run_directory / "checkpoints", self.step)
         waits = waits or not self.config.checkpoint.background
-        with self.spent.part("checkpoint"):
+        with self.spent.part(CHECKPOINT):
             self.writer.begin(
                 path, shards=self.optimizer.shards(), then=partial(self._saved, path, output), copy=not waits,
                 state={
@@ -301,7 +298,7 @@ class Trainer:
         """
         if not self.rewinds.wanted(output.spiked):
             return False
-        self.heart.mark("checkpoint")
+        self.heart.mark(CHECKPOINT)
         self.writer.wait()
         if (path := self.rewinds.go_back(self.step)) is None:
             return False
@@ -343,7 +340,7 @@ def _run(trainer: Trainer, output: Output) -> dict[str, Any] | None:
         )
         stopping = trainer.stop.due(failed=trainer.writer.failed) and not last
         if stopping:
-            trainer.heart.mark("checkpoint")
+            trainer.heart.mark(CHECKPOINT)
             trainer.writer.wait()  # raises, if that is why
         saving = saving or stopping
         probing = _due(trainer.step, config.optim.noise.measure_every_steps)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.heart.hang import Heartbeat
 from cluster.measure import hardware
-from cluster.record.heartbeat import Heartbeat
 from training.run.context import Context
 
 

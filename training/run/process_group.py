@@ -5,9 +5,11 @@ them, and every worker another 500 modules, before the first step.
 """
 
 import os
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +18,9 @@ from ray.train import get_context
 from ray.train.backend import Backend, BackendConfig
 
 from cluster.preflight.inspection import free_place
+from cluster.record.heartbeat import FORMING
+from training.config import WorkersConfig
+from training.run.workers import heartbeat
 
 TIMEOUT = timedelta(minutes=30)  # of a collective
 LEAVE_SECONDS = 30.0  # in which the workers leave the group at the end
@@ -23,9 +28,11 @@ LEAVE_SECONDS = 30.0  # in which the workers leave the group at the end
 
 @dataclass
 class GroupConfig(BackendConfig):
-    """backend: "gloo" or "nccl"."""
+    """backend: "gloo" or "nccl"; directory: of the run, for the heartbeats."""
 
     backend: str
+    directory: Path
+    workers: WorkersConfig
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -39,7 +46,7 @@ class _Group(Backend):
         """Make the group on all workers; called in the controller."""
         address, port = worker_group.execute_single(0, free_place)
         settings = {"address": address, "port": port, "backend": backend_config.backend}
-        ray.get(worker_group.execute_async(_meet, settings))
+        ray.get(worker_group.execute_async(_meet, settings, backend_config, uuid.uuid4().hex))
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the group. A worker that cannot is ended by Ray all the same."""
@@ -47,10 +54,8 @@ class _Group(Backend):
             ray.get(worker_group.execute_async(_leave), timeout=LEAVE_SECONDS)
 
 
-def _meet(settings: dict[str, Any]) -> None:
-    """`meet` on a worker, with the variables that torchrun sets too."""
-    from cluster.machine.rendezvous import meet
-
+def _meet(settings: dict[str, Any], config: GroupConfig, start: str) -> None:
+    """`meet` on a worker, with the variables that torchrun sets too. start: the same for all of them."""
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     os.environ |= {
@@ -60,7 +65,12 @@ def _meet(settings: dict[str, Any]) -> None:
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
         "NODE_RANK": str(context.get_node_rank()),
     }
-    meet(**settings, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    about = {"rank": rank, "world_size": world_size, "start": start}
+    with heartbeat(config.directory, config.workers, launcher="ray", **about) as heart:
+        heart.mark(FORMING)
+        from cluster.machine.rendezvous import meet
+
+        meet(**settings, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
 def _leave() -> None:

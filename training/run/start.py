@@ -28,6 +28,7 @@ from training.data.prepare import prepare
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
+from training.run.state.remote import restore
 from training.run.state.seam import describe_seam
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     newest = newest_sound(config.run_directory / "checkpoints", report=damaged.append)
     for line in damaged:
         report(line)
+    newest = restore(config, newest=newest, report=report)
     saved = Checkpoint(newest) if newest else None
     _tidy(config)
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():

@@ -1,5 +1,6 @@
 """What the model does with text that it was not trained on: losses on held-out sequences, and samples."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ class Validation:
         optimizer: ZeroOptimizer,
         dataset: TokenDataset,
         context: Context,
+        on_batch: Callable[[], None],
     ) -> None:
         self._config = config
         self._engine = engine
         self._optimizer = optimizer
         self._dataset = dataset
         self._tokenizer = Tokenizer.from_file(str(dataset.directory / dataset.manifest.tokenizer_file))
-        self._context = context
+        self._context, self._on_batch = context, on_batch
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
@@ -77,6 +79,7 @@ class Validation:
             world_size=context.world_size,
             micro_sequences=self._config.batch.micro_sequences,
         ):
+            self._on_batch()
             batch = torch.from_numpy(tokens).to(context.device)
             real = torch.from_numpy(weights).to(context.device)
             # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.

@@ -54,7 +54,7 @@ class ShowRows:
         self._progress.update(row)
 
 
-class _Background:
+class Background:
     """`run` in a thread for the length of a `with` block; it returns once `stop` is set."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Background:
         self._thread.join()
 
 
-class RunWatch(_Background):
+class RunWatch(Background):
     """Raises the alarms that the loop cannot raise itself (`cluster.record.alarms`), and shows all alarms.
 
     Args:
@@ -126,7 +126,7 @@ class RunWatch(_Background):
                 self._note(events.describe(event))
 
 
-class NodeWatch(_Background):
+class NodeWatch(Background):
     """Reports which nodes are lost or have joined while a run is going, and what the run does about it."""
 
     POLL_SECONDS = 2.0
@@ -161,7 +161,7 @@ class NodeWatch(_Background):
         return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-class Follower(_Background):
+class Follower(Background):
     """Shows the rows of `metrics.jsonl` while the workers write it, from the step after `first_step` on.
 
     When Ray restarts the workers, the record goes back to their checkpoint; this reports it and follows.
@@ -221,14 +221,6 @@ def report_failure(
         if known:
             raise known from error
         raise
-
-
-def report_hang(config: TrainConfig, text: str, *, final: bool) -> None:
-    """Append the events that a worker hangs. One process reports it."""
-    since = (*events.STARTS, *events.WORKERS)
-    step = Run(config.run_directory).last_step
-    events.append_first(config.run_directory, "hung", text, among=("hung",), since=since, step=step)
-    _report_end_of_worker(config, text, final=final)
 
 
 def _report_end_of_worker(config: TrainConfig, text: str, *, final: bool) -> None:
@@ -384,7 +376,7 @@ class Skips:
         """
         problem = None
         tensors = (tensor for *_, named in optimizer.shards() for tensor in named.values())
-        if not all(context.gather(all(map(_is_finite, tensors)))):
+        if not all(context.gather(all(map(is_finite, tensors)))):
             problem = "weights or optimizer state are not finite"
         elif final is None and self.in_a_row:  # it may be about to diverge
             problem = f"the gradient was not finite in the last {self.in_a_row} steps"
@@ -398,6 +390,6 @@ class Skips:
         return problem is None
 
 
-def _is_finite(tensor: "Tensor") -> bool:
+def is_finite(tensor: "Tensor") -> bool:
     """Whether all elements are. A sum takes less time; it may overflow, but it misses nothing."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

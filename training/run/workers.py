@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import files
 from cluster.cli import RunError, UserError
+from cluster.heart.hang import Heartbeat
 from cluster.masking import mask
 from cluster.record import events
 from cluster.record.provenance import commit_environment
@@ -17,6 +18,7 @@ from training.config import TrainConfig, WorkersConfig
 if TYPE_CHECKING:
     from training.run.context import Ranks
 
+TOLD = ("hung", "out_of_memory")  # events that say more than the worker's own end
 # Callbacks of Ray Train 2.60 that start a process each, which imports 1 to 2 CPU seconds beside the workers.
 # One would free the workers' resources if only the controller died, but then the run ends, and with it all
 # that is Ray's; the other serves Ray Data, which no worker reads.
@@ -56,6 +58,8 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    group = GroupConfig(backend="nccl" if workers.gpu else "gloo", directory=directory, workers=workers)
+
     class Trainer(DataParallelTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Nothing: Ray's own ends the process with 1 and without a word. The caller has one."""
@@ -74,7 +78,7 @@ def run(
             resources_per_worker=_each(workers),
             accelerator_type=workers.accelerator,
         ),
-        backend_config=GroupConfig(backend="nccl" if workers.gpu else "gloo"),
+        backend_config=group,
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(directory),
@@ -87,6 +91,16 @@ def run(
         raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
         raise KeyboardInterrupt from error
+
+
+def heartbeat(
+    directory: Path, workers: WorkersConfig, *, launcher: str, rank: int, world_size: int, start: str
+) -> Heartbeat:
+    """The heartbeat of a rank. start: see `cluster.record.heartbeat.Beat`."""
+    return Heartbeat(
+        directory, rank=rank, world_size=world_size, start=start, hang_seconds=workers.hang_seconds,
+        final=launcher != "ray" or workers.max_failures == 0,
+    )  # fmt: skip
 
 
 def torch_ranks(workers: WorkersConfig) -> "Ranks":
@@ -124,17 +138,18 @@ def _each(workers: WorkersConfig) -> dict[str, float]:
 def _reason(error: Any, directory: Path) -> str:
     """Why the workers ended; the whole story goes into `directory`/failure.log.
 
-    That is the sentence about a hang, or the message of the first worker that failed by itself, and not
-    because another one was gone. Secrets are masked in both. Only the owner reads the log: an exception may
-    say what no mask recognises.
+    That is the sentence about a hang or a kill for memory, or the message of the first worker that failed by
+    itself, and not because another one was gone. Secrets are masked in both. Only the owner reads the log: an
+    exception may say what no mask recognises.
     """
     failures = getattr(error, "worker_failures", {})
     causes = [failures[rank] for rank in sorted(failures)] or [error]
     story = mask("\n".join(f"--- {cause!r}\n{cause}" for cause in causes))
     files.write_text(directory / "failure.log", f"{story}\n", mode=0o600)
     found = events.read(directory)
-    if events.newest(found, ("hung", *events.STARTS, *events.WORKERS)) == "hung":
-        return str(next(event["text"] for event in reversed(found) if event["kind"] == "hung"))
+    newest = events.newest(found, (*TOLD, *events.STARTS, *events.WORKERS))
+    if newest in TOLD:
+        return str(next(event["text"] for event in reversed(found) if event["kind"] == newest))
     causes.sort(key=lambda cause: LOST in str(cause) or "ActorDiedError" in repr(cause))
     lines = [line.strip() for line in mask(str(causes[0])).splitlines() if line.strip()]
     return lines[-1] if lines else mask(repr(causes[0]))

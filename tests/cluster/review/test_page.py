@@ -63,9 +63,13 @@ def test_an_event_is_marked_on_the_curves_and_says_how_the_loss_moved(tmp_path):
     events.append(directory, "resumed", "the run continues from step 8", step=8)
     text = read(directory).text
     assert "the loss rose far above its recent values 4 → 9 1 → 1" in text
+    first = text.index("Step 6: the loss rose far above its recent values")
+    assert first < text.index("Curves"), "a reader need not look for it"
     assert "1 routine event " in text
     charts = (directory / "report.html").read_text().rpartition("<script")[0]
-    assert charts.count("the loss rose far above its recent values") >= 6, "in the table and on every chart"
+    assert charts.count("the loss rose far above its recent values") >= 7, (
+        "on top, in the table, on every chart"
+    )
 
 
 @pytest.mark.parametrize("events_there", [False, True])

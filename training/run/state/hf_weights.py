@@ -1,5 +1,6 @@
 """Weights to start a run from: `load=hf:DIR`, a Hugging Face LLaMA directory (continued pretraining)."""
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,7 @@ def require_same_tokens(directory: Path, data: TokenDataset) -> str | None:
     return None
 
 
+@functools.cache  # the record opens again after a rewind
 def origin_of(directory: Path) -> origins.Origin:
     """The origin of the weights. Of a directory that is no export of ours, all of them are hashed."""
     made = origins.of_model(directory)

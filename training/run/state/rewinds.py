@@ -8,14 +8,16 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import files
 from cluster.record import events
 from cluster.runs import COMPLETE, complete_checkpoints
 from training.config import TrainConfig
 from training.run.checkpoint import Checkpoint, DamagedError, step_of
-from training.run.context import Context
+
+if TYPE_CHECKING:
+    from training.run.context import Context
 
 FILE = "rewinds.json"
 
@@ -35,7 +37,7 @@ class Rewinds:
         saved: the checkpoint that the run continues from. Without one it has none, and FILE is removed.
     """
 
-    def __init__(self, config: TrainConfig, context: Context, saved: Checkpoint | None) -> None:
+    def __init__(self, config: TrainConfig, context: "Context", saved: Checkpoint | None) -> None:
         self._directory, self._context = config.run_directory, context
         self._most, self._line_steps = config.checkpoint.max_rewinds, config.record.every_steps
         found: list[dict[str, int]] = []

@@ -5,9 +5,8 @@ hashes its shard; then rank 0 writes `state.json`, and `COMPLETE` last. The thre
 process group. A collective of theirs could meet one of the training's.
 """
 
+import errno
 import math
-import os
-import re
 import shutil
 import threading
 import time
@@ -18,8 +17,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster import files
@@ -27,12 +24,14 @@ from cluster.record import origins
 from cluster.runs import COMPLETE
 from training.run.checkpoint import FORMAT_VERSION, STATE, CheckpointError
 from training.run.context import Context
+from training.run.state import shard
 
 T = TypeVar("T")
 Shards = Iterable[tuple[str, int, Mapping[str, Tensor]]]  # as `ZeroOptimizer.shards` gives them
 POSTED = "checkpoint"  # in the store, of each rank: its newest shard
 POLL_SECONDS = 0.05
 LEAVE_SECONDS = 30.0  # after an error of the training, for a write that has begun
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Writer:
@@ -47,6 +46,10 @@ class Writer:
     def failed(self) -> bool:
         """Whether the write in flight failed on this rank. `wait` raises what went wrong, on every rank."""
         return self._write is not None and self._write.problem is not None
+
+    def moved(self) -> int | None:
+        """Of the write in flight on this rank: a number that grows while it moves; None: nothing to do."""
+        return self._write.moved if self._write is not None else None
 
     def begin(
         self,
@@ -137,6 +140,7 @@ class _Write(threading.Thread):
     Attributes:
         shard: file name, and what `state.json` says of it; once `shard_done` is set.
         problem: why this rank could not write; on rank 0 also why another could not.
+        moved: bytes and files on the disk; None while there is nothing to do but to wait for other ranks.
         all_shards: of every rank, set from outside; empty: a rank failed.
         gives_up_at: by the monotonic clock; from then on rank 0 does not wait for the others.
     """
@@ -155,6 +159,7 @@ class _Write(threading.Thread):
         self.path = path
         self.shard: tuple[str, dict[str, Any]] | None = None
         self.problem: str | None = None
+        self.moved: int | None = 0
         self.shard_done = threading.Event()
         self.all_shards: dict[str, dict[str, Any]] | None = None
         self.gives_up_at = math.inf
@@ -164,41 +169,42 @@ class _Write(threading.Thread):
     def run(self) -> None:
         try:
             self._attempt(self._write_shard)
+            written, self.moved = self.moved, None
             if not self._context.is_main:
                 self._context.post(POSTED, [self._token, self.problem, self.shard])
             self.shard_done.set()
             if self._context.is_main and self.problem is None and (shards := self._shards_of_all()):
+                self.moved = written
                 self._attempt(lambda: self._write_marks(shards))
                 if self.problem is None:
                     self._then()
-        except Exception as error:  # reaches the training in `Writer.wait`
+        except Exception as error:  # of a lost store, or of `then`
             self.problem = f"{self.path}: {type(error).__name__}: {error}"
         finally:
+            self.moved = None
             self.shard_done.set()
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write()
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error)
-            if isinstance(error, OSError):
-                reason = error.strerror or reason
-            elif system := re.search(r"I/O error: (.*) \(os error", reason):  # safetensors' wrapping of errno
-                reason = system[1]
+        except OSError as error:
+            remedy = "free space there" if error.errno in NO_SPACE else "make it writable"
             self.problem = (
-                f"{self.path}: cannot be written ({reason}); free space there, then run the same command "
-                "again"
+                f"{self.path}: cannot be written ({error.strerror or error}); {remedy}, then run the same "
+                "command again"
             )
+        except Exception as error:  # reaches the training, on every rank, in `Writer.wait`
+            self.problem = f"{self.path}: {type(error).__name__}: {error}"
 
     def _write_shard(self) -> None:
         context = self._context
         file = self.path / f"rank-{context.rank:05d}-of-{context.world_size:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, file)
-        files.set_mode_of_folder(file)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        self.shard = (file.name, {"bytes": file.stat().st_size, "sha256": files.sha256_of(file)})
+        sha256 = shard.write(file, self._tensors, moved=self._count)
+        self.shard = (file.name, {"bytes": file.stat().st_size, "sha256": sha256})
+
+    def _count(self, num_bytes: int) -> None:
+        self.moved = (self.moved or 0) + num_bytes
 
     def _shards_of_all(self) -> dict[str, dict[str, Any]]:
         """What every rank wrote. Empty if one could not (`problem`), or if this one gives up."""

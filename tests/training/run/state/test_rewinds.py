@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster import files
+from cluster.heart.hang import Heartbeat
 from cluster.record import events
 from cluster.record.record import read_metrics
 from cluster.runs import complete_checkpoints
@@ -64,10 +65,11 @@ def both(context: Context, folder: Path, data: Path) -> None:
             newest = context.gather(newest_of(config, report=print))[0]
             start = Start.of(config, make_plan(config), data, checkpoint=newest)
             Trainer.take_step = poisoned(take_step, steps=steps)  # type: ignore[method-assign]
-            with suppress(Interrupted):
+            with suppress(Interrupted), Heartbeat(config.run_directory, rank=context.rank) as heart:
                 train(
-                    start, command=[], context=context, observe=lambda row: None, asked_to_stop=lambda: False
-                )
+                    start, command=[], context=context, heart=heart, observe=lambda row: None,
+                    asked_to_stop=lambda: False,
+                )  # fmt: skip
             context.gather(None)
 
 
