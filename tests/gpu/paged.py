@@ -89,7 +89,8 @@ def _report(run: Run, case: str, dtype: torch.dtype, error: float, steps_that_di
 
 
 def _tiles(run: Run, spans: list[tuple[int, int, int, int]], dtype: torch.dtype) -> torch.Tensor:
-    rows = attention.prefill_rows(run.device, dtype)
+    num_rows = sum(stop - start for _, start, stop, _ in spans)
+    rows = attention.prefill_rows(run.device, dtype, num_rows=num_rows, num_heads=run.shape.num_heads)
     return torch.tensor(attention.prefill_tiles(spans, rows=rows), dtype=torch.int32, device=run.device)
 
 

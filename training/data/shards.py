@@ -169,17 +169,20 @@ class ShardWriter:
         The threads encode without Python's lock; meanwhile this one reads and writes.
         """
         threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-        with _library_without_threads(), ThreadPoolExecutor(threads) as pool:
-            pending, pending_bytes = deque[Any](), 0
-            for batch in _batches(self._after_the_written(divided)):
-                num_bytes = sum(document.num_bytes for _, document in batch)
-                while pending and pending_bytes + num_bytes > PENDING_BYTES:
-                    pending_bytes -= pending[0][0]
+        pool, pending, pending_bytes = ThreadPoolExecutor(threads), deque[Any](), 0
+        with _library_without_threads():
+            try:
+                for batch in _batches(self._after_the_written(divided)):
+                    num_bytes = sum(document.num_bytes for _, document in batch)
+                    while pending and pending_bytes + num_bytes > PENDING_BYTES:
+                        pending_bytes -= pending[0][0]
+                        yield self._append(*pending.popleft()[1:])
+                    pending.append((num_bytes, position.num_bytes, batch, pool.submit(self._encode, batch)))
+                    pending_bytes += num_bytes
+                while pending:
                     yield self._append(*pending.popleft()[1:])
-                pending.append((num_bytes, position.num_bytes, batch, pool.submit(self._encode, batch)))
-                pending_bytes += num_bytes
-            while pending:
-                yield self._append(*pending.popleft()[1:])
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _after_the_written(self, divided: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
         """The documents that earlier calls did not write. Those too are in `text_sha256`."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from cluster.machine import triton_calls
 from cluster.machine.triton_calls import INTERPRETED, Call
 from serving.engine.decoder import power_of_two
-from serving.engine.gpu.attention_kernels import decode_kernel, described_prefill_kernel, prefill_kernel
+from serving.engine.gpu.attention_kernels import decode_kernel, prefill_kernel
 from serving.engine.scheduler import BLOCK_TOKENS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,6 @@ class Tile:
     warps: int
     stages: int
     queries: int = 1
-    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,26 +53,35 @@ class Tiles:
         single: decoding with G = 1.
         grouped: decoding with G queries of a page in one product.
         prefill: spans of a prompt.
+        large: the same in steps with at least `programs` such tiles of all heads. It reads keys and values
+            half as often, which the L2 cache limits.
     """
 
     programs: int
     single: Tile
     grouped: Tile
     prefill: Tile
+    large: Tile | None = None
 
 
 TILES = {  # in half precision
     # A40: 84 multiprocessors, 101,376 bytes of shared memory each: two programs fit. Not measured.
     (8, 6): Tiles(84 * 3, Tile(64, 4, 2), Tile(64, 4, 2), Tile(32, 4, 2, queries=64)),
     # H100, H200: 132 multiprocessors, 232,448 bytes. Chosen among 7 tiles and 4 numbers of programs, measured
-    # on an H200 with contexts of 512 and 2000 and 1 to 32 requests, equal and mixed.
-    (9, 0): Tiles(384, Tile(64, 4, 2), Tile(128, 4, 2), Tile(64, 4, 3, queries=64)),
+    # on an H200 with contexts of 512 and 2000 and 1 to 32 requests, equal and mixed. Prefilling with 16 heads
+    # on an H100, `large` takes 190 us for 4 x 2048 tokens, 44 for 8 x 512 and 69 for 1 x 2000; `prefill` 218,
+    # 52 and 57. Loads through tensor descriptors are no faster. cuDNN takes 144 us for 4 x 2048, but 45 ms
+    # more for each length that it has not seen.
+    (9, 0): Tiles(
+        384, Tile(64, 4, 2), Tile(128, 4, 2), Tile(64, 4, 3, queries=64), large=Tile(32, 8, 3, queries=128)
+    ),
 }
 # Products of fp32 use no tensor cores. Larger tiles of it spill.
 FP32_TILES: dict[str, Any] = {
     "single": Tile(32, 8, 2),
     "grouped": Tile(32, 8, 2),
     "prefill": Tile(16, 8, 2, queries=32),
+    "large": None,
 }
 
 
@@ -230,9 +238,15 @@ def decode_call(
 # --- spans of a prompt --------------------------------------------------------------------------------------
 
 
-def prefill_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Queries of a tile of `prefill_attention` there."""
-    return _tiles(_capability(device), dtype).prefill.queries
+def prefill_rows(device: torch.device, dtype: torch.dtype, *, num_rows: int, num_heads: int) -> int:
+    """Queries of a tile of `prefill_attention` there, in a step of `num_rows`."""
+    return _prefill_tile(_tiles(_capability(device), dtype), num_rows, num_heads).queries
+
+
+def _prefill_tile(tiles: Tiles, num_rows: int, num_heads: int) -> Tile:
+    large = tiles.large
+    is_large = large and math.ceil(num_rows / large.queries) * num_heads >= tiles.programs
+    return large if large and is_large else tiles.prefill
 
 
 def prefill_tiles(spans: Iterable[tuple[int, int, int, int]], *, rows: int) -> list[list[int]]:
@@ -260,7 +274,7 @@ def prefill_attention(q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, o
         q, out: [M, H, C], C contiguous. Rows of `out` that no tile names are left as they are.
         cache: as in `decode_attention`; holds the keys and values of the queries' tokens already.
         blocks: [R, N] int32, a row for each span.
-        tiles: [T, 4] int32, `prefill_tiles` with the `prefill_rows` of this device; zeros do nothing.
+        tiles: [T, 4] int32, `prefill_tiles` with the `prefill_rows` of M and H; zeros do nothing.
 
     Raises:
         ValueError: shapes, strides or dtypes do not fit together.
@@ -275,24 +289,7 @@ def prefill_call(
     """The launch of `prefill_attention`, for this device or another GPU's `capability`."""
     _check(q, cache, out, blocks=blocks, tiles=tiles)
     _require(tiles.shape[1:] == (4,) and tiles.is_contiguous(), "tiles must be [T, 4], contiguous")
-    tile = _tiles(capability or _capability(q.device), q.dtype).prefill
-    if tile.described:
-        return _described_call(q, cache, blocks, tiles, out, tile)
+    tile = _prefill_tile(_tiles(capability or _capability(q.device), q.dtype), *q.shape[:2])
     arguments = _layout(q, cache, blocks, out) | {"tiles": tiles}
     arguments |= {"QUERIES": tile.queries, "KEYS": tile.keys}
     return Call(prefill_kernel, (q.shape[1], len(tiles)), arguments, tile.warps, tile.stages)
-
-
-def _described_call(
-    q: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, out: Tensor, tile: Tile
-) -> Call:  # fmt: skip
-    """Through a tensor descriptor (TMA): no thread computes addresses of keys and values."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    _, num_blocks, groups, page, head_dim = cache.shape
-    given = _layout(q, cache, blocks, out) | {"tiles": tiles}
-    del given["cache"], given["cache_values"], given["cache_block"]
-    given["pages"] = TensorDescriptor.from_tensor(cache.view(-1, head_dim), [page, head_dim])
-    given |= {"values_row": num_blocks * groups * page, "GROUPS": groups, "QUERIES": tile.queries}
-    grid = (q.shape[1], len(tiles))
-    return Call(described_prefill_kernel, grid, given, tile.warps, tile.stages)

@@ -14,7 +14,6 @@ from serving.engine.gpu.project import ADD, LOGITS, ROPE, SILU, STORE, project, 
 from serving.engine.scheduler import BLOCK_TOKENS
 from training.model.llama import Layer, Linear, Llama, rotary
 
-ADDS_IN_PRODUCT = False  # of `many`: cuBLAS adds the residual, and `add_norm` moves half as many bytes
 Attend = Callable[[int, Tensor, Tensor], None]  # of a layer: queries [M, H, C] -> mixed values, written
 
 
@@ -104,35 +103,33 @@ class Stack:
 
     def many(
         self, x: Tensor, lengths: Tensor, blocks: Tensor, table_rows: Tensor | None, attend: Attend
-    ) -> Tensor | None:
-        """All layers over x [M, D], in place, but for what is returned: the end is x + that."""
+    ) -> Tensor:
+        """All layers over x [M, D], in place but for the last product: the end is x + what is returned.
+
+        If cuBLAS adds the residuals, `add_norm` moves half as many bytes, but the step is slower: on an H100
+        4 x 2048 tokens took 42.2 ms instead of 41.5, and a step that decodes 8 rows 1.99 instead of 1.86.
+        """
         shape, pdl = self.shape, self.pdl
         heads_of = self._heads(lengths, blocks, table_rows)
         normed, mixed = torch.empty_like(x), x.new_empty(len(x), shape.num_heads, shape.head_dim)
         active = x.new_empty(len(x), shape.ffn_size)
-        added: Tensor | None = None
+        added = None
         norm = rotate = silu = None  # as compiled for the layer before
-
-        def add(y: Tensor, weight: Tensor) -> Tensor | None:
-            if not ADDS_IN_PRODUCT:
-                return F.linear(y, weight)
-            x.addmm_(y, weight.T)
-            return None
-
         for index, layer in enumerate(self.layers):
             into_attention = add_norm(x, added, layer.input_norm, normed, eps=shape.norm_eps, pdl=pdl)
-            into_attention.launch(like=norm if index or ADDS_IN_PRODUCT else None)
+            into_attention.launch(like=norm if index else None)
             qkv = F.linear(normed, layer.qkv)
             rotate = rotate_and_store(qkv, heads_of(index), pdl=pdl).launch(like=rotate)
             attend(index, qkv[:, : mixed[0].numel()].view(mixed.shape), mixed)
-            added = add(mixed.flatten(1), layer.out)
+            added = F.linear(mixed.flatten(1), layer.out)
             into_ffn = add_norm(x, added, layer.ffn_norm, normed, eps=shape.norm_eps, pdl=pdl)
             norm = into_ffn.launch(like=norm)
             silu = silu_mul(F.linear(normed, layer.gate_up), active, pdl=pdl).launch(like=silu)
-            added = add(active, layer.down)
+            added = F.linear(active, layer.down)
+        assert added is not None
         return added
 
-    def final_norm(self, x: Tensor, added: Tensor | None) -> Tensor:
+    def final_norm(self, x: Tensor, added: Tensor) -> Tensor:
         normed = torch.empty_like(x)
         if len(x):
             add_norm(x, added, self._norm, normed, eps=self.shape.norm_eps, pdl=self.pdl).launch()

@@ -274,15 +274,16 @@ def test_passes_over_what_does_not_fit_are_an_error():
             native.apply_pass(**{"weight": flat, "update": packed} | wrong, table=table, decay=1, factor=1)
 
 
-def run_with(**environment: str) -> tuple[str, str, float]:
-    """In a process of its own: the tier, why there is no library, and the norm of orthogonalised matrices."""
-    program = (
-        "import torch; from optim import polar; from optim.kernels import native\n"
-        "x = torch.randn(2, 40, 90, generator=torch.Generator().manual_seed(0))\n"
-        "y = polar.orthogonalize(x, method='jordan', dtype=torch.bfloat16)\n"
-        "reason = native.unsupported(torch.device('cpu'), torch.bfloat16)\n"
-        "print(native.tier(), reason, y.float().norm().item(), sep='\\n')"
-    )
+def what_runs() -> tuple[str | None, str | None, float]:
+    """The tier, why there is no library, and the norm of orthogonalised matrices."""
+    x = torch.randn(2, 40, 90, generator=torch.Generator().manual_seed(0))
+    y = polar.orthogonalize(x, method="jordan", dtype=torch.bfloat16)
+    return native.tier(), native.unsupported(CPU, torch.bfloat16), y.float().norm().item()
+
+
+def what_runs_with(**environment: str) -> tuple[str, str, float]:
+    """The same in a process of its own: torch reads its variables when it is imported."""
+    program = "from tests.optim.kernels.test_native import what_runs\nprint(*what_runs(), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -295,33 +296,38 @@ def run_with(**environment: str) -> tuple[str, str, float]:
     return tier, reason, float(norm)
 
 
-def test_what_is_missing_is_said_and_torch_does_the_work(tmp_path):
+def test_what_is_missing_is_said_and_torch_does_the_work(tmp_path, monkeypatch):
     """No compiler, one that fails, a folder that cannot be made, the switch, and torch's own for its CPU."""
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
     file = tmp_path / "file"
     file.write_text("")
-    _, _, usual = run_with()
+    _, _, usual = what_runs()
     supported = compiled.lacks("AVX2") is None
-    for environment, reason in (
-        ({"ASUNCION_NATIVE": "0"}, "ASUNCION_NATIVE=0 turned it off"),
-        ({"CXX": "no-such-compiler"}, "no C++ compiler: no-such-compiler is not on the path"),
-        ({"CXX": str(broken)}, "failed: x.cpp:1: error: no such flag"),
-        ({"XDG_CACHE_HOME": str(file)}, "native.cpp cannot be compiled or loaded"),
-        ({"ATEN_CPU_CAPABILITY": "default"}, "torch's CPU capability is DEFAULT, below AVX2"),
+    for name, value, reason in (
+        ("ASUNCION_NATIVE", "0", "ASUNCION_NATIVE=0 turned it off"),
+        ("CXX", "no-such-compiler", "no C++ compiler: no-such-compiler is not on the path"),
+        ("CXX", str(broken), "failed: x.cpp:1: error: no such flag"),
+        ("XDG_CACHE_HOME", str(file), "native.cpp cannot be compiled or loaded"),
     ):
-        _, said, norm = run_with(**environment)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            patch.setattr(compiled, "_load", compiled._load.__wrapped__)  # not what it said before
+            _, said, norm = what_runs()
         assert reason in said or not supported
         assert norm == pytest.approx(usual, rel=0.05)
+    _, said, norm = what_runs_with(ATEN_CPU_CAPABILITY="default")
+    assert "torch's CPU capability is DEFAULT, below AVX2" in said or not supported
+    assert norm == pytest.approx(usual, rel=0.05)
 
 
 def test_the_variables_that_make_torch_do_with_avx2_choose_that_tier():
     if reason := compiled.lacks("AVX2"):
         pytest.skip(reason)
-    tier, _, norm = run_with(**NO_BF16)
+    tier, _, norm = what_runs_with(**NO_BF16)
     assert tier == "AVX2"
-    assert norm == pytest.approx(run_with()[2], rel=0.05)
+    assert norm == pytest.approx(what_runs()[2], rel=0.05)
 
 
 def test_another_kind_of_cpu_is_the_reason(monkeypatch):

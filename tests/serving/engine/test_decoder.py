@@ -128,7 +128,9 @@ BESIDE = [((1, 3, 40, 2, 7), 200), ((1, 3), 20), ((64,), 9), ((), 11)]
 
 
 @in_each_tier
-@pytest.mark.parametrize("sizes", [SHAPES["odd"], SHAPES["tied"]], ids=["odd", "tied"])
+@pytest.mark.parametrize(
+    "sizes", [SHAPES["odd"], {**SHAPES["tied"], "ffn_size": 1100}], ids=["odd", "tied, of several slabs"]
+)
 def test_the_compiled_decoder_s_logits_depend_on_no_other_request_and_no_chunk(sizes):
     """Bit by bit."""
     model = make_model(sizes, torch.bfloat16)

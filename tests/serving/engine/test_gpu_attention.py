@@ -40,9 +40,11 @@ def variants(capability: tuple[int, int]) -> dict[str, attention.Call]:
                 q, cache, empty(size, 64), empty(size), q,
                 scratch=scratch, pdl=capability >= (9, 0), capability=capability,
             )  # fmt: skip
-        calls[f"prefill, {dtype}"] = attention.prefill_call(
-            q, cache, empty(size, 64), empty(size, 4), q, capability=capability
-        )
+        for rows in (32, 4096) if dtype == HALF else (32,):
+            q = empty(rows, num_heads, head_dim, dtype=dtype)
+            calls[f"prefill, {dtype}, {rows}"] = attention.prefill_call(
+                q, cache, empty(size, 64), empty(size, 4), q, capability=capability
+            )
     return calls
 
 
@@ -54,10 +56,10 @@ def test_every_variant_fits_the_gpu_and_copies_asynchronously(capability, tmp_pa
         kernel = compiled(call, capability)
         found[name] = problems(kernel, capability, tmp_path)
         wanted = ["cp.async"]
-        if name == f"prefill, {HALF}":
+        if name.startswith(f"prefill, {HALF}"):
             wanted.append({(8, 6): "mma.sync", (9, 0): "wgmma"}[capability])
         found[name] += [f"no {each}" for each in wanted if each not in kernel.asm["ptx"]]
-    assert len(found) == 5
+    assert len(found) == 6
     assert {name: text for name, text in found.items() if text} == {}
 
 
@@ -173,16 +175,11 @@ def interpreted_decode(num_heads, head_dim, dtype, programs, monkeypatch):
 SPANS = ((0, 70), (33, 100), (64, 96), (40, 41))
 
 
-@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptor"])
 @pytest.mark.parametrize(
     ("num_heads", "head_dim", "dtype"), [(2, 64, SINGLE), (8, 64, HALF), (1, 128, torch.float16)]
 )
-def interpreted_prefill(num_heads, head_dim, dtype, described, monkeypatch):
+def interpreted_prefill(num_heads, head_dim, dtype):
     torch.manual_seed(num_heads + head_dim)
-    tiles = attention.TILES[8, 6]
-    monkeypatch.setitem(
-        attention.TILES, (8, 6), replace(tiles, prefill=replace(tiles.prefill, described=described))
-    )
     stops = [stop for _, stop in SPANS]
     pages = Pages(stops, num_kv_heads=1, head_dim=head_dim, dtype=dtype, device=CPU)
     first, spans = 1, []
@@ -191,7 +188,7 @@ def interpreted_prefill(num_heads, head_dim, dtype, described, monkeypatch):
         first += stop - start
     q = torch.randn(first + 1, num_heads, head_dim).to(dtype)
     out = torch.full_like(q, torch.nan)
-    rows = attention.prefill_rows(q.device, dtype)
+    rows = attention.prefill_rows(q.device, dtype, num_rows=len(q), num_heads=num_heads)
     tiles = torch.tensor(attention.prefill_tiles(spans, rows=rows), dtype=torch.int32)
     attention.prefill_attention(q, pages.cache, pages.blocks, tiles, out)
     for row, start, stop, table in spans:
