@@ -123,6 +123,7 @@ def token_file() -> Path:
 def read_token() -> bytes:
     """Ray's token; empty if there is none. Mends its mode and its folder's. Raises as `make_token` does."""
     place = token_file()
+    told = Path(f"{place} (Ray's)")  # "token: may" would be masked as a secret
     folder = place.parent
     if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
         folder.chmod(0o700)
@@ -133,12 +134,12 @@ def read_token() -> bytes:
         return b""
     except OSError as error:
         if error.errno == errno.ELOOP:
-            _refuse(place, "is a symbolic link; remove it, and a new token is made")
+            _refuse(told, "is a symbolic link; remove it, and a new token is made")
         raise
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(file.fileno())
         if not (is_ours(found) and stat.S_ISREG(found.st_mode)):
-            _refuse(place, "may be the token of another user; remove it, and a new one is made")
+            _refuse(told, "may be the token of another user; remove it, and a new one is made")
         if stat.S_IMODE(found.st_mode) != 0o600:
             os.fchmod(file.fileno(), 0o600)
         return file.read().strip()

@@ -118,6 +118,7 @@ TORCH_FREE = (
     "training.data.dataset",
     "training.evaluate",
     "training.evaluate.report",
+    *("training.run.process_group", "training.run.start", "training.run.watch", "training.run.workers"),
     "training.evaluate.harness",
     "training.bench.command",
     "training.bench.launchers",

@@ -120,7 +120,7 @@ def test_neither_does_attention_within_documents(reason):
         tokens = torch.empty(2, 16, dtype=torch.int64, device=CUDA)
         starts = torch.empty(7, dtype=torch.int32, device=CUDA)
         traffic.counts.clear()
-        assert model(tokens, tokens, starts).requires_grad
+        assert model(tokens, tokens, starts, 9).requires_grad
         assert traffic.counts == {}
 
 

@@ -11,6 +11,7 @@ a process beside it (`cluster.heart.watcher`) sees that. Then the launcher resta
 
 import faulthandler
 import json
+import linecache
 import os
 import platform
 import sys
@@ -288,9 +289,11 @@ def _place(frame: Any) -> tuple[str, bool]:
     while frame is not None:
         code = frame.f_code
         text = f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
-        is_handle = not inside and code.co_name == "wait" and not code.co_filename.endswith("threading.py")
-        inside = inside or text
-        waits = waits or is_handle or code.co_filename.endswith(COLLECTIVES)
+        if not inside:  # a handle's method has a frame of its own only if it is Python
+            line = linecache.getline(code.co_filename, frame.f_lineno)
+            is_handle = code.co_name == "wait" and not code.co_filename.endswith("threading.py")
+            inside, waits = text, is_handle or ".wait(" in line
+        waits = waits or code.co_filename.endswith(COLLECTIVES)
         if not ours and not any(part in code.co_filename for part in ("site-packages", "/lib/python")):
             ours = text
         frame = frame.f_back

@@ -326,7 +326,7 @@ def test_a_full_disk_on_a_worker_is_named_and_the_other_joins(bare):
 
 
 def test_a_worker_whose_scratch_is_another_users_is_named_and_the_other_joins(bare):
-    plant = f"""mkdir -p {SCRATCH}/code/cluster && cd {SCRATCH}
+    plant = f"""mkdir -p {SCRATCH}/code/cluster/head && cd {SCRATCH}
     echo 'touch /tmp/ran' | tee activate code/cluster/head/setup.sh && chown -R 65534 ."""
     assert bare.run("worker1", plant).returncode == 0
     up = bare.up()
@@ -343,7 +343,8 @@ def test_a_worker_whose_token_was_planted_is_named(bare):
     assert bare.run("worker2", f"{plant} && chmod 644 ~/.ray/auth_token").returncode == 0
     up = bare.up()
     assert up.returncode == 1 and "2 of 3 nodes joined" in up.stderr
-    assert f"{ADDRESSES['worker1']}: /root/.ray/auth_token: may be the token of another user" in up.stderr
+    told = f"{ADDRESSES['worker1']}: /root/.ray/auth_token (Ray's): may be the token of another user"
+    assert told in up.stderr, up.stderr
     said = bare.run(
         "worker2", "stat -c '%a %u' ~/.ray ~/.ray/auth_token; cat ~/.ray/auth_token"
     ).stdout.split()

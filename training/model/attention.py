@@ -67,9 +67,15 @@ class DocumentAttention:
     attention depends on differences of positions alone.
     """
 
-    def __init__(self, starts: Tensor, *, batch: int, length: int) -> None:
-        """starts: int32 [N + 1], where documents begin in B·T tokens, and B·T. A sequence begins one."""
-        self._starts, self._size = starts, (batch, length)
+    def __init__(self, starts: Tensor, *, batch: int, length: int, longest: int | None = None) -> None:
+        """The documents of B sequences of T tokens.
+
+        Args:
+            starts: int32 [N + 1], where documents begin in B·T tokens, and B·T. A sequence begins one.
+            longest: tokens of a document, at most, as the host knows it; default: T. Flash attention starts
+                as many programs for each document as the longest one needs.
+        """
+        self._starts, self._size, self._longest = starts, (batch, length), longest or length
         self._bias: Tensor | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,8 +97,8 @@ class DocumentAttention:
     def _within_pieces(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attend = _varlen()
         q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (q, k, v))
-        longest = self._size[1]  # at most; a number that only the GPU knows would have to be waited for
-        mixed = attend(q, k, v, self._starts, self._starts, longest, longest, window_size=(-1, 0))
+        starts, longest = self._starts, self._longest
+        mixed = attend(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
         return mixed.unflatten(0, self._size).transpose(1, 2)
 
 

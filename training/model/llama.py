@@ -241,18 +241,24 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
 
-        With `documents`, the `starts` of `DocumentAttention`, no token sees another document than its own.
+        With `documents`, the `starts` of `DocumentAttention`, no token sees another document than its own; of
+        these the `longest` has so many tokens.
 
         The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
         are not `IGNORED_TARGET`; it is NaN when all are. While the model trains, `Head.z_loss` adds to it.
         """
         attend: Attend = causal_attention
         if documents is not None:
-            attend = DocumentAttention(documents, batch=tokens.shape[0], length=tokens.shape[1])
+            batch, length = tokens.shape
+            attend = DocumentAttention(documents, batch=batch, length=length, longest=longest)
         return self.lm_head(self.model(tokens, attend=attend), targets)
 
 

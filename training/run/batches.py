@@ -1,6 +1,7 @@
 """The training samples of one rank, on its device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Batches:
         self._order = order_of(start.train_set, seed=start.config.run.seed)
         self._context = context
 
-    def micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, ...]:
+    def micro_batch(self, step: int, micro_step: int) -> tuple[Any, ...]:
         """What the model is called with in a pass after `step` steps.
 
         Inputs and targets, int64 [micro_sequences, sequence_length], and what `documents` returns.
@@ -53,15 +54,15 @@ class Batches:
 
 def documents(
     config: TrainConfig, dataset: TokenDataset, inputs: NDArray[np.int64], device: torch.device
-) -> tuple[Tensor, ...]:
-    """With `batch.document_masks` where documents begin in `inputs` [B, T], on the device; else nothing.
+) -> tuple[Any, ...]:
+    """`documents` and `longest` of `Llama.forward` for `inputs` [B, T], if `batch.document_masks` is on.
 
-    Found on the CPU, where the tokens are: how many there are, a GPU would have to be asked.
+    Found on the CPU, where the tokens are: a GPU would have to be waited for.
     """
     if not config.batch.document_masks:
         return ()
     starts = document_starts(inputs, end_of_text=dataset.manifest.end_of_text_id)
-    return (send(torch.from_numpy(starts), device),)
+    return send(torch.from_numpy(starts), device), int(np.diff(starts).max())
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.config import ConfigError
 from optim.groups import Member, attention_splits, by_norm, partition
@@ -96,7 +96,7 @@ def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device)
     return model
 
 
-def warm_up(module: Llama, batch: tuple[Tensor, ...]) -> None:
+def warm_up(module: Llama, batch: tuple[Any, ...]) -> None:
     """Compile what `batch`, that the model is called with in one pass, compiles. Nothing else changes.
 
     Only the embedding's gradient is asked for, so nothing accumulates; it lies behind all others. Not for

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optim import noise
 from optim.geometry import Norm
@@ -21,7 +21,7 @@ from training.run.context import Context
 def measure_noise(
     module: nn.Module,
     members: Iterable[Member],
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[tuple[Any, ...]],
     *,
     norm: Norm,
     context: Context,

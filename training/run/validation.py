@@ -84,8 +84,8 @@ class Validation:
             real = torch.from_numpy(weights).to(context.device)
             # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
             targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
-            starts = documents(self._config, self._dataset, tokens[:, :-1], context.device)
-            loss = self._engine(batch[:, :-1].contiguous(), targets, *starts).item()
+            masks = documents(self._config, self._dataset, tokens[:, :-1], context.device)
+            loss = self._engine(batch[:, :-1].contiguous(), targets, *masks).item()
             totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
         totals = context.sum(totals.to(context.device))
         return (totals[0] / totals[1]).item()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ def run(
 
     from training.run.process_group import GroupConfig
 
+    _start_coordinator()
     group = GroupConfig(backend="nccl" if workers.gpu else "gloo", directory=directory, workers=workers)
 
     class Trainer(DataParallelTrainer):
@@ -91,6 +92,16 @@ def run(
         raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM
         raise KeyboardInterrupt from error
+
+
+def _start_coordinator() -> None:
+    """Start the process that the controller would start and wait for, while the controller itself starts."""
+    with suppress(ImportError):  # another Ray, whose controller starts its own
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
 
 
 def heartbeat(

@@ -72,7 +72,7 @@ class Stack:
                     x, layer.qkv, q.flatten(1), epilogue=ROPE, half=shape.head_dim // 2, heads=heads,
                     **into_attention,
                 ).launch()  # fmt: skip
-            else:  # which needs whole heads, and a program of `project` has a few pairs
+            else:  # which needs whole heads, where a program of `project` has a few pairs: 8 us on an H100
                 qkv = x.new_empty(len(x), len(layer.qkv))
                 project(
                     x, layer.qkv, qkv, epilogue=STORE, half=shape.head_dim // 2, **into_attention

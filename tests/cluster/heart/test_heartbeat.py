@@ -181,7 +181,8 @@ def test_what_is_progress() -> None:
     """Of a part of known length only its end is; computing and reading are elsewhere; what grows, always."""
     heart = hang.Heartbeat(Path("run"), hang_seconds=45.0)
     heart._worked.since = lambda seconds: computes  # type: ignore[method-assign]
-    now, quiet = heart._before, {}
+    heart._before, quiet = 1000.0, {}  # seconds of which sums are exact
+    now = heart._before
 
     def after(seconds: int, name: str) -> None:
         nonlocal now
@@ -249,6 +250,8 @@ def test_a_rank_that_waits_for_the_handle_of_a_collective_is_known() -> None:
     where, waits = Handle().wait()
     assert where.startswith("test_heartbeat.py:") and where.endswith(" in wait") and waits
     assert not hang._place(sys._getframe())[1]
+    handle = type("Native", (), {"wait": staticmethod(hang._place)})  # no frame of its own, as in C++
+    assert handle.wait(sys._getframe())[1]
 
 
 def test_a_slow_rank_is_told_with_what_it_costs() -> None:

@@ -1,6 +1,7 @@
 """The decoders step by step against whole sequences; padding for CUDA graphs, without a GPU."""
 
 import copy
+import functools
 import random
 
 import pytest
@@ -60,14 +61,16 @@ def worst_error(decoder: TorchDecoder | native.NativeDecoder, model: Llama, *, n
             scheduler.add(ScheduledRequest(prompt, len(prompt) + 40, scored=draw.random() < 0.4))
         spans = scheduler.next_step()
         found = [*decoder.forward(spans)] if spans else []
-        places = [(span.request.tokens, span.stop - 1) for span in spans if span.samples]
-        scored = [(s.request.tokens, s.start + row) for s in spans for row in range(s.num_scored)]
-        if scored:
+        asked = [span for span in spans if span.samples or span.num_scored]
+        with torch.no_grad():
+            whole = [model(torch.tensor([span.request.tokens[: span.stop]]))[0].float() for span in asked]
+        expected = [logits[-1] for span, logits in zip(asked, whole, strict=True) if span.samples]
+        if any(span.num_scored for span in spans):
             found += [row for logits in decoder.scored() for row in logits.clone()]
-        for row, (tokens, place) in zip(found, places + scored, strict=True):
-            with torch.no_grad():
-                expected = model(torch.tensor([tokens[: place + 1]]))[0, -1].float()
-            worst = max(worst, ((row - expected).norm() / expected.norm()).item())
+        for span, logits in zip(asked, whole, strict=True):
+            expected += logits[span.start : span.start + span.num_scored]
+        for row, right in zip(found, expected, strict=True):
+            worst = max(worst, ((row - right).norm() / right.norm()).item())
         for span in spans:
             span.request.done = span.stop
             if span.samples:
@@ -84,17 +87,27 @@ def test_the_torch_decoder_continues_any_mix_of_texts(sizes):
     assert worst_error(decoder, model) < 1e-5
 
 
-@in_each_tier
-@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(sizes):
-    """Against the same weights in fp32. Both round activations to bf16, a few times differently."""
-    model = make_model(sizes, torch.bfloat16)
+@functools.cache
+def torch_in_bf16(name: str) -> tuple[Llama, Llama, float]:
+    """A model of that shape in bf16, the same weights in fp32, and torch's error with the former."""
+    model = make_model(SHAPES[name], torch.bfloat16)
     wide = copy.deepcopy(model).float()
-    torch_error = worst_error(
-        TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=SLOTS, graphs=False), wide
-    )
+    decoder = TorchDecoder(copy.deepcopy(model), num_blocks=40, slots=SLOTS, graphs=False)
+    return model, wide, worst_error(decoder, wide)
+
+
+@in_each_tier
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_compiled_decoder_does_as_well_as_torch_in_bf16(name):
+    """Against the same weights in fp32. Both round activations to bf16, a few times differently."""
+    model, wide, torch_error = torch_in_bf16(name)
     decoder = native.NativeDecoder(
-        model, num_blocks=40, slots=SLOTS, step_tokens=50, context_tokens=CONTEXT, num_threads=2
+        copy.deepcopy(model),
+        num_blocks=40,
+        slots=SLOTS,
+        step_tokens=50,
+        context_tokens=CONTEXT,
+        num_threads=2,
     )
     assert worst_error(decoder, wide) < 1.5 * torch_error < 0.06
 
@@ -184,7 +197,7 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     )
     for cache in (decoder._keys, decoder._values):
         cache.fill_(-1)  # pairs of bf16 NaNs
-    assert worst_error(decoder, wide) < 0.06
+    assert worst_error(decoder, wide, num_steps=12) < 0.06
 
 
 @in_each_tier

@@ -79,10 +79,11 @@ GREEDY = Sampling(max_tokens=24, temperature=0.0)
 def test_greedy_output_is_transformers_token_for_token(checkpoint, exact):
     """24 prompts, so many at a time, of which a new one joins whenever one ends."""
     model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
-    expected = {tuple(prompt): greedy(model, prompt, 24) for prompt in prompts(24)}
-    for at_once in (1, 2, 5, 8):
+    short = replace(GREEDY, max_tokens=16)
+    expected = {tuple(prompt): greedy(model, prompt, 16) for prompt in prompts(24)}
+    for at_once in (1, 3, 8):
         with ThreadPoolExecutor(at_once) as pool:
-            found = pool.map(lambda prompt: (prompt, Reader(exact, list(prompt), GREEDY).wait()), expected)
+            found = pool.map(lambda prompt: (prompt, Reader(exact, list(prompt), short).wait()), expected)
         assert dict(found) == expected, at_once
     assert exact.stats().running == exact.stats().waiting == 0
 
@@ -91,10 +92,10 @@ def test_requests_that_join_in_the_middle_change_nothing(checkpoint, exact):
     model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
     readers = []
     for prompt in prompts(12, longest=120):
-        readers.append(Reader(exact, prompt, replace(GREEDY, max_tokens=40)))
+        readers.append(Reader(exact, prompt, replace(GREEDY, max_tokens=24)))
         time.sleep(0.003)
     for reader in readers:
-        assert reader.wait() == greedy(model, reader.prompt, 40)
+        assert reader.wait() == greedy(model, reader.prompt, 24)
     assert exact.stats().free_cache_tokens == 2048
 
 
@@ -209,7 +210,7 @@ def test_the_compiled_decoder_does_not_depend_on_threads_or_chunks(checkpoint):
         return found
 
     expected = run(threads=2, step_tokens=400)
-    for num_threads in (1, 2, 3):
+    for num_threads in (1, 3):
         assert run(threads=num_threads, step_tokens=9) == expected, num_threads
 
 

@@ -25,9 +25,10 @@ CHECKPOINTING = "model.activation_checkpointing=true"
 CASES = [("zero.stage=1",), ("zero.stage=3", "zero.init=true", "model.qk_norm=true", CHECKPOINTING)]
 
 
-def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Of two sequences, and documents of 5 to 32 tokens."""
     tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, :-1], tokens[:, 1:]
+    return tokens[:, :-1], tokens[:, 1:], torch.tensor([0, 5, 32, 64], dtype=torch.int32), 32
 
 
 def losses(context: Context, *keys: str) -> list[float]:
