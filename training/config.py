@@ -63,7 +63,7 @@ class ModelConfig:
     )
     compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
-        None, "tokens whose logits exist at one time; 0: all; default: 4096 on GPUs, 0 on CPUs", least=0
+        None, "tokens whose logits exist at one time; 0: all, by autograd; default: 4096", least=0
     )
 
     @property

@@ -280,6 +280,19 @@ struct Squares {
 
 #endif
 
+// e^x to 2e-7 relative (Cephes' polynomial); 0 far below, NaN of NaN.
+Vec exponential(Vec x) {
+  x = larger(spread(-87.0f), x);
+  Vec n = nearest(x * spread(1.44269504f));
+  x = subtract_product(x, n, spread(0.693359375f));
+  x = subtract_product(x, n, spread(-2.12194440e-4f));
+  Vec y = spread(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = multiply_add(y, x, spread(c));
+  y = multiply_add(y, x * x, x) + spread(1.0f);
+  return times_power(y, n);
+}
+
 float widen(uint16_t bf16) {
   uint32_t bits = uint32_t(bf16) << 16;
   float value;

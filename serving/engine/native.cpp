@@ -61,19 +61,6 @@ void copy(const uint16_t* from, float* to, long size) {
   for (long i = 0; i < size; i++) to[i] = widen(from[i]);
 }
 
-// e^x to 2e-7 relative (Cephes' polynomial); 0 far below.
-Vec exponential(Vec x) {
-  x = larger(x, spread(-87.0f));
-  Vec n = nearest(x * spread(1.44269504f));
-  x = subtract_product(x, n, spread(0.693359375f));
-  x = subtract_product(x, n, spread(-2.12194440e-4f));
-  Vec y = spread(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = multiply_add(y, x, spread(c));
-  y = multiply_add(y, x * x, x) + spread(1.0f);
-  return times_power(y, n);
-}
-
 // out [rows, outputs] = x [rows, inputs] · weightᵀ, plus what is in `out` if `add`.
 void linear(const Activation* x, long num_rows, long inputs, const uint32_t* panels, long outputs, Activation* out,
             bool add) {

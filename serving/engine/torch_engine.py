@@ -318,7 +318,7 @@ def _gpu_decoder(model: Llama, size: dict[str, Any], step_tokens: int) -> tuple[
     reason = decoder.unsupported(weight.device, weight.dtype, model.shape)
     if reason is not None:
         return None, f"not used: {reason}"
-    return decoder.GpuDecoder(model, **size), "used"
+    return decoder.GpuDecoder(model, step_tokens=step_tokens, **size), "used"
 
 
 @dataclass(frozen=True)

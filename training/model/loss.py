@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.precision import product_dtype
-from training.model import loss_kernel
+from training.model import loss_kernel, loss_native
 
 IGNORED_TARGET = -100
 
@@ -57,20 +57,29 @@ def chunked(
         hidden: [N, D].
         weight: [V, D].
     """
+    if len(hidden) <= tokens and hidden.device.type == "cpu" and loss_native.unsupported(weight) is not None:
+        wide = product_dtype(
+            weight.dtype, weight.device
+        )  # one chunk by torch alone: autograd's is the faster
+        logits = F.linear(hidden.to(wide), weight.to(wide)).to(hidden.dtype)
+        return whole(logits, targets, z_loss=z_loss)
     return _Chunked.apply(hidden, weight, targets, tokens, z_loss)
 
 
 def losses_and_gradients(logits: Tensor, targets: Tensor, share: Tensor, z_loss: float) -> Tensor:
-    """Sum of the rows' losses times `share`; the logits are replaced by its gradient. On GPUs a kernel.
+    """Sum of the rows' losses times `share`; the logits are replaced by its gradient. Compiled where it can.
 
     Args:
         logits: [rows, V].
         targets: int64 [rows].
         share: fp32 scalar, 1 / (number of targets that count).
     """
+    losses = torch.empty(len(logits), device=logits.device)
+    if loss_native.unsupported(logits) is None:
+        loss_native.losses_and_gradients(logits, targets, losses, share, z_loss, IGNORED_TARGET)
+        return losses.sum() * share
     if loss_kernel.unsupported(logits.device) is not None:
         return losses_and_gradients_by_torch(logits, targets, share, z_loss)
-    losses = torch.empty(len(logits), device=logits.device)
     loss_kernel.call(logits, targets, losses, share, z_loss, IGNORED_TARGET).launch()
     return losses.sum()
 

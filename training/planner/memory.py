@@ -30,7 +30,7 @@ CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not
 # Of tests/baselines/nvidia-h200_gpu.json as of commit 27a28c0: torch reserved 51.4 GB for 49.5 GB allocated.
 FRAGMENT_SHARE = 0.04
 WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: that file's block 5, each micro-batch
-LOSS_TOKENS = 4096  # of `model.loss_tokens` on GPUs: 0.4 GB of bf16 logits at a vocabulary of 50,304
+LOSS_TOKENS = 4096  # of `model.loss_tokens` by default: 0.4 GB of bf16 logits at a vocabulary of 50,304
 STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
 
 Parts = dict[str, int]
@@ -89,11 +89,8 @@ def compiles(config: TrainConfig) -> bool:
 
 
 def loss_tokens(config: TrainConfig) -> int | None:
-    """Tokens whose logits exist at one time: `model.loss_tokens`, or LOSS_TOKENS on GPUs; None: all."""
-    tokens = config.model.loss_tokens
-    if tokens is None and config.workers.gpu:
-        return LOSS_TOKENS
-    return tokens or None
+    """Tokens whose logits exist at one time: `model.loss_tokens`, by default LOSS_TOKENS; None: all."""
+    return LOSS_TOKENS if config.model.loss_tokens is None else config.model.loss_tokens or None
 
 
 def form_of(config: TrainConfig) -> Form:

@@ -5,8 +5,14 @@ import torch
 from torch import Tensor
 
 from tests.compiled_kernels import compiled, problems, run_interpreted
-from training.model import loss_kernel
-from training.model.loss import IGNORED_TARGET, chunked, losses_and_gradients_by_torch, whole
+from training.model import loss_kernel, loss_native
+from training.model.loss import (
+    IGNORED_TARGET,
+    chunked,
+    losses_and_gradients,
+    losses_and_gradients_by_torch,
+    whole,
+)
 
 TOKENS, HIDDEN, VOCABULARY = 50, 24, 97
 DTYPES = {
@@ -85,6 +91,47 @@ def test_no_logits_outlive_the_forward_pass():
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("columns", [3, 97, 1040])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_compiled_loss_of_cpus_computes_what_torch_does(precision: str, columns: int, z_loss: float):
+    draw = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(20, columns, generator=draw)).to(DTYPES[precision][0])
+    targets = torch.randint(columns, (20,), generator=draw)
+    targets[::7] = IGNORED_TARGET
+    if (reason := loss_native.unsupported(logits)) is not None:
+        pytest.skip(reason)
+    ours, theirs = logits.clone(), logits.clone()
+    share = torch.tensor(1 / 17)
+    loss = losses_and_gradients(ours, targets, share, z_loss)
+    expected = losses_and_gradients_by_torch(theirs, targets, share, z_loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert relative(ours, theirs) < (1e-6 if precision == "fp32" else 1e-3)
+    assert ours[0].count_nonzero() == 0  # which has no target
+
+
+def test_the_compiled_loss_hides_no_nan_and_reads_no_other_memory():
+    logits, targets, share = torch.zeros(2, 50), torch.tensor([1, 2]), torch.tensor(0.5)
+    if (reason := loss_native.unsupported(logits)) is not None:
+        pytest.skip(reason)
+    for value in (torch.nan, torch.inf):
+        broken = logits.clone()
+        broken[1, 7] = value
+        assert losses_and_gradients(broken, targets, share, 0.0).isnan()
+        assert broken[0].isfinite().all()
+    for target in (50, -1):
+        with pytest.raises(IndexError, match="not below 50"):
+            losses_and_gradients(logits, torch.tensor([1, target]), share, 0.0)
+
+
+def test_without_compiled_code_one_chunk_is_the_whole_loss(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, targets = operands(torch.bfloat16)
+    monkeypatch.setattr(loss_native, "unsupported", lambda logits: "it was not compiled")
+    ours = torch.autograd.grad(chunked(hidden, weight, targets, tokens=TOKENS), (hidden, weight))
+    expected = torch.autograd.grad(whole(hidden @ weight.T, targets), (hidden, weight))
+    assert all(a.equal(b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("capability", loss_kernel.CAPABILITIES)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from training import config as training_config
 from training.model.llama import Llama, initialize
 from training.plan import resolve_shape
+from training.planner.memory import loss_tokens
 from training.run.context import Context
 from training.run.engine import build_deepspeed_engine
 
@@ -58,6 +59,7 @@ def _peaks_of_steps(config: training_config.TrainConfig, accumulation: int) -> d
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     with peaks(found):
         model = Llama(shape, activation_checkpointing=config.model.recomputed_every)
+        model.lm_head.loss_tokens = loss_tokens(config)
         initialize(model, seed=1)
         engine, _, _ = build_deepspeed_engine(
             model, config, micro_batch=batch.micro_sequences, accumulation=accumulation
