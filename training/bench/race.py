@@ -4,8 +4,8 @@
 
 Each contender is a process of its own (`training.bench.contenders`), in its own environment. They take turns;
 during one's turn the others are stopped. A peer trains in the precision that is fastest on this CPU: it tries
-all that it has. By default it takes about 6 minutes on two quiet cores with AMX, once torch.compile's cache
-holds what LitGPT compiles.
+all that it has, which takes longest the first time, while torch.compile's cache is empty. `--only` takes some
+of the cases; `model.compile=true` compiles our layers too.
 """
 
 import os
