@@ -16,8 +16,8 @@ for line, code in (
     ("training.launch batch.tokns=3", 2),
     ("training.launch model.num_layers=1000000000", 2),
     ("training.export no-such-run", 2),
-    ("training.bench --dry-run", 0),
-    ("training.bench batch.tokns=3", 2),
+    ("training.bench.command --dry-run", 0),
+    ("training.bench.command batch.tokns=3", 2),
 ):
     module, *arguments = line.split()
     assert importlib.import_module(module).main(arguments) == code, line
