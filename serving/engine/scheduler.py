@@ -46,7 +46,10 @@ class ScheduledRequest:
 
     @property
     def left(self) -> int:
-        """Tokens that steps have yet to take. The one that a running step will choose counts, if not the last."""
+        """Tokens that the next steps take.
+
+        The token that a running step will choose counts, unless it is the request's last.
+        """
         if self.done == len(self.tokens):
             return int(self.done + 1 < self.most_tokens)
         return len(self.tokens) - self.done
