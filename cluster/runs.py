@@ -7,6 +7,7 @@ in_folder()                                            all runs with a complete 
 complete_checkpoints(run / "checkpoints")              step folders that are whole, the oldest first
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,14 @@ def in_folder(outputs: Path = OUTPUTS) -> list[Path]:
     return [run for run in candidates if _newest_at(run)]
 
 
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints under `root`, half-written ones too, the oldest first. A user's copy is none of them."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
     """The checkpoints under `root` that are marked complete, the oldest first."""
-    return sorted(mark.parent for mark in root.glob(f"step-*/{COMPLETE}"))
+    return [path for path in checkpoints(root) if (path / COMPLETE).exists()]
 
 
 def _places(name_or_path: str) -> tuple[Path, Path]:

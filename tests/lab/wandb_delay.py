@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -318,12 +318,16 @@ def open_record(folder: Path, mode: str) -> Record:
 def suspend(suspended: bool) -> None:
     """Suspend W&B's processes, which are the only children here, or let them go on."""
     for child in psutil.Process().children(recursive=True):
-        child.suspend() if suspended else child.resume()
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            child.suspend() if suspended else child.resume()
 
 
 def _cpu_beside() -> float:
     """Seconds of CPU time of all threads and processes here except this thread."""
-    used = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    used = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            used.append(child.cpu_times())
     return time.process_time() - time.thread_time() + sum(times.user + times.system for times in used)
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from cluster import files
 from cluster.cli import UserError
-from cluster.runs import COMPLETE, complete_checkpoints
+from cluster.runs import COMPLETE, checkpoints, complete_checkpoints
 
 if TYPE_CHECKING:  # the launcher looks for checkpoints without torch, whose import takes a second
     from torch import Tensor
@@ -52,7 +52,7 @@ def step_of(path: Path) -> int:
 
 def newest_complete(root: Path, *, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint under `root` with its COMPLETE mark; each newer one without is reported."""
-    for path in sorted(root.glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(root)):
         if (path / COMPLETE).exists():
             return path
         problem = "damaged" if (path / DAMAGED).exists() else "half-written"
@@ -104,7 +104,7 @@ def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
         return
     steps = kept(list(map(step_of, sound)), keep=keep, keep_every_steps=keep_every_steps)
     retained = [path for path in sound if step_of(path) in steps]
-    for path in root.glob("step-*"):
+    for path in checkpoints(root):
         if path < sound[-keep] and path not in retained:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted
             shutil.rmtree(path)

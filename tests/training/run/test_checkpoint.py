@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -178,3 +179,15 @@ def test_every_so_many_steps_one_is_kept_for_ever_and_a_damaged_one_takes_no_pla
     checkpoint.prune(tmp_path, keep=3)
     checkpoint.prune(tmp_path, keep=1)
     assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [5, 6, 7]
+
+
+def test_a_copy_that_a_user_made_is_no_checkpoint_and_is_not_deleted(tmp_path):
+    write(tmp_path, 1, 2, 3)
+    copy = tmp_path / "step-0000001.bak"
+    shutil.copytree(tmp_path / "step-0000001", copy)
+    (tmp_path / "step-0000000.half").mkdir()
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-0000000.half", "step-0000001.bak", "step-0000002", "step-0000003",
+    ]  # fmt: skip
+    assert checkpoint.newest_sound(tmp_path, report=print) == tmp_path / "step-0000003"

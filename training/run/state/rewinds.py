@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import files
 from cluster.record import events
-from cluster.runs import COMPLETE, complete_checkpoints
+from cluster.runs import COMPLETE, checkpoints, complete_checkpoints
 from training.config import TrainConfig
 from training.run.checkpoint import Checkpoint, DamagedError, step_of
 
@@ -92,7 +92,7 @@ class Rewinds:
 
     def _record(self, path: Path, step: int) -> None:
         """The later checkpoints go first: if the run is killed then, it meets the same spike again."""
-        for later in path.parent.glob("step-*"):
+        for later in checkpoints(path.parent):
             if later > path:
                 (later / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(later)
