@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -76,3 +78,18 @@ def test_rsync_gets_past_a_greeting(tmp_path):
     assert subprocess.run(back, capture_output=True).returncode == 0
     assert (tmp_path / "back/file").read_bytes() == (tmp_path / "there/file").read_bytes()
     assert sys.executable in shell.quiet_rsync(["ssh"])[1]
+
+
+def test_what_rsync_is_slow_to_read_is_passed_on_whole():
+    """rsync's end of the socket does not block; a pull onto a slow disk fills it."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    number = 5_000_000
+    script = f"import os; os.write(1, b'hello{BEGIN}\\n'); os.write(1, bytes({number}))"
+    command = [sys.executable, shell.__file__, sys.executable, "-c", script]
+    with ours, subprocess.Popen(command, stdout=theirs) as child:
+        theirs.close()
+        time.sleep(0.5)  # more comes than the socket holds
+        with ours.makefile("rb") as stream:
+            assert stream.read() == bytes(number)
+    assert child.returncode == 0
