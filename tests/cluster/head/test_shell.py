@@ -28,9 +28,9 @@ def test_a_script_runs_alike_in_every_login_shell(name, tmp_path):
         (tmp_path / file).write_text(NOISE)
     # As sshd starts it: then bash reads ~/.bashrc, which is not interactive.
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SSH_CLIENT": "1.2.3.4 5 6"}
-    done = subprocess.run(
-        [program, "-c", login_command(SCRIPT)], env=environment, input=b"given", capture_output=True
-    )
+    command, elsewhere = [program, "-c", login_command(SCRIPT)], tmp_path / "elsewhere"
+    elsewhere.mkdir()  # where tcsh writes the file 2, which is its `>&2`
+    done = subprocess.run(command, env=environment, cwd=elsewhere, input=b"given", capture_output=True)
     assert done.returncode == 3
     expected = f'first {tmp_path}\nit\'s "quoted" 2 done\ngiven'
     assert after_greeting(done.stdout).decode() == expected
