@@ -241,13 +241,14 @@ def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str
 
 
 def _end_serve() -> None:
-    """`serve.shutdown`, in which nothing waits for a call to the controller.
+    """`serve.shutdown`, without a call that is open when the controller is killed.
 
-    Serve's own waits for such a call until Ray kills the controller. Ray then reports the call as failed on
-    standard error.
+    `serve.shutdown` makes a call that ends only when Ray kills the controller. Ray then reports it as failed
+    on standard error.
     """
     import ray
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve import context
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -256,7 +257,8 @@ def _end_serve() -> None:
         serve.shutdown()
         return
     client.shutdown_cached_handles()
-    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
+    with suppress(RayActorError, TimeoutError):  # as Serve's own: it is gone already, or too busy to answer
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
     until = time.monotonic() + SERVE_ENDS_SECONDS
     with suppress(ValueError):  # there is no such actor any more
         while time.monotonic() < until:

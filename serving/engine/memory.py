@@ -72,7 +72,9 @@ def _step_bytes(config: ServeConfig, shape: LlamaShape, dtype: torch.dtype) -> i
     """Activations of the largest step on a GPU, and of the largest CUDA graph, which keeps its own."""
     from serving.engine.gpu.decoder import PROMPT_ROWS  # it imports Triton
 
-    rows = config.engine.step_tokens_on("cuda") + (PROMPT_ROWS[-1] if config.engine.compiled else 0)
+    rows = min(config.engine.step_tokens_on("cuda"), config.engine.cache_tokens)
+    if config.engine.compiled:
+        rows += min(rows, PROMPT_ROWS[-1])
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     widest = max(2 * shape.ffn_size, queries + 2 * keys)
     return rows * (3 * shape.hidden_size + queries + shape.ffn_size + widest) * dtype.itemsize

@@ -46,7 +46,10 @@ class ScheduledRequest:
 
     @property
     def left(self) -> int:
-        """Tokens for the next step. One that the last step is to choose counts, if another follows it."""
+        """Tokens that the next steps take.
+
+        The token that a running step will choose counts, unless it is the request's last.
+        """
         if self.done == len(self.tokens):
             return int(self.done + 1 < self.most_tokens)
         return len(self.tokens) - self.done
@@ -120,8 +123,8 @@ class Scheduler:
     def next_step(self) -> list[Span]:
         """Spans of the next step, those that decode first; empty if there is nothing to do.
 
-        The last step may still run: a request that it gives a token is here with that token, though not in
-        `tokens` yet. The step before must have ended, and its tokens have been appended.
+        The last step may still run. Then a span may begin with the token that this step will choose, which is
+        not in the request's `tokens` yet. The step before it must have ended, and its tokens been appended.
         """
         while self.waiting and len(self.running) < self._slots and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())

@@ -1,6 +1,6 @@
 """How long `make train` takes to its first step, by part, where the data are ready.
 
-    python -m tests.lab.startup [--rounds 5] [--output FILE] [key=value ...]
+    python -m tests.lab.startup [--rounds 5] [--output FILE] [--dry-run] [key=value ...]
 
 Each round is one start of the default run, of two steps, in a folder of its own; an unmeasured one goes
 first and prepares the data. The parts are those of the event `first_step` (`training.run.spent.Startup`). The
@@ -65,10 +65,10 @@ def start(folder: Path, name: str, keys: Sequence[str]) -> dict[str, float]:
     """One run; `<part>_seconds` until its first step. Raises `RunError`: it failed, or reported none."""
     places = (f"run.name={name}", f"run.directory={folder}/outputs", f"data.directory={folder}/data")
     done = process.run([sys.executable, "-m", "training.launch", *KEYS, *keys, *places])
-    told = [each for each in events.read(folder / "outputs" / name) if each["kind"] == "first_step"]
-    if done.returncode or not told:
+    first_steps = [each for each in events.read(folder / "outputs" / name) if each["kind"] == "first_step"]
+    if done.returncode or not first_steps:
         raise RunError(f"{name} did not finish (exit code {done.returncode}):\n{done.stderr}")
-    return {key: value for key, value in told[0].items() if key.endswith(SUFFIX)}
+    return {key: value for key, value in first_steps[0].items() if key.endswith(SUFFIX)}
 
 
 if __name__ == "__main__":

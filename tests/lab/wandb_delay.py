@@ -3,8 +3,8 @@
     python -m tests.lab.wandb_delay [--rounds N] [--seconds S] [--output FILE] [--dry-run]
 
 Each situation is a process that takes steps of a small model on one thread and one core, and logs each with
-`Record.log`. `off` is without W&B, and shows what the measurement itself reads; the others log to a server
-on loopback:
+`Record.log`. `off` runs without W&B, so what it shows is the error of the measurement. The others log to a
+server on loopback:
 
     well          it answers at once
     unreachable   nothing listens, from the start
@@ -13,7 +13,7 @@ on loopback:
 
 Once W&B has started, turns of a few steps alternate: with W&B, and without it. Without it the steps are
 logged to a second record, and W&B's own processes are suspended; whatever became due meanwhile is done in the
-turn with W&B. A turn is compared with its neighbour, so a machine that grows slower moves nothing. The
+turn with W&B. A turn is compared with its neighbour, so a machine that becomes slower adds no bias. The
 interval is that of the median of these pairs (`intervals.of_median`). A step's time includes its `log()`; its
 CPU time is that of the training thread. `wandb_cpu_ms` is what W&B uses a step on whatever core is free: the
 most that a step can lose if none is. `start_lost_ms` is what the steps lose in all while W&B starts.

@@ -107,7 +107,6 @@ class Peer:
         self._load, self._tokens = load, Tokens(load)
         self.optimizer_seconds: float | None = None
         self.tried: dict[str, float] = {}
-        built: dict[str, tuple[Callable[[], Any], int]] = {}
         for precision in [load["precision"]] if load["precision"] else self.precisions:
             step, num_parameters = self.build(precision)
             self.first_loss = step().item()
@@ -115,10 +114,8 @@ class Peer:
             for _ in range(0 if load["precision"] else TRIED_STEPS):
                 step()
             self.tried[precision] = (time.perf_counter() - started) / TRIED_STEPS
-            best = min(self.tried, key=self.tried.__getitem__)
-            built = {name: each for name, each in {**built, precision: (step, num_parameters)}.items()
-                     if name == best}  # fmt: skip
-        [(self.precision, (self._step, self.num_parameters))] = built.items()
+            if precision == min(self.tried, key=self.tried.__getitem__):
+                self.precision, self._step, self.num_parameters = precision, step, num_parameters
         self.about = self.describe()
 
     def build(self, precision: str) -> tuple[Callable[[], Any], int]:
@@ -237,9 +234,8 @@ class Transformers(Peer):
 
         load = self._load
         if not torch.distributed.is_initialized():
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-                False  # compiles, and one rank needs none
-            )
+            # It would compile, and one rank needs none.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         torch.manual_seed(0)

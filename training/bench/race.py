@@ -132,10 +132,11 @@ def run(
     """
     require(pythons, given, only)
     cases = {name: CASES[name] for name in only or CASES}
-    threads = describe_host()["cpu_cores"]
+    host = describe_host()
+    threads = host["cpu_cores"]
     result: dict[str, Any] = {
         "bench": WHAT, "arguments": list(given), "rounds": num_rounds, "threads": threads,
-        "cpu": describe_host()["cpu"], "cpu_held_to": describe_host()["cpu_held_to"],
+        "cpu": host["cpu"], "cpu_held_to": host["cpu_held_to"],
         "load_average_before": benchmark.load_average(), "contenders": {},
     }  # fmt: skip
     precisions: dict[tuple[str, str], str] = {}  # (kind, shape) -> the fastest

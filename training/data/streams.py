@@ -14,12 +14,12 @@ ZSTD_CHUNK_BYTES = 1 << 13  # compressed; they become 256 MB at most
 ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, as public dumps are written; most windows are below 8 MB
 
 _OTHER_CONTENT = {
-    b"\x1f\x8b": "gzip, not {}; give it the ending .gz",
-    b"BZh91AY&SY": "bzip2, not {}; give it the ending .bz2",
-    b"\xfd7zXZ": "xz, not {}; give it the ending .xz",
-    b"\x28\xb5\x2f\xfd": "zstd, not {}; give it the ending .zst",
-    b"PAR1\x15": "Parquet, not {}; give it the ending .parquet",
-    b"PK\x03\x04": "a zip archive, not {}; unpack it",
+    b"\x1f\x8b": "gzip, not text; give it the ending .gz",
+    b"BZh91AY&SY": "bzip2, not text; give it the ending .bz2",
+    b"\xfd7zXZ": "xz, not text; give it the ending .xz",
+    b"\x28\xb5\x2f\xfd": "zstd, not text; give it the ending .zst",
+    b"PAR1\x15": "Parquet, not text; give it the ending .parquet",
+    b"PK\x03\x04": "a zip archive, not text; unpack it",
     b"\xff\xfe": "UTF-16, not UTF-8; convert it, for example with iconv",
     b"\xfe\xff": "UTF-16, not UTF-8; convert it, for example with iconv",
 }
@@ -35,7 +35,7 @@ def plain_stream(stream: IO[bytes], name: str, *, path: str) -> io.BufferedReade
     head = plain.read(10)
     for magic, found in _OTHER_CONTENT.items():
         if head.startswith(magic):
-            raise DataError(f"{path}: holds {found.format('text')}")
+            raise DataError(f"{path}: holds {found}")
     return io.BufferedReader(Joined(head, plain))
 
 

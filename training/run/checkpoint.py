@@ -102,9 +102,10 @@ def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
     sound = [path for path in complete_checkpoints(root) if not (path / DAMAGED).exists()]
     if len(sound) < keep:
         return
-    retained = kept(list(map(step_of, sound)), keep=keep, keep_every_steps=keep_every_steps)
+    steps = kept(list(map(step_of, sound)), keep=keep, keep_every_steps=keep_every_steps)
+    retained = [path for path in sound if step_of(path) in steps]
     for path in root.glob("step-*"):
-        if path < sound[-keep] and step_of(path) not in retained:
+        if path < sound[-keep] and path not in retained:
             (path / COMPLETE).unlink(missing_ok=True)  # never leave a marked checkpoint half-deleted
             shutil.rmtree(path)
 

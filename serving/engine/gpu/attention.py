@@ -53,8 +53,8 @@ class Tiles:
         single: decoding with G = 1.
         grouped: decoding with G queries of a page in one product.
         prefill: spans of a prompt.
-        large: the same in steps with at least `programs` such tiles of all heads. It reads keys and values
-            half as often, which the L2 cache limits.
+        large: the same, in steps that have at least `programs` of these tiles, counted over all heads. It
+            reads keys and values half as often: the bandwidth of the L2 cache limits `prefill`.
     """
 
     programs: int
@@ -245,8 +245,9 @@ def prefill_rows(device: torch.device, dtype: torch.dtype, *, num_rows: int, num
 
 def _prefill_tile(tiles: Tiles, num_rows: int, num_heads: int) -> Tile:
     large = tiles.large
-    is_large = large and math.ceil(num_rows / large.queries) * num_heads >= tiles.programs
-    return large if large and is_large else tiles.prefill
+    if large and math.ceil(num_rows / large.queries) * num_heads >= tiles.programs:
+        return large
+    return tiles.prefill
 
 
 def prefill_tiles(spans: Iterable[tuple[int, int, int, int]], *, rows: int) -> list[list[int]]:

@@ -84,8 +84,9 @@ class GpuDecoder:
         self._prompt_graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Output]] = {}
         self._sent: dict[tuple[int, bool], Sent] = {}  # of the graphs
         if graphs:
-            self._warm_up(min(step_tokens or PROMPT_ROWS[-1], num_blocks * BLOCK_TOKENS))
-            self._capture(step_tokens or PROMPT_ROWS[-1])
+            most_rows = min(step_tokens or PROMPT_ROWS[-1], num_blocks * BLOCK_TOKENS)
+            self._warm_up(most_rows)
+            self._capture(most_rows)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
@@ -122,12 +123,12 @@ class GpuDecoder:
         return self._likeliest
 
     @torch.inference_mode()
-    def _warm_up(self, step_tokens: int) -> None:
+    def _warm_up(self, most_rows: int) -> None:
         """Steps of prompts, so that no request waits for kernels to be compiled or loaded, or for memory.
 
         cuBLAS chooses its kernels by the number of rows, and CUDA loads each when it is first used.
         """
-        rows = step_tokens
+        rows = most_rows
         while True:
             for decodes in (True, False):
                 self._prompts(Sent(self._sizes(rows, decodes=decodes), self.device))
@@ -136,12 +137,12 @@ class GpuDecoder:
             rows = rows * 3 // 4
         carry(self._state.tokens[:1], self._state.ids).launch()
 
-    def _capture(self, step_tokens: int) -> None:
+    def _capture(self, most_rows: int) -> None:
         """One graph for each power of two of rows that decode, and for all slots; and those of prompts."""
         slots = self._slots
         rows = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)}, reverse=True)
         self._graphs = captured({each: partial(self._decode, each) for each in rows}, self.device)
-        enough = next((each for each in PROMPT_ROWS if each >= step_tokens), PROMPT_ROWS[-1])
+        enough = next((each for each in PROMPT_ROWS if each >= most_rows), PROMPT_ROWS[-1])
         self._sent = {
             (each, decodes): Sent(self._sizes(each, decodes=decodes), self.device)
             for each in PROMPT_ROWS[::-1]

@@ -1,11 +1,11 @@
 """What a step's kernels read besides weights and cache, sent to the GPU by one copy from pinned memory.
 
-A token that the last step chose is known on the GPU alone. In its place a step has -1 - its row among the
-chosen ones, and `layers.carry` puts it there.
+The host does not know yet which tokens the last step chose. Where a span begins with one of them, the host
+sends `-1 - row`, with the token's row among the chosen ones, and `layers.carry` replaces it on the GPU.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ Chosen = Mapping[ScheduledRequest, int]  # rows of the last step's chosen tokens
 
 
 def token_of(span: Span, chosen: Chosen) -> int:
-    """The first token of the span, or where it is."""
+    """The first token of the span; `-1 - row` (see the module) if the host does not know it yet."""
     known = span.request.tokens
     return known[span.start] if span.start < len(known) else -1 - chosen[span.request]
 
@@ -112,16 +112,13 @@ class Sent:
         ends = list(accumulate((_aligned(prod(shape)) for shape in shapes), initial=0))
         self._flat = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         self._host = np.zeros(ends[-1], dtype=np.int32)
-        self._parts = [
-            self._host[start : start + prod(shape)].reshape(shape)
-            for (start, _), shape in zip(pairwise(ends), shapes, strict=True)
+        places = [
+            (slice(start, start + prod(shape)), shape) for start, shape in zip(ends, shapes, strict=False)
         ]
+        self._parts = [self._host[place].reshape(shape) for place, shape in places]
         (
             self.tokens, self.lengths, self.table_rows, self.decoding, self.wanted, self.tiles, self.blocks,
-        ) = (
-            self._flat[start : start + prod(shape)].view(shape)
-            for (start, _), shape in zip(pairwise(ends), shapes, strict=True)
-        )  # fmt: skip
+        ) = (self._flat[place].view(shape) for place, shape in places)  # fmt: skip
 
     def send(self, step: "Step") -> None:
         """By one copy from pinned memory. Steps that were sent before keep what they read."""

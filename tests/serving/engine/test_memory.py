@@ -35,6 +35,10 @@ def test_on_a_gpu_the_largest_step_and_the_largest_graph_are_counted(monkeypatch
     assert memory._needed(config, None)[2] == 0
     monkeypatch.setattr(memory, "_device", lambda _: torch.device("cuda"))
     assert memory._needed(config, None)[2] == (8192 + 2048) * (4 * 2048 + 3 * 5504) * 2
+    # No step and no graph is larger than `step_tokens`, or than the cache.
+    for step, cache, rows in ((512, 32_768, 512), (8192, 1024, 1024)):
+        config = load(dotlist=[*keys, f"engine.step_tokens={step}", f"engine.cache_tokens={cache}"])
+        assert memory._needed(config, None)[2] == 2 * rows * (4 * 2048 + 3 * 5504) * 2
 
 
 @pytest.mark.parametrize("kind", ["of torch on a CPU", "of CUDA", "of Python"])

@@ -8,10 +8,11 @@ goes on with the file that it was killed in.
 """
 
 import json
+import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -34,17 +35,15 @@ class Remote:
     """What a run has behind the URL. Errors are those of the file system: any `Exception`.
 
     Raises:
-        UserError: fsspec does not know the URL's protocol, or the package for it is missing.
+        UserError: fsspec cannot open the URL, for example because it does not know the protocol.
     """
 
     def __init__(self, url: str, *, run: str) -> None:
         import fsspec
 
         self._name = f"{url.rstrip('/')}/{run}"
-        try:
+        with _reported(url):
             self._system, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"checkpoint.upload: {url}: {error}") from error
         self._root = f"{root.rstrip('/')}/{run}"
 
     @classmethod
@@ -59,12 +58,10 @@ class Remote:
     def require_writable(self) -> None:
         """Raise a `UserError` if nothing can be written there."""
         probe = f"{self._root}/.probe"
-        try:
+        with _reported(self):
             self._system.makedirs(self._root, exist_ok=True)
             self._system.pipe_file(probe, b"")
             self._system.rm_file(probe)
-        except Exception as error:
-            raise UserError(f"checkpoint.upload: {self}: {_reason(error)}") from error
 
     def steps(self) -> dict[int, bool]:
         """The step of each checkpoint there, and whether it is complete."""
@@ -73,7 +70,7 @@ class Remote:
             found = self._system.ls(f"{self._root}/checkpoints", detail=False)
         except FileNotFoundError:
             return {}
-        names = [name for name in map(_last, found) if name.startswith("step-")]
+        names = [name for name in map(_last, found) if re.fullmatch(r"step-\d+", name)]
         return {
             step_of(Path(name)): self._system.exists(f"{self._root}/checkpoints/{name}/{COMPLETE}")
             for name in names
@@ -88,7 +85,7 @@ class Remote:
         self._system.makedirs(there, exist_ok=True)
         self._remove(f"{there}/{COMPLETE}")  # of this step before a rewind
         sent: dict[str, str] = json.loads(self._read(f"{there}/{PARTS}") or "{}")
-        for name, sha256 in _hashes(path).items():
+        for name, sha256 in _hashes(path, mark).items():
             size = (path / name).stat().st_size
             if sent.get(name) == sha256 and self._size(f"{there}/{name}") == size:
                 continue
@@ -125,7 +122,7 @@ class Remote:
             UserError: it cannot be read, or is not what was sent.
         """
         there, path = self._place(step), step_directory(directory / "checkpoints", step)
-        try:
+        with _reported(there):
             (path / COMPLETE).unlink(missing_ok=True)
             path.mkdir(parents=True, exist_ok=True)
             mark = self._system.cat_file(f"{there}/{COMPLETE}").decode()
@@ -137,8 +134,6 @@ class Remote:
                     if not (directory / name).exists():
                         self._system.get_file(f"{self._root}/{name}", str(directory / name))
             files.write_text(path / COMPLETE, mark)
-        except Exception as error:
-            raise UserError(f"checkpoint.upload: {there}: {_reason(error)}") from error
         return path
 
     def _get(self, there: str, here: Path, *, sha256: str) -> None:
@@ -177,8 +172,8 @@ def restore(config: TrainConfig, *, newest: Path | None, report: Callable[[str],
         return newest
     remote.require_writable()
     directory = config.run_directory
-    complete = [step for step, whole in remote.steps().items() if whole]
-    step = max(complete, default=0)
+    with _reported(remote):
+        step = max((step for step, whole in remote.steps().items() if whole), default=0)
     if step <= (step_of(newest) if newest else 0) or _dropped(directory, step):
         return newest
     report(f"fetching step {step:,} from {remote}")
@@ -273,10 +268,9 @@ class Uploads:
         return False
 
 
-def _hashes(path: Path, mark: str | None = None) -> dict[str, str]:
-    """File -> SHA-256 of a checkpoint, as `state.json` and COMPLETE say; the latter is given or read."""
+def _hashes(path: Path, mark: str) -> dict[str, str]:
+    """File -> SHA-256 of a checkpoint, as `state.json` and the text of COMPLETE, `mark`, say."""
     state: dict[str, Any] = files.read_json(path / STATE)
-    mark = (path / COMPLETE).read_text() if mark is None else mark
     return {STATE: mark.strip()} | {name: shard["sha256"] for name, shard in state["files"].items()}
 
 
@@ -295,6 +289,15 @@ def _dropped(directory: Path, step: int) -> bool:
 
 def _last(name: str) -> str:
     return PurePosixPath(name.rstrip("/")).name
+
+
+@contextmanager
+def _reported(place: object) -> Iterator[None]:
+    """Turns any error of a file system into a `UserError` that names the place."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"checkpoint.upload: {place}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
