@@ -233,9 +233,9 @@ def _embedded_environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_TOKEN_PATH": str(_make_token(folder)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `_start`: for the processes that Ray starts
-        # Ray would wait for a worker per CPU without our `runtime_env`, which nothing here could use.
+        # Otherwise Ray starts a worker for each CPU, without our `runtime_env`: no task here could use them.
         "RAY_prestart_worker_first_driver": "0",
-        # A process that looks out for other nodes that are taken away.
+        # Otherwise Ray Train starts a process that watches for the preemption of other nodes.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
 

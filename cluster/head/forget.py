@@ -24,10 +24,11 @@ def forget(name: str, scratch: str, key: str) -> List[str]:  # noqa: UP006
     if key and without(home / ".ssh/authorized_keys", lambda line: line == key):
         removed.append("the head's key, from authorized_keys")
     mine = f"[ -O {scratch} "
-    if without(home / ".bashrc", lambda line: line.startswith(mine) and line.endswith(MARK)):
-        removed.append("a line of ~/.bashrc")
     bashrc = home / ".bashrc"
-    others = bashrc.exists() and any(line.endswith(MARK) for line in bashrc.read_text().splitlines())
+    if without(bashrc, lambda line: line.startswith(mine) and line.endswith(MARK)):
+        removed.append("a line of ~/.bashrc")
+    lines = bashrc.read_text(errors="replace").splitlines() if bashrc.exists() else []
+    others = any(line.endswith(MARK) for line in lines)
     files = [home / ".ssh" / f"asuncion_{name}", home / ".ssh" / f"asuncion_{name}.pub"]
     if os.path.isdir(scratch) and os.stat(scratch).st_uid == os.getuid():
         files += [Path(scratch, each) for each in ("activate", "started", "known_hosts")]

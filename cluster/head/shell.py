@@ -110,6 +110,7 @@ def _drop_greeting(command: Sequence[str]) -> int:
     """Run a command, and pass on what it prints after the line BEGIN. Returns its exit code."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert child.stdout is not None
+    os.set_blocking(1, True)  # rsync gives a socket that is not: a full one would refuse what we write
     pass_on = PastGreeting(lambda chunk: os.write(1, chunk))
     while chunk := os.read(child.stdout.fileno(), 1 << 16):
         pass_on(chunk)

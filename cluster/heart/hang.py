@@ -30,8 +30,8 @@ from cluster.record.heartbeat import BEAT_SECONDS, FOLDER, GRACE_SECONDS, STEP_P
 
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"  # parts whose progress is known more closely
 FIRST = 3  # steps, or batches of the evaluation: they may compile, or fill caches
-MOST_TIMES = 30.0  # computing alone is progress for so many times `hang_seconds`: a thread may also spin
-COMING_TIMES = 3.0  # a rank without a heartbeat may still import, so many times `hang_seconds`
+MOST_TIMES = 30.0  # times `hang_seconds`: for longer, computing alone is no progress (a thread may spin)
+COMING_TIMES = 3.0  # times `hang_seconds`, in which a rank without a heartbeat may still import modules
 BUSY = 0.01  # of a core: less is no computing
 READING = 100_000  # bytes per second from the storage: less is no reading
 COLLECTIVES = "distributed_c10d.py"  # of torch: a rank that stands there waits for another

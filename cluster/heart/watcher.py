@@ -43,7 +43,9 @@ class Watcher:
     """
 
     def __init__(self, **about: Any) -> None:
-        self._stacks = os.memfd_create("stacks") if hasattr(os, "memfd_create") else os.open(os.devnull, 1)
+        self._stacks = (
+            os.memfd_create("stacks") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
+        )
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         command = [sys.executable, "-IS", __file__, json.dumps({"stacks": self._stacks, **about})]
         # in this process's group: Ctrl-Z must stop both

@@ -338,12 +338,12 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
     key = said[0] if said else ""
     reap, forget = ((HEAD / name).read_bytes() for name in ("reap.py", "forget.py"))
 
-    def one(node: str) -> tuple[bool, str]:
+    def one(node: str, forgets: bool = not keep_access) -> tuple[bool, str]:
         there = Ssh(site, node, pin=True)
         try:
             script = f"{site.python} - {site.name}"
             found = _parsed(there.run(script, given=reap, timeout=60), there)
-            if not keep_access:
+            if forgets:
                 script = f"{site.python} - {site.name} {site.scratch} {shlex.quote(key)}"
                 found |= _parsed(there.run(script, given=forget, timeout=60), there)
         except CommandError as error:
@@ -358,7 +358,10 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
         return True, told + ("; access removed" if found.get("removed") else "")
 
     with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
-        found = dict(zip(site.nodes, pool.map(one, site.nodes), strict=True))
+        workers = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
+    # Only the head knows its key: it keeps it until every worker has forgotten it.
+    forgets = not keep_access and all(clean for clean, _ in workers.values())
+    found = {site.head: one(site.head, forgets), **workers}
     for node, (_, text) in found.items():
         report(f"{node}: {text}")
     problems = [node for node, (clean, _) in found.items() if not clean]

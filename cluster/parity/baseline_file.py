@@ -153,10 +153,8 @@ class Side:
         return [
             figure["id"]
             for figure in self.content.get("figures", ())
-            for watts in [
-                statistics.median(figure["joules_per_token"] or [0]) * statistics.median(figure["values"])
-            ]
-            if figure["joules_per_token"] and not 0 < watts <= limit
+            if (joules := figure["joules_per_token"])
+            and not 0 < statistics.median(joules) * statistics.median(figure["values"]) <= limit
         ]
 
     @property

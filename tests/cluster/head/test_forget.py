@@ -60,6 +60,14 @@ def test_a_cluster_is_forgotten_and_everything_else_stays(node):
     assert not (home / ".ray/auth_token").exists() and "asuncion" not in (home / ".bashrc").read_text()
 
 
+def test_a_bashrc_that_is_not_utf_8_stays_as_it_is(node):
+    bashrc = node / "home/dotfiles/bashrc"
+    before = bashrc.read_bytes() + b"alias caf\xe9=ls\n"
+    bashrc.write_bytes(before)
+    run(node, "lab", "nowhere", "")
+    assert bashrc.read_bytes() == before
+
+
 def test_nothing_there_is_nothing_to_forget(node):
     run(node, "lab", "a", KEY)
     assert run(node, "lab", "a", KEY) == []

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,9 +28,9 @@ def test_a_script_runs_alike_in_every_login_shell(name, tmp_path):
         (tmp_path / file).write_text(NOISE)
     # As sshd starts it: then bash reads ~/.bashrc, which is not interactive.
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SSH_CLIENT": "1.2.3.4 5 6"}
-    done = subprocess.run(
-        [program, "-c", login_command(SCRIPT)], env=environment, input=b"given", capture_output=True
-    )
+    command, elsewhere = [program, "-c", login_command(SCRIPT)], tmp_path / "elsewhere"
+    elsewhere.mkdir()  # where tcsh writes the file 2, which is its `>&2`
+    done = subprocess.run(command, env=environment, cwd=elsewhere, input=b"given", capture_output=True)
     assert done.returncode == 3
     expected = f'first {tmp_path}\nit\'s "quoted" 2 done\ngiven'
     assert after_greeting(done.stdout).decode() == expected
@@ -76,3 +78,18 @@ def test_rsync_gets_past_a_greeting(tmp_path):
     assert subprocess.run(back, capture_output=True).returncode == 0
     assert (tmp_path / "back/file").read_bytes() == (tmp_path / "there/file").read_bytes()
     assert sys.executable in shell.quiet_rsync(["ssh"])[1]
+
+
+def test_what_rsync_is_slow_to_read_is_passed_on_whole():
+    """rsync's end of the socket does not block; a pull onto a slow disk fills it."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    number = 5_000_000
+    script = f"import os; os.write(1, b'hello{BEGIN}\\n'); os.write(1, bytes({number}))"
+    command = [sys.executable, shell.__file__, sys.executable, "-c", script]
+    with ours, subprocess.Popen(command, stdout=theirs) as child:
+        theirs.close()
+        time.sleep(0.5)  # more comes than the socket holds
+        with ours.makefile("rb") as stream:
+            assert stream.read() == bytes(number)
+    assert child.returncode == 0
