@@ -105,7 +105,7 @@ def in_folder(outputs: Path = OUTPUTS) -> list[Path]:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints under `root`, half-written ones too, the oldest first. A copy by hand is none of them."""
+    """The checkpoints under `root`, half-written ones too, the oldest first; no copy that a user made."""
     return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
