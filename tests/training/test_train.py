@@ -221,7 +221,8 @@ def test_ray_train_gives_the_same_losses_also_after_its_driver_is_killed(
 
     def figures() -> dict[str, str]:
         """What Ray's endpoint gives of the run: gauge and its own labels -> value."""
-        [file] = Path(with_own_session["RAY_TMPDIR"]).glob("ray-*/r/session_latest/metrics_export_port_*")
+        ports = Path(with_own_session["RAY_TMPDIR"]).glob("ray-*/r/session_latest/metrics_export_port_*")
+        file = max(ports, key=lambda port: port.stat().st_mtime)  # another test may have left its session
         with urllib.request.urlopen(f"http://127.0.0.1:{file.read_text()}/metrics") as answer:
             lines = answer.read().decode()
         found = re.findall(
