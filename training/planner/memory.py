@@ -115,10 +115,12 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
     earlier["document masks"] = mask_bytes(config)
     later: Parts = {"model's gradients": low} if low else {}
+    # In fp32 DeepSpeed's stage 2 collects a pass's gradients beside their sum (seen with one worker).
+    collected = n * 4 if stage == 2 and not config.is_bf16 else 0
     points = {
         "after load": resident,
         "forward": {**resident, **earlier, "activations": forward},
-        "backward": {**resident, **earlier, "activations": backward},
+        "backward": {**resident, **earlier, "activations": backward, "gradients on their way": collected},
         "exchange": {**resident, **later, "gradients on their way": _sent_bytes(config, n, num_workers)},
         "optimizer step": {
             **resident, **later, "step": step_bytes(config, shape, num_workers=num_workers),

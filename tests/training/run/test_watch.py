@@ -69,14 +69,14 @@ def test_what_torch_cannot_allocate_is_said_with_the_part_and_what_to_change() -
 
 def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
     """The rate rises far above what training bears: the loss climbs, and then nothing is finite any more."""
-    keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 120}
+    keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 200}
     never = {
         "checkpoint__every_steps": 1000,
         "evaluation__every_steps": 1000,
         "optim__max_skipped_fraction": 1,
     }
     rates = {"optim__vector__lr": 30, "optim__matrix__lr": 50}
-    rising = {"schedule__warmup_fraction": 0.9, "schedule__decay_fraction": 0.0}
+    rising = {"schedule__warmup_fraction": 0.54, "schedule__decay_fraction": 0.0}
     done = python("training.launch", *tiny(folder, run__name="diverges", **keys, **never, **rates, **rising))
     assert done.returncode == 1
     run = folder / "outputs/diverges"
