@@ -133,7 +133,7 @@ def stranger(port: int, cluster: str) -> str | None:
 
     Of another user's process only the user is known.
     """
-    ours = set().union(*map(_sockets, of_cluster(cluster)), set())
+    ours = set().union(*map(_sockets, of_cluster(cluster)))
     for _, user, inode in _listening(port):
         if inode in ours:
             continue

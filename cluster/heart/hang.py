@@ -118,10 +118,10 @@ class Heartbeat:
                 if old != self._flag:
                     old.unlink(missing_ok=True)
         if self._hang_seconds:
-            about = {"rank": self._about["rank"], "start": self._about["start"], "final": self.final}
             self._watcher = watcher.Watcher(
-                directory=str(self._directory), seconds=self._hang_seconds, **about
-            )
+                directory=str(self._directory), rank=self._about["rank"], start=self._about["start"],
+                seconds=self._hang_seconds, final=self.final,
+            )  # fmt: skip
         self._thread.start()
         return self
 
