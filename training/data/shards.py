@@ -196,7 +196,7 @@ class ShardWriter:
         if not hasattr(self._own, "tokenizer"):
             self._own.tokenizer = load_tokenizer(self._folder / TOKENIZER_FILE)
         encodings = self._own.tokenizer.encode_batch_fast([document.text for _, document in batch])
-        ids = {name: array("I") for name in self.splits}  # filled from a list, twice as fast as NumPy's
+        ids = {name: array("I") for name in self.splits}  # filled from a list faster than NumPy's
         for (split, _), encoding in zip(batch, encodings, strict=True):
             ids[split].fromlist(encoding.ids)
             ids[split].append(self._end_id)

@@ -177,7 +177,7 @@ def test_peaks_of_a_step_on_a_cpu_are_those_planned(number: int, on_cpu) -> None
 def test_stage_2_in_fp32_collects_a_shard_and_only_where_it_accumulates(
     workers: int, accumulation: int
 ) -> None:
-    """All gradients would be 9% more with four workers, and a shard 8% more with two."""
+    """The bound tells a shard from all gradients with four workers, and from none with two."""
     keys = (*WIDER, "zero.stage=2", "precision=fp32", f"workers.count={workers}")
     keys += (f"batch.tokens={256 * workers * accumulation}",)
     ranks = spawn(peaks_of_steps, [keys], accumulation, world_size=workers)
