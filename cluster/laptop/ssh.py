@@ -141,6 +141,10 @@ class Ssh:
         """The error behind ssh's message when it ended with its own exit code."""
         inventory, node = self._inventory, self.address
         through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
+        if "UNPROTECTED PRIVATE KEY" in said:
+            return NodeError(
+                f"{node}: ssh refuses {inventory.ssh.key}, which others can read: `chmod 600` it"
+            )
         if "Permission denied" in said and _has_passphrase(key := Path(inventory.ssh.key).expanduser()):
             return NodeError(
                 f"{node}: the key {key} has a passphrase, and no agent holds it: `ssh-add {key}`"
@@ -164,10 +168,6 @@ class Ssh:
             return NodeError(f"{node}: no such host; check the address in the inventory")
         if "no such identity" in said.lower() or "invalid format" in said:
             return NodeError(f"{inventory.ssh.key}: cannot be used as a key; set ssh.key in the inventory")
-        if "UNPROTECTED PRIVATE KEY" in said:
-            return NodeError(
-                f"{node}: ssh refuses {inventory.ssh.key}, which others can read: `chmod 600` it"
-            )
         if "administratively prohibited" in said:
             return NodeError(
                 f"{node}: sshd on {inventory.head} forbids forwarding, by which the workers are reached; "

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -217,8 +218,11 @@ def killed_for_memory(story: Story) -> None:
     rank, spec = story.point("call", share=0.9)
     group = CGROUPS / f"faults-{os.getpid()}-{story.place.name}"
     fault = {"fault": "cgroup", "cgroup": str(group), **spec}
-    outcome = story.start(f"rank {rank} killed for memory at call {spec['at']}", specs={rank: fault})
-    group.rmdir()
+    try:
+        outcome = story.start(f"rank {rank} killed for memory at call {spec['at']}", specs={rank: fault})
+    finally:
+        with suppress(FileNotFoundError):  # the fault did not come to make it
+            group.rmdir()
     story.require(outcome.codes[rank] == -9, f"exit codes {outcome.codes}")
     found = [event["text"] for event in events.read(story.run) if event["kind"] == "out_of_memory"]
     story.require(len(found) == 1, f"{len(found)} events out_of_memory")

@@ -30,7 +30,7 @@ def node(tmp_path, monkeypatch):
         ("Bad owner or permissions on /root/.ssh/config", NodeError, "Bad owner .*see ~/.ssh/config"),
         ("Received disconnect: Too many authentication failures", NodeError, "refuses the key"),
         ("channel 0: open failed: administratively prohibited: open failed", NodeError, "AllowTcpForwarding"),
-        ("WARNING: UNPROTECTED PRIVATE KEY FILE!", NodeError, "chmod 600"),
+        ("WARNING: UNPROTECTED PRIVATE KEY FILE!\nPermission denied (publickey).", NodeError, "chmod 600"),
         ("ssh: connect to host 10.0.0.2 port 22: Connection refused", LinkError, "Connection refused"),
         ("ssh: connect to host 10.0.0.2 port 22: Connection timed out", LinkError, "timed out"),
         ("", LinkError, "the connection broke"),
