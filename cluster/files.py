@@ -57,7 +57,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 class DamagedFile(ValueError):
-    """A file does not hold what it should. The message names it; `cluster.cli.run` shows it alone."""
+    """A file does not hold what it should. The message names it; `cluster.cli.run` prints no traceback."""
 
 
 def read_json(path: Path) -> Any:

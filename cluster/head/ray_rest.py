@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from cluster.head.reap import of_cluster
+from cluster.head.reap import of_cluster, processes
 from cluster.private import read_token, token_file
 
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")  # states of a job that has ended
@@ -129,20 +129,19 @@ def listener(port: int) -> int | None:
 
 
 def stranger(port: int, cluster: str) -> str | None:
-    """Who listens on this TCP port and is no process of this cluster, in words; None if nobody does.
+    """Who listens on this TCP port without being a process of this cluster, in words; None if nobody does.
 
-    Of another user's process only the user can be told.
+    Of another user's process only the user is known.
     """
-    ours = set().union(*map(_sockets, of_cluster(cluster)), set())
+    ours = set().union(*map(_sockets, of_cluster(cluster)))
     for _, user, inode in _listening(port):
         if inode in ours:
             continue
         if user != os.getuid():
             return f"user {_name(user)}"
-        for folder in Path("/proc").glob("[0-9]*"):
-            if inode in _sockets(int(folder.name)):
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                return f"a process of yours, pid {folder.name}: {command[:80].strip()}"
+        for pid, process in processes().items():
+            if inode in _sockets(pid):
+                return f"a process of yours, pid {pid}: {process.command[:80].strip()}"
         return "a process of yours"
     return None
 

@@ -118,10 +118,10 @@ class Heartbeat:
                 if old != self._flag:
                     old.unlink(missing_ok=True)
         if self._hang_seconds:
-            about = {"rank": self._about["rank"], "start": self._about["start"], "final": self.final}
             self._watcher = watcher.Watcher(
-                directory=str(self._directory), seconds=self._hang_seconds, **about
-            )
+                directory=str(self._directory), rank=self._about["rank"], start=self._about["start"],
+                seconds=self._hang_seconds, final=self.final,
+            )  # fmt: skip
         self._thread.start()
         return self
 
@@ -268,8 +268,11 @@ def _cpu_of_children(process: int) -> float:
     """Seconds of CPU time of all processes below this one that live, on Linux."""
     total = 0.0
     for file in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in file.read_text().split():
+        children: list[str] = []
+        with suppress(OSError):  # the thread has ended
+            children = file.read_text().split()
+        for child in children:
+            with suppress(OSError):  # it has ended: its siblings count nevertheless
                 fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
                 total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
                 total += _cpu_of_children(int(child))

@@ -129,7 +129,8 @@ class _Rank:
         killer = threading.Timer(ENDS_SECONDS + 1, self._kill)  # the storage below may stand still too
         killer.daemon = True
         killer.start()
-        os.kill(self._process, STACKS_SIGNAL)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(self._process, STACKS_SIGNAL)
         with suppress(OSError):
             heartbeat.flag_of(self._directory, self._start).touch()
         was_stopped = heartbeat.continue_stopped(self._process)
@@ -148,7 +149,8 @@ class _Rank:
 
     def _kill(self) -> None:
         if self._lives():
-            os.kill(self._process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._process, signal.SIGKILL)
 
 
 def _kills() -> int:

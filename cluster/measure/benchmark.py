@@ -85,6 +85,13 @@ def require_rounds(num_rounds: int) -> None:
         raise UserError(f"--rounds: {num_rounds} must be at least 1")
 
 
+def require_free(overrides: Sequence[str], own_keys: Sequence[str]) -> None:
+    """Refuse a key=value whose key the command itself sets."""
+    for argument in overrides:
+        if argument.partition("=")[0] in own_keys:
+            raise UserError(f"{argument}: leave it out; this command itself sets {', '.join(own_keys)}")
+
+
 def ratios(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
     """The peer's seconds / ours of each round. Raises `RunError` if ours is not above 0 in every round."""
     if min(ours) <= 0:

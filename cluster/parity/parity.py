@@ -93,10 +93,10 @@ def _unmeasured(side: Side) -> list[str]:
     for cell in side.content.get("cells", ()):
         if cell["status"] != "measured":
             found.append(f"{side.name}, {cell['id']}: {cell['status']}: {cell['reason']}")
-    if all(figure["joules_per_token"] is None for figure in side.figures.values()):
-        found.append(f"{side.name}: energy, because NVML gives none")
     if short := side.energy_in_doubt:
         found.append(f"{side.name}: energy of {', '.join(short)}: the driver's counter is too coarse for it")
+    elif all(figure["joules_per_token"] is None for figure in side.figures.values()):
+        found.append(f"{side.name}: energy, because NVML gives none")
     if side.content["ceilings"].get("links") is None:
         found.append(f"{side.name}: links between devices")
     elif problem := side.content["ceilings"]["links"].get("problem"):

@@ -12,7 +12,7 @@ from cluster.review.run_reader import Run
 from cluster.review.words import amount
 
 MOST_SLOW = 15
-MOST_FAILED = 10  # loads and errors
+MOST_FAILED = 10  # rows, each of one load and one error
 COLUMNS = (  # head, key of a load's row
     ("Load", "load"),
     ("Succeeded", "counts"),
@@ -102,15 +102,13 @@ def _slow(run: Run, limits: dict[str, float]) -> Section:
 
 def _failed(requests: list[dict[str, Any]]) -> PageTable:
     """How many requests of each load failed, and how: the most frequent first."""
-    first: dict[tuple[str, str], str] = {}
-    counts: Counter[tuple[str, str]] = Counter()
-    for one in sorted(requests, key=lambda one: one["arrived"]):
-        if one["error"]:
-            counts[one["load"], one["error"]] += 1
-            first.setdefault(
-                (one["load"], one["error"]), f"{_shown(one['index'])} at {_shown(one['arrived'])} s"
-            )
-    rows = [[*key, f"{number_of:,}", first[key]] for key, number_of in counts.most_common(MOST_FAILED)]
+    failed = sorted((one for one in requests if one["error"]), key=lambda one: one["arrived"])
+    counts = Counter((one["load"], one["error"]) for one in failed)
+    first = {(one["load"], one["error"]): one for one in reversed(failed)}
+    rows = [
+        [*key, f"{count:,}", f"{_shown(first[key]['index'])} at {_shown(first[key]['arrived'])} s"]
+        for key, count in counts.most_common(MOST_FAILED)
+    ]
     return PageTable(
         ["Load", "Failed with", "Requests", "First"], rows, figures=(2,), classes=["error"] * len(rows)
     )

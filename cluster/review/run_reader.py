@@ -248,7 +248,17 @@ def _died_here(directory: Path, provenance: dict[str, Any]) -> bool:
     if not isinstance(host, dict) or host.get("hostname") != platform.node():
         return False  # a lock of another host may not be seen here
     owner = re.match(r"process (\d+) on ", file.read_text()) if file.exists() else None
-    return owner is None or not Path("/proc", owner[1]).exists()
+    return owner is None or not _is_alive(int(owner[1]))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

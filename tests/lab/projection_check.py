@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark.require_rounds(options.rounds)
         if options.steps < 1:
             raise UserError(f"--steps: {options.steps} must be at least 1")
-        for argument in options.overrides:
-            if argument.partition("=")[0] in OWN_KEYS:
-                raise UserError(f"{argument}: leave it out; this command itself sets {', '.join(OWN_KEYS)}")
+        benchmark.require_free(options.overrides, OWN_KEYS)
         given = [*DEFAULTS, *options.overrides]
         config = training_config.load(file=options.config, dotlist=given)
         make_plan(config, num_workers=1)

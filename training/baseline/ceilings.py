@@ -8,7 +8,6 @@ Besides `cluster.measure.probe`, it measures the products of each model's weight
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,8 +35,7 @@ def measure(products_of: Mapping[str, int]) -> dict[str, Any]:
     found = asdict(probe.measure(device=device, num_threads=None if gpu else os.cpu_count()))
     products = {}
     for name, num_rows in products_of.items():
-        shape = shapes.resolve(name)
-        counts = shape.matrices() + Counter([(shape.vocab_size, shape.hidden_size)])
+        counts = shapes.resolve(name).products()
         within = probe.CPU_SECONDS / len(products_of)
         try:
             ceiling = probe.measure_products(counts, num_rows=num_rows, device=device, within=within)

@@ -27,7 +27,7 @@ from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.display import show
-from cluster.measure import hardware
+from cluster.measure import benchmark, hardware
 from cluster.measure.usage import joules_of, out_of_memory, peak_memory_bytes
 from cluster.record import origins
 from training import config as training_config
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> None:
         if options.steps < 1 or options.warm_up < 1:
             raise UserError("--steps and --warm-up: must be at least 1")
-        for argument in options.overrides:
-            if argument.partition("=")[0] in OWN_KEYS:
-                raise UserError(f"{argument}: leave it out; this command sets {', '.join(OWN_KEYS)}")
+        benchmark.require_free(options.overrides, OWN_KEYS)
         launcher = "ray" if options.ray else "torch"
         size = {"num_steps": options.steps, "num_warm_up": options.warm_up}
         with tempfile.TemporaryDirectory() as folder:

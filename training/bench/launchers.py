@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.display import Table, show
 from cluster.measure import benchmark, probe
+from cluster.measure.turns import turns
 from cluster.process import Child
 from cluster.progress import Progress
 from cluster.record.record import follow
@@ -64,9 +64,7 @@ class LaunchTimes:
 
 def compare_launchers(options: argparse.Namespace) -> None:
     """The body of `python -m training.bench` without --peers. Raises `UserError` before anything runs."""
-    for argument in options.overrides:
-        if argument.partition("=")[0] in OWN_KEYS:
-            raise UserError(f"{argument}: leave it out; the bench itself sets {', '.join(OWN_KEYS)}")
+    benchmark.require_free(options.overrides, OWN_KEYS)
     keys = run_keys(options.overrides, file=options.config)
     config = training_config.load(file=options.config, dotlist=keys)
     plan = make_plan(config)
@@ -127,7 +125,7 @@ def bench(
 def measure(plan: Plan, given: list[str], *, num_rounds: int) -> list[dict[str, LaunchTimes]]:
     """One run under each launcher per round; who goes first changes from round to round."""
     rounds: list[dict[str, LaunchTimes]] = [{} for _ in range(num_rounds)]
-    order = [(i, name) for i in range(num_rounds) for name in list(LAUNCHERS)[:: -1 if i % 2 else 1]]
+    order = [(i, name) for i in range(num_rounds) for name in turns(list(LAUNCHERS), i)]
     with Progress(len(order) * plan.num_steps) as progress:
         for num_done, (i, name) in enumerate(order):
             steps_before = num_done * plan.num_steps
@@ -219,7 +217,7 @@ def gemm_gflops(config: TrainConfig, plan: Plan) -> tuple[float, str]:
 
     wanted = torch.bfloat16 if config.is_bf16 else torch.float32
     dtype = str(product_dtype(wanted, torch.device("cpu"))).removeprefix("torch.")
-    counts = plan.shape.matrices() + Counter([(plan.shape.vocab_size, plan.shape.hidden_size)])
+    counts = plan.shape.products()
     tokens = config.batch.micro_sequences * config.batch.sequence_length
 
     def tflops(num_threads: int) -> float:

@@ -13,7 +13,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -158,9 +157,7 @@ def require(pythons: Mapping[str, str], given: Sequence[str], only: Sequence[str
     for name in only:
         if name not in CASES:
             raise UserError(f"--only: {name!r} is not one of {', '.join(CASES)}")
-    for argument in given:
-        if argument.partition("=")[0] in OWN_KEYS:
-            raise UserError(f"{argument}: leave it out; the race itself sets {', '.join(OWN_KEYS)}")
+    benchmark.require_free(given, OWN_KEYS)
     for name in {
         _family(entrant.kind) for case in only or CASES for entrant in CASES[case].entrants.values()
     }:
@@ -287,9 +284,8 @@ def ceilings(plan: Plan, *, threads: int, config: training_config.TrainConfig) -
     from optim.precision import cpu_has_bf16
 
     torch.set_num_threads(threads)
-    counts = plan.shape.matrices() + Counter([(plan.shape.vocab_size, plan.shape.hidden_size)])
     tokens = config.batch.micro_sequences * config.batch.sequence_length
-    measure = partial(probe.measure_products, counts, num_rows=tokens, device="cpu")
+    measure = partial(probe.measure_products, plan.shape.products(), num_rows=tokens, device="cpu")
     found = {"float32": measure(dtype="float32").best}
     # Without bf16 arithmetic a peer that multiplies in bf16 is held against fp32 products, the fastest here.
     return found | {"bfloat16": measure(dtype="bfloat16").best if cpu_has_bf16() else found["float32"]}

@@ -127,6 +127,13 @@ class LlamaShape:
         sizes = [size for name, size in self.parameters().items() if ".layers." in name]
         return Counter((size[0], size[1]) for size in sizes if len(size) == 2)
 
+    def products(self) -> Counter[tuple[int, int]]:
+        """(rows, columns) -> number of matrices of that size that every token is multiplied with.
+
+        These are the hidden matrices and the head, tied or not.
+        """
+        return self.matrices() + Counter([(self.vocab_size, self.hidden_size)])
+
     @property
     def num_parameters(self) -> int:
         """Trainable scalars; a tied head counts once, with the embedding."""
@@ -134,12 +141,11 @@ class LlamaShape:
 
     @property
     def num_matmul_parameters(self) -> int:
-        """Scalars that every token is multiplied with: hidden matrices and the head, tied or not.
+        """Scalars of `products`.
 
         Without the embedding, which is a lookup, and the norms, which are elementwise.
         """
-        hidden_matrices = sum(rows * columns * count for (rows, columns), count in self.matrices().items())
-        return hidden_matrices + self.vocab_size * self.hidden_size
+        return sum(rows * columns * count for (rows, columns), count in self.products().items())
 
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs per token, forward and backward: 6·N_matmul + 12·L·(heads·head_dim)·sequence_length.
