@@ -59,7 +59,7 @@ class ModelConfig:
     qk_norm: bool | None = key(None, "normalise each head's queries and keys, as Qwen3; default: the shape's")
     activation_checkpointing: bool = key(False, "recompute each layer in the backward pass to save memory")
     checkpoint_every: int = key(
-        1, "with activation_checkpointing: recompute only every so many layers, from the first", least=1
+        1, "with activation_checkpointing: recompute only every N-th layer, from the first", least=1
     )
     compile: bool | None = key(None, "compile layers with torch.compile; default: on GPUs")
     loss_tokens: int | None = key(
@@ -68,7 +68,7 @@ class ModelConfig:
 
     @property
     def recomputed_every(self) -> int:
-        """Every so many layers are recomputed in the backward pass; 0: none is."""
+        """N, where every N-th layer is recomputed in the backward pass; 0: none is."""
         return self.checkpoint_every if self.activation_checkpointing else 0
 
 

@@ -132,7 +132,7 @@ def kernel(
 ) -> str:
     """In words, the kernel that attends in training: torch chooses it by the tensors, outside of any block.
 
-    documents: by `DocumentAttention`, and why not over pieces, if so.
+    documents: `DocumentAttention` attends. If it needs a mask, the text says why.
     """
     reason = varlen_unsupported(device, dtype, shape.head_dim) if documents else None
     if documents and reason is None:

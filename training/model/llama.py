@@ -227,9 +227,9 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model. Its weights are uninitialised until `initialize` or `load_hf` sets them.
 
-    With `activation_checkpointing` of n every n-th layer (0: none), from the first, keeps only its input and
+    With `activation_checkpointing` of n, every n-th layer from the first (0: none) keeps only its input and
     runs forward again in the backward pass: its activations shrink to B·T·D, for a third more computation.
-    With n of 2 or more this is the selective checkpointing by layers of torchtitan.
+    With n of 2 or more this is torchtitan's selective checkpointing by layers.
     """
 
     def __init__(self, shape: LlamaShape, *, activation_checkpointing: int = 0) -> None:
@@ -249,8 +249,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] (int64) in the weights' dtype; with `targets`, the loss instead.
 
-        With `documents`, the `starts` of `DocumentAttention`, no token sees another document than its own; of
-        these the `longest` has so many tokens.
+        With `documents`, no token sees another document than its own. `documents` and `longest` are the
+        `starts` and `longest` of `DocumentAttention`.
 
         The loss is the mean cross-entropy in nats, an fp32 scalar, over the targets [B, T] (int64) that
         are not `IGNORED_TARGET`; it is NaN when all are. While the model trains, `Head.z_loss` adds to it.

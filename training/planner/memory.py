@@ -43,8 +43,8 @@ class Form:
     Attributes:
         width: bytes of an element of weights and activations, 2 or 4.
         compiled: layers compiled by torch, which keeps less for the backward pass.
-        checkpointing: every so many layers, from the first, keep their input alone; 0: none does.
-        chunk_tokens: the loss is computed for so many tokens at a time; None: for all at once.
+        checkpointing: every N-th layer, from the first, keeps only its input; 0: none does.
+        chunk_tokens: the loss is computed for this many tokens at a time; None: for all at once.
     """
 
     width: int
@@ -115,8 +115,9 @@ def memory(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Memor
     earlier: Parts = {"model's gradients": low} if accumulates and low else {}
     earlier["document masks"] = mask_bytes(config)
     later: Parts = {"model's gradients": low} if low else {}
-    # In fp32 DeepSpeed's stage 2 collects a pass's gradients beside their sum (seen with one worker).
-    collected = n * 4 if stage == 2 and not config.is_bf16 else 0
+    # In fp32 DeepSpeed's stage 2 collects a pass's gradients of the worker's shard. If it accumulates, their
+    # sum lies beside them.
+    collected = n * 4 // num_workers if stage == 2 and not config.is_bf16 and accumulates else 0
     points = {
         "after load": resident,
         "forward": {**resident, **earlier, "activations": forward},
@@ -137,8 +138,7 @@ def mask_bytes(config: TrainConfig) -> int:
     """The mask of `training.model.attention.DocumentAttention`, for all layers. bf16 on GPUs needs none."""
     if not config.batch.document_masks or (config.workers.gpu and config.is_bf16):
         return 0
-    width = 2 if config.is_bf16 else 4
-    return config.batch.micro_sequences * config.batch.sequence_length**2 * width
+    return config.batch.micro_sequences * config.batch.sequence_length**2 * form_of(config).width
 
 
 def _with_outside(parts: Parts) -> Parts:
@@ -149,7 +149,7 @@ def _with_outside(parts: Parts) -> Parts:
 def _resident(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Parts:
     """What stays on the device from the first step on."""
     stage, bf16, n = config.zero.stage, config.is_bf16, shape.num_parameters
-    width, bucket = (2 if bf16 else 4), config.zero.bucket_elements
+    width, bucket = form_of(config).width, config.zero.bucket_elements
     shard = 1 if stage == 0 else num_workers
     gathered = min(n, 2 * bucket + max(prod(size) for size in shape.parameters().values()))
     weights = n * width

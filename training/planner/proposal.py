@@ -14,7 +14,7 @@ from training.planner.seconds import Rates, rates_of, step_seconds
 
 MOST_MICRO_SEQUENCES = 64
 STAGES = (1, 2, 3)
-CHECKPOINTED = (0, 4, 2, 1)  # every so many layers recomputed; 0: none
+CHECKPOINTED = (0, 4, 2, 1)  # every N-th layer is recomputed; 0: none
 EQUAL = 0.005  # steps whose times differ by less count as equal; then the least memory wins
 
 
@@ -43,7 +43,7 @@ class Candidate:
 
     @property
     def policy(self) -> tuple[bool, int, int]:
-        """(compiled, every so many layers recomputed or 0, stage)."""
+        """(compiled, `model.recomputed_every`, stage)."""
         return compiles(self.config), self.config.model.recomputed_every, self.config.zero.stage
 
     @property
