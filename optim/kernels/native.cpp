@@ -30,7 +30,7 @@ constexpr long KEPT = PAIRS * PARTS;  // Scalars of a row of a tile
 constexpr long HALF = 16;           // rows and columns of a quarter of a tile
 constexpr long SUMS = REGISTERS == 32 ? 16 : 12;  // vectors of sums that are computed together
 constexpr long DEPTH = REGISTERS == 32 ? 1L << 40 : 64;  // pairs that are multiplied before the next columns
-constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs and the results' places, into the second cache: 7%
+constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs and the results' places, into the second cache
 constexpr bool ROUNDED = !std::is_same_v<Scalar, float>;  // whether a Scalar holds less than a sum
 constexpr long BAND = 4;  // panels of rows that are multiplied with a panel of columns in turn
 

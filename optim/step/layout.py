@@ -32,9 +32,9 @@ def quiet_deepspeed() -> None:
     """Keep DeepSpeed to errors. Call it before `deepspeed.initialize`.
 
     BF16_Optimizer collects garbage and prints a table of memory, which takes 2 s. On a CPU, DeepSpeed would
-    try a compiler to learn which of its operators it could build, to use one: `deepspeed_shm_comm` (only for
-    inference), which compiles for 20 to 90 s, and a build that is killed leaves a lock that hangs every later
-    run.
+    run a compiler to learn which of its operators it can build, and then build one, `deepspeed_shm_comm`,
+    which only inference needs. That takes 20 to 90 s, and a build that is killed leaves a lock that hangs
+    every later run.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls functions that torch.distributed deprecates.

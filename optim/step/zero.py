@@ -72,7 +72,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._bound: deepspeed.DeepSpeedEngine | None = None
         super().__init__(groups, defaults={})
 
-    # without torch's wrapper, which imports its compiler for more than a CPU second
+    # Without torch's wrapper, which imports torch's compiler: that is slow.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def bind(self, engine: deepspeed.DeepSpeedEngine) -> None:

@@ -135,7 +135,7 @@ def campaign(seeds: Sequence[int], *, jobs: int, kind: str, output: Path | None,
     load, began = load_average(), time.monotonic()
     as_root = private_mounts()
     if not as_root:
-        print("not root: no full disk and no read-only folder")
+        print("not root: no full disk, no read-only folder, no control group without memory")
     wrong: dict[int, list[str]] = {}
     kinds: Counter[str] = Counter()
     num_starts = 0

@@ -109,13 +109,14 @@ class Peer:
         self.tried: dict[str, float] = {}
         for precision in [load["precision"]] if load["precision"] else self.precisions:
             step, num_parameters = self.build(precision)
-            self.first_loss = step().item()
+            first_loss = step().item()
             started = time.perf_counter()
             for _ in range(0 if load["precision"] else TRIED_STEPS):
                 step()
             self.tried[precision] = (time.perf_counter() - started) / TRIED_STEPS
             if precision == min(self.tried, key=self.tried.__getitem__):
-                self.precision, self._step, self.num_parameters = precision, step, num_parameters
+                self.precision, self.first_loss = precision, first_loss
+                self._step, self.num_parameters = step, num_parameters
         self.about = self.describe()
 
     def build(self, precision: str) -> tuple[Callable[[], Any], int]:

@@ -1,11 +1,11 @@
 """The launcher's cost: the same loop under Ray Train and under torchrun, in turns, on CPU workers.
 
 Measured: the steady optimizer step by the loop's own clock, without evaluation, checkpoints and the report to
-Ray after each checkpoint; and the wall time from the start of the command to the row of
-step 1 in `metrics.jsonl`, data prepared and W&B off. By default it takes about 8 minutes on two quiet cores.
+Ray after each checkpoint; and the wall time from the start of the command to the row of step 1 in
+`metrics.jsonl`, data prepared and W&B off.
 
-Ray's own processes take about a tenth of a core (2.60: each wakes 100 times a second). If the workers use all
-cores, the step slows down by that much; with workers.count=1 on two cores, Ray has a core, as on a node.
+Ray's own processes need CPU time too. If the workers use all cores, the step slows down by as much; with
+workers.count=1 on two cores, Ray has a core of its own.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def _cases() -> dict[str, TrainingCase]:
     found = {}
     for shape in SHAPES:
         for rule in ("adamw", "muon"):
-            # DeepSpeed's own Muon is raced in optim.bench: here it would take a minute to compile
+            # DeepSpeed's own Muon is raced in optim.bench: here it would have to be compiled first
             kinds = ("ours", "litgpt", "litgpt_compiled", *(["transformers"] if rule == "adamw" else []))
             entrants = {kind: Entrant(kind, rule) for kind in kinds}
             found[f"{shape}_{rule}"] = TrainingCase(shape, BATCH, entrants)

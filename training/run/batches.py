@@ -57,7 +57,7 @@ def documents(
 ) -> tuple[Any, ...]:
     """`documents` and `longest` of `Llama.forward` for `inputs` [B, T], if `batch.document_masks` is on.
 
-    Found on the CPU, where the tokens are: a GPU would have to be waited for.
+    Computed on the CPU, where the tokens are; on a GPU the host would have to wait for the result.
     """
     if not config.batch.document_masks:
         return ()

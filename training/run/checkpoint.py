@@ -24,7 +24,7 @@ from cluster import files
 from cluster.cli import UserError
 from cluster.runs import COMPLETE, checkpoints, complete_checkpoints
 
-if TYPE_CHECKING:  # the launcher looks for checkpoints without torch, whose import takes a second
+if TYPE_CHECKING:  # the launcher looks for checkpoints without torch, whose import is slow
     from torch import Tensor
 
 FORMAT_VERSION = 2
@@ -97,7 +97,7 @@ def kept(steps: list[int], *, keep: int, keep_every_steps: int) -> set[int]:
 def prune(root: Path, *, keep: int, keep_every_steps: int = 0) -> None:
     """Delete the complete checkpoints that are not kept, and half-written ones older than the kept.
 
-    `kept` says which. One that is marked DAMAGED is none of the newest.
+    `kept` chooses them. A checkpoint that is marked DAMAGED does not count among the newest.
     """
     sound = [path for path in complete_checkpoints(root) if not (path / DAMAGED).exists()]
     if len(sound) < keep:

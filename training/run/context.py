@@ -44,7 +44,7 @@ class Context:
 
     @property
     def start(self) -> str:
-        """The same on all ranks of one start, another in the next. Any rank may be the first to ask."""
+        """A name that is the same on all ranks, and new in each start. Any rank may be the first to ask."""
         return start_of(_store())
 
     @property
@@ -160,7 +160,7 @@ class Ranks:
 
 
 def start_of(store: dist.Store) -> str:
-    """A name that all processes of a store agree on, of one start of them."""
+    """The name of this start, on which all processes of the store agree."""
     key = f"asuncion/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return store.compare_set(key, "", uuid.uuid4().hex).decode()
 

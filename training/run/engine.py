@@ -97,7 +97,7 @@ def build_model(config: TrainConfig, shape: LlamaShape, *, device: torch.device)
 
 
 def warm_up(module: Llama, batch: tuple[Any, ...]) -> None:
-    """Compile what `batch`, that the model is called with in one pass, compiles. Nothing else changes.
+    """Compile the layers for `batch`, the model's arguments in one pass. Nothing else changes.
 
     Only the embedding's gradient is asked for, so nothing accumulates; it lies behind all others. Not for
     stage 3, whose hooks cannot run without accumulating.
@@ -204,7 +204,7 @@ def build_deepspeed_engine(
 ) -> tuple["deepspeed.DeepSpeedEngine", ZeroOptimizer, list[Member]]:
     """Wrap the model. Returns the engine, the bound optimizer, and the partition of the parameters."""
     quiet_deepspeed()
-    # DeepSpeed imports its own Muon, which asks for torch's compiler: 2 CPU seconds, and no use here.
+    # DeepSpeed imports its own Muon, which is not used here and would import torch's compiler.
     compiler.compile = lambda: compiler.dummy_decorator
     shape = resolve_shape(config)
     splits = attention_splits(

@@ -75,13 +75,14 @@ def train(
     Args:
         asked_to_stop: called once a step. All ranks then stop after the same step, with a checkpoint.
         command: the command line, for the record.
-        heart: that beats.
+        heart: this rank's heartbeat, which already beats.
         observe: called on rank 0 with every row of `metrics.jsonl`.
-        startup: what the start has taken until now; the first step completes and reports it.
+        startup: the parts of the start until now; the first step is its last part, and reports it.
     """
     config = start.config
-    final, where = heart.final, lambda: heart.place
-    failures = partial(report_failure, config, rank=context.rank, where=where, final=final)
+    failures = partial(
+        report_failure, config, rank=context.rank, where=lambda: heart.place, final=heart.final
+    )
     with failures():
         startup = startup or Startup()
         trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
@@ -314,7 +315,7 @@ class Trainer:
 def _end_startup(trainer: Trainer, startup: Startup) -> None:
     """After the first step."""
     trainer.context.synchronize()
-    startup.end("step", evaluation=trainer.spent.seconds.get("evaluation", 0.0))
+    startup.end("step", evaluation=trainer.spent.seconds.get(EVALUATION, 0.0))
     if trainer.context.is_main:
         report_first_step(trainer.config, startup, step=trainer.step)
     trainer.startup = None

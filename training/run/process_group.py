@@ -1,7 +1,7 @@
 """The process group of Ray Train's workers: it listens on the node's address alone.
 
-Neither Ray's `TorchConfig` nor anything of `ray.train.torch` is used. The controller would import torch for
-them, and every worker another 500 modules, before the first step.
+This module uses neither Ray's `TorchConfig` nor anything else of `ray.train.torch`. For them the controller
+would import torch, and every worker many more modules, before the first step.
 """
 
 import os
@@ -55,7 +55,7 @@ class _Group(Backend):
 
 
 def _meet(settings: dict[str, Any], config: GroupConfig, start: str) -> None:
-    """`meet` on a worker, with the variables that torchrun sets too. start: the same for all of them."""
+    """`meet` on a worker, with the variables that torchrun also sets. start: the same on all workers."""
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     os.environ |= {

@@ -57,7 +57,8 @@ class Spent:
 class Startup:
     """How long each part of a start took, from the command's process to the first step.
 
-    It goes to the workers, and there on. By the clock, so between nodes it is off by what their clocks are.
+    The launcher begins it, and the workers continue it. It uses the wall clock, so if they are on different
+    nodes, it is off by the difference of the nodes' clocks.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Startup:
         self.seconds: dict[str, float] = {}
 
     def end(self, part: str, **within: float) -> None:
-        """The time since the part before belongs to this part, but for the seconds of those `within`."""
+        """End a part: it has the time since the last end, less the seconds of the parts `within` it."""
         before, self._last = self._last, time.time()
         self.seconds |= {**within, part: self._last - before - sum(within.values())}
 

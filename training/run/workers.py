@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from training.run.context import Ranks
 
 TOLD = ("hung", "out_of_memory")  # events that say more than the worker's own end
-# Callbacks of Ray Train 2.60 that start a process each, which imports 1 to 2 CPU seconds beside the workers.
+# Callbacks of Ray Train 2.60 that each start a process, whose imports compete with those of the workers.
 # One would free the workers' resources if only the controller died, but then the run ends, and with it all
 # that is Ray's; the other serves Ray Data, which no worker reads.
 NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")

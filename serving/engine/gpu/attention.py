@@ -68,10 +68,9 @@ TILES = {  # in half precision
     # A40: 84 multiprocessors, 101,376 bytes of shared memory each: two programs fit. Not measured.
     (8, 6): Tiles(84 * 3, Tile(64, 4, 2), Tile(64, 4, 2), Tile(32, 4, 2, queries=64)),
     # H100, H200: 132 multiprocessors, 232,448 bytes. Chosen among 7 tiles and 4 numbers of programs, measured
-    # on an H200 with contexts of 512 and 2000 and 1 to 32 requests, equal and mixed. Prefilling with 16 heads
-    # on an H100, `large` takes 190 us for 4 x 2048 tokens, 44 for 8 x 512 and 69 for 1 x 2000; `prefill` 218,
-    # 52 and 57. Loads through tensor descriptors are no faster. cuDNN takes 144 us for 4 x 2048, but 45 ms
-    # more for each length that it has not seen.
+    # on an H200 with contexts of 512 and 2000 and 1 to 32 requests, equal and mixed. On an H100 with 16 heads
+    # `large` is faster than `prefill` for 4 x 2048 and 8 x 512 tokens, and slower for 1 x 2000. Loads through
+    # tensor descriptors are no faster. cuDNN is faster for 4 x 2048, but slow whenever a length is new.
     (9, 0): Tiles(
         384, Tile(64, 4, 2), Tile(128, 4, 2), Tile(64, 4, 3, queries=64), large=Tile(32, 8, 3, queries=128)
     ),

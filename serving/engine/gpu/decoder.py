@@ -28,8 +28,10 @@ from training.model.llama import Llama
 from training.model.shapes import LlamaShape
 
 MOST_INNER = 16_384  # elements of a row that one program holds
-# Rows of the graphs of steps with prompts. The padding of a step of n > 64 tokens is below n / 2. On an H100,
-# at 1.4B, a step of 512 tokens takes 3.4 ms by a graph, and 6.2 to 9 ms without; of 2000, 10.1 ms by either.
+# Rows of the graphs of steps with prompts. The padding of a step of n > 64 tokens is below n / 2. At 1.4B the
+# first token of a prompt of 512 tokens came after 3.8 ms with these graphs (on an H100), after 7.3 ms with
+# older code that had none (on an H200); of 2000 tokens, after 10.2 and 10.3 ms. Both are block 6 of
+# tests/baselines/nvidia-*_gpu.json.
 PROMPT_ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 Output = tuple[Tensor, Tensor]  # logits [S, V] fp32, and the likeliest token of each row, [S] int32

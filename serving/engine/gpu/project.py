@@ -2,12 +2,12 @@
 
 One launch is a product with what stands before and after it in the layer: a norm, and RoPE with the cache's
 places, SiLU, or the residual. On sm_90 it begins while the launch before is running, asks for its weights,
-and only then waits for its input. It rounds to bf16 where `training.model.llama` does. For more rows cuBLAS
-is faster: on an H200, at 1.4B, a step of 8 takes 1.8 ms; with this kernel on tensor cores it took 2.5 ms.
+and only then waits for its input. It rounds to bf16 where `training.model.llama` does. More rows are
+multiplied by cuBLAS: on an H200, 8 rows at 1.4B took longer with a form of this kernel for tensor cores.
 
-Measured on an H200, one row, 1.4B, context 512: a step takes 1.13 ms with WARP_BYTES of 8192, 1.07 ms with
-4096, and 1.09 ms with programs of one warp. Instructions that bring the next weights into the L2 cache while
-attention runs cost 0.04 ms, and more between other launches, so there are none.
+Measured on an H200, one row, 1.4B, context 512: WARP_BYTES of 8192 and programs of one warp are slower.
+Instructions that bring the next weights into the L2 cache while attention runs, or between other
+launches, cost more than they save. So there are none.
 
 Legend: as in `serving.engine.gpu.layers`. Two outputs that one program computes together are a pair: the two
 halves of a head that RoPE rotates, or gate and up.

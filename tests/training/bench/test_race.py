@@ -140,7 +140,7 @@ def load_command(folder: Path, **other: object) -> dict:
 
 def test_a_peer_takes_its_fastest_precision_or_the_one_that_is_asked_for(clock, tmp_path):
     peer = Scripted(load_command(tmp_path))
-    assert (peer.precision, peer.num_parameters, peer.first_loss) == ("fast", 7, 3.0)
+    assert (peer.precision, peer.num_parameters, peer.first_loss) == ("fast", 7, 2.0)
     assert clock == ["slow", "fast", "slower"]
     assert min(peer.tried, key=peer.tried.__getitem__) == "fast" and len(peer.tried) == 3
     assert Scripted(load_command(tmp_path, precision="slower")).precision == "slower"

@@ -23,7 +23,7 @@ HEARTBEAT_AGE = ("asuncion_heartbeat_age_seconds", "since a rank wrote its heart
 
 
 class Gauges(Background):
-    """Sets them from the run directory, in the launcher, for the length of a `with` block in a session."""
+    """Sets the metrics from the run directory, in the launcher, for the length of a `with` block."""
 
     POLL_SECONDS = 2.0
 
