@@ -26,8 +26,8 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
-from cluster.laptop import inventory
-from cluster.laptop.inventory import Inventory
+from cluster.laptop import commands, inventory
+from cluster.laptop.keys import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
 from cluster.progress import Progress
@@ -37,6 +37,8 @@ LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
+NUM_AT_ONCE = 32  # nodes
+KIND = "accelerator_type:"  # Ray's resource of a node with GPUs of this kind
 HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
 
 UNPACK = """
@@ -59,7 +61,7 @@ def head_script(site: Inventory, *arguments: str) -> str:
     verb, *rest = arguments
     down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
     return (
-        f"[ ! -e {site.scratch} ] || {site.owned()} || exit {REFUSED}\n"
+        f"[ ! -e {site.scratch} ] || {commands.owned(site)} || exit {REFUSED}\n"
         f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
         f"exec {site.python} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
     )
@@ -98,8 +100,11 @@ def _alone(site: Inventory) -> Iterator[None]:
 def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     begin = time.monotonic()
     generation = uuid.uuid4().hex
-    package = pack(more={"site.json": json.dumps({**site.site(), "generation": generation}, indent=2)})
-    report(f"{site.name}: {len(site.nodes)} nodes; {package}")
+    package = pack(
+        more={"site.json": json.dumps({**commands.for_head(site), "generation": generation}, indent=2)}
+    )
+    drained = f" ({len(site.drained)} more drained: {', '.join(site.drained)})" if site.drained else ""
+    report(f"{site.name}: {len(site.active)} nodes{drained}; {package}")
     head = Ssh(site, site.head, pin=True)
     patiently(lambda: head.run("true", timeout=30), patience=FIRST_CONTACT_SECONDS, report=report)
     key = _give_code(site, head, package.data, report=report)
@@ -114,18 +119,18 @@ def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     problems = _gate(site, head, generation, refusals, report=report)
     if problems:
         lines = "\n".join(f"  {node}: {why}" for node, why in problems.items())
-        joined = len(site.nodes) - len(problems)
+        joined = len(site.active) - len(problems)
         raise RunError(
-            f"{joined} of {len(site.nodes)} nodes joined; not these:\n{lines}\n"
+            f"{joined} of {len(site.active)} nodes joined; not these:\n{lines}\n"
             "the others work, and a node that can join later will; `make up` again continues"
         )
-    report(f"{len(site.nodes)} of {len(site.nodes)} nodes joined, in {time.monotonic() - begin:.0f} s")
+    report(f"{len(site.active)} of {len(site.active)} nodes joined, in {time.monotonic() - begin:.0f} s")
 
 
 def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
     """Copy code and site to the head and start the keeper. Returns the head's public key."""
     script = (
-        f"set -e\n{site.claim_command()}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
+        f"set -e\n{commands.claim(site)}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
         f"cd {site.code}\n{site.python} -m cluster.head.keeper start site.json"
     )
     try:
@@ -174,10 +179,9 @@ def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str]
                     return f"{str(error).removeprefix(f'{worker}: ')}; is it on, and on the head's network?"
                 time.sleep(1)
 
-    if not site.workers:
-        return {}
-    with ThreadPoolExecutor(min(32, len(site.workers))) as pool:
-        found = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
+    workers = [node for node in site.active if node != site.head]
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        found = dict(zip(workers, pool.map(one, workers), strict=True))
     return {worker: why for worker, why in found.items() if why is not None}
 
 
@@ -185,7 +189,7 @@ def _gate(
     site: Inventory, head: Ssh, generation: str, refusals: dict[str, str], *, report: Callable[[str], None]
 ) -> dict[str, str]:
     """Wait until all nodes have joined. Returns address -> reason of each that has not."""
-    with Progress(len(site.nodes), unit="node") as progress:
+    with Progress(len(site.active), unit="node") as progress:
         return _wait(site, head, generation, refusals, progress, report=report)
 
 
@@ -200,7 +204,7 @@ def _wait(
 ) -> dict[str, str]:
     shown: dict[str, tuple[str, str]] = {}
     is_ours = False
-    active = {node: time.monotonic() for node in site.nodes}  # when it last did something
+    active = {node: time.monotonic() for node in site.active}  # when it last did something
     script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
@@ -217,7 +221,7 @@ def _wait(
             )
         problems: dict[str, str] = {}
         waiting = False
-        for node in site.nodes:
+        for node in site.active:
             state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
             current = (state["state"], state["detail"])
             if current != shown.get(node):
@@ -252,8 +256,9 @@ def status(cluster: Path) -> str:
     site = inventory.load(cluster)
     answer = ask(site, head_script(site, "status"))
     states = (answer["keeper"] or {"nodes": {}})["nodes"]
-    alive = {node["address"]: node for node in answer["alive"]}
-    lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
+    alive = {node["name"]: node for node in answer["alive"]}
+    drained = f", {len(site.drained)} drained" if site.drained else ""
+    lines = [f"{site.name}: {len(alive)} of {len(site.active)} nodes in Ray{drained}"]
     if answer["problem"]:
         lines.append(f"{answer['problem']}; `make up` brings it up")
     if not answer["runs"]:
@@ -267,7 +272,10 @@ def status(cluster: Path) -> str:
                 for name in ("GPU", "CPU")
                 if name in found["resources"]
             )
-            lines.append(f"  {node:<16}{found['name']:<20}{resources}")
+            kinds = [each.removeprefix(KIND) for each in found["resources"] if each.startswith(KIND)]
+            lines.append(f"  {node:<16}{found['address']:<20}{' '.join([resources, *kinds])}")
+        elif node in site.drained:
+            lines.append(f"  {node:<16}drained in the inventory")
         elif state["state"] == JOINED or not answer["runs"]:  # what a keeper said last is no news
             lines.append(f"  {node:<16}not in Ray")
         else:
@@ -332,7 +340,8 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
         f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "
-        f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.head.keeper stop site.json; }}"
+        f"{{ {commands.owned(site)} && cd {site.code} && "
+        f"{site.python} -m cluster.head.keeper stop site.json; }}"
     )
     said = patiently(lambda: head.run(stop), patience=60, report=report).decode().splitlines()
     key = said[0] if said else ""
@@ -352,12 +361,12 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
             except ValueError:
                 return False, str(error)
         except RunError as error:
-            return False, str(error)
+            return node in site.drained, str(error)  # it may be drained because it is broken
         ended = found["ended"]
         told = f"{ended} processes ended, none left" if ended else "nothing was running"
         return True, told + ("; access removed" if found.get("removed") else "")
 
-    with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         workers = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
     # Only the head knows its key: it keeps it until every worker has forgotten it.
     forgets = not keep_access and all(clean for clean, _ in workers.values())

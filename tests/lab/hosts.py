@@ -26,6 +26,7 @@ from tests.commands import ROOT, tiny, write_corpus
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
+IPV6 = {name: f"fd77::{address.split('.')[2]}:{address.split('.')[3]}" for name, address in ADDRESSES.items()}
 CLUSTER = ("head", "worker1", "worker2")
 SCRATCH, STORAGE = "/scratch/lab", "/storage/lab"
 CLUSTER_FILE = "/root/lab.yaml"  # on the laptop
@@ -74,14 +75,18 @@ class Network:
             self.ip(name, "link set lo up")
         self.ip("gw", "link add br0 type bridge")
         self.ip("gw", "addr add 10.77.2.1/24 dev br0")
+        self.ip("gw", "addr add fd77::2:1/112 dev br0 nodad")
         self.ip("gw", "link set br0 up")
-        _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for setting in ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"):
+            _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", setting)
         for name in CLUSTER:
             self.ip("gw", f"link add v-{name} type veth peer name eth0 netns {self.namespace(name)}")
             self.ip("gw", f"link set v-{name} master br0 up")
             self.ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
+            self.ip(name, f"addr add {IPV6[name]}/112 dev eth0 nodad")
             self.ip(name, "link set eth0 up")
             self.ip(name, "route add default via 10.77.2.1")
+            self.ip(name, "route add default via fd77::2:1")
         self.link()
         relay = ["setpriv", "--pdeathsig", "KILL", sys.executable, Path(__file__).with_name("wan.py")]
         relay += [self.namespace("nyc"), self.namespace("gw"), self._control]
@@ -92,8 +97,11 @@ class Network:
             self.ip(name, f"addr add {address} dev wan0")
             self.ip(name, "link set wan0 up txqueuelen 5000")
         self.ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
+        self.ip("nyc", f"addr add {IPV6['nyc']}/128 dev lo")
         self.ip("nyc", f"route add 10.77.2.0/24 via 10.77.1.1 dev wan0 src {ADDRESSES['nyc']}")
+        self.ip("nyc", f"route add fd77::2:0/112 dev wan0 src {IPV6['nyc']}")
         self.ip("gw", f"route add {ADDRESSES['nyc']}/32 via 10.77.1.2 dev wan0")
+        self.ip("gw", f"route add {IPV6['nyc']}/128 dev wan0")
 
     def close(self) -> None:
         """Remove what was made of it."""
