@@ -46,7 +46,7 @@ def _found(name: str) -> list[str]:
 
 
 def _is_mine(address: str) -> bool:
-    with contextlib.suppress(OSError), _socket(address) as probe:
+    with contextlib.suppress(OSError), socket.socket(family(address), socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
         return True
     return False
@@ -54,11 +54,12 @@ def _is_mine(address: str) -> bool:
 
 def _source(address: str) -> str | None:
     """This machine's address on the way to another. Sends nothing."""
-    with contextlib.suppress(OSError), _socket(address) as probe:
+    with contextlib.suppress(OSError), socket.socket(family(address), socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return probe.getsockname()[0]
     return None
 
 
-def _socket(address: str) -> socket.socket:
-    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+def family(address: str) -> socket.AddressFamily:
+    """IPv4 or IPv6."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

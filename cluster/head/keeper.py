@@ -21,11 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files, private
 from cluster.head.addresses import is_address, own_address
+from cluster.head.install import install
 from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
 from cluster.head.reap import descendants, of_cluster
 from cluster.head.shell import Failure, Workers, bash, in_url, key_file
@@ -36,18 +38,6 @@ ALIVE_POLL_SECONDS = 2.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
 NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before anything is done
 JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
-PROBE = """
-cd / || exit 9
-echo "python $({python} -c '{identity}' 2>&1 | tail -1)"
-refused=$({python} - folder {scratch} 2>&1) || {{ echo "refused $refused"; exit 0; }}
-mkdir -p {scratch}/env {code} || exit 8
-echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
-test -e {env}/ready && echo "env ready"
-command -v rsync > /dev/null && echo "rsync yes"
-true
-"""
-# of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
-IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
 
 
 class States:
@@ -244,23 +234,7 @@ class Keeper:
             self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
             time.sleep(0.5)
             return
-        self._set(worker, "connecting", "")
-        probe = PROBE.format(**site, env=env, identity=IDENTITY)
-        answer = self._workers.ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
-        found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
-        mine = bash(f"{site['python']} -c '{IDENTITY}'")
-        if found.get("python") != mine:
-            raise Failure(
-                f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
-                "not run; install the same, or set python in the inventory"
-            )
-        if "refused" in found:
-            raise Failure(f"{found['refused']}, or set scratch in the inventory")
-        if "rsync" not in found:
-            raise Failure("has no rsync; install it")
-        if "env" not in found:
-            self._copy_environment(worker, env, free=int(found.get("free") or 0))
-        self._workers.rsync(worker, self.scratch / "code")
+        install(site, self._workers, worker, env, note=partial(self._set, worker))
         self._workers.ssh(worker, f"{site['token']} -", given=private.read_token())
         self._set(worker, "starting", "Ray")
         first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
@@ -281,17 +255,6 @@ class Keeper:
                     f"between the nodes? See {site['scratch']}/ray-start.log there"
                 )
             time.sleep(0.3)
-
-    def _copy_environment(self, worker: str, env: Path, *, free: int) -> None:
-        size = int(bash(f"du -sb {env}").split()[0])
-        self._set(worker, "copying", f"environment, {size / 1e9:.2f} GB, from the head")
-        if free < 1.1 * size + 1e9:
-            raise Failure(
-                f"{self.site['scratch']} has {free / 1e9:.1f} GB free, and the environment needs "
-                f"{size / 1e9:.1f} and 1 to spare; make room, or set scratch in the inventory"
-            )
-        self._workers.rsync(worker, env, "--exclude=/ready")
-        self._workers.ssh(worker, f"sync -f {env}; touch {env}/ready")
 
 
 def _joined(told: dict[str, float], resources: dict[str, float]) -> tuple[str, str]:

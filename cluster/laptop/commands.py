@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.head.shell import in_url
-from cluster.laptop.keys import Inventory, NodeConfig
+from cluster.laptop.keys import BROUGHT_PYTHON, Inventory, NodeConfig
 
 PRIVATE = Path(__file__).parents[1] / "private.py"
 AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
@@ -13,10 +13,12 @@ AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
 
 def for_head(site: Inventory) -> dict[str, Any]:
     """What the keeper on the head needs to know (`cluster.head.keeper`), JSON-ready."""
-    names = ("name", "head", "code", "scratch", "storage", "python")
+    names = ("name", "head", "code", "scratch", "storage")
     logins = {worker: site.ssh_of(worker) for worker in site.workers}
     return {
         **{name: getattr(site, name) for name in names},
+        "python": interpreter(site),
+        "claim_by_shell": claim_by_shell(site) if site.python == BROUGHT_PYTHON else None,
         "workers": [worker for worker in site.active if worker != site.head],
         "drained": list(site.drained),
         "logins": {worker: {"user": ssh.user, "port": ssh.port} for worker, ssh in logins.items()},
@@ -32,9 +34,26 @@ def for_head(site: Inventory) -> dict[str, Any]:
     }
 
 
+def interpreter(site: Inventory) -> str:
+    """The Python of the nodes."""
+    return f"{site.scratch}/python/bin/python3" if site.python == BROUGHT_PYTHON else site.python
+
+
+def claim_by_shell(site: Inventory) -> str:
+    """Make the scratch folder, or fail if it is not safe, where there is no Python. Stricter than `claim`."""
+    return f"""\
+(umask 077; mkdir -p {site.scratch}) && {owned(site)} || exit 1
+place=$(cd -P {site.scratch} && pwd)
+while [ "$place" != / ]; do
+  place=$(dirname "$place")
+  found=$(find "$place" -maxdepth 0 '(' -uid 0 -o -uid "$(id -u)" ')' '(' ! -perm /022 -o -perm -1000 ')')
+  [ -n "$found" ] || {{ echo "$place: lies above {site.scratch}, and others can write to it" >&2; exit 1; }}
+done"""
+
+
 def claim(site: Inventory) -> str:
     """Make the scratch folder, or fail if it is not safe. Runs before the code is copied."""
-    return f"{site.python} -c {shlex.quote(PRIVATE.read_text())} folder {site.scratch}"
+    return f"{interpreter(site)} -c {shlex.quote(PRIVATE.read_text())} folder {site.scratch}"
 
 
 def owned(site: Inventory) -> str:
@@ -45,20 +64,21 @@ def owned(site: Inventory) -> str:
 
 def setup(site: Inventory) -> str:
     """Install the pinned environment on a node, unless it is there."""
-    setup = f"bash {site.code}/cluster/head/setup.sh {site.code} {site.scratch} {site.python}"
-    index, proxy = site.packages.index, site.packages.proxy
+    setup = f"bash {site.code}/cluster/head/setup.sh {site.code} {site.scratch} {interpreter(site)}"
+    index, proxy, wheels = site.packages.index, site.packages.proxy, f"{site.scratch}/wheels"
     given = [*([f"PIP_INDEX_URL={index}"] if index else ()), *([f"PIP_PROXY={proxy}"] if proxy else ())]
+    given += ["PIP_NO_INDEX=1", f"PIP_FIND_LINKS={wheels}"] if site.packages.carried else []
     return f"{owned(site)} && {' '.join([*given, setup])}"
 
 
 def reap(site: Inventory) -> str:
     """End what this cluster runs on a node."""
-    return f"{owned(site)} && {site.python} {site.code}/cluster/head/reap.py {site.name}"
+    return f"{owned(site)} && {interpreter(site)} {site.code}/cluster/head/reap.py {site.name}"
 
 
 def token(site: Inventory) -> str:
     """Make Ray's token on the head, or repair the permissions of the existing one."""
-    return f"{site.python} {site.code}/cluster/private.py token"
+    return f"{interpreter(site)} {site.code}/cluster/private.py token"
 
 
 def start_head(site: Inventory, *, autoscaler: bool) -> str:

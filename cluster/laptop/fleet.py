@@ -26,7 +26,7 @@ from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
-from cluster.laptop import commands, inventory
+from cluster.laptop import carry, commands, inventory
 from cluster.laptop.keys import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
@@ -40,6 +40,8 @@ POLL_SECONDS = 1.0
 NUM_AT_ONCE = 32  # nodes
 KIND = "accelerator_type:"  # Ray's resource of a node with GPUs of this kind
 HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
+
+NOTHING = '{"ended": 0, "left": []}'  # what `down` finds where `up` has not brought a Python yet
 
 UNPACK = """
 import io, os, shutil, sys, zipfile
@@ -63,7 +65,7 @@ def head_script(site: Inventory, *arguments: str) -> str:
     return (
         f"[ ! -e {site.scratch} ] || {commands.owned(site)} || exit {REFUSED}\n"
         f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
-        f"exec {site.python} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
+        f"exec {commands.interpreter(site)} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
     )
 
 
@@ -107,6 +109,7 @@ def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     report(f"{site.name}: {len(site.active)} nodes{drained}; {package}")
     head = Ssh(site, site.head, pin=True)
     patiently(lambda: head.run("true", timeout=30), patience=FIRST_CONTACT_SECONDS, report=report)
+    carry.bring(site, head, report=report)
     key = _give_code(site, head, package.data, report=report)
     refusals = _let_head_in(site, head, key, report=report)
     known = (site.home / "known_hosts").read_bytes()
@@ -129,9 +132,10 @@ def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
 
 def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
     """Copy code and site to the head and start the keeper. Returns the head's public key."""
+    python = commands.interpreter(site)
     script = (
-        f"set -e\n{commands.claim(site)}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
-        f"cd {site.code}\n{site.python} -m cluster.head.keeper start site.json"
+        f"set -e\n{commands.claim(site)}\n{python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
+        f"cd {site.code}\n{python} -m cluster.head.keeper start site.json"
     )
     try:
         answer = patiently(lambda: head.run(script, given=package), patience=LINK_SECONDS, report=report)
@@ -144,7 +148,9 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
     if "No space left" in error.output:
         remedy = f"make room in {site.scratch}, or set scratch in the inventory"
     elif "command not found" in error.output:
-        remedy = f"install {site.python} (3.11 or 3.12), or set python in the inventory"
+        remedy = (
+            f"install {site.python} (3.11 or 3.12), or set python in the inventory (python: uv brings one)"
+        )
     elif "Permission denied" in error.output or "Read-only" in error.output:
         remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
     elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
@@ -205,7 +211,7 @@ def _wait(
     shown: dict[str, tuple[str, str]] = {}
     is_ours = False
     active = {node: time.monotonic() for node in site.active}  # when it last did something
-    script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
+    script = f"cd {site.code} && {commands.interpreter(site)} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
         keeper = answer["keeper"] or {}
@@ -341,7 +347,7 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
     stop = (
         f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "
         f"{{ {commands.owned(site)} && cd {site.code} && "
-        f"{site.python} -m cluster.head.keeper stop site.json; }}"
+        f"{commands.interpreter(site)} -m cluster.head.keeper stop site.json; }}"
     )
     said = patiently(lambda: head.run(stop), patience=60, report=report).decode().splitlines()
     key = said[0] if said else ""
@@ -349,11 +355,13 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
 
     def one(node: str, forgets: bool = not keep_access) -> tuple[bool, str]:
         there = Ssh(site, node, pin=True)
+        python = commands.interpreter(site)
+        nothing = f"[ {site.python} = {python} -o -e {python} ] || {{ echo '{NOTHING}'; exit; }}\n"
         try:
-            script = f"{site.python} - {site.name}"
+            script = f"{nothing}{python} - {site.name}"
             found = _parsed(there.run(script, given=reap, timeout=60), there)
             if forgets:
-                script = f"{site.python} - {site.name} {site.scratch} {shlex.quote(key)}"
+                script = f"{nothing}{python} - {site.name} {site.scratch} {shlex.quote(key)}"
                 found |= _parsed(there.run(script, given=forget, timeout=60), there)
         except CommandError as error:
             try:

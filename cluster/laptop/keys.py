@@ -24,6 +24,7 @@ HOST_NAME = re.compile(  # not 10.0.0.300: the last part is no number
     r"(?=.{1,253}$)([a-z0-9]([\w-]{,61}[a-z0-9])?\.)*(?!\d+$)[a-z0-9]([\w-]{,61}[a-z0-9])?",
     re.ASCII | re.IGNORECASE,
 )
+BROUGHT_PYTHON = "uv"  # as the inventory's `python`
 ADDRESS = "an IPv4 or IPv6 address or a host name"
 
 
@@ -52,6 +53,7 @@ class PackagesConfig:
         None, "package index that the head installs from; null: what pip there is set to", pattern=URL
     )
     proxy: str | None = key(None, "HTTP proxy by which the head reaches the index", pattern=URL)
+    carried: bool = key(False, "the head has no index: the laptop downloads the packages, and sends them")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Inventory:
     )
     python: str = key(
         "python3",
-        "Python 3.11 or 3.12 on every node, from which the environment is made",
+        "Python 3.11 or 3.12 on every node, from which the environment is made; uv: the laptop brings one",
         pattern=(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", "is not a command"),
     )
 

@@ -32,7 +32,7 @@ from cluster.laptop import inventory
 from cluster.laptop.fleet import ask, head_script, note
 from cluster.laptop.keys import Inventory, NodeConfig
 from cluster.laptop.package import Package, pack
-from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
+from cluster.laptop.ssh import LINK_CODES, TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
 from cluster.record.provenance import commit_environment
 
 PREFLIGHT = "preflight"  # name of its runs
@@ -283,7 +283,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
             raise RunError("rsync: no such command; install it on this machine and on the head") from error
         if done.returncode == 0:
             break
-        if done.returncode not in (10, 12, 30, 35, TRANSPORT):  # rsync's codes for a connection that broke
+        if done.returncode not in LINK_CODES:
             raise RunError(
                 f"rsync: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
             )

@@ -24,6 +24,7 @@ CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only le
 ALIVE_SECONDS, ALIVE_COUNT = 3, 3  # a dead link is noticed after 9 s
 PERSIST_SECONDS = 900  # for which the connection outlives the last command
 RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
+LINK_CODES = (10, 12, 30, 35, 255)  # exit codes of rsync for a connection that broke
 T = TypeVar("T")
 
 # what ssh says of a file of the user's that it does not read, by line and option
@@ -244,6 +245,15 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
         else:
             outage.end()
             return result
+
+
+def push(node: Ssh, source: Path, target: str) -> list[str]:
+    """The command that makes the folder `target` of the node equal to `source` here; goes on as `rsync`."""
+    return [
+        *("rsync", "--archive", "--compress", "--delete", "--partial-dir=.rsync-partial"),
+        *quiet_rsync(["ssh", *node.options()]),
+        *(f"{source}/", f"{node.user}@{in_url(node.host)}:{target}/"),
+    ]
 
 
 def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> list[str]:

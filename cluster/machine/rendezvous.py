@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from cluster.head.addresses import family
 from cluster.session import set_defaults
 
 SIOCGIFADDR = 0x8915  # of Linux's ioctl: the IPv4 address of an interface
@@ -43,11 +44,6 @@ def leave() -> None:
     """End the default process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def family(address: str) -> socket.AddressFamily:
-    """IPv4 or IPv6."""
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def interface_of(address: str) -> str | None:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.head.addresses import family
 from cluster.machine import host, toolchain
-from cluster.machine.rendezvous import family
 from cluster.measure import probe
 from cluster.record import provenance
 

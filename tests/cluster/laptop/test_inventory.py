@@ -281,5 +281,5 @@ def test_an_index_that_does_not_answer_is_told_with_the_keys(tmp_path):
 
 
 def test_a_missing_inventory_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match="`make inventory CLUSTER=cluster/mine.yaml` makes both"):
+    with pytest.raises(UserError, match=r"`make inventory CLUSTER=cluster/mine\.yaml` makes both"):
         inventory.load(tmp_path / "nowhere.yaml")
