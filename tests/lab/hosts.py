@@ -112,11 +112,23 @@ class Network:
             _try("ip", "netns", "del", self.namespace(name))
 
     def link(
-        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
+        self,
+        *,
+        delay_ms: float = 0.0,
+        jitter_ms: float = 0.0,
+        loss: float = 0.0,
+        burst: float = 1.0,
+        down: bool | str = False,
     ) -> None:
-        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
+        """Set the link to the cluster: one-way delay and jitter, loss, or an outage.
+
+        Args:
+            loss: as a fraction of 1; `burst`: packets that are lost in a row, on average.
+            down: "there" (to the cluster), "back", or True for both ways.
+        """
         part = self._control.with_suffix(".part")
-        state = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down}
+        state = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "burst": burst}
+        state["down"] = {True: "both", False: ""}.get(down, down)
         part.write_text(json.dumps(state))
         part.rename(self._control)
 
