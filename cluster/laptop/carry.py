@@ -148,7 +148,7 @@ def _run(command: list[str | Path]) -> None:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if re.search(r"\w", line)]
         errors = [line for line in said if "rror" in line] or said
-        what = Path(command[0]).name if "pip" not in command else "pip"
+        what = "pip" if command[0] == sys.executable else "uv"
         raise RunError(f"{what} here: {errors[0].strip() if errors else done.returncode}")
 
 

@@ -24,9 +24,11 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import pairs, show
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
-from cluster.laptop import carry, commands, inventory
+from cluster.laptop import carry, commands, growth, inventory
+from cluster.laptop.growth import NUM_AT_ONCE
 from cluster.laptop.keys import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
@@ -37,7 +39,6 @@ LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
-NUM_AT_ONCE = 32  # nodes
 KIND = "accelerator_type:"  # Ray's resource of a node with GPUs of this kind
 HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
 
@@ -402,6 +403,7 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("up", "status", "down"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="up: print what the site needs, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="down: keep_access=true")
     options = parser.parse_args()
 
@@ -411,7 +413,11 @@ def main() -> int:
     def body() -> None:
         if options.overrides and options.verb != "down":
             raise UserError(f"{options.overrides[0]}: `make {options.verb}` takes no keys")
-        if options.verb == "status":
+        if options.dry_run and options.verb == "up":
+            site = inventory.load(options.cluster)
+            print(layered.to_yaml(site))
+            show(pairs(growth.describe(growth.site_of(site))))
+        elif options.verb == "status":
             print(status(options.cluster))
         elif options.verb == "up":
             up(options.cluster, report=note)

@@ -49,11 +49,9 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
     assert re.search(rf"^  worker1 +{ADDRESSES['worker1']} +1 GPU, 2 CPU A40$", said, re.MULTILINE), said
     assert re.search(rf"^  worker2 +{ADDRESSES['worker2']} +2 GPU, 2 CPU H100$", said, re.MULTILINE), said
     assert re.search(rf"^  head +{ADDRESSES['head']} +2 CPU$", said, re.MULTILINE), said
-    for name, kind in (("worker1", "A40"), ("worker2", "H100")):
-        run = lab.call(*lab.train(run__name=f"on-{kind}", workers__count=1, workers__accelerator=kind))
-        assert run.returncode == 0, run.stdout + run.stderr
-        summary = lab.storage / f"lab/outputs/on-{kind}/provenance.json"
-        assert f'"{name}"' in summary.read_text()
+    run = lab.call(*lab.train(run__name="kind", workers__count=1, workers__accelerator="H100"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert '"worker2"' in (lab.storage / "lab/outputs/kind/provenance.json").read_text()
 
     differs["worker2"] |= {"gpus": 1}
     lab.write_inventory(head="head", workers=["worker1", "worker2"], differs=differs)
@@ -67,8 +65,6 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
     assert "2 nodes (1 more drained: worker2)" in said and "2 of 2 nodes joined" in said
     wait_until(lambda: lab.rays("worker2") == [], told=lambda: lab.rays("worker2"))
     assert "worker2         drained in the inventory" in status(lab)
-    preflight = lab.call("cluster.laptop.remote", "preflight", CLUSTER_FILE, "expect.differs={}")
-    assert "worker2: is drained in the inventory" in preflight.stdout
     down(lab)
 
 
@@ -78,8 +74,6 @@ def test_a_site_of_ipv6_addresses(lab):
     assert "3 of 3 nodes joined" in up(lab)
     said = status(lab)
     assert all(re.search(rf"^  {each} +{each} +2 CPU$", said, re.MULTILINE) for each in addresses), said
-    checked = lab.call("cluster.laptop.remote", "preflight", CLUSTER_FILE)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
     run = lab.call(*lab.train(run__name="six", workers__count=3, batch__tokens=384))
     assert run.returncode == 0, run.stdout + run.stderr
     pulled = lab.call("cluster.laptop.remote", "pull", CLUSTER_FILE, "--to", "/root/outputs")

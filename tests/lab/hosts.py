@@ -45,6 +45,12 @@ _NUMBERS = itertools.count()  # of the labs of this process
 PYTHON = f"{sys.base_prefix}/bin/python3"
 
 
+def add_host(name: str, address: str) -> None:
+    """Give the labs of this process one more host beside the cluster's."""
+    ADDRESSES[name] = address
+    IPV6[name] = f"fd77::2:{address.rpartition('.')[2]}"
+
+
 def missing() -> str | None:
     """Why there can be no lab on this machine, or None."""
     if os.geteuid() != 0:
@@ -79,7 +85,7 @@ class Network:
         self.ip("gw", "link set br0 up")
         for setting in ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"):
             _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", setting)
-        for name in CLUSTER:
+        for name in [name for name in ADDRESSES if name != "nyc"]:
             self.ip("gw", f"link add v-{name} type veth peer name eth0 netns {self.namespace(name)}")
             self.ip("gw", f"link set v-{name} master br0 up")
             self.ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
@@ -351,6 +357,11 @@ class Running:
         self._readers = [threading.Thread(target=_collect, args=pair, daemon=True) for pair in pairs]
         for reader in self._readers:
             reader.start()
+
+    @property
+    def raw_out(self) -> bytes:
+        """Standard output so far, as it came."""
+        return bytes(self._out)
 
     @property
     def out(self) -> str:
