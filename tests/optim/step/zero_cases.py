@@ -291,15 +291,7 @@ def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expec
     tokens, targets = batches(case, world_size)
     found = Expected({name: {"master": masters[name], **states[name]} for name in masters}, [])
     for step in range(num_steps):
-        gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
-        for micro in range(case.accumulation):
-            for rank in range(world_size):
-                model.zero_grad()
-                model(tokens[step, micro, rank], targets[step, micro, rank]).backward()
-                for name, parameter in model.named_parameters():
-                    if parameter.grad is not None:
-                        share = parameter.grad.float() / (case.accumulation * world_size)
-                        gradients[name] += share.view_as(gradients[name])
+        gradients = mean_gradients(model, masters, tokens[step].flatten(0, 1), targets[step].flatten(0, 1))
         norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients.values()])).item()
         found.norms.append(norm)
         scale = min(1.0, case.clip / (norm + 1e-6)) if case.clip else 1.0
@@ -330,6 +322,20 @@ def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expec
     for shown in ({}, masters):
         found.losses.append(loss_at(model, shown, tokens[0, 0, 0], targets[0, 0, 0]))
     return found
+
+
+def mean_gradients(
+    model: nn.Module, like: dict[str, Tensor], tokens: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """fp32, over the batches along the first dimension, in the shapes of `like`."""
+    gradients = {name: torch.zeros_like(each) for name, each in like.items()}
+    for batch in zip(tokens, targets, strict=True):
+        model.zero_grad()
+        model(*batch).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] += (parameter.grad.float() / len(tokens)).view_as(gradients[name])
+    return gradients
 
 
 @torch.no_grad()
