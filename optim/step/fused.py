@@ -7,11 +7,11 @@
     finish     one pass over the shard: decay and update of the fp32 weights, and the write of what the model
                computes with, in its precision: the weights, or the point that the rule looks ahead to
 
-The two passes, or AdamW's one, run as Triton kernels on a GPU (optim/kernels/gpu.py) and as C++ on a CPU that
-can (optim/kernels/native.cpp). Elsewhere they go chunk by chunk, which stays in a CPU's cache. The CPU runs the
-passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back. Nothing travels
-if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments say where the
-weights lie, and gradients are in the `.grad` of the flat tensors.
+The two passes, or AdamW's one, run as Triton kernels on a GPU (optim/kernels/gpu.py) and as C++ on a CPU
+that can (optim/kernels/native.cpp). Elsewhere they go chunk by chunk, which stays in a CPU's cache. The CPU
+runs the passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back. Nothing
+travels if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments say where
+the weights lie, and gradients are in the `.grad` of the flat tensors.
 """
 
 from collections.abc import Iterator, Sequence
