@@ -9,9 +9,9 @@
 
 The two passes, or AdamW's one, run as Triton kernels on a GPU (optim/kernels/gpu.py) and as C++ on a CPU
 that can (optim/kernels/native.cpp). Elsewhere they go chunk by chunk, which stays in a CPU's cache. The CPU
-runs the passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back. Nothing
-travels if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments say where
-the weights lie, and gradients are in the `.grad` of the flat tensors.
+runs the passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back.
+Nothing travels if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments
+say where the weights lie, and gradients are in the `.grad` of the flat tensors.
 """
 
 from collections.abc import Iterator, Sequence
