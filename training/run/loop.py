@@ -85,6 +85,7 @@ def train(
     )
     with failures():
         trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
+        startup.end("model", compile=trainer.spent.seconds.get("compile", 0.0))
         kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -113,10 +114,7 @@ def train(
 
 
 class Trainer:
-    """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own.
-
-    startup: as for `train`. Without one the first step is not reported.
-    """
+    """One rank's model, optimizer, data and position. Collective: every rank builds and runs its own."""
 
     def __init__(
         self,
@@ -128,7 +126,7 @@ class Trainer:
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
-        self.startup = startup
+        self.startup = startup  # None: the first step is not reported
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -136,8 +134,6 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
-        if startup is not None:
-            startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
