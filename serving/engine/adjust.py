@@ -13,12 +13,12 @@ from serving.engine.protocol import Sampling
 
 
 def adjusted(
-    logits: Tensor, sampling: Sampling, tokens: Sequence[int], *, num_prompt: int, eos_ids: Collection[int]
+    logits: Tensor, sampling: Sampling, tokens: Sequence[int], num_prompt: int, *, eos_ids: Collection[int]
 ) -> Tensor:
     """A copy of one row of `logits` [V], fp32, on any device, adjusted.
 
     Args:
-        tokens: of prompt and continuation so far.
+        tokens: of prompt and continuation so far; the first `num_prompt` are the prompt's.
         eos_ids: tokens that end the text besides `sampling.stop_ids`.
     """
     new, device = logits.clone(), logits.device

@@ -215,9 +215,7 @@ class TorchEngine:
     def _choose(self, sampled: Sequence[_Running], logits: torch.Tensor) -> Chosen:
         samplings, chances = [r.sampling for r in sampled], [r.chance for r in sampled]
         changed = {
-            row: adjusted(
-                logits[row], r.sampling, r.tokens, num_prompt=r.prompt_tokens, eos_ids=self._eos_ids
-            )
+            row: adjusted(logits[row], r.sampling, r.tokens, r.prompt_tokens, eos_ids=self._eos_ids)
             for row, r in enumerate(sampled)
             if r.sampling.adjusts
         }

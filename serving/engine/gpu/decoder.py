@@ -107,11 +107,9 @@ class GpuDecoder:
 
     @torch.inference_mode()
     def choose(
-        self,
-        samplings: Sequence[Sampling],
-        chances: Sequence[random.Random],
+        self, samplings: Sequence[Sampling], chances: Sequence[random.Random],
         changed: Mapping[int, Tensor] | None = None,
-    ) -> Chosen:
+    ) -> Chosen:  # fmt: skip
         """See `AheadDecoder`."""
         self._chosen, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances, changed)
         if self._chosen is not self._likeliest:  # else a step that only decodes has left them there

@@ -71,7 +71,7 @@ def test_logits_are_adjusted_in_vllm_s_order():
     def changed(eos: tuple[int, ...] = (), **sampling: object) -> list[float]:
         options = Sampling(max_tokens=9, **sampling)
         assert options.adjusts
-        return adjusted(logits, options, tokens, num_prompt=2, eos_ids=eos).tolist()
+        return adjusted(logits, options, tokens, 2, eos_ids=eos).tolist()
 
     assert changed(presence_penalty=0.5) == [2, -2, 1, 3.5, 3]  # of what was sampled: 3, twice
     assert changed(frequency_penalty=0.5) == [2, -2, 1, 3, 3]
@@ -83,9 +83,7 @@ def test_logits_are_adjusted_in_vllm_s_order():
     assert changed((4,), **ends) == [-math.inf, -2, 1, 4, -math.inf]
     assert changed((4,), **ends, ignore_eos=True) == [-math.inf, -2, 1, 4, 3]
     assert changed((4,), **ends | {"min_tokens": 2}) == logits.tolist()
-    huge = adjusted(
-        torch.tensor([3e38]), Sampling(max_tokens=1, repetition_penalty=0.01), [0], num_prompt=1, eos_ids=()
-    )
+    huge = adjusted(torch.tensor([3e38]), Sampling(max_tokens=1, repetition_penalty=0.01), [0], 1, eos_ids=())
     assert huge.isfinite().all()
     assert logits.tolist() == [2, -2, 1, 4, 3]
 
