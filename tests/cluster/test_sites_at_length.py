@@ -1,11 +1,14 @@
 """Other sites, on four hosts (`make test-cluster`): names, IPv6, ports, kinds of GPU, drained nodes."""
 
+import json
 import re
 
 import pytest
 
-from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, IPV6, Lab, missing
+from tests.cluster.test_cluster_at_length import SMALL
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, IPV6, STORAGE, Lab, missing
 from tests.waiting import wait_until
+from training.model.shapes import to_hf_config
 
 pytestmark = [
     pytest.mark.cluster,
@@ -43,7 +46,11 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
     assert lab.run("worker2", "sed -i 's/^Port 22$/Port 2222/' /etc/ssh/sshd_config").returncode == 0
     lab.run("worker2", "kill -HUP $(pgrep -o sshd)")
     differs = {"worker1": {"gpus": 1}, "worker2": {"port": 2222, "gpus": 2, "accelerator": "H100"}}
-    lab.write_inventory(head="head", workers=["worker1", "worker2"], differs=differs)
+    there = {"head": "head", "workers": ["worker1", "worker2"]}
+    # the hosts have no GPUs for the preflight to find
+    there["preflight"] = ["limits.scratch_free_gb=1", "limits.storage_free_gb=1", "size.disk_megabytes=16"]
+    there["preflight"] += ["expect.gpus=0", "expect.differs={}", "size.repeats=1"]
+    lab.write_inventory(**there, differs=differs)
     assert "3 of 3 nodes joined" in up(lab)
     said = status(lab)
     assert re.search(rf"^  worker1 +{ADDRESSES['worker1']} +1 GPU, 2 CPU A40$", said, re.MULTILINE), said
@@ -52,20 +59,40 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
     run = lab.call(*lab.train(run__name="kind", workers__count=1, workers__accelerator="H100"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert '"worker2"' in (lab.storage / "lab/outputs/kind/provenance.json").read_text()
+    _measure_a_kind(lab, "H100", host="worker2")
 
     differs["worker2"] |= {"gpus": 1}
-    lab.write_inventory(head="head", workers=["worker1", "worker2"], differs=differs)
+    lab.write_inventory(**there, differs=differs)
     changed = lab.up()
     assert changed.returncode == 1
     assert "worker2: its Ray was started before the inventory said 1 GPU" in changed.stderr
 
     differs["worker2"] |= {"drained": True}
-    lab.write_inventory(head="head", workers=["worker1", "worker2"], differs=differs)
+    lab.write_inventory(**there, differs=differs)
     said = up(lab)
     assert "2 nodes (1 more drained: worker2)" in said and "2 of 2 nodes joined" in said
     wait_until(lambda: lab.rays("worker2") == [], told=lambda: lab.rays("worker2"))
     assert "worker2         drained in the inventory" in status(lab)
     down(lab)
+
+
+def _measure_a_kind(lab, kind, *, host):
+    """`make baseline` of one kind of GPU is measured on a node of it."""
+    more = (f"data.source={STORAGE}/corpus.jsonl", "data.vocab_size=320", "data.validation_fraction=0.2")
+    shape = lab.storage / "lab/small/config.json"
+    shape.parent.mkdir(exist_ok=True)
+    shape.write_text(json.dumps(to_hf_config(SMALL, dtype="bfloat16")))
+    done = lab.call(
+        "training.baseline", "--cluster", CLUSTER_FILE, f"accelerator={kind}", "rounds=1", "wandb=disabled",
+        f"train.shapes=[{STORAGE}/small/config.json]", "train.rules=[muon]", "train.tokens=64",
+        "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
+        f"train.more=[{','.join(more)}]", "serve.models=[]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    file = lab.storage / f"lab/outputs/baseline-{kind.lower()}/baseline.json"
+    found = json.loads(file.read_text())
+    assert found["hardware"]["num_nodes"] == 1 and len(found["figures"]) == 1
+    assert found["provenance"]["host"]["hostname"] == host
 
 
 def test_a_site_of_ipv6_addresses(lab):
