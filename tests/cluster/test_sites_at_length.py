@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.test_cluster_at_length import SMALL
-from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, IPV6, STORAGE, Lab, missing
+from tests.commands import ROOT
+from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, IPV6, SCRATCH, STORAGE, Lab, missing
+from tests.standalone_python import downloads
 from tests.waiting import wait_until
 from training.model.shapes import to_hf_config
 
@@ -47,9 +51,6 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
     lab.run("worker2", "kill -HUP $(pgrep -o sshd)")
     differs = {"worker1": {"gpus": 1}, "worker2": {"port": 2222, "gpus": 2, "accelerator": "H100"}}
     there = {"head": "head", "workers": ["worker1", "worker2"]}
-    # the hosts have no GPUs for the preflight to find
-    there["preflight"] = ["limits.scratch_free_gb=1", "limits.storage_free_gb=1", "size.disk_megabytes=16"]
-    there["preflight"] += ["expect.gpus=0", "expect.differs={}", "size.repeats=1"]
     lab.write_inventory(**there, differs=differs)
     assert "3 of 3 nodes joined" in up(lab)
     said = status(lab)
@@ -77,22 +78,24 @@ def test_names_a_port_and_two_kinds_of_gpu_and_a_worker_that_is_drained_later(la
 
 
 def _measure_a_kind(lab, kind, *, host):
-    """`make baseline` of one kind of GPU is measured on a node of it."""
-    more = (f"data.source={STORAGE}/corpus.jsonl", "data.vocab_size=320", "data.validation_fraction=0.2")
-    shape = lab.storage / "lab/small/config.json"
+    """A baseline of one kind of GPU, asked for on the head, is measured on a node of that kind."""
+    shape, output = lab.storage / "lab/small/config.json", lab.storage / "lab/baseline.json"
     shape.parent.mkdir(exist_ok=True)
     shape.write_text(json.dumps(to_hf_config(SMALL, dtype="bfloat16")))
-    done = lab.call(
-        "training.baseline", "--cluster", CLUSTER_FILE, f"accelerator={kind}", "rounds=1", "wandb=disabled",
+    data = f"data.source={STORAGE}/corpus.jsonl,data.vocab_size=320,data.validation_fraction=0.2"
+    keys = (
+        f"accelerator={kind}", "session.address=auto", f"directory={STORAGE}/outputs", "rounds=1",
+        f"output={STORAGE}/baseline.json", "wandb=disabled", f"train.data={STORAGE}/data", "serve.models=[]",
         f"train.shapes=[{STORAGE}/small/config.json]", "train.rules=[muon]", "train.tokens=64",
-        "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2",
-        f"train.more=[{','.join(more)}]", "serve.models=[]",
+        "train.sequence_length=32", "train.most_micro_sequences=2", "train.steps=2", f"train.more=[{data}]",
     )  # fmt: skip
+    here = f". {SCRATCH}/activate && cd {SCRATCH}/code && python -m training.baseline {' '.join(keys)}"
+    done = lab.run("head", here)  # `make baseline` would begin with a preflight, which looks for the GPUs
     assert done.returncode == 0, done.stdout + done.stderr
-    file = lab.storage / f"lab/outputs/baseline-{kind.lower()}/baseline.json"
-    found = json.loads(file.read_text())
-    assert found["hardware"]["num_nodes"] == 1 and len(found["figures"]) == 1
-    assert found["provenance"]["host"]["hostname"] == host
+    found = json.loads(output.read_text())
+    assert found["provenance"]["host"]["hostname"] == host and len(found["figures"]) == 1
+    failed = lab.run("head", f"{here} train.rules=[nonsense]")
+    assert failed.returncode != 0
 
 
 def test_a_site_of_ipv6_addresses(lab):
@@ -105,4 +108,22 @@ def test_a_site_of_ipv6_addresses(lab):
     assert run.returncode == 0, run.stdout + run.stderr
     pulled = lab.call("cluster.laptop.remote", "pull", CLUSTER_FILE, "--to", "/root/outputs")
     assert pulled.returncode == 0, pulled.stderr
+    down(lab)
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+def test_a_site_without_a_python_gets_one_from_the_laptop(lab):
+    home = lab.folder / "hosts/nyc/disk/home"
+    for folder in ("python", ".asuncion/uv/bin"):
+        (home / folder).mkdir(parents=True)
+    shutil.copy(shutil.which("uv"), home / ".asuncion/uv/bin/uv")
+    listed = downloads(home / "python", seen_as=Path("/root/python"))
+    lab.write_inventory(python="uv")
+    command = f".venv/bin/python -m cluster.laptop.fleet up {CLUSTER_FILE}"
+    there = f"UV_PYTHON_DOWNLOADS_JSON_URL=/root/python/{listed.name}"
+    done = lab.run("nyc", f"cd {ROOT} && {there} {command}")
+    assert done.returncode == 0 and "3 of 3 nodes joined" in done.stdout, done.stdout + done.stderr
+    for name in CLUSTER:
+        assert lab.run(name, f"ls {SCRATCH}/python/ready").returncode == 0
+    assert f"{SCRATCH}/python/bin/python3 -m cluster.head.keeper" in " ".join(lab.rays("head"))
     down(lab)
