@@ -29,8 +29,8 @@ def downloads(folder: Path, *, seen_as: Path | None = None) -> Path:
     listed = {
         f"cpython-{version}-linux-x86_64-gnu": {
             "name": "cpython", "arch": {"family": "x86_64", "variant": None}, "os": "linux", "libc": "gnu",
-            "major": major, "minor": minor, "patch": patch, "prerelease": "", "url": f"file://{seen_as or folder}/{archive.name}",
-            "sha256": digest, "variant": None, "build": "20261101",
+            "major": major, "minor": minor, "patch": patch, "prerelease": "", "sha256": digest,
+            "url": f"file://{seen_as or folder}/{archive.name}", "variant": None, "build": "20261101",
         }
     }  # fmt: skip
     file = folder / "downloads.json"

@@ -50,6 +50,7 @@ def _lines(config: str, address: str) -> Iterator[str]:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as child:  # fmt: skip
             assert child.stdout is not None
-            yield from child.stdout
+            for line in child.stdout:  # Ray drives this generator with `send`, which a file does not have
+                yield line  # noqa: UP028
             code = child.wait()
     yield "" if code == 0 else f"exit code {code}\n"
