@@ -1,4 +1,4 @@
-"""Our LLaMA against transformers', with QK-norm against its Qwen3, and against itself in other paths."""
+"""Our LLaMA against transformers', Qwen3 (QK-norm), Qwen2 (biases) and Mistral, and itself in other paths."""
 
 import hashlib
 import json
@@ -14,20 +14,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from training.model import rope
 from training.model.attention import LogitProbe
 from training.model.hf import save_hf
 from training.model.llama import Llama, compile_layers, generate, initialize, load_hf, rotary
 from training.model.loss import IGNORED_TARGET
-from training.model.shapes import LlamaShape, RopeScaling
+from training.model.rope import LinearScaling, RopeScaling, YarnScaling
+from training.model.shapes import LlamaShape
 
 TINY = LlamaShape(
     vocab_size=320,
@@ -48,6 +53,10 @@ VARIANTS = {
     "llama3": {"rope_scaling": LLAMA_3, "rope_theta": 5e5},
     "head_dim": {"head_dim": 24},
     "qk_norm": {"qk_norm": True, "head_dim": 24, "tied": True},
+    "linear": {"rope_scaling": LinearScaling(2.0)},
+    "yarn": {"rope_scaling": YarnScaling(4.0, 64, 32, 1, 1.1386294361119891, True), "rope_theta": 5e5},
+    "qwen2": {"qkv_bias": True},
+    "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
 
 
@@ -92,16 +101,13 @@ def export(model: Llama, directory: Path, tokenizer_file: Path, **changes: objec
 
 
 def theirs(shape: LlamaShape) -> PreTrainedModel:
-    rope: dict = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if (scaling := shape.rope_scaling) is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    told = rope.to_hf(shape.rope_scaling) | {"rope_theta": shape.rope_theta}
+    kinds: tuple = (LlamaConfig, LlamaForCausalLM)
+    biases = {"attention_bias": shape.out_bias, "mlp_bias": shape.mlp_bias}
+    if shape.qk_norm:
+        kinds = Qwen3Config, Qwen3ForCausalLM
+    elif shape.qkv_bias and not shape.out_bias:
+        kinds, biases = (Qwen2Config, Qwen2ForCausalLM), {}
     config = kinds[0](
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -113,7 +119,8 @@ def theirs(shape: LlamaShape) -> PreTrainedModel:
         rms_norm_eps=shape.norm_eps,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tied,
-        rope_parameters=rope,
+        rope_parameters=told,
+        **biases,
         initializer_range=0.2,  # logits and attention far from uniform, so that a wrong angle shows
     )
     torch.manual_seed(0)
@@ -122,9 +129,9 @@ def theirs(shape: LlamaShape) -> PreTrainedModel:
 
 @torch.no_grad()
 def with_gains(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, with the gains of QK-norm, if it has it, drawn from [0.5, 1.5]."""
+    """The model, with the gains of QK-norm and the biases, if it has them, drawn from [0.5, 1.5]."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
+        if name.endswith(("q_norm.weight", "k_norm.weight", ".bias")):
             parameter.uniform_(0.5, 1.5)
     return model
 
@@ -156,6 +163,47 @@ def test_transformers_loads_what_we_save(tmp_path: Path, tokenizer_file: Path, c
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert other.dtype == torch.float32 and other.config.eos_token_id == 0
     assert_same_logits(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 512}),  # as long as the context
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    ],
+    ids=["mistral", "wide window", "qwen2", "dynamic"],
+)
+def test_what_is_llama_in_all_but_its_name_loads(tmp_path: Path, kind: str, changes: dict) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=TINY.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512, initializer_range=0.2,
+        pad_token_id=None, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    other = with_gains(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    other.save_pretrained(tmp_path)
+    assert_same_logits(load_hf(tmp_path, dtype=torch.float32), other)
+
+
+def test_other_formats_and_quantised_tensors_are_refused_by_name(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    directory = export(tiny(), tmp_path / "export", tokenizer_file)
+    weights = load_file(directory / "model.safetensors")
+    save_file(
+        weights | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, directory / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: tensor model\.norm\.weight is I8, not one of F64"
+    ):
+        load_hf(directory, dtype=torch.float32)
+    (directory / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "a.gguf"):
+        (directory / name).touch()
+        with pytest.raises(ValueError, match=rf"neither model\.safetensors .*; {name} is of a format"):
+            load_hf(directory, dtype=torch.float32)
 
 
 def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
