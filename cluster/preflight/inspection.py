@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.machine import host, toolchain
+from cluster.machine import health, host, toolchain
 from cluster.measure import probe
 from cluster.record import provenance
 
@@ -67,7 +67,7 @@ class Inspector:
                     found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
             except RuntimeError as error:
                 problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
-            throttled |= host.throttled()
+            throttled |= health.throttled()
         return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
 
 
