@@ -131,7 +131,8 @@ def hold(outputs: Path) -> list[Drained]:
     for found in ray.util.list_named_actors(all_namespaces=True):
         with suppress(ray.exceptions.RayError, ValueError):  # it has just ended
             if found["namespace"] == NAMESPACE:
-                held.add(ray.get(ray.get_actor(**found).keeps.remote(), timeout=HOLD_SECONDS))
+                holder: Any = ray.get_actor(**found)
+                held.add(ray.get(holder.keeps.remote(), timeout=HOLD_SECONDS))
     return [each for each in drained if each.name in held or _hold(each, nodes[each.host], outputs)]
 
 
@@ -146,14 +147,11 @@ def _hold(drained: Drained, node: dict[str, Any], outputs: Path) -> bool:
 
     place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     about = {"num_cpus": 0, "num_gpus": 1, "lifetime": "detached", "namespace": NAMESPACE}
-    others = []
+    others: list[Any] = []
     try:
         for _ in range(_num_gpus(node)):
-            holder = (
-                ray.remote(Holder)
-                .options(**about, name=uuid.uuid4().hex, scheduling_strategy=place)
-                .remote(outputs.absolute())
-            )
+            kind: Any = ray.remote(Holder).options(**about, name=uuid.uuid4().hex, scheduling_strategy=place)
+            holder = kind.remote(outputs.absolute())
             others.append(holder)
             name, its_uuid = ray.get(holder.has.remote(), timeout=HOLD_SECONDS)
             if (its_uuid or name) == (drained.uuid if its_uuid else str(drained.gpu)):

@@ -134,9 +134,10 @@ class _Node:
 
     def __init__(self, host: str, shared: Sequence[str], node_id: str) -> None:
         self.host, self.judge, self.is_silent = host, Judge(), False
-        self._node_id, self._folders = node_id, {"own": ".", "shared": shared}
+        self._node_id = node_id
+        self._folders: dict[str, Any] = {"own": ".", "shared": shared}
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._asked = False
+        self._asked: Any = None  # the open question
         self._node: Any = None
 
     def begin(self) -> None:
@@ -158,7 +159,7 @@ class _Node:
             answer = self._answers.get(timeout=ANSWER_SECONDS)
         except queue.Empty:
             raise TimeoutError(self.host) from None
-        self._asked = False
+        self._asked = None
         if isinstance(answer, Exception):
             raise answer
         return answer, 0.0
@@ -181,7 +182,7 @@ class _OtherNode(_Node):
         import ray
 
         answer = ray.get(self._asked, timeout=ANSWER_SECONDS)  # Ray's GetTimeoutError is a TimeoutError
-        self._asked = False
+        self._asked = None
         before = time.time()
         there = ray.get(self._node.clock.remote(), timeout=ANSWER_SECONDS)
         return answer, there - (before + time.time()) / 2
