@@ -84,6 +84,17 @@ def test_the_oracle_is_the_polar_factor():
         torch.testing.assert_close(q @ h, x, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40), (8, 8)])
+def test_exact_polar_factors_of_a_batch_are_the_oracles(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices[1, :, :2] *= 1e-3
+    matrices[2] = torch.outer(matrices[2, :, 0], matrices[2, 0])  # of rank one
+    matrices[2] /= matrices[2].norm()
+    found = orthogonalize(matrices, method=polar.EXACT, dtype=torch.float64)
+    expected = torch.stack([polar_factor(matrices[0]), polar_factor(matrices[1]), matrices[2]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @each_method
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -280,9 +291,9 @@ def test_in_bf16_the_gram_form_without_its_restart_explodes_on_a_heavy_tail_and_
 
 def test_the_restart_after_step_2_cannot_be_configured_away(monkeypatch):
     assert cost.GRAM_RESTART == polar.GRAM_RESTART == 2
-    known = {"matrices", "method", "dtype", "norms", "overwrite"}
+    known = {"matrices", "method", "dtype", "num_steps", "norms", "overwrite"}
     assert set(inspect.signature(orthogonalize).parameters) == known
-    assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source"}
+    assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source", "later"}
     assert not [name for name, *_ in walk(TrainConfig()) if "gram" in name or "restart" in name]
     for method in METHODS:  # and a value that leaves it out is no way round
         for never in (0, len(METHODS[method].coefficients)):
