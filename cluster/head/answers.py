@@ -25,7 +25,7 @@ from typing import Any
 from cluster import files
 from cluster.head.keeper import state
 from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
-from cluster.heart import drained
+from cluster.heart.drained import clear as use_again
 from cluster.review.status import report as report_runs
 
 SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN = 0, 10, 11, 12, 13  # of `follow`
@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> int:
         elif verb == "stop":
             print(json.dumps(head.stop(rest[0])))
         elif verb == "clear":
-            drained.clear(Path(head.site["storage"]) / "outputs", rest[0])
+            use_again(Path(head.site["storage"]) / "outputs", rest[0])
             print(json.dumps({"cleared": rest[0]}))
         elif verb == "resolve":
             print(json.dumps(head.resolve(rest[0])))
