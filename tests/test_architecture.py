@@ -119,7 +119,7 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     *("training.run.process_group", "training.run.start", "training.run.watch", "training.run.workers"),
-    "training.evaluate.harness",
+    *("training.evaluate.harness", "training.evaluate.scoring"),
     "training.bench.command",
     "training.bench.launchers",
     "training.bench.race",
