@@ -415,6 +415,12 @@ extern "C" void apply_pass(float* weight, const uint16_t* update, void* model, l
   model_is_bf16 ? pass((uint16_t*)model) : pass((float*)model);
 }
 
+extern "C" void add(float* total, const uint16_t* gradient, long numel, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < numel; i += WIDTH)
+    store(total + i, load(total + i, numel - i) + load(gradient + i, numel - i), numel - i);
+}
+
 extern "C" void adamw_pass(float* weight, const void* gradient, long gradient_is_bf16, float* first, float* second,
                            void* model, long model_is_bf16, long numel, float lerp, float beta2, float of_square,
                            float bias1, float bias2, float eps, float decay, float factor, long threads) {

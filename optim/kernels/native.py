@@ -132,6 +132,16 @@ def adamw_pass(
     )  # fmt: skip
 
 
+def add(total: Tensor, gradient: Tensor) -> None:
+    """total += gradient, in the same bits as torch's. Both flat and contiguous, fp32 and bf16."""
+    library = _checked(gradient)
+    if total.dtype != torch.float32 or not (total.is_contiguous() and gradient.is_contiguous()):
+        raise ValueError("total must be fp32, and both contiguous")
+    if total.numel() != gradient.numel():
+        raise ValueError(f"a gradient of {gradient.numel()} elements does not fit a sum of {total.numel()}")
+    library.add(total.data_ptr(), gradient.data_ptr(), total.numel(), torch.get_num_threads())
+
+
 def _blocks(table: SegmentTable) -> tuple[int, int, int, int]:
     return (
         table.sources.data_ptr(), table.targets.data_ptr(), table.numels.data_ptr(), len(table.sources)
@@ -166,6 +176,7 @@ def _declared(library: Any) -> Any:
     library.adamw_pass.argtypes = (
         _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *[_FLOAT] * 8, _LONG
     )  # fmt: skip
-    for function in (library.orthogonalize, library.momentum_pass, library.apply_pass, library.adamw_pass):
-        function.restype = None
+    library.add.argtypes = (_POINTER, _POINTER, _LONG, _LONG)
+    for name in ("orthogonalize", "momentum_pass", "apply_pass", "adamw_pass", "add"):
+        getattr(library, name).restype = None
     return library

@@ -240,6 +240,15 @@ def test_the_adamw_pass_is_the_rule_s_step(dtype, model_dtype):
 
 
 @in_each_tier
+@pytest.mark.parametrize("size", [1, 31, 5003])
+def test_a_gradient_is_added_to_the_bit_as_torch_adds_it(size):
+    total, gradient = values(size, seed=0), values(size, seed=1, dtype=torch.bfloat16)
+    expected = total + gradient
+    native.add(total, gradient)
+    assert torch.equal(total, expected)
+
+
+@in_each_tier
 def test_numbers_are_rounded_to_bf16_as_torch_rounds_them():
     """Ties, values next to them, what rounds to infinity, and NaN; not numbers too small to be normal."""
     exact = torch.tensor([1.0, -3.0, 2.0**-126, 1e30, torch.finfo(torch.bfloat16).max, torch.inf])
