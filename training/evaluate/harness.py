@@ -196,11 +196,13 @@ def load(sources: Sources, *, num_fewshot: int | None) -> Tasks:
     loaded = _once_each(loaded)
     every = {name: task for found in loaded.values() for name, task in found["tasks"].items()}
     requests = {name: _prepare(name, task, num_fewshot) for name, task in every.items()}
-    options = {
-        name: next((i.args[1] for i in task.instances if i.request_type == "generate_until"), {})
+    options: dict[str, dict[str, Any]] = {
+        name: instance.args[1]
         for name, task in every.items()
+        for instance in task.instances[:1]
+        if instance.request_type == "generate_until"
     }
-    return Tasks(loaded, requests, {name: found for name, found in options.items() if found})
+    return Tasks(loaded, requests, options)
 
 
 def _once_each(loaded: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
