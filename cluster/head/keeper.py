@@ -282,7 +282,8 @@ def _stop(scratch: Path, name: str) -> None:
     under_way = descendants(pid) - set(of_cluster(name)) if pid is not None else set()
     deadline = time.monotonic() + 10
     while pid := _pid(scratch):
-        os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 5 else signal.SIGKILL)
         time.sleep(0.1)
         if time.monotonic() > deadline:
             raise SystemExit(f"the keeper, pid {pid}, does not end")
