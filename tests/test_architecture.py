@@ -158,7 +158,7 @@ TORCH_FREE = (
     "serving.endpoint.hosts",
     "serving.bench.latency",
     *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
-    "serving.endpoint.openai_api",
+    "serving.endpoint.schema",
     "serving.peers.overhead",
     "serving.peers.command",
     "cluster.parity",
