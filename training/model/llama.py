@@ -113,16 +113,22 @@ class Attention(nn.Module):
             RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None for _ in "qk"
         )
 
-    def forward(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
+    def forward(self, x: Tensor, by: Rotary, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated.
+
+        `kept`, int64 [N]: the tokens that get queries, which are then [B, H, N, C]; None: all.
+        """
+        asking, asking_by = x, by
+        if kept is not None:
+            asking, asking_by = x[:, kept], (by[0][..., kept, :], by[1][..., kept, :])
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(-1, (-1, self.head_dim))
+            for projection, tokens in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        return rotate(q, by), rotate(k, by), v
+        return rotate(q, asking_by), rotate(k, by), v
 
 
 class SwiGLU(nn.Module):
@@ -150,8 +156,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
-    def forward(self, x: Tensor, by: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        by: Rotary,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """`kept`, int64 [N]: tokens whose result is wanted; of others only keys and values are made."""
         before, after = self.compiled if self.compiled and self.training else (Layer.before, Layer.after)
+        if kept is not None:
+            q, k, v = self.self_attn(self.input_layernorm(x), by, kept)
+            return after(self, x[:, kept], attend(q, k, v).transpose(1, 2))
         q, k, v = (part.transpose(1, 2) for part in before(self, x, by))
         return after(self, x, attend(q, k, v).transpose(1, 2))
 
@@ -203,12 +219,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
     def forward(
-        self, tokens: Tensor, *, positions: Tensor | None = None, attend: Attend = causal_attention
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        attend: Attend = causal_attention,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Normed hidden states [B, T, D] of tokens [B, T] (int64).
 
         `positions`, integers [T] or [B, T], and `attend` are the seam for decoding with a key/value cache;
-        the defaults are whole sequences from position 0.
+        the defaults are whole sequences from position 0. With `kept`, int64 [N], the result is [B, N, D], of
+        these tokens: of the others the last layer computes keys and values alone, and `attend` gets queries
+        of the kept ones there.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -220,7 +243,7 @@ class Decoder(nn.Module):
             if every and number % every == 0 and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*given)
+                x = layer(*given, kept if number + 1 == len(self.layers) else None)
         return self.norm(x)
 
 

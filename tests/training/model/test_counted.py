@@ -135,7 +135,8 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
             if span.samples:
                 span.request.tokens.append(1)
 
-    causal = sum(2 * shape.num_layers * shape.num_heads * shape.head_dim * n**2 for n in lengths)
+    of_layer = info["last_attention_flops"]
+    causal = sum(of_layer * (shape.num_layers - 1) * n**2 // 2 + of_layer * n for n in lengths)
     prefilled = sum(shape.prefill_flops(length) for length in lengths)
     assert products == prefilled - causal + decoded * info["flops_per_token"]
     assert attention >= causal + info["attention_flops"] * seen  # it counts what the mask leaves out as well
