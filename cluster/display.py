@@ -190,8 +190,10 @@ def markdown(
         yield f"| {' | '.join(cells)} |"
 
 
-def figure(width: float, height: float, *, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
-    """A matplotlib figure of this size in inches, and its axes side by side. `save` writes it.
+def figure(
+    width: float, height: float, *, columns: int = 1, rows: int = 1, **options: Any
+) -> tuple[Any, list[Any]]:
+    """A matplotlib figure of this size in inches, and its axes, row by row. `save` writes it.
 
     Args:
         options: of `matplotlib.figure.Figure.subplots`, such as sharey.
@@ -199,11 +201,11 @@ def figure(width: float, height: float, *, columns: int = 1, **options: Any) -> 
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), dpi=DPI)  # without pyplot there is nothing to close
-    axes = made.subplots(1, columns, squeeze=False, **options)[0]
+    axes = list(made.subplots(rows, columns, squeeze=False, **options).flat)
     for each in axes:
         each.grid(alpha=0.3)
         each.set_axisbelow(True)
-    return made, list(axes)
+    return made, axes
 
 
 def save(made: Any, path: Path) -> Path:

@@ -27,6 +27,8 @@ from optim.precision import gram_dtype, product_dtype
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
+EXACT = "exact"  # polar factors by eigenvalues, in fp64: for problems of few small matrices
+
 # Side from which torch on a CPU computes three of a symmetric product's four blocks: 1.2 to 1.3 times as fast
 # at 768 and above, and slower at 256 (AVX-512, bf16, one thread).
 MIRRORED_FROM = 512
@@ -93,7 +95,7 @@ def orthogonalize(
 
     Args:
         matrices: [B, r, c], any floating dtype. A zero matrix maps to zero.
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or EXACT.
         dtype: precision of the products (or better: `optim.precision.product_dtype`); bf16 or fp32.
         norms: [B] fp32, the Frobenius norms, if they are known. Otherwise taken here, in fp64: squares of
             fp32 elements leave the range of fp32 below 1e-19 and above 1e19, and the result must not depend
@@ -103,6 +105,8 @@ def orthogonalize(
     Returns:
         [B, r, c] in `dtype`, singular values near 1 (how near depends on the method: see METHODS).
     """
+    if method == EXACT:
+        return _exact(matrices).to(dtype)
     if norms is None:
         norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64).float()
     scale = 1 / norms.clamp_min(torch.finfo(torch.float32).tiny)
@@ -150,6 +154,18 @@ def _in_groups(
             gpu.scale_pass(x, None, out=target)
         else:
             target.copy_(x)
+
+
+def _exact(matrices: Tensor) -> Tensor:
+    """W(WᵀW)^-½ by the eigenvalues of the smaller Gram matrix: [B, r, c] -> fp64 [B, r, c].
+
+    Singular values below 1e-7 of the largest become 0. It takes a third of an SVD's time for 8 columns.
+    """
+    wide = (matrices.mT if _is_tall(matrices) else matrices).double()
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    roots = torch.where(values > 1e-14 * values[:, -1:], values.rsqrt(), 0)
+    factors = (vectors * roots[:, None, :]) @ vectors.mT @ wide
+    return factors.mT if _is_tall(matrices) else factors
 
 
 def _group_size(matrices: Tensor, product: torch.dtype) -> int:

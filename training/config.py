@@ -327,6 +327,7 @@ class EvaluationConfig:
     tuning_sequences: int = key(
         0, "more held-out sequences, for choosing settings; above 0, tuning_loss is logged", least=0
     )
+    frequency_deciles: bool = key(False, "log the loss by how frequent a token is in the training data")
     prompts: tuple[str, ...] = key(("The name of the", "Returns a list of"), "prompts continued at the end")
     sample_tokens: int = key(48, "tokens sampled for each prompt; 0 turns sampling off", least=0)
 

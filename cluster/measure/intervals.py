@@ -77,6 +77,15 @@ def of_ratio(
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
+def of_mean(values: Sequence[float]) -> Interval:
+    """Of the mean of independent, normal values, such as differences: plus or minus t·s/√n."""
+    centre = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(centre, None, None)
+    half = _t(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(centre, centre - half, centre + half)
+
+
 def of_median(values: Sequence[float]) -> Interval:
     """Of the median of independent values from one distribution, of any shape: between two of the values.
 

@@ -84,6 +84,17 @@ def test_the_oracle_is_the_polar_factor():
         torch.testing.assert_close(q @ h, x, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40), (8, 8)])
+def test_exact_polar_factors_of_a_batch_are_the_oracles(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices[1, :, :2] *= 1e-3
+    matrices[2] = torch.outer(matrices[2, :, 0], matrices[2, 0])  # of rank one
+    matrices[2] /= matrices[2].norm()
+    found = orthogonalize(matrices, method=polar.EXACT, dtype=torch.float64)
+    expected = torch.stack([polar_factor(matrices[0]), polar_factor(matrices[1]), matrices[2]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @each_method
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -156,6 +156,7 @@ class Trainer:
             engine=self.engine,
             optimizer=self.optimizer,
             dataset=start.validation_set,
+            training=start.train_set,
             context=context,
             on_batch=partial(self.heart.mark, EVALUATION),
         )

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from optim.step.zero import ZeroOptimizer
 from training.config import TrainConfig
 from training.data.dataset import TokenDataset, of_share, validation_batches
+from training.data.frequency import NUM_DECILES, count_tokens, deciles
 from training.model.attention import for_changing_lengths
 from training.model.llama import generate
 from training.model.loss import IGNORED_TARGET
@@ -28,6 +30,7 @@ class Validation:
         engine: Any,
         optimizer: ZeroOptimizer,
         dataset: TokenDataset,
+        training: TokenDataset,
         context: Context,
         on_batch: Callable[[], None],
     ) -> None:
@@ -37,6 +40,10 @@ class Validation:
         self._dataset = dataset
         self._tokenizer = Tokenizer.from_file(str(dataset.directory / dataset.manifest.tokenizer_file))
         self._context, self._on_batch = context, on_batch
+        self._deciles: torch.Tensor | None = None
+        if config.evaluation.frequency_deciles:
+            counts = count_tokens(training, vocab_size=dataset.manifest.vocab_size)
+            self._deciles = torch.from_numpy(deciles(counts)).to(context.device)
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
@@ -44,6 +51,7 @@ class Validation:
 
         `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it. Those
         of a mixture are means by weight; the loss of each source stands beside them (`validation_loss_NAME`).
+        With `evaluation.frequency_deciles` also `validation_loss_decile_1` (the most frequent tokens) to 10.
         With `batch.document_masks` tokens see their own documents alone, as in training.
         """
         evaluation = self._config.evaluation
@@ -52,6 +60,8 @@ class Validation:
             losses = self._by_source("validation_loss", evaluation.sequences)
             if tuning := evaluation.tuning_sequences:
                 losses |= self._by_source("tuning_loss", tuning, apart_from=evaluation.sequences)
+            if self._deciles is not None:
+                losses |= self._by_decile(self._deciles)
         return losses
 
     def _by_source(self, name: str, sequences: int, *, apart_from: int = 0) -> dict[str, float]:
@@ -89,6 +99,29 @@ class Validation:
             totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
         totals = context.sum(totals.to(context.device))
         return (totals[0] / totals[1]).item()
+
+    def _by_decile(self, decile_of: torch.Tensor) -> dict[str, float]:
+        """The validation loss of the tokens of each decile, from logits, a sequence at a time."""
+        context = self._context
+        totals = torch.zeros(2, NUM_DECILES, dtype=torch.float64, device=context.device)
+        for tokens, [real] in validation_batches(
+            self._dataset,
+            sequences=self._config.evaluation.sequences,
+            rank=context.rank,
+            world_size=context.world_size,
+            micro_sequences=1,
+        ):
+            self._on_batch()
+            [sequence] = torch.from_numpy(tokens).to(context.device)
+            masks = documents(self._config, self._dataset, tokens[:, :-1], context.device)
+            [logits] = self._engine(sequence[None, :-1], None, *masks)
+            losses = F.cross_entropy(logits.float(), sequence[1:], reduction="none").double() * float(real)
+            which = decile_of[sequence[1:]]
+            totals[0].index_add_(0, which, losses)
+            totals[1].index_add_(0, which, torch.full_like(losses, float(real)))
+        sums, counts = context.sum(totals).tolist()
+        each = zip(sums, counts, strict=True)
+        return {f"validation_loss_decile_{i}": s / n for i, (s, n) in enumerate(each, 1) if n}
 
     @torch.no_grad()
     def samples(self) -> dict[str, str]:

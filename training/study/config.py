@@ -5,10 +5,10 @@ merged in the order common, width, noise, rule, phase, smoke. OWN_KEYS come last
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from cluster import config as layered
@@ -41,6 +41,28 @@ class RuleConfig:
     def num_points(self) -> int:
         """Tuning runs in one setting."""
         return len(self.grid) * len(self.vector_ratios)
+
+
+@dataclass(frozen=True)
+class GridConfig(RuleConfig):
+    rows: tuple[str, ...] = key((), "variants of the rule, each 'name: key=value key=value' or 'name:'")
+    columns: tuple[str, ...] = key((), "the same; every row with every column is a rule of its own")
+
+    def cells(self, name: str) -> dict[tuple[str, str], tuple[str, RuleConfig]]:
+        """(row, column) -> the rule's name, such as `moved.m0.9.cap2`, and the rule."""
+        found = {}
+        for row, column in itertools.product(self.rows, self.columns):
+            (of_row, _, first), (of_column, _, second) = row.partition(":"), column.partition(":")
+            found[of_row, of_column] = (
+                f"{name}.{of_row}.{of_column}",
+                RuleConfig(
+                    keys=(*self.keys, *first.split(), *second.split()),
+                    grid=self.grid,
+                    vector_ratios=self.vector_ratios,
+                    title=f"{self.title or name} {of_row} {of_column}",
+                ),
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,7 @@ class StudyConfig:
         False, f"in miniature: smoke_keys, {SMOKE_SEEDS} seeds, {SMOKE_RATES} rates of each grid"
     )
     rules: dict[str, RuleConfig] = key(dict, "the rules, by name")
+    grids: dict[str, GridConfig] = key(dict, "rules varied in two ways, by name; the report has their table")
     widths: dict[str, WidthConfig] = key(dict, "the sizes of the model, by name; claims are of the widest")
     noise: dict[str, StudyNoiseConfig] = key(
         dict, f"the noise settings, by name; default: '{NO_NOISE}', without a fragment"
@@ -136,13 +159,19 @@ def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfi
     Raises:
         ConfigError: as `cluster.config.load`; or rules, seeds, grids or claims that cannot be used.
     """
-    config = layered.load(StudyConfig, file=file, dotlist=dotlist)
+    config = _with_grids(layered.load(StudyConfig, file=file, dotlist=dotlist))
     _check_names(config)
     _check_grids(config)
     _check_seeds(config)
     _check_fragments(config)
     _check_claims(config)
     return _shrunk(config) if config.smoke else config
+
+
+def _with_grids(config: StudyConfig) -> StudyConfig:
+    """With the cells of every grid among the rules."""
+    cells = [cell for name, grid in config.grids.items() for cell in grid.cells(name).values()]
+    return dataclasses.replace(config, rules={**config.rules, **dict(cells)})
 
 
 def _shrunk(config: StudyConfig) -> StudyConfig:
@@ -165,6 +194,11 @@ def _middle(grid: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _check_names(config: StudyConfig) -> None:
+    for name, grid in config.grids.items():
+        for axis in ("rows", "columns"):
+            levels = getattr(grid, axis)
+            named = len({level.partition(":")[0] for level in levels}) == len(levels) > 0
+            require(named, f"grids.{name}.{axis}", "must name one or more variants, all different")
     for section in ("rules", "widths"):
         require(bool(getattr(config, section)), section, "is empty; name at least one")
     for section in ("rules", "widths", "noise"):
@@ -178,7 +212,7 @@ def _check_grids(config: StudyConfig) -> None:
         for path, tried in (("grid", rule.grid), ("vector_ratios", rule.vector_ratios)):
             where = f"rules.{name}.{path}"
             require(bool(tried), where, "is empty; give the values to try")
-            ascending = all(a < b for a, b in pairwise(tried))
+            ascending = all(a < b for a, b in itertools.pairwise(tried))
             require(tried[0] > 0 and ascending, where, f"{list(tried)} must be positive and ascending")
     sizes = {name: rule.num_points for name, rule in config.rules.items()}
     if config.equal_effort and len(set(sizes.values())) > 1:

@@ -1,5 +1,6 @@
 """Figures of a study, made from its results."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from training.study.config import StudyConfig
 from training.study.results import Result, StudyResults, mean_curve, token_ratio
 
 PANEL_INCHES = (5.0, 4.0)
+COSTS_FILE = "loss_costs.png"
 
 
 def plot_study(study: StudyResults, directory: Path) -> list[Path]:
@@ -19,6 +21,7 @@ def plot_study(study: StudyResults, directory: Path) -> list[Path]:
         for name, plot in FIGURES.items():
             path = directory / figure_file(name, study.plan.config, noise=noise)
             paths.append(plot(study, path, noise=noise))
+    paths.append(plot_costs(study, directory / COSTS_FILE))
     return [path for path in paths if path is not None]
 
 
@@ -40,6 +43,37 @@ def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
         axes.fill_between(tokens, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)", title="band: all seeds")
     _legend(axes)
+    return save(drawn, path)
+
+
+def plot_costs(study: StudyResults, path: Path) -> Path:
+    """Validation loss over gradients, and over seconds: a column for each noise, a line for each rule.
+
+    Seconds are gradients times the median step's seconds over the rule's seeds, so that other work on the
+    machine does not bend the curves; evaluations do not count.
+    """
+    config = study.plan.config
+    noises, width = list(config.noises), 0.7 * PANEL_INCHES[0]
+    drawn, panels = figure(width * len(noises) + 1, 7.0, columns=len(noises), rows=2, sharey="col")
+    for place, noise in enumerate(noises):
+        for rule in config.rules:
+            finished = study.finished(rule, noise=noise)
+            curve = [(t, s) for t, s in mean_curve(finished) if t > 0]
+            times = [result.step_seconds for result in finished if result.step_seconds]
+            if not curve or not times:
+                continue
+            per_step = study.plan.plan_of(finished[0].run).tokens_per_step
+            steps = [tokens / per_step for tokens, _ in curve]
+            seconds = [step * statistics.median(times) for step in steps]
+            for axes, x in ((panels[place], steps), (panels[len(noises) + place], seconds)):
+                [line] = axes.plot(x, [s.mean for _, s in curve], label=config.title(rule))
+                low, high = [s.low for _, s in curve], [s.high for _, s in curve]
+                axes.fill_between(x, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
+        panels[place].set(xlabel="gradients", title=f"noise: {noise}")
+        panels[len(noises) + place].set(xlabel="seconds of steps")
+    for first in (panels[0], panels[len(noises)]):
+        first.set_ylabel("validation loss (nats per token)")
+    _legend(panels[0])
     return save(drawn, path)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from cluster.display import markdown, number
 from cluster.machine.host import describe_host
+from training.study.comparisons import comparisons
 from training.study.config import StudyConfig
 from training.study.plan import StudyPlan
-from training.study.plots import figure_file
+from training.study.plots import COSTS_FILE, figure_file
 from training.study.results import (
     Choice,
     Difference,
@@ -45,10 +46,12 @@ def describe_study(study: StudyResults, *, about: About, synthetic: str | None =
             bullets(claims(study, noise=noise)),
             f"## Final validation losses{ending}",
             _losses(study, noise=noise),
+            *comparisons(study, noise=noise),
             f"## Learning rates{ending}",
             _rates(study, noise=noise),
             *_token_section(study, noise=noise, ending=ending),
         ]
+    sections += ["## Loss over gradients and over seconds", f"![loss_costs](figures/{COSTS_FILE})"]
     sections += ["## Runs that failed or diverged", _failures(study)]
     if synthetic is not None:
         sections += ["## Synthetic problem", synthetic, "![synthetic problem](figures/synthetic.png)"]

@@ -4,15 +4,17 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import files
+from cluster.measure.intervals import Interval, of_mean
 from cluster.review.outcome import LossCurve, Outcome, tokens_to
 from cluster.review.run_reader import Run
 from training.config import TrainConfig
+from training.data.frequency import NUM_DECILES
 from training.study.config import RuleConfig
 from training.study.plan import StudyPlan
 from training.study.runs import REPORT, StudyRun, is_finished
@@ -42,6 +44,9 @@ class Result:
 
     Attributes:
         seconds: of the training loop, over all starts of the run, without repeated steps.
+        step_seconds: the median of its steps.
+        deciles: the final loss by how frequent a token is, the most frequent first
+            (`evaluation.frequency_deciles`); None for a decile without tokens.
         error: why it failed or counts as diverged.
     """
 
@@ -55,6 +60,8 @@ class Result:
     error: str | None = None
     commit: str | None = None
     curve: LossCurve = ()
+    step_seconds: float | None = None
+    deciles: tuple[float | None, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -94,7 +101,14 @@ def _of_finished(run: StudyRun, config: TrainConfig, directory: Path) -> Result:
         error=problem,
         commit=files_of_run.commit,
         curve=curve,
+        step_seconds=summary.get("median_step_seconds"),
+        deciles=_deciles(summary),
     )
+
+
+def _deciles(summary: Mapping[str, Any]) -> tuple[float | None, ...]:
+    found = [summary.get(f"validation_loss_decile_{i}") for i in range(1, NUM_DECILES + 1)]
+    return tuple(found) if any(found) else ()
 
 
 def divergence(loss: float | None, *, start: float) -> str | None:
@@ -283,6 +297,16 @@ def difference(challenger: Sequence[Result], baseline: Sequence[Result]) -> Diff
     by_seed = Spread.of([mine[seed] - theirs[seed] for seed in seeds])
     base, own = (Spread.of([found[seed] for seed in seeds]) for found in (theirs, mine))
     return None if by_seed is None or base is None or own is None else Difference(by_seed, base, own)
+
+
+def paired(
+    results: Sequence[Result], baseline: Sequence[Result], value: Callable[[Result], float | None]
+) -> Interval | None:
+    """95% interval of the mean of value(result) - value(baseline), over the seeds that both have finished."""
+    theirs = {r.run.seed: value(r) for r in baseline if r.ok}
+    pairs = [(value(r), theirs.get(r.run.seed)) for r in results if r.ok]
+    differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+    return of_mean(differences) if differences else None
 
 
 def mean_curve(results: Sequence[Result]) -> list[tuple[int, Spread]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.measure.intervals import Interval, of_median, of_rate, of_ratio
+from cluster.measure.intervals import Interval, of_mean, of_median, of_rate, of_ratio
 
 
 def test_of_three_runs_it_is_students_t_worked_by_hand():
@@ -13,6 +13,14 @@ def test_of_three_runs_it_is_students_t_worked_by_hand():
     half = 4.303 / math.sqrt(3)
     assert interval.centre == pytest.approx(math.e)
     assert (interval.low, interval.high) == pytest.approx((math.exp(1 - half), math.exp(1 + half)))
+
+
+def test_the_mean_of_differences_has_bounds_on_both_sides():
+    """Mean -1, standard deviation 1, t(2) = 4.303."""
+    half = 4.303 / math.sqrt(3)
+    interval = of_mean([-2.0, -1.0, 0.0])
+    assert (interval.centre, interval.low, interval.high) == pytest.approx((-1, -1 - half, -1 + half))
+    assert of_mean([3.0]) == Interval(3.0, None, None)
 
 
 def test_one_run_has_no_bounds_and_shows_nothing():

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     corpus = write_corpus(folder)
     keys = {"workers__count": 2, "schedule__tokens": 512 * NUM_STEPS, **EVERY}
     keys |= {"batch__document_masks": "true", "evaluation__sequences": 40}
+    keys["evaluation__frequency_deciles"] = "true"
     keys["data__sources"] = f'["most={corpus}@3","rest={corpus}@1"]'
     data = prepare(training_config.load(dotlist=tiny(folder, **keys)).data, report=lambda _: None).absolute()
     return spawn(both, folder, data, keys, world_size=2)[0]
@@ -133,19 +135,34 @@ def test_of_a_mixture_each_source_is_counted_and_evaluated(runs):
     assert summary["validation_loss_most"] > 0
 
 
-def test_with_document_masks_a_held_out_token_is_predicted_from_its_own_document(folders, runs):
-    """By the weights of the last checkpoint, each document by itself."""
+@pytest.fixture(scope="module")
+def last(folders) -> tuple[TrainConfig, Llama, dict[str, TokenDataset]]:
+    """The configuration of the uninterrupted run, its model at the last checkpoint, and its data."""
     config = training_config.load(file=folders[0] / CONFIG_FILE)
     saved = Checkpoint(newest_of(config, report=print))
     shape = make_plan(config).shape
-    model = Llama(shape)
+    model = Llama(shape).requires_grad_(False)
     weights = {
         name: saved.read(name, "master", 0, math.prod(size)).view(size)
         for name, size in shape.parameters().items()
     }
     model.load_state_dict(weights, strict=not shape.tied)
-    data = prepare(config.data, report=lambda _: None)
-    held_out = TokenDataset.open(data, split="validation", sequence_length=config.batch.sequence_length)
+    data, length = prepare(config.data, report=lambda _: None), config.batch.sequence_length
+    splits = ("train", "validation")
+    return config, model, {x: TokenDataset.open(data, split=x, sequence_length=length) for x in splits}
+
+
+def losses_by_document(model: Llama, tokens: torch.Tensor, *, end: int) -> torch.Tensor:
+    """[32] of tokens [33], each document by itself."""
+    ends = [place + 1 for place in range(31) if tokens[place] == end]
+    pairs = itertools.pairwise([0, *ends, 32])
+    logits = torch.cat([model(tokens[None, start:stop])[0] for start, stop in pairs])
+    return F.cross_entropy(logits, tokens[1:], reduction="none")
+
+
+def test_with_document_masks_a_held_out_token_is_predicted_from_its_own_document(last, runs):
+    config, model, data = last
+    held_out = data["validation"]
     size, share = config.evaluation.sequences, held_out.shares["most"]
     chosen = validation_batches(
         held_out, sequences=of_share(size, share), rank=0, world_size=1, micro_sequences=1,
@@ -154,15 +171,36 @@ def test_with_document_masks_a_held_out_token_is_predicted_from_its_own_document
     alone, crossing = [], []
     for sample, _ in chosen:
         tokens, end = torch.from_numpy(sample[0]), held_out.manifest.end_of_text_id
-        ends = [place + 1 for place in range(31) if tokens[place] == end]
-        pairs = itertools.pairwise([0, *ends, 32])
-        with torch.no_grad():
-            logits = torch.cat([model(tokens[None, start:stop])[0] for start, stop in pairs])
-            alone.append(F.cross_entropy(logits, tokens[1:]).item())
-            crossing.append(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]).item())
+        alone.append(losses_by_document(model, tokens, end=end).mean().item())
+        crossing.append(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]).item())
     recorded = runs[0][1]["validation_loss_most"]
     error = abs(statistics.fmean(alone) - recorded)
     assert error < 0.01 and abs(statistics.fmean(crossing) - recorded) > 3 * error
+
+
+def test_the_loss_of_each_decile_of_the_training_text(last, runs):
+    """By hand, from whole samples; the rarest tokens have the highest loss."""
+    config, model, data = last
+    training, held_out = data["train"], data["validation"]
+    text = training.samples(range(training.num_samples))[:, 1:].ravel()
+    decile, seen = {}, 0
+    for token, count in sorted(Counter(text.tolist()).items(), key=lambda pair: (-pair[1], pair[0])):
+        decile[token] = int(10 * (seen + count / 2) / len(text))
+        seen += count
+    losses = defaultdict(list)
+    for sample, _ in validation_batches(
+        held_out, sequences=config.evaluation.sequences, rank=0, world_size=1, micro_sequences=1
+    ):
+        tokens = torch.from_numpy(sample[0])
+        each = losses_by_document(model, tokens, end=held_out.manifest.end_of_text_id)
+        for token, loss in zip(tokens[1:].tolist(), each.tolist(), strict=True):
+            losses[decile.get(token, 9) + 1].append(loss)
+    recorded = runs[0][1]
+    for number, expected in losses.items():
+        assert recorded[f"validation_loss_decile_{number}"] == pytest.approx(
+            statistics.fmean(expected), abs=0.02
+        )
+    assert len(losses) > 5 and statistics.fmean(losses[10]) > statistics.fmean(losses[min(losses)])
 
 
 def test_an_interrupted_run_records_line_for_line_what_an_uninterrupted_one_does(runs):

@@ -55,9 +55,9 @@ def result(
     error: str | None = None,
 ) -> Result:
     """A made-up result: its tuning loss is its validation loss plus 0.01."""
-    return Result(
-        run, plan.configs.of(run).run.name, status, loss, loss + 0.01, BUDGET, 2.0, error, "c0ffee", curve
-    )  # fmt: skip
+    name = plan.configs.of(run).run.name
+    tuning = loss + 0.01
+    return Result(run, name, status, loss, tuning, BUDGET, 2.0, error, "c0ffee", curve, step_seconds=0.25)
 
 
 def line(final: float) -> tuple:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cluster.config import key, require
+from cluster.record.record import WANDB_MODES
 
 NOISES = ("gaussian", "student", "stable")  # of optim/noise.py
 LONGEST_AVERAGE = 256  # gradients, of the tuning grid
@@ -50,6 +51,25 @@ class SyntheticConfig:
         if self.noise == "stable":
             fits = max(self.moments) + self.tail_margin <= 2
             require(fits, "synthetic.noise", "stable has tails up to 2, but moments + tail_margin exceeds it")
+
+
+@dataclass(frozen=True)
+class RowNormsConfig:
+    tables: tuple[str, ...] = key(("1", "7"), "tables of arXiv 2609.39114 to make")
+    sizes: tuple[int, ...] = key((8, 32, 128, 512, 2048), "m: rows of the matrix, at least its 8 columns")
+    tuning_seeds: int = key(50, "problems on which the constants are chosen", least=1)
+    seeds: int = key(100, "other problems, of which the cells are made", least=2)
+    exhaustive: bool = key(False, "run every point of the grids on every tuning seed")
+    threads: int | None = key(None, "threads; by default one on each CPU of this process", least=1)
+    seed: int = key(0, "seed of all problems")
+    output: str | None = key(None, "result, as JSON; default: tests/baselines/<hardware>_row_norms.json")
+    wandb: str = key("auto", "W&B mode", choices=WANDB_MODES)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("tables", {"1", "7"}), ("sizes", range(8, 2**20))):
+            values = getattr(self, name)
+            fits = len(set(values)) == len(values) > 0 and set(values) <= set(allowed)
+            require(fits, name, f"{list(values)} must be one or more of {allowed}, all different")
 
 
 def smoke(config: SyntheticConfig) -> SyntheticConfig:

@@ -1,0 +1,45 @@
+"""Tables 1 and 7 of arXiv 2609.39114, made again: Muon against NorMuon where rows differ in length.
+
+python -m training.study.synthetic [--config FILE] [--dry-run] [key=value ...]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster import cli
+from cluster import config as layered
+from cluster.display import show
+from cluster.machine.host import describe_host
+from cluster.measure.benchmark import prepare_output, publish
+from training.study.synthetic.config import RowNormsConfig
+from training.study.synthetic.published import compared
+from training.study.synthetic.row_norms import run_row_norms
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code (`cluster.cli`)."""
+    parser = cli.make_parser(
+        "training.study.synthetic", description=__doc__.splitlines()[0], keys=RowNormsConfig()
+    )
+    options = parser.parse_args(arguments)
+
+    def body() -> None:
+        config = layered.load(RowNormsConfig, file=options.config, dotlist=options.overrides)
+        if options.dry_run:
+            show(layered.to_yaml(config))
+            return
+        output = prepare_output(Path(config.output) if config.output else None, "row_norms")
+        result = run_row_norms(config, report=lambda line: print(line, file=sys.stderr))
+        result |= {"cpu": describe_host()["cpu"]}
+        show(compared(result))
+        publish(
+            result,
+            output,
+            job_type="study",
+            wandb_mode=config.wandb,
+            data_fingerprint=None,
+            config=layered.to_dict(config),
+        )
+
+    return cli.run(body)
