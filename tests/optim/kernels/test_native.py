@@ -16,7 +16,7 @@ import torch
 from cluster.machine import compiled
 from optim import cost, polar
 from optim.kernels import native
-from optim.rules import AdamW
+from optim.rules import adamw
 from tests.commands import ROOT
 from tests.guard import NO_BF16
 from tests.optim.kernels.test_passes import build
@@ -221,14 +221,14 @@ def test_the_apply_pass(model_dtype, ahead):
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
 def test_the_adamw_pass_is_the_rule_s_step(dtype, model_dtype):
     """To the bit but at the ends of torch's own pieces, where it rounds some products once more."""
-    size, step, rule = 10_001, 7, AdamW(weight_decay=0.1)
+    size, step, rule = 10_001, 7, adamw(weight_decay=0.1)
     gradient, weight = values(size, seed=0, dtype=dtype), values(size, seed=1)
     state = {"first_moment": 0.1 * values(size, seed=2), "second_moment": values(size, seed=3).square()}
     found, first, second = weight.clone(), *(each.clone() for each in state.values())
     model = None if model_dtype is None else torch.empty(size, dtype=model_dtype)
     end = rule.finish(lr=0.01, scale=1.0, step=step)
     native.adamw_pass(
-        found, gradient, first, second, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, step=step,
+        found, gradient, first, second, step=step, **vars(rule.direction),
         decay=end.decay, factor=end.factor, model=model,
     )  # fmt: skip
     rule.apply(weight, rule.direction(gradient.float(), state, step=step), lr=0.01, step=step, state=state)
