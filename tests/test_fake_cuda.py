@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 
 from optim.groups import partition
 from optim.rules import Rule
@@ -283,25 +282,6 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
             ("to device", "serving/engine/decoder.py TorchDecoder._tensor"): 10,
             ("to device", "serving/engine/decoder.py TorchDecoder._eager"): 1,
         }
-
-
-@pytest.mark.parametrize(("size", "in_chunks_of"), [(33, 500), (70, 30)])
-def test_the_decoder_of_kernels_multiplies_what_the_first_token_needs(size, in_chunks_of):
-    """All products with weights are torch's; attention is not counted, a kernel of ours."""
-    with fake_cuda(with_kernels=True):
-        decoder = GpuDecoder(make_model(), num_blocks=40, slots=8, graphs=False)
-        scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=in_chunks_of)
-        scheduler.add(ScheduledRequest([1] * size, size + 1))
-        found = 0
-        while spans := scheduler.next_step():
-            with FlopCounterMode(display=False) as counter:
-                decoder.forward(spans)
-            found += counter.get_total_flops()
-            idle = sum(span.num_kept == 0 for span in spans)  # a row is computed for nothing
-            found -= idle * SHAPE.last_token_flops
-    width = SHAPE.num_heads * SHAPE.head_dim
-    attention = 2 * (SHAPE.num_layers - 1) * width * size**2 + 4 * width * size
-    assert found == SHAPE.prefill_flops(size) - attention
 
 
 DRAWS = {("to device", "serving/engine/sampling.py choose"): 4}

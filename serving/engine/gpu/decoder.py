@@ -83,9 +83,9 @@ class GpuDecoder:
         self._sampler = Sampler(slots, self.device)
         self._logits = self._likeliest = torch.empty(0, device=self.device)  # of the newest step
         self._chosen, self._chosen_rows = self._state.ids, dict[ScheduledRequest, int]()  # of its requests
-        # Of so many rows that decode; of so many rows with prompts, and whether some of them decode.
+        # Of so many rows that decode; or of so many with prompts, and whether some of them decode.
         self._graphs: dict[int | tuple[int, bool], tuple[torch.cuda.CUDAGraph, Output]] = {}
-        self._decode_sizes: list[int] = []
+        self._decode_sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)})
         self._sent: dict[tuple[int, bool], Sent] = {}  # what the latter read
         if graphs:
             most_rows = min(step_tokens or PROMPT_ROWS[-1], num_blocks * BLOCK_TOKENS)
@@ -143,7 +143,6 @@ class GpuDecoder:
 
     def _capture(self, most_rows: int) -> None:
         """Graphs of prompts; and one for each power of two of rows that decode, and for all slots."""
-        slots = self._slots
         enough = next((each for each in PROMPT_ROWS if each >= most_rows), PROMPT_ROWS[-1])
         self._sent = {
             (each, decodes): Sent(self._sizes(each, decodes=decodes), self.device)
@@ -151,7 +150,6 @@ class GpuDecoder:
             if each <= enough
             for decodes in (True, False)
         }
-        self._decode_sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)})
         steps: dict[int | tuple[int, bool], Callable[[], Output]] = {
             size: partial(self._prompts, sent) for size, sent in self._sent.items()
         }
@@ -168,8 +166,8 @@ class GpuDecoder:
     # --- steps that only decode ---
 
     def _replay(self, num_rows: int) -> Output:
-        size = next((size for size in self._decode_sizes if size >= num_rows), None)
-        if size is None:
+        size = next(size for size in self._decode_sizes if size >= num_rows)
+        if size not in self._graphs:
             return self._decode(num_rows)
         graph, output = self._graphs[size]
         graph.replay()
