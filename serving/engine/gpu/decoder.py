@@ -10,8 +10,9 @@ the others.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +154,7 @@ class GpuDecoder:
             if each <= enough
             for decodes in (True, False)
         }
-        steps: dict[int | tuple[int, bool], Callable[[], Output]] = {
-            size: partial(self._prompts, sent) for size, sent in self._sent.items()
-        }
+        steps: dict[Any, Any] = {size: partial(self._prompts, sent) for size, sent in self._sent.items()}
         steps |= {each: partial(self._decode, each) for each in self._decode_sizes[::-1]}
         self._graphs = captured(steps, self.device)
 
@@ -233,11 +232,10 @@ class GpuDecoder:
             nonlocal prefill
             if q_rows:  # rows of prompts among them become 0, and are then overwritten
                 self._attend(layer, q[:q_rows], mixed[:q_rows], sent.decoding, sent.blocks[:q_rows])
-            last = layer + 1 == len(stack.layers)
-            tiles = sent.last_tiles if last else sent.tiles
+            tiles = sent.tiles if layer + 1 < len(stack.layers) else sent.last_tiles
             if len(tiles):
                 call = attention.prefill_call(q, self._cache[layer], sent.blocks, tiles, mixed)
-                prefill = call.launch(like=None if last else prefill)
+                prefill = call.launch(like=prefill if tiles is sent.tiles else None)
 
         x = stack.embedding.index_select(0, sent.tokens)
         ends = stack.many(x, sent.lengths, sent.blocks, sent.table_rows, attend, sent.kept)
