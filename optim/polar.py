@@ -21,7 +21,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from optim.cost import GRAM_RESTART, GROUP_BYTES, uses_gram
+from optim.cost import GRAM_RESTART, GROUP_BYTES, NUM_ITERATIONS, uses_gram
 from optim.kernels import gpu, native
 from optim.precision import gram_dtype, product_dtype
 
@@ -36,10 +36,20 @@ MIRRORED_FROM = 512
 
 @dataclass(frozen=True)
 class Method:
-    """Coefficients of one Newton-Schulz family member, and where they come from."""
+    """Coefficients of one Newton-Schulz family member, and where they come from.
+
+    Attributes:
+        later: of iterations after those.
+    """
 
     coefficients: Coefficients
     source: str
+    later: Coefficients = ()
+
+    def steps(self, num_steps: int) -> Coefficients:
+        """Of the first `num_steps` iterations; the last one that is known is repeated."""
+        known = (*self.coefficients, *self.later)
+        return (*known, *known[-1:] * (num_steps - len(known)))[:num_steps]
 
 
 def _with_safety(coefficients: Coefficients, factor: float) -> Coefficients:
@@ -65,6 +75,14 @@ METHODS = {
         ),
         "https://arxiv.org/abs/2505.16932 (algorithm 1); safety 1.05 as in "
         "https://github.com/Dao-AILab/gram-newton-schulz",
+        later=_with_safety(
+            (
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+                (1.875, -1.25, 0.375),
+            ),
+            1.05,
+        ),
     ),
     "cans": Method(
         _with_safety(
@@ -88,6 +106,7 @@ def orthogonalize(
     *,
     method: str,
     dtype: torch.dtype,
+    num_steps: int = NUM_ITERATIONS,
     norms: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor:
@@ -97,6 +116,7 @@ def orthogonalize(
         matrices: [B, r, c], any floating dtype. A zero matrix maps to zero.
         method: a name in `METHODS`, or EXACT.
         dtype: precision of the products (or better: `optim.precision.product_dtype`); bf16 or fp32.
+        num_steps: iterations, one more than GRAM_RESTART at the least.
         norms: [B] fp32, the Frobenius norms, if they are known. Otherwise taken here, in fp64: squares of
             fp32 elements leave the range of fp32 below 1e-19 and above 1e19, and the result must not depend
             on the input's scale.
@@ -112,7 +132,7 @@ def orthogonalize(
     scale = 1 / norms.clamp_min(torch.finfo(torch.float32).tiny)
     gram = uses_gram(*matrices.shape[-2:])
     product = (gram_dtype if gram else product_dtype)(dtype, matrices.device)
-    coefficients = METHODS[method].coefficients
+    coefficients = METHODS[method].steps(num_steps)
     restart = GRAM_RESTART if gram else None
     by_kernels = gpu.unsupported(matrices.device, product) is None  # on a CPU: where a test interprets them
     compiled = native.unsupported(matrices.device, dtype) is None and not native.products_by_onednn()

@@ -1,27 +1,28 @@
-"""Update rules: what one optimizer step does to one parameter, written once.
+"""Update rules: what one optimizer step does to one parameter, each written once, as a composition.
 
-A rule is three functions. `direction` is elementwise, so it runs on any shard of the parameter;
-`transform` needs whole matrices, and only a rule with `whole` has it; `apply` is elementwise again.
-`step` composes them on one whole parameter: the single-process oracle. `optim.step.fused` runs the same three
-functions on shards, with an exchange on either side of `transform`.
+    direction  gradients to the raw update: momentum, Adam            entry by entry   directions.py
+    stages     polar factor, unit of a norm, lines normalised         whole matrices   stages.py
+    scale      a factor by the matrix's shape, and the end of the step: decay, w ← decay·w - factor·u
+    ahead      where the next gradient is taken, if not at w          entry by entry   lookahead.py
 
-The gradient is taken at a point that `apply` returns. It is the new weights, except for rules that look
-ahead of them: there the model computes with the point and the fp32 masters hold the weights, so the point
-costs no state of its own.
+`step` does all of it to one whole parameter: the single-process oracle. `optim.step.fused` runs the same
+parts on shards, with an exchange on either side of the stages.
 
 To add a rule, follow optim/README.md, "Add an update rule".
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from optim.geometry import Entries, Norm, Schatten, parse_norm
-from optim.polar import orthogonalize
+from optim.directions import Adam, Corrected, Direction, Momentum, Second, Sign
+from optim.geometry import Entries, Schatten, parse_norm
+from optim.lookahead import EmaNesterov, LookAhead, Previous, Transport
+from optim.stages import Aurora, EqualLines, Given, LineMoments, Polar, Stage, Unit
 
 State = dict[str, Tensor]
 
@@ -33,8 +34,9 @@ SCALES = {
     "jordan": lambda rows, cols: sqrt(max(1.0, rows / cols)),
     # AdamW-like RMS, https://arxiv.org/abs/2502.16982
     "rms": lambda rows, cols: 0.2 * sqrt(max(rows, cols)),
+    # The update as it is: https://arxiv.org/abs/2609.39114, Eq. (4.1)
+    "none": lambda rows, cols: 1.0,
 }
-LINES = {"row": (-1,), "column": (-2,), "row_column": (-1, -2), "column_row": (-2, -1)}  # Muon+: in turn
 
 
 class Finish(NamedTuple):
@@ -45,307 +47,267 @@ class Finish(NamedTuple):
     ahead: float
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule in three functions, and what `optim.step` asks of it. State, gradients and weights are fp32.
+    """What one step does to a parameter. State, gradients and weights are fp32.
 
     Attributes:
-        dtype: in which raw updates travel and `transform` computes. Used only where `whole`.
-        whole: the rule needs whole matrices.
-        orthogonal: updates of whole matrices are meant to be orthogonal, or nearly so.
-        looks_ahead: `apply` may return another point than the weights.
-        in_kernels: `direction` is MomentumRule's or AdamW's, and `finish` says all of `apply`. False for a
-            class that overrides one of them, unless that class sets it.
-        state_names: laid out as the weights.
-        row_state_names: one number per row of a whole matrix, kept by its owner.
+        name: as a configuration names it, for messages.
+        scale: (rows, columns) -> factor on the update; a vector of n is n x 1.
+        weight_decay: decoupled, λ: w ← (1-ηλ)w.
+        cautious: the decay acts only on entries whose sign is that of the update: those that it moves
+            towards zero anyway. https://arxiv.org/abs/2510.12402
+        dtype: in which raw updates travel and the stages multiply. Used only where `whole`.
     """
 
+    name: str
+    direction: Direction
+    stages: tuple[Stage, ...] = ()
+    scale: Callable[[int, int], float] = SCALES["none"]
+    ahead: LookAhead | None = None
     weight_decay: float = 0.0
+    cautious: bool = False
     dtype: torch.dtype = torch.bfloat16
 
-    whole: ClassVar[bool] = False
-    orthogonal: ClassVar[bool] = False
-    looks_ahead: ClassVar[bool] = False
-    in_kernels: ClassVar[bool] = False
-    state_names: ClassVar[tuple[str, ...]] = ()
-    row_state_names: ClassVar[tuple[str, ...]] = ()
+    @property
+    def whole(self) -> bool:
+        """Whether it needs whole matrices."""
+        return bool(self.stages)
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        asked = {"direction", "apply", "in_kernels"}
-        nearest = next(vars(base) for base in cls.__mro__ if asked & vars(base).keys())
-        if "in_kernels" not in nearest:
-            cls.in_kernels = False  # the compiled passes would ignore what this class or a mixin overrides
+    @property
+    def orthogonal(self) -> bool:
+        """Whether updates of whole matrices are meant to be orthogonal, or nearly so."""
+        return any(isinstance(stage, Polar | Aurora) for stage in self.stages)
 
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        """Update `state` in place with `gradient`; return the raw update, a new tensor. `step` is from 1."""
-        raise NotImplementedError
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `apply` may return another point than the weights."""
+        return self.ahead is not None
 
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
+    @property
+    def gradients_per_update(self) -> int:
+        """Steps, each with a gradient of the same batch, that one update takes."""
+        return 2 if isinstance(self.ahead, Previous) else 1
+
+    @property
+    def not_compiled(self) -> str | None:
+        """Why the compiled passes do not know this rule, in a few words; None: they do."""
+        if type(self.direction) not in (Momentum, Adam):
+            return f"{self.name}'s direction is no plain momentum"
+        if self.ahead is not None and type(self.ahead) is not Transport:
+            return f"{self.name} looks ahead by more than a displacement"
+        return "cautious weight decay asks for the sign of each entry" if self.cautious else None
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """State that is laid out as the weights."""
+        return (*self.direction.state_names, *(self.ahead.state_names if self.ahead else ()))
+
+    @property
+    def line_state_names(self) -> tuple[str, ...]:
+        """State with one number per line of a whole matrix, kept by its owner."""
+        return tuple(name for stage in self.stages for name in stage.line_state_names)
+
+    def num_lines(self, rows: int, cols: int) -> int:
+        """Numbers in each such state of an r x c matrix."""
+        return sum(stage.num_lines(rows, cols) for stage in self.stages)
+
+    def transform(self, matrices: Tensor, *, norms: Tensor, lines: State | None = None) -> Tensor:
         """Map raw updates [B, r, c], which may be overwritten, to updates [B, r, c]. Only where `whole`.
 
         Args:
             norms: [B] fp32, the Frobenius norm of each raw update, taken before it was rounded to `dtype`.
-            rows: the state of `row_state_names`, [B, r] each; updated in place.
+            lines: the state of `line_state_names`, [B, lines] each; updated in place.
         """
-        raise NotImplementedError(f"{type(self).__name__} is elementwise")
+        assert self.whole, f"{self.name} is elementwise"
+        given = Given(norms, self.dtype, lines or {})
+        for stage in self.stages:
+            matrices, given = stage(matrices, given), given._replace(norms=None)
+        return matrices.to(self.dtype)
 
-    def scale(self, rows: int, cols: int) -> float:
-        """Factor on the updates of an r x c parameter; a vector of n is n x 1."""
-        return 1.0
+    def finish(self, *, lr: float, scale: float, step: int, decay: float = 1.0) -> Finish:
+        """The numbers of this step's end, from which `apply` and the compiled passes compute it.
 
-    def finish(self, *, lr: float, scale: float, step: int) -> Finish:
-        """The numbers of this step's end, from which `apply` and the kernels compute it."""
-        return Finish(1 - lr * self.weight_decay, lr * scale, 0.0)
+        decay: a schedule's factor on `weight_decay`.
+        """
+        ahead = self.ahead.ahead(step) if isinstance(self.ahead, Transport) else 0.0
+        return Finish(1 - lr * (self.weight_decay * decay), lr * scale, ahead)
 
     def apply(
-        self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0, step: int = 1, state: State
-    ) -> Tensor | None:
+        self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0, step: int = 1,
+        decay: float = 1.0, state: State,
+    ) -> Tensor | None:  # fmt: skip
         """Write the new `weight` in place: w ← (1-ηλ)w - η·scale·u. `update` may be of lower precision.
 
         Returns the point at which the next gradient is to be taken; None if that is the new weight.
         """
-        decay, factor, ahead = self.finish(lr=lr, scale=scale, step=step)
-        before = weight.clone() if ahead else None
-        if decay != 1:
-            weight.mul_(decay)
-        weight.sub_(update, alpha=factor)
-        return None if before is None else weight.add(weight - before, alpha=ahead)
+        end = self.finish(lr=lr, scale=scale, step=step, decay=decay)
+
+        def descend(weight: Tensor) -> None:
+            if end.decay != 1:
+                weight.mul_(torch.where(update * weight < 0, 1.0, end.decay) if self.cautious else end.decay)
+            weight.sub_(update, alpha=end.factor)
+
+        if self.ahead is not None:
+            return self.ahead.move(weight, descend, step=step, state=state)
+        descend(weight)
+        return None
 
 
-@dataclass(frozen=True)
-class MomentumRule(Rule):
-    """m ← βm + (1-β)g;  u = (1-β)g + βm (Nesterov) or m."""
+def muon(
+    *, momentum: float = 0.95, nesterov: bool = True, method: str | None = "polar_express",
+    polar_steps: int = 5, update_scale: str = "spectral", **common: Any,
+) -> Rule:  # fmt: skip
+    """Momentum, then the orthogonal factor of it, scaled. https://kellerjordan.github.io/posts/muon/
 
-    momentum: float = 0.95
-    nesterov: bool = True
-
-    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
-    in_kernels: ClassVar[bool] = True
-
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
-        return gradient.lerp(momentum, self.momentum) if self.nesterov else momentum.clone()
-
-
-@dataclass(frozen=True)
-class Muon(MomentumRule):
-    """Momentum, then the orthogonal factor of it, scaled. https://kellerjordan.github.io/posts/muon/"""
-
-    method: str = "polar_express"
-    update_scale: str = "spectral"
-
-    whole: ClassVar[bool] = True
-    orthogonal: ClassVar[bool] = True
-
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        return orthogonalize(matrices, method=self.method, dtype=self.dtype, norms=norms, overwrite=True)
-
-    def scale(self, rows: int, cols: int) -> float:
-        return SCALES[self.update_scale](rows, cols)
-
-
-@dataclass(frozen=True)
-class NorMuon(Muon):
-    """Muon whose rows (neurons) are each divided by the RMS of their past. https://arxiv.org/abs/2510.05491
-
-    With O orthogonal: v ← β₂v + (1-β₂)·mean over columns of O²;  Ô = O / (√v + ε). Then Ô gets back the
-    Frobenius norm √min(r, c) of an orthogonal matrix, so that scales mean what they mean for Muon; with
-    "rms" the step is the paper's 0.2·η·√(rc) / ‖Ô‖_F.
+    Args:
+        method, polar_steps: as `optim.stages.Polar` takes them.
+        update_scale: a name in SCALES.
+        common: fields of `Rule`.
     """
-
-    update_scale: str = "rms"
-    beta2: float = 0.95
-    eps: float = 1e-10
-
-    row_state_names: ClassVar[tuple[str, ...]] = ("row_second_moment",)
-
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        assert rows is not None
-        update = super().transform(matrices, norms=norms).float()
-        second = rows["row_second_moment"].lerp_(update.square().mean(-1), 1 - self.beta2)
-        return _as_long_as_orthogonal(update / second.sqrt().add_(self.eps)[..., None]).to(self.dtype)
+    return Rule(
+        **{"name": "muon"} | common, direction=Momentum(momentum, nesterov),
+        stages=(Polar(method, polar_steps),), scale=SCALES[update_scale],
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MuonPlus(Muon):
-    """Muon whose rows, columns or both in turn get length one after it. https://arxiv.org/abs/2602.21545
+def normuon(
+    *, lines: str = "row", beta2: float = 0.95, alpha: float = 1e-10, divisor: str = "sqrt_plus",
+    length: str = "full", **options: Any,
+) -> Rule:  # fmt: skip
+    """Muon whose rows, columns or lines along the larger dimension are levelled by their past.
 
-    The result gets back the Frobenius norm √min(r, c) of an orthogonal matrix (our convention), so that
-    scales mean what they mean for Muon. `lines` is a name in LINES.
+    https://arxiv.org/abs/2510.05491; https://arxiv.org/abs/2609.39114: Algorithm 1 with nesterov=False; Eq.
+    (4.1) with length="kept" and update_scale="none". The arguments are those of `optim.stages.LineMoments`.
     """
-
-    lines: str = "row"
-
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        update = super().transform(matrices, norms=norms).float()
-        for dim in LINES[self.lines]:
-            lengths = torch.linalg.vector_norm(update, dim=dim, keepdim=True)
-            update = update / torch.where(lengths == 0, 1, lengths)
-        return _as_long_as_orthogonal(update).to(self.dtype)
+    plain = muon(**{"name": "normuon", "update_scale": "rms"} | options)
+    return replace(plain, stages=(*plain.stages, LineMoments(lines, beta2, alpha, divisor, length)))
 
 
-def _as_long_as_orthogonal(update: Tensor) -> Tensor:
-    """[B, r, c] with Frobenius norms √min(r, c); zero matrices stay zero."""
-    lengths = torch.linalg.matrix_norm(update, keepdim=True)
-    return update * (min(update.shape[-2:]) ** 0.5 / torch.where(lengths == 0, 1, lengths))
+def muon_plus(*, lines: str = "row", **options: Any) -> Rule:
+    """Muon whose rows, columns or both in turn get length one after it. https://arxiv.org/abs/2602.21545"""
+    plain = muon(**{"name": "muon_plus"} | options)
+    return replace(plain, stages=(*plain.stages, EqualLines(lines)))
 
 
-@dataclass(frozen=True)
-class EmaNesterov(Muon):
-    """Muon that steps from a point ahead of the weights, on their average course. arXiv 2605.25395
+def muon_eq(*, lines: str = "row", **options: Any) -> Rule:
+    """Muon whose rows (MuonEq-R) get length one before it. https://arxiv.org/abs/2603.28254"""
+    plain = muon(**{"name": "muon_eq"} | options)
+    return replace(plain, stages=(EqualLines(lines, lengthened=False), *plain.stages))
 
-    y = θ + b·v, the gradient's point;  θ' = (1-ηλ)y - η·scale·polar(u);  v ← γv + (1-γ)(θ' - θ).
 
-    `lookahead` is b, `velocity_decay` γ. The former rises from 0 over the first `ramp_steps` steps, so that
-    the point is a function of the step's number. The decay acts on y, from which this rule steps.
+def aurora(*, lines: str = "row", iterations: int = 2, **options: Any) -> Rule:
+    """Muon with a polar factor of even rows, where a matrix is tall. https://arxiv.org/abs/2606.27715"""
+    plain = muon(**{"name": "aurora"} | options)
+    [polar] = plain.stages
+    assert isinstance(polar, Polar)
+    return replace(plain, stages=(Aurora(polar, iterations, lines),))
+
+
+def mars(*, strength: float = 0.025, **options: Any) -> Rule:
+    """Muon of gradients corrected by a second one: two gradients an update. arXiv 2510.21800 (MARS-M)"""
+    plain = muon(**{"name": "mars"} | options)
+    assert isinstance(plain.direction, Momentum)
+    return replace(plain, direction=Corrected(plain.direction, strength), ahead=Previous())
+
+
+def paired(rule: Rule) -> Rule:
+    """The rule beside `mars`: it moves in every second step, and its point waits as that of `mars` does.
+
+    Raises:
+        ValueError: the rule looks ahead by itself.
     """
-
-    lookahead: float = 0.6
-    velocity_decay: float = 0.99
-    ramp_steps: int = 0
-
-    state_names: ClassVar[tuple[str, ...]] = ("momentum", "velocity")
-
-    @property
-    def looks_ahead(self) -> bool:  # type: ignore[override]
-        return self.lookahead > 0
-
-    def apply(
-        self, weight: Tensor, update: Tensor, *, lr: float, scale: float = 1.0, step: int = 1, state: State
-    ) -> Tensor | None:
-        velocity, (decay, factor, _) = state["velocity"], self.finish(lr=lr, scale=scale, step=step)
-        after = weight.add(velocity, alpha=_ramped(self.lookahead, step - 1, self.ramp_steps))
-        after.mul_(decay).sub_(update, alpha=factor)
-        velocity.lerp_(after - weight, 1 - self.velocity_decay)
-        weight.copy_(after)
-        return after.add_(velocity, alpha=_ramped(self.lookahead, step, self.ramp_steps))
+    if rule.ahead is not None:
+        raise ValueError(f"{rule.name}: looks ahead, which it cannot beside mars")
+    return replace(rule, direction=Second(rule.direction), ahead=Previous())
 
 
-@dataclass(frozen=True)
-class Scion(MomentumRule):
+def scion(
+    *, momentum: float = 0.95, nesterov: bool = False, norm: str = "spectral",
+    method: str | None = "polar_express", polar_steps: int = 5, radius: float = 1.0,
+    constrained: bool = False, weight_decay: float = 0.0, **common: Any,
+) -> Rule:  # fmt: skip
     """Momentum, then the norm's linear minimisation oracle. https://arxiv.org/abs/2502.07529
 
     m ← βm + (1-β)g;  w ← (1-η)w + η·ρ·lmo(m) (constrained: w stays in the ball of radius ρ, if it began
     there) or w ← (1-ηλ)w + η·ρ·lmo(m) (unconstrained). With gradients averaged over a batch this is Batched
     Scion (arXiv 2605.18528).
 
-    Attributes:
+    Args:
         norm: as `optim.geometry.parse_norm` takes it; `method` finds the directions of a spectral one.
         radius: ρ, in the norm's own units.
+
+    Raises:
+        ValueError: an unknown norm.
     """
-
-    nesterov: bool = False
-    norm: str = "spectral"
-    method: str | None = "polar_express"
-    radius: float = 1.0
-    constrained: bool = False
-
-    in_kernels: ClassVar[bool] = True  # where it needs whole matrices, `direction` is MomentumRule's
-
-    @cached_property
-    def geometry(self) -> Norm:
-        """The norm itself. Raises ValueError for an unknown name."""
-        return parse_norm(self.norm, method=self.method)
-
-    @property
-    def whole(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.geometry.ball, Entries)  # a sign needs no other entry
-
-    @property
-    def orthogonal(self) -> bool:  # type: ignore[override]
-        return isinstance(self.geometry.ball, Schatten) and self.geometry.ball.p == inf
-
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        update = super().direction(gradient, state, step=step)
-        return update if self.whole else self.geometry.unit(update)
-
-    def transform(self, matrices: Tensor, *, norms: Tensor, rows: State | None = None) -> Tensor:
-        return self.geometry.unit(matrices, norms=norms)
-
-    def scale(self, rows: int, cols: int) -> float:
-        return self.radius * self.geometry.radius(rows, cols)
-
-    def finish(self, *, lr: float, scale: float, step: int) -> Finish:
-        decay = 1.0 if self.constrained else self.weight_decay
-        return Finish(1 - lr * decay, lr * scale, 0.0)
+    geometry, direction = parse_norm(norm), Momentum(momentum, nesterov)
+    stage = Polar(method, polar_steps) if geometry.ball == Schatten(inf) else Unit(geometry.ball)
+    of_entries = isinstance(geometry.ball, Entries)  # a sign needs no other entry
+    return Rule(
+        **{"name": "scion"} | common, direction=Sign(direction) if of_entries else direction,
+        stages=() if of_entries else (stage,), weight_decay=1.0 if constrained else weight_decay,
+        scale=lambda rows, cols: radius * geometry.radius(rows, cols),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TransportedScion(Scion):
-    """Scion with its gradients taken at a point ahead of the weights. arXiv 2605.18528
+def transported(rule: Rule, *, transport: float = 1.0, cap: float = inf, ramp_steps: int = 0) -> Rule:
+    """The rule with its gradients taken c·β/(1-β) steps ahead of the weights. arXiv 2605.18528
 
-    Y_t = θ_t + c·β/(1-β)·(θ_t - θ_{t-1}). The displacement is what the step did to the weights, **its decay
-    included**. With c = 0 this is Scion, bit for bit.
+    With c = 0 it is the rule itself. Of `scion` this is Transported Scion; of `muon` without Nesterov, and
+    no cap, Muon-IGT (arXiv 2605.05577).
 
-    Attributes:
-        transport: c. At β = 0.95 the paper's c = 1 looks 19 steps ahead.
-        cap: the largest c·β/(1-β), in steps.
-        ramp_steps: over how many steps the factor rises from 0. Momentum that starts at zero makes
-            β/(1-β)·(1-β^t) the exact factor after step t; 1/(1-β) comes close, and 0 overshoots at first
-            (training/study/synthetic/problem.py measures it).
+    Args:
+        transport: c.
+        cap: the most steps ahead.
+        ramp_steps: as `optim.lookahead.Transport` takes them.
+
+    Raises:
+        ValueError: the rule has no momentum, or looks ahead already.
     """
-
-    transport: float = 1.0
-    cap: float = inf
-    ramp_steps: int = 0
-
-    @property
-    def looks_ahead(self) -> bool:  # type: ignore[override]
-        return self.transport > 0 and self.cap > 0 and self.momentum > 0
-
-    def finish(self, *, lr: float, scale: float, step: int) -> Finish:
-        ahead = min(self.transport * self.momentum / (1 - self.momentum), self.cap)
-        plain = super().finish(lr=lr, scale=scale, step=step)
-        return plain._replace(ahead=_ramped(ahead, step, self.ramp_steps))
+    momentum = rule.direction.of if isinstance(rule.direction, Sign) else rule.direction
+    if not isinstance(momentum, Momentum) or rule.ahead is not None:
+        raise ValueError(f"{rule.name}: transport is for rules with momentum that do not look ahead already")
+    steps = min(transport * momentum.beta / (1 - momentum.beta), cap)
+    return replace(rule, ahead=Transport(steps, ramp_steps)) if steps > 0 else rule
 
 
-def _ramped(value: float, step: int, ramp_steps: int) -> float:
-    """`value`, reached linearly after `ramp_steps` steps."""
-    return value * min(1.0, step / ramp_steps) if ramp_steps else value
+def ema_nesterov(
+    rule: Rule, *, lookahead: float = 0.6, velocity_decay: float = 0.99, ramp_steps: int = 0
+) -> Rule:
+    """The rule from a point ahead of the weights, on their average course: `optim.lookahead.EmaNesterov`.
+
+    Raises:
+        ValueError: the rule looks ahead already.
+    """
+    if rule.ahead is not None:
+        raise ValueError(f"{rule.name}: looks ahead already")
+    return replace(rule, ahead=EmaNesterov(lookahead, velocity_decay, ramp_steps)) if lookahead > 0 else rule
 
 
-@dataclass(frozen=True)
-class Sgd(MomentumRule):
+def sgd(*, momentum: float = 0.95, **common: Any) -> Rule:
     """Stochastic gradient descent with an average for momentum: u = m as it is."""
+    return Rule(**{"name": "sgd"} | common, direction=Momentum(momentum, nesterov=False))
 
-    nesterov: bool = False
 
-
-@dataclass(frozen=True)
-class Signum(Sgd):
+def signum(*, momentum: float = 0.95, **common: Any) -> Rule:
     """The sign of the momentum. https://arxiv.org/abs/1802.04434"""
-
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        return super().direction(gradient, state, step=step).sign_()
+    return Rule(**{"name": "signum"} | common, direction=Sign(Momentum(momentum, nesterov=False)))
 
 
-@dataclass(frozen=True)
-class AdamW(Rule):
+def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, **common: Any) -> Rule:
     """Adam with decoupled weight decay, https://arxiv.org/abs/1711.05101, algorithm 2."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-
-    state_names: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
-    in_kernels: ClassVar[bool] = True
-
-    def direction(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        first = state["first_moment"].lerp_(gradient, 1 - self.beta1)
-        second = state["second_moment"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        denominator = (second / (1 - self.beta2**step)).sqrt_().add_(self.eps)
-        return first / (1 - self.beta1**step) / denominator
+    return Rule(**{"name": "adamw"} | common, direction=Adam(beta1, beta2, eps))
 
 
-def new_state(rule: Rule, weight: Tensor, *, num_rows: int = 0) -> State:
+def new_state(rule: Rule, weight: Tensor, *, num_lines: int = 0) -> State:
     """Zero state under the rule's names: of the weight's shape, dtype and device.
 
-    num_rows: of a whole matrix, for the state that has one number per row, [num_rows].
+    num_lines: of whole matrices (`Rule.num_lines`), for the state with one number per line, [num_lines].
     """
     state = {name: torch.zeros_like(weight) for name in rule.state_names}
-    if num_rows:
-        state |= {name: weight.new_zeros(num_rows) for name in rule.row_state_names}
+    if num_lines:
+        state |= {name: weight.new_zeros(num_lines) for name in rule.line_state_names}
     return state
 
 
@@ -364,9 +326,9 @@ def step(rule: Rule, weight: Tensor, gradient: Tensor, state: State, *, lr: floa
     update = rule.direction(gradient, state, step=step)
     if rule.whole:
         norm = torch.linalg.vector_norm(update, dtype=torch.float64).float()
-        rows = {name: state[name].unsqueeze(0) for name in rule.row_state_names}
+        lines = {name: state[name].unsqueeze(0) for name in rule.line_state_names}
         update = update.to(rule.dtype).unsqueeze(0)
-        update = rule.transform(update, norms=norm.unsqueeze(0), rows=rows).squeeze(0)
+        update = rule.transform(update, norms=norm.unsqueeze(0), lines=lines).squeeze(0)
     scale = rule.scale(*(weight.shape if weight.dim() == 2 else (weight.numel(), 1)))
     point = rule.apply(weight, update, lr=lr, scale=scale, step=step, state=state)
     return weight if point is None else point

@@ -1,4 +1,4 @@
-"""Learning-rate schedule: a pure function of the number of applied optimizer steps."""
+"""Schedules of learning rate and weight decay: pure functions of the number of applied optimizer steps."""
 
 import math
 
@@ -32,3 +32,8 @@ def lr_factor(
     if decay == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
     return final_fraction + (1 - final_fraction) * share
+
+
+def decay_factor(step: int, *, num_steps: int, final_fraction: float) -> float:
+    """Share of the weight decay for the step that follows `step` applied steps: a straight line from 1."""
+    return 1 - (1 - final_fraction) * min(step / max(num_steps - 1, 1), 1.0)

@@ -4,34 +4,21 @@
 accumulation, memory, FLOPs) are derived in `training.plan`, not configured.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import config as layered
-from cluster.config import ConfigError, key, require
+from cluster.config import key, require
 from cluster.record.record import WANDB_MODES
 from cluster.session import SessionConfig
 from training.data.config import DataConfig
+from training.optim_config import OptimConfig
 
 LAUNCHERS = ("ray", "torch")
 SEEDS = range(1 << 63)  # every generator takes these, each for a stream of its own
 PRECISIONS = ("auto", "bf16", "fp32")
-PRODUCT_DTYPES = ("bf16", "fp32")
 DECAYS = ("linear", "cosine")
-MUON_RULES = ("muon", "normuon", "muon_plus", "ema_nesterov")
-SCION_RULES = ("scion", "transported_scion")  # of all parameters, by norm; the others: of hidden matrices
-MATRIX_RULES = (*MUON_RULES, *SCION_RULES, "adamw", "sgd", "signum")
-NOISES = ("none", "gaussian", "student", "stable")
-LINES = ("row", "column", "row_column", "column_row")
-ORTHOGONALISATIONS = ("polar_express", "jordan", "cans")
-UPDATE_SCALES = ("spectral", "jordan", "rms")
-NORMS = (  # of optim/geometry.py
-    *("spectral", "spectral:input", "spectral:plain", "frobenius", "frobenius:rms", "sign", "sign:plain"),
-    *("column", "column:normalized", "column:embedding", "row", "row:plain", "row:embedding"),
-)
-NORM_PATTERN = rf"{'|'.join(NORMS)}|schatten:(inf|[1-9]\d*(\.\d+)?)"
 
 
 @dataclass(frozen=True)
@@ -80,150 +67,6 @@ class BatchConfig:
     document_masks: bool = key(
         False, "in a sequence of several documents no token sees another document; in validation too"
     )
-
-
-@dataclass(frozen=True)
-class MatrixOptimConfig:
-    rule: str = key("muon", "rule of the hidden matrices", choices=MATRIX_RULES)
-    lr: float = key(
-        0.02, "peak learning rate of the hidden matrices; of everything under scion's rules", above=0
-    )
-    momentum: float = key(0.95, "momentum, of every rule but adamw", least=0, below=1)
-    nesterov: bool = key(True, "Nesterov look-ahead of the momentum: muon and its variants")
-    weight_decay: float = key(
-        0.1, "decoupled: each step multiplies the weights by 1 - lr*weight_decay", least=0
-    )
-    method: str = key(
-        "polar_express", "Newton-Schulz coefficients (optim/polar.py)", choices=ORTHOGONALISATIONS
-    )
-    scale: str = key(
-        "spectral", "muon's rules: scale of the orthogonal update (optim/rules.py)", choices=UPDATE_SCALES
-    )
-    per_head: bool = key(False, "treat each attention head's rows of q, k and v as a matrix of their own")
-    dtype: str = key("bf16", "precision of exchange and orthogonalisation", choices=PRODUCT_DTYPES)
-    row_beta2: float = key(0.95, "normuon: decay of the rows' second moments", least=0, below=1)
-    lines: str = key("row", "muon_plus: what is normalised after orthogonalisation", choices=LINES)
-    lookahead: float = key(
-        0.6, "ema_nesterov: how far ahead the gradient is taken, in average steps", least=0
-    )
-    velocity_decay: float = key(0.99, "ema_nesterov: decay of the average step", least=0, below=1)
-    ramp_steps: int = key(
-        0, "ema_nesterov, transported_scion: steps over which the look-ahead grows from 0", least=0
-    )
-
-
-@dataclass(frozen=True)
-class ScionConfig:
-    norms: tuple[str, ...] = key(
-        (
-            "*embed_tokens.weight=column:embedding",
-            "*lm_head.weight=sign@60",
-            "*norm.weight=frobenius:rms",
-            "*bias=frobenius:rms",
-            "*=spectral",
-        ),
-        "'pattern=norm' or 'pattern=norm@radius', quoted; the first that matches a parameter's name counts. "
-        f"Norms: {', '.join(NORMS)}, schatten:P",
-    )
-    constrained: bool = key(False, "keep the weights in the norm's ball of this radius: decay by lr")
-    transport: float = key(
-        1.0, "transported_scion: c; gradients are taken c*momentum/(1-momentum) steps ahead", least=0
-    )
-    transport_cap: float = key(1e9, "transported_scion: the most steps ahead", least=0)
-
-    def __post_init__(self) -> None:
-        for entry in self.norms:
-            pattern, norm, radius = parse_norm_entry(entry)
-            require(bool(pattern), "optim.scion.norms", f"{entry!r} has no pattern before '='")
-            require(
-                re.fullmatch(NORM_PATTERN, norm) is not None,
-                "optim.scion.norms",
-                f"{norm!r} is not one of {', '.join(NORMS)}, schatten:P",
-            )
-            require(0 < radius < 1e9, "optim.scion.norms", f"the radius of {entry!r} must be positive")
-
-
-def parse_norm_entry(entry: str) -> tuple[str, str, float]:
-    """(pattern, norm, radius) of "pattern=norm@radius". Raises `ConfigError`."""
-    pattern, _, rest = entry.partition("=")
-    norm, _, radius = rest.partition("@")
-    try:
-        return pattern, norm, float(radius or 1)
-    except ValueError:
-        raise ConfigError(f"optim.scion.norms: {radius!r} of {entry!r} is not a number") from None
-
-
-@dataclass(frozen=True)
-class VectorOptimConfig:
-    lr: float = key(0.003, "peak learning rate of embeddings, head, norms and biases (AdamW)", above=0)
-    beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
-    beta2: float = key(0.95, "decay of the second moment", least=0, below=1)
-    eps: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.0, "decoupled, on embeddings and head only", least=0)
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    inject: str = key("none", "noise added to the averaged gradient before any rule", choices=NOISES)
-    tail: float = key(1.8, "injected: degrees of freedom of student, index of stable in (0, 2]")
-    moment: float = key(
-        1.5, "injected: p, below the tail: the moment that optim.noise.scale sets", above=1, most=2
-    )
-    scale: float = key(
-        0.0, "injected: sigma, with E|noise|^p = sigma^p in each entry of the gradient", least=0, below=1e12
-    )
-    measure_every_steps: int = key(
-        0, "steps between measurements of the gradients' own noise; 0: never", least=0
-    )
-    samples: int = key(2, "measured: micro-batches per worker", least=2)
-    norm: str = key(
-        "spectral",
-        "measured: a norm, by name (optim/geometry.py); its dual is measured too",
-        pattern=(NORM_PATTERN, f"is not one of {', '.join(NORMS)}, schatten:P"),
-    )
-
-    def __post_init__(self) -> None:
-        if self.inject in ("student", "stable"):
-            least = f"{self.tail:g} must be above optim.noise.moment={self.moment:g}, or that is infinite"
-            require(self.tail > self.moment, "optim.noise.tail", least)
-            require(self.inject == "student" or self.tail <= 2, "optim.noise.tail", "is at most 2 for stable")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    matrix: MatrixOptimConfig = key(MatrixOptimConfig, "hidden matrices")
-    vector: VectorOptimConfig = key(VectorOptimConfig, "everything else")
-    scion: ScionConfig = key(ScionConfig, "norms of scion and transported_scion")
-    noise: NoiseConfig = key(NoiseConfig, "heavy-tailed noise, injected and measured")
-    clip: float = key(
-        1.0, "global norm at which the gradient is clipped, before any rule; 0 turns it off", least=0
-    )
-    z_loss: float = key(
-        0.0, "weight of log(Z)^2 in the training loss, Z a token's sum of exponentials; PaLM: 1e-4", least=0
-    )
-    max_skipped_fraction: float = key(
-        0.1,
-        "share of the steps that may be skipped for a gradient that is not finite; above it the run fails",
-        least=0,
-        most=1,
-    )
-    inspect_every_steps: int = key(10, "log optimizer health (updates and phases) every N steps", least=1)
-
-    def __post_init__(self) -> None:
-        clean = self.noise.inject == "none" or self.clip == 0
-        require(clean, "optim.noise.inject", "needs optim.clip=0: the noise comes after clipping")
-        sized = self.noise.inject == "none" or self.noise.scale > 0
-        require(sized, "optim.noise.scale", f"must be positive for optim.noise.inject={self.noise.inject}")
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether gradients are taken at another point than the weights (`optim.rules.Rule.looks_ahead`)."""
-        ahead = {
-            "ema_nesterov": self.matrix.lookahead > 0,
-            "transported_scion": min(self.scion.transport, self.scion.transport_cap, self.matrix.momentum)
-            > 0,
-        }
-        return ahead.get(self.matrix.rule, False)
 
 
 @dataclass(frozen=True)
@@ -408,6 +251,8 @@ class TrainConfig:
         whole = self.zero.stage < 3 or not self.optim.noise.measure_every_steps
         problem = "needs whole weights on every worker: zero.stage<=2"
         require(whole, "optim.noise.measure_every_steps", problem)
+        paired = self.optim.gradients_per_update == 1 or not self.checkpoint.max_rewinds
+        require(paired, "checkpoint.max_rewinds", "would part the pairs of gradients of mars; set it to 0")
         sees = self.record.spike_deviations > 0 or not self.checkpoint.max_rewinds
         require(
             sees, "checkpoint.max_rewinds", "needs record.spike_deviations above 0, which sees the spikes"

@@ -184,9 +184,9 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
 
 def _require_room_ahead(config: TrainConfig) -> None:
     """Refuse what `optim.step.zero.ZeroOptimizer.bind` would: no copy of the weights beside the masters."""
-    if not config.optim.looks_ahead:
+    rule, zero = config.optim.looks_ahead, config.zero
+    if rule is None:
         return
-    rule, zero = config.optim.matrix.rule, config.zero
     if zero.stage == 0 and not config.is_bf16:
         raise ConfigError(
             f"optim.matrix.rule: {rule} takes gradients ahead of the weights, and with zero.stage=0 in fp32 "

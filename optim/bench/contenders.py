@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optim.bench.step_race import LR, MOMENTUM, WEIGHT_DECAY, Shapes
 from optim.bench.traffic import Traffic
 from optim.groups import partition
-from optim.rules import Muon
+from optim.rules import muon
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _client_optimizer(kind: str, model: nn.Module) -> Any:
     from optim.step.zero import ZeroOptimizer
 
     if kind == "ours":
-        rule = Muon(momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, method="jordan", update_scale="jordan")
+        rule = muon(momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, method="jordan", update_scale="jordan")
         members = partition(model.named_parameters())
         return ZeroOptimizer(members, rules={"matrix": rule}, peak_lr={"matrix": LR}, clip=0.0)
     if kind == "adamw":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cluster.measure.turns import turns
 from optim.kernels import native
 from optim.precision import product_dtype
-from optim.rules import Muon
+from optim.rules import muon
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
 
@@ -127,7 +127,7 @@ def _ours(shapes: Shapes, gradient: Tensor, method: str, *, dtype: torch.dtype =
         numel = rows * cols
         fragments.append(Fragment(f"matrix {index}", (rows,), cols, 0, numel, flat, offset))
         offset += numel
-    rule = Muon(
+    rule = muon(
         momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, method=method, update_scale="jordan", dtype=dtype
     )
     fused = FusedStep(rule, fragments, device=flat.device)

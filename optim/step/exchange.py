@@ -87,8 +87,9 @@ class ShapeGroup:
         num_owned, numel, dtype = len(self.owned), self.shape[0] * self.shape[1], self.rule.dtype
         self.local = torch.empty(sum(self._held_sizes), dtype=dtype, device=device)
         self.squares = torch.zeros(len(self.plan.matrices), dtype=torch.float64, device=device)
-        self.rows: State = {
-            name: torch.zeros(num_owned, self.shape[0], device=device) for name in self.rule.row_state_names
+        num_lines = self.rule.num_lines(*self.shape)
+        self.lines: State = {
+            name: torch.zeros(num_owned, num_lines, device=device) for name in self.rule.line_state_names
         }
         self._owned_index = torch.tensor(self.owned, dtype=torch.int64, device=device)
         arriving = sum(_sizes(self._in)) if self._travels_in else 0
@@ -123,7 +124,7 @@ class ShapeGroup:
 
     def _part(self, pieces: list[Piece]) -> FlatPart:
         flat, table = pieces[0].fragment.flat, None
-        if self.rule.in_kernels and self.staging is None and self.passes is not None:
+        if self.rule.not_compiled is None and self.staging is None and self.passes is not None:
             table = SegmentTable.build(
                 [piece.offset for piece in pieces],
                 [piece.position for piece in pieces],
@@ -156,7 +157,7 @@ class ShapeGroup:
         if self.owned:
             norms = self.squares.index_select(0, self._owned_index).sqrt().float()
             whole = self.whole.view(-1, *self.shape)
-            update = self.rule.transform(whole, norms=norms, rows=self.rows)
+            update = self.rule.transform(whole, norms=norms, lines=self.lines)
             if health is not None:
                 names = [self.plan.matrices[index].name for index in self.owned]
                 health.inspect(update, self.scale, orthogonal=self.rule.orthogonal, names=names)

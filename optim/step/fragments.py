@@ -42,7 +42,7 @@ class Piece:
     """
 
     fragment: Fragment
-    first_row: int  # of the matrix, counted in the parameter
+    block: int  # of the parameter, which the matrix is
     numel: int
     offset: int  # of the first element, in the flat tensor
     number: int = field(init=False)  # of the matrix, in its group's plan
@@ -64,7 +64,7 @@ def cut(fragments: Sequence[Fragment]) -> tuple[list[Piece], list[Matrix]]:
             holdings = [_within(first, numel, *held) for held in ranges]
             start, stop = _within(first, numel, fragment.start, fragment.stop)
             offset = fragment.offset + first + start - fragment.start
-            pieces.append(Piece(fragment, first // fragment.cols, stop - start, offset))
+            pieces.append(Piece(fragment, index, stop - start, offset))
             name = fragment.name if len(fragment.blocks) == 1 else f"{fragment.name}[{index}]"
             matrices.append(Matrix(name, rows, fragment.cols, tuple(holdings)))
             first += numel

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optim.directions import Adam, Momentum
 from optim.kernels import gpu
-from optim.rules import AdamW, MomentumRule, Rule, State, new_state
+from optim.rules import Rule, State, new_state
 from optim.step.exchange import ShapeGroup
 from optim.step.fragments import Fragment, Piece, cut, rank_and_world_size
 from optim.step.health import Health
@@ -74,33 +75,38 @@ class FusedStep:
         """Views of the fragment's elements of each state tensor, by name."""
         return {name: fragment.view(tensor) for name, tensor in self._state(fragment.flat).items()}
 
-    def row_states(self) -> Iterator[tuple[str, int, State]]:
-        """(parameter, first row, views of [r] state tensors by name) of every matrix that this rank owns."""
-        if self.rule.row_state_names:
+    def line_states(self) -> Iterator[tuple[str, int, State]]:
+        """(parameter, first line, views of [lines] state tensors by name) of every matrix this rank owns.
+
+        The lines of a parameter are those of its blocks, one after the other.
+        """
+        if self.rule.line_state_names:
             for group in self._groups:
                 for slot, index in enumerate(group.owned):
-                    piece = group.matrices[index]
-                    rows = {name: tensor[slot] for name, tensor in group.rows.items()}
-                    yield piece.fragment.name, piece.first_row, rows
+                    fragment, block = group.matrices[index].fragment, group.matrices[index].block
+                    first = sum(self.rule.num_lines(rows, fragment.cols) for rows in fragment.blocks[:block])
+                    yield fragment.name, first, {name: each[slot] for name, each in group.lines.items()}
 
     @torch.no_grad()
-    def step(self, *, lr: float, inspect: bool = False) -> None:
+    def step(self, *, lr: float, decay: float = 1.0, inspect: bool = False) -> None:
         """Update the weights and the state from the `.grad` of the flats; None counts as zero.
 
-        inspect: also measure the updates, for `health`: it costs one more product per matrix.
+        Args:
+            decay: factor on the rule's weight decay.
+            inspect: also measure the updates, for `health`: it costs one more product per matrix.
         """
         self.steps += 1
         self.health = health = Health(self.device)
         if not self.rule.whole:
             with health.timed("finish"):
                 for run in self._runs:
-                    self._elementwise(run, lr=lr)
+                    self._elementwise(run, lr=lr, decay=decay)
             return
         for groups in self._rounds:
-            self._step_whole(groups, lr=lr, inspect=inspect)
+            self._step_whole(groups, lr=lr, decay=decay, inspect=inspect)
         self.num_transforms += health.transforms
 
-    def _step_whole(self, groups: Sequence[ShapeGroup], *, lr: float, inspect: bool) -> None:
+    def _step_whole(self, groups: Sequence[ShapeGroup], *, lr: float, decay: float, inspect: bool) -> None:
         health = self.health
         for group in groups:
             group.acquire()
@@ -119,7 +125,7 @@ class FusedStep:
             with health.timed("exchange"):
                 group.wait()
             with health.timed("finish"):
-                self._finish(group, lr=lr)
+                self._finish(group, lr=lr, decay=decay)
             group.release()
 
     def _state(self, flat: Tensor) -> State:
@@ -137,11 +143,12 @@ class FusedStep:
             return
         for flat, pieces, table, numbers in group.parts:
             if flat.grad is not None and table is not None:
-                assert isinstance(self.rule, MomentumRule)
+                momentum = self.rule.direction
+                assert isinstance(momentum, Momentum)
                 squares = torch.empty(len(pieces), dtype=torch.float64, device=flat.device)
                 group.passes.momentum_pass(
                     flat.grad.view(-1), self._state(flat)["momentum"].view(-1), group.local, squares, table,
-                    beta=self.rule.momentum, nesterov=self.rule.nesterov,
+                    beta=momentum.beta, nesterov=momentum.nesterov,
                 )  # fmt: skip
                 group.squares.index_add_(0, numbers, squares)
             else:
@@ -162,16 +169,16 @@ class FusedStep:
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
 
-    def _finish(self, group: ShapeGroup, *, lr: float) -> None:
+    def _finish(self, group: ShapeGroup, *, lr: float, decay: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""
         if group.staging is not None:
             for pieces in group.staging.downloading():
                 for piece in pieces:
-                    self._update(piece, lr=lr, scale=group.scale)
+                    self._update(piece, lr=lr, scale=group.scale, decay=decay)
             return
         for flat, pieces, table, _ in group.parts:
             if table is not None:
-                end = self.rule.finish(lr=lr, scale=group.scale, step=self.steps)
+                end = self.rule.finish(lr=lr, scale=group.scale, step=self.steps, decay=decay)
                 model = pieces[0].fragment.model
                 group.passes.apply_pass(
                     flat.data.view(-1), group.local, table, decay=end.decay, factor=end.factor,
@@ -179,23 +186,23 @@ class FusedStep:
                 )  # fmt: skip
             else:
                 for piece in pieces:
-                    self._update(piece, lr=lr, scale=group.scale)
+                    self._update(piece, lr=lr, scale=group.scale, decay=decay)
 
-    def _update(self, piece: Piece, *, lr: float, scale: float) -> None:
+    def _update(self, piece: Piece, **end: float) -> None:
         """The end of the step of one piece, chunk by chunk."""
         for chunk in _chunks(piece.numel, piece.fragment.flat.device):
             place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-            self._apply(piece.fragment, place, piece.buffer[chunk], lr=lr, scale=scale)
+            self._apply(piece.fragment, place, piece.buffer[chunk], **end)
 
-    def _elementwise(self, run: "_Run", *, lr: float) -> None:
-        flat = run.fragment.flat
-        if isinstance(self.rule, AdamW) and flat.grad is not None and self._by_kernels(flat):
+    def _elementwise(self, run: "_Run", *, lr: float, decay: float) -> None:
+        flat, adam = run.fragment.flat, self.rule.direction
+        if isinstance(adam, Adam) and flat.grad is not None and self._by_kernels(flat):
             place, model = slice(run.start, run.stop), run.fragment.model
             state = self._state_at(flat, place)
-            end = self.rule.finish(lr=lr, scale=run.scale, step=self.steps)
+            end = self.rule.finish(lr=lr, scale=run.scale, step=self.steps, decay=decay)
             gpu.adamw_pass(
                 flat.data.view(-1)[place], flat.grad.view(-1)[place], state["first_moment"],
-                state["second_moment"], beta1=self.rule.beta1, beta2=self.rule.beta2, eps=self.rule.eps,
+                state["second_moment"], beta1=adam.beta1, beta2=adam.beta2, eps=adam.eps,
                 step=self.steps, decay=end.decay, factor=end.factor,
                 model=None if model is None else model.view(-1)[place],
             )  # fmt: skip
@@ -204,15 +211,18 @@ class FusedStep:
         for chunk in _chunks(run.stop - run.start, flat.device):
             place = slice(run.start + chunk.start, run.start + chunk.stop)
             update = self.rule.direction(gradient[place], self._state_at(flat, place), step=self.steps)
-            self._apply(run.fragment, place, update, lr=lr, scale=run.scale)
+            self._apply(run.fragment, place, update, lr=lr, scale=run.scale, decay=decay)
 
     def _by_kernels(self, flat: Tensor) -> bool:
-        return self.rule.in_kernels and gpu.unsupported(flat.device, torch.bfloat16) is None
+        return self.rule.not_compiled is None and gpu.unsupported(flat.device, torch.bfloat16) is None
 
-    def _apply(self, fragment: Fragment, place: slice, update: Tensor, *, lr: float, scale: float) -> None:
-        """One chunk of the weights and of the model's copy, while both are in the cache."""
+    def _apply(self, fragment: Fragment, place: slice, update: Tensor, **end: float) -> None:
+        """One chunk of the weights and of the model's copy, while both are in the cache.
+
+        end: learning rate, scale and decay, as `Rule.apply` takes them.
+        """
         weight, state = fragment.flat.data.view(-1)[place], self._state_at(fragment.flat, place)
-        point = self.rule.apply(weight, update, lr=lr, scale=scale, step=self.steps, state=state)
+        point = self.rule.apply(weight, update, step=self.steps, state=state, **end)
         if fragment.model is not None:
             fragment.model.view(-1)[place].copy_(weight if point is None else point)
 

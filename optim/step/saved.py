@@ -27,7 +27,7 @@ def shards(units: Iterable[FusedStep], *, replicated: bool) -> Iterator[tuple[st
             if numel:
                 tensors = _tensors(unit, fragment)
                 yield fragment.name, start, {name: t[share] for name, t in tensors.items()}
-        yield from unit.row_states()
+        yield from unit.line_states()
 
 
 def load(
@@ -46,8 +46,8 @@ def load(
                     points.append((tensor, content))
                 else:
                     tensor.copy_(content)
-        for parameter, first, rows in unit.row_states():
-            for name, tensor in rows.items():
+        for parameter, first, lines in unit.line_states():
+            for name, tensor in lines.items():
                 tensor.copy_(read(parameter, name, first, first + len(tensor)))
     return points
 

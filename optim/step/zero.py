@@ -39,7 +39,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Args:
         members: the model's parameters, from `optim.groups.partition`.
         rules: label of a member -> its rule.
-        peak_lr: label -> peak learning rate; `set_lr_factor` scales it.
+        peak_lr: label -> peak learning rate; `set_factors` scales it.
         clip: global norm at which the gradient is clipped; 0 is off. Used in stage 0 only, where DeepSpeed
             would clip before the true norm can be seen; in the other stages DeepSpeed clips.
         noise: added to the averaged gradient of every step, and its seed; the same in every stage and world.
@@ -57,9 +57,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = []
         for label, rule in rules.items():
             if chosen := [member for member in members if member.label == label]:
-                params, lr = [member.parameter for member in chosen], peak_lr[label]
-                # DeepSpeed replaces "params" by its shards, so "members" keeps the parameters.
-                groups.append({"params": params, "members": chosen, "rule": rule, "peak_lr": lr, "lr": lr})
+                groups.append(_group(chosen, rule, lr=peak_lr[label]))
         self.clip = clip
         self.noise = noise
         # Stage 0 in fp32: DeepSpeed wraps nothing, and reads these two from the client optimizer.
@@ -111,7 +109,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for group in groups:
             unit = self._units[id(group["params"][0])]
             with _noisy(unit, self.noise):
-                unit.step(lr=group["lr"], inspect=self.inspect)
+                unit.step(lr=group["lr"], decay=group["decay"], inspect=self.inspect)
             self._lending.lend(unit.fragments)
 
     def _clip_replicated(self, masters: list[Tensor]) -> bool:
@@ -123,10 +121,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             torch.nn.utils.clip_grads_with_norm_(masters, self.clip, norm)
         return not self.overflow
 
-    def set_lr_factor(self, factor: float) -> None:
-        """Set every group's learning rate to `factor` times its peak."""
+    def set_factors(self, *, lr: float, decay: float = 1.0) -> None:
+        """Set every group's learning rate to `lr` times its peak, and its weight decay to `decay` times."""
         for group in self.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+            group["lr"], group["decay"] = lr * group["peak_lr"], decay
 
     @property
     def applied_steps(self) -> int:
@@ -232,10 +230,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._lending.take_back()
 
 
+def _group(members: list[Member], rule: Rule, *, lr: float) -> dict[str, Any]:
+    """DeepSpeed replaces "params" by its shards, so "members" keeps the parameters."""
+    numbers = {"peak_lr": lr, "lr": lr, "decay": 1.0}
+    return {"params": [member.parameter for member in members], "members": members, "rule": rule, **numbers}
+
+
 def _require_room_for_points(rule: Rule, fragments: Sequence[Fragment]) -> None:
     if rule.looks_ahead and any(fragment.model is None for fragment in fragments):
         raise ValueError(
-            f"{type(rule).__name__} takes gradients ahead of the weights, but here the model computes with "
+            f"{rule.name} takes gradients ahead of the weights, but here the model computes with "
             "the masters themselves, or keeps its copy on another device; use zero.stage=1 or "
             "precision=bf16, and in stage 3 zero.offload_optimizer=false"
         )
@@ -255,8 +259,8 @@ def _noisy(unit: FusedStep, injected: tuple[Noise, int] | None) -> Iterator[None
         assert fragment.flat.grad is not None
         gradient = fragment.view(fragment.flat.grad)
         gradient += noise.sample(
-            fragment.name, start=fragment.start, stop=fragment.stop, seed=seed, step=unit.steps,
-            device=gradient.device,
+            fragment.name, start=fragment.start, stop=fragment.stop, seed=seed,
+            step=unit.steps // unit.rule.gradients_per_update, device=gradient.device,
         )  # fmt: skip
     yield
     for flat, gradient in own:

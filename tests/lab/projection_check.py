@@ -24,7 +24,8 @@ from cluster.cli import RunError, UserError
 from cluster.measure import benchmark
 from tests.lab.projection_ranks import COLLECTIVES
 from training import config as training_config
-from training.config import SCION_RULES, TrainConfig
+from training.config import TrainConfig
+from training.optim_config import SCION_RULES
 from training.plan import make_plan
 from training.projection.step_model import PARTS, Interconnect, Step, basis_from_row, step_seconds
 from training.projection.traffic import job_of

@@ -4,31 +4,42 @@ import torch
 
 from optim.polar import METHODS
 from optim.rules import (
-    AdamW,
-    EmaNesterov,
-    Muon,
-    MuonPlus,
-    NorMuon,
-    Scion,
-    Sgd,
-    Signum,
-    TransportedScion,
+    adamw,
+    aurora,
+    ema_nesterov,
+    mars,
+    muon,
+    muon_eq,
+    muon_plus,
     new_state,
+    normuon,
+    paired,
+    scion,
+    sgd,
+    signum,
     step,
+    transported,
 )
 
 RULES = {
-    "muon": Muon(),
-    "muon-plain": Muon(nesterov=False, momentum=0.9),
-    "adamw": AdamW(beta1=0.8, beta2=0.9),
-    "normuon": NorMuon(),
-    "muon_plus": MuonPlus(),
-    "ema_nesterov": EmaNesterov(),
-    "scion": Scion(),
-    "scion-sign": Scion(norm="sign"),
-    "transported": TransportedScion(),
-    "sgd": Sgd(),
-    "signum": Signum(),
+    "muon": muon(),
+    "muon-plain": muon(nesterov=False, momentum=0.9),
+    "muon-cautious": muon(cautious=True),
+    "adamw": adamw(beta1=0.8, beta2=0.9),
+    "normuon": normuon(),
+    "normuon-larger": normuon(lines="larger", divisor="max", length="kept"),
+    "muon_plus": muon_plus(),
+    "muon_eq": muon_eq(),
+    "aurora": aurora(),
+    "ema_nesterov": ema_nesterov(muon()),
+    "transported-normuon": transported(normuon(nesterov=False)),
+    "scion": scion(),
+    "scion-sign": scion(norm="sign"),
+    "transported": transported(scion()),
+    "mars": mars(),
+    "adamw-paired": paired(adamw()),
+    "sgd": sgd(),
+    "signum": signum(),
 }
 
 
@@ -41,7 +52,7 @@ def tensors(*shape: int, count: int, seed: int = 0) -> list[torch.Tensor]:
 def ours(rule, weight, gradients, *, lr: float) -> torch.Tensor:
     """The weight after one `step` per gradient."""
     weight = weight.clone()
-    state = new_state(rule, weight, num_rows=len(weight) if weight.dim() else 0)
+    state = new_state(rule, weight, num_lines=rule.num_lines(*weight.shape) if weight.dim() == 2 else 0)
     for number, gradient in enumerate(gradients, 1):
         step(rule, weight, gradient, state, lr=lr, step=number)
     return weight
@@ -55,10 +66,10 @@ def exact(rows: int, cols: int, count: int) -> list[torch.Tensor]:
     return [tensor.double() for tensor in tensors(rows, cols, count=count)]
 
 
-def factor(update: torch.Tensor, method: str = "polar_express") -> torch.Tensor:
+def factor(update: torch.Tensor, method: str = "polar_express", num_steps: int = 5) -> torch.Tensor:
     """Newton-Schulz in fp64 on U, s, V: the method's polynomials on the singular values alone."""
     u, s, vh = torch.linalg.svd(update.double(), full_matrices=False)
     s = s / torch.linalg.vector_norm(s)
-    for a, b, c in METHODS[method].coefficients:
+    for a, b, c in METHODS[method].steps(num_steps):
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vh

@@ -5,14 +5,19 @@ import torch
 
 from optim.geometry import parse_norm
 from optim.rules import (
-    EmaNesterov,
-    Muon,
-    MuonPlus,
-    NorMuon,
-    Scion,
-    TransportedScion,
+    adamw,
+    aurora,
+    ema_nesterov,
+    mars,
+    muon,
+    muon_eq,
+    muon_plus,
     new_state,
+    normuon,
+    paired,
+    scion,
     step,
+    transported,
 )
 from tests.optim.rule_cases import RULES, exact, factor, ours, tensors
 
@@ -27,18 +32,87 @@ def momenta(gradients: list[torch.Tensor], *, beta: float, nesterov: bool) -> li
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)], ids=str)
-def test_normuon_is_algorithm_1_of_its_paper(shape):
-    """With the scale "rms" the step is 0.2 η √(rc) Ô / ‖Ô‖_F, Ô the factor over the rows' past RMS."""
-    gradients, lr, wd = exact(*shape, count=4), 0.1, 0.3
-    weight, second = torch.ones(shape, dtype=torch.float64), torch.zeros(shape[0], 1, dtype=torch.float64)
-    for update in momenta(gradients, beta=0.9, nesterov=True):
+@pytest.mark.parametrize("lines", ["row", "column", "larger"])
+@pytest.mark.parametrize("divisor", ["sqrt_plus", "max"])
+def test_normuon_is_algorithm_1_and_equation_4_1_of_its_paper(shape, lines, divisor):
+    """With alpha so large that it counts. Algorithm 1's step is 0.2 η √(rc) Ô/‖Ô‖_F, Eq. (4.1)'s ‖O‖_F."""
+    gradients, lr, wd, alpha = exact(*shape, count=4), 0.1, 0.3, 0.05
+    dim = {"row": 1, "column": 0, "larger": 1 if shape[0] >= shape[1] else 0}[lines]
+    first, second = torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+    moment = torch.zeros(1, dtype=torch.float64)
+    for update in momenta(gradients, beta=0.9, nesterov=False):
         o = factor(update)
-        second = 0.95 * second + 0.05 * (o * o).mean(1, keepdim=True)
-        o = o / (second.sqrt() + 1e-10)
-        weight = weight * (1 - lr * wd) - 0.2 * lr * (shape[0] * shape[1]) ** 0.5 * o / o.norm()
-    rule = NorMuon(momentum=0.9, weight_decay=wd, dtype=torch.float32)
-    found = ours(rule, torch.ones(shape), [g.float() for g in gradients], lr=lr)
-    torch.testing.assert_close(found.double(), weight, rtol=0, atol=2e-5)
+        moment = 0.95 * moment + 0.05 * (o * o).mean(dim, keepdim=True)
+        divided = o / ((moment.sqrt() + alpha) if divisor == "sqrt_plus" else moment.clamp_min(alpha).sqrt())
+        unit = divided / divided.norm()
+        first = first * (1 - lr * wd) - 0.2 * lr * (shape[0] * shape[1]) ** 0.5 * unit
+        second = second * (1 - lr * wd) - lr * o.norm() * unit
+    common = {"momentum": 0.9, "nesterov": False, "weight_decay": wd, "dtype": torch.float32}
+    common |= {"lines": lines, "divisor": divisor, "alpha": alpha}
+    for expected, form in ((first, {}), (second, {"length": "kept", "update_scale": "none"})):
+        found = ours(normuon(**common, **form), torch.ones(shape), [g.float() for g in gradients], lr=lr)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)], ids=str)
+def test_muon_eq_and_aurora_balance_lines_before_the_polar_factor(shape):
+    [gradient], (rows, cols) = exact(*shape, count=1), shape
+    options = {"update_scale": "none", "nesterov": False, "momentum": 0.0, "dtype": torch.float32}
+    found = -ours(muon_eq(**options), torch.zeros(shape), [gradient.float()], lr=1.0).double()
+    by_row = gradient / gradient.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found, factor(by_row), rtol=0, atol=2e-5)
+    for lines, wide in (("row", False), ("larger", True)):
+        balanced = rows > cols or (wide and rows < cols)
+        dim = 1 if rows > cols else 0
+        once = factor(gradient / gradient.norm(dim=dim, keepdim=True))
+        weights = (min(shape) / max(shape) / once.square().sum(dim, keepdim=True)).sqrt()
+        twice = factor(gradient / gradient.norm(dim=dim, keepdim=True) * weights)
+        update = -ours(aurora(lines=lines, **options), torch.zeros(shape), [gradient.float()], lr=1.0)
+        expected = twice if balanced else factor(gradient)
+        torch.testing.assert_close(update.double(), expected, rtol=0, atol=5e-5)
+        if balanced:  # closer to even than Muon's
+            spread = [each.norm(dim=dim).std() for each in (expected, factor(gradient))]
+            assert spread[0] < 0.5 * spread[1]
+
+
+def test_cautious_decay_acts_where_the_update_pulls_to_zero_by_hand():
+    rule, weight = muon(cautious=True, weight_decay=0.5), torch.tensor([[2.0, 2.0, -2.0, -2.0]])
+    rule.apply(weight, torch.tensor([[1.0, -1.0, 1.0, -1.0]]), lr=0.1, state={})
+    torch.testing.assert_close(weight, torch.tensor([[1.9 - 0.1, 2.1, -2.1, -1.9 + 0.1]]))
+    rule.apply(weight := torch.ones(1, 1), torch.ones(1, 1), lr=0.1, decay=0.5, state={})  # by a schedule
+    torch.testing.assert_close(weight, torch.tensor([[1 - 0.1 * 0.25 - 0.1]]))
+
+
+def test_mars_takes_two_gradients_for_an_update_by_hand():
+    """Its point is the weights before, then the weights; AdamW beside it moves with the second gradients."""
+    unit, strength, beta, lr = factor(torch.ones(1, 1)).item(), 0.4, 0.5, 0.1
+    rule = mars(momentum=beta, nesterov=False, strength=strength, weight_decay=0.5, dtype=torch.float32)
+    weight, state = torch.tensor([[2.0]]), new_state(rule, torch.zeros(1, 1))
+    theta, momentum = 2.0, 0.0
+    for pair, (before, here) in enumerate([(3.0, 3.0), (-1.0, -4.0), (5.0, 1.0)]):
+        point = step(rule, weight, torch.tensor([[before]]), state, lr=lr, step=2 * pair + 1)
+        assert point is weight and weight.item() == pytest.approx(theta)
+        last = theta
+        momentum += (1 - beta) * (here + strength * beta / (1 - beta) * (here - before) - momentum)
+        theta = theta * (1 - lr * 0.5) - lr * unit * (1 if momentum > 0 else -1)
+        point = step(rule, weight, torch.tensor([[here]]), state, lr=lr, step=2 * pair + 2)
+        assert weight.item() == pytest.approx(theta, rel=1e-5) and point.item() == pytest.approx(last)
+    start, *gradients = tensors(7, count=7)
+    beside, alone = (
+        ours(rule, start, given, lr=0.1)
+        for rule, given in ((paired(adamw()), gradients), (adamw(), gradients[1::2]))
+    )
+    assert torch.equal(beside, alone)
+
+
+@pytest.mark.parametrize("num_steps", [3, 7])
+def test_more_or_fewer_polar_steps_are_those_of_the_method(num_steps):
+    [gradient] = exact(8, 20, count=1)
+    rule = muon(polar_steps=num_steps, update_scale="none", nesterov=False, momentum=0.0, dtype=torch.float32)
+    found = -ours(rule, torch.zeros(8, 20), [gradient.float()], lr=1.0)
+    torch.testing.assert_close(found.double(), factor(gradient, num_steps=num_steps), rtol=0, atol=2e-5)
+    error = (torch.linalg.svdvals(found) - 1).abs().max()
+    assert error > 0.5 if num_steps == 3 else error < 0.01
 
 
 def test_the_rows_of_a_normuon_update_are_levelled():
@@ -48,7 +122,7 @@ def test_the_rows_of_a_normuon_update_are_levelled():
     )
     plain, level = (
         ours(rule, torch.zeros(8, 4), [gradient] * 3, lr=1.0).norm(dim=1)
-        for rule in (Muon(dtype=torch.float32), NorMuon(dtype=torch.float32))
+        for rule in (muon(dtype=torch.float32), normuon(dtype=torch.float32))
     )
     assert plain.max() / plain.min() > 20 and level.max() / level.min() < 1.01
 
@@ -63,7 +137,7 @@ def test_muon_plus_normalises_lines_after_muon(lines, dims, shape):
     for dim in dims:
         o = o / o.norm(dim=dim, keepdim=True)
     o = o * min(shape) ** 0.5 / o.norm()
-    rule = MuonPlus(lines=lines, update_scale="jordan", nesterov=False, dtype=torch.float32)
+    rule = muon_plus(lines=lines, update_scale="jordan", nesterov=False, dtype=torch.float32)
     found = ours(rule, torch.zeros(shape), [gradient.float()], lr=1.0) / -rule.scale(*shape)
     torch.testing.assert_close(found.double(), o, rtol=0, atol=2e-5)
     lengths = found.norm(dim=dims[-1])
@@ -79,9 +153,8 @@ def test_a_zero_gradient_moves_no_member_of_the_family():
 def test_ema_nesterov_by_hand():
     """A 1 x 1 matrix: the factor is the sign, times what the method makes of 1."""
     unit = factor(torch.ones(1, 1)).item()
-    rule = EmaNesterov(
-        momentum=0.0, weight_decay=0.5, lookahead=0.5, velocity_decay=0.75, ramp_steps=2, dtype=torch.float32
-    )
+    plain = muon(momentum=0.0, weight_decay=0.5, dtype=torch.float32)
+    rule = ema_nesterov(plain, lookahead=0.5, velocity_decay=0.75, ramp_steps=2)
     weight, state = torch.tensor([[2.0]]), new_state(rule, torch.zeros(1, 1))
     theta, velocity, points = 2.0, 0.0, []
     for number, (gradient, ahead, next_ahead) in enumerate(
@@ -100,8 +173,8 @@ def test_ema_nesterov_by_hand():
 def test_ema_nesterov_that_looks_nowhere_is_muon():
     weight, *gradients = tensors(6, 9, count=5)
     options = {"weight_decay": 0.1, "dtype": torch.float32}
-    found = ours(EmaNesterov(lookahead=0.0, **options), weight, gradients, lr=0.1)
-    torch.testing.assert_close(found, ours(Muon(**options), weight, gradients, lr=0.1), rtol=0, atol=1e-6)
+    found = ours(ema_nesterov(muon(**options), lookahead=0.0), weight, gradients, lr=0.1)
+    torch.testing.assert_close(found, ours(muon(**options), weight, gradients, lr=0.1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +188,8 @@ def test_scion_steps_to_the_minimiser_of_its_norm(norm, constrained):
     weight = torch.ones(6, 8, dtype=torch.float64) * 0.01
     for update in momenta(gradients, beta=0.9, nesterov=False):
         weight = (1 - lr * decay) * weight + lr * radius * geometry.lmo(update[None])[0]
-    rule = Scion(
-        0.9, norm=norm, method=None, radius=radius, constrained=constrained, weight_decay=0.3,
+    rule = scion(
+        momentum=0.9, norm=norm, method=None, radius=radius, constrained=constrained, weight_decay=0.3,
         dtype=torch.float32,
     )  # fmt: skip
     found = ours(rule, torch.ones(6, 8) * 0.01, [g.float() for g in gradients], lr=lr)
@@ -126,7 +199,7 @@ def test_scion_steps_to_the_minimiser_of_its_norm(norm, constrained):
 def test_constrained_scion_stays_in_its_ball_and_unconstrained_does_not():
     gradients = [torch.ones(4, 4).triu()] * 40
     for constrained in (True, False):
-        rule = Scion(norm="spectral", method=None, radius=2.0, constrained=constrained, dtype=torch.float32)
+        rule = scion(norm="spectral", method=None, radius=2.0, constrained=constrained, dtype=torch.float32)
         length = parse_norm("spectral").value(ours(rule, torch.zeros(4, 4), gradients, lr=0.1)[None]).item()
         assert (length <= 2.0 + 1e-5) is constrained
 
@@ -135,7 +208,7 @@ def test_scion_in_the_spectral_norm_is_muon_without_nesterov():
     weight, *gradients = tensors(7, 12, count=4)
     options = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.1, "dtype": torch.float32}
     assert torch.equal(
-        ours(Scion(**options), weight, gradients, lr=0.1), ours(Muon(**options), weight, gradients, lr=0.1)
+        ours(scion(**options), weight, gradients, lr=0.1), ours(muon(**options), weight, gradients, lr=0.1)
     )
 
 
@@ -155,13 +228,13 @@ def test_the_transported_point_is_ahead_by_the_whole_displacement(
     """Y = θ + c·β/(1-β)·(θ - θ_before), the decay being part of what moved θ."""
     weight, *gradients = tensors(5, 8, count=4)
     options = {"momentum": 0.9, "weight_decay": 0.7, "constrained": constrained, "dtype": torch.float32}
-    rule = TransportedScion(**options, transport=transport, cap=cap, ramp_steps=ramp_steps)
+    rule = transported(scion(**options), transport=transport, cap=cap, ramp_steps=ramp_steps)
     plain, state = weight.clone(), new_state(rule, weight)
     plain_state = new_state(rule, weight)
     for number, (gradient, ahead) in enumerate(zip(gradients, aheads, strict=True), 1):
         before = weight.clone()
         point = step(rule, weight, gradient, state, lr=0.1, step=number)
-        step(Scion(**options), plain, gradient, plain_state, lr=0.1, step=number)
+        step(scion(**options), plain, gradient, plain_state, lr=0.1, step=number)
         assert torch.equal(weight, plain)  # given the same gradients, the weights go Scion's way
         expected = weight.double() + ahead * (weight.double() - before.double())
         torch.testing.assert_close(point.double(), expected, rtol=0, atol=1e-5 * ahead)
@@ -171,7 +244,7 @@ def test_transported_scion_with_factor_0_is_scion_bit_for_bit():
     """Its point is then the weights themselves, also where gradients are taken at the point."""
     target = tensors(5, 8, count=1, seed=3)[0]
     found = []
-    for rule in (Scion(weight_decay=0.1), TransportedScion(weight_decay=0.1, transport=0.0)):
+    for rule in (scion(weight_decay=0.1), transported(scion(weight_decay=0.1), transport=0.0)):
         weight = torch.zeros(5, 8)
         point, state = weight, new_state(rule, weight)
         for number in range(1, 30):
@@ -182,11 +255,31 @@ def test_transported_scion_with_factor_0_is_scion_bit_for_bit():
     assert torch.equal(*found)
 
 
+def test_any_rule_with_momentum_can_be_transported():
+    weight, *gradients = tensors(5, 8, count=3)
+    plain, rule = normuon(nesterov=False), transported(normuon(nesterov=False), cap=3.0)
+    ends = []
+    for each in (plain, rule):
+        own, state = weight.clone(), new_state(each, weight, num_lines=5)
+        for number, gradient in enumerate(gradients, 1):
+            before = own.clone()
+            point = step(each, own, gradient, state, lr=0.1, step=number)
+        ends.append(own)
+    assert torch.equal(*ends)
+    torch.testing.assert_close(point, own + 3 * (own - before), rtol=0, atol=1e-6)
+    for refused in (adamw(), rule, mars()):
+        with pytest.raises(ValueError, match="transport is for rules with momentum"):
+            transported(refused)
+    for refused in (rule, mars()):
+        with pytest.raises(ValueError, match="looks ahead"):
+            ema_nesterov(refused)
+
+
 def test_transport_changes_where_the_gradient_is_taken():
     target = tensors(5, 8, count=1, seed=3)[0]
     ends = []
     for transport in (0.0, 1.0):
-        rule = TransportedScion(transport=transport)
+        rule = transported(scion(), transport=transport)
         weight = torch.zeros(5, 8)
         point, state = weight, new_state(rule, weight)
         for number in range(1, 30):

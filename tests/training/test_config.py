@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from cluster import config as layered
 from cluster.config import Allowed, ConfigError, key, to_dict, to_yaml, walk
 from optim.geometry import NORMS
 from optim.polar import METHODS
-from optim.rules import LINES, SCALES
+from optim.rules import SCALES
+from optim.stages import LINES
 from tests.training.config_refusal import Inner, Outer, load_text, refusal
 from training import config as training_config
+from training import optim_config
 from training.config import TrainConfig, load
 from training.plan import make_plan
 
@@ -249,6 +252,16 @@ REFUSED = {
     "optim.inspect_every_steps": ["0", "-1"],
     "optim.matrix.rule": ["lion"],
     "optim.matrix.lines": ["both"],
+    "optim.matrix.polar_steps": ["2", "13"],
+    "optim.matrix.row_alpha": ["-1"],
+    "optim.matrix.row_divisor": ["sqrt"],
+    "optim.matrix.row_length": ["paper"],
+    "optim.matrix.correction": ["-1", "nan"],
+    "optim.matrix.ahead": ["far"],
+    "optim.by_name": [
+        f"['{entry}']" for entry in ("*.mlp.*", "*.mlp.*: rul=muon", "*: lr=0", "*: per_head=true", ": lr=1")
+    ],
+    "optim.final_weight_decay": ["-0.1", "1.1"],
     "optim.matrix.row_beta2": ["1", "-0.1"],
     "optim.matrix.velocity_decay": ["1", "-0.1"],
     "optim.matrix.lookahead": ["-1"],
@@ -306,7 +319,11 @@ def test_a_refused_value_names_its_key(name):
         assert refusal(f"{name}={value}").startswith(f"{name}: "), value
 
 
+SOURCES = (training_config, optim_config)
 REFUSED_TOGETHER = {
+    "optim.matrix.ahead": ("optim.matrix.rule=adamw", "optim.matrix.ahead=transport"),
+    "optim.final_weight_decay": ("optim.final_weight_decay=0.5", "optim.scion.constrained=true"),
+    "checkpoint.max_rewinds": ("optim.matrix.rule=mars", "checkpoint.max_rewinds=1"),
     "zero.offload_optimizer": ("zero.stage=0", "zero.offload_optimizer=true"),
     "optim.noise.tail": ("optim.clip=0", "optim.noise.inject=student", "optim.noise.tail=1.5"),
 }
@@ -357,7 +374,7 @@ def limited(schema: type, prefix: str = "") -> Iterator[str]:
 def test_every_check_of_the_schema_is_exercised_above():
     """The keys with limits, and those that `require` names in the source, are keys and are refused here."""
     named = set(limited(TrainConfig))
-    for call in ast.walk(ast.parse(Path(training_config.__file__).read_text())):
+    for call in itertools.chain(*(ast.walk(ast.parse(Path(each.__file__).read_text())) for each in SOURCES)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "require":
             argument = call.args[1]
             assert isinstance(argument, ast.Constant)
@@ -379,10 +396,10 @@ def test_values_on_the_allowed_side_of_a_border_are_taken(argument):
 
 
 def test_the_choices_are_those_that_the_optimizer_has():
-    assert set(training_config.ORTHOGONALISATIONS) == set(METHODS)
-    assert set(training_config.NORMS) == set(NORMS)
-    assert set(training_config.LINES) == set(LINES)
-    assert set(training_config.UPDATE_SCALES) == set(SCALES)
+    assert set(optim_config.ORTHOGONALISATIONS) == set(METHODS)
+    assert set(optim_config.NORMS) == set(NORMS)
+    assert set(optim_config.LINES["muon_plus"]) == set(LINES)
+    assert set(optim_config.UPDATE_SCALES) == set(SCALES)
 
 
 def test_the_run_directory_is_absolute_and_knows_the_home(monkeypatch, tmp_path):

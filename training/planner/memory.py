@@ -17,12 +17,14 @@ of their inputs that the backward pass needs.
 Compared with peaks on an H200 and on a CPU: tests/training/planner/test_memory.py. Read in DeepSpeed 0.19.8.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from optim.cost import GROUP_BYTES, uses_gram
-from training.config import MUON_RULES, SCION_RULES, TrainConfig
+from training.config import TrainConfig
 from training.model.shapes import LlamaShape
+from training.optim_config import MUON_RULES, SCION_RULES, MatrixOptimConfig
 
 POINTS = ("after load", "forward", "backward", "exchange", "optimizer step")
 OUTSIDE = "CUDA, NCCL, fragments"
@@ -31,7 +33,6 @@ CONTEXT_BYTES = 1.0e9  # CUDA's context and NCCL's buffers, which torch does not
 FRAGMENT_SHARE = 0.04
 WORKSPACE_BYTES = 7e7  # of cuBLAS and cuDNN, within torch's memory: that file's block 5, each micro-batch
 LOSS_TOKENS = 4096  # of `model.loss_tokens` by default: 0.4 GB of bf16 logits at a vocabulary of 50,304
-STATE_OF_ONE_NUMBER = ("muon", "normuon", "muon_plus", "sgd", "signum", *SCION_RULES)
 
 Parts = dict[str, int]
 
@@ -175,12 +176,12 @@ def _resident(config: TrainConfig, shape: LlamaShape, *, num_workers: int) -> Pa
 
 def state_bytes(config: TrainConfig, shape: LlamaShape) -> int:
     """The optimizer's state, fp32, of all workers together."""
-    rule, matrix = config.optim.matrix.rule, _matrix_elements(shape)
-    per_matrix = 4 if rule in STATE_OF_ONE_NUMBER else 8
-    per_vector = 4 if rule in SCION_RULES else 8
-    rows = 4 * sum(rows * count for (rows, _), count in shape.matrices().items())
-    vectors = shape.num_parameters - matrix
-    return matrix * per_matrix + vectors * per_vector + (rows if rule == "normuon" else 0)
+    others, by_norm = shape.num_parameters, config.optim.matrix.rule in SCION_RULES
+    numbers = 0
+    for (rows, cols), matrix in _matrix_rules(config, shape):
+        numbers += rows * cols * matrix.state_numbers + matrix.num_lines(rows, cols)
+        others -= rows * cols
+    return 4 * (numbers + others * (config.optim.matrix.state_numbers if by_norm else 2))
 
 
 def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: int = 0) -> tuple[int, int]:
@@ -272,9 +273,20 @@ def _matrix_elements(shape: LlamaShape) -> int:
 
 def _whole_elements(config: TrainConfig, shape: LlamaShape) -> int:
     """Elements of parameters whose rule needs whole matrices."""
-    if config.optim.matrix.rule in SCION_RULES:
-        return shape.num_parameters
-    return _matrix_elements(shape) if config.optim.matrix.rule in MUON_RULES else 0
+    matrices = list(_matrix_rules(config, shape))
+    whole = sum(prod(size) for size, matrix in matrices if matrix.rule in (*MUON_RULES, *SCION_RULES))
+    by_norm = config.optim.matrix.rule in SCION_RULES
+    return whole + (shape.num_parameters - _matrix_elements(shape) if by_norm else 0)
+
+
+def _matrix_rules(
+    config: TrainConfig, shape: LlamaShape
+) -> Iterator[tuple[tuple[int, int], MatrixOptimConfig]]:
+    """(rows, columns) and rule of each hidden matrix."""
+    sizes = {name: size for name, size in shape.parameters().items() if ".layers." in name and len(size) == 2}
+    for name, pattern in config.optim.pattern_of(sizes).items():
+        rows, cols = sizes[name]
+        yield (rows, cols), config.optim.matrices[pattern]
 
 
 def _exchange_width(config: TrainConfig) -> int:

@@ -10,8 +10,8 @@ from cluster.measure import hardware
 from cluster.measure.probe import LINK_PEAK
 from cluster.parity import baseline_file
 from cluster.session import ROOT
-from training.config import MUON_RULES
 from training.model.shapes import SHAPES
+from training.optim_config import MUON_RULES
 from training.projection.config import NODE_GB_PER_S, LinkConfig, ProjectionConfig
 from training.projection.step_model import NCCL_PROTOCOLS, Basis, Interconnect, Network, basis_from_row
 from training.projection.traffic import SHARES, Job

@@ -25,14 +25,13 @@ from cluster.record import origins, provenance
 from cluster.record.result import record_result
 from training.config import (
     BatchConfig,
-    MatrixOptimConfig,
     ModelConfig,
-    OptimConfig,
     ScheduleConfig,
     TrainConfig,
     WorkersConfig,
     ZeroConfig,
 )
+from training.optim_config import MatrixOptimConfig, OptimConfig
 from training.plan import Plan, make_plan
 from training.projection import traffic
 from training.projection.basis import basis_of, link_choices

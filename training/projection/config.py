@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from cluster.config import key, require
 from cluster.record.record import WANDB_MODES
-from training.config import MUON_RULES
 from training.model.shapes import SHAPES
+from training.optim_config import MUON_RULES
 
 # 25 GbE: what NHR@FAU's nodes of 8 A40 have (https://doc.nhr.fau.de/clusters/alex/); 25/8 = 3.1 GB/s.
 NODE_GB_PER_S = 3.1

@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from optim.step.ownership import Matrix, OwnershipPlan, holdings, make_plan
-from training.config import MUON_RULES, SCION_RULES, TrainConfig
+from training.config import TrainConfig
 from training.model.shapes import LlamaShape
+from training.optim_config import MUON_RULES, SCION_RULES
 
 # DeepSpeed's defaults, which training/run/engine.py keeps:
 REUSE_DISTANCE = 10**9  # stage3_max_reuse_distance, elements
@@ -109,9 +110,9 @@ class Job:
 
 
 def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
-    """Of a run; None where the traffic is not modelled: in stage 0, and with matrices per head."""
+    """Of a run; None where the traffic is not modelled: in stage 0, with matrices per head or by name."""
     matrix = config.optim.matrix
-    if config.zero.stage == 0 or matrix.per_head:
+    if config.zero.stage == 0 or matrix.per_head or config.optim.by_name:
         return None
     entries = config.optim.scion.norms if matrix.rule in SCION_RULES else ()
     weights = 2 if config.is_bf16 else 4

@@ -24,11 +24,12 @@ class Batches:
     def __init__(self, start: Start, context: Context, *, passed_over: Callable[[int], int]) -> None:
         self._start = start
         self._passed_over = passed_over
+        self._repeats = start.config.optim.gradients_per_update  # steps that see one batch
         self._order = order_of(start.train_set, seed=start.config.run.seed)
         self._context = context
 
-    def micro_batch(self, step: int, micro_step: int) -> tuple[Any, ...]:
-        """What the model is called with in a pass after `step` steps.
+    def micro_batch(self, step: int, micro_step: int, *, skipped: int = 0) -> tuple[Any, ...]:
+        """What the model is called with in a pass after `step` steps, of which `skipped` changed nothing.
 
         Inputs and targets, int64 [micro_sequences, sequence_length], and what `documents` returns.
         """
@@ -36,7 +37,7 @@ class Batches:
         read = micro_batch(
             start.train_set,
             self._order,
-            consumed_samples=(step + self._passed_over(step)) * start.plan.samples_per_step,
+            consumed_samples=self._batches(step, skipped) * start.plan.samples_per_step,
             micro_step=micro_step,
             rank=self._context.rank,
             world_size=self._context.world_size,
@@ -48,8 +49,12 @@ class Batches:
 
     def drawn(self, step: int) -> dict[str, float]:
         """For a row of the record after `step` steps: what each source of a mixture gave, skipped or not."""
-        samples = (step + self._passed_over(step)) * self._start.plan.samples_per_step
-        return drawn(self._order, samples, self._start.train_set)
+        last = self._batches(max(step - 1, 0)) + (step > 0)
+        return drawn(self._order, last * self._start.plan.samples_per_step, self._start.train_set)
+
+    def _batches(self, step: int, skipped: int = 0) -> int:
+        """Batches before the one of the next step. A gradient that is skipped has lost its pair."""
+        return (step + self._passed_over(step) + (self._repeats - 1) * skipped) // self._repeats
 
 
 def documents(

@@ -1,8 +1,8 @@
 """Model + optimizer -> DeepSpeed engine. The only call of `deepspeed.initialize`."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -12,27 +12,18 @@ from deepspeed.runtime import compiler
 from torch import nn
 
 from cluster.config import ConfigError
+from optim import rules
 from optim.groups import Member, attention_splits, by_norm, partition
 from optim.noise import Noise
-from optim.rules import (
-    AdamW,
-    EmaNesterov,
-    Muon,
-    MuonPlus,
-    NorMuon,
-    Rule,
-    Scion,
-    Sgd,
-    Signum,
-    TransportedScion,
-)
+from optim.rules import Rule
 from optim.step.gradients import accumulate_in_fp32
 from optim.step.layout import quiet_deepspeed
 from optim.step.zero import ZeroOptimizer
-from training.config import SCION_RULES, OptimConfig, TrainConfig, parse_norm_entry
+from training.config import TrainConfig
 from training.model import attention
 from training.model.llama import Layer, Llama, compile_layers, initialize
 from training.model.shapes import LlamaShape
+from training.optim_config import SCION_RULES, MatrixOptimConfig, OptimConfig, parse_norm_entry
 from training.plan import resolve_shape
 from training.planner.memory import compiles, loss_tokens
 
@@ -123,45 +114,69 @@ def attention_kernel(config: TrainConfig, *, device: torch.device) -> str:
 
 
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
-    """The rule of each label (`optim.groups.Member.label`): of each kind, or under Scion of each norm."""
-    matrix, vector = optim.matrix, optim.vector
-    common: dict[str, Any] = {name: getattr(matrix, name) for name in ("momentum", "weight_decay")}
-    common["dtype"] = DTYPES[matrix.dtype]
-    if matrix.rule in SCION_RULES:
-        return {label: _scion(optim, label, **common) for _, label in norm_patterns(optim)}
-    adamw = partial(AdamW, beta1=vector.beta1, beta2=vector.beta2, eps=vector.eps)
-    muon: dict[str, Any] = {**common, "nesterov": matrix.nesterov, "method": matrix.method}
-    muon["update_scale"] = matrix.scale
-    ahead = {name: getattr(matrix, name) for name in ("lookahead", "velocity_decay", "ramp_steps")}
-    makers: dict[str, Callable[[], Rule]] = {
-        "muon": lambda: Muon(**muon),
-        "normuon": lambda: NorMuon(**muon, beta2=matrix.row_beta2),
-        "muon_plus": lambda: MuonPlus(**muon, lines=matrix.lines),
-        "ema_nesterov": lambda: EmaNesterov(**muon, **ahead),
-        "adamw": lambda: adamw(weight_decay=matrix.weight_decay),
-        "sgd": lambda: Sgd(**common),
-        "signum": lambda: Signum(**common),
-    }
+    """The rule of each label (`optim.groups.Member.label`).
+
+    A label is "table", "vector" or "matrix", a pattern of `optim.by_name`, or under Scion's rules a norm.
+    """
+    vector, found = optim.vector, {}
+    if optim.matrix.rule not in SCION_RULES:
+        adam = {name: getattr(vector, name) for name in ("beta1", "beta2", "eps")}
+        found["table"] = rules.adamw(**adam, weight_decay=vector.weight_decay)
+        found["vector"] = rules.adamw(**adam)
+    for pattern, matrix in optim.matrices.items():
+        if matrix.rule in SCION_RULES:
+            norms = [label for _, label in norm_patterns(optim)]
+            found |= {_label(pattern, label): _matrix_rule(optim, matrix, label) for label in norms}
+        else:
+            found[pattern or "matrix"] = _matrix_rule(optim, matrix)
+    pairs = optim.gradients_per_update == 2
     return {
-        "table": adamw(weight_decay=vector.weight_decay),
-        "vector": adamw(),
-        "matrix": makers[matrix.rule](),
+        label: rules.paired(rule) if pairs and rule.gradients_per_update == 1 else rule
+        for label, rule in found.items()
     }
+
+
+def _label(pattern: str, norm: str) -> str:
+    return f"{norm} ({pattern})" if pattern else norm
+
+
+def _matrix_rule(optim: OptimConfig, matrix: MatrixOptimConfig, norm: str = "") -> Rule:
+    """norm: norm or norm@radius, for Scion's rules."""
+    dtype, name, lines = DTYPES[matrix.dtype], matrix.rule, matrix.lines
+    common: dict[str, Any] = {"name": name, "weight_decay": matrix.weight_decay, "dtype": dtype}
+    common["cautious"] = matrix.cautious
+    average = {**common, "momentum": matrix.momentum}
+    polar = {**average, "method": matrix.method, "polar_steps": matrix.polar_steps}
+    muon = {**polar, "nesterov": matrix.nesterov, "update_scale": matrix.scale}
+    if name in SCION_RULES:
+        _, ball, radius = parse_norm_entry(f"={norm}")
+        rule = rules.scion(**polar, norm=ball, radius=radius, constrained=optim.scion.constrained)
+    elif name == "normuon":
+        muon |= {each: getattr(matrix, f"row_{each}") for each in ("beta2", "alpha", "divisor", "length")}
+        rule = rules.normuon(**muon, lines=lines)
+    elif name in ("muon_plus", "muon_eq", "aurora"):
+        rule = getattr(rules, name)(**muon, lines=lines)
+    elif name == "mars":
+        rule = rules.mars(**muon, strength=matrix.correction)
+    elif name == "adamw":
+        adam = {each: getattr(optim.vector, each) for each in ("beta1", "beta2", "eps")}
+        rule = rules.adamw(**common, **adam)
+    elif name in ("sgd", "signum"):
+        rule = getattr(rules, name)(**average)
+    else:
+        rule = rules.muon(**muon)
+    ramp: dict[str, Any] = {"ramp_steps": matrix.ramp_steps}
+    if matrix.looks == "transport":
+        return rules.transported(rule, transport=optim.scion.transport, cap=optim.scion.transport_cap, **ramp)
+    if matrix.looks == "ema_nesterov":
+        ramp |= {name: getattr(matrix, name) for name in ("lookahead", "velocity_decay")}
+        return rules.ema_nesterov(rule, **ramp)
+    return rule
 
 
 def norm_patterns(optim: OptimConfig) -> list[tuple[str, str]]:
     """(pattern of names, label), in the order in which they are tried. A label is norm or norm@radius."""
     return [(pattern, label) for pattern, _, label in (entry.partition("=") for entry in optim.scion.norms)]
-
-
-def _scion(optim: OptimConfig, label: str, **common: Any) -> Rule:
-    matrix, scion = optim.matrix, optim.scion
-    _, norm, radius = parse_norm_entry(f"={label}")
-    common |= {"method": matrix.method, "norm": norm, "radius": radius, "constrained": scion.constrained}
-    if matrix.rule == "scion":
-        return Scion(**common)
-    cap, ramp_steps = scion.transport_cap, matrix.ramp_steps
-    return TransportedScion(**common, transport=scion.transport, cap=cap, ramp_steps=ramp_steps)
 
 
 def assign(
@@ -173,21 +188,32 @@ def assign(
     """Every trainable parameter, with the label of its rule in `make_rules`.
 
     Raises:
-        ConfigError: no pattern of `optim.scion.norms` matches a parameter.
+        ConfigError: no pattern of `optim.scion.norms` matches a parameter, or as `OptimConfig.pattern_of`.
     """
     members = partition(named_parameters, splits=splits)
-    if optim.matrix.rule not in SCION_RULES:
-        return members
-    try:
-        return by_norm(members, norm_patterns(optim))
-    except ValueError as error:
-        raise ConfigError(f"optim.scion.norms: {error}; add '*=spectral' or another norm for it") from error
+    patterns = optim.pattern_of(member.name for member in members if member.kind == "matrix")
+    found = []
+    for member in members:
+        pattern = patterns.get(member.name, "")
+        if optim.matrices[pattern].rule in SCION_RULES:
+            try:
+                [member] = by_norm([member], norm_patterns(optim))
+            except ValueError as error:
+                problem = f"{error}; add '*=spectral' or another norm for it"
+                raise ConfigError(f"optim.scion.norms: {problem}") from error
+            found.append(replace(member, rule=_label(pattern, member.rule)))
+        else:
+            found.append(replace(member, rule=pattern))
+    return found
 
 
 def peak_lrs(optim: OptimConfig) -> dict[str, float]:
     """The peak learning rate of each label."""
-    others = dict.fromkeys(("table", "vector"), optim.vector.lr)
-    return {label: others.get(label, optim.matrix.lr) for label in make_rules(optim)}
+    found = dict.fromkeys(("table", "vector"), optim.vector.lr)
+    labels = [label for _, label in norm_patterns(optim)]
+    for pattern, matrix in optim.matrices.items():
+        found |= {_label(pattern, label): matrix.lr for label in labels} | {pattern or "matrix": matrix.lr}
+    return found
 
 
 def make_noise(config: TrainConfig) -> tuple[Noise, int] | None:

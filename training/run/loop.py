@@ -20,7 +20,7 @@ from cluster.heart.hang import CHECKPOINT, EVALUATION, Heartbeat
 from cluster.preflight.verdict import measured_tflops
 from optim import groups
 from optim.geometry import parse_norm
-from optim.schedule import lr_factor
+from optim.schedule import decay_factor, lr_factor
 from training.config import TrainConfig
 from training.model.attention import LogitProbe
 from training.planner.memory import compiles
@@ -186,8 +186,7 @@ class Trainer:
                 what ZeRO sends meanwhile) or "optimizer".
         """
         applied = self.optimizer.applied_steps
-        schedule = {name: value for name, value in asdict(self.config.schedule).items() if name != "tokens"}
-        self.optimizer.set_lr_factor(lr_factor(applied, num_steps=self.plan.num_steps, **schedule))
+        self.optimizer.set_factors(**_factors(self.config, applied, num_steps=self.plan.num_steps))
         self.engine.train()
         self.optimizer.inspect = (self.step + 1) % self.config.optim.inspect_every_steps == 0
         total = torch.zeros((), device=self.context.device)
@@ -195,7 +194,7 @@ class Trainer:
         for micro_step in range(self.plan.accumulation):
             mark("data")
             with phase("data"):
-                batch = self.batches.micro_batch(self.step, micro_step)
+                batch = self.batches.micro_batch(self.step, micro_step, skipped=self.step - applied)
             with phase("compute"):
                 mark("forward")
                 loss = self.engine(*batch)
@@ -311,6 +310,16 @@ class Trainer:
     def start_meter(self) -> None:
         self.context.synchronize()
         self.meter.start()
+
+
+def _factors(config: TrainConfig, applied: int, *, num_steps: int) -> dict[str, float]:
+    """Of learning rate and weight decay in the step that follows `applied` steps."""
+    schedule = {name: value for name, value in asdict(config.schedule).items() if name != "tokens"}
+    final = config.optim.final_weight_decay
+    return {
+        "lr": lr_factor(applied, num_steps=num_steps, **schedule),
+        "decay": decay_factor(applied, num_steps=num_steps, final_fraction=final),
+    }
 
 
 def _end_startup(trainer: Trainer, startup: Startup) -> None:

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from optim.rules import (
-    AdamW,
-    EmaNesterov,
-    Muon,
-    MuonPlus,
-    NorMuon,
-    Scion,
-    Sgd,
-    Signum,
-    TransportedScion,
+    adamw,
+    aurora,
+    ema_nesterov,
+    mars,
+    muon,
+    muon_eq,
+    muon_plus,
+    normuon,
+    paired,
+    scion,
+    sgd,
+    signum,
+    transported,
 )
 from optim.step import fused
 from optim.step.fragments import Fragment
@@ -38,24 +42,33 @@ PARAMETERS = {  # name -> rows of its blocks, columns
 }
 
 
+FP32 = {"weight_decay": 0.1, "dtype": torch.float32}
+
+
 RULES = {
-    "muon": Muon(weight_decay=0.1, dtype=torch.float32),
-    "muon-bf16": Muon(weight_decay=0.1),
-    "muon-plain": Muon(
-        0.8, nesterov=False, weight_decay=0.1, method="jordan", update_scale="rms", dtype=torch.float32
+    "muon": muon(**FP32),
+    "muon-bf16": muon(weight_decay=0.1),
+    "muon-plain": muon(momentum=0.8, nesterov=False, method="jordan", update_scale="rms", **FP32),
+    "adamw": adamw(weight_decay=0.1),
+    "normuon": normuon(**FP32),
+    "normuon-larger": transported(normuon(lines="larger", cautious=True, **FP32), cap=2.0),
+    "normuon-column": normuon(lines="column", divisor="max", length="kept", polar_steps=7, **FP32),
+    "muon_plus": muon_plus(lines="column_row", **FP32),
+    "muon_eq": muon_eq(**FP32),
+    "aurora": aurora(**FP32),
+    "mars": mars(**FP32),
+    "paired": paired(adamw(weight_decay=0.1)),
+    "ema_nesterov": ema_nesterov(muon(**FP32), ramp_steps=4, velocity_decay=0.5),
+    "scion": scion(radius=3.0, constrained=True, dtype=torch.float32),
+    "scion-column": scion(norm="column", **FP32),
+    "scion-sign": scion(norm="sign", **FP32),
+    "transported": transported(scion(**FP32)),
+    "transported-capped": transported(
+        scion(norm="frobenius:rms", dtype=torch.float32), cap=2.5, ramp_steps=5
     ),
-    "adamw": AdamW(weight_decay=0.1),
-    "normuon": NorMuon(weight_decay=0.1, dtype=torch.float32),
-    "muon_plus": MuonPlus(weight_decay=0.1, lines="column_row", dtype=torch.float32),
-    "ema_nesterov": EmaNesterov(weight_decay=0.1, dtype=torch.float32, ramp_steps=4, velocity_decay=0.5),
-    "scion": Scion(radius=3.0, constrained=True, dtype=torch.float32),
-    "scion-column": Scion(norm="column", weight_decay=0.1, dtype=torch.float32),
-    "scion-sign": Scion(norm="sign", weight_decay=0.1, dtype=torch.float32),
-    "transported": TransportedScion(weight_decay=0.1, dtype=torch.float32),
-    "transported-capped": TransportedScion(norm="frobenius:rms", cap=2.5, ramp_steps=5, dtype=torch.float32),
-    "transported-sign": TransportedScion(norm="sign:plain", weight_decay=0.1, dtype=torch.float32),
-    "sgd": Sgd(weight_decay=0.1),
-    "signum": Signum(weight_decay=0.1),
+    "transported-sign": transported(scion(norm="sign:plain", **FP32)),
+    "sgd": sgd(weight_decay=0.1),
+    "signum": signum(weight_decay=0.1),
 }
 
 

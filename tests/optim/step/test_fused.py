@@ -110,10 +110,10 @@ def run_case(context: Context, case: StepCase) -> dict:
         )
         for f in fragments
     ]
-    rows = [(name, first, clone(tensors)) for name, first, tensors in unit.row_states()]
+    lines = [(name, first, clone(tensors)) for name, first, tensors in unit.line_states()]
     return {
         "pieces": pieces,
-        "rows": rows,
+        "lines": lines,
         "steps": unit.steps,
         "transforms": unit.num_transforms,
         "bytes_sent": unit.bytes_sent,
@@ -148,34 +148,37 @@ def oracle(case: StepCase) -> dict[str, dict[str, Tensor]]:
         master = weight(name)
         point = master.clone()
         state = rules.new_state(rule, master)
-        by_row = {key: torch.zeros(sum(blocks)) for key in rule.row_state_names}
+        ends = [0, *itertools.accumulate(rule.num_lines(rows, cols) for rows in blocks)]
+        by_line = {key: torch.zeros(ends[-1]) for key in rule.line_state_names}
         borders = [0, *itertools.accumulate(rows * cols for rows in blocks)]
         for step in range(NUM_STEPS):
             whole = gradient(name, case, step)
             whole = torch.zeros_like(master) if whole is None else whole
-            for first, last in itertools.pairwise(borders):
+            for (first, last), lines in zip(
+                itertools.pairwise(borders), itertools.pairwise(ends), strict=True
+            ):
                 block, part = (tensor[first:last].view(-1, cols) for tensor in (master, whole))
                 own = {key: tensor[first:last].view(-1, cols) for key, tensor in state.items()}
-                own |= {key: tensor[first // cols : last // cols] for key, tensor in by_row.items()}
+                own |= {key: tensor[slice(*lines)] for key, tensor in by_line.items()}
                 after = rules.step(rule, block, part, own, lr=LR, step=step + 1)
                 point[first:last] = after.flatten()
-        found[name] = {"master": master, "model": point.to(case.model).float(), **state, **by_row}
+        found[name] = {"master": master, "model": point.to(case.model).float(), **state, **by_line}
     return found
 
 
-def assemble(results: list[dict]) -> dict[str, dict[str, Tensor]]:
+def assemble(results: list[dict], rule: rules.Rule) -> dict[str, dict[str, Tensor]]:
     """Whole 1-D fp32 tensors from all ranks' pieces, NaN where no rank has any."""
-    keys, row_keys = (
-        {key for result in results for _, _, tensors in result[kind] for key in tensors}
-        for kind in ("pieces", "rows")
-    )
+    keys = {key for result in results for _, _, tensors in result["pieces"] for key in tensors}
     whole = {
         name: {key: torch.full((numel(name),), torch.nan) for key in keys}
-        | {key: torch.full((sum(blocks),), torch.nan) for key in row_keys}
-        for name, (blocks, _) in PARAMETERS.items()
+        | {
+            key: torch.full((sum(rule.num_lines(rows, cols) for rows in blocks),), torch.nan)
+            for key in rule.line_state_names
+        }
+        for name, (blocks, cols) in PARAMETERS.items()
     }
     for result in results:
-        for name, start, tensors in result["pieces"] + result["rows"]:
+        for name, start, tensors in result["pieces"] + result["lines"]:
             for key, tensor in tensors.items():
                 whole[name][key][start : start + tensor.numel()] = tensor
     return whole
@@ -193,14 +196,16 @@ def test_it_equals_the_rules_on_whole_matrices(world_size):
     (tests/optim/test_polar.py), in bf16 the last bit of single values; an update is 1% to 10% of a weight.
     """
     for case, results in outcomes(world_size).items():
-        found, expected = assemble(results), oracle(case)
+        found, expected = assemble(results, RULES[case.rule]), oracle(case)
         for name, tensors in expected.items():
             assert found[name].keys() == tensors.keys()
             bound = 1e-4 if case.rule == "muon-bf16" else 1e-6
             assert relative(found[name]["master"], tensors["master"]) < bound, (case, name)
             rule = RULES[case.rule]
-            for key in (*rule.state_names, *rule.row_state_names):
-                of_updates = key in ("velocity", "row_second_moment")  # which amplify rounding, as said above
+            for key in (*rule.state_names, *rule.line_state_names):
+                of_updates = key == "velocity" or key.endswith(
+                    "second_moment"
+                )  # which amplify rounding, as said above
                 assert relative(found[name][key], tensors[key]) < (1e-5 if of_updates else 1e-6), (case, key)
             # What looks ahead shows the last update many times over; bf16 may round another way.
             bound = 1e-3 if case.model == torch.bfloat16 else max(bound, 1e-5 * rule.looks_ahead)

@@ -147,7 +147,7 @@ def test_a_master_that_differs_from_the_weights_names_the_parameter(errors) -> N
 
 def test_a_point_ahead_needs_a_copy_of_the_weights_to_lie_in(errors) -> None:
     [message] = errors["nowhere"]
-    assert message.startswith("ValueError: TransportedScion takes gradients ahead of the weights, but here")
+    assert message.startswith("ValueError: transported_scion takes gradients ahead of the weights, but here")
     assert "use zero.stage=1 or precision=bf16" in message
 
 

@@ -16,10 +16,8 @@ from tests.optim.step.zero_cases import (
     outcomes,
     relative,
 )
-from training.config import MUON_RULES
-from training.run.engine import (
-    DTYPES,
-)
+from training.optim_config import MUON_RULES
+from training.run.engine import DTYPES, make_rules
 
 pytestmark = pytest.mark.stack
 
@@ -59,7 +57,7 @@ def test_every_stage_equals_the_oracle(world_size: int, case: ZeroCase) -> None:
         assert result["losses"][0] == result["losses"][2]
         if case.rule == "transported_scion":
             assert abs(at_point - at_weights) > 4 * rel * at_weights
-        elif case.rule != "ema_nesterov":
+        elif not case.config().optim.looks_ahead:
             assert result["losses"][0] == result["losses"][1]
 
 
@@ -80,7 +78,8 @@ def test_each_matrix_is_orthogonalised_once(world_size: int) -> None:
     for case, results in outcomes(world_size).items():
         # up, down, square, idle; qkv_proj as queries, keys and values, or as five heads
         if case.rule == "muon":
-            assert case.num_matrices == (4 + 5 if case.per_head else 4 + 3)
+            elementwise = sum("idle*" in each for each in case.by_name)
+            assert case.num_matrices == (4 + 5 if case.per_head else 4 + 3) - elementwise
         elif "scion" in case.rule:
             # And the embedding, the norm's weight and two biases; the head unless by its sign, elementwise.
             assert case.num_matrices == 4 + 3 + 4 + (case.precision == "bf16")
@@ -100,7 +99,7 @@ def test_the_health_of_a_step_is_that_of_all_ranks(world_size: int) -> None:
         # threads: Newton-Schulz leaves singular values anywhere in its band, and a vector has only one.
         if "scion" in case.rule and case.precision == "fp32":
             assert health["update_rms"] == pytest.approx(oracle(case, world_size).update_rms, rel=rel), case
-        if case.rule != "muon" or case.noise != "none":  # noise moves `idle` too
+        if case.rule != "muon" or case.noise != "none" or case.by_name:  # noise moves `idle` too
             continue
         layers = health["layers"]
         assert len(layers) == case.num_matrices
@@ -134,17 +133,14 @@ def test_a_sub_group_of_stage_3_is_a_call_of_its_own() -> None:
     """Else the cases above with small ones would show nothing."""
     for case, results in outcomes(2).items():
         if case.rule == "muon":
-            assert (results[0]["calls"] > 2) == bool(case.sub_group), case
+            assert (results[0]["calls"] > 2) == bool(case.sub_group or case.by_name), case
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_all_state_exists_from_the_start_under_the_same_names(world_size: int) -> None:
     for case, results in outcomes(world_size).items():
         names = set().union(*(result["state_keys"] for result in results))
-        own = {"adamw": (), "normuon": ("row_second_moment",), "ema_nesterov": ("velocity", "point")}
-        expected = {"master", *own.get(case.rule, ())} | ({"momentum"} if case.rule != "adamw" else set())
-        if "scion" not in case.rule:
-            expected |= {"first_moment", "second_moment"}
-        elif case.rule == "transported_scion":
-            expected |= {"point"}
-        assert names == expected, case
+        by_label = make_rules(case.config().optim)
+        rules = [by_label[label] for label in {member.label for member in case.members()}]
+        expected = {"master"} | ({"point"} if any(rule.looks_ahead for rule in rules) else set())
+        assert names == expected.union(*(rule.state_names + rule.line_state_names for rule in rules)), case

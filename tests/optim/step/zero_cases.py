@@ -68,6 +68,8 @@ class ZeroCase:
 
     Attributes:
         sub_group: elements of one of stage 3's sub-groups, each a call of `step`; 0 is DeepSpeed's default.
+        matrix: more keys of optim.matrix.
+        by_name: optim.by_name.
     """
 
     stage: int
@@ -81,6 +83,8 @@ class ZeroCase:
     sub_group: int = 0
     rule: str = "muon"
     noise: str = "none"
+    matrix: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         fields = [f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
@@ -122,7 +126,16 @@ def configuration(case: ZeroCase) -> TrainConfig:
         keys["optim.scion.norms"] = (
             "['*embed_tokens.weight=column:embedding','*lm_head.weight=row','*=spectral']"
         )
-    return load(TrainConfig, dotlist=[f"{name}={value}" for name, value in keys.items()])
+    if case.by_name:
+        keys["optim.by_name"] = str(list(case.by_name))
+    matrix = [f"optim.matrix.{key}" for key in case.matrix]
+    return load(TrainConfig, dotlist=[*(f"{name}={value}" for name, value in keys.items()), *matrix])
+
+
+LARGER = ("lines=larger", "row_divisor=max", "row_length=kept", "cautious=true", "polar_steps=7")
+
+
+BY_NAME = ("up*: rule=normuon lr=0.01", "*qkv*: rule=muon_plus lines=column_row scale=rms", "idle*: rule=sgd")
 
 
 OFFLOADED = [(1, False), (2, False), (3, False), (3, True)]
@@ -138,7 +151,12 @@ CASES = [
     ZeroCase(2, nesterov=False),
     # Every other rule in one stage, and those with a state or a point of another kind in more.
     *(ZeroCase(2, clip=0.05, rule=rule) for rule in ("scion", "muon_plus", "sgd", "signum", "adamw")),
-    *(ZeroCase(stage, clip=0.05, rule="normuon") for stage in (0, 1, 3)),
+    *(ZeroCase(1, rule=rule) for rule in ("muon_eq", "aurora", "mars")),
+    *(ZeroCase(stage, rule="normuon", matrix=LARGER) for stage in (0, 1, 3)),
+    *(ZeroCase(stage, rule="normuon", matrix=("ahead=transport",)) for stage in (2, 3)),
+    *(ZeroCase(stage, by_name=BY_NAME) for stage in (0, 1, 3)),
+    ZeroCase(3, rule="mars", by_name=("*qkv*: rule=adamw",), precision="bf16"),
+    ZeroCase(2, rule="scion", by_name=("square*: rule=transported_scion lr=0.01",)),
     *(ZeroCase(*stage, clip=0.05, rule="transported_scion") for stage in STAGES[1:]),
     *(ZeroCase(*stage, precision="bf16", rule="transported_scion") for stage in STAGES),
     *(ZeroCase(stage, offload=True, rule="transported_scion") for stage in (2, 3)),
@@ -261,37 +279,35 @@ def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expec
     for name, master in masters.items():
         if by_label[members[name].label].whole and master.dim() == 1:
             masters[name] = master[:, None]  # a vector is one column
+    own_rule = {name: by_label[each.label] for name, each in members.items()}
+    lines = {
+        name: [own_rule[name].num_lines(rows, masters[name].shape[1]) for rows in each.blocks]
+        for name, each in members.items()
+    }
     states = {
-        name: rules.new_state(by_label[members[name].label], master, num_rows=len(master))
+        name: rules.new_state(own_rule[name], master, num_lines=sum(lines[name]))
         for name, master in masters.items()
     }
     tokens, targets = batches(case, world_size)
     found = Expected({name: {"master": masters[name], **states[name]} for name in masters}, [])
     for step in range(num_steps):
-        gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
-        for micro in range(case.accumulation):
-            for rank in range(world_size):
-                model.zero_grad()
-                model(tokens[step, micro, rank], targets[step, micro, rank]).backward()
-                for name, parameter in model.named_parameters():
-                    if parameter.grad is not None:
-                        share = parameter.grad.float() / (case.accumulation * world_size)
-                        gradients[name] += share.view_as(gradients[name])
+        gradients = mean_gradients(model, masters, tokens[step].flatten(0, 1), targets[step].flatten(0, 1))
         norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients.values()])).item()
         found.norms.append(norm)
         scale = min(1.0, case.clip / (norm + 1e-6)) if case.clip else 1.0
         mean_squares = []
         for name, parameter in model.named_parameters():
-            member = members[name]
-            rule, lr, rows = by_label[member.label], lrs[member.label], list(member.blocks)
+            member, rule = members[name], own_rule[name]
+            lr, rows = lrs[member.label], list(member.blocks)
             gradient, before = gradients[name] * scale, masters[name].clone()
             if injected := make_noise(config):
-                noise, seed = injected
-                drawn = noise.sample(name, start=0, stop=gradient.numel(), seed=seed, step=step)
+                pair = step // rule.gradients_per_update
+                drawn = injected[0].sample(name, start=0, stop=gradient.numel(), seed=injected[1], step=pair)
                 gradient = gradient + drawn.view_as(gradient)
-            whole = {"master": masters[name], "gradient": gradient, **states[name]}
-            points = []
-            for block in zip(*(t.split(rows) if rows else [t] for t in whole.values()), strict=True):
+            whole, points = {"master": masters[name], "gradient": gradient, **states[name]}, []
+            cut = {key: lines[name] if key in rule.line_state_names else rows for key in whole}
+            parts = (each.split(cut[key]) if rows else [each] for key, each in whole.items())
+            for block in zip(*parts, strict=True):
                 own = dict(zip(whole, block, strict=True))
                 master, part = own.pop("master"), own.pop("gradient")
                 points.append(rules.step(rule, master, part, own, lr=lr, step=step + 1))
@@ -303,12 +319,32 @@ def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expec
             if rule.looks_ahead:
                 found.tensors[name]["point"] = parameter.detach().clone()
         found.update_rms = torch.stack(mean_squares).mean().sqrt().item()
-    with torch.no_grad():
-        found.losses.append(model(tokens[0, 0, 0], targets[0, 0, 0]).item())
-        for name, parameter in model.named_parameters():
-            parameter.copy_(masters[name].view_as(parameter))
-        found.losses.append(model(tokens[0, 0, 0], targets[0, 0, 0]).item())
+    for shown in ({}, masters):
+        found.losses.append(loss_at(model, shown, tokens[0, 0, 0], targets[0, 0, 0]))
     return found
+
+
+def mean_gradients(
+    model: nn.Module, like: dict[str, Tensor], tokens: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """fp32, over the batches along the first dimension, in the shapes of `like`."""
+    gradients = {name: torch.zeros_like(each) for name, each in like.items()}
+    for batch in zip(tokens, targets, strict=True):
+        model.zero_grad()
+        model(*batch).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] += (parameter.grad.float() / len(tokens)).view_as(gradients[name])
+    return gradients
+
+
+@torch.no_grad()
+def loss_at(model: nn.Module, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> float:
+    """The loss with these weights in place of the model's."""
+    for name, weight in weights.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(weight.view_as(parameter))
+    return model(tokens, targets).item()
 
 
 def assemble(results: list[dict]) -> dict[str, dict[str, Tensor]]:

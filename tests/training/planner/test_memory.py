@@ -13,9 +13,10 @@ from tests.gpu.sweep import CHECKPOINTED
 from tests.ranks import spawn
 from tests.training.planner.peaks import peaks_of_steps
 from training import config as training_config
-from training.config import MATRIX_RULES, TrainConfig
+from training.config import TrainConfig
 from training.model import shapes
 from training.model.llama import Llama, initialize
+from training.optim_config import MATRIX_RULES
 from training.plan import resolve_shape
 from training.planner.memory import (
     WORKSPACE_BYTES,
@@ -113,18 +114,26 @@ def test_weights_masters_and_state_are_those_of_the_engine() -> None:
             assert abs(sum(rank[name] for rank in kept) - 2 * planned[part]) <= 2, (rule, part)
 
 
-@pytest.mark.parametrize("rule", MATRIX_RULES)
-def test_planned_state_is_what_each_rule_keeps(rule: str) -> None:
-    """The planner cannot import the rules, which need torch, so it names those that keep one number each."""
-    config = training_config.load(dotlist=[*SMALL, f"optim.matrix.rule={rule}"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *([f"rule={rule}"] for rule in MATRIX_RULES),
+        ["rule=normuon", "lines=larger", "ahead=ema_nesterov"],
+        ["rule=muon", "ahead=transport"],
+    ],
+    ids=str,
+)
+def test_planned_state_is_what_each_rule_keeps(keys: list[str]) -> None:
+    """The planner cannot import the rules, which need torch, so the configuration says what each keeps."""
+    config = training_config.load(dotlist=[*SMALL, *(f"optim.matrix.{key}" for key in keys)])
     shape = resolve_shape(config)
     matrices = shape.matrices().items()
     elements = sum(rows * cols * count for (rows, cols), count in matrices)
-    num_rows = sum(rows * count for (rows, _), count in matrices)
     rules = make_rules(config.optim)
     of_others = next(iter(rules.values()))  # of every norm of Scion's, or AdamW
     of_matrices = rules.get("matrix", of_others)
-    numbers = elements * len(of_matrices.state_names) + num_rows * len(of_matrices.row_state_names)
+    numbers = elements * len(of_matrices.state_names)
+    numbers += sum(of_matrices.num_lines(*size) * count for size, count in matrices)
     numbers += (shape.num_parameters - elements) * len(of_others.state_names)
     assert state_bytes(config, shape) == 4 * numbers
 

@@ -80,7 +80,7 @@ def _count_one(traffic: Any, keys: tuple[str, ...], distance: int | None) -> flo
         )
     finally:
         engines.deepspeed_config = made
-    optimizer.set_lr_factor(1.0)
+    optimizer.set_factors(lr=1.0)
     tokens = torch.zeros(1, 16, dtype=torch.long)
 
     def step() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from cluster import config as layered
 from cluster.config import ConfigError
-from optim.rules import TransportedScion, new_state
+from optim.rules import new_state, scion, transported
 from optim.rules import step as oracle_step
 from tests.commands import ROOT
 from tests.training.study.test_synthetic_problem import NORM, TINY, normal
@@ -110,7 +110,7 @@ def test_trials_do_not_notice_each_other():
 
 def test_no_transport_is_scion_bit_for_bit():
     scion, moved = trials(num_steps=100)
-    still = replace(moved, rule=replace(moved.rule, transport=0.0))
+    still = replace(moved, rule=replace(moved.rule, ahead=None))
     streams = [NoiseStream(TINY, f"s{i}") for i in range(2)]
     plain, none, full = simulate(TINY, [scion, still, moved], streams)
     assert torch.equal(plain, none) and not torch.equal(plain, full)
@@ -120,8 +120,8 @@ def test_transport_from_zero_momentum_is_exact_with_the_factor_of_the_text():
     """The weighted mean of the points is the weights, on any path; the rule's ramp comes close."""
     beta, steps = 0.9, 60
     path = normal(steps + 1, 5, seed=0).cumsum(0)
-    ramped = TransportedScion(momentum=beta, ramp_steps=10)
-    plain = TransportedScion(momentum=beta)
+    ramped = transported(scion(momentum=beta), ramp_steps=10)
+    plain = transported(scion(momentum=beta))
     errors = {}
     for name, factor in {
         "exact": lambda t: beta / (1 - beta) * (1 - beta**t),
@@ -176,16 +176,16 @@ def test_constants_are_carried_to_other_horizons_by_the_theory():
     for name, factor in (("batched", batched_theory), ("transported", transported_theory)):
         same, longer = (_scheduled(config, tuning, 2.0, name, horizon) for horizon in (32, 512))
         average, step, _ = factor(2.0)
-        assert (same.rule.momentum, same.lr) == (pytest.approx(1 - 1 / 16), 0.4)
-        assert 1 - longer.rule.momentum == pytest.approx(16**-average / 16)
+        assert (same.rule.direction.beta, same.lr) == (pytest.approx(1 - 1 / 16), 0.4)
+        assert 1 - longer.rule.direction.beta == pytest.approx(16**-average / 16)
         assert longer.lr == pytest.approx(0.4 * 16**-step) and longer.num_steps == 512
-        assert isinstance(same.rule, TransportedScion) == (name == "transported")
+        assert same.rule.looks_ahead == (name == "transported")
     moved, control = (_scheduled(config, tuning, 2.0, name, 512) for name in ("transported", "control"))
-    assert (moved.lr, moved.rule.momentum) == (control.lr, control.rule.momentum)
-    assert moved.rule.ramp_steps == round(16 * 16 ** (4 / 7))
-    assert not isinstance(control.rule, TransportedScion)
+    assert (moved.lr, moved.rule.direction) == (control.lr, control.rule.direction)
+    assert moved.rule.ahead.ramp_steps == round(16 * 16 ** (4 / 7))
+    assert not control.rule.looks_ahead
     free = _scheduled(config, tuning, 2.0, "any_average", 16)
-    assert (free.rule.momentum, free.lr) == (0.0, pytest.approx(0.2 * 2**0.75))  # less than one is one
+    assert (free.rule.direction.beta, free.lr) == (0.0, pytest.approx(0.2 * 2**0.75))  # less than one is one
 
 
 # --- statistics ---

@@ -44,7 +44,7 @@ from training.study.synthetic.problem import SPECTRAL, VARIANTS, NoiseStream, Pr
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optim.rules import Scion
+    from optim.rules import Rule
 
 STEP_LENGTHS = tuple(2.0**-k for k in range(1, 7))  # η of the tuning grid, over the starting distance
 NUM_POINTS = 64  # iterates at which the exact gradient is measured, evenly over a run
@@ -57,7 +57,7 @@ Report = Callable[[str], None]
 class Trial:
     """`num_steps` steps of a rule, for every stream at once."""
 
-    rule: "Scion"
+    rule: "Rule"
     lr: float
     num_steps: int
     moment: float
@@ -72,11 +72,12 @@ def make_trial(*, transported: bool, average: float, lr: float, num_steps: int, 
     """average: 1/(1-β), at least 1, of one gradient a step."""
     import torch
 
-    from optim.rules import Scion, TransportedScion
+    from optim.rules import scion
+    from optim.rules import transported as transport
 
     momentum = 1 - 1 / average
     exact: dict[str, Any] = {"momentum": momentum, "norm": SPECTRAL, "method": None, "dtype": torch.float32}
-    rule = TransportedScion(**exact, ramp_steps=round(average)) if transported else Scion(**exact)
+    rule = transport(scion(**exact), ramp_steps=round(average)) if transported else scion(**exact)
     return Trial(rule, lr, num_steps, moment)
 
 

@@ -1,0 +1,109 @@
+"""The first part of a rule: from gradients to the raw update, entry by entry, so on any shard of a parameter.
+
+A direction is called with the gradient and the state under its `state_names`, which it updates in place. It
+returns the raw update, a new tensor. All is fp32. `step` is the number of this step, from 1.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Direction(Protocol):
+    """What a rule asks of its direction. `state_names` are laid out as the weights."""
+
+    @property
+    def state_names(self) -> tuple[str, ...]: ...
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """m ← βm + (1-β)g;  u = (1-β)g + βm (Nesterov) or m. Compiled passes know it (optim/step/fused.py)."""
+
+    beta: float = 0.95
+    nesterov: bool = True
+
+    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        momentum = state["momentum"].lerp_(gradient, 1 - self.beta)
+        return gradient.lerp(momentum, self.beta) if self.nesterov else momentum.clone()
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The sign of each entry of another direction; of NaN it is NaN, as in `optim.geometry.Entries`."""
+
+    of: Direction
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return self.of.state_names
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        update = self.of(gradient, state, step=step)
+        return torch.where(update.isnan(), update, update.sign())
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The direction of https://arxiv.org/abs/1711.05101, algorithm 2. A compiled pass knows it."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    state_names: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        first = state["first_moment"].lerp_(gradient, 1 - self.beta1)
+        second = state["second_moment"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        denominator = (second / (1 - self.beta2**step)).sqrt_().add_(self.eps)
+        return first / (1 - self.beta1**step) / denominator
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """Momentum of gradients that a second gradient corrects. https://arxiv.org/abs/2510.21800
+
+    c = g(θ; ξ) + γ·β/(1-β)·(g(θ; ξ) - g(θ_before; ξ));  m ← βm + (1-β)c.
+
+    An update takes two steps on the same batch ξ, so it counts as two gradients. The first step, an odd one,
+    is given g(θ_before; ξ), keeps it and returns 0. `optim.lookahead.Previous` moves the point between the
+    two. The paper also clips each matrix of c to length one, which needs more than an entry: not done here.
+    """
+
+    momentum: Momentum
+    strength: float = 0.025  # γ
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return (*self.momentum.state_names, "gradient_before")
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        before = state["gradient_before"]
+        if step % 2:
+            before.copy_(gradient)
+            return torch.zeros_like(gradient)
+        factor = self.strength * self.momentum.beta / (1 - self.momentum.beta)
+        return self.momentum(gradient.add(gradient - before, alpha=factor), state, step=step)
+
+
+@dataclass(frozen=True)
+class Second:
+    """Another direction, on the second gradient of each pair: for parameters beside those of `Corrected`."""
+
+    of: Direction
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return self.of.state_names
+
+    def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        return torch.zeros_like(gradient) if step % 2 else self.of(gradient, state, step=step // 2)
