@@ -29,7 +29,7 @@ from training.study.synthetic.config import RowNormsConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optim.rules import Muon
+    from optim.rules import Rule
 
 COLS = 8
 BETA1 = (0.0, 0.5, 0.9, 0.95)
@@ -77,17 +77,18 @@ def grid(form: str, table: Table) -> list[Point]:
     return [Point(*values) for values in itertools.product(table.rates(), BETA1, decays)]
 
 
-def make_rule(form: str, point: Point) -> "Muon":
+def make_rule(form: str, point: Point) -> "Rule":
     """The rule of a form with exact polar factors and α = 0."""
     import torch
 
-    from optim.rules import Muon, NorMuon
+    from optim import rules
 
-    exact: dict[str, Any] = {"method": "exact", "nesterov": False, "dtype": torch.float32}
-    exact["momentum"] = point.beta1
+    exact: dict[str, Any] = {"momentum": point.beta1, "nesterov": False, "method": "exact"}
+    exact["dtype"] = torch.float32
     if form == "muon":
-        return Muon(**exact)
-    return NorMuon(**exact, beta2=point.beta2, eps=0.0, update_scale="rms")
+        return rules.muon(**exact, update_scale="none")
+    length, scale = {"algorithm_1": ("full", "rms"), "practical": ("kept", "none")}[form]
+    return rules.normuon(**exact, beta2=point.beta2, alpha=0.0, length=length, update_scale=scale)
 
 
 def targets(config: RowNormsConfig, m: int, names: Iterable[str]) -> "Tensor":
@@ -115,14 +116,14 @@ def reductions(form: str, point: Point, table: Table, goals: "Tensor") -> list[f
     goals = goals.mT.contiguous().mT  # rows side by side in memory: sums over the short side are fast
     weights = torch.zeros_like(goals)
     state = new_state(rule, weights)
-    rows = {name: goals.new_zeros(goals.shape[:2]) for name in rule.row_state_names}
-    scale = rule.scale(*goals.shape[-2:]) if form == "algorithm_1" else 1.0
+    lines = {name: goals.new_zeros(goals.shape[:2]) for name in rule.line_state_names}
+    scale = rule.scale(*goals.shape[-2:])
     lr = point.gamma / scale
     first = least = torch.linalg.vector_norm(goals, dim=(-2, -1))  # F is half the square of this distance
     for step in range(table.num_steps):
         gradient = weights - goals
         update = rule.direction(gradient, state, step=step + 1)
-        update = rule.transform(update, norms=first, rows=rows)  # exact polar factors need no norms
+        update = rule.transform(update, norms=first, lines=lines)  # exact polar factors need no norms
         rule.apply(weights, update, lr=lr * table.factor(step), scale=scale, step=step + 1, state=state)
         least = torch.minimum(least, torch.linalg.vector_norm(weights - goals, dim=(-2, -1)))
     return (2 * (first / least).double().log10()).tolist()
