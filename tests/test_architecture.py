@@ -157,7 +157,7 @@ TORCH_FREE = (
     "serving.endpoint.haproxy",
     "serving.endpoint.hosts",
     "serving.bench.latency",
-    "serving.bench.loadgen",
+    *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
     "serving.endpoint.openai_api",
     "serving.peers.overhead",
     "serving.peers.command",

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.config import ConfigError
 from optim.noise import Noise
-from serving.bench.workload import arrivals, from_conversations, from_trace, lengths, synthetic
+from serving.bench.inputs import draw_requests, from_trace, read_conversations
+from serving.bench.workload import arrivals, lengths, synthetic
 from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine.protocol import Sampling
@@ -37,7 +38,7 @@ def weights(seed: int) -> Any:
 
 def prompts(seed: int) -> Any:
     draw = lengths("uniform(4,9)", key="x")
-    return synthetic(5, prompt_tokens=draw, output_tokens=draw, seed=seed, **SIZE)
+    return synthetic(5, prompt_tokens=draw, output_tokens=draw, seed=seed, vocab_size=1000)
 
 
 def from_a_trace(folder: Path) -> Callable[[int], Any]:
@@ -49,7 +50,8 @@ def from_a_trace(folder: Path) -> Callable[[int], Any]:
 def chosen(folder: Path) -> Callable[[int], Any]:
     file = folder / "chats.jsonl"
     file.write_text("".join(f'{{"prompt": "{i}", "completion": "a"}}\n' for i in range(1000)))
-    return lambda seed: from_conversations(file, 9, count_tokens=len, context_tokens=9, seed=seed)
+    read = read_conversations(file, count_tokens=len, context_tokens=9)
+    return lambda seed: draw_requests(read, 9, seed=seed)
 
 
 def sampled(engine: TorchEngine, seed: int | None) -> list[int]:

@@ -41,6 +41,7 @@ Vec zeros() { return _mm512_setzero_ps(); }
 Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b if either is NaN
 Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a·b + c
 Vec subtract_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a·b
+Vec root(Vec x) { return _mm512_sqrt_ps(x); }
 Vec nearest(Vec x) { return _mm512_roundscale_ps(x, 0); }  // integer, ties to even
 Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }  // x·2ⁿ, n an integer
 float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
@@ -147,6 +148,7 @@ Vec zeros() { return _mm256_setzero_ps(); }
 Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 Vec subtract_product(Vec c, Vec a, Vec b) { return _mm256_fnmadd_ps(a, b, c); }
+Vec root(Vec x) { return _mm256_sqrt_ps(x); }
 Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 Vec times_power(Vec x, Vec n) {  // n from -126; above 127 as if it were 127, where AVX-512 gives infinity
   __m256i exponent = _mm256_cvtps_epi32(_mm256_min_ps(n, _mm256_set1_ps(127)));

@@ -39,6 +39,24 @@ def joules_of(device: Any) -> Iterator[Energy]:
     energy.joules = energy.so_far()
 
 
+def joules_of_the_board() -> tuple[Callable[[], float] | None, str | None]:
+    """A function that reads the joules of this machine's one GPU since some origin, or None and the reason.
+
+    Without torch: for whoever measures a device that another process uses. As in `joules_of`.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        if (number := pynvml.nvmlDeviceGetCount()) != 1:
+            return None, f"{number} GPUs are here, and which of them serves is not known"
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return None, f"NVML: {error}"
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, None
+
+
 def out_of_memory(message: str) -> bool:
     """Whether an error's text, of torch, CUDA, NCCL or torchrun, says that memory ran out."""
     return any(sign in message for sign in OUT_OF_MEMORY)

@@ -1,6 +1,7 @@
 """Adding a bf16 gradient to an fp32 sum in one pass of 10 bytes a parameter, or 6 for the first.
 
-torch's `add_` and `copy_` give the same sums, but reach less of a GPU's memory bandwidth.
+torch's `add_` and `copy_` give the same sums, but reach less of a GPU's memory bandwidth; on a CPU `add_`
+writes an fp32 copy of the gradient first.
 """
 
 # Kernel arguments are pointers and scalars, which have no Python type.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cluster.machine import triton_calls
 from cluster.machine.triton_calls import Call, jit
+from optim.kernels import native
 
 if triton_calls.TRITON_MISSING is None:
     import triton.language as tl
@@ -30,7 +32,7 @@ def unsupported(device: torch.device) -> str | None:
 
 
 def add(total: Tensor, gradient: Tensor, *, overwrite: bool) -> None:
-    """total += gradient, or total = gradient; by the kernel where it runs, else by torch. The same bits.
+    """total += gradient, or total = gradient; by compiled code where it runs, else by torch. The same bits.
 
     Args:
         total: fp32, flat, contiguous.
@@ -40,6 +42,8 @@ def add(total: Tensor, gradient: Tensor, *, overwrite: bool) -> None:
         call(total, gradient, overwrite=overwrite).launch()
     elif overwrite:
         total.copy_(gradient)
+    elif native.unsupported(total.device, gradient.dtype) is None:
+        native.add(total, gradient)
     else:
         total.add_(gradient)
 

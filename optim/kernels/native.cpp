@@ -1,5 +1,5 @@
-// The optimizer step on a CPU with AVX-512 BF16 or AVX2: orthogonalisation, and the two passes over a shard (at
-// the end of this file). cluster/machine/simd.h has the vectors of both tiers; optim/kernels/native.py compiles this file and says
+// The optimizer step on a CPU with AVX-512 BF16 or AVX2: orthogonalisation, and the passes over a shard (at the
+// end of this file). cluster/machine/simd.h has the vectors of both tiers; optim/kernels/native.py compiles this file and says
 // why where it cannot.
 //
 // Newton-Schulz takes a batch of matrices in one call, one of them at a time on each thread, so that what an
@@ -374,6 +374,27 @@ void apply_blocks(float* weight, const uint16_t* update, Model* model, const lon
     }
 }
 
+struct AdamW {  // the numbers of a step: of_square 1 - β₂, bias 1 - βᵗ
+  float lerp, beta2, of_square, bias1, bias2, eps, decay, factor;
+};
+
+template <class Gradient, class Model>
+void adamw_elements(float* weight, const Gradient* gradient, float* first, float* second, Model* model, long numel,
+                    const AdamW& by, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < numel; i += WIDTH) {
+    long left = numel - i;
+    Vec g = load(gradient + i, left), m = lerp(load(first + i, left), g, by.lerp);
+    Vec v = multiply_add(spread(by.of_square) * g, g, load(second + i, left) * spread(by.beta2));
+    store(first + i, m, left);
+    store(second + i, v, left);
+    Vec update = m / spread(by.bias1) / (root(v / spread(by.bias2)) + spread(by.eps));
+    Vec now = subtract_product(load(weight + i, left) * spread(by.decay), spread(by.factor), update);
+    store(weight + i, now, left);
+    if (model) store(model + i, now, left);
+  }
+}
+
 }  // namespace
 
 extern "C" void momentum_pass(const void* gradient, long gradient_is_bf16, float* momentum, uint16_t* out,
@@ -392,6 +413,21 @@ extern "C" void apply_pass(float* weight, const uint16_t* update, void* model, l
     apply_blocks(weight, update, m, sources, targets, numels, blocks, decay, factor, ahead, threads);
   };
   model_is_bf16 ? pass((uint16_t*)model) : pass((float*)model);
+}
+
+extern "C" void add(float* total, const uint16_t* gradient, long numel, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < numel; i += WIDTH)
+    store(total + i, load(total + i, numel - i) + load(gradient + i, numel - i), numel - i);
+}
+
+extern "C" void adamw_pass(float* weight, const void* gradient, long gradient_is_bf16, float* first, float* second,
+                           void* model, long model_is_bf16, long numel, float lerp, float beta2, float of_square,
+                           float bias1, float bias2, float eps, float decay, float factor, long threads) {
+  AdamW by{lerp, beta2, of_square, bias1, bias2, eps, decay, factor};
+  auto pass = [&](auto* g, auto* m) { adamw_elements(weight, g, first, second, m, numel, by, threads); };
+  auto with = [&](auto* g) { model_is_bf16 ? pass(g, (uint16_t*)model) : pass(g, (float*)model); };
+  gradient_is_bf16 ? with((const uint16_t*)gradient) : with((const float*)gradient);
 }
 
 // x [batch, rows, cols], contiguous, in place, each times its factor. `restart` 0: the standard form.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.machine import compiled
-from optim.kernels.passes import SegmentTable, check_apply_pass, check_momentum_pass
+from optim.kernels.passes import SegmentTable, check_adamw_pass, check_apply_pass, check_momentum_pass
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TIERS = tuple(name for name in compiled.TIERS if name != compiled.TILES)  # that it is compiled for
@@ -115,6 +115,33 @@ def apply_pass(
     )  # fmt: skip
 
 
+def adamw_pass(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, beta1: float, beta2: float,
+    eps: float, step: int, decay: float, factor: float, model: Tensor | None = None,
+) -> None:  # fmt: skip
+    """As `optim.kernels.gpu.adamw_pass`."""
+    check_adamw_pass(weight, gradient, first, second, model)
+    library, reason = _library()
+    if library is None:
+        raise ValueError(reason)
+    bf16 = model is not None and model.dtype == torch.bfloat16
+    library.adamw_pass(
+        weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.bfloat16, first.data_ptr(),
+        second.data_ptr(), None if model is None else model.data_ptr(), bf16, len(weight), 1 - beta1, beta2,
+        1 - beta2, 1 - beta1**step, 1 - beta2**step, eps, decay, factor, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add(total: Tensor, gradient: Tensor) -> None:
+    """total += gradient, in the same bits as torch's. Both flat and contiguous, fp32 and bf16."""
+    library = _checked(gradient)
+    if total.dtype != torch.float32 or not (total.is_contiguous() and gradient.is_contiguous()):
+        raise ValueError("total must be fp32, and both contiguous")
+    if total.numel() != gradient.numel():
+        raise ValueError(f"a gradient of {gradient.numel()} elements does not fit a sum of {total.numel()}")
+    library.add(total.data_ptr(), gradient.data_ptr(), total.numel(), torch.get_num_threads())
+
+
 def _blocks(table: SegmentTable) -> tuple[int, int, int, int]:
     return (
         table.sources.data_ptr(), table.targets.data_ptr(), table.numels.data_ptr(), len(table.sources)
@@ -146,6 +173,10 @@ def _declared(library: Any) -> Any:
     library.apply_pass.argtypes = (
         _POINTER, _POINTER, _POINTER, _LONG, *table, _FLOAT, _FLOAT, _FLOAT, _LONG
     )  # fmt: skip
-    for function in (library.orthogonalize, library.momentum_pass, library.apply_pass):
-        function.restype = None
+    library.adamw_pass.argtypes = (
+        _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *[_FLOAT] * 8, _LONG
+    )  # fmt: skip
+    library.add.argtypes = (_POINTER, _POINTER, _LONG, _LONG)
+    for name in ("orthogonalize", "momentum_pass", "apply_pass", "adamw_pass", "add"):
+        getattr(library, name).restype = None
     return library

@@ -7,21 +7,22 @@
     finish     one pass over the shard: decay and update of the fp32 weights, and the write of what the model
                computes with, in its precision: the weights, or the point that the rule looks ahead to
 
-The two passes run as Triton kernels on a GPU (optim/kernels/gpu.py) and as C++ on a CPU that can
-(optim/kernels/native.cpp). Elsewhere they go chunk by chunk, which stays in a CPU's cache. The CPU runs the
-passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back. Nothing travels
-if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments say where the
-weights lie, and gradients are in the `.grad` of the flat tensors.
+The two passes, or AdamW's one, run as Triton kernels on a GPU (optim/kernels/gpu.py) and as C++ on a CPU
+that can (optim/kernels/native.cpp). Elsewhere they go chunk by chunk, which stays in a CPU's cache. The CPU
+runs the passes over an offloaded shard, and `exchange.Staging` carries its pieces to the GPU and back.
+Nothing travels if every matrix already lies whole on its owner. This file does not know DeepSpeed: fragments
+say where the weights lie, and gradients are in the `.grad` of the flat tensors.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.directions import Adam, Momentum
-from optim.kernels import gpu
+from optim.kernels import gpu, native
 from optim.rules import Rule, State, new_state
 from optim.step.exchange import ShapeGroup
 from optim.step.fragments import Fragment, Piece, cut, rank_and_world_size
@@ -196,11 +197,11 @@ class FusedStep:
 
     def _elementwise(self, run: "_Run", *, lr: float, decay: float) -> None:
         flat, adam = run.fragment.flat, self.rule.direction
-        if isinstance(adam, Adam) and flat.grad is not None and self._by_kernels(flat):
+        if isinstance(adam, Adam) and flat.grad is not None and (passes := self._passes(flat.device)):
             place, model = slice(run.start, run.stop), run.fragment.model
             state = self._state_at(flat, place)
             end = self.rule.finish(lr=lr, scale=run.scale, step=self.steps, decay=decay)
-            gpu.adamw_pass(
+            passes.adamw_pass(
                 flat.data.view(-1)[place], flat.grad.view(-1)[place], state["first_moment"],
                 state["second_moment"], beta1=adam.beta1, beta2=adam.beta2, eps=adam.eps,
                 step=self.steps, decay=end.decay, factor=end.factor,
@@ -213,8 +214,10 @@ class FusedStep:
             update = self.rule.direction(gradient[place], self._state_at(flat, place), step=self.steps)
             self._apply(run.fragment, place, update, lr=lr, scale=run.scale, decay=decay)
 
-    def _by_kernels(self, flat: Tensor) -> bool:
-        return self.rule.not_compiled is None and gpu.unsupported(flat.device, torch.bfloat16) is None
+    def _passes(self, device: torch.device) -> Any:
+        """The module that takes the step of an elementwise rule in one pass there, if there is one."""
+        able = (each for each in (gpu, native) if each.unsupported(device, torch.bfloat16) is None)
+        return next(able, None) if self.rule.not_compiled is None else None
 
     def _apply(self, fragment: Fragment, place: slice, update: Tensor, **end: float) -> None:
         """One chunk of the weights and of the model's copy, while both are in the cache.

@@ -13,28 +13,32 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import cli, endpoint_client, files, process
 from cluster import config as layered
-from cluster.cli import RunError
+from cluster.cli import RunError, UserError
 from cluster.display import show
 from cluster.endpoint_client import Endpoint
 from cluster.measure import hardware
+from cluster.measure.usage import joules_of_the_board
 from cluster.record import origins, provenance
 from cluster.record.origins import Origin
 from cluster.record.record import Record
 from cluster.session import ROOT
 from serving import checkpoints
 from serving.bench import config as bench_config
-from serving.bench import report
+from serving.bench import plots, report
 from serving.bench.config import ServeBenchConfig
+from serving.bench.first_request import find_dialect
 from serving.bench.measure import Bench, Search, note
+from serving.bench.wire import Dialect
 from serving.deployment import serving
 
 PROBE_SECONDS = 120.0
+SUMMARY_FILE = "summary.json"
 REQUEST_COLUMNS = ("index", "scheduled", "prompt_tokens", "output_tokens", "ttft", "tpot", "e2e", "error")
 
 
@@ -57,11 +61,11 @@ def main(
             assert compare is not None
             compare(config)
         elif config.bench.target is not None:
-            finish(*run(config, config.bench.target))
+            finish(run(config, config.bench.target))
         else:
             with serving(config, report=note) as url:
                 result = run(config, url)
-            finish(*result)  # Ray's own last words are on stdout by now
+            finish(result)  # Ray's own last words are on stdout by now
 
     return cli.run(body)
 
@@ -72,7 +76,8 @@ def describe(config: ServeBenchConfig) -> str:
     if config.bench.compare is not None:
         return f"races against {config.bench.compare}, {config.bench.rounds} rounds"
     lines = [
-        f"closed loop: {load.warm_up} + {load.requests} requests, {c} in flight" for c in load.concurrency
+        f"closed loop: {max(load.warm_up, c)} + {load.requests} requests, {c} in flight"
+        for c in load.concurrency
     ]
     lines += [f"open loop: {load.seconds:g} s of {rate:g} requests/s, {load.arrivals}" for rate in load.rates]
     lines += [f"open loop: the arrivals of {load.trace}"] * (load.trace is not None)
@@ -83,45 +88,64 @@ def describe(config: ServeBenchConfig) -> str:
     return "\n".join(lines)
 
 
-def run(config: ServeBenchConfig, url: str) -> tuple[dict[str, Any], str | None]:
-    """Measure an endpoint and report. Returns the summary, and why it lacks figures that were asked for."""
+@dataclass(frozen=True)
+class Result:
+    """What is said last: the summary's file, the answer, and why figures are missing."""
+
+    file: Path
+    answer: str
+    problem: str | None
+
+
+def run(config: ServeBenchConfig, url: str) -> Result:
+    """Measure an endpoint and report."""
     endpoint, model, origin = _find_model(config, url)
+    dialect = find_dialect(
+        endpoint, api=config.load.api, timeout_seconds=config.load.timeout_seconds, key="bench.target",
+        report=note,
+    )  # fmt: skip
     ceiling = _ceilings(config, model)
     if ceiling is not None:
         show(report.describe(model["engine_info"], ceiling))
     directory = (Path(config.bench.directory).expanduser() / config.bench.name).absolute()
-    with _bench(config, endpoint, model, directory, origin) as bench:
+    with _bench(config, endpoint, dialect, model, directory, origin) as bench:
         try:
             bench.measure_all()
         except KeyboardInterrupt:  # show what was measured, but write no summary.json: the run is not whole
             _show(bench, _summary(bench, ceiling), directory, _draw(bench, directory))
             raise
-        summary, plots = _summary(bench, ceiling), _draw(bench, directory)
+        summary, drawn = _summary(bench, ceiling), _draw(bench, directory)
         rows = [[load, *(getattr(one, name) for name in REQUEST_COLUMNS)] for load, one in bench.rows]
         bench.record.table("requests", ["load", *REQUEST_COLUMNS], rows)
         bench.record.table("loads", *_loads(bench.points))
-        for plot in plots:
+        for plot in drawn:
             bench.record.image(f"{plot.stem}_plot", plot)
         bench.record.finish(summary)
-    _show(bench, summary, directory, plots)
+    _show(bench, summary, directory, drawn)
     problem = None
     if bench.refused:
         problem = f"not reported, because the load generator lagged: {', '.join(bench.refused)}"
     elif bench.failed:
-        problem = f"every request failed: {'; '.join(bench.failed)}; the server's log says why"
-    return summary, problem
+        problem = f"too few requests succeeded: {'; '.join(bench.failed)}"
+    return Result(directory / SUMMARY_FILE, summary["answer"], problem)
 
 
-def finish(summary: dict[str, Any], problem: str | None) -> None:
-    """Print the last line on stdout. Raises `RunError` if there is a `problem`."""
-    print(json.dumps(summary))
-    if problem:
-        raise RunError(problem)
+def finish(result: Result) -> None:
+    """Print the last lines on stdout. Raises `RunError` if there is a problem."""
+    print(f"summary: {result.file}")
+    print(result.answer)
+    if result.problem:
+        raise RunError(result.problem)
 
 
 @contextmanager
 def _bench(
-    config: ServeBenchConfig, endpoint: Endpoint, model: dict[str, Any], directory: Path, origin: Origin
+    config: ServeBenchConfig,
+    endpoint: Endpoint,
+    dialect: Dialect,
+    model: dict[str, Any],
+    directory: Path,
+    origin: Origin,
 ) -> Iterator[Bench]:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / "config.yaml", layered.to_yaml(config))
@@ -140,11 +164,23 @@ def _bench(
         inputs=[origin],
     )
     with record, (directory / "requests.jsonl").open("w") as requests:
-        yield Bench(config, endpoint, model, requests, record)
+        yield Bench(config, endpoint, dialect, model, requests, record, energy=_energy(config, model))
+
+
+def _energy(config: ServeBenchConfig, model: dict[str, Any]) -> Callable[[], float] | None:
+    """Reads the energy of the board that serves, if it is this machine's and NVML answers."""
+    info = model["engine_info"]
+    if info is None or info["device"] != "cuda" or config.bench.target is not None:
+        return None
+    read, reason = joules_of_the_board()
+    if reason is not None:
+        note(f"no joules per token: {reason}")
+    return read
 
 
 def _draw(bench: Bench, directory: Path) -> list[Path]:
-    return report.plot(bench.points, bench.itls, directory / "plots")
+    rows, slo = report.combined(bench.points), asdict(bench.config.slo)
+    return plots.plot(rows, bench.itls, directory / "plots", model=bench.model["id"], slo=slo)
 
 
 def _loads(points: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -154,18 +190,21 @@ def _loads(points: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]
     return columns, [[point.get(column) for column in columns] for point in flat]
 
 
-def _show(bench: Bench, summary: dict[str, Any], directory: Path, plots: Sequence[Path]) -> None:
+def _show(bench: Bench, summary: dict[str, Any], directory: Path, drawn: Sequence[Path]) -> None:
     """Print the table and what it means."""
     slo = asdict(bench.config.slo)
     limits = ", ".join(f"{name} {value:g}" for name, value in slo.items() if value is not None)
-    show("", report.table(bench.points), "")
+    rows = report.combined(bench.points)
+    show("", report.table(rows), "")
+    if (bounds := report.intervals_table(rows)) is not None:
+        show(bounds, "")
     print(f"SLO: {limits}; latencies in ms, from the scheduled arrival")
     print(summary["no_shares"] or report.FORMULAS)
     for fault in summary["ceiling_faults"]:
         print(fault)
     if bench.search != Search():
         print(bench.search.describe())
-    print(f"run directory: {directory} ({', '.join(plot.name for plot in plots)})")
+    print(f"run directory: {directory} ({', '.join(plot.name for plot in drawn)})")
 
 
 def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str, Any], Origin]:
@@ -173,7 +212,15 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
 
     The model: `id`, `max_model_len`, `vocab_size`, `engine_info` (None: not ours).
     """
-    endpoint, listed = endpoint_client.find(url, model=config.bench.target_model, key="bench.target")
+    bench = config.bench
+    endpoint, listed = endpoint_client.find(
+        url, model=bench.target_model, key="bench.target", context_tokens=bench.target_context_tokens
+    )
+    if endpoint.context_tokens is None:
+        raise UserError(
+            f"bench.target_context_tokens: {endpoint.url} does not say how many tokens of prompt and answer "
+            f"{endpoint.model} holds; give the number"
+        )
     origin = origins.of_endpoint(endpoint.model, endpoint.url, listed.get("lineage"))
     if config.bench.target is None:  # here its folder is known too; a newer run than the one served is not it
         ours = checkpoints.origin_of(config.model, checkpoints.find(config.model))
@@ -182,7 +229,7 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
     about = {
         "id": endpoint.model,
-        "max_model_len": endpoint.context_tokens or 2048,
+        "max_model_len": endpoint.context_tokens,
         "vocab_size": info["vocab_size"] if info else 256,
         "engine_info": info,
     }
@@ -231,15 +278,20 @@ def _summary(bench: Bench, ceiling: dict[str, Any] | None) -> dict[str, Any]:
         for point in bench.points:
             if "refused" not in point:
                 point |= report.shares(point, info, ceiling, replicas=replicas.replicas)
+    faults = report.faults(bench.points)
+    slo, rows = asdict(bench.config.slo), report.combined(bench.points)
     return {
         "model": bench.model,
+        "dialect": {**asdict(bench.dialect), "left_out": sorted(bench.dialect.left_out)},
         "refused": bench.refused,
         "ceilings": ceiling,
         "no_shares": no_shares,
-        "ceiling_faults": report.faults(bench.points),
-        "slo": asdict(bench.config.slo),
+        "ceiling_faults": faults,
+        "slo": slo,
         "highest_rate_meeting_slo": bench.search.met,
         "lowest_rate_missing_slo": bench.search.missed,
         "lowest_rate_lagged": bench.search.lagged,
         "points": bench.points,
+        "loads": rows,
+        "answer": report.answer(bench.model["id"], rows, slo, bench.search.met),
     }

@@ -18,21 +18,41 @@ class LoadConfig:
         (1, 8), "closed loop: requests in flight, one measurement for each", least=1
     )
     requests: int = key(40, "measured requests of each closed-loop measurement, after the warm-up", least=1)
-    warm_up: int = key(4, "requests that each measurement sends first and does not count", least=0)
-    prompt_tokens: str = key("64", "64, uniform(16,128) or lognormal(64,0.5)")
+    warm_up: int = key(
+        4, "requests that each measurement sends first, at the least; never fewer than are in flight", least=0
+    )
+    repeats: int = key(1, "measurements of each load; from 2 on figures have intervals", least=1)
+    api: str = key("completions", "what is asked of the endpoint", choices=("completions", "chat"))
+    prompt_tokens: str = key("64", "64, uniform(16,128), lognormal(64,0.5) or lognormal(64,0.5,MOST)")
     output_tokens: str = key("48", "the same for the length of the continuation")
+    prefix_tokens: int = key(
+        0, "tokens before load.prompt_tokens that prompts share, as a system prompt is shared", least=0
+    )
+    prefixes: int = key(1, "how many different ones there are; each prompt draws one", least=1)
     rates: tuple[float, ...] = key(
         (), "open loop: requests per second, one measurement for each", above=0, below=1e9
     )
     arrivals: str = key("poisson", "open loop: gaps between requests", choices=("poisson", "constant"))
     seconds: float = key(10.0, "open loop: length of each measurement", above=0, below=1e9)
-    trace: str | None = key(None, "open loop: a JSONL of at_seconds, prompt_tokens, output_tokens")
-    conversations: str | None = key(None, "a ShareGPT-style JSONL: prompts and lengths come from it")
+    trace: str | None = key(
+        None,
+        "open loop: arrivals and lengths from a file: JSONL of at_seconds, prompt_tokens, output_tokens; "
+        "Mooncake's JSONL; Azure's or BurstGPT's CSV",
+    )
+    conversations: str | None = key(
+        None, "prompts and lengths from a file: ShareGPT's JSON array, or a JSONL of such conversations"
+    )
+    turns: str = key(
+        "first", "with conversations: the first turn of each, or all in turn", choices=("first", "all")
+    )
     timeout_seconds: float = key(
         120.0, "a request that takes longer is counted as an error", above=0, below=1e9
     )
     most_lag_ms: float = key(
         25.0, "a measurement in which this client lagged more (p99) is refused", above=0, below=1e9
+    )
+    least_succeeded: float = key(
+        0.5, "share of a load's requests that must succeed; else the exit code is 1", above=0, most=1
     )
     greedy: bool = key(True, "temperature 0; false: temperature 1, with a seed for each request")
     seed: int = key(0, "of arrivals, lengths and prompts")
@@ -64,6 +84,9 @@ class BenchConfig:
         "measure this running endpoint instead of ours, such as http://host:8000; OPENAI_API_KEY is sent",
     )
     target_model: str | None = key(None, "with target: the model's name there; default: the first listed")
+    target_context_tokens: int | None = key(
+        None, "with target: most tokens of prompt and answer, if the endpoint does not say it", least=2
+    )
     wandb: str = key("auto", "W&B mode", choices=WANDB_MODES)
     project: str = key("asuncion", "W&B project")
     compare: str | None = key(None, "race our engine instead, against this", choices=COMPARISONS)

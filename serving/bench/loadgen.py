@@ -1,4 +1,4 @@
-"""Sends a load to an OpenAI-compatible endpoint and notes when each token arrives.
+"""Sends a load, over HTTP (`serving.bench.wire`) or to an engine here, and notes when each token arrives.
 
 Open loop: requests leave on an absolute schedule, whatever the server does, and latency counts from the
 schedule. Closed loop: a fixed number is in flight, and the next leaves when one ends. A client that cannot
@@ -6,26 +6,20 @@ keep up would report its own delays as the server's, so it measures its own lag:
 """
 
 import asyncio
-import errno
 import gc
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
-from cluster import endpoint_client
 from cluster.cli import RunError
-from cluster.endpoint_client import Endpoint
-from serving.bench.latency import RequestOutcome, percentile
+from serving.bench.latency import GIVEN_UP, RequestOutcome, percentile
+from serving.bench.steady import Steady
+from serving.bench.wire import Send
 from serving.bench.workload import Planned
 from serving.engine.protocol import Engine, EngineFailed, Overloaded, Sampling, Stream
 
 HEARTBEAT_SECONDS = 0.005
-OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  # this machine's own limits
 Observe = Callable[[RequestOutcome], None]
 
 
@@ -50,82 +44,103 @@ class Lag:
             )
 
 
-# Sends a request that was due at `scheduled`, and waits for its end; `start` is time 0 of the outcome. Errors
-# are outcomes, except those of this machine, which are a `RunError`.
-Send = Callable[[Planned, int, float, float], Awaitable[RequestOutcome]]
+async def run_open(
+    plan: Iterable[Planned], send: Send, *, observe: Observe, steady: Steady | None = None
+) -> Lag:
+    """Send each request of `plan` at its time, and turns that follow it when it has ended.
 
-
-async def run_open(plan: Sequence[Planned], send: Send, *, observe: Observe) -> Lag:
-    """Send each request of `plan` at its time. Ends when the last has ended."""
+    Ends when the last has ended, or once `steady` is over.
+    """
     async with _Heart() as heart:
         start = time.perf_counter() + 0.05
-        lags: list[float] = []
+        async with _Load(send, observe, steady, start) as load:
 
-        async def work(index: int, planned: Planned, scheduled: float) -> None:
-            outcome = await send(planned, index, scheduled, start)
-            lags.append(outcome.sent - outcome.scheduled)
-            observe(outcome)
+            async def arrive() -> None:
+                for chain in _chains(plan):
+                    assert chain[0].at is not None
+                    scheduled = start + chain[0].at
+                    if (wait := scheduled - time.perf_counter()) > 0:
+                        await asyncio.sleep(wait)
+                    load.begin(load.follow(chain, scheduled))
 
-        async with _Together() as group:
-            for index, planned in enumerate(plan):
-                assert planned.at is not None
-                scheduled = start + planned.at
-                if (wait := scheduled - time.perf_counter()) > 0:
-                    await asyncio.sleep(wait)
-                group.create_task(work(index, planned, scheduled))
-    return heart.lag(lags)
+            load.begin(arrive())
+    return heart.lag(load.lags)
 
 
-async def run_closed(plan: Sequence[Planned], send: Send, *, concurrency: int, observe: Observe) -> Lag:
-    """Keep `concurrency` requests of `plan` in flight until there are no more."""
-    queue = iter(enumerate(plan))
-    async with _Heart() as heart:
-        start = time.perf_counter()
+async def run_closed(
+    plan: Iterable[Planned], send: Send, *, concurrency: int, observe: Observe, steady: Steady | None = None
+) -> Lag:
+    """Keep `concurrency` requests of `plan` in flight until there are no more, or `steady` is over."""
+    queue = _chains(plan)
+    async with _Heart() as heart, _Load(send, observe, steady, time.perf_counter()) as load:
 
         async def work() -> None:
-            for index, planned in queue:
-                observe(await send(planned, index, time.perf_counter(), start))
+            for chain in queue:
+                await load.follow(chain, None)
+                if load.over:
+                    return
 
-        async with _Together() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
+        for _ in range(concurrency):
+            load.begin(work())
     return heart.lag([])
 
 
-@asynccontextmanager
-async def over_http(
-    endpoint: Endpoint, *, timeout_seconds: float, greedy: bool = True
-) -> AsyncIterator[Send]:
-    """Sends requests to an endpoint over connections that are kept open.
+def _chains(plan: Iterable[Planned]) -> Iterator[list[Planned]]:
+    """Each request with the turns of its conversation that follow it in the plan."""
+    chain: list[Planned] = []
+    for planned in plan:
+        if chain and not planned.follows:
+            yield chain
+            chain = []
+        chain.append(planned)
+    if chain:
+        yield chain
 
-    Args:
-        timeout_seconds: for one request, from its sending to its end.
-        greedy: temperature 0; else 1 with a seed for each request.
+
+class _Load:
+    """The tasks of one load. Requests are numbered as they are sent.
+
+    Attributes:
+        lags: how late each request was sent, seconds.
+        over: the measured requests have ended, and the tasks are cancelled.
     """
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),  # aiohttp would queue what exceeds 100 connections
-        timeout=aiohttp.ClientTimeout(total=timeout_seconds),
-        headers=endpoint_client.headers(),
-        read_bufsize=1 << 20,
-    )
-    async with session:
 
-        async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
-            body = {
-                "model": endpoint.model,
-                "prompt": planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt),
-                "max_tokens": planned.max_tokens,
-                "temperature": 0 if greedy else 1,
-                "seed": index,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "ignore_eos": True,
-            }
-            sent = time.perf_counter()
-            answer = await _post(session, f"{endpoint.url}/completions", body)
-            return _outcome(planned, index, answer, scheduled=scheduled, sent=sent, start=start)
+    def __init__(self, send: Send, observe: Observe, steady: Steady | None, start: float) -> None:
+        self._send, self._observe, self._steady, self._start = send, observe, steady, start
+        self._group, self._tasks, self._num_sent = _Together(), set[asyncio.Task[None]](), 0
+        self.lags: list[float] = []
+        self.over = False
 
-        yield send
+    async def __aenter__(self) -> "_Load":
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *about: Any) -> None:
+        await self._group.__aexit__(*about)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def follow(self, chain: Sequence[Planned], scheduled: float | None) -> None:
+        """Send the requests of a chain, each when the one before it has ended; the first now if not said."""
+        for planned in chain:
+            index, due = self._num_sent, scheduled or time.perf_counter()
+            self._num_sent, scheduled = index + 1, None
+            if self._steady is not None:
+                self._steady.begins(index, due - self._start)
+            outcome = await self._send(planned, index, due, self._start)
+            self.lags.append(outcome.sent - outcome.scheduled)
+            self._observe(outcome)
+            if self._steady is not None:
+                self._steady.ends(index)
+                if self._steady.over and not self.over:
+                    self.over = True
+                    for task in self._tasks:
+                        task.cancel()
+            if self.over or outcome.error == GIVEN_UP:
+                return
 
 
 def to_engine(engine: Engine) -> Send:
@@ -134,10 +149,15 @@ def to_engine(engine: Engine) -> Send:
     async def send(planned: Planned, index: int, scheduled: float, start: float) -> RequestOutcome:
         assert not isinstance(planned.prompt, str)
         sampling = Sampling(max_tokens=planned.max_tokens, temperature=0.0, ignore_eos=True)
-        sent, tokens, error = time.perf_counter(), [], None
+        sent, tokens, error, stream = time.perf_counter(), [], None, None
         try:
-            async for arrived in Stream(engine, planned.prompt, sampling):
+            stream = Stream(engine, planned.prompt, sampling)
+            async for arrived in stream:
                 tokens += [time.perf_counter() - start] * len(arrived)
+        except asyncio.CancelledError:  # the load is over; what has arrived counts
+            error = GIVEN_UP
+            if stream is not None:
+                stream.cancel()
         except Overloaded:
             error = "overloaded"
         except EngineFailed:
@@ -150,96 +170,11 @@ def to_engine(engine: Engine) -> Send:
             ended=time.perf_counter() - start,
             prompt_tokens=len(planned.prompt),
             output_tokens=len(tokens),
+            asked_tokens=planned.max_tokens,
             error=error,
         )
 
     return send
-
-
-@dataclass
-class _Streamed:
-    """An answer as it came: when each token arrived, the server's counts, what went wrong, when it ended."""
-
-    tokens: list[float] = field(default_factory=list)
-    usage: dict[str, int] = field(default_factory=dict)
-    error: str | None = None
-    ended: float = 0.0
-
-
-async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> _Streamed:
-    """Send one request and read its answer. Raises `RunError`: this machine has no connection left."""
-    streamed = _Streamed()
-    try:
-        async with session.post(url, json=body) as answer:
-            if answer.status != 200:
-                streamed.error = f"HTTP {answer.status}"
-            else:
-                streamed.error = await _read(answer, streamed.tokens, streamed.usage)
-    except TimeoutError:
-        streamed.error = "timeout"
-    except (aiohttp.ClientPayloadError, ConnectionError):
-        streamed.error = "broken off"
-    except (ValueError, KeyError):
-        streamed.error = "malformed event"
-    except aiohttp.ClientError as problem:
-        if isinstance(problem, OSError) and problem.errno in OURS:
-            raise RunError(
-                f"the load generator cannot open another connection ({problem.strerror}), which is no fault "
-                "of the server; raise the limit (ulimit -n), or lower the load"
-            ) from problem
-        streamed.error = f"connection: {type(problem).__name__}"
-    streamed.ended = time.perf_counter()
-    return streamed
-
-
-def _outcome(
-    planned: Planned, index: int, answer: _Streamed, *, scheduled: float, sent: float, start: float
-) -> RequestOutcome:
-    asked, got = planned.max_tokens, answer.usage.get("completion_tokens", planned.max_tokens)
-    error = answer.error
-    if error is None and got != asked:  # ignore_eos was set, so that lengths are exact
-        error = f"{got} of {asked} tokens"
-    size = len(planned.prompt) if not isinstance(planned.prompt, str) else 0
-    return RequestOutcome(
-        index=index,
-        scheduled=scheduled - start,
-        sent=sent - start,
-        tokens=tuple(moment - start for moment in answer.tokens),
-        ended=answer.ended - start,
-        prompt_tokens=answer.usage.get("prompt_tokens", size),
-        output_tokens=answer.usage.get("completion_tokens", len(answer.tokens)),
-        error=error,
-    )
-
-
-async def _read(answer: aiohttp.ClientResponse, tokens: list[float], usage: dict[str, int]) -> str | None:
-    """Note the times of an answer's tokens. Returns what is wrong with it, if anything."""
-    async for moment, data in server_sent_events(answer.content.iter_any()):
-        if data == b"[DONE]":
-            return None if tokens else "no tokens"
-        event: dict[str, Any] = json.loads(data)
-        if "error" in event:
-            return "error event"
-        if event.get("usage"):
-            usage.update(event["usage"])
-        if event["choices"]:
-            tokens.append(moment)
-    return "broken off"
-
-
-async def server_sent_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[float, bytes]]:
-    """(when its last byte arrived, data) of each event, however the chunks cut them.
-
-    https://html.spec.whatwg.org/multipage/server-sent-events.html, without multi-line data, which no
-    OpenAI-compatible server sends.
-    """
-    held = b""
-    async for chunk in chunks:
-        moment = time.perf_counter()
-        *lines, held = (held + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield moment, line[5:].strip()
 
 
 class _Together(asyncio.TaskGroup):

@@ -1,31 +1,32 @@
-"""Ceilings of a served model, and the table and pictures of what was measured against them. No torch."""
+"""Ceilings of a served model, shares of them, the table and the answer in one sentence. No torch."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster import display
-from cluster.measure import hardware
+from cluster.measure import hardware, intervals
 
+WIDTH = 120  # characters of the table, at most
 COLUMNS = (  # header, key of a point, format
     ("load", "load", "{}"),
     ("ok/all", "counts", "{}"),
     ("out tok/s", "output_tokens_per_second", "{:,.0f}"),
-    ("total tok/s", "total_tokens_per_second", "{:,.0f}"),
     ("TTFT p50", "ttft_p50_ms", "{:,.1f}"),
-    ("TTFT p90", "ttft_p90_ms", "{:,.1f}"),
     ("TTFT p99", "ttft_p99_ms", "{:,.1f}"),
     ("TPOT p50", "tpot_p50_ms", "{:,.2f}"),
-    ("TPOT p90", "tpot_p90_ms", "{:,.2f}"),
     ("TPOT p99", "tpot_p99_ms", "{:,.2f}"),
-    ("ITL p50", "itl_p50_ms", "{:,.2f}"),
     ("ITL p99", "itl_p99_ms", "{:,.2f}"),
-    ("E2E p50", "e2e_p50_ms", "{:,.0f}"),
     ("E2E p99", "e2e_p99_ms", "{:,.0f}"),
     ("goodput/s", "goodput_per_second", "{:.2f}"),
     ("SLO met", "attainment", "{:.0%}"),
     ("MBU", "mbu", "{:.1%}"),
     ("MFU", "prefill_mfu", "{:.1%}"),
+    ("J/token", "joules_per_token", "{:.3g}"),
+)
+DISPENSABLE = ("itl_p99_ms", "e2e_p99_ms", "tpot_p50_ms", "ttft_p50_ms")  # the first to leave a wide table
+INTERVALS = (  # figures of which repeats give an interval
+    *("output_tokens_per_second", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms"),
+    *("goodput_per_second", "requests_per_second", "e2e_p50_ms", "e2e_p99_ms", "joules_per_token", "mbu"),
 )
 
 
@@ -80,7 +81,7 @@ def prefill_flops(info: Mapping[str, Any], prompt_tokens: float) -> float:
 def shares(
     point: Mapping[str, Any], info: Mapping[str, Any], ceiling: Mapping[str, Any], *, replicas: int = 1
 ) -> dict[str, Any]:
-    """MBU of decoding and MFU of prefilling at a closed-loop point; empty for an open loop.
+    """MBU of decoding and MFU of prefilling at a point; empty if nothing was decoded.
 
     mbu = (decode_steps · weight_bytes + decode_context_tokens/engines · kv_bytes_per_token)
     / decode_seconds / bandwidth: of the requests that were really decoding (`serving.bench.latency`), since
@@ -92,9 +93,9 @@ def shares(
         replicas: engines that share the load evenly.
     """
     concurrency = point.get("concurrency")
-    if concurrency is None or not point["decode_seconds"]:
+    if not point["decode_seconds"]:
         return {}
-    context_tokens = point["decode_context_tokens"] / min(replicas, concurrency)
+    context_tokens = point["decode_context_tokens"] / min(replicas, concurrency or replicas)
     num_bytes = point["decode_steps"] * info["weight_bytes"] + context_tokens * info["kv_bytes_per_token"]
     found = {
         "mbu": hardware.mbu(
@@ -109,13 +110,19 @@ def shares(
     return found
 
 
-def faults(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each ceiling of which a point reached more than 100%: what is wrong with it."""
+def faults(points: Sequence[dict[str, Any]]) -> list[str]:
+    """For each ceiling of which a point reached more than 100%: what is wrong with it.
+
+    The shares of such a ceiling are void: they become None in `points`.
+    """
     found = []
     for key, ceiling in (("mbu", "bandwidth"), ("prefill_mfu", "peak")):
         reached = {str(point["load"]): point[key] for point in points if point.get(key) is not None}
-        found.append(hardware.ceiling_fault(reached, ceiling=ceiling))
-    return [fault for fault in found if fault]
+        if fault := hardware.ceiling_fault(reached, ceiling=ceiling):
+            found.append(fault)
+            for point in points:
+                point.update({key: None} if key in point else {})
+    return found
 
 
 def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> display.Table:
@@ -142,46 +149,114 @@ def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> display.Tab
     return display.pairs(rows)
 
 
-def table(points: Sequence[Mapping[str, Any]]) -> display.Table:
-    """The measurements, one a line; latencies in milliseconds."""
-    shown = [column for column in COLUMNS if any(point.get(column[1]) is not None for point in points)]
-    rows = [
-        [None if point.get(key) is None else form.format(point[key]) for _, key, form in shown]
-        for point in points
-    ]
-    return display.table([header for header, _, _ in shown], rows, left=())
+def combined(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each load: closed loops by concurrency, then open loops by rate, then traces.
+
+    Of several repeats a row has the geometric mean of every figure in INTERVALS, with its 95% interval in
+    `intervals` (`cluster.measure.intervals.of_rate`), the sums of the counts, and of other numbers the mean.
+    Repeats in which the load generator lagged do not count, if there are others.
+    """
+    loads: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        loads.setdefault(point["load"], []).append(point)
+    rows = []
+    for all_repeats in loads.values():
+        repeats = [point for point in all_repeats if "refused" not in point] or all_repeats[:1]
+        rows.append(_combined(repeats) if len(repeats) > 1 else dict(repeats[0]))
+    return sorted(rows, key=_place)
 
 
-def plot(
-    points: Sequence[Mapping[str, Any]], itls: Mapping[str, Sequence[float]], folder: Path
-) -> list[Path]:
-    """latency.png (against the rate of the open-loop points) and itl.png (a histogram for each load).
+def _place(row: Mapping[str, Any]) -> tuple[float, float]:
+    unset = float("inf")
+    return (row.get("concurrency") or unset, row.get("rate") or unset)
+
+
+def _combined(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = dict(repeats[0]) | {"repeats": len(repeats), "intervals": {}}
+    for key in row:
+        values: list[Any] = [repeat.get(key) for repeat in repeats]
+        if not all(type(value) in (int, float) for value in values):
+            continue
+        if key in ("requests", "succeeded", "short_answers"):
+            row[key] = sum(values)
+        elif key in INTERVALS and min(values) > 0:
+            interval = intervals.of_rate(values)
+            row[key] = interval.centre
+            row["intervals"][key] = [interval.centre, interval.low, interval.high]
+        elif key not in ("concurrency", "rate"):
+            row[key] = sum(values) / len(values)
+    row["counts"] = f"{row['succeeded']}/{row['requests']}"
+    row["over_saturated"] = any(repeat.get("over_saturated") for repeat in repeats)
+    row["first_error"] = next((r["first_error"] for r in repeats if r["first_error"]), None)
+    return row
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> display.Table:
+    """The loads, one a line; latencies in milliseconds. At most WIDTH characters, if need be by columns."""
+    shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    for dispensable in (None, *DISPENSABLE):
+        shown = [column for column in shown if column[1] != dispensable]
+        cells = [
+            [None if row.get(key) is None else form.format(row[key]) for _, key, form in shown]
+            for row in rows
+        ]
+        found = display.table([header for header, _, _ in shown], cells, left=())
+        if len(str(found).partition("\n")[0]) <= WIDTH:
+            break
+    return found
+
+
+def intervals_table(rows: Sequence[Mapping[str, Any]]) -> display.Table | None:
+    """The 95% intervals of loads that were repeated, or None."""
+    keys = [column for column in COLUMNS if any(column[1] in row.get("intervals", ()) for row in rows)][:6]
+    if not keys:
+        return None
+    cells = []
+    for row in rows:
+        bounds = [row.get("intervals", {}).get(key) for _, key, _ in keys]
+        texts = [
+            b and f"{form.format(b[1])} to {form.format(b[2])}"
+            for b, (_, _, form) in zip(bounds, keys, strict=True)
+        ]
+        cells.append([row["load"], *texts])
+    return display.table(["95% interval", *(header for header, _, _ in keys)], cells, left=())
+
+
+def answer(model: str, rows: Sequence[Mapping[str, Any]], slo: Mapping[str, Any], knee: float | None) -> str:
+    """The result in one sentence.
 
     Args:
-        itls: load -> gaps between tokens, seconds.
+        knee: the highest rate of a search that met the SLO, requests per second.
     """
-    for name in ("latency.png", "itl.png"):  # those of an earlier run of this name
-        (folder / name).unlink(missing_ok=True)
-    made = []
-    measured = [point for point in points if point.get("ttft_p50_ms") is not None]
-    rated = sorted((p for p in measured if p.get("rate") is not None), key=lambda p: p["rate"])
-    if rated:
-        figure, panels = display.figure(10, 4, columns=2)
-        for panel, name in zip(panels, ("ttft", "tpot"), strict=True):
-            for percent in (50, 90, 99):
-                values = [p[f"{name}_p{percent}_ms"] for p in rated]
-                panel.plot([p["rate"] for p in rated], values, marker="o", label=f"p{percent}")
-            panel.set(xlabel="requests per second", ylabel=f"{name.upper()} (ms)")
-            panel.set_ylim(bottom=0)
-            panel.legend()
-        made.append(display.save(figure, folder / "latency.png"))
-    filled = {load: gaps for load, gaps in itls.items() if gaps}
-    if filled:
-        figure, [axes] = display.figure(8, 4.5)
-        for load, gaps in filled.items():
-            milliseconds = [1e3 * gap for gap in gaps]
-            axes.hist(milliseconds, bins=60, histtype="step", density=True, label=load)
-        axes.set(xlabel="ITL (ms)", ylabel="density", yscale="log")
-        axes.legend(fontsize=8)
-        made.append(display.save(figure, folder / "itl.png"))
-    return made
+    good = [row for row in rows if row.get("succeeded")]
+    if not good:
+        return f"{model}: nothing was measured."
+    limits = [f"{name.removesuffix('_ms').upper()} {value:g} ms" for name, value in slo.items()
+              if name.endswith("_ms") and value is not None]  # fmt: skip
+    at_knee = next((row for row in good if knee is not None and row.get("rate") == knee), None)
+    if at_knee is not None:
+        row = at_knee
+        share = f"by {slo['attainment']:.0%} of requests" if limits else "which has no limits"
+        text = f"{model} meets the SLO ({', '.join(limits)}, {share}) up to {knee:.2f} requests/s"
+    else:
+        row = max(good, key=lambda each: each["output_tokens_per_second"])
+        text = (
+            f"{model} is measured as fastest with {row['load']}"
+            if len(good) > 1
+            else f"{model}, {row['load']}"
+        )
+    text += f": {row['output_tokens_per_second']:,.0f} output tokens/s"
+    if row.get("ttft_p99_ms") is not None:
+        text += f", TTFT p99 {display.number(row['ttft_p99_ms'])} ms"
+    for key, form in (("mbu", "MBU {:.1%}"), ("joules_per_token", "{:.3g} J per output token")):
+        text += f", {form.format(row[key])}" if row.get(key) is not None else ""
+    saturated = [each["load"] for each in rows if each.get("over_saturated")]
+    if saturated:
+        text += f"; over-saturated (its queue grew) at {', '.join(saturated)}"
+    failed = sum(each.get("requests", 0) - each.get("succeeded", 0) for each in rows)
+    if failed:
+        text += f"; {failed} of {sum(each.get('requests', 0) for each in rows)} requests failed"
+    short = sum(each.get("short_answers", 0) for each in rows)
+    if short:
+        text += f"; {short} answers ended before the length that was asked for"
+    return f"{text}."

@@ -23,7 +23,8 @@ from cluster.measure import benchmark
 from serving import checkpoints
 from serving.bench.config import ServeBenchConfig
 from serving.bench.latency import RequestOutcome, Slo, summarise
-from serving.bench.loadgen import Send, over_http, run_closed, to_engine
+from serving.bench.loadgen import run_closed, to_engine
+from serving.bench.wire import Send, over_http
 from serving.bench.workload import Planned, lengths, synthetic
 from serving.deployment import serving
 from serving.engine.process import make_engine
@@ -125,6 +126,5 @@ def _plan(case: OverheadCase, info: EngineInfo, *, seed: int) -> list[Planned]:
         prompt_tokens=lengths(case.prompt_tokens, key="prompt_tokens"),
         output_tokens=lengths(case.output_tokens, key="output_tokens"),
         vocab_size=info.vocab_size,
-        context_tokens=info.context_tokens,
         seed=seed,
     )

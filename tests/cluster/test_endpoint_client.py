@@ -45,7 +45,7 @@ def url() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/completions"])
+@pytest.mark.parametrize("end", ["", "/", "/v1", "//v1//", "/v1/completions", "/v1/chat/completions/"])
 def test_an_endpoint_is_found_by_any_form_of_its_url(url, end):
     assert endpoint_client.find(url + end, model=None) == (
         Endpoint(f"{url}/v1", "a", 64),
@@ -54,10 +54,19 @@ def test_an_endpoint_is_found_by_any_form_of_its_url(url, end):
     assert endpoint_client.find(url + end, model="b")[0] == Endpoint(f"{url}/v1", "b", None)
 
 
+def test_an_endpoint_without_a_list_is_found_by_the_name_of_its_model(url):
+    found, about = endpoint_client.find(f"{url}/gone", model="x", context_tokens=99)
+    assert (found, about) == (Endpoint(f"{url}/gone/v1", "x", 99), {})
+    assert endpoint_client.base_of("https://a.b/x/v1beta/") == "https://a.b/x/v1beta"
+    with pytest.raises(UserError, match=r"endpoint_context_tokens: .* says that a holds 64 tokens"):
+        endpoint_client.find(url, model=None, context_tokens=65)
+
+
 def test_what_is_wrong_names_the_key(url):
     for address, model, message in (
         (url, "c", "bench.target_model: 'c' is not served at .*; there are: a, b"),
-        (f"{url}/closed", None, "bench.target: .* lists no model .401: no key.; .* OPENAI_API_KEY"),
+        (f"{url}/closed", None, "bench.target: .* refuses the key .401: no key.; .* OPENAI_API_KEY"),
+        (f"{url}/gone", None, "bench.target: .* lists no model .404: .*; .* by bench.target_model"),
         ("http://127.0.0.1:1", None, "bench.target: http://127.0.0.1:1/v1/models does not answer .*refused"),
         ("nonsense", None, "bench.target: nonsense/v1/models does not answer .*unknown url type"),
     ):

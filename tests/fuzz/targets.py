@@ -25,7 +25,7 @@ from cluster.laptop import inventory
 from cluster.parity.baseline_file import read_side
 from cluster.record import lineage, origins
 from serving.bench import config as bench_config
-from serving.bench.workload import from_conversations, from_trace
+from serving.bench.inputs import from_trace, read_conversations
 from tests.commands import ROOT
 from tests.training.data.small_corpus import silent, texts, visible
 from training import config as training_config
@@ -225,12 +225,13 @@ def _traces() -> list[bytes]:
 
 def _conversations(folder: Path, content: bytes) -> None:
     file = _file(folder, "a.jsonl", content)
-    from_conversations(file, 5, count_tokens=lambda text: len(text.encode()), context_tokens=4096, seed=0)
+    read_conversations(file, count_tokens=lambda text: len(text.encode()), context_tokens=4096, turns="all")
 
 
 def _chats() -> list[bytes]:
     turns = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
-    return [f"{json.dumps(turns)}\n{json.dumps({'prompt': 'a', 'completion': 'b'})}\n".encode()]
+    lines = f"{json.dumps(turns)}\n{json.dumps({'prompt': 'a', 'completion': 'b'})}\n"
+    return [lines.encode(), json.dumps([turns, {"conversations": []}]).encode()]
 
 
 def _lineage(folder: Path, content: bytes) -> None:

@@ -51,11 +51,13 @@ class Pace:
             over it, so that no percentile falls into a wide gap between two of them, where a tool that
             interpolates and one that does not would differ.
         gap: from each token to the next, drawn evenly.
+        slots: most requests at once; others wait in order, and their times begin when one is free. None: any.
     """
 
     first: tuple[float, float] = (0.1, 0.3)
     gap: tuple[float, float] = (0.06, 0.1)
     seed: int = 0
+    slots: int | None = None
 
     def due(self, number: int, num_tokens: int) -> list[float]:
         """Seconds from the arrival of request `number` to each of its tokens."""
@@ -97,6 +99,7 @@ class PacedEngine:
         self._pace, self._observe = pace, observe
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, int, _Request]] = []  # a heap: when its next token is due, number
+        self._ends: list[float] = []  # when the last token of each request is due
         self._closed = False
         self._num_taken = self._num_finished = self._num_cancelled = 0
         self._num_prompt_tokens = self._num_tokens = 0
@@ -113,7 +116,12 @@ class PacedEngine:
         with self._changed:
             if self._closed:
                 raise EngineFailed("the engine is closed")
-            due = [arrived + seconds for seconds in self._pace.due(self._num_taken, sampling.max_tokens)]
+            begins = arrived
+            if self._pace.slots is not None:  # every earlier request's end is known already
+                busy = sorted(self._ends)[-self._pace.slots :]
+                begins = max(arrived, busy[0]) if len(busy) == self._pace.slots else arrived
+            due = [begins + seconds for seconds in self._pace.due(self._num_taken, sampling.max_tokens)]
+            self._ends.append(due[-1])
             request = _Request(self._num_taken, arrived, len(prompt), due, deliver)
             self._num_taken += 1
             self._num_prompt_tokens += len(prompt)

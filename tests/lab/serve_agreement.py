@@ -35,10 +35,11 @@ from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark, turns
 from cluster.session import ROOT, free_ports
 from serving.bench.latency import RequestOutcome, Slo, summarise
-from serving.bench.loadgen import Lag, over_http, run_closed, run_open
+from serving.bench.loadgen import Lag, run_closed, run_open
+from serving.bench.wire import over_http
 from serving.bench.workload import arrivals, synthetic
 from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
-from tests.lab.paced_engine import CONTEXT, MODEL, VOCABULARY
+from tests.lab.paced_engine import MODEL, VOCABULARY
 from tests.lab.referees import FIGURES, REFEREES, Figures, LoadCase, require_load
 
 WHAT = "serve_agreement"  # in the baseline's name
@@ -99,7 +100,6 @@ def ours(case: LoadCase, url: str, *, seed: int) -> tuple[Figures, Lag]:
         prompt_tokens=lambda draw: case.prompt_tokens,
         output_tokens=lambda draw: case.output_tokens,
         vocab_size=VOCABULARY,
-        context_tokens=CONTEXT,
         seed=seed,
         due=None if rate is None else arrivals("poisson", rate=rate, number=number, seed=seed),
     )

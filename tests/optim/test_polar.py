@@ -291,9 +291,9 @@ def test_in_bf16_the_gram_form_without_its_restart_explodes_on_a_heavy_tail_and_
 
 def test_the_restart_after_step_2_cannot_be_configured_away(monkeypatch):
     assert cost.GRAM_RESTART == polar.GRAM_RESTART == 2
-    known = {"matrices", "method", "dtype", "norms", "overwrite"}
+    known = {"matrices", "method", "dtype", "num_steps", "norms", "overwrite"}
     assert set(inspect.signature(orthogonalize).parameters) == known
-    assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source"}
+    assert {field.name for field in dataclasses.fields(polar.Method)} == {"coefficients", "source", "later"}
     assert not [name for name, *_ in walk(TrainConfig()) if "gram" in name or "restart" in name]
     for method in METHODS:  # and a value that leaves it out is no way round
         for never in (0, len(METHODS[method].coefficients)):

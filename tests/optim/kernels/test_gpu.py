@@ -293,7 +293,7 @@ def interpreted_adamw(model_dtype, monkeypatch):
         flat = random(5000, dtype=torch.float32, seed=0)
         model = None if model_dtype is None else torch.zeros(5000, dtype=model_dtype)
         place = Fragment("a", (70,), 70, 0, 4900, flat, 50, model)
-        unit = FusedStep(rules.AdamW(weight_decay=0.1), [place], device=torch.device("cpu"))
+        unit = FusedStep(rules.adamw(weight_decay=0.1), [place], device=torch.device("cpu"))
         for step in range(3):
             flat.grad = random(5000, dtype=torch.float32, seed=1 + step)
             unit.step(lr=0.1)

@@ -16,6 +16,7 @@ import torch
 from cluster.machine import compiled
 from optim import cost, polar
 from optim.kernels import native
+from optim.rules import adamw
 from tests.commands import ROOT
 from tests.guard import NO_BF16
 from tests.optim.kernels.test_passes import build
@@ -213,6 +214,38 @@ def test_the_apply_pass(model_dtype, ahead):
         unit = 2**-8 if model_dtype == torch.bfloat16 else 1e-6
         assert ((model[flat] - point).abs() <= unit * point.abs() + 1e-5).all()
         assert model[~flat].isnan().all()
+
+
+@in_each_tier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, None])
+def test_the_adamw_pass_is_the_rule_s_step(dtype, model_dtype):
+    """To the bit but at the ends of torch's own pieces, where it rounds some products once more."""
+    size, step, rule = 10_001, 7, adamw(weight_decay=0.1)
+    gradient, weight = values(size, seed=0, dtype=dtype), values(size, seed=1)
+    state = {"first_moment": 0.1 * values(size, seed=2), "second_moment": values(size, seed=3).square()}
+    found, first, second = weight.clone(), *(each.clone() for each in state.values())
+    model = None if model_dtype is None else torch.empty(size, dtype=model_dtype)
+    end = rule.finish(lr=0.01, scale=1.0, step=step)
+    native.adamw_pass(
+        found, gradient, first, second, step=step, **vars(rule.direction),
+        decay=end.decay, factor=end.factor, model=model,
+    )  # fmt: skip
+    rule.apply(weight, rule.direction(gradient.float(), state, step=step), lr=0.01, step=step, state=state)
+    for ours, torchs in ((first, state["first_moment"]), (second, state["second_moment"]), (found, weight)):
+        torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-7)
+        assert (ours == torchs).float().mean() > 0.99
+    if model is not None:
+        assert torch.equal(model, found.to(model.dtype))
+
+
+@in_each_tier
+@pytest.mark.parametrize("size", [1, 31, 5003])
+def test_a_gradient_is_added_to_the_bit_as_torch_adds_it(size):
+    total, gradient = values(size, seed=0), values(size, seed=1, dtype=torch.bfloat16)
+    expected = total + gradient
+    native.add(total, gradient)
+    assert torch.equal(total, expected)
 
 
 @in_each_tier

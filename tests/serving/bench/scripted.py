@@ -7,13 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from cluster.endpoint_client import Endpoint
 from serving.bench.latency import RequestOutcome
-from serving.bench.loadgen import (
-    Lag,
-    Send,
-    over_http,
-    run_closed,
-    run_open,
-)
+from serving.bench.loadgen import Lag, run_closed, run_open
+from serving.bench.wire import Send, over_http
 from serving.bench.workload import Planned
 from tests.waiting import PATIENCE_SECONDS
 
@@ -51,7 +46,7 @@ async def server(behaviour: Behaviour, *, status: int = 200) -> AsyncIterator[st
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 if head.startswith(b"GET"):
-                    listed = json.dumps({"data": [{"id": "m"}]}).encode()
+                    listed = json.dumps({"data": [{"id": "m", "max_model_len": 4096}]}).encode()
                     length = f"content-length: {len(listed)}\r\n\r\n".encode()
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + length + listed)
                     continue

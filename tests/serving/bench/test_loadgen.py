@@ -11,13 +11,8 @@ import pytest
 
 from cluster.cli import RunError
 from serving.bench.latency import RequestOutcome, percentile
-from serving.bench.loadgen import (
-    Lag,
-    run_closed,
-    run_open,
-    server_sent_events,
-    to_engine,
-)
+from serving.bench.loadgen import Lag, run_closed, run_open, to_engine
+from serving.bench.wire import server_sent_events
 from serving.bench.workload import Planned
 from tests.fake_engine import Gate, counting_engine
 from tests.serving.bench.scripted import FIRST, GAP, Write, client, event, honest, run, server
@@ -98,6 +93,19 @@ def test_a_stalled_server_cannot_hide_in_an_open_loop():
         assert outcomes[number].ttft > over - outcomes[number].scheduled >= 0.02 * (29 - number) - 1e-6
 
 
+ODD_EVENTS = {
+    "garbage": b"{oops",
+    "a list": b"[1]",
+    "a number": b"3",
+    "no choices": b"{}",
+    "choices that are none": b'{"choices": 1}',
+    "a choice that is none": b'{"choices": [1]}',
+    "a count that is none": b'{"choices": [], "usage": {"prompt_tokens": "x"}}',
+    "bytes that are no text": b"\xff\xfe",
+    "nesting": b"[" * 100_000,
+}
+
+
 @pytest.mark.parametrize(
     ("behaviour", "status", "error"),
     [
@@ -106,7 +114,7 @@ def test_a_stalled_server_cannot_hide_in_an_open_loop():
         ("closes", 200, "broken off"),
         ("reports", 200, "error event"),
         ("empty", 200, "no tokens"),
-        ("garbage", 200, "malformed event"),
+        *((name, 200, "malformed event") for name in ODD_EVENTS),
         ("honest", 429, "HTTP 429"),
         ("honest", 500, "HTTP 500"),
     ],
@@ -117,8 +125,8 @@ def test_whatever_goes_wrong_is_counted_by_its_kind(behaviour, status, error):
             await asyncio.sleep(PATIENCE_SECONDS)
         elif behaviour == "empty":
             await write(b"data: [DONE]\n\n")
-        elif behaviour == "garbage":
-            await write(b"data: {oops\n\n")
+        elif behaviour in ODD_EVENTS:
+            await write(b"data: " + ODD_EVENTS[behaviour] + b"\n\n")
         else:
             await write(event())
             if behaviour == "closes":
@@ -221,13 +229,14 @@ def test_a_machine_out_of_connections_is_no_fault_of_the_server():
         asyncio.run(body())
 
 
-def test_an_answer_that_ends_early_is_an_error_although_it_ends_well():
-    async def short(body: dict, write: Write) -> None:
-        usage = {"prompt_tokens": 3, "completion_tokens": 2}
-        await write(event() * 2 + event(choices=[], usage=usage) + b"data: [DONE]\n\n")
+@pytest.mark.parametrize(("got", "error"), [(2, None), (6, "6 of 5 tokens")])
+def test_an_answer_may_end_early_and_is_reported_as_long_as_it_was(got, error):
+    async def other(body: dict, write: Write) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": got}
+        await write(event() * got + event(choices=[], usage=usage) + b"data: [DONE]\n\n")
 
-    [outcome], _ = run(short, plan(1, tokens=5), concurrency=1)
-    assert outcome.error == "2 of 5 tokens"
+    [outcome], _ = run(other, plan(1, tokens=5), concurrency=1)
+    assert (outcome.error, outcome.output_tokens, outcome.asked_tokens) == (error, got, 5)
 
 
 def test_an_error_while_noting_a_request_ends_the_load_at_once():

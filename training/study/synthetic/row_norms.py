@@ -81,14 +81,13 @@ def make_rule(form: str, point: Point) -> "Rule":
     """The rule of a form with exact polar factors and α = 0."""
     import torch
 
-    from optim import rules
+    from optim.rules import muon, normuon
 
-    exact: dict[str, Any] = {"momentum": point.beta1, "nesterov": False, "method": "exact"}
-    exact["dtype"] = torch.float32
+    exact: dict[str, Any] = {"method": "exact", "nesterov": False, "dtype": torch.float32}
+    exact |= {"momentum": point.beta1, "update_scale": "rms" if form == "algorithm_1" else "none"}
     if form == "muon":
-        return rules.muon(**exact, update_scale="none")
-    length, scale = {"algorithm_1": ("full", "rms"), "practical": ("kept", "none")}[form]
-    return rules.normuon(**exact, beta2=point.beta2, alpha=0.0, length=length, update_scale=scale)
+        return muon(**exact)
+    return normuon(**exact, beta2=point.beta2, alpha=0.0, length="kept" if form == "practical" else "full")
 
 
 def targets(config: RowNormsConfig, m: int, names: Iterable[str]) -> "Tensor":
