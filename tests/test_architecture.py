@@ -119,7 +119,7 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     *("training.run.process_group", "training.run.start", "training.run.watch", "training.run.workers"),
-    "training.evaluate.harness",
+    *("training.evaluate.harness", "training.evaluate.scoring"),
     "training.bench.command",
     "training.bench.launchers",
     "training.bench.race",
@@ -158,7 +158,7 @@ TORCH_FREE = (
     "serving.endpoint.hosts",
     "serving.bench.latency",
     *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
-    "serving.endpoint.openai_api",
+    "serving.endpoint.schema",
     "serving.peers.overhead",
     "serving.peers.command",
     "cluster.parity",
@@ -180,12 +180,11 @@ STANDARD_ONLY = (
     "cluster.masking",
     "cluster.record.events",
     "cluster.record.heartbeat",
-    "cluster.head.answers",
-    "cluster.head.keeper",
-    "cluster.head.shell",
     "cluster.private",
-    "cluster.head.reap",
-    "cluster.head.ray_rest",
+    *(
+        f"cluster.head.{name}"
+        for name in ("answers", "keeper", "addresses", "install", "shell", "reap", "ray_rest")
+    ),
 )
 # What these import too: it begins without packages, and imports some in functions that are not called there.
 BEGINS_WITHOUT_PACKAGES = ("cluster.review.status",)

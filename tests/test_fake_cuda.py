@@ -285,11 +285,8 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
 
 
 DRAWS = {("to device", "serving/engine/sampling.py choose"): 4}
-NUCLEUS = {("to device", "serving/engine/sampling.py draw"): 2}
-SCORES = {
-    ("to host", "serving/engine/sampling.py score"): 1,
-    ("to host", "serving/engine/sampling.py score.<locals>.<genexpr>"): 2,
-}
+NUCLEUS = {("to device", "serving/engine/sampling.py Cuts.to"): 2}
+SCORES = {("to host", "serving/engine/sampling.py score"): 3}
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,8 @@ def _on_cluster(cluster: Path) -> tuple[str, ...]:
 def run_ray(config: TrainConfig, plan: Plan) -> None:
     """Train on Ray Train workers; this process prepares, follows and prints."""
     from training.run.checkpoint import step_of
-    from training.run.start import STOP, prepare_run, sole_writer
+    from training.run.start import STOP, open_run
     from training.run.state.gauges import Gauges
-    from training.run.state.remote import Uploads
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent, startup = Spent(), Startup()
@@ -94,10 +93,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
         config = replace(config, load=f"hf:{config.load_directory}")
     show(plan.table())
     with Progress(plan.num_steps) as progress, ExitStack() as owned:
-        owned.enter_context(sole_writer(config, report=progress.note))
         with spent.part("data"):
-            start = prepare_run(config, plan, report=progress.note)
-        owned.enter_context(Uploads(config, note=progress.note))
+            start = owned.enter_context(open_run(config, plan, report=progress.note))
         startup.end("data")
         if start is None:
             return
@@ -173,8 +170,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from cluster.record.heartbeat import FORMING
     from training.run.context import start_of, torch_context
     from training.run.loop import train
-    from training.run.start import prepare_run, sole_writer
-    from training.run.state.remote import Uploads
+    from training.run.start import open_run
     from training.run.watch import RunWatch, ShowRows, report_failure
 
     startup.end("imports")
@@ -183,10 +179,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             progress.note(plan.table())
 
         def prepare() -> "Start | None":  # by rank 0
-            owned.enter_context(sole_writer(config, report=progress.note))
-            start = prepare_run(config, plan, report=progress.note)
-            owned.enter_context(Uploads(config, note=progress.note))
-            return start
+            return owned.enter_context(open_run(config, plan, report=progress.note))
 
         with spent.part("data"):
             start = ranks.on_main(prepare)

@@ -144,7 +144,7 @@ class Head:
         """
         report = Path(self.site["storage"]) / "preflight.json"
         found = json.loads(report.read_text()) if report.exists() else {}
-        here = sorted(node["node_ip"] for node in self.ray.nodes())
+        here = sorted(node["node_name"] for node in self.ray.nodes())
         if found.get("session") != self.ray.session() or found.get("nodes") != here:
             return False
         if not found["passed"]:

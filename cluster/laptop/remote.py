@@ -30,9 +30,9 @@ from cluster.head import answers
 from cluster.head.shell import BEGIN, PastGreeting, login_command, not_run
 from cluster.laptop import inventory
 from cluster.laptop.fleet import ask, head_script, note
-from cluster.laptop.inventory import Inventory
+from cluster.laptop.keys import Inventory, NodeConfig
 from cluster.laptop.package import Package, pack
-from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
+from cluster.laptop.ssh import LINK_CODES, TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
 from cluster.record.provenance import commit_environment
 
 PREFLIGHT = "preflight"  # name of its runs
@@ -103,13 +103,19 @@ def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
         "session.address": "auto",
         "scratch": site.scratch,
         "storage": site.storage,
-        "expect.nodes": len(site.nodes),
+        "expect.nodes": len(site.active),
         "expect.gpus": site.node.gpus,
         "expect.accelerator": site.node.accelerator if site.node.gpus else "null",
+        "expect.differs": json.dumps({node: _expected(site.node_of(node)) for node in site.differs}),
+        "expect.drained": json.dumps(site.drained),
         "output": f"{site.storage}/preflight.json",
     }
     words = [*(f"{name}={value}" for name, value in keys.items()), *site.preflight, *more]
     return " ".join(map(shlex.quote, words))
+
+
+def _expected(node: NodeConfig) -> dict[str, Any]:
+    return {"gpus": node.gpus, "accelerator": node.accelerator if node.gpus else None}
 
 
 def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
@@ -277,7 +283,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
             raise RunError("rsync: no such command; install it on this machine and on the head") from error
         if done.returncode == 0:
             break
-        if done.returncode not in (10, 12, 30, 35, TRANSPORT):  # rsync's codes for a connection that broke
+        if done.returncode not in LINK_CODES:
             raise RunError(
                 f"rsync: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
             )

@@ -58,8 +58,8 @@ def examine(config: PreflightConfig) -> dict[str, Any]:
     """Inspect and measure all nodes of the running Ray. Shows its progress on standard error.
 
     Returns:
-        nodes: address -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
-        or None; links: between all nodes, or None; pairs: "address address" -> links between neighbours of
+        nodes: name -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
+        or None; links: between all nodes, or None; pairs: "name name" -> links between neighbours of
         the ring, where there are three nodes or more. Links are `probe.MeasuredLinks`, or a `problem`.
 
     Raises:
@@ -68,7 +68,7 @@ def examine(config: PreflightConfig) -> dict[str, Any]:
     import ray
 
     alive = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["NodeManagerAddress"])
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+    addresses = {node["NodeID"]: node["NodeName"] for node in alive}
     num_gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
     ring = list(addresses)
     neighbours = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if len(ring) > 2 else []
@@ -83,7 +83,7 @@ def _examine(
     neighbours: Sequence[tuple[str, str]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """`examine` of these nodes: Ray's id -> address, and number of GPUs."""
+    """`examine` of these nodes: Ray's id -> name, and number of GPUs."""
     import ray
 
     inspectors = {node: _actor(Inspector, node, num_gpus=num_gpus[node]) for node in addresses}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.head.addresses import family
 from cluster.machine import host, toolchain
 from cluster.measure import probe
 from cluster.record import provenance
@@ -88,7 +89,7 @@ def free_place() -> tuple[str, int]:
     import ray
 
     address = ray.util.get_node_ip_address()
-    with socket.socket() as free:
+    with socket.socket(family(address)) as free:
         free.bind((address, 0))
         return address, free.getsockname()[1]
 

@@ -48,7 +48,12 @@ class AheadDecoder(StepDecoder, Protocol):
     A span that begins where its request's known tokens end has the token that `choose` chose for it last.
     """
 
-    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
+    def choose(
+        self,
+        samplings: Sequence[Sampling],
+        chances: Sequence[random.Random],
+        changed: Mapping[int, Tensor] | None = None,
+    ) -> Chosen:
         """Choose a token for each row of the newest step's logits, as `serving.engine.sampling.choose`."""
 
 

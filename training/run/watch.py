@@ -158,7 +158,7 @@ class NodeWatch(Background):
     def _alive(self) -> set[str]:
         import ray
 
-        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        return {node["NodeName"] for node in ray.nodes() if node["Alive"]}
 
 
 class Follower(Background):

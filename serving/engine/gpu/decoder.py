@@ -9,7 +9,7 @@ they run.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -106,9 +106,12 @@ class GpuDecoder:
         return self._logits
 
     @torch.inference_mode()
-    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
+    def choose(
+        self, samplings: Sequence[Sampling], chances: Sequence[random.Random],
+        changed: Mapping[int, Tensor] | None = None,
+    ) -> Chosen:  # fmt: skip
         """See `AheadDecoder`."""
-        self._chosen, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances)
+        self._chosen, read = self._sampler.choose(self._logits, self._likeliest, samplings, chances, changed)
         if self._chosen is not self._likeliest:  # else a step that only decodes has left them there
             self._state.tokens[: len(self._chosen)] = self._chosen.clamp_min(0)
         return read
