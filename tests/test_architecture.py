@@ -187,7 +187,7 @@ STANDARD_ONLY = (
     ),
 )
 # What these import too: it begins without packages, and imports some in functions that are not called there.
-BEGINS_WITHOUT_PACKAGES = ("cluster.review.status",)
+BEGINS_WITHOUT_PACKAGES = ("cluster.heart.drained", "cluster.review.status")
 
 
 def module_name(path: Path, root: Path) -> str:

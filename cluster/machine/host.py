@@ -72,23 +72,6 @@ def gpus() -> dict[str, Any]:
     return json.loads(answer)
 
 
-def throttled() -> set[int]:
-    """Indices of the GPUs whose clocks heat or power hold down at this moment."""
-    import pynvml
-
-    held = pynvml.nvmlClocksThrottleReasonHwSlowdown | pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
-    found = set()
-    try:
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            if pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & held:
-                found.add(index)
-    except pynvml.NVMLError:  # a driver that does not tell
-        return set()
-    return found
-
-
 def has_driver() -> bool:
     """Whether NVIDIA's driver is installed: its library loads. Asks the driver nothing, so it cannot hang."""
     try:

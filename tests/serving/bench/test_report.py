@@ -7,7 +7,8 @@ from serving.bench.report import answer, ceilings, combined, faults, intervals_t
 
 INFO = {
     "weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000,
-    "head_flops": 500_000_000, "attention_flops": 40_000,
+    "head_flops": 300_000_000, "last_token_flops": 200_000_000, "attention_flops": 40_000,
+    "last_attention_flops": 10_000,
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_shares_of_a_closed_loop():
     }  # fmt: skip
     found = shares(point, INFO, ceiling)
     assert found["mbu"] == pytest.approx((2e9 + 120 * 1e5) / 0.04 / 100e9)
-    assert found["prefill_mfu"] == pytest.approx((100 * 1.5e9 + 0.5e9 + 100**2 / 2 * 40_000) / 0.4 / 1e12)
+    attention = 100**2 / 2 * 30_000 + 100 * 10_000
+    assert found["prefill_mfu"] == pytest.approx((100 * 1.5e9 + 0.5e9 + attention) / 0.4 / 1e12)
     eight = point | {"concurrency": 8, "decode_context_tokens": 8 * 50 * 120}
     assert shares(eight, INFO, ceiling) == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
     over_two = shares(eight, INFO, ceiling, replicas=2)
