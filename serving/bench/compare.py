@@ -102,7 +102,7 @@ def _by_load(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 def _ratio(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], key: str
 ) -> intervals.Interval | None:
-    values = [[point.get(key) for point in side] for side in (first, second)]
+    values: list[list[Any]] = [[point.get(key) for point in side] for side in (first, second)]
     if not all(isinstance(value, int | float) and value > 0 for side in values for value in side):
         return None
     return intervals.of_ratio(values[1], values[0])
