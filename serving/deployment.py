@@ -12,6 +12,7 @@ until Serve has started another replica. The engine ends with its replica.
 import asyncio
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -281,7 +282,6 @@ def _end_serve() -> None:
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve import context
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     client, _ = context._check_cached_client_alive()
     if client is None:
@@ -290,12 +290,24 @@ def _end_serve() -> None:
     client.shutdown_cached_handles()
     with suppress(RayActorError, TimeoutError):  # as Serve's own: it is gone already, or too busy to answer
         ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
-    until = time.monotonic() + SERVE_ENDS_SECONDS
-    with suppress(ValueError):  # there is no such actor any more
-        while time.monotonic() < until:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            time.sleep(0.05)
+    _await_controller(SERVE_ENDS_SECONDS)
     context._disconnect()
+
+
+def _await_controller(seconds: float) -> None:
+    """Wait until Serve's controller has ended, or say that it has not."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    until = time.monotonic() + seconds
+    with suppress(ValueError):  # there is no such actor any more
+        while ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE) and time.monotonic() < until:
+            time.sleep(0.05)
+        print(
+            f"Ray Serve's controller has not ended within {seconds:g} s: replicas may still hold GPUs and "
+            "ports. An embedded Ray ends them now; on a cluster run `serve shutdown -y` on the head",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

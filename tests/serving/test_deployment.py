@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from cluster.session import free_ports
 from serving.config import load
-from serving.deployment import serving
+from serving.deployment import _await_controller, serving
 from serving.endpoint.metrics import FIGURES
 from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
@@ -202,6 +202,11 @@ def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, statu
     head, _, body = answer.decode().partition("\r\n\r\n")
     assert int(head.split()[1]) == status and "application/json" in head
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_controller_that_does_not_end_is_reported(url, capsys):
+    _await_controller(0.1)  # nobody has told it to
+    assert "controller has not ended within 0.1 s" in capsys.readouterr().err
 
 
 def test_http_is_served_on_loopback_alone(url):

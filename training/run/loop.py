@@ -410,4 +410,6 @@ def _meter(start: Start, context: Context) -> Meter:
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
     report = Path(config.record.ceilings or "").expanduser()
-    return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None
+    workers = config.workers
+    is_there = workers.gpu and report.is_file()
+    return measured_tflops(files.read_json(report), workers.accelerator) if is_there else None
