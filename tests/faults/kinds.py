@@ -53,7 +53,7 @@ class Story:
         """One start, and the checks that follow each."""
         outcome = start(self.place, **{**self.keys, **options})
         self.said.append(f"{what}: exit {outcome.codes}")
-        found = checks.after_each(self.run, outcome, spoiled=self.spoiled)
+        found = checks.after_each(self.run, outcome, spoiled=self.spoiled, dropped=self.place.dropped)
         self.problems += [f"{what}: {problem}" for problem in found]
         return outcome
 
