@@ -266,6 +266,7 @@ def _describe(units: Sequence[FusedStep]) -> str:
         reasons = {module.unsupported(u.device, u.rule.dtype) for u in units if u.rule.whole} - {None}
         return "; ".join(sorted(f"not used, {reason}" for reason in reasons))
 
+    slow = sorted({unit.rule.not_compiled or "" for unit in units if unit.rule.whole} - {""})
     return (
         f"  {sum(len(plan.matrices) for plan in plans)} matrices, each orthogonalised by one rank; loads "
         f"within {max((plan.imbalance for plan in plans), default=0.0):.1%} of their mean\n"
@@ -273,4 +274,5 @@ def _describe(units: Sequence[FusedStep]) -> str:
         f"(no plan sends less than {least * size:,})\n"
         f"  Triton kernels: {unused(gpu) or 'used'}\n"
         f"  compiled step (optim/kernels/native.cpp): {unused(native) or native.describe()}"
+        + "".join(f"\n  passes in torch: {reason}" for reason in slow)
     )

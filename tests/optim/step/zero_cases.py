@@ -164,7 +164,7 @@ CASES = [
     *(ZeroCase(stage, by_name=BY_NAME) for stage in (0, 1, 3)),
     ZeroCase(3, rule="mars", by_name=("*qkv*: rule=adamw",), precision="bf16"),
     *(ZeroCase(*stage, after=True) for stage in STAGES),
-    ZeroCase(3, precision="bf16", rule="transported_scion", after=True),
+    ZeroCase(3, precision="bf16", matrix=("ahead=transport",), after=True),
     ZeroCase(1, offload=True, after=True),
     ZeroCase(2, rule="scion", by_name=("square*: rule=transported_scion lr=0.01",)),
     *(ZeroCase(*stage, clip=0.05, rule="transported_scion") for stage in STAGES[1:]),
