@@ -260,9 +260,10 @@ def resolve_shape(config: TrainConfig) -> LlamaShape:
 def _device(config: TrainConfig) -> hardware.Device | None:
     if config.workers.accelerator is None:
         return None
-    device = hardware.lookup(config.workers.accelerator)
+    name = config.workers.accelerator  # Ray's: H100 for each of its models
+    device = hardware.by_short_name(name) or hardware.lookup(name)
     if device is None:
-        known = ", ".join(device.name.removeprefix("NVIDIA ") for device in hardware.DEVICES)
+        known = ", ".join(name.upper() for name in hardware.SHORT_NAMES)
         raise ConfigError(
             f"workers.accelerator: {config.workers.accelerator!r} has no datasheet entry, so its memory and "
             f"peak are unknown; known: {known}. Leave the key out to train without a memory check"

@@ -31,7 +31,7 @@ from cluster.record.heartbeat import BEAT_SECONDS, FOLDER, GRACE_SECONDS, STEP_P
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"  # parts whose progress is known more closely
 FIRST = 3  # steps, or batches of the evaluation: they may compile, or fill caches
 MOST_TIMES = 30.0  # times `hang_seconds`: for longer, computing alone is no progress (a thread may spin)
-COMING_TIMES = 3.0  # times `hang_seconds`, in which a rank without a heartbeat may still import modules
+IMPORT_SECONDS = 5.0  # beyond `hang_seconds`, in which a rank without a heartbeat may still import modules
 BUSY = 0.01  # of a core: less is no computing
 READING = 100_000  # bytes per second from the storage: less is no reading
 COLLECTIVES = "distributed_c10d.py"  # of torch: a rank that stands there waits for another
@@ -176,7 +176,7 @@ class Heartbeat:
             return False
         self._write(self._beat())
         beats = heartbeat.read(self._directory, start=self._about["start"])
-        if len(beats) < self._about["world_size"] and self._there < COMING_TIMES * self._hang_seconds:
+        if len(beats) < self._about["world_size"] and self._there < self._hang_seconds + IMPORT_SECONDS:
             return False
         newest = max((beat.written for beat in beats), default=0.0)
         ages = {beat.rank: newest - beat.written for beat in beats}

@@ -16,6 +16,7 @@ from cluster import cli, runs
 from cluster.cli import UserError
 from cluster.display import duration
 from cluster.record import lineage
+from cluster.record.events import INFO
 from cluster.review import requests_section, training_charts
 from cluster.review.charts import Mark
 from cluster.review.document import Page, PageTable, Section, write
@@ -174,13 +175,11 @@ def numbered(run: Run) -> dict[int, Mark]:
     """Place in `run.events` -> its mark on the curves: warnings, errors, and starts after the first."""
     marks: dict[int, Mark] = {}
     for place, event in enumerate(run.events):
-        step, level = event.get("step"), event.get("level", "info")
-        if not isinstance(step, int) or (
-            level == "info" and event.get("kind") not in ("resumed", "restarted")
-        ):
+        step, level = event["step"], event["level"]
+        if not isinstance(step, int) or (level == INFO and event["kind"] not in ("resumed", "restarted")):
             continue
         if len(marks) < MOST_MARKS:
-            marks[place] = Mark(step, str(len(marks) + 1), str(event.get("text")), level)
+            marks[place] = Mark(step, str(len(marks) + 1), event["text"], level)
     return marks
 
 
@@ -189,24 +188,23 @@ def events_section(run: Run, marked: dict[int, Mark]) -> Section:
     section = Section("Events")
     head = ("No.", "Step", "What", "Loss", "Gradient norm", "Level", "Time (UTC)")
     rows = [(place, event) for place, event in enumerate(run.events)]
-    alarms = [pair for pair in rows if pair[0] in marked or pair[1].get("level") != "info"]
+    alarms = [pair for pair in rows if pair[0] in marked or pair[1]["level"] != INFO]
     others = [pair for pair in rows if pair not in alarms]
     around = {key: _around(run, key) for key in ("loss", "gradient_norm")}
 
     def cells(place: int, event: dict[str, Any]) -> list[str]:
-        step = event.get("step")
-        when = str(event.get("time", ""))[:19].replace("T", " ")
+        step, when = event["step"], event["time"][:19].replace("T", " ")
         moved = [around[key](step) for key in ("loss", "gradient_norm")]
         numbered = marked[place].number if place in marked else ""
         at = amount(step) if step is not None else "-"
-        return [numbered, at, str(event.get("text")), *moved, str(event.get("level")), when]
+        return [numbered, at, event["text"], *moved, event["level"], when]
 
     if alarms:
         section.paragraphs.append(
             "The dashed lines on the curves carry these numbers. Loss and gradient norm: the median of the "
             "ten rows before the event, and the highest value from there to five rows later."
         )
-        classes = [str(event.get("level")) for _, event in alarms]
+        classes = [event["level"] for _, event in alarms]
         rows_shown = [cells(place, event) for place, event in alarms]
         section.tables.append(PageTable(head, rows_shown, figures=(1, 3, 4), classes=classes))
     else:

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,18 @@ MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 Fault = Callable[[], None]
 
 
-def arm(spec: dict[str, Any], run: Path) -> None:
-    """Let `spec["fault"]` happen at event `spec["at"]` of `spec["group"]`, once, or to count all events."""
+def arm(specs: Sequence[dict[str, Any]], run: Path) -> None:
+    """Let each `spec["fault"]` happen at event `spec["at"]` of `spec["group"]`, once, or count all events."""
     events: Counter[str] = Counter()
-    if spec["fault"] == "count":
-        atexit.register(lambda: Path(spec["to"]).write_text(json.dumps(events)))
-    fault = FAULTS[spec["fault"]]
+    for spec in specs:
+        if spec["fault"] == "count":
+            atexit.register(lambda to=spec["to"]: Path(to).write_text(json.dumps(events)))
 
     def happened(group: str) -> None:
         events[group] += 1
-        if group == spec.get("group") and events[group] - 1 == spec["at"]:
-            fault(spec, run)
+        for spec in specs:
+            if group == spec.get("group") and events[group] - 1 == spec["at"]:
+                FAULTS[spec["fault"]](spec, run)
 
     happened("start")
     watch_files(run, happened)
@@ -164,6 +165,36 @@ def make_gradients_nan(_spec: dict[str, Any], _run: Path) -> None:
     DeepSpeedEngine.backward = lambda engine, loss, **named: backward(engine, loss * float("nan"), **named)
 
 
+def spike(spec: dict[str, Any], _run: Path) -> None:
+    """Batch `spec["batch"]` has a high loss and gradient; alarms need fewer losses before it than usual."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from cluster.record import alarms
+    from training.run.loop import Trainer
+
+    alarms.LEAST_HISTORY = 2
+    take_step, forward, factor = Trainer.take_step, DeepSpeedEngine.forward, 1.0
+
+    def take(trainer: Trainer, **options: Any) -> Any:
+        nonlocal factor
+        batch = trainer.step + trainer.rewinds.passed_over(trainer.step)
+        factor = 100.0 if batch == spec["batch"] else 1.0
+        loss = take_step(trainer, **options)
+        factor = 1.0
+        return loss
+
+    Trainer.take_step = take
+    DeepSpeedEngine.forward = lambda *given, **named: forward(*given, **named) * factor
+
+
+def pass_over(spec: dict[str, Any], _run: Path) -> None:
+    """The batches that the run would go back for, and skip, are not read in the first place."""
+    from training.run.state.rewinds import Rewinds
+
+    skipped = spec["from_step"] - spec["to_step"]
+    Rewinds.passed_over = lambda _rewinds, step: skipped * (step >= spec["to_step"])
+
+
 def move_clock(spec: dict[str, Any], _run: Path) -> None:
     """The clock jumps by `spec["seconds"]`."""
     clock = time.time
@@ -191,5 +222,5 @@ FAULTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "count": nothing, "kill": kill, "terminate": terminate, "stand still": stand_still, "stop": stop,
     "read-only": read_only, "memory": use_up_memory, "cgroup": use_up_cgroup,
     "nan": make_gradients_nan, "clock": move_clock, "file size": limit_files,
-    "node": lose_node,
+    "node": lose_node, "spike": spike, "pass over": pass_over,
 }  # fmt: skip

@@ -11,6 +11,7 @@ from cluster.runs import complete_checkpoints
 from tests.faults.runs import KEEP, NUM_STEPS, Outcome
 from tests.test_secrets import found_in, found_under
 from training.run.checkpoint import Checkpoint, CheckpointError, step_of
+from training.run.state import rewinds
 
 PRIVATE = ("failure.log", "stacks")  # files whose name begins so are their owner's alone
 TIMED = ("second", "mfu", "optimizer_")  # in the keys of what is no function of the run's configuration
@@ -41,9 +42,16 @@ def after_each(run: Path, outcome: Outcome, *, spoiled: frozenset[int] = frozens
     return problems
 
 
-def at_the_end(run: Path, reference: Path) -> list[str]:
-    """What differs from the undisturbed run, once the run has ended."""
+def at_the_end(run: Path, reference: Path, *, went_back: dict[str, int] | None = None) -> list[str]:
+    """What differs from the undisturbed run, once the run has ended.
+
+    went_back: the one rewind that the run must have made, and that the record must name.
+    """
     problems = []
+    expected_rewinds = [went_back] if went_back else []
+    told = [(event["step"], event["to_step"]) for event in events.read(run) if event["kind"] == "rewound"]
+    if rewinds.read(run) != expected_rewinds or told != [tuple(each.values()) for each in expected_rewinds]:
+        problems.append(f"rewinds: {rewinds.read(run)}, reported {told}, expected {expected_rewinds}")
     ours, theirs = (_newest_state(each) for each in (run, reference))
     if ours.get("files") != theirs["files"]:
         problems.append("the weights or the optimizer's state are not those of the undisturbed run")

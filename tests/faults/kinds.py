@@ -100,6 +100,11 @@ def killed_at_any_time(story: Story) -> None:
     story.start(f"SIGKILL of all ranks {wait:.3f} s after row {row}", meddle=meddle)
 
 
+def spiked(story: Story) -> None:
+    """A batch has a high loss, and a rank is killed somewhere before, in or after the rewind."""
+    killed(story, group=story.rng.choice(("call", "checkpoint", "file")))
+
+
 def terminated(story: Story) -> None:
     """SIGTERM to any rank: a checkpoint, exit code 143, and no step is lost."""
     rank, spec = story.point("call")
@@ -318,6 +323,7 @@ ROUND: list[tuple[str, Kind, int]] = [  # name, what happens, how often in a rou
     ("bit flipped in the data", flipped_data, 1),
     ("run directory lost", directory_lost, 1),
     ("gradients not finite", not_finite, 2),
+    ("loss spike", spiked, 3),
     ("clock jump", clock, 1),
     ("out of memory", out_of_memory, 1),
     ("killed for memory", killed_for_memory, 1),

@@ -39,7 +39,7 @@ def armed(arguments: dict[str, Any], *, specs: str, once: str) -> bool:
     if spec:
         with suppress(FileExistsError):
             os.close(os.open(f"{once}-{os.environ['RANK']}", os.O_CREAT | os.O_EXCL))
-            arm(spec, arguments["start"].config.run_directory)
+            arm([spec], arguments["start"].config.run_directory)
     return _ray_worker(arguments)
 
 

@@ -43,7 +43,12 @@ SETUPS: dict[str, dict[str, Any]] = {
     "two": {"workers__count": 2},
     "zero-2": {"workers__count": 2, "zero__stage": 2, "record__every_steps": 2},
     "zero-3": {"workers__count": 2, "zero__stage": 3},
+    "spike": {"workers__count": 2, "checkpoint__max_rewinds": 1},
+    "spike-lines": {"workers__count": 1, "checkpoint__max_rewinds": 1, "record__every_steps": 3},
 }
+# In these setups a batch has a high loss, in every start and rank, and the run goes back once.
+SPIKED = {"fault": "spike", "group": "start", "at": 0, "batch": 7}
+WENT_BACK = {"spike": {"from_step": 8, "to_step": 6}, "spike-lines": {"from_step": 9, "to_step": 6}}
 
 
 @dataclass
@@ -89,6 +94,7 @@ def start(
     place: Place,
     *,
     specs: dict[int, dict[str, Any]] | None = None,
+    everywhere: dict[str, Any] | None = None,
     meddle: Callable[[list[int]], None] = lambda pids: None,
     environment: dict[str, str] | None = None,
     command: Command | None = None,
@@ -100,6 +106,7 @@ def start(
 
     Args:
         specs: rank -> what goes wrong in it (`tests.faults.arm`).
+        everywhere: what goes wrong in every rank; by default that of the setup.
         meddle: called with the process ids again and again while ranks run.
         command: is given the keys, in place of `training.launch`.
         num_ranks: processes to start, if they are not the workers.
@@ -111,11 +118,14 @@ def start(
     logs /= f"start-{len(list(logs.glob('start-*')))}"
     logs.mkdir(parents=True)
     pids = []
+    if place.setup in WENT_BACK:
+        everywhere = everywhere or SPIKED
     for rank in range(num_ranks or place.num_ranks):
         pid = os.fork()
         if not pid:
             variables = _group(rank, num_ranks or place.num_ranks, port) | (environment or {})
-            _run(place, (specs or {}).get(rank), variables, logs / str(rank), place.keys(**more), command)
+            armed = [spec for spec in (everywhere, (specs or {}).get(rank)) if spec]
+            _run(place, armed, variables, logs / str(rank), place.keys(**more), command)
         pids.append(pid)
     codes, late, sockets = _wait(pids, meddle, port=port)
     left = [] if command else _left(pids)  # who gives a command sees to what it has started
@@ -139,7 +149,7 @@ def _group(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def _run(
-    place: Place, spec: dict[str, Any] | None, more: dict[str, str], log: Path, keys: list[str],
+    place: Place, specs: list[dict[str, Any]], more: dict[str, str], log: Path, keys: list[str],
     command: Command | None,
 ) -> None:  # fmt: skip
     """A rank's process, which has just been forked."""
@@ -150,8 +160,8 @@ def _run(
     variables = {**ours, **planted, **more}
     code = 1
     try:
-        if spec:
-            arm(spec, place.directory)
+        if specs:
+            arm(specs, place.directory)
         _become(["training.launch", *keys], variables, Path(f"{log}.out"), Path(f"{log}.err"), command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -130,7 +130,7 @@ def test_a_run_leaves_its_record(reference: Path, folder: Path) -> None:
 
 def test_wandb_has_every_key_that_the_views_show_of_training(reference: Path) -> None:
     """Those of a GPU whose ceiling is known: `test_meter.py`."""
-    assert missing(reference, "train", "throughput", "validation", "optimizer", "noise") == {
+    assert missing(reference, "train", "throughput", "validation", "optimizer", "noise", "health") == {
         ("history", "throughput/mfu_of_measured")
     }
     keys = {(where, name) for where, name in shown_by() if where == "config"}

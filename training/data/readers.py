@@ -19,6 +19,7 @@ from training.data.dataset import DataError
 from training.data.records import Bad, Position, TextOrBad, in_a_line, on_a_line, reading, text_of
 from training.data.streams import COMPRESSIONS, Joined, plain_stream
 from training.data.tables import parquet_records
+from training.data.urls import file_system
 
 TEXT_PIECE_CHARACTERS = 1 << 20  # a longer .txt file becomes several records
 JSON_PIECE_CHARACTERS = 1 << 16
@@ -185,17 +186,15 @@ class _RemoteFile:
 
 
 def _remote(source: str) -> Iterator[_Candidate]:
-    """The same behind an fsspec URL: s3://, gs://, hf://, http://, …"""
-    import fsspec
-
+    """The same behind a URL: s3://, gs://, hf://, http://, …"""
     try:
-        system, path = fsspec.core.url_to_fs(source)
+        system, path = file_system(source)
         paths = system.glob(path) if glob.has_magic(path) else system.find(path)
         infos = {each: system.info(each) for each in sorted(paths)}
     except Exception as error:  # every file system has its own
         raise DataError(
             f"data.source: {source}: cannot be listed ({type(error).__name__}: {error}); check the URL, the "
-            "credentials, and that the package for its protocol is installed (s3fs for s3://)"
+            "credentials, and that the package for its protocol is installed (gcsfs for gs://)"
         ) from error
     for each, info in infos.items():
         version = next(

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from training.data.dataset import DataError
 
-LONGEST_TEXT = 16 << 20  # characters; its encoding takes a hundred times its bytes
+LONGEST_TEXT = 16 << 20  # characters; training/README.md says what memory its encoding takes
 
 
 class Bad(NamedTuple):

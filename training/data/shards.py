@@ -33,7 +33,7 @@ from training.data.tokenizer import load_tokenizer
 BATCH_BYTES = 1 << 19
 BATCH_DOCUMENTS = 4096
 SAVE_BYTES = 64 << 20  # of text between two writes of `resume.json`
-PENDING_BYTES = 16 << 20  # of text being encoded, at some 100 bytes a token, or waiting to be written
+PENDING_BYTES = 16 << 20  # of text that is being encoded or waits to be written
 MOST_THREADS = 16  # reading and writing, by one thread, keeps no more of them busy
 RESUME_FILE = "resume.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -15,7 +15,7 @@ ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, as public dumps are written; mo
 
 _OTHER_CONTENT = {
     b"\x1f\x8b": "gzip, not text; give it the ending .gz",
-    b"BZh91AY&SY": "bzip2, not text; give it the ending .bz2",
+    **{b"BZh%d1AY&SY" % level: "bzip2, not text; give it the ending .bz2" for level in range(1, 10)},
     b"\xfd7zXZ": "xz, not text; give it the ending .xz",
     b"\x28\xb5\x2f\xfd": "zstd, not text; give it the ending .zst",
     b"PAR1\x15": "Parquet, not text; give it the ending .parquet",

@@ -19,6 +19,7 @@ from optim.precision import product_dtype
 from training.model.shapes import LlamaShape
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [B, H, T, C], k, v [B, K, T, C] -> mixed
+Kept = Tensor | None  # int64 [N], the tokens whose result is wanted; None: all
 
 # All but cuDNN's. torch prefers that one on sm_90, and it builds a plan for each new shape (0.4 s): worth it
 # for the one shape of training, not for a context that grows with every token.

@@ -68,7 +68,7 @@ def train(
     heart: Heartbeat,
     observe: Observe,
     asked_to_stop: Callable[[], bool],
-    startup: Startup | None = None,
+    startup: Startup,
 ) -> bool:
     """Run, or resume, a run on this rank. Returns whether it took its last step; else it was asked to stop.
 
@@ -84,8 +84,8 @@ def train(
         report_failure, config, rank=context.rank, where=lambda: heart.place, final=heart.final
     )
     with failures():
-        startup = startup or Startup()
         trainer = Trainer(start, context, Stop(asked_to_stop), heart, startup)
+        startup.end("model", compile=trainer.spent.seconds.get("compile", 0.0))
         kernel = attention_kernel(config, device=context.device)
         if context.is_main:
             about = f"{groups.describe(trainer.members)}\n{trainer.optimizer.describe()}\n"
@@ -126,7 +126,7 @@ class Trainer:
     ) -> None:
         self.stop = stop or Stop(lambda: False)
         self.heart = heart or Heartbeat(start.config.run_directory)
-        self.startup: Startup | None = startup or Startup()
+        self.startup = startup  # None: the first step is not reported
         self.spent = Spent(on_part=self.heart.mark)
         with self.spent.part("start"):
             self._build(start, context)
@@ -134,7 +134,6 @@ class Trainer:
             with self.spent.part("compile"):
                 warm_up(self.engine.module, self.batches.micro_batch(0, 0))
                 context.synchronize()
-        self.startup.end("model", compile=self.spent.seconds.get("compile", 0.0))
 
     def _build(self, start: Start, context: Context) -> None:
         config, plan = self.config, self.plan = start.config, start.plan
@@ -414,4 +413,6 @@ def _meter(start: Start, context: Context) -> Meter:
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
     report = Path(config.record.ceilings or "").expanduser()
-    return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None
+    workers = config.workers
+    is_there = workers.gpu and report.is_file()
+    return measured_tflops(files.read_json(report), workers.accelerator) if is_there else None

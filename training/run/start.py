@@ -25,10 +25,11 @@ from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
 from training.data.mixture import describe
 from training.data.prepare import prepare
+from training.model.chat_template import TEMPLATE_FILE, read_template
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
-from training.run.state.remote import restore
+from training.run.state.remote import Remote, Uploads, restore
 from training.run.state.seam import describe_seam
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Start:
 
 
 @contextmanager
-def sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterator[None]:
+def _sole_writer(config: TrainConfig, *, report: Callable[[str], None]) -> Iterator[None]:
     """The sole right to write the run directory, for the launcher of a run.
 
     A lock of the file system, which also holds between nodes on storage that has such locks, and which ends
@@ -135,17 +136,29 @@ def newest_of(config: TrainConfig, *, report: Callable[[str], None]) -> Path | N
     return newest_complete(config.run_directory / "checkpoints", report=report)
 
 
-def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None]) -> Start | None:
-    """Everything before the first worker: data, run directory, and the checkpoint to continue from.
+@contextmanager
+def open_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None]) -> Iterator[Start | None]:
+    """The start of a run, or None if it is already complete.
 
-    Returns None if the run is already complete.
+    During the block no other process may write the run directory, and its checkpoints are uploaded.
     """
+    with _sole_writer(config, report=report):
+        remote = Remote.of(config)
+        start = _prepare_run(config, plan, remote, report=report)
+        with Uploads(config, remote, note=report):
+            yield start
+
+
+def _prepare_run(
+    config: TrainConfig, plan: Plan, remote: Remote | None, *, report: Callable[[str], None]
+) -> Start | None:
+    """Everything before the first worker: data, run directory, and the checkpoint to continue from."""
     directory = config.run_directory
     damaged: list[str] = []
     newest = newest_sound(config.run_directory / "checkpoints", report=damaged.append)
     for line in damaged:
         report(line)
-    newest = restore(config, newest=newest, report=report)
+    newest = restore(config, remote, newest=newest, report=report)
     saved = Checkpoint(newest) if newest else None
     _tidy(config)
     if saved and saved.state["step"] >= plan.num_steps and (directory / "summary.json").exists():
@@ -186,9 +199,11 @@ def prepare_run(config: TrainConfig, plan: Plan, *, report: Callable[[str], None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
-        _keep_tokenizer(start.train_set, directory / TOKENIZER)
+        _keep_tokenizer(start.train_set, directory / TOKENIZER, given=config.data.tokenizer)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    except ValueError as error:
+        raise UserError(f"{error}; copy it again, or remove it") from error
     _require_writable(directory / "checkpoints")
     _tell_start(start, damaged, seam)
     return start
@@ -258,7 +273,11 @@ def report_checkpoint(folder: Path) -> None:
     events.append(folder.parent.parent, "checkpoint", text, step=step_of(folder), size_bytes=size)
 
 
-def _keep_tokenizer(data: TokenDataset, target: Path) -> None:
+def _keep_tokenizer(data: TokenDataset, target: Path, *, given: str) -> None:
+    """With the chat template beside the tokenizer that was given, for exports."""
     target.mkdir(exist_ok=True)
+    template = None if given == "train" else read_template(Path(given).expanduser().parent)
+    if template is not None:
+        files.write_text(target / TEMPLATE_FILE, template.text)
     for name in (data.manifest.tokenizer_file, MANIFEST_FILE):
         files.write_text(target / name, (data.directory / name).read_bytes().decode())  # not its line ends

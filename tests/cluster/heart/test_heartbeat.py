@@ -220,9 +220,9 @@ def test_a_rank_that_waits_for_one_that_makes_progress_does_not_hang(tmp_path: P
     first, second = (
         hang.Heartbeat(tmp_path, rank=rank, world_size=2, start="s", hang_seconds=45.0) for rank in (0, 1)
     )
-    first._quiet = 50.0
+    first._quiet = first._there = 49.0
     assert not first._hangs()  # the other one has no heartbeat yet
-    first._there = 140.0
+    first._quiet = first._there = 51.0
     assert first._hangs()
     second._write(second._beat())
     assert not first._hangs()

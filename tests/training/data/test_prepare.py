@@ -260,6 +260,18 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(config: DataConfig, s
     assert visible(small_disk) == []
 
 
+def test_what_a_read_only_mount_holds_is_used_and_nothing_else_can_be_made(
+    config: DataConfig, small_disk: Path
+) -> None:
+    there = change(config, directory=str(small_disk))
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    made = prepare(there, report=silent)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert prepare(there, report=silent) == made
+    with pytest.raises(DataError, match=r"cannot be written \(Read-only file system\); set data\.directory$"):
+        prepare(change(there, vocab_size=330), report=silent)
+
+
 def test_a_data_directory_that_is_a_file_is_refused(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file: cannot be written .*data\.directory"):

@@ -172,7 +172,7 @@ def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> N
     ("name", "content", "problem"),
     [
         ("a.jsonl", gzip.compress(LINES, mtime=0), "holds gzip, not text; give it the ending .gz"),
-        ("a.txt", bz2.compress(LINES), "holds bzip2, not text; give it the ending .bz2"),
+        ("a.txt", bz2.compress(LINES, 1), "holds bzip2, not text; give it the ending .bz2"),
         ("a.json", zstandard.compress(ARRAY), "holds zstd, not text; give it the ending .zst"),
         ("a.txt", LINES.decode().encode("utf-16"), "holds UTF-16, not UTF-8; convert it"),
         ("a.jsonl", b"PAR1\x15\0", "holds Parquet, not text; give it the ending .parquet"),

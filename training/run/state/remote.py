@@ -22,6 +22,7 @@ from cluster.cli import UserError
 from cluster.record import events
 from cluster.runs import COMPLETE, complete_checkpoints
 from training.config import TrainConfig
+from training.data.urls import file_system
 from training.run.checkpoint import STATE, kept, step_directory, step_of
 from training.run.state import rewinds
 
@@ -39,11 +40,9 @@ class Remote:
     """
 
     def __init__(self, url: str, *, run: str) -> None:
-        import fsspec
-
         self._name = f"{url.rstrip('/')}/{run}"
         with _reported(url):
-            self._system, root = fsspec.core.url_to_fs(url)
+            self._system, root = file_system(url)
         self._root = f"{root.rstrip('/')}/{run}"
 
     @classmethod
@@ -161,13 +160,14 @@ class Remote:
             self._system.rm_file(there)
 
 
-def restore(config: TrainConfig, *, newest: Path | None, report: Callable[[str], None]) -> Path | None:
+def restore(
+    config: TrainConfig, remote: Remote | None, *, newest: Path | None, report: Callable[[str], None]
+) -> Path | None:
     """The checkpoint to continue from: `newest`, or a newer one behind `checkpoint.upload`, now here.
 
     Raises:
         UserError: nothing can be read or written there.
     """
-    remote = Remote.of(config)
     if remote is None:
         return newest
     remote.require_writable()
@@ -187,8 +187,8 @@ class Uploads:
     the thread sends what is left, unless an error ended the block.
     """
 
-    def __init__(self, config: TrainConfig, *, note: Callable[[str], None]) -> None:
-        self._config, self._note, self._remote = config, note, Remote.of(config)
+    def __init__(self, config: TrainConfig, remote: Remote | None, *, note: Callable[[str], None]) -> None:
+        self._config, self._note, self._remote = config, note, remote
         self._checkpoints = config.run_directory / "checkpoints"
         self._done: dict[Path, str | None] = {}  # checkpoint -> mark of what was sent
         self._problem = ""

@@ -14,7 +14,7 @@ from cluster import files
 from cluster.record import events
 from cluster.runs import COMPLETE, checkpoints, complete_checkpoints
 from training.config import TrainConfig
-from training.run.checkpoint import Checkpoint, DamagedError, step_of
+from training.run.checkpoint import Checkpoint, DamagedError, step_directory, step_of
 
 if TYPE_CHECKING:
     from training.run.context import Context
@@ -46,6 +46,8 @@ class Rewinds:
         elif context.is_main and saved is not None:
             found = read(self._directory) or saved.state.get("rewinds", [])
         self._all = [Rewind(**each) for each in context.gather(found)[0]]
+        if context.is_main:
+            self._report()
 
     def passed_over(self, step: int) -> int:
         """Steps' worth of batches that are skipped before the batch which follows `step` steps."""
@@ -71,7 +73,7 @@ class Rewinds:
         if path is not None:
             self._all.append(Rewind(step, step_of(path)))
             if self._context.is_main:
-                self._record(path, step)
+                self._record(path)
             self._context.gather(None)
         return path
 
@@ -90,18 +92,25 @@ class Rewinds:
         )
         return None
 
-    def _record(self, path: Path, step: int) -> None:
+    def _record(self, path: Path) -> None:
         """The later checkpoints go first: if the run is killed then, it meets the same spike again."""
         for later in checkpoints(path.parent):
             if later > path:
                 (later / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(later)
         files.write_json(self._directory / FILE, self.as_json())
-        text = (
-            f"back to {path.name}, from before the loss spike; the batches of steps {step_of(path) + 1} to "
-            f"{step} are skipped ({len(self._all)} of at most {self._most} times: checkpoint.max_rewinds)"
-        )
-        events.append(self._directory, "rewound", text, step=step, to_step=step_of(path))
+        self._report()
+
+    def _report(self) -> None:
+        """Append the event of each rewind that has none: a start that was killed may have left one out."""
+        reported = sum(event["kind"] == "rewound" for event in events.read(self._directory))
+        for number, each in enumerate(self._all[reported:], reported + 1):
+            text = (
+                f"back to {step_directory(Path(), each.to_step)}, from before the loss spike; the batches of "
+                f"steps {each.to_step + 1} to {each.from_step} are skipped ({number} of at most {self._most} "
+                "times: checkpoint.max_rewinds)"
+            )
+            events.append(self._directory, "rewound", text, step=each.from_step, to_step=each.to_step)
 
 
 def read(directory: Path) -> list[dict[str, Any]]:

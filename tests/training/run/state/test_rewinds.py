@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from training.plan import make_plan
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context
 from training.run.loop import Trainer, train
+from training.run.spent import Startup
 from training.run.start import Start, newest_of
 from training.run.state import rewinds
 
@@ -68,7 +70,7 @@ def both(context: Context, folder: Path, data: Path) -> None:
             with suppress(Interrupted), Heartbeat(config.run_directory, rank=context.rank) as heart:
                 train(
                     start, command=[], context=context, heart=heart, observe=lambda row: None,
-                    asked_to_stop=lambda: False,
+                    asked_to_stop=lambda: False, startup=Startup(),
                 )  # fmt: skip
             context.gather(None)
 
@@ -109,16 +111,31 @@ def test_a_run_that_is_interrupted_around_its_rewind_has_the_same_losses(outputs
     assert resumed == [12, 24, 24]
 
 
+class OneRank(Context):
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def alone_in(folder: Path, saved: Any = None) -> tuple[Path, rewinds.Rewinds]:
+    """The directory of a run of one rank, and its rewinds."""
+    config = training_config.load(dotlist=tiny(folder, checkpoint__max_rewinds=2))
+    config.run_directory.mkdir(parents=True, exist_ok=True)
+    context = OneRank(0, 1, None, "none")  # type: ignore[arg-type]
+    return config.run_directory, rewinds.Rewinds(config, context, saved)
+
+
+def test_a_rewind_whose_event_a_kill_left_out_is_reported_once(tmp_path: Path) -> None:
+    directory, _ = alone_in(tmp_path)
+    files.write_json(directory / rewinds.FILE, [{"from_step": 27, "to_step": 24}])
+    for _ in range(2):
+        alone_in(tmp_path, SimpleNamespace(state={}))
+    [event] = events.read(directory)
+    assert (event["kind"], event["step"], event["to_step"]) == ("rewound", 27, 24)
+
+
 def test_without_a_checkpoint_before_the_spike_the_run_goes_on(tmp_path: Path) -> None:
-    config = training_config.load(dotlist=tiny(tmp_path, checkpoint__max_rewinds=2))
-    config.run_directory.mkdir(parents=True)
-
-    class OneRank(Context):
-        def gather(self, value: Any) -> list[Any]:
-            return [value]
-
-    alone = rewinds.Rewinds(config, OneRank(0, 1, None, "none"), None)  # type: ignore[arg-type]
+    directory, alone = alone_in(tmp_path)
     assert alone.wanted(True) and not alone.wanted(False)
     assert alone.go_back(25) is None and alone.passed_over(30) == 0
-    [event] = events.read(config.run_directory)
+    [event] = events.read(directory)
     assert event["kind"] == "not_rewound" and "no sound checkpoint from before step 25" in event["text"]
