@@ -11,8 +11,8 @@ SKIP_PREFLIGHT ?=
 VENV := .venv
 PY := $(VENV)/bin/python -m
 
-.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync up \
-  status preflight attach stop pull down \
+.PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync inventory up \
+  status preflight clear attach stop pull down \
   test test-cluster test-fuzz test-faults check format clean help
 
 ## Train, serve, measure
@@ -77,6 +77,10 @@ sync: $(VENV)/ready
 
 ##
 ## A cluster (CLUSTER=cluster/asuncion.yaml)
+## inventory     describe a new site: asks, or ARGS="from=~/.ssh/config hosts=asu-*" (CLUSTER=cluster/mine.yaml)
+inventory: $(VENV)/ready
+	$(PY) cluster.laptop.new_site $(or $(CLUSTER),cluster/mine.yaml) $(ARGS)
+
 ## up            start every node, or name those that did not join, with the reason
 ## status        nodes, runs, alarms, the last preflight; without CLUSTER=, the runs here (RUN=name)
 ## down          end every process of the cluster and its access; runs and data stay (ARGS=keep_access=true)
@@ -92,6 +96,10 @@ status: $(VENV)/ready
 attach stop pull: $(VENV)/ready
 	$(PY) cluster.laptop.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
 	  $(if $(RUN),--run $(RUN))
+
+## clear         use a drained GPU again, here or on CLUSTER= (ARGS=HOST:GPU, as `make status` names it)
+clear: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.laptop.remote clear $(CLUSTER),cluster.heart.drained outputs) $(ARGS)
 
 ## preflight     check and measure the nodes: this machine, or CLUSTER=
 preflight: $(VENV)/ready

@@ -12,6 +12,7 @@ from cluster.session import SessionConfig
 ENGINES = ("torch", "vllm")
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+UNKNOWN = ("ignore", "refuse")
 WEIGHTS = ("checkpoint", "random")
 
 
@@ -91,6 +92,19 @@ class DeploymentConfig:
         "names that a request's Host and Origin may carry, without ports; default: if host is a loopback "
         "address, the names of loopback, else any",
     )
+    api_key: str | None = key(
+        None,
+        "name of the environment variable with the key that clients must send as `Authorization: Bearer "
+        "KEY`; default: no key",
+    )
+    cors_origins: tuple[str, ...] = key(
+        (), "origins whose web pages may read answers (CORS), such as https://example.org; '*': any"
+    )
+    unknown_parameters: str = key(
+        "ignore",
+        "of requests; 'ignore', as vLLM does: the header X-Ignored-Parameters of the answer names them",
+        choices=UNKNOWN,
+    )
     receive_seconds: float = key(
         10.0, "a request's head must arrive within this time, and then its body; else 408", above=0
     )
@@ -120,6 +134,13 @@ class ServeConfig:
     engine: EngineConfig = key(EngineConfig, "")
     deployment: DeploymentConfig = key(DeploymentConfig, "")
     session: SessionConfig = key(SessionConfig, "")
+
+    def __post_init__(self) -> None:
+        options = self.deployment
+        ours = self.engine.kind != "vllm"
+        for name, unset in (("api_key", None), ("cors_origins", ()), ("unknown_parameters", "ignore")):
+            theirs = "has no effect with engine.kind=vllm, whose endpoint is Ray's"
+            require(ours or getattr(options, name) == unset, f"deployment.{name}", theirs)
 
     def replica_options(self) -> dict[str, Any]:
         """How many replicas, as Ray Serve's deployment options."""

@@ -12,6 +12,7 @@ until Serve has started another replica. The engine ends with its replica.
 import asyncio
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -40,8 +41,11 @@ from serving import checkpoints
 from serving.checkpoints import Served
 from serving.config import DeploymentConfig, ServeConfig
 from serving.endpoint import haproxy
+from serving.endpoint.chat import load_template
 from serving.endpoint.hosts import allowed_hosts
-from serving.endpoint.service import FIGURES, LATENCIES, make_endpoint
+from serving.endpoint.keys import digest_of
+from serving.endpoint.metrics import FIGURES, LABEL, LATENCIES, Figure
+from serving.endpoint.service import EndpointOptions, make_endpoint
 from serving.endpoint.text import load_tokenizer, numbered_tokenizer
 from serving.engine.process import EngineProcess, Factory, make_engine
 from serving.engine.protocol import EngineStats
@@ -64,15 +68,23 @@ class RayMetrics:
     "ray_" before their names and tags them with deployment and replica.
     """
 
-    def __init__(self) -> None:
-        from ray.serve.metrics import Gauge, Histogram
+    def __init__(self, model: str) -> None:
+        from ray.serve.metrics import Counter, Gauge, Histogram
 
         bounds = list(Buckets.DEFAULT_BUCKETS[:-1])  # seconds; Ray adds infinity itself
         self._latencies = {
-            name: Histogram(f"asuncion_{name}", description=text, boundaries=bounds)
-            for name, text in LATENCIES.items()
+            name: Histogram(_ray_name(figure), description=figure.text, boundaries=bounds, tag_keys=(LABEL,))
+            for name, figure in LATENCIES.items()
         }
-        self._figures = {name: Gauge(f"asuncion_{name}", description=text) for name, text in FIGURES.items()}
+        self._figures: dict[str, Any] = {
+            name: (Counter if figure.total else Gauge)(
+                _ray_name(figure), description=figure.text, tag_keys=(LABEL,)
+            )
+            for name, figure in FIGURES.items()
+        }
+        for each in (*self._latencies.values(), *self._figures.values()):
+            each.set_default_tags({LABEL: model})
+        self._totals = dict.fromkeys(FIGURES, 0)
 
     def observe(self, name: str, seconds: float) -> None:
         """Note one of LATENCIES."""
@@ -80,28 +92,48 @@ class RayMetrics:
 
     def record(self, stats: EngineStats) -> None:
         """Report what the engine is doing now."""
-        for name, gauge in self._figures.items():
-            gauge.set(getattr(stats, name))
+        for name, figure in self._figures.items():
+            value = getattr(stats, name)
+            if not FIGURES[name].total:
+                figure.set(value)
+                continue
+            before, self._totals[name] = self._totals[name], value
+            if (more := value - before if value >= before else value) > 0:  # less: the engine was restarted
+                figure.inc(more)
+
+
+def _ray_name(figure: Figure) -> str:
+    """Ray takes no colon, and ends the names of counters in _total itself."""
+    return figure.name.replace(":", "_").removesuffix("_total")
 
 
 class Replica:
     """What Ray Serve runs."""
 
-    def __init__(self, config: ServeConfig, served: Served, factory: Factory) -> None:
-        self._engine, self._metrics = EngineProcess(factory, config, served), RayMetrics()
-        self._options = config.deployment
+    def __init__(self, config: ServeConfig, served: Served, factory: Factory, key_digest: str | None) -> None:
+        self._engine = EngineProcess(factory, config, served)
+        self._metrics = RayMetrics(self._engine.info.model)
+        self._options, self._key_digest, self._template = config.deployment, key_digest, None
         self._origin = origins.without_places(checkpoints.origin_of(config.model, served))
         if served.directory is None:
             self._tokenizer = numbered_tokenizer(self._engine.info.vocab_size)
         else:
             self._tokenizer = load_tokenizer(served.directory)
+            self._template = load_template(served.directory)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        options = self._options
         return make_endpoint(
             self._engine,
             self._tokenizer,
-            hosts=allowed_hosts(self._options.host, self._options.allowed_hosts),
-            body_seconds=self._options.receive_seconds,
+            template=self._template,
+            options=EndpointOptions(
+                hosts=allowed_hosts(options.host, options.allowed_hosts),
+                origins=options.cors_origins,
+                key_digest=self._key_digest,
+                refuses_unknown=options.unknown_parameters == "refuse",
+                body_seconds=options.receive_seconds,
+            ),
             observe=self._metrics.observe,
             origin=self._origin,
         )
@@ -141,7 +173,7 @@ def build(config: ServeConfig, served: Served, *, factory: Factory = make_engine
         graceful_shutdown_timeout_s=STOP_SECONDS,
         health_check_period_s=2.0,
         **config.replica_options(),
-    ).bind(config, served, factory)
+    ).bind(config, served, factory, digest_of(options.api_key))
 
 
 def describe(config: ServeConfig) -> display.Table:
@@ -194,7 +226,9 @@ def serving(
     config = _absolute(config)
     if served.directory is not None:
         load_tokenizer(served.directory)
+        load_template(served.directory)
     options = config.deployment
+    digest_of(options.api_key)
     port = options.port or free_ports(1)[0]
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
@@ -231,7 +265,7 @@ def serving(
             target = serve.RunTarget(build(config, served, factory=factory), route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{options.host}:{port}"
-            _wait(url)
+            _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
             yield url
 
 
@@ -250,7 +284,6 @@ def _end_serve() -> None:
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve import context
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     client, _ = context._check_cached_client_alive()
     if client is None:
@@ -259,12 +292,24 @@ def _end_serve() -> None:
     client.shutdown_cached_handles()
     with suppress(RayActorError, TimeoutError):  # as Serve's own: it is gone already, or too busy to answer
         ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
-    until = time.monotonic() + SERVE_ENDS_SECONDS
-    with suppress(ValueError):  # there is no such actor any more
-        while time.monotonic() < until:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            time.sleep(0.05)
+    _await_controller(SERVE_ENDS_SECONDS)
     context._disconnect()
+
+
+def _await_controller(seconds: float) -> None:
+    """Wait until Serve's controller has ended, or say that it has not."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    until = time.monotonic() + seconds
+    with suppress(ValueError):  # there is no such actor any more
+        while ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE) and time.monotonic() < until:
+            time.sleep(0.05)
+        print(
+            f"Ray Serve's controller has not ended within {seconds:g} s: replicas may still hold GPUs and "
+            "ports. An embedded Ray ends them now; on a cluster run `serve shutdown -y` on the head",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -315,8 +360,8 @@ def _check_free(host: str, port: int) -> None:
             ) from error
 
 
-def _wait(url: str) -> None:
-    """Wait until the endpoint answers. Raises `RunError` with the replica's error."""
+def _wait(url: str, path: str) -> None:
+    """Wait until the endpoint answers at `path`. Raises `RunError` with the replica's error."""
     from ray import serve
 
     deadline = time.monotonic() + READY_SECONDS
@@ -327,8 +372,8 @@ def _wait(url: str) -> None:
                     raise RunError(f"the model cannot be served: {_reason(deployment.message)}")
             if application.status == "DEPLOY_FAILED":
                 raise RunError(f"the model cannot be served: {_reason(application.message)}")
-        # Until a replica is there, HAProxy says 404 or 503. vLLM has no /health.
-        if endpoint_client.answers(f"{url}/v1/models"):
+        # Until a replica is there, HAProxy says 404 or 503.
+        if endpoint_client.answers(f"{url}{path}"):
             return
         if time.monotonic() > deadline:
             raise RunError(f"{url}: no answer within {READY_SECONDS:g} s; see Ray's logs of the replicas")

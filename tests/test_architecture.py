@@ -119,7 +119,7 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     *("training.run.process_group", "training.run.start", "training.run.watch", "training.run.workers"),
-    "training.evaluate.harness",
+    *("training.evaluate.harness", "training.evaluate.scoring"),
     "training.bench.command",
     "training.bench.launchers",
     "training.bench.race",
@@ -157,8 +157,9 @@ TORCH_FREE = (
     "serving.endpoint.haproxy",
     "serving.endpoint.hosts",
     "serving.bench.latency",
+    "serving.bench.compare",
     *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
-    "serving.endpoint.openai_api",
+    "serving.endpoint.schema",
     "serving.peers.overhead",
     "serving.peers.command",
     "cluster.parity",
@@ -180,15 +181,14 @@ STANDARD_ONLY = (
     "cluster.masking",
     "cluster.record.events",
     "cluster.record.heartbeat",
-    "cluster.head.answers",
-    "cluster.head.keeper",
-    "cluster.head.shell",
     "cluster.private",
-    "cluster.head.reap",
-    "cluster.head.ray_rest",
+    *(
+        f"cluster.head.{name}"
+        for name in ("answers", "keeper", "addresses", "install", "shell", "reap", "ray_rest")
+    ),
 )
 # What these import too: it begins without packages, and imports some in functions that are not called there.
-BEGINS_WITHOUT_PACKAGES = ("cluster.review.status",)
+BEGINS_WITHOUT_PACKAGES = ("cluster.heart.drained", "cluster.review.status")
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -15,18 +15,22 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster import files, private
+from cluster.head.addresses import is_address, own_address
+from cluster.head.install import install
 from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
 from cluster.head.reap import descendants, of_cluster
-from cluster.head.shell import Failure, Workers, bash, key_file
+from cluster.head.shell import Failure, Workers, bash, in_url, key_file
 
 JOINED, FAILED = "joined", "failed"
 BUSY = ("installing", "copying", "starting")  # states that may last
@@ -34,18 +38,6 @@ ALIVE_POLL_SECONDS = 2.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
 NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before anything is done
 JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
-PROBE = """
-cd / || exit 9
-echo "python $({python} -c '{identity}' 2>&1 | tail -1)"
-refused=$({python} - folder {scratch} 2>&1) || {{ echo "refused $refused"; exit 0; }}
-mkdir -p {scratch}/env {code} || exit 8
-echo "free $(df -P -B1 {scratch} | awk 'END {{print $4}}')"
-test -e {env}/ready && echo "env ready"
-command -v rsync > /dev/null && echo "rsync yes"
-true
-"""
-# of a Python, for an environment that is made with one and runs with another; setup.sh hashes the version too
-IDENTITY = "import sys; print(sys.version.replace(chr(10), chr(32)), sys.base_prefix)"
 
 
 class States:
@@ -81,18 +73,25 @@ class Keeper:
         self.ray = Ray(site["dashboard_port"])
         self._workers = Workers(site)
         self._set = States(site).set
-        self._alive: set[str] | None = None  # addresses of the nodes that Ray lists; None: it is not up
+        self._alive: dict[str, Any] | None = (
+            None  # node -> its resources, as Ray lists it; None: it is not up
+        )
         self._env = ""  # hash of the environment
         for address in (site["head"], *site["workers"]):
             self._set(address, "waiting", "for the head" if address != site["head"] else "")
 
     def run(self) -> NoReturn:
         """Bring the head up, then the workers, and keep them up until SIGTERM."""
-        for worker in self.site["workers"]:
-            threading.Thread(target=self._keep_worker, args=(worker,), daemon=True).start()
+        for keep, workers in ((self._keep_worker, "workers"), (self._drain, "drained")):
+            for worker in self.site[workers]:
+                threading.Thread(target=keep, args=(worker,), daemon=True).start()
         self._keep_head()
 
     # --- the head
+
+    def _address(self) -> str:
+        """The head's, as the workers reach it."""
+        return own_address(self.site["head"], self.site["workers"])
 
     def _keep_head(self) -> NoReturn:
         head, retry = self.site["head"], FIRST_RETRY_SECONDS
@@ -113,7 +112,7 @@ class Keeper:
         misses = 0
         while misses < NUM_MISSES:
             try:
-                self._alive = {node["node_ip"] for node in self.ray.nodes()}
+                self._alive = {node["node_name"]: node["resources_total"] for node in self.ray.nodes()}
                 self._set(self.site["head"], JOINED, "")
                 misses = 0
             except (RayDown, ValueError, KeyError, TypeError):
@@ -154,8 +153,9 @@ class Keeper:
         self._set(head, "starting", "Ray")
         bash(site["reap"])
         self._require_no_stranger("dashboard_port")
+        self._require_no_stranger("agent_port")  # without which no job starts
         marker.unlink(missing_ok=True)
-        bash(site["start_head"])
+        bash(f"export ASUNCION_HEAD={self._address()}\n{site['start_head']}")
         marker.write_text(settings)
         deadline = time.monotonic() + JOIN_SECONDS
         while not self._answers():
@@ -185,7 +185,7 @@ class Keeper:
         while True:
             alive = self._alive
             if alive is not None and worker in alive:
-                self._set(worker, JOINED, "")
+                self._set(worker, *_joined(self.site["gpus"][worker], alive[worker]))
                 retry, misses = FIRST_RETRY_SECONDS, 0
             elif alive is not None and misses < NUM_MISSES:  # it was there a moment ago
                 misses += 1
@@ -198,6 +198,24 @@ class Keeper:
                     retry = min(2 * retry, LAST_RETRY_SECONDS)
                 continue
             time.sleep(ALIVE_POLL_SECONDS)
+
+    def _drain(self, worker: str) -> None:
+        """Keep a worker out. What it runs ends first."""
+        while True:
+            if self._alive is None or worker not in self._alive:
+                self._set(worker, "drained", "")
+            elif self._is_busy():
+                self._set(worker, "draining", "until the runs on this cluster have ended")
+            else:
+                with contextlib.suppress(Failure):
+                    self._workers.ssh(worker, self.site["reap"])
+            time.sleep(ALIVE_POLL_SECONDS)
+
+    def _is_busy(self) -> bool:
+        try:
+            return any(job["status"] not in FINAL for job in self.ray.jobs())
+        except (RayDown, ValueError):
+            return True
 
     def _sleep_until_pinned(self, worker: str, seconds: float) -> None:
         """Sleep, until `make up` pins a key: what failed may then succeed."""
@@ -217,28 +235,19 @@ class Keeper:
             self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
             time.sleep(0.5)
             return
-        self._set(worker, "connecting", "")
-        probe = PROBE.format(**site, env=env, identity=IDENTITY)
-        answer = self._workers.ssh(worker, probe, given=Path(private.__file__).read_bytes(), patience=20)
-        found = dict(line.partition(" ")[::2] for line in answer.splitlines() if " " in line)
-        mine = bash(f"{site['python']} -c '{IDENTITY}'")
-        if found.get("python") != mine:
-            raise Failure(
-                f"{site['python']} is {found.get('python')}, and {mine} on the head: the environment would "
-                "not run; install the same, or set python in the inventory"
-            )
-        if "refused" in found:
-            raise Failure(f"{found['refused']}, or set scratch in the inventory")
-        if "rsync" not in found:
-            raise Failure("has no rsync; install it")
-        if "env" not in found:
-            self._copy_environment(worker, env, free=int(found.get("free") or 0))
-        self._workers.rsync(worker, self.scratch / "code")
+        install(site, self._workers, worker, env, note=partial(self._set, worker))
         self._workers.ssh(worker, f"{site['token']} -", given=private.read_token())
         self._set(worker, "starting", "Ray")
         first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"
-        named = f"export ASUNCION_CLUSTER={site['name']} ASUNCION_NODE={worker}\n"
-        self._workers.ssh(worker, named + first + site["start_worker"], patience=90)
+        named = {
+            "CLUSTER": site["name"],
+            "NODE": worker,
+            "ADDRESS": worker if is_address(worker) else "",
+            "HEAD": in_url(self._address()),
+            "RESOURCES": site["resources"][worker],
+        }
+        exports = "".join(f"export ASUNCION_{name}={shlex.quote(value)}\n" for name, value in named.items())
+        self._workers.ssh(worker, exports + first + site["start_worker"], patience=90)
         deadline = time.monotonic() + JOIN_SECONDS
         while worker not in (self._alive or ()):
             if time.monotonic() > deadline:
@@ -248,16 +257,13 @@ class Keeper:
                 )
             time.sleep(0.3)
 
-    def _copy_environment(self, worker: str, env: Path, *, free: int) -> None:
-        size = int(bash(f"du -sb {env}").split()[0])
-        self._set(worker, "copying", f"environment, {size / 1e9:.2f} GB, from the head")
-        if free < 1.1 * size + 1e9:
-            raise Failure(
-                f"{self.site['scratch']} has {free / 1e9:.1f} GB free, and the environment needs "
-                f"{size / 1e9:.1f} and 1 to spare; make room, or set scratch in the inventory"
-            )
-        self._workers.rsync(worker, env, "--exclude=/ready")
-        self._workers.ssh(worker, f"sync -f {env}; touch {env}/ready")
+
+def _joined(told: dict[str, float], resources: dict[str, float]) -> tuple[str, str]:
+    """The state of a worker that Ray lists with these resources, where the inventory has told it others."""
+    if all(resources.get(name, 0) == number for name, number in told.items()):
+        return JOINED, ""
+    here = ", ".join(f"{number:g} {name}" for name, number in told.items())
+    return FAILED, f"its Ray was started before the inventory said {here}: `make down`, then `make up`"
 
 
 # --- the command

@@ -40,7 +40,7 @@ class Workers:
     """The workers of a site (`cluster.laptop.inventory.Inventory.site`), as the head reaches them."""
 
     def __init__(self, site: dict[str, Any]) -> None:
-        self._user = site["user"]
+        self._logins = site["logins"]
         self.known_hosts = Path(site["scratch"]) / "known_hosts"
         options = {
             **PLAIN,
@@ -53,20 +53,29 @@ class Workers:
         }
         self._ssh = ["ssh", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
 
+    def _to(self, worker: str) -> list[str]:
+        port = self._logins[worker]["port"]
+        return [*self._ssh, "-o", f"HostKeyAlias={worker}", *(("-p", str(port)) if port else ())]
+
     def ssh(self, worker: str, script: str, *, given: bytes = b"", patience: float = 60) -> str:
         """Output of a script on a worker. Raises `Failure`."""
-        said = _run(
-            [*self._ssh, f"{self._user}@{worker}", login_command(script)], given=given, patience=patience
-        )
+        place = f"{self._logins[worker]['user']}@{worker}"
+        said = _run([*self._to(worker), place, login_command(script)], given=given, patience=patience)
         if (output := after_greeting(said)) is None:
             raise Failure(not_run(said))
         return output.decode(errors="replace")
 
     def rsync(self, worker: str, folder: Path, *more: str) -> None:
         """Make a worker's folder equal to the head's. Raises `Failure`."""
-        target = f"{self._user}@{worker}:{folder}/"
-        command = ["rsync", "--archive", "--delete", *more, *quiet_rsync(self._ssh), f"{folder}/", target]
+        through = quiet_rsync(self._to(worker))
+        target = f"{self._logins[worker]['user']}@{in_url(worker)}:{folder}/"
+        command = ["rsync", "--archive", "--delete", *more, *through, f"{folder}/", target]
         _run(command, patience=3600)
+
+
+def in_url(node: str) -> str:
+    """A node's address or name before a port, where IPv6 needs brackets."""
+    return f"[{node}]" if ":" in node else node
 
 
 def key_file(site: dict[str, Any]) -> Path:

@@ -24,10 +24,12 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
+from cluster.display import pairs, show
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
-from cluster.laptop import inventory
-from cluster.laptop.inventory import Inventory
+from cluster.laptop import carry, commands, growth, inventory
+from cluster.laptop.growth import NUM_AT_ONCE
+from cluster.laptop.keys import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
 from cluster.progress import Progress
@@ -37,7 +39,10 @@ LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
+KIND = "accelerator_type:"  # Ray's resource of a node with GPUs of this kind
 HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
+
+NOTHING = '{"ended": 0, "left": []}'  # what `down` finds where `up` has not brought a Python yet
 
 UNPACK = """
 import io, os, shutil, sys, zipfile
@@ -59,9 +64,9 @@ def head_script(site: Inventory, *arguments: str) -> str:
     verb, *rest = arguments
     down = f"{{ echo 'this cluster is not up: run `make up`' >&2; exit {REFUSED}; }}"
     return (
-        f"[ ! -e {site.scratch} ] || {site.owned()} || exit {REFUSED}\n"
+        f"[ ! -e {site.scratch} ] || {commands.owned(site)} || exit {REFUSED}\n"
         f"cd {site.code} 2> /dev/null && test -e site.json || {down}\n"
-        f"exec {site.python} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
+        f"exec {commands.interpreter(site)} -m cluster.head.answers {shlex.join([verb, 'site.json', *rest])}"
     )
 
 
@@ -98,10 +103,14 @@ def _alone(site: Inventory) -> Iterator[None]:
 def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     begin = time.monotonic()
     generation = uuid.uuid4().hex
-    package = pack(more={"site.json": json.dumps({**site.site(), "generation": generation}, indent=2)})
-    report(f"{site.name}: {len(site.nodes)} nodes; {package}")
+    package = pack(
+        more={"site.json": json.dumps({**commands.for_head(site), "generation": generation}, indent=2)}
+    )
+    drained = f" ({len(site.drained)} more drained: {', '.join(site.drained)})" if site.drained else ""
+    report(f"{site.name}: {len(site.active)} nodes{drained}; {package}")
     head = Ssh(site, site.head, pin=True)
     patiently(lambda: head.run("true", timeout=30), patience=FIRST_CONTACT_SECONDS, report=report)
+    carry.bring(site, head, report=report)
     key = _give_code(site, head, package.data, report=report)
     refusals = _let_head_in(site, head, key, report=report)
     known = (site.home / "known_hosts").read_bytes()
@@ -114,19 +123,20 @@ def _up(site: Inventory, *, report: Callable[[str], None]) -> None:
     problems = _gate(site, head, generation, refusals, report=report)
     if problems:
         lines = "\n".join(f"  {node}: {why}" for node, why in problems.items())
-        joined = len(site.nodes) - len(problems)
+        joined = len(site.active) - len(problems)
         raise RunError(
-            f"{joined} of {len(site.nodes)} nodes joined; not these:\n{lines}\n"
+            f"{joined} of {len(site.active)} nodes joined; not these:\n{lines}\n"
             "the others work, and a node that can join later will; `make up` again continues"
         )
-    report(f"{len(site.nodes)} of {len(site.nodes)} nodes joined, in {time.monotonic() - begin:.0f} s")
+    report(f"{len(site.active)} of {len(site.active)} nodes joined, in {time.monotonic() - begin:.0f} s")
 
 
 def _give_code(site: Inventory, head: Ssh, package: bytes, *, report: Callable[[str], None]) -> str:
     """Copy code and site to the head and start the keeper. Returns the head's public key."""
+    python = commands.interpreter(site)
     script = (
-        f"set -e\n{site.claim_command()}\n{site.python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
-        f"cd {site.code}\n{site.python} -m cluster.head.keeper start site.json"
+        f"set -e\n{commands.claim(site)}\n{python} -c {shlex.quote(UNPACK)} {site.scratch}\n"
+        f"cd {site.code}\n{python} -m cluster.head.keeper start site.json"
     )
     try:
         answer = patiently(lambda: head.run(script, given=package), patience=LINK_SECONDS, report=report)
@@ -139,7 +149,9 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
     if "No space left" in error.output:
         remedy = f"make room in {site.scratch}, or set scratch in the inventory"
     elif "command not found" in error.output:
-        remedy = f"install {site.python} (3.11 or 3.12), or set python in the inventory"
+        remedy = (
+            f"install {site.python} (3.11 or 3.12), or set python in the inventory (python: uv brings one)"
+        )
     elif "Permission denied" in error.output or "Read-only" in error.output:
         remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
     elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
@@ -174,10 +186,9 @@ def _let_head_in(site: Inventory, head: Ssh, key: str, *, report: Callable[[str]
                     return f"{str(error).removeprefix(f'{worker}: ')}; is it on, and on the head's network?"
                 time.sleep(1)
 
-    if not site.workers:
-        return {}
-    with ThreadPoolExecutor(min(32, len(site.workers))) as pool:
-        found = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
+    workers = [node for node in site.active if node != site.head]
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        found = dict(zip(workers, pool.map(one, workers), strict=True))
     return {worker: why for worker, why in found.items() if why is not None}
 
 
@@ -185,7 +196,7 @@ def _gate(
     site: Inventory, head: Ssh, generation: str, refusals: dict[str, str], *, report: Callable[[str], None]
 ) -> dict[str, str]:
     """Wait until all nodes have joined. Returns address -> reason of each that has not."""
-    with Progress(len(site.nodes), unit="node") as progress:
+    with Progress(len(site.active), unit="node") as progress:
         return _wait(site, head, generation, refusals, progress, report=report)
 
 
@@ -200,8 +211,8 @@ def _wait(
 ) -> dict[str, str]:
     shown: dict[str, tuple[str, str]] = {}
     is_ours = False
-    active = {node: time.monotonic() for node in site.nodes}  # when it last did something
-    script = f"cd {site.code} && {site.python} -m cluster.head.keeper state site.json"
+    active = {node: time.monotonic() for node in site.active}  # when it last did something
+    script = f"cd {site.code} && {commands.interpreter(site)} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
         keeper = answer["keeper"] or {}
@@ -217,7 +228,7 @@ def _wait(
             )
         problems: dict[str, str] = {}
         waiting = False
-        for node in site.nodes:
+        for node in site.active:
             state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
             current = (state["state"], state["detail"])
             if current != shown.get(node):
@@ -252,8 +263,9 @@ def status(cluster: Path) -> str:
     site = inventory.load(cluster)
     answer = ask(site, head_script(site, "status"))
     states = (answer["keeper"] or {"nodes": {}})["nodes"]
-    alive = {node["address"]: node for node in answer["alive"]}
-    lines = [f"{site.name}: {len(alive)} of {len(site.nodes)} nodes in Ray"]
+    alive = {node["name"]: node for node in answer["alive"]}
+    drained = f", {len(site.drained)} drained" if site.drained else ""
+    lines = [f"{site.name}: {len(alive)} of {len(site.active)} nodes in Ray{drained}"]
     if answer["problem"]:
         lines.append(f"{answer['problem']}; `make up` brings it up")
     if not answer["runs"]:
@@ -267,7 +279,10 @@ def status(cluster: Path) -> str:
                 for name in ("GPU", "CPU")
                 if name in found["resources"]
             )
-            lines.append(f"  {node:<16}{found['name']:<20}{resources}")
+            kinds = [each.removeprefix(KIND) for each in found["resources"] if each.startswith(KIND)]
+            lines.append(f"  {node:<16}{found['address']:<20}{' '.join([resources, *kinds])}")
+        elif node in site.drained:
+            lines.append(f"  {node:<16}drained in the inventory")
         elif state["state"] == JOINED or not answer["runs"]:  # what a keeper said last is no news
             lines.append(f"  {node:<16}not in Ray")
         else:
@@ -332,7 +347,8 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
     head = Ssh(site, site.head, pin=True)  # Ray's own `ray up` pins nothing
     stop = (
         f"cat ~/.ssh/asuncion_{site.name}.pub 2> /dev/null || true; [ ! -e {site.code}/site.json ] || "
-        f"{{ {site.owned()} && cd {site.code} && {site.python} -m cluster.head.keeper stop site.json; }}"
+        f"{{ {commands.owned(site)} && cd {site.code} && "
+        f"{commands.interpreter(site)} -m cluster.head.keeper stop site.json; }}"
     )
     said = patiently(lambda: head.run(stop), patience=60, report=report).decode().splitlines()
     key = said[0] if said else ""
@@ -340,11 +356,13 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
 
     def one(node: str, forgets: bool = not keep_access) -> tuple[bool, str]:
         there = Ssh(site, node, pin=True)
+        python = commands.interpreter(site)
+        nothing = f"[ {site.python} = {python} -o -e {python} ] || {{ echo '{NOTHING}'; exit; }}\n"
         try:
-            script = f"{site.python} - {site.name}"
+            script = f"{nothing}{python} - {site.name}"
             found = _parsed(there.run(script, given=reap, timeout=60), there)
             if forgets:
-                script = f"{site.python} - {site.name} {site.scratch} {shlex.quote(key)}"
+                script = f"{nothing}{python} - {site.name} {site.scratch} {shlex.quote(key)}"
                 found |= _parsed(there.run(script, given=forget, timeout=60), there)
         except CommandError as error:
             try:
@@ -352,12 +370,12 @@ def _down(site: Inventory, *, report: Callable[[str], None], keep_access: bool) 
             except ValueError:
                 return False, str(error)
         except RunError as error:
-            return False, str(error)
+            return node in site.drained, str(error)  # it may be drained because it is broken
         ended = found["ended"]
         told = f"{ended} processes ended, none left" if ended else "nothing was running"
         return True, told + ("; access removed" if found.get("removed") else "")
 
-    with ThreadPoolExecutor(min(32, len(site.nodes))) as pool:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         workers = dict(zip(site.workers, pool.map(one, site.workers), strict=True))
     # Only the head knows its key: it keeps it until every worker has forgotten it.
     forgets = not keep_access and all(clean for clean, _ in workers.values())
@@ -385,6 +403,7 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("up", "status", "down"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="up: print what the site needs, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="down: keep_access=true")
     options = parser.parse_args()
 
@@ -394,7 +413,11 @@ def main() -> int:
     def body() -> None:
         if options.overrides and options.verb != "down":
             raise UserError(f"{options.overrides[0]}: `make {options.verb}` takes no keys")
-        if options.verb == "status":
+        if options.dry_run and options.verb == "up":
+            site = inventory.load(options.cluster)
+            print(layered.to_yaml(site))
+            show(pairs(growth.describe(growth.site_of(site))))
+        elif options.verb == "status":
             print(status(options.cluster))
         elif options.verb == "up":
             up(options.cluster, report=note)

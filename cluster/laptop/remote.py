@@ -2,6 +2,7 @@
 
     python -m cluster.laptop.remote attach|stop|pull CLUSTER.yaml [--run NAME]
     python -m cluster.laptop.remote preflight CLUSTER.yaml [key=value ...]
+    python -m cluster.laptop.remote clear CLUSTER.yaml HOST:GPU
 
 `training.launch --cluster` starts runs through `start`. A start takes two round trips: one carries the code,
 one opens the log. The laptop keeps a copy of each log in ~/.asuncion/NAME/logs; the copy's size says where to
@@ -30,9 +31,9 @@ from cluster.head import answers
 from cluster.head.shell import BEGIN, PastGreeting, login_command, not_run
 from cluster.laptop import inventory
 from cluster.laptop.fleet import ask, head_script, note
-from cluster.laptop.inventory import Inventory
+from cluster.laptop.keys import Inventory, NodeConfig
 from cluster.laptop.package import Package, pack
-from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
+from cluster.laptop.ssh import LINK_CODES, TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
 from cluster.record.provenance import commit_environment
 
 PREFLIGHT = "preflight"  # name of its runs
@@ -103,13 +104,19 @@ def _preflight_arguments(site: Inventory, more: Sequence[str] = ()) -> str:
         "session.address": "auto",
         "scratch": site.scratch,
         "storage": site.storage,
-        "expect.nodes": len(site.nodes),
+        "expect.nodes": len(site.active),
         "expect.gpus": site.node.gpus,
         "expect.accelerator": site.node.accelerator if site.node.gpus else "null",
+        "expect.differs": json.dumps({node: _expected(site.node_of(node)) for node in site.differs}),
+        "expect.drained": json.dumps(site.drained),
         "output": f"{site.storage}/preflight.json",
     }
     words = [*(f"{name}={value}" for name, value in keys.items()), *site.preflight, *more]
     return " ".join(map(shlex.quote, words))
+
+
+def _expected(node: NodeConfig) -> dict[str, Any]:
+    return {"gpus": node.gpus, "accelerator": node.accelerator if node.gpus else None}
 
 
 def follow(site: Inventory, record: dict[str, Any], *, cluster: Path) -> None:
@@ -254,6 +261,15 @@ def stop(cluster: Path, run: str) -> None:
     note(f"{answer['id']}: {answer['status'].lower()}; its checkpoints are kept")
 
 
+def clear(cluster: Path, gpus: Sequence[str]) -> None:
+    """Let drained GPUs be used again. Raises `UserError`: none is named."""
+    site = inventory.load(cluster)
+    if not gpus:
+        raise UserError("say which, as `make status` names it: ARGS=HOST:GPU")
+    for gpu in gpus:
+        note(f"{ask(site, head_script(site, 'clear', gpu))['cleared']} is used again, by the next run")
+
+
 def pull(cluster: Path, run: str, *, target: Path) -> None:
     """Copy a run's metrics, plots and W&B files here, without its checkpoints. Only changes travel.
 
@@ -277,7 +293,7 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
             raise RunError("rsync: no such command; install it on this machine and on the head") from error
         if done.returncode == 0:
             break
-        if done.returncode not in (10, 12, 30, 35, TRANSPORT):  # rsync's codes for a connection that broke
+        if done.returncode not in LINK_CODES:
             raise RunError(
                 f"rsync: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
             )
@@ -294,13 +310,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.laptop.remote", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("verb", choices=("attach", "stop", "pull", "preflight"))
+    parser.add_argument("verb", choices=("attach", "stop", "pull", "preflight", "clear"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
     parser.add_argument("--run", default="", help="name or id of a run; default: the newest")
     parser.add_argument("--to", type=Path, default=Path("outputs"), help="pull: folder for the runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="preflight: keys (cluster.preflight)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preflight: keys; clear: HOST:GPU")
     options = parser.parse_args()
 
     def body() -> None:
@@ -310,6 +324,8 @@ def main() -> int:
             stop(options.cluster, options.run)
         elif options.verb == "pull":
             pull(options.cluster, options.run, target=options.to)
+        elif options.verb == "clear":
+            clear(options.cluster, options.overrides)
         else:
             preflight(options.cluster, options.overrides)
 

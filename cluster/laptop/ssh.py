@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from cluster import private
 from cluster.cli import RunError
-from cluster.head.shell import BEGIN, PLAIN, after_greeting, login_command, not_run, quiet_rsync
-from cluster.laptop.inventory import Inventory
+from cluster.head.shell import BEGIN, PLAIN, after_greeting, in_url, login_command, not_run, quiet_rsync
+from cluster.laptop.keys import Inventory
 
 CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only lengthen the gaps
 ALIVE_SECONDS, ALIVE_COUNT = 3, 3  # a dead link is noticed after 9 s
 PERSIST_SECONDS = 900  # for which the connection outlives the last command
 RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
+LINK_CODES = (10, 12, 30, 35, 255)  # exit codes of rsync for a connection that broke
 T = TypeVar("T")
 
 # what ssh says of a file of the user's that it does not read, by line and option
@@ -55,7 +56,7 @@ class Ssh:
     """Commands on one node of a cluster.
 
     Args:
-        address: of the inventory's nodes.
+        address: of the inventory's nodes: its address or name there.
         pin: accept and keep the key of a host that is met for the first time, as `make up` does.
     """
 
@@ -72,26 +73,28 @@ class Ssh:
     @property
     def user(self) -> str:
         """The user on the node."""
-        return self._inventory.ssh.user
+        return self._inventory.ssh_of(self.address).user
 
     def arguments(self) -> list[str]:
         """ssh with all options, for this node."""
         inventory = self._inventory
         arguments = ["ssh", *self.options()]
         if self.address == inventory.head:
-            return [*arguments, f"{self.user}@{inventory.reached_at}"]
+            return [*arguments, f"{self.user}@{self.host}"]
         head = Ssh(inventory, inventory.head, pin=self._pin)
         escaped = [part.replace("%", "%%") for part in head.arguments()]
-        proxy = shlex.join([*escaped[:-1], "-W", "%h:%p", escaped[-1]])
+        proxy = shlex.join([*escaped[:-1], "-W", "[%h]:%p", escaped[-1]])
         return [*arguments, "-o", f"ProxyCommand={proxy}", f"{self.user}@{self.address}"]
 
     def options(self) -> list[str]:
         """Options of ssh, the same for ssh and for rsync's ssh."""
-        inventory, home = self._inventory, self._inventory.home
+        home, login = self._inventory.home, self._inventory.ssh_of(self.address)
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         options = {
             **PLAIN,
-            "IdentityFile": str(Path(inventory.ssh.key).expanduser()),
+            "IdentityFile": str(Path(login.key).expanduser()),
+            **({"Port": str(login.port)} if login.port is not None else {}),
+            "HostKeyAlias": self.host,  # what known_hosts calls it here and on the head, whatever the port
             "StrictHostKeyChecking": "accept-new" if self._pin else "yes",
             "UserKnownHostsFile": str(home / "known_hosts"),
             "HashKnownHosts": "no",  # the head is given the workers' lines
@@ -140,19 +143,20 @@ class Ssh:
     def explain(self, said: str) -> RunError:
         """The error behind ssh's message when it ended with its own exit code."""
         inventory, node = self._inventory, self.address
-        through = "" if node == inventory.head else f"-o ProxyJump={self.user}@{inventory.reached_at} "
+        login = inventory.ssh_of(node)
+        head = Ssh(inventory, inventory.head)
+        through = "" if node == inventory.head else f"-o ProxyJump={head.user}@{head.host} "
+        through += f"-p {login.port} " if login.port is not None else ""
         if "UNPROTECTED PRIVATE KEY" in said:
-            return NodeError(
-                f"{node}: ssh refuses {inventory.ssh.key}, which others can read: `chmod 600` it"
-            )
-        if "Permission denied" in said and _has_passphrase(key := Path(inventory.ssh.key).expanduser()):
+            return NodeError(f"{node}: ssh refuses {login.key}, which others can read: `chmod 600` it")
+        if "Permission denied" in said and _has_passphrase(key := Path(login.key).expanduser()):
             return NodeError(
                 f"{node}: the key {key} has a passphrase, and no agent holds it: `ssh-add {key}`"
             )
         if "Permission denied" in said or "Too many authentication failures" in said:
             return NodeError(
-                f"{node}: refuses the key {inventory.ssh.key} for user {self.user}; set ssh.user and ssh.key "
-                f"in the inventory, or `ssh-copy-id {through}-i {inventory.ssh.key} {self.user}@{self.host}`"
+                f"{node}: refuses the key {login.key} for user {self.user}; set ssh.user and ssh.key in the "
+                f"inventory, or `ssh-copy-id {through}-i {login.key} {self.user}@{self.host}`"
             )
         if "HOST IDENTIFICATION HAS CHANGED" in said or "Host key verification failed" in said:
             known = inventory.home / "known_hosts"
@@ -164,10 +168,13 @@ class Ssh:
             return NodeError(
                 f"{node}: its host key is not pinned in {known}; run `make up` from this machine"
             )
-        if "Could not resolve hostname" in said:
+        if "Unable to negotiate" in said:
+            offer = said.partition("Unable to negotiate")[2].strip(".")
+            return NodeError(f"{node}: ssh here and sshd there have no algorithm in common ({offer.strip()})")
+        if "Could not resolve hostname" in said and "Temporary failure" not in said:
             return NodeError(f"{node}: no such host; check the address in the inventory")
         if "no such identity" in said.lower() or "invalid format" in said:
-            return NodeError(f"{inventory.ssh.key}: cannot be used as a key; set ssh.key in the inventory")
+            return NodeError(f"{login.key}: cannot be used as a key; set ssh.key in the inventory")
         if "administratively prohibited" in said:
             return NodeError(
                 f"{node}: sshd on {inventory.head} forbids forwarding, by which the workers are reached; "
@@ -243,6 +250,15 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
             return result
 
 
+def push(node: Ssh, source: Path, target: str) -> list[str]:
+    """The command that makes the folder `target` of the node equal to `source` here; goes on as `rsync`."""
+    return [
+        *("rsync", "--archive", "--compress", "--delete", "--partial-dir=.rsync-partial"),
+        *quiet_rsync(["ssh", *node.options()]),
+        *(f"{source}/", f"{node.user}@{in_url(node.host)}:{target}/"),
+    ]
+
+
 def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> list[str]:
     """The command that brings the folder `target` here up to date with the folder `source` of the node.
 
@@ -259,5 +275,5 @@ def rsync(node: Ssh, source: str, target: Path, *, exclude: Sequence[str]) -> li
         ),
         *quiet_rsync(["ssh", *node.options()]),
         *(f"--exclude={name}" for name in exclude),
-        *(f"{node.user}@{node.host}:{source.rstrip('/')}/", f"{target}/"),
+        *(f"{node.user}@{in_url(node.host)}:{source.rstrip('/')}/", f"{target}/"),
     ]

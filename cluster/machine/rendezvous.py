@@ -9,9 +9,11 @@ import os
 import socket
 import struct
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
+from cluster.head.addresses import family
 from cluster.session import set_defaults
 
 SIOCGIFADDR = 0x8915  # of Linux's ioctl: the IPv4 address of an interface
@@ -45,7 +47,11 @@ def leave() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface whose first IPv4 address is `address`, or None."""
+    """The network interface whose first IPv4 address, or an IPv6 one, is `address`; or None."""
+    if family(address) == socket.AF_INET6:
+        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+        wanted = socket.inet_pton(socket.AF_INET6, address).hex()
+        return next((row[-1] for row in rows if row[0] == wanted), None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -59,7 +65,7 @@ def interface_of(address: str) -> str | None:
 
 def _listen(address: str, port: int) -> int:
     """The descriptor of a listening socket; torch's store would listen on every address."""
-    listener = socket.socket()
+    listener = socket.socket(family(address))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
     listener.listen(1024)
@@ -68,6 +74,6 @@ def _listen(address: str, port: int) -> int:
 
 def _local_address(address: str) -> str:
     """This machine's own address on the way to `address`. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family(address), socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return probe.getsockname()[0]

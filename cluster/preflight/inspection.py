@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.machine import host, toolchain
+from cluster.head.addresses import family
+from cluster.machine import health, host, toolchain
 from cluster.measure import probe
 from cluster.record import provenance
 
@@ -67,7 +68,7 @@ class Inspector:
                     found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
             except RuntimeError as error:
                 problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
-            throttled |= host.throttled()
+            throttled |= health.throttled()
         return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
 
 
@@ -88,7 +89,7 @@ def free_place() -> tuple[str, int]:
     import ray
 
     address = ray.util.get_node_ip_address()
-    with socket.socket() as free:
+    with socket.socket(family(address)) as free:
         free.bind((address, 0))
         return address, free.getsockname()[1]
 

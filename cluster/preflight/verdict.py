@@ -17,10 +17,20 @@ COLUMNS = ("node", "GPUs", "TFLOP/s", "copy GB/s", "scratch w/r", "storage w/r",
 
 
 @dataclass(frozen=True)
+class NodeExpectConfig:
+    gpus: int | None = key(None, "expect.gpus", least=0)
+    accelerator: str | None = key(None, "expect.accelerator")
+
+
+@dataclass(frozen=True)
 class ExpectConfig:
     nodes: int | None = key(None, "number of nodes; null: any")
     gpus: int | None = key(None, "GPUs of every node; null: as many as most have")
     accelerator: str | None = key(None, "what the GPUs' names must contain, such as A40")
+    differs: dict[str, NodeExpectConfig] = key(
+        dict, "node -> gpus, accelerator: what is expected of it alone"
+    )
+    drained: tuple[str, ...] = key((), "nodes that stay out; a warning names them")
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class Finding:
         return f"{self.node}: {self.message}"
 
 
-def measured_tflops(report: dict[str, Any]) -> float | None:
-    """TFLOP/s of a product on the median GPU of a preflight's report, or None if it saw no GPUs.
+def measured_tflops(report: dict[str, Any], kind: str | None = None) -> float | None:
+    """TFLOP/s of a product on the median GPU (of this kind) of a preflight's report; None if it saw none.
 
     As the peak of `hardware.mfu` it gives the share of what this GPU reaches, beside the datasheet's share.
     """
@@ -58,7 +68,7 @@ def measured_tflops(report: dict[str, Any]) -> float | None:
         for facts in report["found"]["nodes"].values()
         if facts["gpus"]
         for row in facts["ceilings"]
-        if row["product_tflops"]
+        if row["product_tflops"] and (kind or "") in row["device"]
     ]
     return statistics.median(rates) if rates else None
 
@@ -68,10 +78,11 @@ def judge(found: dict[str, Any], expect: ExpectConfig, limits: LimitsConfig) -> 
     nodes = found["nodes"]
     counts = Counter(len(facts["gpus"]) for facts in nodes.values())
     num_gpus = expect.gpus if expect.gpus is not None else counts.most_common(1)[0][0]
+    usual = NodeExpectConfig(num_gpus, expect.accelerator)
     findings = [
         *_number(nodes, expect),
         *_versions(nodes),
-        *(finding for node in nodes for finding in _gpus(node, nodes[node], num_gpus, expect)),
+        *(finding for node in nodes for finding in _gpus(node, nodes[node], expect.differs.get(node, usual))),
         *(finding for node in nodes for finding in _disks(node, nodes, limits)),
         *(finding for node in nodes for finding in _clock(node, nodes[node], limits)),
         *_speeds(nodes, limits, is_gpu=num_gpus > 0),
@@ -84,6 +95,8 @@ def _number(nodes: dict[str, Any], expect: ExpectConfig) -> Iterable[Finding]:
     if expect.nodes is not None and len(nodes) != expect.nodes:
         there = f"{len(nodes)} nodes and not {expect.nodes}: {', '.join(nodes)}"
         yield Finding("cluster", f"{there}; `make status` shows the others")
+    for node in expect.drained:
+        yield Finding(node, "is drained in the inventory, and was not looked at", is_failure=False)
 
 
 def _versions(nodes: dict[str, Any]) -> Iterable[Finding]:
@@ -99,17 +112,17 @@ def _versions(nodes: dict[str, Any]) -> Iterable[Finding]:
                 yield Finding(node, f"{name} is {version.get(name)}, and {usual} on other nodes; {remedy}")
 
 
-def _gpus(node: str, facts: dict[str, Any], expected: int, expect: ExpectConfig) -> Iterable[Finding]:
+def _gpus(node: str, facts: dict[str, Any], expect: NodeExpectConfig) -> Iterable[Finding]:
     gpus = facts["gpus"]
     if facts["gpus_problem"]:
         yield Finding(node, f"{facts['gpus_problem']}; `dmesg | grep -i nvrm` there says more")
     if gpus and facts["toolchain_problem"]:
         yield Finding(node, facts["toolchain_problem"])
-    if len(gpus) != expected:
+    if expect.gpus is not None and len(gpus) != expect.gpus:
         there = ", ".join(str(gpu["index"]) for gpu in gpus) or "none"
         yield Finding(
             node,
-            f"{len(gpus)} GPUs (index {there}) and not {expected}: has one fallen off the bus? See "
+            f"{len(gpus)} GPUs (index {there}) and not {expect.gpus}: has one fallen off the bus? See "
             "`nvidia-smi` and `dmesg | grep -i xid` there; a reboot often brings it back. Or set node.gpus",
         )
     for gpu in gpus:
@@ -127,6 +140,9 @@ def _gpus(node: str, facts: dict[str, Any], expected: int, expect: ExpectConfig)
             yield Finding(
                 node, f"{name} is throttled by heat or power; see `nvidia-smi -q -d PERFORMANCE` there"
             )
+        for user, pid in gpu.get("others", ()):
+            used = f"{name} is used by user {user}, pid {pid}, and nothing was done to that"
+            yield Finding(node, used, is_failure=False)
         if not gpu["persistence"]:
             slow = "is not in persistence mode, which makes the start of every process slow"
             yield Finding(node, f"{name} {slow}; `nvidia-smi -pm 1`", is_failure=False)
@@ -163,8 +179,9 @@ def _speeds(nodes: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Ite
             for index, row in enumerate(facts["ceilings"])
             if row[name]
         }
-        median = statistics.median(rates.values()) if rates else 0.0
+        kinds = {place: nodes[place[0]]["ceilings"][place[1]]["device"] for place in rates}
         for (node, index), rate in rates.items():
+            median = _median_of_kind(rates, kinds, (node, index))
             reaches = f"{f'GPU {index}' if is_gpu else 'its CPU'} reaches {number(rate)} {unit}"
             if rate < limits.of_median * median:
                 what = f"{reaches} where the median is {number(median)}; what else runs there?"
@@ -193,14 +210,23 @@ def _links(found: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Iter
     inside = {
         node: links["all_reduce_gb_per_s"]["best"] for node, links in within.items() if "problem" not in links
     }
+    kinds = {
+        node: facts["ceilings"][0]["device"] if facts["ceilings"] else ""
+        for node, facts in found["nodes"].items()
+    }
     for what, rates in (("within it", inside), ("with its better neighbour", neighbours)):
-        if len(rates) < 3:  # of two that differ, which is the outlier?
-            continue
-        median = statistics.median(rates.values())
         for node, rate in rates.items():
+            if sum(kinds[other] == kinds[node] for other in rates) < 3:  # of two, which is the outlier?
+                continue
+            median = _median_of_kind(rates, kinds, node)
             if rate < limits.of_median * median:
                 slow = f"all-reduce {what}: {number(rate)} GB/s where the median is {number(median)}"
                 yield Finding(node, f"{slow}; look at its cable, port and PCIe width", is_failure=is_gpu)
+
+
+def _median_of_kind(rates: dict[Any, float], kinds: dict[Any, str], place: Any) -> float:
+    """The median rate of the nodes or GPUs of the same kind as that at `place`."""
+    return statistics.median(rate for other, rate in rates.items() if kinds[other] == kinds[place])
 
 
 def table(found: dict[str, Any], findings: Sequence[Finding]) -> list[str | Table]:

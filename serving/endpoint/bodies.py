@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
 
-from serving.endpoint.openai_api import Refusal
+from serving.endpoint.refusal import Refusal
 
 MOST_BODY_BYTES = 8 << 20  # whatever the model
 MOST_HELD_BYTES = 32 << 20

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.cli import UserError
 from serving.endpoint.bodies import MOST_BODY_BYTES
-from serving.endpoint.openai_api import Refusal
+from serving.endpoint.refusal import Refusal
 
 HOPELESS_BYTES = 8 * MOST_BODY_BYTES
 ERRORS = {

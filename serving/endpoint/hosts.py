@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-from serving.endpoint.openai_api import Refusal
+from serving.endpoint.refusal import Refusal
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -27,10 +27,16 @@ def allowed_hosts(host: str, more: Collection[str]) -> frozenset[str] | None:
     return frozenset(name.lower().strip("[]") for name in (*LOOPBACK, host, *more))
 
 
-def require_allowed(headers: Headers, allowed: frozenset[str]) -> None:
-    """Raises `Refusal` (403) at a Host or an Origin that is not `allowed`. Either may be missing."""
+def require_allowed(headers: Headers, allowed: frozenset[str], *, origins: Collection[str] = ()) -> None:
+    """Raises `Refusal` (403) at a Host or an Origin that is not `allowed`. Either may be missing.
+
+    Args:
+        origins: whose pages may read answers (CORS), such as https://example.org; "*": any.
+    """
     for header in ("host", "origin"):
         for value in headers.getlist(header):
+            if header == "origin" and (value in origins or "*" in origins):
+                continue
             if _name(value) not in allowed:
                 raise Refusal(
                     403,

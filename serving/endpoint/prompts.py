@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import Tokenizer
 
-from serving.endpoint.openai_api import Refusal
+from serving.endpoint.refusal import Refusal
 
 SHORT_CHARACTERS = 4_000  # about 2 ms; longer prompts are encoded in another thread
 PIECE_CHARACTERS = 16_384
@@ -26,8 +26,12 @@ class Prompts:
         self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prompts")
 
-    def at_once(self, prompt: str | list[int]) -> list[int] | None:
+    def at_once(self, prompt: str | list[int], *, special: bool = True, after: int = 0) -> list[int] | None:
         """The token ids of a prompt, or None for a long text, which `encode` takes.
+
+        Args:
+            special: add the special tokens that the tokenizer adds to a text, such as its first.
+            after: characters of the same request that were encoded at once.
 
         Raises:
             Refusal: 400, it exceeds the context. A text of more characters than context times the longest
@@ -37,13 +41,13 @@ class Prompts:
             self._require(len(prompt), "token ids")
             return prompt
         self._require(-(-len(prompt) // self.longest_token), "tokens or more")
-        if len(prompt) >= SHORT_CHARACTERS:
+        if len(prompt) >= SHORT_CHARACTERS - after:
             return None
-        ids = self._tokenizer.encode(prompt).ids
+        ids = self._tokenizer.encode(prompt, add_special_tokens=special).ids
         self._require(len(ids), "tokens")
         return ids
 
-    async def encode(self, prompt: str) -> list[int]:
+    async def encode(self, prompt: str, *, special: bool = True) -> list[int]:
         """The token ids of a long text, encoded in another thread. Raises `Refusal` as `at_once` does.
 
         If the caller is cancelled, the thread stops after the current piece.
@@ -51,11 +55,11 @@ class Prompts:
         stop = threading.Event()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._encode, prompt, stop)
+            return await loop.run_in_executor(self._threads, self._encode, prompt, stop, special)
         finally:
             stop.set()
 
-    def _encode(self, prompt: str, stop: threading.Event) -> list[int]:
+    def _encode(self, prompt: str, stop: threading.Event, special: bool) -> list[int]:
         """Count tokens piece by piece first: a whole text would take 200 bytes a token, without limit."""
         least = 0
         if len(prompt) > PIECE_CHARACTERS:
@@ -65,7 +69,8 @@ class Prompts:
                 # In the whole text, at most this many tokens at a cut would be different.
                 least += max(0, self._ids(piece) - 2 * self.longest_token)
                 self._require(least, "tokens or more")
-        ids = self._tokenizer.encode_batch([prompt])[0].ids  # `encode` would not let other threads run
+        # `encode` would not let other threads run.
+        ids = self._tokenizer.encode_batch([prompt], add_special_tokens=special)[0].ids
         self._require(len(ids), "tokens")
         return ids
 
@@ -76,7 +81,8 @@ class Prompts:
         if number > self._context:
             raise Refusal(
                 400,
-                f"prompt: {number} {of_what} exceed the model's context of {self._context}; shorten it",
+                f"prompt: This model's maximum context length is {self._context} tokens, but the prompt has "
+                f"{number} {of_what}; shorten it",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -1,338 +1,354 @@
 """The HTTP endpoint over one engine: an ASGI application, whatever serves it."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from cluster.record.origins import Origin
+from serving.endpoint.answers import ChatLayout, CompletionLayout, model, models
 from serving.endpoint.bodies import MOST_BODY_BYTES, Bodies
+from serving.endpoint.chat import ChatTemplate
 from serving.endpoint.hosts import allowed_hosts, require_allowed
-from serving.endpoint.openai_api import (
-    MOST_QUOTED,
-    Answer,
-    CompletionRequest,
-    Refusal,
-    StreamOptions,
-    logprobs,
-    models,
-    parse,
-    usage,
-)
+from serving.endpoint.keys import require_key
+from serving.endpoint.metrics import Metrics
 from serving.endpoint.prompts import Prompts
-from serving.endpoint.text import Detokenizer, spell
-from serving.engine.protocol import (
-    BrokenModel,
-    Engine,
-    EngineFailed,
-    Finish,
-    Overloaded,
-    RequestError,
-    Stream,
-    Token,
-    admit,
+from serving.endpoint.refusal import Refusal
+from serving.endpoint.run import Observe, Prompt, Run, refusals
+from serving.endpoint.schema import (
+    MOST_QUOTED,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
 )
+from serving.engine.protocol import Engine, admit
 
 SPARE_BYTES = 64 << 10  # of a body, for all but its prompt
 LARGE_BODY_BYTES = 64 << 10
 BODY_SECONDS = 10.0
+IGNORED = "X-Ignored-Parameters"  # the header that names what a request had and no field knows
+MOST_NAMED = 500  # characters of it
 
-LATENCIES = {
-    "time_to_first_token_seconds": "From the request's arrival here",
-    "request_seconds": "From the request's arrival here to its last token",
-}
-FIGURES = {  # of EngineStats
-    "running": "Requests in a slot",
-    "waiting": "Requests that wait for a slot",
-    "free_cache_tokens": "Tokens that the cache has room for",
-    "prompt_tokens": "Tokens of prompts prefilled since the start",
-    "generated_tokens": "Tokens sampled since the start",
-    "finished": "Requests finished since the start",
-    "cancelled": "Requests cancelled since the start",
-    "steps": "Steps since the start",
-}
-
-Observe = Callable[[str, float], None]
 Answered = TypeVar("Answered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointOptions:
+    """What an endpoint allows.
+
+    Attributes:
+        hosts: names that requests may carry as Host and Origin; None: any.
+        origins: pages of these origins may read answers (CORS); "*": of any.
+        key_digest: SHA-256, in hex, of the key that clients must send (`keys.digest_of`); None: no key.
+        refuses_unknown: refuse a parameter that no field has. Else the answer's header IGNORED names it.
+        body_seconds: a body that takes longer to arrive is refused (408).
+    """
+
+    hosts: frozenset[str] | None = field(default_factory=lambda: allowed_hosts("localhost", ()))
+    origins: Sequence[str] = ()
+    key_digest: str | None = None
+    refuses_unknown: bool = False
+    body_seconds: float = BODY_SECONDS
 
 
 def make_endpoint(
     engine: Engine,
     tokenizer: Tokenizer,
     *,
-    hosts: frozenset[str] | None = allowed_hosts("localhost", ()),
-    body_seconds: float = BODY_SECONDS,
+    template: ChatTemplate | None = None,
+    options: EndpointOptions | None = None,
     observe: Observe = lambda name, seconds: None,
     origin: Origin | None = None,
 ) -> FastAPI:
-    """POST /v1/completions; GET /v1/models, /health, /metrics.
+    """OpenAI's completions and chats, vLLM's tokenizer paths, health, metrics and /openapi.json.
 
     Args:
-        hosts: names that requests may carry as Host and Origin; None: any.
-        body_seconds: a body that takes longer to arrive is refused (408).
-        observe: called with the name and seconds of each of LATENCIES; /metrics has them too.
+        template: writes chats; None: they are refused.
+        observe: called with the name and seconds of each of `metrics.LATENCIES`; /metrics has them too.
         origin: of the model, for /v1/models (`cluster.record.origins`).
     """
+    allows = options or EndpointOptions()
 
-    async def check_hosts(request: Request) -> None:
-        if hosts is not None:
-            require_allowed(request.headers, hosts)
+    async def check(request: Request) -> None:
+        if allows.hosts is not None:
+            require_allowed(request.headers, allows.hosts, origins=allows.origins)
+        if allows.key_digest is not None:
+            require_key(request.headers, allows.key_digest, path=request.url.path)
 
-    app = FastAPI(openapi_url=None, dependencies=[Depends(check_hosts)])
-    service = Service(engine, tokenizer, body_seconds=body_seconds, observe=observe)
+    app = FastAPI(
+        title="Asunción", version=version("asuncion"), openapi_url=None, dependencies=[Depends(check)]
+    )
+    service = Service(engine, tokenizer, template=template, options=allows, observe=observe)
+    _add_requests(app, service)
+    _add_facts(app, service, engine, origin)
+    _add_errors(app, service.metrics)
+    if allows.origins:
+        exposed = [IGNORED, "Retry-After"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allows.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=exposed,
+        )
+    return app
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await service.complete(request)
 
+def _add_requests(app: FastAPI, service: "Service") -> None:
+    """The paths that take a body."""
+    paths: dict[str, tuple[type[Any], Callable[[Request], Coroutine[Any, Any, Response]]]] = {
+        "/v1/completions": (CompletionRequest, service.complete),
+        "/v1/chat/completions": (ChatRequest, service.chat),
+        "/tokenize": (TokenizeRequest, service.tokenize),
+        "/detokenize": (DetokenizeRequest, service.detokenize),
+    }
+    references = "#/components/schemas/{model}"
+    kinds = [(kind, "validation") for kind, _ in paths.values()]
+    _, schemas = models_json_schema(kinds, ref_template=references)  # type: ignore[arg-type]
+    error = {"description": "OpenAI's error object", "content": {"application/json": {}}}
+    for path, (kind, answer) in paths.items():
+        schema = {"$ref": references.format(model=kind.__name__)}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        app.post(path, openapi_extra={"requestBody": body}, responses={"4XX": error, "5XX": error})(answer)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        described = app.openapi()
+        described.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return described
+
+
+def _add_facts(app: FastAPI, service: "Service", engine: Engine, origin: Origin | None) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         return models(engine.info, since=service.since, origin=origin)
 
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        service.require_model(name)
+        return model(engine.info, since=service.since, origin=origin)
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         problem = engine.failure()
         return JSONResponse({"status": problem or "ok"}, status_code=503 if problem else 200)
 
+    @app.get("/version")
+    async def tell_version() -> dict[str, str]:
+        return {"version": app.version}
+
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await asyncio.to_thread(service.metrics.text, engine)
+        text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
+
+def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
-        service.metrics.refused.labels(str(refusal.status)).inc()
+        metrics.refused(refusal.status)
         return JSONResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers())
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return await refused(request, Refusal(error.status_code, str(error.detail), close=True))
+        path = request.url.path
+        routes = [route for route in app.routes if isinstance(route, APIRoute)]
+        message = f"{path[:MOST_QUOTED]}: {error.detail}"
+        if error.status_code == 404:
+            there = dict.fromkeys(f"{'/'.join(route.methods or ())} {route.path}" for route in routes)
+            message = f"{path[:MOST_QUOTED]}: there is no such path; there are {', '.join(there)}"
+        elif error.status_code == 405:
+            methods = {method for route in routes if route.path == path for method in route.methods or ()}
+            message = f"{path}: no {request.method}; use {' or '.join(sorted(methods))}"
+        return await refused(request, Refusal(error.status_code, message, close=True))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:
         return await refused(request, Refusal(500, "the server failed; its log says why", close=True))
 
-    return app
-
-
-class Metrics:
-    """Prometheus figures of one engine."""
-
-    def __init__(self, observe: Observe) -> None:
-        self._registry = registry = CollectorRegistry()
-        self.refused = Counter(
-            "asuncion_refused", "Requests answered with an error", ["status"], registry=registry
-        )
-        self._latencies = {
-            name: Histogram(f"asuncion_{name}", text, registry=registry) for name, text in LATENCIES.items()
-        }
-        self._figures = {
-            name: Gauge(f"asuncion_{name}", text, registry=registry) for name, text in FIGURES.items()
-        }
-        self._observe = observe
-
-    def observe(self, name: str, seconds: float) -> None:
-        """Note one of LATENCIES."""
-        self._latencies[name].observe(seconds)
-        self._observe(name, seconds)
-
-    def text(self, engine: Engine) -> bytes:
-        """All of them in Prometheus' text format."""
-        stats = engine.stats()
-        for name, gauge in self._figures.items():
-            gauge.set(getattr(stats, name))
-        return generate_latest(self._registry)
-
 
 class Service:
-    """Completions from one engine."""
+    """Answers from one engine."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, *, body_seconds: float, observe: Observe
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        template: ChatTemplate | None,
+        options: EndpointOptions,
+        observe: Observe,
     ) -> None:
         self.since = int(time.time())
-        self.metrics = Metrics(observe)
-        self._engine, self._tokenizer = engine, tokenizer
-        context = engine.info.context_tokens
-        self._prompts = Prompts(tokenizer, context_tokens=context)
+        self.metrics = Metrics(engine, observe)
+        self._engine, self._tokenizer, self._template = engine, tokenizer, template
+        self._refuses_unknown = options.refuses_unknown
+        info = engine.info
+        self._most_choices = info.num_slots + info.most_waiting
+        self._prompts = Prompts(tokenizer, context_tokens=info.context_tokens)
         # In JSON a byte of text takes up to 6 bytes, and a token id with its spaces hardly more than 24.
-        largest = context * max(6 * self._prompts.longest_token, 24) + SPARE_BYTES
-        self._bodies = Bodies(most_bytes=min(largest, MOST_BODY_BYTES), seconds=body_seconds)
+        one = info.context_tokens * max(6 * self._prompts.longest_token, 24)
+        largest = min(self._most_choices * one + SPARE_BYTES, MOST_BODY_BYTES)
+        self._bodies = Bodies(most_bytes=largest, seconds=options.body_seconds)
         self._parsing = asyncio.Lock()
         self._num_encoding = 0
 
     async def complete(self, http: Request) -> Response:
         """The answer to POST /v1/completions. Raises `Refusal`."""
         arrived = time.perf_counter()
-        async with self._bodies.receive(http) as body, self._turn(body):
-            request = parse(body)
-        if request.model != self._engine.info.model:
-            name = request.model[:MOST_QUOTED]
-            raise Refusal(
-                404,
-                f"model: {name!r} is not served here; {self._engine.info.model!r} is",
-                param="model",
-                code="model_not_found",
-            )
-        prompt = self._prompts.at_once(request.prompt)
-        if prompt is None:
-            prompt = await _unless_client_leaves(http, self._encode(str(request.prompt)))
-        run = _Run(self, request, prompt, arrived=arrived)
-        if request.stream:
-            return _EventStream(run)
+        request, headers = await self._request(http, CompletionRequest)
+        self._require_room(len(request.prompt) * request.num_drawn)
+        prompts = await self._encode(http, request.prompt, special=request.add_special_tokens is not False)
+        layout = CompletionLayout(model=request.model, text_of=self.token_text)
+        return await self._answer(http, request, prompts, layout, arrived, headers)
+
+    async def chat(self, http: Request) -> Response:
+        """The answer to POST /v1/chat/completions. Raises `Refusal`."""
+        arrived = time.perf_counter()
+        request, headers = await self._request(http, ChatRequest)
+        self._require_room(request.num_drawn)
+        text = self._render(request)
+        layout = ChatLayout(model=request.model, text_of=self.token_text)
         try:
-            return JSONResponse(await _unless_client_leaves(http, run.whole()))
-        finally:
-            run.cancel()
+            prompts = await self._encode(http, [text], special=bool(request.add_special_tokens))
+            return await self._answer(http, request, prompts, layout, arrived, headers)
+        except Refusal as refusal:
+            refusal.param = "messages" if refusal.param == "prompt" else refusal.param
+            raise
+
+    async def tokenize(self, http: Request) -> Response:
+        """The answer to POST /tokenize. Raises `Refusal`."""
+        request, headers = await self._request(http, TokenizeRequest)
+        chats, special = request.prompt is None, request.add_special_tokens
+        text = self._render(request) if chats else str(request.prompt)
+        [prompt] = await self._encode(http, [text], special=not chats if special is None else special)
+        names = [self._tokenizer.id_to_token(token) for token in prompt.ids]
+        context = self._engine.info.context_tokens
+        body = {
+            "count": len(prompt.ids),
+            "max_model_len": context,
+            "tokens": prompt.ids,
+            "token_strs": names if request.return_token_strs else None,
+        }
+        return JSONResponse(body, headers=headers)
+
+    async def detokenize(self, http: Request) -> Response:
+        """The answer to POST /detokenize. Raises `Refusal`."""
+        request, headers = await self._request(http, DetokenizeRequest)
+        text = await asyncio.to_thread(self._tokenizer.decode, request.tokens, skip_special_tokens=False)
+        return JSONResponse({"prompt": text}, headers=headers)
+
+    def require_model(self, name: str) -> None:
+        """Raise `Refusal` (404) unless `name` is what is served."""
+        served = self._engine.info.model
+        if name != served:
+            message = f"model: {name[:MOST_QUOTED]!r} is not served here; {served!r} is"
+            raise Refusal(404, message, param="model", code="model_not_found")
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    async def _request(self, http: Request, kind: type[Body]) -> tuple[Body, dict[str, str]]:
+        """The request, and headers of its answer."""
+        async with self._bodies.receive(http) as body, self._turn(body):
+            request, unknown = parse(body, kind)
+        if request.model is not None:
+            self.require_model(request.model)
+        if unknown and self._refuses_unknown:
+            name = unknown[0][:MOST_QUOTED]
+            message = f"{name}: this server does not know this parameter; leave it out"
+            raise Refusal(400, message, param=name, code="unknown_parameter")
+        named = ", ".join(quote(name[:MOST_QUOTED]) for name in unknown[:MOST_QUOTED])
+        return request, {IGNORED: named[:MOST_NAMED]} if unknown else {}
 
     def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
         """Large bodies are parsed one at a time: other requests are served between them."""
         return self._parsing if len(body) > LARGE_BODY_BYTES else nullcontext()
 
-    def submit(self, request: CompletionRequest, prompt: list[int]) -> Stream:
-        """Hand a request to the engine. Raises `Refusal`."""
-        with _refusals():
-            return Stream(self._engine, prompt, request.sampling())
+    def _require_room(self, num_choices: int) -> None:
+        if num_choices > self._most_choices:
+            message = f"{num_choices} choices at once; this server has room for {self._most_choices}"
+            raise Refusal(400, f"prompt: {message}; send fewer prompts, or a smaller n", param="prompt")
 
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+    def _render(self, request: ChatRequest | TokenizeRequest) -> str:
+        if self._template is None:
+            message = "this model has no chat template (chat_template in tokenizer_config.json, or "
+            message += "chat_template.jinja beside it), so it cannot chat; use /v1/completions"
+            raise Refusal(400, message, param="messages", code="no_chat_template")
+        prompted, given = request.add_generation_prompt is not False, request.chat_template_kwargs or {}
+        return self._template.render(request.messages or (), add_generation_prompt=prompted, given=given)
 
-    def detokenizer(self, request: CompletionRequest, prompt: list[int]) -> Detokenizer:
-        return Detokenizer(self._tokenizer, prompt=prompt, stops=request.stops)
+    async def _encode(
+        self, http: Request, prompts: Sequence[str | list[int]], *, special: bool
+    ) -> list[Prompt]:
+        """Raises `Refusal` (429) if as many long prompts wait as the engine has room for."""
+        num_characters, encoded = 0, list[Prompt]()
+        for prompt in prompts:
+            ids = self._prompts.at_once(prompt, special=special, after=num_characters)
+            if ids is None:
+                ids = await _unless_client_leaves(http, self._encode_long(str(prompt), special=special))
+            elif isinstance(prompt, str):
+                num_characters += len(prompt)
+            encoded.append(Prompt(prompt, ids))
+        return encoded
 
-    async def spell(self, prompt: list[int]) -> tuple[str, list[int]]:
-        """`serving.endpoint.text.spell` in another thread: it takes about 3 ms for 1,000 tokens."""
-        return await asyncio.to_thread(spell, self._tokenizer, prompt)
-
-    async def _encode(self, prompt: str) -> list[int]:
-        """The ids of a long prompt. Raises `Refusal` (429) if as many wait as the engine has room for."""
-        with _refusals():
+    async def _encode_long(self, prompt: str, *, special: bool) -> list[int]:
+        with refusals():
             admit(self._num_encoding, self._engine.info)
         self._num_encoding += 1
         try:
-            return await self._prompts.encode(prompt)
+            return await self._prompts.encode(prompt, special=special)
         finally:
             self._num_encoding -= 1
 
-
-class _Piece(NamedTuple):
-    """What a token or an echoed prompt adds: the text that is settled, and where each token's text begins.
-
-    `starts` are in characters of the answer's text. `finish` is the completion's: a stop string ends it
-    although the engine would continue.
-    """
-
-    tokens: Sequence[Token]
-    text: str
-    starts: Sequence[int]
-    finish: Finish | None
-
-
-class _Run:
-    """One completion. The engine has it from its creation until it has ended or `cancel` is called."""
-
-    def __init__(
-        self, service: Service, request: CompletionRequest, prompt: list[int], *, arrived: float
-    ) -> None:
-        self._service, self._request, self._arrived = service, request, arrived
-        self._prompt, self._num_sent = prompt, 0
-        self._text = service.detokenizer(request, prompt)
-        self._stream = service.submit(request, prompt)
-        self._answer = Answer(model=request.model)
-        self._options = request.stream_options or StreamOptions()
-
-    async def pieces(self) -> AsyncIterator[list[_Piece]]:
-        """The pieces that have arrived since the last item. Raises `EngineFailed`."""
-        num_echoed = len(self._prompt) if self._request.echo else 0
-        begun, offset = False, 0
-        async for tokens in self._stream:
-            found: list[_Piece] = []
-            if num_echoed:  # the engine delivers all of a prompt at once
-                found.append(await self._echo(tokens[:num_echoed]))
-                tokens, num_echoed, offset = tokens[num_echoed:], 0, len(found[0].text)
-            if tokens and not begun:
-                self._observe("time_to_first_token_seconds")
-                begun = True
-            for token in tokens:
-                text = self._text.add(token.id, last=token.finish is not None)
-                finish = "stop" if self._text.stopped else token.finish
-                found.append(_Piece([token], text, [offset + self._text.start], finish))
-                if finish is not None:
-                    break
-            yield found
-            if found[-1].finish is not None:
-                break
-        self._observe("request_seconds")
-
-    def cancel(self) -> None:
-        """Cancel it in the engine, if it is still there."""
-        self._stream.cancel()
-
-    async def _echo(self, tokens: Sequence[Token]) -> _Piece:
-        """A prompt: its text as it was given, or the text of its ids."""
-        given = self._request.prompt
-        text, starts = await self._service.spell(self._prompt)
-        return _Piece(tokens, given if isinstance(given, str) else text, starts, tokens[-1].finish)
-
-    async def whole(self) -> dict[str, Any]:
-        """The answer of a request that does not stream. Raises `Refusal`."""
+    async def _answer(
+        self,
+        http: Request,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[Prompt],
+        layout: CompletionLayout | ChatLayout,
+        arrived: float,
+        headers: dict[str, str],
+    ) -> Response:
+        run = Run(
+            self._engine,
+            self._tokenizer,
+            request,
+            prompts,
+            layout=layout,
+            observe=self.metrics.observe,
+            arrived=arrived,
+        )
+        if request.stream:
+            return _EventStream(run, headers)
         try:
-            pieces = [piece async for found in self.pieces() for piece in found]
-        except EngineFailed as error:
-            raise _failed(error) from error
-        return {**self._chunk(pieces), **self._usage()}
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: one for each token, then the usage if asked for, then [DONE]; or an error."""
-        try:
-            async for found in self.pieces():
-                yield b"".join(self._event(piece) for piece in found)
-            if self._options.include_usage:
-                yield _event({**self._answer.nothing(), **self._usage()})
-            yield b"data: [DONE]\n\n"
-        except EngineFailed as error:  # the status has been sent, so an event must carry the error
-            yield _event(_failed(error).body())
-
-    def _event(self, piece: _Piece) -> bytes:
-        chunk = self._chunk([piece])
-        return _event({**chunk, **self._usage()} if self._options.continuous_usage_stats else chunk)
-
-    def _chunk(self, pieces: list[_Piece]) -> dict[str, Any]:
-        """The JSON of pieces that follow those sent before."""
-        self._num_sent += sum(len(piece.tokens) for piece in pieces)
-        asked = None
-        if self._request.logprobs is not None:
-            asked = logprobs(
-                [token for piece in pieces for token in piece.tokens],
-                [start for piece in pieces for start in piece.starts],
-                text_of=self._service.token_text,
-                top=bool(self._request.echo) and self._request.logprobs > 0,
-            )
-        text = "".join(piece.text for piece in pieces)
-        return self._answer.chunk(text, finish=pieces[-1].finish, logprobs=asked)
-
-    def _observe(self, name: str) -> None:
-        self._service.metrics.observe(name, time.perf_counter() - self._arrived)
-
-    def _usage(self) -> dict[str, Any]:
-        num_prompt = len(self._prompt)
-        return usage(num_prompt, self._num_sent - num_prompt if self._request.echo else self._num_sent)
+            return JSONResponse(await _unless_client_leaves(http, run.whole()), headers=headers)
+        finally:
+            run.cancel()
 
 
 class _EventStream(StreamingResponse):
     """The events of a run. However the response ends, the run ends with it."""
 
-    def __init__(self, run: _Run) -> None:
-        super().__init__(run.events(), media_type="text/event-stream")
+    def __init__(self, run: Run, headers: dict[str, str]) -> None:
+        super().__init__(run.events(), media_type="text/event-stream", headers=headers)
         self._run = run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -340,30 +356,6 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._run.cancel()
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn what an engine refuses into `Refusal`."""
-    try:
-        yield
-    except RequestError as error:
-        raise Refusal(400, str(error), param=str(error).partition(":")[0]) from error
-    except Overloaded as error:
-        seconds = error.retry_after_seconds
-        raise Refusal(429, str(error), code="overloaded", retry_after_seconds=seconds) from error
-    except EngineFailed as error:
-        raise _failed(error) from error
-
-
-def _failed(error: EngineFailed) -> Refusal:
-    if isinstance(error, BrokenModel):
-        return Refusal(500, str(error), code="model_broken")
-    return Refusal(503, str(error), code="engine_failed")
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _unless_client_leaves(http: Request, work: Coroutine[Any, Any, Answered]) -> Answered:

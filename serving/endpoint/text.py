@@ -65,6 +65,7 @@ class Detokenizer:
     Args:
         prompt: token ids before the continuation: some decoders strip the space of a text's first word.
         stops: strings that end the text; of several, the one that is complete first.
+        least_tokens: the text of so many first tokens holds no stop.
 
     Attributes:
         start: where the text of the last token begins, in characters. All tokens of one character, or of one
@@ -73,25 +74,35 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt: Sequence[int] = (), stops: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt: Sequence[int] = (),
+        stops: Sequence[str] = (),
+        least_tokens: int = 0,
     ) -> None:
         self._tokenizer, self._stops, self._special = tokenizer, stops, _special_tokens(tokenizer)
         self._ids = self._end_of(prompt)  # the last tokens that have text
         self._in_bytes = bool(self._ids) and _is_byte(tokenizer.id_to_token(self._ids[-1]))
         self._text = self._settled = tokenizer.decode(self._ids)  # when last decoded; what of it is settled
+        self._num_left = least_tokens
         self._num_settled = 0  # characters of the continuation
         self._held = ""  # the last of these, while they may begin a stop string
         self.start = 0
         self.stopped = False
 
-    def add(self, token_id: int, *, last: bool = False) -> str:
+    def add(self, token_id: int | None, *, last: bool = False) -> str:
         """The text that one more token settles; it ends before the first stop string.
 
         Args:
+            token_id: None: a token without text.
             last: no more tokens come, so nothing is held back.
         """
         if self.stopped:
             return ""
+        self._num_left -= 1
+        if self._num_left >= 0:
+            return self._settle(token_id, last=last)
         self._held += self._settle(token_id, last=last)
         found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
@@ -99,11 +110,11 @@ class Detokenizer:
             return self._take(min(found)[1])
         return self._take(len(self._held) - (0 if last else self._num_at_risk()))
 
-    def _settle(self, token_id: int, *, last: bool) -> str:
+    def _settle(self, token_id: int | None, *, last: bool) -> str:
         """The text that no later token can change."""
         self.start = self._num_settled
-        token = self._token(token_id)
-        if token is not None:
+        token = None if token_id is None else self._token(token_id)
+        if token_id is not None and token is not None:
             in_bytes_before, self._in_bytes = self._in_bytes, _is_byte(token)
             if in_bytes_before and not self._in_bytes:
                 self._text = self._tokenizer.decode(self._ids)  # the run of bytes ends before this token

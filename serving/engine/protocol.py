@@ -9,6 +9,7 @@ import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 Finish = Literal["stop", "length"]
@@ -21,23 +22,58 @@ class Sampling:
 
     Attributes:
         max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
+        min_tokens: until so many are sampled, no token that ends the text is.
         temperature: divides the logits; 0 takes the likeliest token.
+        min_p: draw no token that is less likely than this share of the likeliest; in [0, 1].
+        top_k: draw among this many likeliest tokens; 0: all.
         top_p: draw among the likeliest tokens whose probabilities first reach this sum; in (0, 1].
+        presence_penalty: subtracted from the logit of each token that was sampled before.
+        frequency_penalty: subtracted once for each time that it was.
+        repetition_penalty: divides the positive logits, and multiplies the others, of tokens of prompt and
+            continuation (arXiv 1909.05858).
+        logit_bias: (token, what is added to its logit) pairs.
         seed: makes the draws a function of seed and prompt, whatever else is running; None draws anew. With
             the compiled decoder this holds to the bit. Without it, logits depend on the other requests by
             rounding. If two candidates are closer than that, the chosen token may differ.
         ignore_eos: continue to `max_tokens` past the end of text (for benchmarks).
+        stop_ids: further tokens that end the text; `ignore_eos` does not concern them.
         logprobs: report how likely each delivered token was.
+        num_likeliest: with `logprobs`, report so many of the likeliest tokens, at least 1.
         echo: deliver the prompt's tokens too, all of them before the first sampled one.
     """
 
     max_tokens: int
+    min_tokens: int = 0
     temperature: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
     logprobs: bool = False
+    num_likeliest: int = 1
     echo: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """It draws among some of the tokens only."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Its logits depend on the tokens before."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0.0, 0.0, 1.0)
+
+    @property
+    def adjusts(self) -> bool:
+        """It draws from other logits than the model's (`serving.engine.adjust`)."""
+        return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
 
 
 class Score(NamedTuple):
@@ -46,11 +82,13 @@ class Score(NamedTuple):
     Attributes:
         logprob: ln of its probability.
         top_id, top_logprob: of the likeliest token there, which may be itself.
+        others: (id, logprob) of the next likeliest; with it, `Sampling.num_likeliest`.
     """
 
     logprob: float
     top_id: int
     top_logprob: float
+    others: tuple[tuple[int, float], ...] = ()
 
 
 class Token(NamedTuple):
@@ -79,7 +117,9 @@ class EngineInfo:
         kv_bytes_per_token: keys and values of one token in all layers, bytes.
         flops_per_token: 2 FLOPs for each weight that a decoded token is multiplied with, the head included.
         head_flops: those of the head, which a prefilled prompt takes once, for its last token.
+        last_token_flops: the same of the last layer's queries, attention's output and MLP.
         attention_flops: for a token and each token that it sees: 4 * layers * heads * head_dim.
+        last_attention_flops: those of the last layer, which a prefilled prompt takes for its last token.
         details: further facts for a report, such as why a kernel is not used.
     """
 
@@ -97,6 +137,8 @@ class EngineInfo:
     flops_per_token: int
     head_flops: int
     attention_flops: int
+    last_token_flops: int = 0
+    last_attention_flops: int = 0
     details: dict[str, str]
 
 
@@ -116,6 +158,10 @@ class EngineStats:
 
 class RequestError(ValueError):
     """A request that this engine can never serve. The message names the parameter and the remedy."""
+
+
+class ContextExceeded(RequestError):
+    """Prompt and `max_tokens` exceed the model's context."""
 
 
 class Overloaded(Exception):
@@ -188,10 +234,15 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
     if sampling.max_tokens < (0 if sampling.echo else 1):
         raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
     if total > info.context_tokens:
-        raise RequestError(
-            f"max_tokens: {len(prompt)} tokens of prompt and {sampling.max_tokens} more exceed the "
-            f"model's context of {info.context_tokens}; shorten the prompt or lower max_tokens"
+        raise ContextExceeded(  # in OpenAI's words, by which clients know it
+            f"prompt: This model's maximum context length is {info.context_tokens} tokens, but "
+            f"{len(prompt)} of prompt and {sampling.max_tokens} of max_tokens were asked for; shorten the "
+            "prompt or lower max_tokens"
         )
+    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_ids}
+    for name, ids in named.items():
+        if not all(0 <= token < info.vocab_size for token in ids):
+            raise RequestError(f"{name}: token ids must lie in [0, {info.vocab_size})")
 
 
 def admit(num_open: int, info: EngineInfo) -> None:
@@ -242,42 +293,76 @@ def answer_all(
             submit(following)
 
 
-class Stream:
-    """A request's tokens as an asynchronous iterator over lists: those that arrived since the last item.
+class Streams:
+    """The tokens of some requests, as an asynchronous iterator over lists of (request, tokens).
 
-    Create it in the event loop that reads it. Call `cancel` to leave it early.
+    An item holds all that arrived since the last one. `request` counts the requests from 0. Create it in the
+    event loop that reads it. Call `cancel` to leave early.
+
+    Raises:
+        RequestError, Overloaded, EngineFailed: the engine refuses one of them; then it has none of them.
     """
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[tuple[Sequence[int], Sampling]]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._arrived: deque[Sequence[Token] | EngineFailed] = deque()
+        self._arrived: deque[tuple[int, Sequence[Token] | EngineFailed]] = deque()
         self._wake = asyncio.Event()
-        self._ticket = engine.submit(prompt, sampling, self._deliver)
+        self._tickets: dict[int, Ticket] = {}
+        self._open = set(range(len(requests)))
+        try:
+            for number, (prompt, sampling) in enumerate(requests):
+                ticket = engine.submit(prompt, sampling, partial(self._deliver, number))
+                self._tickets[number] = ticket
+        except Exception:
+            self.cancel()
+            raise
 
-    def cancel(self) -> None:
-        self._ticket.cancel()
+    def cancel(self, request: int | None = None) -> None:
+        """Cancel one of the requests, or all."""
+        for number in list(self._tickets) if request is None else [request]:
+            if ticket := self._tickets.pop(number, None):
+                ticket.cancel()
+            self._open.discard(number)
 
-    def _deliver(self, tokens: Sequence[Token] | EngineFailed) -> None:
-        self._arrived.append(tokens)
+    def _deliver(self, request: int, tokens: Sequence[Token] | EngineFailed) -> None:
+        self._arrived.append((request, tokens))
         try:
             self._loop.call_soon_threadsafe(self._wake.set)
         except RuntimeError:  # the loop is closed: nobody reads any more
-            self._ticket.cancel()
+            if ticket := self._tickets.get(request):
+                ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Sequence[Token]]]]:
+        """Raises `EngineFailed`."""
+        while self._open:
+            await self._wake.wait()
+            self._wake.clear()
+            found: list[tuple[int, Sequence[Token]]] = []
+            while self._arrived:
+                request, tokens = self._arrived.popleft()
+                if request not in self._open:  # cancelled meanwhile
+                    continue
+                if isinstance(tokens, EngineFailed):
+                    if found:
+                        yield found
+                    raise tokens
+                found.append((request, tokens))
+                if tokens[-1].finish is not None:
+                    self._open.discard(request)
+            if found:
+                yield found
+
+
+class Stream:
+    """The tokens of one request, as an asynchronous iterator over lists. See `Streams`."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: Sampling) -> None:
+        self._streams = Streams(engine, [(prompt, sampling)])
+
+    def cancel(self) -> None:
+        self._streams.cancel()
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
         """Raises `EngineFailed`."""
-        finished = False
-        while not finished:
-            await self._wake.wait()
-            self._wake.clear()
-            tokens: list[Token] = []
-            while self._arrived:
-                item = self._arrived.popleft()
-                if isinstance(item, EngineFailed):
-                    if tokens:
-                        yield tokens
-                    raise item
-                tokens += item
-            finished = bool(tokens) and tokens[-1].finish is not None
-            if tokens:
-                yield tokens
+        async for found in self._streams:
+            yield [token for _, tokens in found for token in tokens]

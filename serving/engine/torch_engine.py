@@ -22,6 +22,7 @@ from optim.precision import compute_dtype, product_dtype
 from serving.checkpoints import Served
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
+from serving.engine.adjust import adjusted
 from serving.engine.decoder import AheadDecoder, Chosen, StepDecoder, TorchDecoder, attention_kernel
 from serving.engine.memory import says_what_does_not_fit
 from serving.engine.protocol import (
@@ -177,7 +178,8 @@ class TorchEngine:
         step, self._next = self._next or self._begin(), None
         if step is None:
             return False
-        if self._ahead is not None:  # so the GPU computes while the host delivers
+        # So the GPU computes while the host delivers; but a penalty counts tokens that the host must know.
+        if self._ahead is not None and not any(r.sampling.adjusts for r in step.sampled):
             self._next = self._begin(wait=False)
         ids, scores = step.chosen()
         drawn = dict(zip(step.sampled, zip(ids, scores, strict=True), strict=True))
@@ -212,9 +214,14 @@ class TorchEngine:
 
     def _choose(self, sampled: Sequence[_Running], logits: torch.Tensor) -> Chosen:
         samplings, chances = [r.sampling for r in sampled], [r.chance for r in sampled]
+        changed = {
+            row: adjusted(logits[row], r.sampling, r.tokens, r.prompt_tokens, eos_ids=self._eos_ids)
+            for row, r in enumerate(sampled)
+            if r.sampling.adjusts
+        }
         if self._ahead is not None:
-            return self._ahead.choose(samplings, chances)
-        found = choose(logits, samplings, chances)
+            return self._ahead.choose(samplings, chances, changed)
+        found = choose(logits, samplings, chances, changed)
         return lambda: found
 
     def _outcome(
@@ -252,14 +259,17 @@ class TorchEngine:
             return
         following = [t for s in scored for t in s.request.tokens[s.start + 1 : s.start + 1 + s.num_scored]]
         ids, found = torch.tensor(following), list[Score]()
+        most = max(span.request.sampling.num_likeliest for span in scored)  # type: ignore[attr-defined]
         for logits in self._decoder.scored():
-            found += score(logits, ids[len(found) :][: len(logits)].to(logits.device))
+            of_these = ids[len(found) :][: len(logits)].to(logits.device)
+            found += score(logits, of_these, num_likeliest=most)
         rest = iter(found)
         for span in scored:
             span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
 
     def _finish(self, request: _Running) -> Finish | None:
-        if request.tokens[-1] in self._eos_ids and not request.sampling.ignore_eos:
+        last, sampling = request.tokens[-1], request.sampling
+        if last in sampling.stop_ids or (last in self._eos_ids and not sampling.ignore_eos):
             return "stop"
         return "length" if len(request.tokens) == request.most_tokens else None
 
@@ -370,7 +380,9 @@ def describe(
         kv_bytes_per_token=shape.kv_bytes_per_token(numbers.dtype.itemsize),
         flops_per_token=2 * shape.num_matmul_parameters,
         head_flops=2 * shape.vocab_size * shape.hidden_size,
+        last_token_flops=shape.last_token_flops,
         attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+        last_attention_flops=4 * shape.num_heads * shape.head_dim,
         details={},
     )
 

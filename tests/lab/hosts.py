@@ -26,6 +26,7 @@ from tests.commands import ROOT, tiny, write_corpus
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 ADDRESSES = {"nyc": "10.77.0.2", "head": "10.77.2.10", "worker1": "10.77.2.11", "worker2": "10.77.2.12"}
+IPV6 = {name: f"fd77::{address.split('.')[2]}:{address.split('.')[3]}" for name, address in ADDRESSES.items()}
 CLUSTER = ("head", "worker1", "worker2")
 SCRATCH, STORAGE = "/scratch/lab", "/storage/lab"
 CLUSTER_FILE = "/root/lab.yaml"  # on the laptop
@@ -42,6 +43,12 @@ MaxStartups 30:30:100
 """
 _NUMBERS = itertools.count()  # of the labs of this process
 PYTHON = f"{sys.base_prefix}/bin/python3"
+
+
+def add_host(name: str, address: str) -> None:
+    """Give the labs of this process one more host beside the cluster's."""
+    ADDRESSES[name] = address
+    IPV6[name] = f"fd77::2:{address.rpartition('.')[2]}"
 
 
 def missing() -> str | None:
@@ -74,14 +81,18 @@ class Network:
             self.ip(name, "link set lo up")
         self.ip("gw", "link add br0 type bridge")
         self.ip("gw", "addr add 10.77.2.1/24 dev br0")
+        self.ip("gw", "addr add fd77::2:1/112 dev br0 nodad")
         self.ip("gw", "link set br0 up")
-        _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        for name in CLUSTER:
+        for setting in ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"):
+            _do("ip", "netns", "exec", self.namespace("gw"), "sysctl", "-qw", setting)
+        for name in [name for name in ADDRESSES if name != "nyc"]:
             self.ip("gw", f"link add v-{name} type veth peer name eth0 netns {self.namespace(name)}")
             self.ip("gw", f"link set v-{name} master br0 up")
             self.ip(name, f"addr add {ADDRESSES[name]}/24 dev eth0")
+            self.ip(name, f"addr add {IPV6[name]}/112 dev eth0 nodad")
             self.ip(name, "link set eth0 up")
             self.ip(name, "route add default via 10.77.2.1")
+            self.ip(name, "route add default via fd77::2:1")
         self.link()
         relay = ["setpriv", "--pdeathsig", "KILL", sys.executable, Path(__file__).with_name("wan.py")]
         relay += [self.namespace("nyc"), self.namespace("gw"), self._control]
@@ -92,8 +103,11 @@ class Network:
             self.ip(name, f"addr add {address} dev wan0")
             self.ip(name, "link set wan0 up txqueuelen 5000")
         self.ip("nyc", f"addr add {ADDRESSES['nyc']}/32 dev lo")
+        self.ip("nyc", f"addr add {IPV6['nyc']}/128 dev lo")
         self.ip("nyc", f"route add 10.77.2.0/24 via 10.77.1.1 dev wan0 src {ADDRESSES['nyc']}")
+        self.ip("nyc", f"route add fd77::2:0/112 dev wan0 src {IPV6['nyc']}")
         self.ip("gw", f"route add {ADDRESSES['nyc']}/32 via 10.77.1.2 dev wan0")
+        self.ip("gw", f"route add {IPV6['nyc']}/128 dev wan0")
 
     def close(self) -> None:
         """Remove what was made of it."""
@@ -104,11 +118,23 @@ class Network:
             _try("ip", "netns", "del", self.namespace(name))
 
     def link(
-        self, *, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0, down: bool = False
+        self,
+        *,
+        delay_ms: float = 0.0,
+        jitter_ms: float = 0.0,
+        loss: float = 0.0,
+        burst: float = 1.0,
+        down: bool | str = False,
     ) -> None:
-        """Set the link to the cluster: one-way delay and jitter, loss as a fraction of 1, or an outage."""
+        """Set the link to the cluster: one-way delay and jitter, loss, or an outage.
+
+        Args:
+            loss: as a fraction of 1; `burst`: packets that are lost in a row, on average.
+            down: "there" (to the cluster), "back", or True for both ways.
+        """
         part = self._control.with_suffix(".part")
-        state = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "down": down}
+        state = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "burst": burst}
+        state["down"] = {True: "both", False: ""}.get(down, down)
         part.write_text(json.dumps(state))
         part.rename(self._control)
 
@@ -294,7 +320,7 @@ class Lab:
         file = self.folder / "hosts/nyc/disk/home/lab.inventory.yaml"
         file.write_text(json.dumps(keys, indent=1))
 
-    def seed_environment(self, name: str = "head") -> None:
+    def seed_environment(self, name: str = "head", *, scratch: str = SCRATCH) -> None:
         """The environment on a host, as `setup.sh` would have installed it from a package index.
 
         There is no index in the lab: the environment's packages are those of this repository's .venv.
@@ -302,7 +328,7 @@ class Lab:
         packages = Path(ROOT, ".venv/lib").glob("python3.*/site-packages")
         script = f"""set -e
         hash=$( (cat {ROOT}/constraints.txt {ROOT}/pyproject.toml; {PYTHON} -VV) | sha256sum | cut -c1-12)
-        env={SCRATCH}/env/$hash
+        env={scratch}/env/$hash
         {PYTHON} -m venv --without-pip $env
         echo {next(packages)} > $(echo $env/lib/python3.*/site-packages)/lab.pth
         printf '#!%s\\nfrom ray.scripts.scripts import main\\nmain()\\n' $env/bin/python > $env/bin/ray
@@ -331,6 +357,11 @@ class Running:
         self._readers = [threading.Thread(target=_collect, args=pair, daemon=True) for pair in pairs]
         for reader in self._readers:
             reader.start()
+
+    @property
+    def raw_out(self) -> bytes:
+        """Standard output so far, as it came."""
+        return bytes(self._out)
 
     @property
     def out(self) -> str:

@@ -2,8 +2,9 @@
 
     wan.py NETNS_A NETNS_B CONTROL.json      devices wan0 in both
 
-CONTROL.json, read again when it changes: delay_ms (one way), jitter_ms, loss (0..1), down (true: nothing
-passes, and what is under way is lost). Order is kept in each direction.
+CONTROL.json, read again when it changes: delay_ms (one way), jitter_ms, loss (0..1), burst (mean number of
+packets that are lost in a row: Gilbert's model, 1 for independent losses), down (what does not pass, and is
+lost under way: "both" ways, "there" from A to B, "back", or "" for none). Order is kept in each direction.
 """
 
 import contextlib
@@ -43,10 +44,15 @@ def tun(netns: str) -> int:
 
 def relay(ends: tuple[int, int], control: Path) -> None:
     """Carry packets between the two devices, for ever."""
-    link = {"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0, "down": False}
+    link = {"delay_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0, "burst": 1.0, "down": ""}
+    in_burst = [False, False]
     queues: tuple[deque, deque] = (deque(), deque())  # of (due, packet), by the end they came from
     last_due = [0.0, 0.0]
     changed, next_look = 0, 0.0
+
+    def is_down(side: int) -> bool:
+        return link["down"] in ("both", ("there", "back")[side])
+
     poller = select.epoll()
     for end in ends:
         poller.register(end, select.EPOLLIN)
@@ -65,7 +71,8 @@ def relay(ends: tuple[int, int], control: Path) -> None:
                     packet = os.read(end, 65536)
                 except BlockingIOError:
                     break
-                if link["down"] or random.random() < link["loss"] or len(queues[side]) > QUEUE_PACKETS:
+                in_burst[side] = _is_lost(in_burst[side], loss=link["loss"], burst=link["burst"])
+                if is_down(side) or in_burst[side] or len(queues[side]) > QUEUE_PACKETS:
                     continue
                 wait = (link["delay_ms"] + random.uniform(-1, 1) * link["jitter_ms"]) / 1e3
                 last_due[side] = max(time.monotonic() + wait, last_due[side])
@@ -74,9 +81,16 @@ def relay(ends: tuple[int, int], control: Path) -> None:
         for side, queue in enumerate(queues):
             while queue and queue[0][0] <= now + 0.0002:
                 _, packet = queue.popleft()
-                if not link["down"]:
+                if not is_down(side):
                     with contextlib.suppress(OSError):  # its queue is full: lost, as on any link
                         os.write(ends[1 - side], packet)
+
+
+def _is_lost(before: bool, *, loss: float, burst: float) -> bool:
+    """Whether a packet is lost after one that was or was not; `loss` of all are, about `burst` in a row."""
+    if loss >= 1:
+        return True
+    return random.random() < (1 - 1 / burst if before and burst > 1 else loss / burst / (1 - loss))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from cluster.session import free_ports
 from serving.config import load
-from serving.deployment import serving
+from serving.deployment import _await_controller, serving
+from serving.endpoint.metrics import FIGURES
 from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
 from tests.commands import ROOT
@@ -86,8 +87,8 @@ def test_what_listens_is_what_the_readmes_say(url):
 def figures(url: str, *names: str) -> list[float]:
     """Figures of the engine, from one answer of /metrics."""
     lines = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines()]
-    found = {line[0]: line[-1] for line in lines}
-    return [float(found[f"asuncion_{name}"]) for name in names]
+    found = {line[0].partition("{")[0]: line[-1] for line in lines}
+    return [float(found[FIGURES[name].name]) for name in names]
 
 
 def figure(url: str, name: str) -> float:
@@ -203,6 +204,11 @@ def test_what_haproxy_refuses_itself_is_an_openai_error(url, length, sent, statu
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def test_a_controller_that_does_not_end_is_reported(url, capsys):
+    _await_controller(0.1)  # nobody has told it to
+    assert "controller has not ended within 0.1 s" in capsys.readouterr().err
+
+
 def test_http_is_served_on_loopback_alone(url):
     processes = (haproxy(), *replicas())
     sockets = [each.laddr for one in processes for each in one.net_connections() if each.status == "LISTEN"]
@@ -250,14 +256,16 @@ def test_ray_exports_the_figures_of_each_replica(url):
 
     def exported(name: str) -> list[float]:
         text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith(f"ray_asuncion_{name}{{")]
-        assert all('deployment="completions"' in line and "replica=" in line for line in lines)
+        lines = [line for line in text.splitlines() if line.startswith(f"ray_{name}{{")]
+        tags = ('deployment="completions"', "replica=", f'model_name="{NAME}"')
+        assert all(tag in line for line in lines for tag in tags)
         return [float(line.rsplit(" ", 1)[1]) for line in lines]
 
     post(url)
     tokens = figure(url, "generated_tokens")
-    wait_until(lambda: exported("generated_tokens") == [tokens] and exported("running") == [0])
-    assert exported("time_to_first_token_seconds_count")[0] > 0
+    total, running = "vllm_generation_tokens_total", "vllm_num_requests_running"
+    wait_until(lambda: exported(total) == [tokens] and exported(running) == [0])
+    assert exported("vllm_time_to_first_token_seconds_count")[0] > 0
 
 
 def kill_midway(url: str, hold: Path, process: psutil.Process) -> tuple[str, object, Exception | None]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from training.export import main
 from training.model import shapes
 from training.model.llama import Llama, load_hf
 from training.run.checkpoint import Checkpoint
+from training.run.start import _keep_tokenizer
 
 pytestmark = pytest.mark.stack
 
@@ -156,11 +159,17 @@ def test_transformers_and_our_model_compute_the_logits_of_the_masters(
         )
 
 
-def test_the_tokenizer_is_that_of_the_data(run: Path) -> None:
-    assert main(["tiny"]) == 0
+def test_the_tokenizer_is_that_of_the_data_and_has_the_given_one_s_chat_template(run: Path) -> None:
     [data] = Path("data").glob("corpus-*/")
+    settings = {"chat_template": [{"name": "default", "template": "{{ eos_token }}ñ"}]}
+    Path("given").mkdir()
+    Path("given/tokenizer_config.json").write_text(json.dumps(settings))
+    opened: Any = SimpleNamespace(manifest=Manifest.read(data), directory=data)
+    _keep_tokenizer(opened, run / "tokenizer", given="given/tokenizer.json")
+    assert main(["tiny"]) == 0
     end_id = Manifest.read(data).end_of_text_id
     exported = AutoTokenizer.from_pretrained(run / "export")
+    assert exported.chat_template == "{{ eos_token }}ñ"
     assert exported(TEXT)["input_ids"] == Tokenizer.from_file(str(data / "tokenizer.json")).encode(TEXT).ids
     assert exported.decode(exported(TEXT)["input_ids"]) == TEXT
     assert exported.eos_token_id == end_id

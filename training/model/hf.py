@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from cluster import files
 from cluster.record import origins
+from training.model.chat_template import TEMPLATE_FILE
 from training.model.shapes import LlamaShape, to_hf_config
 
 
@@ -32,7 +33,7 @@ def save_hf(
     Args:
         tensors: name -> tensor for every entry of `shape.parameters()`, on any device; the head of a tied
             shape may be among them and is left out. Taken one at a time and cast to `dtype` on the CPU.
-        tokenizer_file: a `tokenizer.json` of the tokenizers library.
+        tokenizer_file: a `tokenizer.json` of the tokenizers library; a chat template beside it goes with it.
         eos_id: the token that ends a text.
         bos_id: the token that begins one, if there is any.
         checkpoint: what the tensors come from, for lineage.json; None writes no such file.
@@ -52,6 +53,8 @@ def save_hf(
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         files.set_mode_of_folder(folder / "model.safetensors")
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+        if (template := Path(tokenizer_file).with_name(TEMPLATE_FILE)).is_file():
+            shutil.copyfile(template, folder / TEMPLATE_FILE)
         files.write_json(folder / "config.json", config)
         files.write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
         files.write_json(folder / "tokenizer_config.json", tokenizer_config)

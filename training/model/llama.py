@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from cluster import files
 from optim.precision import product_dtype
 from training.model import loss, shapes
-from training.model.attention import Attend, DocumentAttention, causal_attention
+from training.model.attention import Attend, DocumentAttention, Kept, causal_attention
 from training.model.shapes import LlamaShape
 
 Rotary = tuple[Tensor, Tensor]
@@ -113,16 +113,19 @@ class Attention(nn.Module):
             RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None for _ in "qk"
         )
 
-    def forward(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
+    def forward(self, x: Tensor, by: Rotary, kept: Kept = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T or N, C], keys and values [B, K, T, C] of x [B, T, D]; the former two rotated."""
+        asking, asking_by = x, by
+        if kept is not None:
+            asking, asking_by = x[:, kept], (by[0][..., kept, :], by[1][..., kept, :])
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(-1, (-1, self.head_dim))
+            for projection, tokens in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        return rotate(q, by), rotate(k, by), v
+        return rotate(q, asking_by), rotate(k, by), v
 
 
 class SwiGLU(nn.Module):
@@ -150,16 +153,16 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
-    def forward(self, x: Tensor, by: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, by: Rotary, attend: Callable[..., Tensor], kept: Kept = None) -> Tensor:
         before, after = self.compiled if self.compiled and self.training else (Layer.before, Layer.after)
-        q, k, v = (part.transpose(1, 2) for part in before(self, x, by))
-        return after(self, x, attend(q, k, v).transpose(1, 2))
+        q, k, v = (part.transpose(1, 2) for part in before(self, x, by, kept))
+        return after(self, x if kept is None else x[:, kept], attend(q, k, v).transpose(1, 2))
 
     # Between the halves tensors are [B, T, heads, C], as they lie in memory: torch 2.11 copies each gradient
     # that reaches a compiled frame in another order.
 
-    def before(self, x: Tensor, by: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.self_attn(self.input_layernorm(x), by)
+    def before(self, x: Tensor, by: Rotary, kept: Kept = None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.self_attn(self.input_layernorm(x), by, kept)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -203,12 +206,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
     def forward(
-        self, tokens: Tensor, *, positions: Tensor | None = None, attend: Attend = causal_attention
-    ) -> Tensor:
+        self, tokens: Tensor, *, positions: Tensor | None = None, attend: Attend = causal_attention,
+        kept: Kept = None,
+    ) -> Tensor:  # fmt: skip
         """Normed hidden states [B, T, D] of tokens [B, T] (int64).
 
         `positions`, integers [T] or [B, T], and `attend` are the seam for decoding with a key/value cache;
-        the defaults are whole sequences from position 0.
+        the defaults are whole sequences from position 0. With `kept` the result is [B, N, D]: of other tokens
+        the last layer computes keys and values alone.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -220,7 +225,7 @@ class Decoder(nn.Module):
             if every and number % every == 0 and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*given)
+                x = layer(*given, kept if number + 1 == len(self.layers) else None)
         return self.norm(x)
 
 

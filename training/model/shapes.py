@@ -156,15 +156,28 @@ class LlamaShape:
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * sequence_length
         return 6 * self.num_matmul_parameters + attention
 
-    def prefill_flops(self, prompt_tokens: int) -> int:
-        """FLOPs of prefilling one prompt of S tokens: 2·N_hidden·S + 2·vocabulary·hidden + 2·L·d·S².
+    @property
+    def last_token_flops(self) -> int:
+        """FLOPs of the last layer's products with weights that only the last token of a prompt needs.
 
-        The head multiplies the last token alone; attention is causal, so half of the scores (2·S·S·d each for
-        QKᵀ and for the mix with V) count. N_hidden: the hidden matrices; d = heads·head_dim.
+        Those of its queries, of attention's output and of its MLP. The other tokens have to leave nothing
+        but keys and values there.
         """
-        head = self.vocab_size * self.hidden_size
-        attention = 2 * self.num_layers * self.num_heads * self.head_dim * prompt_tokens**2
-        return 2 * (self.num_matmul_parameters - head) * prompt_tokens + 2 * head + attention
+        return 2 * self.hidden_size * (2 * self.num_heads * self.head_dim + 3 * self.ffn_size)
+
+    def prefill_flops(self, prompt_tokens: int) -> int:
+        """FLOPs that the first token after a prompt of S tokens needs.
+
+        2·(N_hidden − N_last)·S + 2·N_last + 2·vocabulary·hidden + 2·(L − 1)·d·S² + 4·d·S, d = heads·head_dim.
+        N_hidden: scalars of the hidden matrices; N_last: those that only the last token needs
+        (`last_token_flops`), as it alone needs the head and the last layer's attention (4·S·d). In the other
+        layers attention is causal, so half of the scores (2·S·S·d each for QKᵀ and for the mix with V) count.
+        No engine computes less, so no share of a peak exceeds 100% by what is left out.
+        """
+        width = self.num_heads * self.head_dim
+        once = self.last_token_flops + 2 * self.vocab_size * self.hidden_size
+        attention = 2 * (self.num_layers - 1) * width * prompt_tokens**2 + 4 * width * prompt_tokens
+        return (2 * self.num_matmul_parameters - once) * prompt_tokens + once + attention
 
     def decode_flops(self, context_tokens: float) -> float:
         """FLOPs of decoding one token that sees `context_tokens`: 2·N_matmul + 4·L·d·context."""

@@ -20,6 +20,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.display import Table, pairs, show, table
+from cluster.laptop import growth
 from cluster.measure import hardware
 from cluster.record import origins, provenance
 from cluster.record.result import record_result
@@ -31,6 +32,7 @@ from training.config import (
     WorkersConfig,
     ZeroConfig,
 )
+from training.model.shapes import SHAPES
 from training.optim_config import MatrixOptimConfig, OptimConfig
 from training.plan import Plan, make_plan
 from training.projection import traffic
@@ -149,6 +151,10 @@ def describe(
         chosen = [row for row in rows if row["nodes"] == num_nodes]
         yield f"\n{batch_line(config, chosen[0])}"
         yield table(HEADERS, [_cells(row, memory) for row in chosen], left=(0, 1, -1))
+    if (most := max(config.nodes)) > 1:
+        yield f"\nwhat {most} nodes need beside that"
+        site = growth.Site(most, config.gpus_per_node, network_gb_per_s=basis.network.bytes_per_s / 1e9)
+        yield pairs([*growth.describe(site), growth.checkpoint(site, SHAPES[config.shape].num_parameters)])
 
 
 def _cells(row: Mapping[str, Any], memory: float) -> list[str | None]:

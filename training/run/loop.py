@@ -149,7 +149,8 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
-        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
+        decoder, clip = self.engine.module.model, config.optim.qk_clip
+        self.logits = LogitProbe(decoder, when=lambda: self.optimizer.inspect, clip=clip)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -201,6 +202,8 @@ class Trainer:
                 self.engine.backward(loss)
             mark("optimizer")
             with phase("optimizer"):
+                if micro_step == self.plan.accumulation - 1:
+                    self.optimizer.row_factors = self.logits.row_factors(self.context.most)
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
         self.step += 1
@@ -410,4 +413,6 @@ def _meter(start: Start, context: Context) -> Meter:
 def _measured_tflops(config: TrainConfig) -> float | None:
     """Of the preflight's GPUs; None where there has been none, and on CPUs, whose workers share them."""
     report = Path(config.record.ceilings or "").expanduser()
-    return measured_tflops(files.read_json(report)) if config.workers.gpu and report.is_file() else None
+    workers = config.workers
+    is_there = workers.gpu and report.is_file()
+    return measured_tflops(files.read_json(report), workers.accelerator) if is_there else None

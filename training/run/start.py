@@ -25,6 +25,7 @@ from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, TokenDataset, require_tuning_sequences
 from training.data.mixture import describe
 from training.data.prepare import prepare
+from training.model.chat_template import TEMPLATE_FILE, read_template
 from training.plan import Plan, make_plan, run_identity
 from training.run.checkpoint import Checkpoint, newest_complete, newest_sound, prune, step_of
 from training.run.state.hf_weights import HuggingFaceWeights, require_same_tokens, require_tokenizer
@@ -198,9 +199,11 @@ def _prepare_run(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / CONFIG_FILE, layered.to_yaml(config))
-        _keep_tokenizer(start.train_set, directory / TOKENIZER)
+        _keep_tokenizer(start.train_set, directory / TOKENIZER, given=config.data.tokenizer)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set run.directory") from error
+    except ValueError as error:
+        raise UserError(f"{error}; copy it again, or remove it") from error
     _require_writable(directory / "checkpoints")
     _tell_start(start, damaged, seam)
     return start
@@ -271,7 +274,11 @@ def report_checkpoint(folder: Path) -> None:
     events.append(folder.parent.parent, "checkpoint", text, step=step_of(folder), size_bytes=size)
 
 
-def _keep_tokenizer(data: TokenDataset, target: Path) -> None:
+def _keep_tokenizer(data: TokenDataset, target: Path, *, given: str) -> None:
+    """With the chat template beside the tokenizer that was given, for exports."""
     target.mkdir(exist_ok=True)
+    template = None if given == "train" else read_template(Path(given).expanduser().parent)
+    if template is not None:
+        files.write_text(target / TEMPLATE_FILE, template.text)
     for name in (data.manifest.tokenizer_file, MANIFEST_FILE):
         files.write_text(target / name, (data.directory / name).read_bytes().decode())  # not its line ends

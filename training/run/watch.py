@@ -35,7 +35,12 @@ RANK_LOST = (
     r"gloo.*(closed by peer|reset by peer|Read error|Write error|Broken pipe|timed out)"
     r"|ncclRemoteError|NCCL communicator was aborted"
 )
-SHOWN = ("first_step", "progress", "node_joined")  # among the infos; the warnings and errors are shown anyway
+SHOWN = (
+    "waiting",
+    "first_step",
+    "progress",
+    "node_joined",
+)  # among the infos; the warnings and errors are shown anyway
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
 
@@ -158,7 +163,7 @@ class NodeWatch(Background):
     def _alive(self) -> set[str]:
         import ray
 
-        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        return {node["NodeName"] for node in ray.nodes() if node["Alive"]}
 
 
 class Follower(Background):

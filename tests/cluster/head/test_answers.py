@@ -25,7 +25,7 @@ REQUEST = {
 }
 
 
-NODE = {"node_ip": "10.0.0.1", "node_name": "head", "resources_total": {"CPU": 2}}
+NODE = {"node_ip": "10.0.0.1", "node_name": "10.0.0.1", "resources_total": {"CPU": 2}}
 
 
 class JobServer(ThreadingHTTPServer):

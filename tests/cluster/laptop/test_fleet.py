@@ -4,7 +4,7 @@ import pytest
 
 from cluster.cli import RunError
 from cluster.laptop import fleet
-from cluster.laptop.inventory import Inventory
+from cluster.laptop.keys import Inventory
 from cluster.laptop.ssh import LinkError
 
 

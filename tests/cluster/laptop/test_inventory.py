@@ -11,7 +11,7 @@ import yaml
 
 from cluster.cli import UserError
 from cluster.config import ConfigError
-from cluster.laptop import inventory
+from cluster.laptop import commands, inventory, keys
 from cluster.session import free_ports
 from tests.commands import ROOT
 
@@ -63,17 +63,74 @@ def test_the_yaml_mounts_code_and_nothing_else(tmp_path):
 
 def test_both_launchers_start_the_same_ray(tmp_path):
     cluster = write(tmp_path)
-    site = inventory.load(cluster).site()
+    site = commands.for_head(inventory.load(cluster))
     config = yaml.safe_load(cluster.read_text())
     assert config["worker_start_ray_commands"] == [site["reap"], site["start_worker"]]
     head = config["head_start_ray_commands"][1]
-    assert head.replace(inventory.AUTOSCALER, "") == site["start_head"]
-    assert inventory.AUTOSCALER in head and inventory.AUTOSCALER not in site["start_head"]
+    assert head.replace(commands.AUTOSCALER, "") == site["start_head"]
+    assert commands.AUTOSCALER in head and commands.AUTOSCALER not in site["start_head"]
     for start in (head, site["start_worker"]):
-        assert "--num-gpus=4" in start and """--resources='{"accelerator_type:A40": 1}'""" in start
+        assert "--num-gpus=4" in start and """--resources={"accelerator_type:A40":1}'""" in start
         assert "export NCCL_SOCKET_IFNAME==ens5f0" in start  # NCCL's own syntax for this very name
         assert "export RAY_enable_autoscaler_v2=0" in start
     assert "--dashboard-host=127.0.0.1" in head
+
+
+MIXED = (
+    SITE
+    + """\
+differs:
+  w1.site: {gpus: 2, accelerator: H100, port: 2222, user: other, key: ~/.ssh/w1}
+  fd00::3: {drained: true}
+"""
+)
+MIXED = MIXED.replace("10.0.0.2, 10.0.0.3", "w1.site, 'fd00::3', fd00::4")
+
+
+def test_names_ipv6_and_what_differs_reach_the_head(tmp_path):
+    loaded = inventory.load(write(tmp_path, MIXED))
+    assert loaded.active == ("10.0.0.1", "w1.site", "fd00::4") and loaded.drained == ("fd00::3",)
+    site = commands.for_head(loaded)
+    assert site["workers"] == ["w1.site", "fd00::4"] and site["drained"] == ["fd00::3"]
+    assert site["logins"]["w1.site"] == {"user": "other", "port": 2222}
+    assert site["logins"]["fd00::4"] == {"user": "research", "port": None}
+    assert site["resources"]["w1.site"] == """--num-gpus=2 --resources={"accelerator_type:H100":1}"""
+    assert site["gpus"]["fd00::4"] == {"GPU": 4, "accelerator_type:A40": 1}
+    told = (tmp_path / "here.yaml").read_text()
+    assert "does not know host names and IPv6 addresses, what differs between nodes: use `make up`" in told
+    assert yaml.safe_load(told)["provider"]["worker_ips"] == ["w1.site", "fd00::4"]
+
+
+def test_a_worker_gets_its_own_options_and_the_heads_address(tmp_path):
+    """The start command itself, by a real bash; `ray` prints what it is given."""
+    site = inventory.load(
+        write(tmp_path, MIXED.replace("10.0.0.1", "fd00::1").replace("/local/x", "/SCRATCH"))
+    )
+    (tmp_path / "activate").write_text(
+        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; }; export -f ray\n"
+    )
+    script = (
+        commands.start_worker(site)
+        .replace("/SCRATCH", str(tmp_path))
+        .replace("nohup ray", "nohup bash -c 'ray \"$@\"' -")
+    )
+    given = {
+        "ASUNCION_NODE": "w1.site",
+        "ASUNCION_RESOURCES": commands.for_head(site)["resources"]["w1.site"],
+    }
+    for more, told in (
+        ({}, """<--address=[fd00::1]:6379><--num-gpus=4><--resources={"accelerator_type:A40":1}><--block>"""),
+        (
+            given | {"ASUNCION_HEAD": "10.0.0.9"},
+            """<--address=10.0.0.9:6379><--node-name=w1.site><--num-gpus=2>"""
+            """<--resources={"accelerator_type:H100":1}><--block>""",
+        ),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **more}
+        )
+        assert done.returncode == 0, done.stderr
+        assert told in (tmp_path / "ray-start.log").read_text()
 
 
 def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_path):
@@ -94,11 +151,18 @@ def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_pa
     [
         (("10.0.0.3", "10.0.0.2"), "workers: 10.0.0.2 named twice"),
         (("10.0.0.3", "10.0.0.1"), "workers: 10.0.0.1 named twice"),
-        (("10.0.0.3", "10.0.0.300"), "workers: '10.0.0.300' is not an IPv4 address"),
+        (("10.0.0.3", "10.0.0.300"), "yaml:3: workers: '10.0.0.300' is not an IPv4 or IPv6 address or"),
+        (("10.0.0.3", "10.0.0.3, -x"), "yaml:3: workers: '-x' is not an IPv4"),
+        (("10.0.0.2, 10.0.0.3", "'fd00::2', 'FD00:0::2'"), "workers: FD00:0::2, fd00::2 named twice"),
         (("head: 10.0.0.1", "head: ''"), "head: is missing"),
         (("user: research", "user: 'a b'"), "ssh.user"),
         (("gpus: 4", "gpus: -1"), "node.gpus"),
-        (("gpus: 4", "gpu: 4"), "unknown key 'node.gpu'"),
+        (("gpus: 4", "gpu: 4"), "yaml:5: unknown key 'node.gpu'"),
+        (("name: here", "differs: {w9: {gpus: 2}}"), "yaml:1: differs.w9: is neither the head nor one of"),
+        (("name: here", "differs: {10.0.0.2: {gpus: -2}}"), "yaml:1: differs.10.0.0.2.gpus: must lie"),
+        (("name: here", "differs: {10.0.0.2: {gpu: 2}}"), "here.inventory.yaml:1: unknown key"),
+        (("name: here", "differs: {10.0.0.1: {drained: true}}"), "differs.10.0.0.1.drained: the head cannot"),
+        (("user: research", "port: 70000"), "yaml:4: ssh.port: must lie between 1 and 65535"),
         (("ens5f0", "'eth0; rm -rf /'"), "node.interface"),
         (("/local/x", "local/x"), "scratch: 'local/x' must be an absolute path"),
         (("/nfs/x", "/local/x"), "storage: must be another folder than scratch"),
@@ -179,7 +243,7 @@ def test_a_line_break_in_the_files_own_name_or_in_the_preflights_keys_is_refused
 def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
     """The commands themselves, by a real shell: scratch is another user's, a link, or our own."""
     marks = tmp_path / "ran"
-    site = inventory.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh")
+    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh")
     scratch = tmp_path / "s"
     for name in ("cluster/head/setup.sh", "cluster/head/reap.py"):
         file = scratch / "code" / name
@@ -187,7 +251,7 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
         file.write_text(f"echo {name} >> {marks}")
     link = tmp_path / "l"
     link.symlink_to(scratch)
-    for command in (site.setup_command(), site.reap_command()):
+    for command in (commands.setup(site), commands.reap(site)):
         for place in (scratch, link):
             marks.unlink(missing_ok=True)
             done = subprocess.run(
@@ -203,9 +267,9 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
 def test_an_index_that_does_not_answer_is_told_with_the_keys(tmp_path):
     """The set-up itself, by a real bash and a real pip; nothing listens at that index."""
     root = ROOT
-    packages = inventory.PackagesConfig(index=f"http://127.0.0.1:{free_ports(1)[0]}/simple")
-    site = inventory.Inventory(head="10.0.0.1", scratch="/SCRATCH", python=sys.executable, packages=packages)
-    command = site.setup_command().replace("/SCRATCH/code", str(root)).replace("/SCRATCH", f"{tmp_path}/s")
+    packages = keys.PackagesConfig(index=f"http://127.0.0.1:{free_ports(1)[0]}/simple")
+    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python=sys.executable, packages=packages)
+    command = commands.setup(site).replace("/SCRATCH/code", str(root)).replace("/SCRATCH", f"{tmp_path}/s")
     (tmp_path / "s").mkdir(mode=0o700)
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
@@ -217,5 +281,5 @@ def test_an_index_that_does_not_answer_is_told_with_the_keys(tmp_path):
 
 
 def test_a_missing_inventory_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match=r"copy cluster/asuncion\.inventory\.yaml"):
+    with pytest.raises(UserError, match=r"`make inventory CLUSTER=cluster/mine\.yaml` makes both"):
         inventory.load(tmp_path / "nowhere.yaml")

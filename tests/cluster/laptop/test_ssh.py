@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.laptop.inventory import Inventory
-from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently
+from cluster.laptop.keys import DiffersConfig, Inventory
+from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently, rsync
 from tests.waiting import PATIENCE_SECONDS
 
 SITE = Inventory(name="here", head="10.0.0.1", workers=("10.0.0.2",))
@@ -26,6 +26,9 @@ def node(tmp_path, monkeypatch):
         ("@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\nVerification failed.", NodeError, "ssh-keygen -R"),
         ("Host key verification failed.", NodeError, "not pinned .*make up"),
         ("ssh: Could not resolve hostname 10.0.0.2: unknown", NodeError, "check the address"),
+        ("ssh: Could not resolve hostname h: Temporary failure in name resolution", LinkError, "Temporary"),
+        ("Unable to negotiate with 10.0.0.2 port 22: no matching key exchange method found. Their offer: x",
+         NodeError, "no algorithm in common .*Their offer: x"),
         ("/h/.ssh/config: line 3: Bad configuration option: x\nterminating", NodeError, "line 3: Bad"),
         ("Bad owner or permissions on /root/.ssh/config", NodeError, "Bad owner .*see ~/.ssh/config"),
         ("Received disconnect: Too many authentication failures", NodeError, "refuses the key"),
@@ -46,12 +49,25 @@ def test_a_failure_is_explained(node, said, kind, told):
 def test_a_worker_is_reached_through_the_head_by_the_same_pinned_keys(node, tmp_path):
     arguments = node.arguments()
     proxy = next(part for part in arguments if part.startswith("ProxyCommand="))
-    assert "-W %h:%p research@10.0.0.1" in proxy
+    assert "-W '[%h]:%p' research@10.0.0.1" in proxy
     for text in (proxy, " ".join(arguments)):
         assert f"UserKnownHostsFile={tmp_path}/.asuncion/here/known_hosts" in text
         assert "StrictHostKeyChecking=yes" in text and "ForwardAgent=no" in text
     assert "ControlPath=" in proxy and "%%C" in proxy  # ssh expands % of a ProxyCommand itself
     assert "accept-new" in " ".join(Ssh(SITE, "10.0.0.2", pin=True).arguments())
+
+
+def test_a_node_has_a_port_a_user_and_a_key_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    differs = {"fd00::2": DiffersConfig(port=2222, user="other", key="~/two")}
+    node = Ssh(replace(SITE, workers=("fd00::2",), differs=differs), "fd00::2")
+    arguments = node.arguments()
+    assert arguments[-1] == "other@fd00::2" and f"IdentityFile={tmp_path}/two" in arguments
+    assert "Port=2222" in arguments and "HostKeyAlias=fd00::2" in arguments
+    (proxy,) = [part for part in arguments if part.startswith("ProxyCommand=")]
+    assert "research@10.0.0.1" in proxy and "Port=" not in proxy and "two" not in proxy
+    assert "-p 2222 -i ~/two other@fd00::2`" in str(node.explain("Permission denied (publickey)."))
+    assert rsync(node, "/s", Path("t"), exclude=())[-2] == "other@[fd00::2]:/s/"
 
 
 def test_a_key_with_a_passphrase_is_told_from_one_that_is_refused(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ LIMIT = timedelta(seconds=PATIENCE_SECONDS)
 
 def test_an_interface_is_found_by_its_address():
     assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.77") is None
+    assert interface_of("192.0.2.77") is None and interface_of("2001:db8::77") is None
 
 
 def rank_of_two(rank: int, port: int, results) -> None:

@@ -6,7 +6,14 @@ import pytest
 
 from cluster.preflight import command as preflight
 from cluster.preflight.command import PreflightConfig
-from cluster.preflight.verdict import ExpectConfig, LimitsConfig, judge, measured_tflops, table
+from cluster.preflight.verdict import (
+    ExpectConfig,
+    LimitsConfig,
+    NodeExpectConfig,
+    judge,
+    measured_tflops,
+    table,
+)
 from tests.cluster.review.panel_keys import missing
 
 NODES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
@@ -129,6 +136,36 @@ def test_without_persistence_is_a_warning():
     found["nodes"]["10.0.0.1"]["gpus"][0]["persistence"] = False
     (finding,) = verdict(found)
     assert not finding.is_failure and "nvidia-smi -pm 1" in finding.message
+
+
+def test_another_users_process_on_a_gpu_is_a_warning():
+    found = sound()
+    found["nodes"]["10.0.0.1"]["gpus"][1]["others"] = [["ana", 77]]
+    (finding,) = verdict(found)
+    assert not finding.is_failure and "GPU 1 is used by user ana, pid 77" in finding.message
+
+
+def test_each_kind_of_gpu_is_held_against_its_own_kind_and_a_drained_node_is_named():
+    found = sound()
+    node = found["nodes"]["10.0.0.3"]
+    node["gpus"] = [{**gpu, "name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.6} for gpu in node["gpus"]]
+    fast = {
+        "product_tflops": ceiling(800.0),
+        "copy_gb_per_s": ceiling(2800.0),
+        "device": "NVIDIA H100 80GB HBM3",
+    }
+    node |= {"ceilings": [fast, copy.deepcopy(fast)], "links": links(300.0)}
+    (finding, *_) = verdict(found)
+    assert "GPU 0 is a NVIDIA H100 80GB HBM3, not A40" in finding.message
+    differs = {"10.0.0.3": NodeExpectConfig(gpus=2, accelerator="H100")}
+    expect = ExpectConfig(nodes=3, gpus=2, accelerator="A40", differs=differs, drained=("10.0.0.4",))
+    (finding,) = verdict(found, expect=expect)
+    assert not finding.is_failure and str(finding).startswith("10.0.0.4: is drained")
+    node["ceilings"][1]["product_tflops"] = ceiling(500.0)
+    (slow, *_) = verdict(found, expect=expect)
+    assert str(slow).startswith("10.0.0.3: GPU 1 reaches 500 TFLOP/s where the median is 650")
+    report = {"found": found}
+    assert (measured_tflops(report, "A40"), measured_tflops(report, "H100")) == (120.0, 650.0)
 
 
 def test_a_slow_cpu_is_a_warning_and_other_faults_of_cpu_nodes_are_not():

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from serving.endpoint.service import make_endpoint
+from serving.endpoint.service import EndpointOptions, make_endpoint
 from serving.endpoint.text import numbered_tokenizer
 from serving.engine.torch_engine import TorchEngine
 from tests.fake_engine import VOCABULARY
@@ -23,7 +23,9 @@ class Server:
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = make_endpoint(engine, numbered_tokenizer(VOCABULARY), **options)
+        template = options.pop("template", None)
+        allows = EndpointOptions(**options)
+        app = make_endpoint(engine, numbered_tokenizer(VOCABULARY), template=template, options=allows)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
@@ -34,13 +36,15 @@ class Server:
         self._server.should_exit = True
         self._thread.join()
 
-    def post(self, **fields: Any) -> httpx.Response:
-        body = {"model": "counting", "prompt": [97], "max_tokens": 3} | fields
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_SECONDS)
+    def post(self, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+        chats = path.endswith("chat/completions")
+        prompt = {"messages": [{"role": "user", "content": "a"}]} if chats else {"prompt": [97]}
+        body = {"model": "counting", "max_tokens": 3} | prompt | fields
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE_SECONDS)
 
-    def events(self, **fields: Any) -> list[Any]:
+    def events(self, path: str = "/v1/completions", **fields: Any) -> list[Any]:
         """The events of a stream; [DONE] as it is."""
-        text = self.post(stream=True, **fields).text
+        text = self.post(path, stream=True, **fields).text
         assert text.endswith("\n\n")
         lines = [event.removeprefix("data: ") for event in text[:-2].split("\n\n")]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving.endpoint.chat import ChatTemplate
+from serving.endpoint.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.fake_engine import VOCABULARY, counting_engine, idle
 from tests.serving.endpoint.server import Server
 from tests.waiting import PATIENCE_SECONDS
@@ -29,9 +31,19 @@ VALUES = st.recursive(
 )
 
 
-NAMES = (
-    *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "n"),
-    *("stream_options", "ignore_eos", "echo", "suffix", "best_of", "logit_bias", "frequency_penalty", "user"),
+PATHS = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+NAMES = sorted({name for kind in PATHS.values() for name in kind.model_fields})
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "developer", "assistant", "tool"])},
+        optional={"content": st.text(max_size=9) | VALUES, "name": VALUES, "tool_calls": VALUES},
+    ),
+    max_size=3,
 )
 
 
@@ -40,6 +52,10 @@ USUAL = st.fixed_dictionaries(
     optional={
         "prompt": st.lists(st.integers(0, VOCABULARY), max_size=70) | st.text(max_size=20),
         "echo": st.booleans(), "logprobs": st.integers(0, 1), "stream": st.booleans(), "stop": st.just("b"),
+        "messages": MESSAGES, "top_k": st.integers(-1, 9), "n": st.integers(1, 3), "min_p": st.floats(0, 1),
+        "presence_penalty": st.floats(-2, 2), "repetition_penalty": st.floats(0.01, 100),
+        "logit_bias": st.dictionaries(st.integers(0, VOCABULARY).map(str), st.floats(-100, 100), max_size=3),
+        "stop_token_ids": st.lists(st.integers(0, VOCABULARY), max_size=3), "min_tokens": st.integers(0, 3),
     },
 ).map(lambda usual: {"prompt": [1]} | usual)  # fmt: skip
 
@@ -49,9 +65,12 @@ BODIES = st.builds(
 )
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content[:9] + message.name | default('') }}{% endfor %}"
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[Server]:
-    made = Server(counting_engine(step_seconds=0.0))
+    made = Server(counting_engine(step_seconds=0.0), template=ChatTemplate(TEMPLATE, {}))
     yield made
     made.close()
 
@@ -62,13 +81,14 @@ def connection(quick: Server) -> Iterator[httpx.Client]:
         yield opened
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=FIXTURES)
-@given(body=BODIES)
-def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, body):
-    if isinstance(body["max_tokens"], int):
-        body["max_tokens"] = min(body["max_tokens"], 9)
+@settings(max_examples=700, deadline=None, suppress_health_check=FIXTURES)
+@given(path=st.sampled_from([*PATHS]), body=BODIES)
+def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, path, body):
+    for name in ("max_tokens", "max_completion_tokens"):
+        if not isinstance(body.get(name), str | list | dict):
+            body[name] = 9 if not isinstance(body.get(name), int) else min(body[name], 9)
     headers = {"content-type": "application/json"}
-    answer = connection.post("/v1/completions", content=json.dumps(body), headers=headers)
+    answer = connection.post(path, content=json.dumps(body), headers=headers)
     assert answer.status_code in (200, 400, 404)
     if answer.status_code != 200:
         error = answer.json()["error"]

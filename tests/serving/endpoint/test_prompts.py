@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from serving.endpoint.openai_api import Refusal
 from serving.endpoint.prompts import PIECE_CHARACTERS, SHORT_CHARACTERS, Prompts
+from serving.endpoint.refusal import Refusal
 from serving.endpoint.text import numbered_tokenizer
 from tests.waiting import PATIENCE_SECONDS
 
@@ -22,10 +22,10 @@ class Counted:
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 
-    def encode_batch(self, texts: list[str]) -> list[object]:
+    def encode_batch(self, texts: list[str], *, add_special_tokens: bool = True) -> list[object]:
         assert self._may_go_on()
         self.num_characters += sum(map(len, texts))
-        return self._tokenizer.encode_batch(texts)
+        return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
 
 def runs_of_a(longest: int) -> Tokenizer:
@@ -54,7 +54,7 @@ def test_a_prompt_that_fits_to_the_token_is_the_tokenizer_s_own(text, length):
     ids = tokenizer.encode(text).ids
     assert encoded(Prompts(tokenizer, context_tokens=len(ids)), text) == ids
     if len(ids) > 1:
-        with pytest.raises(Refusal, match="exceed the model's context") as refused:
+        with pytest.raises(Refusal, match="maximum context length is") as refused:
             encoded(Prompts(tokenizer, context_tokens=len(ids) - 1), text)
         assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
 

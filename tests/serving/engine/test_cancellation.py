@@ -5,7 +5,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -96,8 +96,13 @@ class Ahead(Remembering):
         self.num_ahead += 1
         return max(self._chosen[span.request], 0)
 
-    def choose(self, samplings: Sequence[Sampling], chances: Sequence[random.Random]) -> Chosen:
-        found = choose(self._logits, samplings, chances)
+    def choose(
+        self,
+        samplings: Sequence[Sampling],
+        chances: Sequence[random.Random],
+        changed: Mapping[int, torch.Tensor] | None = None,
+    ) -> Chosen:
+        found = choose(self._logits, samplings, chances, changed)
         self._chosen = dict(zip(self._sampling, found[0], strict=True))
 
         def read() -> tuple[list[int], list[Score | None]]:

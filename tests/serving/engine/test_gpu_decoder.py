@@ -97,17 +97,27 @@ def test_the_sampler_chooses_as_the_host_does(temperatures, top_p):
     largest, ids = logits.max(-1)
     likeliest = torch.where(largest.isfinite(), ids, BROKEN).int()
     samplings = [
-        Sampling(max_tokens=1, temperature=each, top_p=top_p if row else 1.0, logprobs=row % 2 == 0)
+        Sampling(
+            max_tokens=1,
+            temperature=each,
+            top_p=top_p if row else 1.0,
+            top_k=5 * (row == 1),
+            min_p=0.1 * (row == 3),
+            logprobs=row % 2 == 0,
+            num_likeliest=4,
+        )
         for row, each in enumerate(temperatures)
     ]
+    changed = {3: -logits[3]}
     sampler = Sampler(4, torch.device("cpu"))
     for seed in range(5):
         chances = [[random.Random(f"{seed} {row}") for row in range(4)] for _ in range(2)]
-        chosen, read = sampler.choose(logits, likeliest, samplings, chances[0])
+        chosen, read = sampler.choose(logits, likeliest, samplings, chances[0], changed)
         ids, scores = read()
-        expected_ids, expected_scores = choose(logits, samplings, chances[1])
+        expected_ids, expected_scores = choose(logits, samplings, chances[1], changed)
         assert ids == chosen.tolist() == expected_ids and ids[2] == BROKEN
-        assert scores[0] == pytest.approx(expected_scores[0]) and scores[1] is scores[3] is None
+        assert scores[0][:3] == pytest.approx(expected_scores[0][:3]) and scores[1] is scores[3] is None
+        assert scores[0].others == expected_scores[0].others and len(scores[0].others) == 3
 
 
 def test_two_steps_may_be_on_their_way_at_once():

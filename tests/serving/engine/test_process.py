@@ -117,7 +117,7 @@ def test_tokens_and_scores_are_those_of_the_engine_in_this_process(tmp_path):
 def test_what_is_refused_is_refused_at_once_and_what_is_cancelled_frees_its_slot(counting, hold):
     with pytest.raises(RequestError, match="prompt: token ids"):
         Reader(counting, [VOCABULARY], Sampling(max_tokens=1))
-    with pytest.raises(RequestError, match="max_tokens: 2 tokens of prompt"):
+    with pytest.raises(RequestError, match="2 of prompt and"):
         Reader(counting, [1, 2], Sampling(max_tokens=10_000))
     with held(hold):
         readers = [Reader(counting, [20], Sampling(max_tokens=400)) for _ in range(SLOTS + WAITING)]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.engine.adjust import adjusted
 from serving.engine.protocol import Sampling, Score
 from serving.engine.sampling import BROKEN, choose
 from tests.properties import cases
@@ -43,6 +44,50 @@ def test_draws_follow_temperature_and_nucleus():
     assert draws(0, temperature=0.0, number=5).tolist() == draws(0, temperature=1e-9, number=5).tolist()
 
 
+def test_draws_follow_top_k_and_min_p_and_then_the_nucleus():
+    chances = LOGITS[0].softmax(0)  # 0.032, 0.087, 0.237, 0.644
+    two = torch.tensor([0, 0, chances[2], chances[3]]) / chances[2:].sum()
+    assert torch.allclose(draws(0, top_k=2), two, atol=0.03)
+    assert torch.allclose(draws(0, min_p=0.2), two, atol=0.03)
+    assert draws(0, top_k=2, top_p=0.7).tolist() == draws(0, min_p=1.0).tolist() == [0, 0, 0, 1]
+    assert torch.allclose(draws(0, top_k=9, min_p=0.01), chances, atol=0.03)
+
+
+def test_the_likeliest_tokens_are_told_in_order_and_of_the_model_s_own_logits():
+    options = [Sampling(max_tokens=1, temperature=0, logprobs=True, num_likeliest=n) for n in (1, 3, 9)]
+    changed = {1: torch.tensor([9.0, 0, 0, 0])}
+    ids, scores = choose(LOGITS[:1].repeat(3, 1), options, [random.Random(0)] * 3, changed)
+    normed = LOGITS[0].log_softmax(0).tolist()
+    assert ids == [3, 0, 3]
+    assert scores[1][:3] == pytest.approx((normed[0], 3, normed[3]))
+    assert [len(each.others) for each in scores] == [0, 2, 3]
+    assert [token for token, _ in scores[2].others] == [2, 1, 0]
+    assert [value for _, value in scores[2].others] == pytest.approx(normed[2::-1])
+
+
+def test_logits_are_adjusted_in_vllm_s_order():
+    logits, tokens = torch.tensor([2.0, -2.0, 1.0, 4.0, 3.0]), [1, 0, 3, 3]
+
+    def changed(eos: tuple[int, ...] = (), **sampling: object) -> list[float]:
+        options = Sampling(max_tokens=9, **sampling)
+        assert options.adjusts
+        return adjusted(logits, options, tokens, 2, eos_ids=eos).tolist()
+
+    assert changed(presence_penalty=0.5) == [2, -2, 1, 3.5, 3]  # of what was sampled: 3, twice
+    assert changed(frequency_penalty=0.5) == [2, -2, 1, 3, 3]
+    assert changed(repetition_penalty=2.0) == [1, -4, 1, 2, 3]  # of the prompt too
+    assert changed(logit_bias=((2, -1.5), (4, 1.0))) == [2, -2, -0.5, 4, 4]
+    everything = {"presence_penalty": 1.0, "repetition_penalty": 2.0, "logit_bias": ((3, 2.0),)}
+    assert changed(**everything) == [1, -4, 1, 2, 3]
+    ends = {"min_tokens": 3, "stop_ids": frozenset({0})}
+    assert changed((4,), **ends) == [-math.inf, -2, 1, 4, -math.inf]
+    assert changed((4,), **ends, ignore_eos=True) == [-math.inf, -2, 1, 4, 3]
+    assert changed((4,), **ends | {"min_tokens": 2}) == logits.tolist()
+    huge = adjusted(torch.tensor([3e38]), Sampling(max_tokens=1, repetition_penalty=0.01), [0], 1, eos_ids=())
+    assert huge.isfinite().all()
+    assert logits.tolist() == [2, -2, 1, 4, 3]
+
+
 def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one():
     options = [
         Sampling(max_tokens=1, temperature=5.0, top_p=0.99, logprobs=True),
@@ -53,7 +98,7 @@ def test_rows_are_drawn_independently_and_their_logprobs_are_of_temperature_one(
     ids, scores = choose(rows, options, [random.Random(seed) for seed in (1, 2, 3)])
     assert ids[1] == 0 and scores[1:] == [None, None]
     normed = LOGITS[0].log_softmax(0).tolist()
-    assert scores[0] == pytest.approx((normed[ids[0]], 3, normed[3]))
+    assert scores[0][:3] == pytest.approx((normed[ids[0]], 3, normed[3]))
     alone, _ = choose(rows[:1], options[:1], [random.Random(1)])
     assert alone == ids[:1]
 
@@ -103,8 +148,11 @@ def allowed(logits: list[float], sampling: Sampling) -> set[int]:
     if sampling.temperature == 0:
         return {logits.index(largest)}
     weights = [math.exp((logit - largest) / sampling.temperature) for logit in logits]
-    total, found, before = math.fsum(weights), set(), 0.0
-    for token in sorted(range(len(logits)), key=lambda token: (-weights[token], token)):
+    order = sorted(range(len(logits)), key=lambda token: (-weights[token], token))
+    order = [token for token in order if weights[token] >= sampling.min_p - 1e-5]
+    order = order[: sampling.top_k or None]
+    total, found, before = math.fsum(weights[token] for token in order), set(), 0.0
+    for token in order:
         if before >= (sampling.top_p + 1e-5) * total or weights[token] == 0:
             break
         found.add(token)
@@ -123,10 +171,23 @@ KINDS = {
     "infinite": lambda drawn: drawn + math.inf,
 }
 ROWS = [
-    (kind, Sampling(max_tokens=1, temperature=temperature, top_p=top_p, logprobs=logprobs))
+    (
+        kind,
+        Sampling(
+            max_tokens=1, temperature=temperature, **cut, logprobs=logprobs, num_likeliest=1 + 2 * logprobs
+        ),
+    )
     for kind in KINDS
     for temperature in (0.0, 0.1, 1.0, 2.0)
-    for top_p in (1.0, 1 - 1e-9, 0.9, 0.5, 1e-9)
+    for cut in (
+        {},
+        {"top_p": 1 - 1e-9},
+        {"top_p": 0.9},
+        {"top_p": 1e-9},
+        {"top_k": 2, "top_p": 0.9},
+        {"min_p": 0.2},
+        {"min_p": 0.05, "top_k": 3},
+    )
     for logprobs in (False, True)
 ]
 

@@ -360,7 +360,7 @@ def test_a_full_queue_refuses_and_recovers(checkpoint):
         ([1, VOCABULARY], 5, r"prompt: token ids must lie in \[0, 512\)"),
         ([-1], 5, "prompt: token ids"),
         ([1], 0, "max_tokens: must be at least 1, or 0 to echo the prompt alone"),
-        ([1] * 100, CONTEXT - 99, "max_tokens: 100 tokens of prompt and 61 more exceed .* context of 160"),
+        ([1] * 100, CONTEXT - 99, "context length is 160 tokens, but 100 of prompt and 61 of max_tokens"),
     ],
 )
 def test_what_can_never_be_served_is_refused_at_once(exact, prompt, max_tokens, message):
