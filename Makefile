@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python -m
 
 .PHONY: train prepare study eval baseline parity projection lineage serve serve-bench report compare dashboard sync inventory up \
-  status preflight attach stop pull down \
+  status preflight clear attach stop pull down \
   test test-cluster test-fuzz test-faults check format clean help
 
 ## Train, serve, measure
@@ -96,6 +96,10 @@ status: $(VENV)/ready
 attach stop pull: $(VENV)/ready
 	$(PY) cluster.laptop.remote $@ $(or $(CLUSTER),$(error say CLUSTER=, such as CLUSTER=cluster/asuncion.yaml)) \
 	  $(if $(RUN),--run $(RUN))
+
+## clear         use a drained GPU again, here or on CLUSTER= (ARGS=HOST:GPU, as `make status` names it)
+clear: $(VENV)/ready
+	$(PY) $(if $(CLUSTER),cluster.laptop.remote clear $(CLUSTER),cluster.heart.drained outputs) $(ARGS)
 
 ## preflight     check and measure the nodes: this machine, or CLUSTER=
 preflight: $(VENV)/ready

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -103,6 +103,14 @@ def answers(url: str) -> bool:
         return False
 
 
+class Reply(NamedTuple):
+    """An answer: its content is JSON, or else text; names of headers are in lower case."""
+
+    status: int
+    content: Any
+    headers: Mapping[str, str]
+
+
 def exchange(
     url: str,
     body: Mapping[str, Any] | None = None,
@@ -110,21 +118,33 @@ def exchange(
     seconds: float = TIMEOUT_SECONDS,
     key: str = "endpoint",
 ) -> tuple[int, Any]:
-    """(status, JSON or text) of a GET, or with a body of a POST. Raises `UserError`: no answer, or no key."""
+    """(status, JSON or text) of `ask`."""
+    return ask(url, body, seconds=seconds, key=key)[:2]
+
+
+def ask(
+    url: str,
+    body: Mapping[str, Any] | None = None,
+    *,
+    seconds: float = TIMEOUT_SECONDS,
+    key: str = "endpoint",
+) -> Reply:
+    """The answer to a GET, or with a body to a POST. Raises `UserError`: no answer, or no key."""
     carried = headers()
     try:
         request = Request(url, data=None if body is None else json.dumps(body).encode(), headers=carried)
         with _answer(request, seconds) as response:
             status, content = response.status, response.read()
+            named = {name.lower(): value for name, value in response.headers.items()}
     except (OSError, HTTPException, ValueError) as error:  # refused, timed out, not HTTP, not a URL
         problem = getattr(error, "reason", None) or error
         raise UserError(
             f"{key}: {url} does not answer ({problem}); start it with `make serve`, or correct the address"
         ) from error
     try:
-        return status, json.loads(content)
+        return Reply(status, json.loads(content), named)
     except ValueError:
-        return status, content.decode(errors="replace")
+        return Reply(status, content.decode(errors="replace"), named)
 
 
 def _answer(request: Request, seconds: float) -> Any:

@@ -12,6 +12,7 @@ until Serve has started another replica. The engine ends with its replica.
 import asyncio
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -184,7 +185,8 @@ def describe(config: ServeConfig) -> display.Table:
     if served.stale_run is not None:
         lines.append(("to be exported first", str(served.stale_run)))
     if served.directory is None or (served.directory / "config.json").is_file():
-        shape = checkpoints.shape_of(config.model, served)
+        fresh = served.stale_run is None  # else the export is not there yet
+        shape = (checkpoints.check if fresh else checkpoints.shape_of)(config.model, served)
         context = engine.context_tokens or shape.max_positions
         numbers = torch_engine.arithmetic(engine, torch_engine.find_device(engine.device))
         info = torch_engine.describe(shape, engine, numbers, device="", name="", context=context)
@@ -221,11 +223,8 @@ def serving(
     """
     served = checkpoints.find(config.model)
     checkpoints.export_if_stale(served, report=report)
-    checkpoints.shape_of(config.model, served)  # fail here rather than in a replica
+    checkpoints.check(config.model, served)  # fail here rather than in a replica
     config = _absolute(config)
-    if served.directory is not None:
-        load_tokenizer(served.directory)
-        load_template(served.directory)
     options = config.deployment
     digest_of(options.api_key)
     port = options.port or free_ports(1)[0]
@@ -283,7 +282,6 @@ def _end_serve() -> None:
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve import context
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     client, _ = context._check_cached_client_alive()
     if client is None:
@@ -292,12 +290,24 @@ def _end_serve() -> None:
     client.shutdown_cached_handles()
     with suppress(RayActorError, TimeoutError):  # as Serve's own: it is gone already, or too busy to answer
         ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_ENDS_SECONDS)
-    until = time.monotonic() + SERVE_ENDS_SECONDS
-    with suppress(ValueError):  # there is no such actor any more
-        while time.monotonic() < until:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            time.sleep(0.05)
+    _await_controller(SERVE_ENDS_SECONDS)
     context._disconnect()
+
+
+def _await_controller(seconds: float) -> None:
+    """Wait until Serve's controller has ended, or say that it has not."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    until = time.monotonic() + seconds
+    with suppress(ValueError):  # there is no such actor any more
+        while ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE) and time.monotonic() < until:
+            time.sleep(0.05)
+        print(
+            f"Ray Serve's controller has not ended within {seconds:g} s: replicas may still hold GPUs and "
+            "ports. An embedded Ray ends them now; on a cluster run `serve shutdown -y` on the head",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

@@ -119,7 +119,7 @@ TORCH_FREE = (
     "training.evaluate",
     "training.evaluate.report",
     *("training.run.process_group", "training.run.start", "training.run.watch", "training.run.workers"),
-    "training.evaluate.harness",
+    *("training.evaluate.harness", "training.evaluate.scoring"),
     "training.bench.command",
     "training.bench.launchers",
     "training.bench.race",
@@ -157,6 +157,7 @@ TORCH_FREE = (
     "serving.endpoint.haproxy",
     "serving.endpoint.hosts",
     "serving.bench.latency",
+    "serving.bench.compare",
     *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
     "serving.endpoint.schema",
     "serving.peers.overhead",
@@ -187,7 +188,7 @@ STANDARD_ONLY = (
     ),
 )
 # What these import too: it begins without packages, and imports some in functions that are not called there.
-BEGINS_WITHOUT_PACKAGES = ("cluster.review.status",)
+BEGINS_WITHOUT_PACKAGES = ("cluster.heart.drained", "cluster.review.status")
 
 
 def module_name(path: Path, root: Path) -> str:

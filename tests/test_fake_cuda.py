@@ -271,7 +271,7 @@ def spans_of(*sizes: int, slots: int = 8) -> list[Span]:
 
 
 def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
-    """Lists of tokens, positions, places and blocks, which are cleared, and which rows are wanted."""
+    """Lists of tokens, positions, places, blocks, also those to clear, and which rows are kept and wanted."""
     with fake_cuda() as traffic:
         decoder = make_decoder()
         spans = spans_of(1, 1, 40)
@@ -279,7 +279,7 @@ def test_a_step_without_a_graph_only_sends_what_it_is_to_compute():
         logits = decoder.forward(spans)
         assert logits.shape == (3, 333) and logits.device.type == "cuda"
         assert traffic.counts == {
-            ("to device", "serving/engine/decoder.py TorchDecoder._tensor"): 7,
+            ("to device", "serving/engine/decoder.py TorchDecoder._tensor"): 10,
             ("to device", "serving/engine/decoder.py TorchDecoder._eager"): 1,
         }
 

@@ -21,7 +21,7 @@ from cluster.display import show
 from cluster.laptop import inventory, remote
 from cluster.progress import Progress
 from training import config as training_config
-from training.config import TrainConfig
+from training.config import TrainConfig, WorkersConfig
 from training.plan import Plan, make_plan
 from training.run import workers
 from training.run.spent import Spent, Startup
@@ -30,6 +30,7 @@ STOPPING = "stopping, with a checkpoint, after the next step; a second signal br
 
 if TYPE_CHECKING:
     from training.run.start import Start
+    from training.run.state.health import HealthWatch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +84,8 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
     from training.run.checkpoint import step_of
     from training.run.start import STOP, open_run
     from training.run.state.gauges import Gauges
+    from training.run.state.health import HealthWatch
+    from training.run.state.waiting import WaitWatch
     from training.run.watch import Follower, NodeWatch, RunWatch, report_failure
 
     spent, startup = Spent(), Startup()
@@ -107,10 +110,16 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
             stack.enter_context(Follower(config, progress, first_step=first_step))
             stack.enter_context(NodeWatch(config))
             stack.enter_context(Gauges(config))
+            stack.enter_context(health := HealthWatch(config))
+            stack.enter_context(line := WaitWatch(config))
 
-            ask = (config.run_directory / STOP).touch
+            def ask() -> None:
+                if line.waits:  # there is no step after which to stop
+                    raise KeyboardInterrupt
+                (config.run_directory / STOP).touch()
+
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
-                finished = _fit(start, startup)
+                finished = _fit(start, startup, health, received)
     _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")
 
@@ -122,15 +131,20 @@ def _require_finished(config: TrainConfig, finished: bool, received: list[int]) 
         raise Stopped(f"{config.run_directory}; the same command resumes it", signal=signal)
 
 
-def _fit(start: "Start", startup: Startup) -> bool:
-    """One Ray Train run. Returns whether it took its last step; else it was asked to stop."""
+def _fit(start: "Start", startup: Startup, health: "HealthWatch", received: list[int]) -> bool:
+    """Ray Train runs, one more after each bad GPU. Returns whether the last step was taken."""
+    from training.run.state.health import on_sound_gpus
     from training.run.watch import report_failure
 
     directory = start.config.run_directory
     arguments = {"start": start, "command": sys.argv, "startup": startup}
+
+    def fit(config: WorkersConfig) -> bool:
+        return workers.run(_ray_worker, arguments, workers=config, directory=directory)
+
     try:
         with report_failure(start.config):
-            return workers.run(_ray_worker, arguments, workers=start.config.workers, directory=directory)
+            return on_sound_gpus(start.config, fit, health=health, asked_to_stop=lambda: bool(received))
     except RunError as error:
         raise RunError(
             f"training failed: {error}\nthe whole traceback is in {directory / 'failure.log'}; "
@@ -171,6 +185,7 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
     from training.run.context import start_of, torch_context
     from training.run.loop import train
     from training.run.start import open_run
+    from training.run.state.health import HealthWatch
     from training.run.watch import RunWatch, ShowRows, report_failure
 
     startup.end("imports")
@@ -197,6 +212,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
+            if ranks.rank == 0:
+                stack.enter_context(HealthWatch(config))
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
                 start, command=sys.argv, context=context, heart=heart, startup=startup,

@@ -4,6 +4,7 @@
     python3 -m cluster.head.answers submit SITE.json < REQUEST        one JSON object; see `submit`
     python3 -m cluster.head.answers follow SITE.json RUN OFFSET       the run's log from a byte on
     python3 -m cluster.head.answers stop SITE.json RUN                one JSON object
+    python3 -m cluster.head.answers clear SITE.json HOST:GPU          one JSON object
 
 A run is one submission to Ray's job server. SCRATCH/runs records every run, because Ray forgets its jobs
 when it is restarted.
@@ -24,6 +25,7 @@ from typing import Any
 from cluster import files
 from cluster.head.keeper import state
 from cluster.head.ray_rest import FINAL, Ray, RayDown, stranger
+from cluster.heart.drained import clear as use_again
 from cluster.review.status import report as report_runs
 
 SUCCEEDED, RUN_FAILED, RUN_STOPPED, RAY_RESTARTED, RAY_DOWN = 0, 10, 11, 12, 13  # of `follow`
@@ -259,6 +261,9 @@ def main(arguments: list[str]) -> int:
             return head.follow(rest[0], int(rest[1]))
         elif verb == "stop":
             print(json.dumps(head.stop(rest[0])))
+        elif verb == "clear":
+            use_again(Path(head.site["storage"]) / "outputs", rest[0])
+            print(json.dumps({"cleared": rest[0]}))
         elif verb == "resolve":
             print(json.dumps(head.resolve(rest[0])))
     except Refused as error:

@@ -104,9 +104,11 @@ class Ray:
             said = error.read().decode(errors="replace")
             if error.code in absent:
                 return None
-            if error.code == 401:
+            if error.code in (401, 403):
                 raise ValueError(
-                    f"Ray refuses the token in {token_file()}; `make down`, then `make up`"
+                    f"the Ray on port {self._port} refuses the token in {token_file()}: if it is another "
+                    "cluster's, set ports.dashboard and ports.gcs in the inventory; else `make down` and "
+                    "`make up`"
                 ) from error
             if error.code >= 500 and "already exists" not in said:
                 raise RayDown(f"Ray's job server: {_reason(said) or error}") from error

@@ -2,6 +2,7 @@
 
     python -m cluster.laptop.remote attach|stop|pull CLUSTER.yaml [--run NAME]
     python -m cluster.laptop.remote preflight CLUSTER.yaml [key=value ...]
+    python -m cluster.laptop.remote clear CLUSTER.yaml HOST:GPU
 
 `training.launch --cluster` starts runs through `start`. A start takes two round trips: one carries the code,
 one opens the log. The laptop keeps a copy of each log in ~/.asuncion/NAME/logs; the copy's size says where to
@@ -260,6 +261,15 @@ def stop(cluster: Path, run: str) -> None:
     note(f"{answer['id']}: {answer['status'].lower()}; its checkpoints are kept")
 
 
+def clear(cluster: Path, gpus: Sequence[str]) -> None:
+    """Let drained GPUs be used again. Raises `UserError`: none is named."""
+    site = inventory.load(cluster)
+    if not gpus:
+        raise UserError("say which, as `make status` names it: ARGS=HOST:GPU")
+    for gpu in gpus:
+        note(f"{ask(site, head_script(site, 'clear', gpu))['cleared']} is used again, by the next run")
+
+
 def pull(cluster: Path, run: str, *, target: Path) -> None:
     """Copy a run's metrics, plots and W&B files here, without its checkpoints. Only changes travel.
 
@@ -300,13 +310,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.laptop.remote", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("verb", choices=("attach", "stop", "pull", "preflight"))
+    parser.add_argument("verb", choices=("attach", "stop", "pull", "preflight", "clear"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
     parser.add_argument("--run", default="", help="name or id of a run; default: the newest")
     parser.add_argument("--to", type=Path, default=Path("outputs"), help="pull: folder for the runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="preflight: keys (cluster.preflight)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preflight: keys; clear: HOST:GPU")
     options = parser.parse_args()
 
     def body() -> None:
@@ -316,6 +324,8 @@ def main() -> int:
             stop(options.cluster, options.run)
         elif options.verb == "pull":
             pull(options.cluster, options.run, target=options.to)
+        elif options.verb == "clear":
+            clear(options.cluster, options.overrides)
         else:
             preflight(options.cluster, options.overrides)
 

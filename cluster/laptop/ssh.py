@@ -170,7 +170,10 @@ class Ssh:
             return NodeError(
                 f"{node}: its host key is not pinned in {known}; run `make up` from this machine"
             )
-        if "Could not resolve hostname" in said:
+        if "Unable to negotiate" in said:
+            offer = said.partition("Unable to negotiate")[2].strip(".")
+            return NodeError(f"{node}: ssh here and sshd there have no algorithm in common ({offer.strip()})")
+        if "Could not resolve hostname" in said and "Temporary failure" not in said:
             return NodeError(f"{node}: no such host; check the address in the inventory")
         if "no such identity" in said.lower() or "invalid format" in said:
             return NodeError(f"{login.key}: cannot be used as a key; set ssh.key in the inventory")

@@ -26,7 +26,8 @@ FORMULAS = (  # name, formula, where it stands
         "not (PaLM, arXiv 2204.02311, appendix B)",
         "training/model/shapes.py, flops_per_token",
     ),
-    ("FLOPs per token, prefill", "(2·N_hidden·S + 2·V·h + 2·L·d·S²) / S, causal",
+    ("FLOPs per token, prefill", "(2·(N_hidden - N_last)·S + 2·N_last + 2·V·h + 2·(L - 1)·d·S² + 4·d·S) / S, "
+     "causal; of the last layer, N_last (queries, output, MLP) for the last token alone",
      "training/model/shapes.py, prefill_flops"),
     ("FLOPs per token, decode", "2·N_matmul + 4·L·d·context", "training/model/shapes.py, decode_flops"),
     ("bytes per token, decode", "(weights + batch·context·KV bytes) / batch",

@@ -10,6 +10,7 @@ there an outlier is a warning and not a failure.
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +23,9 @@ from cluster import config as layered
 from cluster.cli import RunError
 from cluster.config import key
 from cluster.display import show
+from cluster.heart.drained import Drained, hold
 from cluster.preflight.inspection import Inspector, Rank
-from cluster.preflight.verdict import COLUMNS, ExpectConfig, LimitsConfig, judge, node_rows, table
+from cluster.preflight.verdict import COLUMNS, ExpectConfig, Finding, LimitsConfig, judge, node_rows, table
 from cluster.progress import Progress
 from cluster.record import provenance
 from cluster.record.record import WANDB_MODES
@@ -54,8 +56,11 @@ class PreflightConfig:
     session: SessionConfig = key(SessionConfig, "")
 
 
-def examine(config: PreflightConfig) -> dict[str, Any]:
+def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[str, Any]:
     """Inspect and measure all nodes of the running Ray. Shows its progress on standard error.
+
+    Args:
+        drained: GPUs that are held, and so not measured.
 
     Returns:
         nodes: name -> facts (`inspection.Inspector`), accelerator (Ray's name), ceilings, clock_skew_seconds,
@@ -70,7 +75,11 @@ def examine(config: PreflightConfig) -> dict[str, Any]:
 
     alive = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["NodeManagerAddress"])
     addresses = {node["NodeID"]: node["NodeName"] for node in alive}
-    num_gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
+    held = Counter(each.host for each in drained)
+    num_gpus = {
+        node["NodeID"]: int(node["Resources"].get("GPU", 0)) - held[node["NodeManagerHostname"]]
+        for node in alive
+    }
     kinds = {node["NodeName"]: _kind(node["Resources"]) for node in alive}
     ring = list(addresses)
     neighbours = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if len(ring) > 2 else []
@@ -230,6 +239,16 @@ def record(config: PreflightConfig, output: Path, verdict: dict[str, Any], found
     )  # fmt: skip
 
 
+def _hold_drained(config: PreflightConfig) -> list[Drained]:
+    """The drained GPUs of the runs on this storage, held."""
+    folder = Path(config.storage).expanduser()
+    outputs = folder / "outputs" if (folder / "outputs").is_dir() else folder
+    try:
+        return hold(outputs)
+    except TimeoutError as error:
+        raise RunError(str(error)) from error
+
+
 def _session() -> str:
     """The name of Ray's session. A verdict is valid until Ray is restarted."""
     import ray
@@ -250,9 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(config.output).expanduser()
         output.parent.mkdir(parents=True, exist_ok=True)
         with ray_session(config.session, resources={"CPU": 1}, worker_env={}):
-            found = examine(config)
+            drained = _hold_drained(config)
+            found = examine(config, drained)
             session = _session()
         findings = judge(found, config.expect, config.limits)
+        findings += [Finding(each.host, f"GPU {each}", is_failure=False) for each in drained]
         failures = [str(finding) for finding in findings if finding.is_failure]
         verdict = {
             "passed": not failures,

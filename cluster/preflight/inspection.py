@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.head.addresses import family
-from cluster.machine import host, toolchain
+from cluster.machine import health, host, toolchain
 from cluster.measure import probe
 from cluster.record import provenance
 
@@ -68,7 +68,7 @@ class Inspector:
                     found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
             except RuntimeError as error:
                 problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
-            throttled |= host.throttled()
+            throttled |= health.throttled()
         return {"ceilings": found, "problem": problem, "throttled": sorted(throttled)}
 
 

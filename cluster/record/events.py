@@ -24,6 +24,7 @@ INFO, WARNING, ERROR = "info", "warning", "error"
 KINDS = {  # kind -> its level, and what it reports
     "started": (INFO, "a run began at step 0"),
     "resumed": (INFO, "the same command continues a run from a checkpoint"),
+    "waiting": (INFO, "the cluster is full, and the run waits in line for its workers"),
     "workers": (INFO, "the workers of a start are ready to take their first step"),
     "restarted": (WARNING, "Ray started the workers again, from the newest checkpoint"),
     "worker_failed": (WARNING, "a worker ended with an error; Ray may start the workers again"),
@@ -49,6 +50,9 @@ KINDS = {  # kind -> its level, and what it reports
     "straggler": (WARNING, "the forward pass of a rank takes much longer than the others'"),
     "node_lost": (ERROR, "a node left Ray while the run was going"),
     "node_joined": (INFO, "a node joined Ray while the run was going"),
+    "gpu_bad": (ERROR, "a GPU failed; it is drained: no run uses it until a user clears it"),
+    "gpu_problem": (WARNING, "a GPU is throttled, its links or its program report errors, or others use it"),
+    "node_problem": (WARNING, "a node's clock is off, a disk is full or fails, or its GPUs do not answer"),
     "disk_nearly_full": (WARNING, "little space is left where the run directory is"),
 }
 STARTS = ("started", "resumed")  # of the run, by its launcher

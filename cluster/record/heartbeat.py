@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -152,6 +153,14 @@ def stragglers(beats: list[Beat], *, fraction: float) -> dict[int, str]:
         for seconds, beat in times
         if seconds > (1 + fraction) * median
     }
+
+
+def straggler_seconds(beats: list[Beat], *, fraction: float = STRAGGLER_FRACTION) -> float:
+    """What the slowest rank costs each step, by the rule of `stragglers`; 0 if none is so slow."""
+    times = [beat.forward_seconds for beat in beats if beat.forward_seconds]
+    median = statistics.median_low(times) if len(times) > 1 else math.inf
+    slowest = max(times, default=0.0)
+    return FORWARDS * (slowest - median) if slowest > (1 + fraction) * median else 0.0
 
 
 def describe(directory: Path) -> list[str]:

@@ -30,7 +30,7 @@ class Record:
     """
 
     def __init__(self, directory: Path, mirror: Mirror, *, seconds_before: float = 0.0) -> None:
-        self._directory = directory
+        self.directory = directory
         self._mirror = mirror
         self._began = time.monotonic() - seconds_before
         self._path = directory / "metrics.jsonl"
@@ -182,7 +182,7 @@ class Record:
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         about = {"wandb_status": self.wandb_status, "wandb_run_id": self._mirror.run_id}
-        files.write_json(self._directory / "summary.json", row_format.encode({**summary, **about}))
+        files.write_json(self.directory / "summary.json", row_format.encode({**summary, **about}))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ JOB_TYPES = {  # job type -> section of the keys that have none of their own
 }
 
 _NAMED = {"tuning_loss": "validation/tuning_loss", "noise": "noise/layers"}  # for every job type
-_SECTION_FIRST = re.compile(r"(optimizer|noise|validation|serve|parity|preflight|study|bench)_(.+)")
+_SECTION_FIRST = re.compile(r"(optimizer|noise|validation|health|serve|parity|preflight|study|bench)_(.+)")
 _THROUGHPUT = re.compile(
     r"(?:.*_)?(?:step_seconds|tokens_per_second|mfu)(?:_.*)?"
     r"|(?:data|compute|communication|memory)_.+|.*_(?:seconds|bytes)"

@@ -6,14 +6,19 @@
 """
 
 import argparse
+import json
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cluster.display import duration
-from cluster.record import events, heartbeat
+from cluster.heart import drained
+from cluster.record import events, heartbeat, row_format
 from cluster.review.run_reader import RUNNING, Run
 
 NEWEST_RUNS = 3
+HEALTH_FILE = "health.json"  # in a run directory (`training.run.state.health`)
 NEWEST_ALARMS = 3  # of each run
 
 
@@ -23,7 +28,16 @@ def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
     begun = sorted(
         ((written, run) for run in runs if (written := _written(run))), key=lambda pair: pair[0], reverse=True
     )
-    return [line for _, run in begun[:most] for line in lines_of(run)]
+    return [*_drained(outputs), *(line for _, run in begun[:most] for line in lines_of(run))]
+
+
+def _drained(outputs: Path) -> list[str]:
+    """The GPUs that no run uses until a user clears them."""
+    try:
+        found = drained.read(outputs)
+    except (OSError, ValueError) as error:  # which hides no run
+        return [f"  {error}"]
+    return [f"  GPU {each}; mended? `make clear ARGS={each.name}`" for each in found]
 
 
 def lines_of(run: Run) -> list[str]:
@@ -34,14 +48,23 @@ def lines_of(run: Run) -> list[str]:
         return [f"  run {run.name:<24}cannot be read: {error}"]
 
 
+def _waits(run: Run) -> dict[str, Any] | None:
+    """The event that it waits for its workers, if that is the newest and its launcher lives."""
+    newest = run.events[-1] if run.events else {"kind": ""}
+    lives = row_format.is_being_written(run.directory / row_format.LAUNCHER_LOCK)
+    return newest if newest["kind"] == "waiting" and lives else None
+
+
 def _written(run: Run) -> float | None:
     try:
-        return run.written
+        return (run.directory / events.FILE).stat().st_mtime if _waits(run) else run.written
     except OSError:  # deleted at this moment, or another user's
         return None
 
 
 def _lines_of(run: Run) -> list[str]:
+    if waits := _waits(run):
+        return [f"  run {run.name:<24}{'waiting':<10}{waits['text']}"]
     state = run.state
     planned = next((event["num_steps"] for event in reversed(run.events) if "num_steps" in event), None)
     step = "no step yet" if run.last_step is None else f"step {run.last_step:,}"
@@ -51,7 +74,8 @@ def _lines_of(run: Run) -> list[str]:
         step = f"{run.last_step:,} load{'s' * (run.last_step != 1)}"
     lines = [f"  run {run.name:<24}{state.name:<10}{step}{f'; {state.reason}' if state.reason else ''}"]
     if state.name == RUNNING:
-        lines += [f"      {line}" for line in (*heartbeat.describe(run.directory), *_progress(run))]
+        shown = (*heartbeat.describe(run.directory), *_progress(run), *_health(run))
+        lines += [f"      {line}" for line in shown]
     alarms = events.alarms(run.events)
     if len(alarms) > NEWEST_ALARMS:
         lines.append(f"      {len(alarms) - NEWEST_ALARMS} earlier warnings and errors in {events.FILE}")
@@ -72,6 +96,17 @@ def _progress(run: Run) -> list[str]:
         share = run.latest["data_wait_seconds"] / (run.latest["step_seconds"] or 1)
         text += f"; {share:.0%} of a step waits for data"
     return [text]
+
+
+def _health(run: Run) -> list[str]:
+    """What the last look at the nodes found, if it found anything."""
+    with suppress(OSError, ValueError):
+        found = json.loads((run.directory / HEALTH_FILE).read_text())
+        if found["health_problems"]:
+            throttled = f", {found['health_throttled_gpus']} GPUs throttled now"
+            ago = duration(time.time() - found["time"])
+            return [f"nodes: {found['health_problems']} open problems{throttled}, {ago} ago"]
+    return []
 
 
 def main() -> int:

@@ -300,6 +300,13 @@ def _fleet() -> list[ws.Section]:
             curve("CPU, %", "system/cpu", x="RelativeTime(Wall)"),
             curve("Memory, %", "system/memory_percent", x="RelativeTime(Wall)"),
         ),
+        _section(
+            "Health of the nodes of a training run",
+            curve("GPUs that are drained", "health/bad_gpus"),
+            curve("GPUs that heat or power throttle", "health/throttled_gpus"),
+            curve("Open problems of GPUs, disks and clocks", "health/problems"),
+            curve("Seconds of a step that the slowest rank costs", "health/straggler_seconds"),
+        ),
         _section("Preflights", table("preflight/findings"), table("preflight/nodes_table"), columns=1),
         _section(
             "What the runs reached",

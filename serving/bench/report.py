@@ -32,7 +32,7 @@ INTERVALS = (  # figures of which repeats give an interval
 
 FORMULAS = """\
 MBU: (steps * weight bytes + cached tokens that each step reads * KV bytes) / seconds of decoding / bandwidth
-MFU: FLOPs of prefilling the median prompt, the head once / TTFT p50 / peak, at concurrency 1"""
+MFU: FLOPs that the first token after the median prompt needs / TTFT p50 / peak, at concurrency 1"""
 
 
 def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
     Returns:
         `product_dtype`, `product_tflops`, `gb_per_s` and their `source`; `step_ms`: the least time of a
         decoding step with an empty cache, weight_bytes / bandwidth; `decode_tokens_per_second`: one sequence
-        at that; and `prefill_tokens_per_second`: peak / FLOPs of the hidden matrices, an upper bound, because
-        attention and the head of the last token come on top.
+        at that; and `prefill_tokens_per_second`: peak / FLOPs that every token of a prompt takes, an upper
+        bound, because attention and what the last token takes come on top.
     """
     device = hardware.lookup(str(measured["device"]))
     if device is not None:
@@ -67,15 +67,20 @@ def ceilings(info: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
         "source": source,
         "step_ms": 1e3 * step_seconds,
         "decode_tokens_per_second": 1 / step_seconds,
-        "prefill_tokens_per_second": tflops * 1e12 / (info["flops_per_token"] - info["head_flops"]),
+        "prefill_tokens_per_second": tflops * 1e12 / (info["flops_per_token"] - last_flops(info)),
     }
 
 
+def last_flops(info: Mapping[str, Any]) -> int:
+    """FLOPs of products with weights that a prompt takes once, for its last token."""
+    return info["head_flops"] + info["last_token_flops"]
+
+
 def prefill_flops(info: Mapping[str, Any], prompt_tokens: float) -> float:
-    """FLOPs of prefilling a prompt: `LlamaShape.prefill_flops`, computed from an engine's info."""
-    head = info["head_flops"]
-    attention = info["attention_flops"] * prompt_tokens**2 / 2
-    return (info["flops_per_token"] - head) * prompt_tokens + head + attention
+    """FLOPs that prefilling needs: `LlamaShape.prefill_flops`, computed from an engine's info."""
+    once, last = last_flops(info), info["last_attention_flops"]
+    attention = (info["attention_flops"] - last) * prompt_tokens**2 / 2 + last * prompt_tokens
+    return (info["flops_per_token"] - once) * prompt_tokens + once + attention
 
 
 def shares(
@@ -129,7 +134,8 @@ def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> display.Tab
     """The model, the engine and the ceilings, for people."""
     details = ", ".join(f"{name} {value}" for name, value in info["details"].items())
     peak = f"{display.number(ceiling['product_tflops'])} TFLOP/s in {ceiling['product_dtype']}"
-    flops, head_flops = info["flops_per_token"] - info["head_flops"], info["head_flops"]
+    once = last_flops(info)
+    flops = info["flops_per_token"] - once
     rows = [
         ("model", f"{info['model']}, {info['num_parameters']:,} parameters, {info['dtype']}"),
         ("engine", f"{info['engine']} on {info['device']}: {details}"),
@@ -142,7 +148,7 @@ def describe(info: Mapping[str, Any], ceiling: Mapping[str, Any]) -> display.Tab
         ),
         (
             "prefilling",
-            f"{flops / 1e6:,.1f} MFLOP a token, and {head_flops / 1e6:,.1f} for the last: at most "
+            f"{flops / 1e6:,.1f} MFLOP a token, and {once / 1e6:,.1f} for the last: at most "
             f"{ceiling['prefill_tokens_per_second']:,.0f} tok/s",
         ),
     ]
@@ -212,7 +218,7 @@ def intervals_table(rows: Sequence[Mapping[str, Any]]) -> display.Table | None:
     if not keys:
         return None
     cells = []
-    for row in rows:
+    for row in (row for row in rows if row.get("intervals")):
         bounds = [row.get("intervals", {}).get(key) for _, key, _ in keys]
         texts = [
             b and f"{form.format(b[1])} to {form.format(b[2])}"
@@ -240,11 +246,7 @@ def answer(model: str, rows: Sequence[Mapping[str, Any]], slo: Mapping[str, Any]
         text = f"{model} meets the SLO ({', '.join(limits)}, {share}) up to {knee:.2f} requests/s"
     else:
         row = max(good, key=lambda each: each["output_tokens_per_second"])
-        text = (
-            f"{model} is measured as fastest with {row['load']}"
-            if len(good) > 1
-            else f"{model}, {row['load']}"
-        )
+        text = f"{model} was fastest at {row['load']}" if len(good) > 1 else f"{model}, {row['load']}"
     text += f": {row['output_tokens_per_second']:,.0f} output tokens/s"
     if row.get("ttft_p99_ms") is not None:
         text += f", TTFT p99 {display.number(row['ttft_p99_ms'])} ms"

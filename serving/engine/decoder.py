@@ -7,6 +7,7 @@ graphs are captured when the decoder is made, because a capture would delay requ
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.protocol import Sampling, Score
-from serving.engine.scheduler import BLOCK_TOKENS, Span, num_blocks
+from serving.engine.scheduler import BLOCK_TOKENS, Span, num_blocks, origins, single_first
 from training.model.attention import chosen, for_changing_lengths, sdpa
 from training.model.llama import Llama
 
@@ -108,14 +109,9 @@ class TorchDecoder:
             return self._eager(spans)
 
     def _eager(self, spans: Sequence[Span]) -> Tensor:
-        num_decoding = sum(1 for span in spans if span.stop - span.start == 1)
-        # Each span of several tokens attends by itself; those of one token attend together.
-        ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
-        decoding, prefilling = ordered[:num_decoding], ordered[num_decoding:]
-        first, rows = {}, 0
-        for span in ordered:
-            first[id(span)] = rows
-            rows += span.stop - span.start
+        ordered = single_first(spans)
+        kept = single_first([replace(s, start=s.stop - s.num_kept) for s in ordered if s.num_kept])
+        origin, kept_origin = origins(ordered), origins(kept)
         tokens = [t for span in ordered for t in span.request.tokens[span.start : span.stop]]
         positions = [p for span in ordered for p in range(span.start, span.stop)]
         places = [
@@ -123,17 +119,25 @@ class TorchDecoder:
             for span in ordered
             for p in range(span.start, span.stop)
         ]
-        attention = _Attention(self._cache, self._tensor(places))
-        if decoding:
-            attention.add(*self._decoding(decoding))
-        for span in prefilling:
-            attention.add(*self._prefilling(span))
+        keep = [origin[span.request] + p for span in kept for p in range(span.start, span.stop)]
+        all_kept = len(keep) == len(tokens)
+        parts = self._parts(ordered)
+        attention = _Attention(
+            self._cache, self._tensor(places), parts, parts if all_kept else self._parts(kept)
+        )
         hidden = self._model.model(
-            self._tensor(tokens)[None], positions=self._tensor(positions)[None], attend=attention
+            self._tensor(tokens)[None],
+            positions=self._tensor(positions)[None],
+            attend=attention,
+            kept=None if all_kept else self._tensor(keep),
         )[0]
-        scored = [first[id(span)] + row for span in spans for row in range(span.num_scored)]
+        scored = [
+            kept_origin[span.request] + p
+            for span in spans
+            for p in range(span.start, span.start + span.num_scored)
+        ]
         self._scored = hidden[scored] if scored else hidden[:0]
-        wanted = [first[id(span)] + span.stop - span.start - 1 for span in spans if span.samples]
+        wanted = [kept_origin[span.request] + span.stop - 1 for span in spans if span.samples]
         return self._model.lm_head(hidden[wanted]).float()
 
     @torch.inference_mode()
@@ -150,8 +154,8 @@ class TorchDecoder:
 
     def _step(self, tokens: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
         block = blocks.gather(1, positions[:, None] // BLOCK_TOKENS)[:, 0]
-        attention = _Attention(self._cache, block * BLOCK_TOKENS + positions % BLOCK_TOKENS)
-        attention.add(blocks, _visible(blocks, positions[:, None]), 1)
+        parts = [(blocks, _visible(blocks, positions[:, None]), 1)]
+        attention = _Attention(self._cache, block * BLOCK_TOKENS + positions % BLOCK_TOKENS, parts, parts)
         hidden = self._model.model(tokens[None], positions=positions[None], attend=attention)[0]
         return self._model.lm_head(hidden).float()
 
@@ -166,13 +170,19 @@ class TorchDecoder:
         rows = [span.blocks for span in spans] + [(self._spare,)] * empty
         return tokens, positions, [[*row, *row[:1] * (width - len(row))] for row in rows]
 
-    def _decoding(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, int]:
+    def _parts(self, spans: Sequence[Span]) -> list["_Part"]:
+        """Each span of several tokens attends by itself; those of one token, which come first, together."""
+        num_single = sum(1 for span in spans if span.stop - span.start == 1)
+        together = [self._decoding(spans[:num_single])] if num_single else []
+        return together + [self._prefilling(span) for span in spans[num_single:]]
+
+    def _decoding(self, spans: Sequence[Span]) -> "_Part":
         width = max(num_blocks(span.stop) for span in spans)
         _, positions, blocks = self.inputs(spans, width=width, size=len(spans))
         found = self._tensor(blocks)
         return found, _visible(found, self._tensor(positions)[:, None]), 1
 
-    def _prefilling(self, span: Span) -> tuple[Tensor, Tensor, int]:
+    def _prefilling(self, span: Span) -> "_Part":
         blocks = self._tensor(span.blocks)[None]
         positions = torch.arange(span.start, span.stop, device=self.device)[None]
         return blocks, _visible(blocks, positions), span.stop - span.start
@@ -208,29 +218,32 @@ def attention_kernel(model: Llama) -> str:
         return f"{chosen(model.shape, weight, queries=1, keys=BLOCK_TOKENS, mask=mask)} over gathered pages"
 
 
+_Part = tuple[Tensor, Tensor, int]  # blocks [B, N] of B requests, their mask, and T rows of each
+
+
 class _Attention:
     """`attend` of `training.model.llama` over a cache in blocks.
 
     Args:
         cache: [layers, 2, blocks, BLOCK_TOKENS, K, C].
         places: [M], where the step's tokens go in each layer's cache, counted in tokens.
+        parts: of the rows, one after the other.
+        last_parts: of those that the last layer keeps.
     """
 
-    def __init__(self, cache: Tensor, places: Tensor) -> None:
+    def __init__(
+        self, cache: Tensor, places: Tensor, parts: Sequence[_Part], last_parts: Sequence[_Part]
+    ) -> None:
         self._cache, self._places = cache, places
-        self._parts: list[tuple[Tensor, Tensor, int]] = []
-
-    def add(self, blocks: Tensor, visible: Tensor, num_tokens: int) -> None:
-        """The next B·num_tokens rows are B requests with these blocks [B, N]; `visible` is their mask."""
-        self._parts.append((blocks, visible, num_tokens))
+        self._parts, self._last_parts = parts, last_parts
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, H, M, C]; k, v [1, K, M, C]."""
+        """q [1, H, rows, C]; k, v [1, K, M, C]."""
         cached = self._cache[layer]
         for store, new in zip(cached.flatten(1, 2), (k, v), strict=True):
             store[self._places] = new[0].transpose(0, 1)
-        mixed, row = [], 0
-        for blocks, visible, num_tokens in self._parts:
+        mixed, row = [q[0, :, :0]], 0
+        for blocks, visible, num_tokens in self._last_parts if layer + 1 == len(self._cache) else self._parts:
             num_rows = len(blocks) * num_tokens
             queries = q[0, :, row : row + num_rows].unflatten(1, (len(blocks), num_tokens)).transpose(0, 1)
             keys, values = (kept[blocks].flatten(1, 2).transpose(1, 2) for kept in cached)

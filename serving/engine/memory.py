@@ -69,11 +69,14 @@ def _needed(config: ServeConfig, directory: Path | None) -> tuple[int, int, int,
 
 
 def _step_bytes(config: ServeConfig, shape: LlamaShape, dtype: torch.dtype) -> int:
-    """Activations of the largest step on a GPU, and of the largest CUDA graph, which keeps its own."""
-    from serving.engine.gpu.decoder import PROMPT_ROWS  # it imports Triton
+    """Activations of the largest step on a GPU, and of the largest CUDA graph, which keeps its own.
+
+    Graphs of `TorchDecoder` have a few rows, which do not count.
+    """
+    from serving.engine.gpu.decoder import PROMPT_ROWS, unsupported  # it imports Triton
 
     rows = min(config.engine.step_tokens_on("cuda"), config.engine.cache_tokens)
-    if config.engine.compiled:
+    if config.engine.compiled and unsupported(_device(config), dtype, shape) is None:
         rows += min(rows, PROMPT_ROWS[-1])
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     widest = max(2 * shape.ffn_size, queries + 2 * keys)

@@ -38,7 +38,7 @@ struct Span {  // rows of one request, at consecutive positions
 
 struct Step {
   long num_rows, num_kept, num_spans, num_outputs, threads;
-  const int *tokens, *positions, *outputs, *blocks;
+  const int *tokens, *outputs, *blocks;
   const Span* spans;
   const Span* kept;  // of each span the last rows, whose logits may be asked for: as rows of the kept ones; or none
   Activation *x, *normed, *qkv, *mixed, *inner;  // [rows, hidden], the same, [rows, q + 2 kv], [rows, q], [rows, ffn]
@@ -61,13 +61,17 @@ void copy(const uint16_t* from, float* to, long size) {
   for (long i = 0; i < size; i++) to[i] = widen(from[i]);
 }
 
-// out [rows, outputs] = x [rows, inputs] · weightᵀ, plus what is in `out` if `add`.
-void linear(const Activation* x, long num_rows, long inputs, const uint32_t* panels, long outputs, Activation* out,
-            bool add) {
+struct Columns {  // [first, stop) of a matrix; `first` begins a panel
+  long first, stop;
+};
+
+// Columns of out [rows, outputs] = x [rows, inputs] · weightᵀ, plus what is in `out` if `add`.
+void linear(const Activation* x, long num_rows, long inputs, const uint32_t* panels, Columns columns, long outputs,
+            Activation* out, bool add) {
 #pragma omp for schedule(static)
-  for (long column = 0; column < outputs; column += PANEL)
+  for (long column = columns.first; column < columns.stop; column += PANEL)
     linear_panel(x, num_rows, inputs, panels + column * inputs / 2, out + column, outputs, [&](auto* to, Vec* sums) {
-      for (long v = 0, left = outputs - column; v < VECTORS; v++, left -= WIDTH) {
+      for (long v = 0, left = columns.stop - column; v < VECTORS; v++, left -= WIDTH) {
         Vec sum = add ? kept(sums[v]) + load(to + v * WIDTH, left) : sums[v];
         store(to + v * WIDTH, sum, left);
       }
@@ -124,22 +128,34 @@ void rotate(Activation* head, const float* cosines, const float* sines, long hal
   }
 }
 
-// Normalises, if the model does, and rotates queries in place; puts such keys, and values, into the cache.
-void remember(const Model& m, const Layer& layer, const Step& s) {
-  long half = m.head_dim / 2, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+// Normalises, if the model does, and rotates heads [first, stop) of a row of qkv, in place: queries, then keys.
+void place(const Model& m, const Layer& layer, Activation* qkv, long position, long first, long stop) {
+  long half = m.head_dim / 2;
+  for (long h = first; h < stop; h++) {
+    Activation* head = qkv + h * m.head_dim;
+    if (layer.q_norm) norm(head, h < m.heads ? layer.q_norm : layer.k_norm, m.head_dim, m.eps, head);
+    rotate(head, m.cosines + position * half, m.sines + position * half, half);
+  }
+}
+
+// Calls visit(row, span, position) for each row of the spans.
+template <class Visit>
+void for_rows(const Span* spans, long num_rows, Visit visit) {
 #pragma omp for schedule(static)
-  for (long row = 0; row < s.num_rows; row++) {
-    const Span* span = s.spans;
+  for (long row = 0; row < num_rows; row++) {
+    const Span* span = spans;
     while (row >= span->first_row + span->num_rows) span++;
-    long position = s.positions[row], token = position % BLOCK;
-    long block = s.blocks[span->first_block + position / BLOCK];
-    const float *cosines = m.cosines + position * half, *sines = m.sines + position * half;
+    visit(row, *span, span->first_position + row - span->first_row);
+  }
+}
+
+// Places keys, and queries if asked to; puts keys and values into the cache.
+void remember(const Model& m, const Layer& layer, const Step& s, bool queries) {
+  long half = m.head_dim / 2, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+  for_rows(s.spans, s.num_rows, [&](long row, const Span& span, long position) {
+    long token = position % BLOCK, block = s.blocks[span.first_block + position / BLOCK];
     Activation* qkv = s.qkv + row * width;
-    for (long h = 0; h < m.heads + m.kv_heads; h++) {
-      Activation* head = qkv + h * m.head_dim;
-      if (layer.q_norm) norm(head, h < m.heads ? layer.q_norm : layer.k_norm, m.head_dim, m.eps, head);
-      rotate(head, cosines, sines, half);
-    }
+    place(m, layer, qkv, position, queries ? 0 : m.heads, m.heads + m.kv_heads);
     for (long h = 0; h < m.kv_heads; h++) {
       const Activation* key = qkv + (m.heads + h) * m.head_dim;
       uint32_t* keys = layer.keys + (block * m.kv_heads + h) * half * BLOCK + token;
@@ -148,10 +164,10 @@ void remember(const Model& m, const Layer& layer, const Step& s) {
       uint16_t* values = (uint16_t*)(layer.values + ((block * m.kv_heads + h) * BLOCK + token) / 2 * m.head_dim);
       for (long i = 0; i < m.head_dim; i++) values[2 * i + token % 2] = bf16(value[i]);
       // The other half of the newest pair may hold what an earlier request left there, NaN too.
-      if (token % 2 == 0 && row + 1 == span->first_row + span->num_rows)
+      if (token % 2 == 0 && row + 1 == span.first_row + span.num_rows)
         for (long i = 0; i < m.head_dim; i++) values[2 * i + 1] = 0;
     }
-  }
+  });
 }
 
 // softmax(scale · scores[0 .. length)) as bf16, zero from there to `padded`. All three may be read to `padded`.
@@ -244,16 +260,31 @@ std::vector<Task> attention_tasks(const Model& m, const Span* spans, long num_sp
   return tasks;
 }
 
-// Moves the kept rows of `x` and `qkv` to the front.
+// Moves the kept rows of `x` and `normed` to the front.
 void keep_rows(const Model& m, const Step& s) {
-  long width = (m.heads + 2 * m.kv_heads) * m.head_dim;
 #pragma omp single
   for (long i = 0; i < s.num_spans; i++) {
     const Span &from = s.spans[i], &to = s.kept[i];
     long first = from.first_row + from.num_rows - to.num_rows;
-    std::memmove(s.x + to.first_row * m.hidden, s.x + first * m.hidden, to.num_rows * m.hidden * sizeof(Activation));
-    std::memmove(s.qkv + to.first_row * width, s.qkv + first * width, to.num_rows * width * sizeof(Activation));
+    for (Activation* rows : {s.x, s.normed})
+      std::memmove(rows + to.first_row * m.hidden, rows + first * m.hidden,
+                   to.num_rows * m.hidden * sizeof(Activation));
   }
+}
+
+// Queries, keys and values of `normed`, in the cache and in `qkv`. If some rows are not kept (in the last layer), they
+// have to leave nothing but keys and values: the kept ones then move to the front, and they alone get queries.
+void project(const Model& m, const Layer& layer, const Step& s, bool all_kept) {
+  long q = m.heads * m.head_dim, width = q + 2 * m.kv_heads * m.head_dim;
+  Columns columns{all_kept ? 0 : q / PANEL * PANEL, width};
+  linear(s.normed, s.num_rows, m.hidden, layer.qkv, columns, width, s.qkv, false);
+  remember(m, layer, s, all_kept);
+  if (all_kept) return;
+  keep_rows(m, s);
+  linear(s.normed, s.num_kept, m.hidden, layer.qkv, {0, q}, width, s.qkv, false);
+  for_rows(s.kept, s.num_kept, [&](long row, const Span&, long position) {
+    place(m, layer, s.qkv + row * width, position, 0, m.heads);
+  });
 }
 
 // Of the rows `outputs` of the kept ones, when `x` holds what the last layer left.
@@ -266,27 +297,25 @@ void output_logits(const Model& m, const Step& s) {
 
 void forward(const Model& m, const Step& s, const std::vector<Task>& tasks, const std::vector<Task>& kept_tasks) {
   Scratch scratch;
-  long q = m.heads * m.head_dim, width = q + 2 * m.kv_heads * m.head_dim, num_rows = s.num_rows;
+  long q = m.heads * m.head_dim, num_rows = s.num_rows;
 #pragma omp for schedule(static)
   for (long row = 0; row < num_rows; row++)
     copy(m.embedding + s.tokens[row] * m.hidden, s.x + row * m.hidden, m.hidden);
   for (long l = 0; l < m.num_layers; l++) {
     const Layer& layer = m.layers[l];
+    bool last = l + 1 == m.num_layers;
     norms(s.x, layer.attention_norm, num_rows, m.hidden, m.eps, s.normed);
-    linear(s.normed, num_rows, m.hidden, layer.qkv, width, s.qkv, false);
-    remember(m, layer, s);
-    bool last = l + 1 == m.num_layers;  // of the other rows it has to leave nothing but keys and values
-    if (last && s.num_kept < num_rows) keep_rows(m, s);
+    project(m, layer, s, !last || s.num_kept == num_rows);
     if (last) num_rows = s.num_kept;
     const Span* spans = last ? s.kept : s.spans;
     const std::vector<Task>& now = last ? kept_tasks : tasks;
 #pragma omp for schedule(dynamic, 4)
     for (size_t t = 0; t < now.size(); t++)
       attend(m, layer, s, spans[now[t].span], now[t].kv, now[t].first, now[t].count, scratch);
-    linear(s.mixed, num_rows, q, layer.out, m.hidden, s.x, true);
+    linear(s.mixed, num_rows, q, layer.out, {0, m.hidden}, m.hidden, s.x, true);
     norms(s.x, layer.mlp_norm, num_rows, m.hidden, m.eps, s.normed);
     gated(s.normed, num_rows, m.hidden, layer.gate_up, m.ffn, s.inner);
-    linear(s.inner, num_rows, m.ffn, layer.down, m.hidden, s.x, true);
+    linear(s.inner, num_rows, m.ffn, layer.down, {0, m.hidden}, m.hidden, s.x, true);
   }
   output_logits(m, s);
 }

@@ -41,7 +41,7 @@ _Span: Any = _struct("Span", int="first_row num_rows first_position first_block"
 _Step: Any = _struct(
     "Step",
     long="num_rows num_kept num_spans num_outputs threads",
-    pointer="tokens positions outputs blocks spans kept x normed qkv mixed inner logits",
+    pointer="tokens outputs blocks spans kept x normed qkv mixed inner logits",
 )
 
 
@@ -120,6 +120,8 @@ class NativeDecoder:
         shape = model.shape
         if shape.head_dim % 16:
             raise ValueError(f"head_dim {shape.head_dim} is no multiple of 16")
+        if shape.qkv_bias or shape.out_bias or shape.mlp_bias:
+            raise ValueError("the model has biases")
         if shape.hidden_size % 2 or shape.ffn_size % 2:
             raise ValueError("hidden_size and ffn_size must be even")
         self._library, self._num_threads = library, num_threads
@@ -160,15 +162,11 @@ class NativeDecoder:
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """See `StepDecoder`. The logits are overwritten by the next step."""
         counts = [span.stop - span.start for span in spans]
-        # The last layer computes a span's last row, all of its rows, or none.
-        kept = [
-            count if span.num_scored else int(span.samples) for count, span in zip(counts, spans, strict=True)
-        ]
+        kept = [span.num_kept for span in spans]
         firsts, kept_firsts = ([0, *accumulate(numbers)] for numbers in (counts, kept))
         num_rows, num_kept = firsts[-1], kept_firsts[-1]
         texts = (span.request.tokens[span.start : span.stop] for span in spans)
         tokens = (_INT * num_rows)(*(token for text in texts for token in text))
-        positions = (_INT * num_rows)(*(p for span in spans for p in range(span.start, span.stop)))
         rows = [after - 1 for after, span in zip(kept_firsts[1:], spans, strict=True) if span.samples]
         outputs = (_INT * max(1, len(rows)))(*rows)
         self._scored = [
@@ -186,7 +184,7 @@ class NativeDecoder:
         described, described_kept = describe(firsts, counts), describe(kept_firsts, kept)
         step = _Step(
             *(num_rows, num_kept, len(spans), len(rows), self._num_threads),
-            *map(ctypes.addressof, (tokens, positions, outputs, blocks, described, described_kept)),
+            *map(ctypes.addressof, (tokens, outputs, blocks, described, described_kept)),
             *(buffer.data_ptr() for buffer in self._rows.values()),
             self._logits.data_ptr(),
         )

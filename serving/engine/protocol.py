@@ -117,7 +117,9 @@ class EngineInfo:
         kv_bytes_per_token: keys and values of one token in all layers, bytes.
         flops_per_token: 2 FLOPs for each weight that a decoded token is multiplied with, the head included.
         head_flops: those of the head, which a prefilled prompt takes once, for its last token.
+        last_token_flops: the same of the last layer's queries, attention's output and MLP.
         attention_flops: for a token and each token that it sees: 4 * layers * heads * head_dim.
+        last_attention_flops: those of the last layer, which a prefilled prompt takes for its last token.
         details: further facts for a report, such as why a kernel is not used.
     """
 
@@ -135,6 +137,8 @@ class EngineInfo:
     flops_per_token: int
     head_flops: int
     attention_flops: int
+    last_token_flops: int = 0
+    last_attention_flops: int = 0
     details: dict[str, str]
 
 

@@ -9,6 +9,7 @@ running request is never preempted.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 BLOCK_TOKENS = 32
 
@@ -63,6 +64,8 @@ class Span:
         blocks: those that hold tokens [0, stop). A copy: the request may be removed while the step runs.
         samples: the span ends a prompt or follows it, and another token is to follow.
         num_scored: tokens, from the first, whose successor is in a prompt that is scored.
+        num_kept: tokens, from the last, that the last layer computes: all if some are scored, else the last
+            one if the span samples. Of the others it has to leave nothing but keys and values.
     """
 
     request: ScheduledRequest
@@ -78,6 +81,10 @@ class Span:
     def num_scored(self) -> int:
         request = self.request
         return max(0, min(self.stop, request.prompt_tokens - 1) - self.start) if request.scored else 0
+
+    @property
+    def num_kept(self) -> int:
+        return self.stop - self.start if self.num_scored else int(self.samples)
 
 
 class Scheduler:
@@ -159,3 +166,14 @@ def table(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         first.append(len(blocks))
         blocks += span.blocks
     return blocks, first
+
+
+def single_first(spans: Sequence[Span]) -> list[Span]:
+    """Spans of one token first, which attend together, whatever their requests."""
+    return sorted(spans, key=lambda span: span.stop - span.start > 1)
+
+
+def origins(spans: Sequence[Span]) -> dict[ScheduledRequest, int]:
+    """Request -> what is to be added to a position for its row, where the spans lie one after the other."""
+    ends = accumulate(span.stop - span.start for span in spans)
+    return {span.request: end - span.stop for span, end in zip(spans, ends, strict=True)}

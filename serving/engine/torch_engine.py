@@ -380,7 +380,9 @@ def describe(
         kv_bytes_per_token=shape.kv_bytes_per_token(numbers.dtype.itemsize),
         flops_per_token=2 * shape.num_matmul_parameters,
         head_flops=2 * shape.vocab_size * shape.hidden_size,
+        last_token_flops=shape.last_token_flops,
         attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+        last_attention_flops=4 * shape.num_heads * shape.head_dim,
         details={},
     )
 

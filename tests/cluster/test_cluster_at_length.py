@@ -101,6 +101,29 @@ def test_an_elastic_run_starts_as_soon_as_another_was_stopped(cluster):
     after.until(r"^step [1-9]", seconds=90)
 
 
+def test_a_run_waits_for_others_on_a_full_cluster_and_one_that_fits_starts_beside_them(cluster):
+    """Of six CPUs. The waiting run is on the head: the laptop that asked for it is gone."""
+    follow(cluster, "large", workers__count=4)
+    follow(cluster, "small", workers__count=1)
+    third = cluster.start(*cluster.train(run__name="third", **LONG))
+    fourth = cluster.start(*cluster.train(run__name="fourth", **LONG))
+    told = (
+        "the run waits in line for 2 workers: 1 of 6 CPUs are free, and it needs 2; large-1 holds 4, small-1"
+    )
+    third.until(told, seconds=120)
+    fourth.until(f"{told}, small-1 holds 1; third-1 waits too", seconds=120)
+    third.kill()
+    status = cluster.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout
+    assert re.search(r"run third +waiting +the run waits in line for 2 workers", status)
+    stopped = cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", "fourth")
+    assert stopped.returncode == 0 and fourth.wait(seconds=60) == 1
+    assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", "large").returncode == 0
+    again = cluster.start("cluster.laptop.remote", "attach", CLUSTER_FILE, "--run", "third")
+    again.until(r"^step [1-9]", seconds=180)
+    for name in ("third", "small"):
+        assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", name).returncode == 0
+
+
 def test_a_run_goes_on_without_a_lost_worker(cluster):
     run = follow(cluster, "shrinks", **THREE, workers__min_count=1)
     run.until(r"^step [3-9]\d", seconds=180)
@@ -290,6 +313,38 @@ def test_a_worker_that_is_off_or_refuses_the_key_is_named_and_the_others_join(ba
     bare.power_on("worker1")  # and later it joins by itself, once `up` has let the head's key in
     again = bare.up()
     assert "2 of 3 nodes joined" in again.stderr
+
+
+def test_a_second_user_has_a_cluster_on_the_same_hosts(bare):
+    """Who forgets the ports is told whose they are; with ports of their own both work, and one ends alone."""
+    assert bare.up().returncode == 0
+    theirs = {"name": "bobs", "scratch": "/scratch/bob", "storage": "/storage/bob"}
+    user = """useradd -m -p '*' bob && mkdir -p ~bob/.ssh /scratch/bob /storage/bob && chmod 711 /root
+    cp /root/.ssh/authorized_keys ~bob/.ssh/ && chown -R bob ~bob /storage/bob"""
+    for name in CLUSTER:
+        assert (done := bare.run(name, user)).returncode == 0, done.stderr
+        if name == "head":
+            bare.seed_environment(scratch="/scratch/bob")
+        assert bare.run(name, "chown -R bob /scratch/bob").returncode == 0
+    key = {"user": "bob", "key": "/root/.ssh/id_ed25519"}
+    for ports, told in (
+        ({}, "port 6379 is in use by user root; end that, or set ports.gcs in the inventory"),
+        ({"gcs": 6380}, "port 8265 is user root's, not your Ray's; set ports.dashboard in the inventory"),
+        (
+            {"gcs": 6380, "dashboard": 8266},
+            "port 52365 is in use by user root; end that, or set ports.agent",
+        ),
+        ({"gcs": 6380, "dashboard": 8266, "agent": 52366}, None),
+    ):
+        bare.write_inventory(ssh=key, ports=ports, **theirs)
+        up = bare.up()
+        assert up.returncode == bool(told) and (told or "3 of 3 nodes joined") in up.stdout + up.stderr
+    trained = bare.call(*bare.train(run__name="bobs"))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert bare.call("cluster.laptop.fleet", "down", CLUSTER_FILE).returncode == 0
+    bare.write_inventory()
+    status = bare.call("cluster.laptop.fleet", "status", CLUSTER_FILE)
+    assert "3 of 3 nodes in Ray" in status.stdout
 
 
 def test_a_port_in_use_is_named(bare):

@@ -320,7 +320,7 @@ class Lab:
         file = self.folder / "hosts/nyc/disk/home/lab.inventory.yaml"
         file.write_text(json.dumps(keys, indent=1))
 
-    def seed_environment(self, name: str = "head") -> None:
+    def seed_environment(self, name: str = "head", *, scratch: str = SCRATCH) -> None:
         """The environment on a host, as `setup.sh` would have installed it from a package index.
 
         There is no index in the lab: the environment's packages are those of this repository's .venv.
@@ -328,7 +328,7 @@ class Lab:
         packages = Path(ROOT, ".venv/lib").glob("python3.*/site-packages")
         script = f"""set -e
         hash=$( (cat {ROOT}/constraints.txt {ROOT}/pyproject.toml; {PYTHON} -VV) | sha256sum | cut -c1-12)
-        env={SCRATCH}/env/$hash
+        env={scratch}/env/$hash
         {PYTHON} -m venv --without-pip $env
         echo {next(packages)} > $(echo $env/lib/python3.*/site-packages)/lab.pth
         printf '#!%s\\nfrom ray.scripts.scripts import main\\nmain()\\n' $env/bin/python > $env/bin/ray

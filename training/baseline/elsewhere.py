@@ -50,7 +50,6 @@ def _lines(config: str, address: str) -> Iterator[str]:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as child:  # fmt: skip
             assert child.stdout is not None
-            for line in child.stdout:  # Ray drives this generator with `send`, which a file does not have
-                yield line  # noqa: UP028
+            yield from (line for line in child.stdout)  # Ray uses `send`, which a file does not have
             code = child.wait()
     yield "" if code == 0 else f"exit code {code}\n"

@@ -9,6 +9,7 @@ perplexity is of the validation split of the data that the run was trained on.
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from cluster import cli, endpoint_client, files
 from cluster import config as layered
 from cluster.cli import RunError, UserError
 from cluster.display import Table, pairs, show
-from cluster.endpoint_client import Endpoint
+from cluster.endpoint_client import KEY_VARIABLE, Endpoint
 from cluster.masking import masked
 from cluster.record import origins
 from cluster.record.origins import Origin
@@ -24,11 +25,12 @@ from cluster.record.result import record_result
 from cluster.runs import CONFIG_FILE, NEWEST, ModelDirectory
 from training import config as training_config
 from training.config import RunConfig
-from training.evaluate import checkpoint, harness
+from training.evaluate import checkpoint, harness, scoring
 from training.evaluate.config import EvaluateConfig
-from training.evaluate.endpoint import echo_problem
-from training.evaluate.harness import Sources, Tasks, TaskScore
+from training.evaluate.endpoint import echo_problem, option_problem
+from training.evaluate.harness import Sources, Tasks
 from training.evaluate.report import Measured, last_line, table, to_json
+from training.evaluate.scoring import TaskScore
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from training.model.llama import Llama
 
 RESULT_FILE = "eval.json"
+Score = Callable[
+    ..., tuple[list[TaskScore], dict[str, str]]
+]  # `scoring.run_each` of the tasks, given a model
 SEQUENCE_LENGTH = 1024  # where there is no run that sets one
 
 
@@ -54,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = run(config, evaluation, report=show)
         show(*table(result), f"W&B: {record(config, evaluation, result)}")
         print(json.dumps(last_line(result, evaluation.output)))
+        if result["failed"]:
+            failed = "; ".join(f"{task}: {why}" for task, why in result["failed"].items())
+            raise RunError(f"tasks failed: {failed}. The results of the others are in {evaluation.output}")
 
     return cli.run(body)
 
@@ -110,7 +118,9 @@ def plan(config: EvaluateConfig) -> Evaluation:
     endpoint: Endpoint | None = None
     listed: Mapping[str, Any] = {}
     if config.endpoint is not None:
-        endpoint, listed = endpoint_client.find(config.endpoint, model=config.endpoint_model)
+        endpoint, listed = endpoint_client.find(
+            config.endpoint, model=config.endpoint_model, context_tokens=config.endpoint_context_tokens
+        )
     if endpoint is not None and config.model == NEWEST:
         model = checkpoint.named(endpoint.model)
     else:
@@ -168,28 +178,39 @@ def run(config: EvaluateConfig, evaluation: Evaluation, *, report: Callable[[Tab
     """
     _make_folder(evaluation.output)
     report(evaluation.describe())
-    measure = _with_tasks if config.tasks else _here
-    measured, model = measure(config, evaluation), evaluation.model
-    result = to_json(
-        measured,
-        model={
-            "name": evaluation.name,
-            "directory": str(model.directory) if model else None,
-            "run": str(model.run) if model and model.run else None,
-        },
-        endpoint=dataclasses.asdict(evaluation.endpoint) if evaluation.endpoint else None,
-        left_out=evaluation.data if isinstance(evaluation.data, str) else None,
-        config=layered.to_dict(config),
-        inputs=_origins(evaluation, measured),
+
+    def keep(measured: Measured) -> dict[str, Any]:
+        result = _result(config, evaluation, measured)
+        try:
+            files.write_json(evaluation.output, result)
+        except OSError as error:
+            raise UserError(
+                f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
+            ) from error
+        return result
+
+    if not config.tasks:
+        return keep(_here(config, evaluation, None, lambda measured: None))
+    return keep(_with_tasks(config, evaluation, keep))
+
+
+def _result(config: EvaluateConfig, evaluation: Evaluation, measured: Measured) -> dict[str, Any]:
+    """The content of the file, masked: the notes are lm_eval's and an endpoint's own words."""
+    model = evaluation.model
+    return masked(
+        to_json(
+            measured,
+            model={
+                "name": evaluation.name,
+                "directory": str(model.directory) if model else None,
+                "run": str(model.run) if model and model.run else None,
+            },
+            endpoint=dataclasses.asdict(evaluation.endpoint) if evaluation.endpoint else None,
+            left_out=evaluation.data if isinstance(evaluation.data, str) else None,
+            config=layered.to_dict(config),
+            inputs=_origins(evaluation, measured),
+        )
     )
-    result = masked(result)  # the notes are lm_eval's and an endpoint's own words
-    try:
-        files.write_json(evaluation.output, result)
-    except OSError as error:
-        raise UserError(
-            f"output: {evaluation.output} cannot be written ({error.strerror}); name another"
-        ) from error
-    return result
 
 
 def record(config: EvaluateConfig, evaluation: Evaluation, result: dict[str, Any]) -> str:
@@ -217,22 +238,19 @@ def _origins(evaluation: Evaluation, measured: Measured) -> list[Origin]:
     return made
 
 
-def _with_tasks(config: EvaluateConfig, evaluation: Evaluation) -> Measured:
+def _with_tasks(config: EvaluateConfig, evaluation: Evaluation, keep: Callable[[Measured], Any]) -> Measured:
     confined = harness.confined(evaluation.sources, code=config.task_code)
     with harness.collected_notes() as notes, confined:
         tasks = harness.load(evaluation.sources, num_fewshot=config.num_fewshot)
-        try:
-            measure = _through_endpoint if evaluation.endpoint else _here
-            measured = measure(config, evaluation, tasks)
-        except (UserError, RunError) as error:
-            raise type(error)(f"{error}{_answer(notes)}") from error
+        score = partial(
+            scoring.run_each, tasks=tasks, limit=config.limit, bootstrap_iters=config.bootstrap_iters,
+            notes=notes,
+        )  # fmt: skip
+        if evaluation.endpoint:
+            measured = _through_endpoint(config, evaluation, tasks, score, keep)
+        else:
+            measured = _here(config, evaluation, score, keep)
     return dataclasses.replace(measured, notes=notes)
-
-
-def _answer(notes: Sequence[str]) -> str:
-    """The endpoint's answer to a failed request. lm_eval logs it and does not raise it."""
-    answers = [note for note in notes if note.startswith("API request failed")]
-    return f": {answers[-1]}" if answers else ""
 
 
 def _make_folder(output: Path) -> None:
@@ -244,7 +262,13 @@ def _make_folder(output: Path) -> None:
         raise UserError(f"output: {output.parent} cannot be made ({error.strerror}); name another") from error
 
 
-def _through_endpoint(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks) -> Measured:
+def _through_endpoint(
+    config: EvaluateConfig,
+    evaluation: Evaluation,
+    tasks: Tasks,
+    score: Score,
+    keep: Callable[[Measured], Any],
+) -> Measured:
     """The tasks through the endpoint. Raises `UserError`: they need what it cannot do."""
     assert evaluation.endpoint is not None
     model, endpoint = evaluation.model, evaluation.endpoint
@@ -265,11 +289,32 @@ def _through_endpoint(config: EvaluateConfig, evaluation: Evaluation, tasks: Tas
     if model is not None:
         checkpoint.export_if_stale(model)
         context = context or checkpoint.shape_of(model).max_positions
-    client = harness.endpoint_model(endpoint, model, context_tokens=context, concurrency=config.concurrency)
-    return Measured(_scores(config, client, tasks))
+    if context is None:
+        raise UserError(
+            f"endpoint_context_tokens: {endpoint.url} does not say how many tokens of prompt and answer "
+            f"{endpoint.model} holds; give the number, or name the model that is served there"
+        )
+    client = scoring.endpoint_model(endpoint, model, context_tokens=context, concurrency=config.concurrency)
+    problems = [
+        f"{', '.join(names)} ({problem})"
+        for names, payload in scoring.sent_options(client, tasks)
+        if (problem := option_problem(endpoint, payload))
+    ]
+    if problems:
+        raise UserError(
+            f"tasks: the endpoint does not take the options of {'; '.join(problems)}; change "
+            f"generation_kwargs in their files, or leave the tasks out. A key is taken from {KEY_VARIABLE}"
+        )
+    return _scored(Measured(), score(client, keep=lambda *so_far: keep(_scored(Measured(), so_far))))
 
 
-def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = None) -> Measured:
+def _scored(measured: Measured, scored: tuple[list[TaskScore], dict[str, str]]) -> Measured:
+    return dataclasses.replace(measured, scores=scored[0], failed=scored[1])
+
+
+def _here(
+    config: EvaluateConfig, evaluation: Evaluation, score: Score | None, keep: Callable[[Measured], Any]
+) -> Measured:
     """Perplexity and tasks of the checkpoint, on this machine."""
     import torch
 
@@ -287,17 +332,14 @@ def _here(config: EvaluateConfig, evaluation: Evaluation, tasks: Tasks | None = 
     if isinstance(evaluation.data, Path):
         held_out = _perplexity(config, found, evaluation.data, model.to(device), device=device)
     del model
-    scores: list[TaskScore] = []
-    if tasks is not None:
-        theirs = harness.local_model(found, device=str(device), dtype=dtype, batch_size=config.batch_size)
-        with for_changing_lengths():  # of requests, one prompt after another
-            scores = _scores(config, theirs, tasks)
     setting = {"parameters": shape.num_parameters, "dtype": dtype, "device": str(device)}
-    return Measured(scores, held_out, setting)
-
-
-def _scores(config: EvaluateConfig, model: Any, tasks: Tasks) -> list[TaskScore]:
-    return harness.run(model, tasks, limit=config.limit, bootstrap_iters=config.bootstrap_iters)
+    measured = Measured(held_out=held_out, setting=setting)
+    if score is not None:
+        theirs = scoring.local_model(found, device=str(device), dtype=dtype, batch_size=config.batch_size)
+        with for_changing_lengths():  # of requests, one prompt after another
+            scored = score(theirs, keep=lambda *so_far: keep(_scored(measured, so_far)))
+        measured = _scored(measured, scored)
+    return measured
 
 
 def _device(name: str) -> "torch.device":

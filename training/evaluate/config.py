@@ -56,6 +56,9 @@ class EvaluateConfig:
         pattern=("https?://.*", "must begin with http:// or https://"),
     )
     endpoint_model: str | None = key(None, "the model's name there; default: the first that it lists")
+    endpoint_context_tokens: int | None = key(
+        None, "endpoint: most tokens of prompt and answer, if neither it nor the model here says so", least=2
+    )
     concurrency: int = key(8, "endpoint: requests in flight", least=1)
     output: str | None = key(
         None, "file of the result; default: eval.json in the run's directory, else in outputs/eval-<model>/"
@@ -69,6 +72,7 @@ class EvaluateConfig:
         require(all(self.tasks), "tasks", "one of them is empty")
         if self.endpoint is None:
             require(self.endpoint_model is None, "endpoint_model", "only with endpoint")
+            require(self.endpoint_context_tokens is None, "endpoint_context_tokens", "only with endpoint")
             return
         require(bool(self.tasks), "tasks", "an endpoint is evaluated by tasks alone; name some")
         require(self.data is None, "data", "perplexity is measured locally; leave out endpoint")

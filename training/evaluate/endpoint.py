@@ -1,8 +1,17 @@
-"""Whether an endpoint can evaluate log-likelihoods. No torch."""
+"""What an endpoint can evaluate: log-likelihoods, and tasks with options of their own. No torch."""
 
-from cluster.endpoint_client import Endpoint, exchange, reason
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.endpoint_client import Endpoint, ask, exchange, reason
 
 PROMPT = "The name of the"
+IGNORED = "x-ignored-parameters"  # of our endpoint: what it accepted and does not know
+OF_TRANSFORMERS = {  # options of `generate` that no endpoint has -> the value that changes nothing
+    **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"), 1),
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "penalty_alpha"), None),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+}
 
 
 def echo_problem(endpoint: Endpoint) -> str | None:
@@ -32,3 +41,26 @@ def echo_problem(endpoint: Endpoint) -> str | None:
     except (KeyError, IndexError, TypeError):
         complete = False
     return None if complete else "it answers echo=true without the prompt's logprobs and top_logprobs"
+
+
+def option_problem(endpoint: Endpoint, payload: Mapping[str, Any]) -> str | None:
+    """Why the endpoint does not take a request with these options, in its own words; None: it does.
+
+    Sends the request with a short prompt, for one token. An option that the endpoint says it ignores, or that
+    only transformers has, is not taken either: scores would be of another task.
+
+    Args:
+        payload: as lm_eval sends it for a task.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    unset = object()
+    for name, neutral in OF_TRANSFORMERS.items():
+        if payload.get(name, unset) not in (unset, neutral):
+            return f"{name} is an option of transformers, which no endpoint has"
+    reply = ask(f"{endpoint.url}/completions", {**payload, "prompt": PROMPT, "max_tokens": 1})
+    if reply.status != 200:
+        return reason(reply.status, reply.content)
+    ignored = reply.headers.get(IGNORED)
+    return f"it ignores {ignored}" if ignored else None

@@ -5,23 +5,18 @@ asks the hub about the model and lists everything that is installed.
 """
 
 import difflib
+import gc
 import importlib.util
 import io
 import logging
-import math
-import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.cli import RunError, UserError
-from cluster.endpoint_client import KEY_VARIABLE, Endpoint
-from cluster.runs import ModelDirectory
+from cluster.cli import UserError
 from cluster.session import environment
-from training.evaluate import bars
 
 INSTALL = 'pip install -c constraints.txt -e ".[eval]"'
 NEEDED = ("lm_eval", "transformers", "accelerate", "datasets", "requests", "tenacity")
@@ -36,39 +31,18 @@ _RUNS_CODE = "runs Python code; if you trust it, set task_code=true"
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task or group.
-
-    Attributes:
-        filter: how answers were processed before scoring; "none": not at all.
-        value, stderr: None if the harness has no finite one.
-        samples: evaluated questions, of `of_samples`.
-    """
-
-    task: str
-    version: str | None
-    num_fewshot: int | None
-    metric: str
-    filter: str
-    value: float | None
-    stderr: float | None
-    higher_is_better: bool | None
-    samples: int | None
-    of_samples: int | None
-    group: bool
-
-
-@dataclass(frozen=True)
 class Tasks:
     """Tasks that are loaded, data and all.
 
     Attributes:
-        loaded: as lm_eval's `TaskManager.load` returns them.
+        loaded: name of a task or group -> what lm_eval's `TaskManager.load` returns for it.
         requests: task -> the kinds of its requests, such as "loglikelihood" and "generate_until".
+        options: task -> the options of its generation, if it has any.
     """
 
-    loaded: dict[str, Any]
+    loaded: dict[str, dict[str, Any]]
     requests: dict[str, set[str]]
+    options: dict[str, dict[str, Any]]
 
     def need_prompt_logprobs(self) -> list[str]:
         """Tasks that need the probability of given text, not only generated text."""
@@ -195,7 +169,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return load_yaml(file, resolve_func=False)
     except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise UserError(f"tasks: {file} is no usable task YAML ({_short(error)}); mend the file") from error
+        raise UserError(f"tasks: {file} is no usable task YAML ({short(error)}); mend the file") from error
 
 
 def load(sources: Sources, *, num_fewshot: int | None) -> Tasks:
@@ -209,20 +183,41 @@ def load(sources: Sources, *, num_fewshot: int | None) -> Tasks:
             code of the model. Names the task.
     """
     manager = _manager(sources)
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    loaded: dict[str, dict[str, Any]] = {}
     for spec in _specs(sources, manager):
         try:
-            found = manager.load([spec])
+            loaded[spec] = manager.load([spec])
         except Exception as error:  # of YAML, Jinja, datasets, the network: all that a task file can say
             raise UserError(
-                f"tasks: {spec} cannot be loaded ({_short(error)}); mend its YAML or its data. The data of "
+                f"tasks: {spec} cannot be loaded ({short(error)}); mend its YAML or its data. The data of "
                 "lm_eval's own tasks come from the Hugging Face hub: without a network, name task files "
                 "whose data are local"
             ) from error
-        for part, objects in found.items():
-            loaded[part] |= objects
-    requests = {name: _prepare(name, task, num_fewshot) for name, task in loaded["tasks"].items()}
-    return Tasks(loaded, requests)
+    loaded = _once_each(loaded)
+    every = {name: task for found in loaded.values() for name, task in found["tasks"].items()}
+    requests = {name: _prepare(name, task, num_fewshot) for name, task in every.items()}
+    options: dict[str, dict[str, Any]] = {
+        name: instance.args[1]
+        for name, task in every.items()
+        for instance in task.instances[:1]
+        if instance.request_type == "generate_until"
+    }
+    return Tasks(loaded, requests, options)
+
+
+def _once_each(loaded: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Without tasks that a group has, or an earlier one, already."""
+    kept: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for spec in sorted(loaded, key=lambda spec: not loaded[spec].get("groups")):  # groups need all of theirs
+        found = loaded[spec]
+        tasks = {
+            name: task for name, task in found["tasks"].items() if found.get("groups") or name not in seen
+        }
+        seen |= set(tasks)
+        if tasks:
+            kept[spec] = {**found, "tasks": tasks}
+    return {spec: kept[spec] for spec in loaded if spec in kept}
 
 
 def _manager(sources: Sources) -> Any:
@@ -265,126 +260,10 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> set[str]:
         with redirect_stderr(io.StringIO()):  # a progress bar of one step
             task.build_all_requests(limit=1, rank=0, world_size=1)
     except Exception as error:  # a field that the data lack, a template that fails, too few examples
-        raise UserError(f"tasks: {name} makes no request of its data ({_short(error)}); mend it") from error
+        raise UserError(f"tasks: {name} makes no request of its data ({short(error)}); mend it") from error
     if not task.instances:
         raise UserError(f"tasks: {name} has no questions; check its split and its data")
     return {instance.request_type for instance in task.instances}
-
-
-def local_model(model: ModelDirectory, *, device: str, dtype: str, batch_size: int) -> Any:
-    """lm_eval's own Hugging Face model. Raises `UserError`: transformers cannot load the checkpoint."""
-    from lm_eval.models.huggingface import HFLM
-
-    try:
-        return HFLM(pretrained=str(model.directory), device=device, dtype=dtype, batch_size=batch_size)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {model.directory} cannot be loaded ({_short(error)})") from error
-
-
-def endpoint_model(
-    endpoint: Endpoint, model: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
-) -> Any:
-    """lm_eval's client of an endpoint. Prompts are token ids if there is a tokenizer, else text.
-
-    Args:
-        model: what is served there, if known.
-        context_tokens: most tokens of prompt and continuation; longer prompts lose their beginning.
-    """
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    keys: dict[str, Any] = {"tokenizer_backend": "none", "tokenized_requests": False}
-    if model is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model.directory)
-        begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]  # what the local model does too
-        keys = {
-            "tokenizer_backend": "huggingface",
-            "tokenizer": str(model.directory),
-            "add_bos_token": begins,
-        }
-    return LocalCompletionsAPI(
-        base_url=f"{endpoint.url}/completions",
-        model=endpoint.model,
-        num_concurrent=concurrency,
-        max_length=context_tokens or 2048,
-        **keys,
-    )
-
-
-def run(model: Any, tasks: Tasks, *, limit: int | None, bootstrap_iters: int) -> list[TaskScore]:
-    """Every metric of every task, and of groups with metrics of their own.
-
-    Args:
-        limit: evaluate only the first questions of each task.
-        bootstrap_iters: resamples for the standard error of a metric that is not a mean, such as perplexity.
-
-    Raises:
-        UserError: the endpoint refuses a request.
-        RunError: the endpoint fails otherwise.
-    """
-    import aiohttp
-    import numpy as np
-    import requests
-    import torch
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-    from lm_eval.evaluator import evaluate
-
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    # It would resample in forks of this process, whose threads they lack; and it prints as it does so.
-    alone = environment({"DISABLE_MULTIPROC": "1"})
-    try:
-        with alone, redirect_stdout(sys.stderr), bars.as_ours():
-            results = evaluate(
-                model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap_iters
-            )
-    except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
-        raise _endpoint_failure(error) from error
-    assert results is not None  # of another rank
-    return list(_scores(results))
-
-
-def _endpoint_failure(error: Any) -> UserError | RunError:
-    response = getattr(error, "response", None)  # requests'; aiohttp's has the status itself
-    status = int(getattr(error, "status", None) or getattr(response, "status_code", None) or 0)
-    if 400 <= status < 500 and status != 429:
-        hint = f"; the key is taken from {KEY_VARIABLE}" if status in (401, 403) else ""
-        return UserError(f"endpoint: it refuses a request of these tasks ({_short(error)}){hint}")
-    return RunError(f"endpoint: it failed during the evaluation ({_short(error)}); run the same again")
-
-
-def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
-    for kind in ("results", "groups"):
-        for task, entry in results.get(kind, {}).items():
-            if kind == "results" and task in results.get("groups", {}):
-                continue
-            counts = results["n-samples"].get(task, {})
-            version = results["versions"].get(task)
-            for name, value in entry.items():
-                metric, comma, chosen = name.partition(",")
-                if not comma or metric.endswith("_stderr"):
-                    continue
-                yield TaskScore(
-                    task=task,
-                    version=None if version is None else str(version),
-                    num_fewshot=results["n-shot"].get(task),
-                    metric=metric,
-                    filter=chosen,
-                    value=_finite(value),
-                    stderr=_finite(entry.get(f"{metric}_stderr,{chosen}")),
-                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
-                    samples=counts.get("effective"),
-                    of_samples=counts.get("original"),
-                    group=kind == "groups",
-                )
-
-
-def _finite(value: Any) -> float | None:
-    """The harness has "N/A" for a missing standard error."""
-    number = None if isinstance(value, str) or value is None else float(value)
-    return number if number is not None and math.isfinite(number) else None
 
 
 @contextmanager
@@ -399,7 +278,7 @@ def collected_notes() -> Iterator[list[str]]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            note = _short(record.getMessage())
+            note = short(record.getMessage())
             if note not in notes and len(notes) < MOST_NOTES:
                 notes.append(note)
 
@@ -410,10 +289,14 @@ def collected_notes() -> Iterator[list[str]]:
     bars, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    unasked, quiet = logging.getLogger("asyncio"), _one_of_many
+    unasked.addFilter(quiet)
     try:
         with environment(UNCOUNTED):
             yield notes
     finally:
+        gc.collect()  # such failures are reported when their tasks are collected
+        unasked.removeFilter(quiet)
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         logger.removeHandler(keep)
         logger.propagate = propagated
@@ -421,7 +304,12 @@ def collected_notes() -> Iterator[list[str]]:
             datasets.enable_progress_bars()
 
 
-def _short(error: object) -> str:
+def _one_of_many(record: logging.LogRecord) -> bool:
+    """Leaves out further failures of requests that lm_eval sent at once: it raises the first alone."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def short(error: object) -> str:
     """Another library's message in one line, with the exception's name before it."""
     text = " ".join(str(error).split())
     name = f"{type(error).__name__}: " if isinstance(error, Exception) else ""

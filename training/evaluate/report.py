@@ -11,7 +11,7 @@ from cluster import display
 from cluster.record import provenance
 from cluster.record.origins import Origin
 from training.evaluate import harness
-from training.evaluate.harness import TaskScore
+from training.evaluate.scoring import TaskScore
 
 if TYPE_CHECKING:
     from training.evaluate.perplexity import HeldOut
@@ -28,12 +28,14 @@ class Measured:
         held_out: the perplexity, if there is one.
         setting: parameters, dtype and device, where the model ran here.
         notes: lm_eval's warnings.
+        failed: task or group without scores -> why.
     """
 
     scores: list[TaskScore] = field(default_factory=list)
     held_out: "HeldOut | None" = None
     setting: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def to_json(
@@ -65,6 +67,7 @@ def to_json(
         "scores": [dataclasses.asdict(score) for score in measured.scores],
         "lm_eval": provenance.versions(harness.PACKAGES)["lm_eval"],
         "notes": measured.notes,
+        "failed": measured.failed,
         "config": config,
         "provenance": {
             **provenance.collect(

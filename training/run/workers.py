@@ -12,7 +12,7 @@ from cluster.heart.hang import Heartbeat
 from cluster.masking import mask
 from cluster.record import events
 from cluster.record.provenance import commit_environment
-from cluster.session import ray_session, set_defaults, worker_environment
+from cluster.session import environment, ray_session, set_defaults, worker_environment
 from training.config import TrainConfig, WorkersConfig
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ TOLD = ("hung", "out_of_memory")  # events that say more than the worker's own e
 # One would free the workers' resources if only the controller died, but then the run ends, and with it all
 # that is Ray's; the other serves Ray Data, which no worker reads.
 NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+# On a full cluster Ray Train takes its request back after 60 s and makes a new one. An elastic run has to: it
+# may ask for a node that was just lost.
+WAITING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(365 * 86400)}
 LOST = "another rank is gone"  # in the message of a rank that fails because of that
 
 
@@ -87,7 +90,8 @@ def run(
         ),
     )
     try:
-        return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
+        with environment(WAITING if workers.min_count is None else {}):
+            return trainer.fit().return_value  # type: ignore[attr-defined]  # of Ray Train's V1 Result
     except TrainingFailedError as error:
         raise RunError(_reason(error, directory)) from error
     except SystemExit as error:  # what Ray Train makes of SIGINT, and Ray of SIGTERM

@@ -5,12 +5,14 @@ A layer is four products: q, k and v are one matrix, and so are gate and up. One
 inside; more are multiplied by cuBLAS, with a kernel between two products. What varies between steps lies in a
 few tensors on the GPU. So one CUDA graph for each power of two of rows serves the steps that only decode, and
 one for each of `PROMPT_ROWS` serves short steps with prompts, which the host would launch more slowly than
-they run.
+they run. In those steps the last layer computes only the rows whose logits are wanted, and keys and values of
+the others.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: LlamaShape) -> 
     largest = max(shape.hidden_size, shape.ffn_size, shape.num_heads * shape.head_dim)
     if power_of_two(largest) > MOST_INNER:
         return f"rows of {largest} exceed the {MOST_INNER} that one program of a kernel holds"
+    if shape.qkv_bias or shape.out_bias or shape.mlp_bias:
+        return "the model has biases"
     return attention.unsupported(device, dtype, shape.head_dim)
 
 
@@ -82,9 +86,10 @@ class GpuDecoder:
         self._sampler = Sampler(slots, self.device)
         self._logits = self._likeliest = torch.empty(0, device=self.device)  # of the newest step
         self._chosen, self._chosen_rows = self._state.ids, dict[ScheduledRequest, int]()  # of its requests
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Output]] = {}
-        self._prompt_graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Output]] = {}
-        self._sent: dict[tuple[int, bool], Sent] = {}  # of the graphs
+        # Of so many rows that decode; or of so many with prompts, and whether some of them decode.
+        self._graphs: dict[int | tuple[int, bool], tuple[torch.cuda.CUDAGraph, Output]] = {}
+        self._decode_sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)})
+        self._sent: dict[tuple[int, bool], Sent] = {}  # what the latter read
         if graphs:
             most_rows = min(step_tokens or PROMPT_ROWS[-1], num_blocks * BLOCK_TOKENS)
             self._warm_up(most_rows)
@@ -143,10 +148,7 @@ class GpuDecoder:
         carry(self._state.tokens[:1], self._state.ids).launch()
 
     def _capture(self, most_rows: int) -> None:
-        """One graph for each power of two of rows that decode, and for all slots; and those of prompts."""
-        slots = self._slots
-        rows = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)}, reverse=True)
-        self._graphs = captured({each: partial(self._decode, each) for each in rows}, self.device)
+        """Graphs of prompts; and one for each power of two of rows that decode, and for all slots."""
         enough = next((each for each in PROMPT_ROWS if each >= most_rows), PROMPT_ROWS[-1])
         self._sent = {
             (each, decodes): Sent(self._sizes(each, decodes=decodes), self.device)
@@ -154,20 +156,22 @@ class GpuDecoder:
             if each <= enough
             for decodes in (True, False)
         }
-        steps = {size: partial(self._prompts, sent) for size, sent in self._sent.items()}
-        self._prompt_graphs = captured(steps, self.device)
+        steps: dict[Any, Any] = {size: partial(self._prompts, sent) for size, sent in self._sent.items()}
+        steps |= {each: partial(self._decode, each) for each in self._decode_sizes[::-1]}
+        self._graphs = captured(steps, self.device)
 
     def _sizes(self, rows: int, *, decodes: bool) -> Sizes:
         """Of all steps of so many tokens."""
         slots = self._slots
         tiles = min(rows // self._tile_rows(rows) + slots, rows)
-        return Sizes(rows, min(slots, rows) if decodes else 0, slots, tiles, slots, self._width)
+        kept = min(slots, rows)
+        return Sizes(rows, kept if decodes else 0, kept, slots, tiles, kept, slots, self._width)
 
     # --- steps that only decode ---
 
     def _replay(self, num_rows: int) -> Output:
-        size = min((size for size in self._graphs if size >= num_rows), default=None)
-        if size is None:
+        size = next(size for size in self._decode_sizes if size >= num_rows)
+        if size not in self._graphs:
             return self._decode(num_rows)
         graph, output = self._graphs[size]
         graph.replay()
@@ -186,8 +190,7 @@ class GpuDecoder:
             stack.one(x, lengths, blocks, attend)
             logits, best = stack.one_head(x)
         else:
-            added = stack.many(x, lengths, blocks, None, attend)
-            logits, best = stack.head(stack.final_norm(x, added))
+            logits, best = stack.head(stack.final_norm(*stack.many(x, lengths, blocks, None, attend)))
         pick(best, state.ids, state.tokens, state.lengths, pdl=stack.pdl).launch()
         return logits, state.ids[:num_rows]
 
@@ -210,7 +213,7 @@ class GpuDecoder:
         found = [size for size in self._sent if size[0] >= rows and size[1] == decodes]
         size = None if any(span.num_scored for span in spans) else min(found, default=None)
         tile = self._tile_rows(rows if size is None else size[0])
-        step = Step(spans, tile=tile, chosen=self._chosen_rows)
+        step = Step(spans, tile=tile, last_tile=self._tile_rows(1), chosen=self._chosen_rows)
         sent = Sent(step.sizes, self.device) if size is None else self._sent[size]
         sent.send(step)
         if step.carries:
@@ -218,7 +221,7 @@ class GpuDecoder:
         if size is None:
             return self._prompts(sent, num_scored=step.num_scored)
         self._scored = self._scored[:0]
-        graph, output = self._prompt_graphs[size]
+        graph, output = self._graphs[size]
         graph.replay()
         return output
 
@@ -231,13 +234,14 @@ class GpuDecoder:
             nonlocal prefill
             if q_rows:  # rows of prompts among them become 0, and are then overwritten
                 self._attend(layer, q[:q_rows], mixed[:q_rows], sent.decoding, sent.blocks[:q_rows])
-            if len(sent.tiles):
-                call = attention.prefill_call(q, self._cache[layer], sent.blocks, sent.tiles, mixed)
-                prefill = call.launch(like=prefill)
+            tiles = sent.tiles if layer + 1 < len(stack.layers) else sent.last_tiles
+            if len(tiles):
+                call = attention.prefill_call(q, self._cache[layer], sent.blocks, tiles, mixed)
+                prefill = call.launch(like=prefill if tiles is sent.tiles else None)
 
         x = stack.embedding.index_select(0, sent.tokens)
-        added = stack.many(x, sent.lengths, sent.blocks, sent.table_rows, attend)
-        normed = stack.final_norm(x.index_select(0, sent.wanted), added.index_select(0, sent.wanted))
+        ends = stack.many(x, sent.lengths, sent.blocks, sent.table_rows, attend, sent.kept)
+        normed = stack.final_norm(*(each.index_select(0, sent.wanted) for each in ends))
         self._scored, sampled = normed[:num_scored], normed[num_scored:]
         likeliest = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
         if not len(sampled):

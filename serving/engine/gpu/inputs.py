@@ -5,6 +5,7 @@ sends `-1 - row`, with the token's row among the chosen ones, and `layers.carry`
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 
 from serving.engine.gpu import attention
-from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Span, num_blocks
+from serving.engine.scheduler import (
+    BLOCK_TOKENS,
+    ScheduledRequest,
+    Span,
+    num_blocks,
+    origins,
+    single_first,
+)
 
 Chosen = Mapping[ScheduledRequest, int]  # rows of the last step's chosen tokens
 
@@ -82,15 +90,19 @@ class Sizes(NamedTuple):
     Attributes:
         rows: tokens.
         decoding: the first rows, which attend as requests that decode.
-        wanted: rows after which logits are wanted.
+        kept: rows that the last layer computes; of the others it leaves nothing but keys and values.
+        wanted: kept rows after which logits are wanted.
         tiles: of `attention.prefill_attention`.
+        last_tiles: the same of the last layer, of kept rows.
         spans, blocks: of the table of blocks.
     """
 
     rows: int
     decoding: int
+    kept: int
     wanted: int
     tiles: int
+    last_tiles: int
     spans: int
     blocks: int
 
@@ -101,14 +113,18 @@ class Sent:
     Attributes:
         tokens, lengths, table_rows: [rows]; lengths count a row's own token, and are 0 for padding.
         decoding: [decoding] lengths, 0 for a row that does not decode.
-        wanted: [wanted] rows.
+        kept: [kept] rows.
+        wanted: [wanted] rows among the kept ones.
         tiles: [tiles, 4].
+        last_tiles: [last_tiles, 4].
         blocks: [spans, blocks].
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        rows = (sizes.rows,)
-        shapes = [rows, rows, rows, (sizes.decoding,), (sizes.wanted,), (sizes.tiles, 4), sizes[-2:]]
+        shapes = [
+            *[(sizes.rows,)] * 3, (sizes.decoding,), (sizes.kept,), (sizes.wanted,), (sizes.tiles, 4),
+            (sizes.last_tiles, 4), sizes[-2:],
+        ]  # fmt: skip
         ends = list(accumulate((_aligned(prod(shape)) for shape in shapes), initial=0))
         self._flat = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         self._host = np.zeros(ends[-1], dtype=np.int32)
@@ -117,7 +133,8 @@ class Sent:
         ]
         self._parts = [self._host[place].reshape(shape) for place, shape in places]
         (
-            self.tokens, self.lengths, self.table_rows, self.decoding, self.wanted, self.tiles, self.blocks,
+            self.tokens, self.lengths, self.table_rows, self.decoding, self.kept, self.wanted, self.tiles,
+            self.last_tiles, self.blocks,
         ) = (self._flat[place].view(shape) for place, shape in places)  # fmt: skip
 
     def send(self, step: "Step") -> None:
@@ -131,8 +148,11 @@ class Sent:
 class Step:
     """Rows of a step of any spans: those of one token first.
 
+    The kept rows are in the same order, and spans of one token are all kept: those that decode come first.
+
     Args:
         tile: rows of a tile of `attention.prefill_attention`.
+        last_tile: the same in the last layer.
         chosen: needed for spans whose token is not known yet.
 
     Attributes:
@@ -142,48 +162,62 @@ class Step:
         carries: tokens are to be put in place by `layers.carry`.
     """
 
-    def __init__(self, spans: Sequence[Span], *, tile: int, chosen: Chosen) -> None:
-        ordered = sorted(spans, key=lambda span: span.stop - span.start > 1)
+    def __init__(self, spans: Sequence[Span], *, tile: int, last_tile: int, chosen: Chosen) -> None:
+        ordered = single_first(spans)
         num_tokens = [span.stop - span.start for span in ordered]
         num_decoding = num_tokens.count(1)
-        starts = list(accumulate(num_tokens, initial=0))
-        first = dict(zip(map(id, ordered), starts, strict=False))
-        tokens = np.empty(starts[-1], dtype=np.int32)
-        for row, span in zip(starts, ordered[:num_decoding], strict=False):
-            tokens[row] = token_of(span, chosen)
-        for row, span in zip(starts[num_decoding:], ordered[num_decoding:], strict=False):
-            tokens[row : row + span.stop - span.start] = span.request.tokens[span.start : span.stop]
-        lengths = np.concatenate([np.arange(span.start + 1, span.stop + 1) for span in ordered])
-        scored = [first[id(span)] + i for span in spans for i in range(span.num_scored)]
-        sampled = [first[id(span)] + span.stop - span.start - 1 for span in spans if span.samples]
-        long = [
-            (starts[index], span.start, span.stop, index)
-            for index, span in enumerate(ordered[num_decoding:], num_decoding)
+        kept = [
+            span if num == 1 else replace(span, start=span.stop - span.num_kept)
+            for span, num in zip(ordered, num_tokens, strict=True)
         ]
-        tiles = np.array(attention.prefill_tiles(long, rows=tile), dtype=np.int32).reshape(-1, 4)
+        origin, kept_origin = origins(ordered), origins(kept)
+        tokens = np.empty(sum(num_tokens), dtype=np.int32)
+        for row, span in enumerate(ordered[:num_decoding]):
+            tokens[row] = token_of(span, chosen)
+        for span in ordered[num_decoding:]:
+            row = origin[span.request]
+            tokens[row + span.start : row + span.stop] = span.request.tokens[span.start : span.stop]
+        lengths = np.concatenate([np.arange(span.start + 1, span.stop + 1) for span in ordered])
+        kept_rows = [origin[span.request] + p for span in kept for p in range(span.start, span.stop)]
+        scored = [
+            kept_origin[span.request] + p
+            for span in spans
+            for p in range(span.start, span.start + span.num_scored)
+        ]
+        sampled = [kept_origin[span.request] + span.stop - 1 for span in spans if span.samples]
+        tiles, last_tiles = (
+            attention.prefill_tiles(
+                [
+                    (row_of[span.request] + span.start, span.start, span.stop, index)
+                    for index, span in enumerate(each)
+                    if index >= num_decoding
+                ],
+                rows=rows,
+            )
+            for each, row_of, rows in ((ordered, origin, tile), (kept, kept_origin, last_tile))
+        )
         blocks = np.zeros((len(spans), _aligned(max(num_blocks(span.stop) for span in spans))), np.int32)
         for index, span in enumerate(ordered):
             blocks[index, : len(span.blocks)] = span.blocks
-        wanted = np.array([*scored, *sampled], dtype=np.int32)
         self.num_scored = len(scored)
         self.carries = bool(num_decoding and tokens[:num_decoding].min() < 0)
-        table_rows = np.repeat(np.arange(len(ordered)), num_tokens)
         self.parts: tuple[np.ndarray, ...] = (
             tokens,
             lengths,
-            table_rows,
+            np.repeat(np.arange(len(ordered)), num_tokens),
             lengths[:num_decoding],
-            wanted,
-            tiles,
+            np.array(kept_rows or [0]),  # kernels are launched for one row at least
+            np.array([*scored, *sampled], dtype=np.int32),
+            *(np.array(each, dtype=np.int32).reshape(-1, 4) for each in (tiles, last_tiles)),
             blocks,
         )
-        self.sizes = Sizes(len(tokens), num_decoding, len(wanted), len(tiles), *blocks.shape)
+        self.sizes = Sizes._make((len(tokens), *map(len, self.parts[3:-1]), *blocks.shape))
 
 
 def _send(values: np.ndarray, there: Tensor) -> None:
     """Without a wait. The pinned copy is used for nothing else until it has been sent: torch sees to that."""
     pinned = torch.empty(len(values), dtype=torch.int32, pin_memory=there.device.type == "cuda")
-    there.copy_(pinned.copy_(torch.tensor(values)), non_blocking=True)
+    there.copy_(pinned.copy_(torch.from_numpy(values)), non_blocking=True)
 
 
 def _aligned(size: int) -> int:

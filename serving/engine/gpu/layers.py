@@ -11,7 +11,7 @@ C head_dim, F feed-forward, V vocabulary, P parts of a row.
 
 from __future__ import annotations  # the kernels' annotations name triton, which may be missing
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -51,6 +51,12 @@ class Heads:
     num_heads: int
     norms: Tensor | None = None
     eps: float = 0.0
+
+    def of_rows(self, rows: Tensor) -> Heads:
+        """Of these rows alone, int32; `table_rows` must be given."""
+        assert self.table_rows is not None
+        lengths, table_rows = (each.index_select(0, rows) for each in (self.lengths, self.table_rows))
+        return replace(self, lengths=lengths, table_rows=table_rows)
 
     def arguments(self) -> dict[str, Any]:
         cache = self.cache
@@ -228,10 +234,11 @@ def norm_heads(a, b, head, c, keep, norms, eps, heads, groups, HEAD_DIM: tl.cons
 def rotate_and_store(qkv: Tensor, heads: Heads, *, pdl: bool = False) -> Call:
     """The launch that rotates the queries in qkv [M, (H + 2G)·C], and caches rotated keys, and values.
 
-    Queries and keys are normalised before, if `heads.norms` says so.
+    Queries and keys are normalised before, if `heads.norms` says so. Queries alone, [M, H·C], are rotated;
+    with H = 0 there are none.
     """
     arguments = heads.arguments() | {"norms": heads.norms, "eps": heads.eps}
-    num_heads = heads.num_heads + 2 * heads.cache.shape[2]
+    num_heads = qkv.shape[1] // heads.cache.shape[4]
     tile = 16
     arguments |= {"qkv": qkv, "row": qkv.stride(0), "num_heads": num_heads, "TILE": tile, "PDL": pdl}
     arguments |= {"TILE_C": power_of_two(heads.cache.shape[4] // 2)}

@@ -1,33 +1,14 @@
 """What NVML says of GPUs. The answers are those of a stand-in: there is no GPU here."""
 
+import os
+import subprocess
+from functools import partial
+
 import pytest
 
 from cluster.machine import host
-
-STAND_IN = """
-import types
-class NVMLError(Exception): pass
-class NVMLError_NotSupported(NVMLError): pass
-NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = NVML_FEATURE_ENABLED = 1
-nvmlClocksThrottleReasonHwSlowdown, nvmlClocksThrottleReasonSwThermalSlowdown = 8, 32
-PROBLEM, LOST, ECC, PERSISTENCE, REASONS, NUM_GPUS = None, (), 0, 1, (), 2
-def nvmlInit():
-    if PROBLEM: raise NVMLError(PROBLEM)
-def nvmlDeviceGetCount(): return NUM_GPUS
-def nvmlSystemGetDriverVersion(): return "570.86.15"
-def nvmlDeviceGetHandleByIndex(index):
-    if index in LOST: raise NVMLError("GPU is lost")
-    return index
-def nvmlDeviceGetTotalEccErrors(handle, kind, counter):
-    if ECC is None: raise NVMLError_NotSupported("Not Supported")
-    return ECC
-def nvmlDeviceGetName(handle): return "NVIDIA A40"
-def nvmlDeviceGetMemoryInfo(handle): return types.SimpleNamespace(total=46068 << 20)
-def nvmlDeviceGetPersistenceMode(handle): return PERSISTENCE
-def nvmlDeviceGetMaxPcieLinkGeneration(handle): return 4
-def nvmlDeviceGetMaxPcieLinkWidth(handle): return 16
-def nvmlDeviceGetCurrentClocksThrottleReasons(handle): return REASONS[handle]
-"""
+from tests import fake_nvml
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -38,11 +19,8 @@ def answer(tmp_path, monkeypatch):
     monkeypatch.setattr(host, "has_driver", lambda: True)
     monkeypatch.delitem(host.sys.modules, "pynvml", raising=False)
 
-    def write(changes=""):
-        (tmp_path / "pynvml.py").write_text(f"{STAND_IN}{changes}\n")
-
-    write()
-    yield write
+    fake_nvml.write(tmp_path)
+    yield partial(fake_nvml.write, tmp_path)
     host.sys.modules.pop("pynvml", None)
 
 
@@ -52,6 +30,17 @@ def test_a_sound_node(answer):
     gpu = found["gpus"][1]
     assert (gpu["name"], gpu["driver"], gpu["pcie"]) == ("NVIDIA A40", "570.86.15", "4x16")
     assert gpu["memory_gib"] == 45.0 and gpu["ecc_errors"] == 0 and gpu["persistence"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
+def test_another_users_process_on_a_gpu_is_named(answer):
+    with subprocess.Popen(["setpriv", "--reuid=65534", "sleep", "600"]) as other:
+        try:
+            wait_until(lambda: os.stat(f"/proc/{other.pid}").st_uid == 65534)
+            answer(f"PIDS = {{1: [{os.getpid()}, {other.pid}, 999999999]}}")
+            assert [gpu["others"] for gpu in host.gpus()["gpus"]] == [[], [["nobody", other.pid]]]
+        finally:
+            other.kill()
 
 
 def test_ecc_that_is_off_is_no_error(answer):
@@ -74,7 +63,6 @@ def test_the_host_is_described_and_a_broken_driver_says_how(answer):
     answer("PROBLEM = 'Driver/library version mismatch'")
     found = host.describe_host()
     assert found["gpus"] == [] and found["gpus_problem"] == "NVML: Driver/library version mismatch"
-    assert host.throttled() == set()
 
 
 def test_a_driver_that_hangs_is_a_problem(answer, monkeypatch):
@@ -88,8 +76,3 @@ def test_without_a_driver_there_are_no_gpus_and_no_problem(monkeypatch):
     monkeypatch.setattr(host.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert host.gpus() == {"gpus": [], "gpus_problem": None}
     assert "gpu_driver" not in host.describe_host()
-
-
-def test_throttled_is_what_is_active_and_not_what_is_not(answer):
-    answer("REASONS, NUM_GPUS = (1, 33, 8), 3")  # 1: idle
-    assert host.throttled() == {1, 2}

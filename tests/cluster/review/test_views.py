@@ -11,7 +11,7 @@ from tests.commands import ROOT
 from tests.waiting import wait_until
 
 # section -> the test that holds its keys against what a command logged
-TRAINING = ("train", "throughput", "optimizer", "noise", "validation")
+TRAINING = ("train", "throughput", "optimizer", "noise", "validation", "health")
 HELD = {
     **dict.fromkeys(TRAINING, "tests/training/test_train.py"),
     "study": "tests/training/study/test_publish.py",

@@ -7,7 +7,8 @@ from serving.bench.report import answer, ceilings, combined, faults, intervals_t
 
 INFO = {
     "weight_bytes": 2_000_000_000, "kv_bytes_per_token": 100_000, "flops_per_token": 2_000_000_000,
-    "head_flops": 500_000_000, "attention_flops": 40_000,
+    "head_flops": 300_000_000, "last_token_flops": 200_000_000, "attention_flops": 40_000,
+    "last_attention_flops": 10_000,
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_shares_of_a_closed_loop():
     }  # fmt: skip
     found = shares(point, INFO, ceiling)
     assert found["mbu"] == pytest.approx((2e9 + 120 * 1e5) / 0.04 / 100e9)
-    assert found["prefill_mfu"] == pytest.approx((100 * 1.5e9 + 0.5e9 + 100**2 / 2 * 40_000) / 0.4 / 1e12)
+    attention = 100**2 / 2 * 30_000 + 100 * 10_000
+    assert found["prefill_mfu"] == pytest.approx((100 * 1.5e9 + 0.5e9 + attention) / 0.4 / 1e12)
     eight = point | {"concurrency": 8, "decode_context_tokens": 8 * 50 * 120}
     assert shares(eight, INFO, ceiling) == {"mbu": pytest.approx((2e9 + 8 * 120 * 1e5) / 0.04 / 100e9)}
     over_two = shares(eight, INFO, ceiling, replicas=2)
@@ -115,7 +117,7 @@ def test_the_answer_is_one_sentence():
         "TTFT p99 12.0 ms, MBU 40.0%, 0.25 J per output token; over-saturated (its queue grew) at 4.00/s "
         "poisson; 3 of 30 requests failed; 3 answers ended before the length that was asked for."
     )
-    assert answer("m", rows, slo, None).startswith("m is measured as fastest with 8 in flight: 900 output")
+    assert answer("m", rows, slo, None).startswith("m was fastest at 8 in flight: 900 output tokens/s")
     assert answer("m", [repeat("a", 1.0, succeeded=0)], slo, None) == "m: nothing was measured."
 
 

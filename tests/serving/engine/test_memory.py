@@ -8,6 +8,7 @@ from serving.bench import steps
 from serving.checkpoints import Served
 from serving.config import load
 from serving.engine import memory, torch_engine
+from serving.engine.gpu import decoder as gpu_decoder
 from serving.engine.torch_engine import make_torch_engine
 
 RANDOM = ("model.weights=random", "model.shape=llama-5m", "engine.device=cpu")
@@ -34,6 +35,8 @@ def test_on_a_gpu_the_largest_step_and_the_largest_graph_are_counted(monkeypatch
     config = load(dotlist=[*keys, "engine.step_tokens=8192"])
     assert memory._needed(config, None)[2] == 0
     monkeypatch.setattr(memory, "_device", lambda _: torch.device("cuda"))
+    assert memory._needed(config, None)[2] == 8192 * (4 * 2048 + 3 * 5504) * 2  # without Triton kernels
+    monkeypatch.setattr(gpu_decoder, "unsupported", lambda *_: None)
     assert memory._needed(config, None)[2] == (8192 + 2048) * (4 * 2048 + 3 * 5504) * 2
     # No step and no graph is larger than `step_tokens`, or than the cache.
     for step, cache, rows in ((512, 32_768, 512), (8192, 1024, 1024)):

@@ -144,6 +144,21 @@ def test_a_run_is_exported_where_needed_and_its_data_found(
     assert (trained / "outputs/tiny/eval.json").read_text() != before
 
 
+def test_an_exported_run_is_evaluated_without_its_data_folder(
+    trained: Path, tasks: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export(trained / "outputs/tiny", dtype="float32")
+    (trained / "data").rename(trained / "elsewhere")
+    try:
+        result, _, _ = evaluate(
+            capsys, "model=tiny", f"tasks=[{tasks / 'complete.yaml'}]", "device=cpu", "output=alone.json",
+        )  # fmt: skip
+    finally:
+        (trained / "elsewhere").rename(trained / "data")
+    assert scores(result)["complete"]["value"] == 6 / 8
+    assert "holds no usable prepared data" in result["perplexity"]["left_out"]
+
+
 def result_exists(trained: Path) -> bool:
     return (trained / "outputs/tiny/eval.json").is_file()
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import uvicorn
-import yaml
 from tokenizers import Tokenizer
 
 from serving.checkpoints import Served
 from serving.config import load as load_serving
 from serving.endpoint.service import make_endpoint
 from serving.engine.torch_engine import make_torch_engine
-from tests.training.evaluate.trained_run import evaluate, refusal, scores
+from tests.training.evaluate.trained_run import evaluate, metric, refusal, scores, write_task
 from tests.waiting import wait_until
+from training.evaluate.command import main
+from training.evaluate.endpoint import PROMPT
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("no_ranks", "working_directory")]
 
@@ -100,17 +101,20 @@ class Elsewhere(BaseHTTPRequestHandler):
 
     status: int
     answer: dict[str, Any]
+    listed: dict[str, Any] = {"id": "elsewhere", "max_model_len": 256}  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "elsewhere", "max_model_len": 256}]})
+        self._send(200, {"data": [self.listed]})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         self._send(self.status, self.answer)
 
-    def _send(self, status: int, content: Any) -> None:
+    def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         text = json.dumps(content).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(text)))
         self.end_headers()
@@ -137,7 +141,7 @@ def test_an_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are
 ) -> None:
     handler = type("Handler", (Elsewhere,), {"status": status, "answer": answer})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        served = HttpServer(server.serve_forever, server.shutdown, server.server_port)
+        served = HttpServer(partial(server.serve_forever, 0.01), server.shutdown, server.server_port)
         error = refusal(capsys, [f"tasks=[{tasks}]", f"endpoint={served.url}", "output=no.json"])
         served.close()
     assert error.startswith("error: tasks: choose, continue: these need the log-probabilities of given text")
@@ -145,11 +149,93 @@ def test_an_endpoint_is_asked_whether_it_tells_prompt_logprobs_and_the_tasks_are
     assert not Path("no.json").exists()
 
 
-def test_a_request_that_the_endpoint_refuses_is_told_with_its_answer(
-    tasks: Path, ours: str, capsys: pytest.CaptureFixture, tmp_path: Path
+class Choosy(Elsewhere):
+    """An endpoint that takes four stops and no `top_k`, ignores `min_k`, and fails at one text."""
+
+    prompts: list[Any]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.prompts.append(body["prompt"])
+        if "top_k" in body:
+            self._send(400, {"error": {"message": "top_k: this server does not know this parameter"}})
+        elif len(body.get("stop") or ()) > 4:
+            self._send(400, {"error": {"message": "stop: must be a text, or at most 4"}})
+        elif "fails" in str(body["prompt"]):
+            self._send(500, {"error": {"message": "out of memory"}})
+        else:
+            ignored = {"X-Ignored-Parameters": "min_k"} if "min_k" in body else {}
+            self._send(200, {"choices": [{"text": "yes", "index": 0}]}, ignored)
+
+
+@pytest.fixture
+def choosy() -> Iterator[tuple[str, list[Any]]]:
+    handler = type("Handler", (Choosy,), {"prompts": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        served = HttpServer(partial(server.serve_forever, 0.01), server.shutdown, server.server_port)
+        yield served.url, handler.prompts
+        served.close()
+
+
+def generation(folder: Path, name: str, question: str = "a", **options: Any) -> str:
+    """The file of a task that asks `question` four times and expects "yes"."""
+    kwargs = {"max_gen_toks": 4, "until": ["Q:"], "do_sample": False, **options}
+    return str(
+        write_task(
+            folder, name, [{"question": f"{question} {i}"} for i in range(4)], output_type="generate_until",
+            doc_to_target="yes", generation_kwargs=kwargs, metric_list=[metric("exact_match")],
+        )
+    )  # fmt: skip
+
+
+def test_options_that_the_endpoint_does_not_take_are_refused_before_anything_runs(
+    choosy: tuple[str, list[Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = yaml.safe_load((tasks / "complete.yaml").read_text())
-    task["generation_kwargs"]["top_k"] = -5
-    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(task))
-    error = refusal(capsys, [f"tasks=[{tmp_path / 'odd.yaml'}]", f"endpoint={ours}", "limit=1"])
-    assert "refuses a request" in error and "top_k: should be greater than or equal to -1" in error
+    monkeypatch.chdir(tmp_path)  # without runs
+    url, prompts = choosy
+    odd = {
+        "five": {"until": list("abcde")}, "chosen": {"top_k": 5}, "beams": {"num_beams": 4},
+        "new": {"max_new_tokens": 9}, "unknown": {"min_k": 2},
+    }  # fmt: skip
+    files = [generation(tmp_path, name, **options) for name, options in odd.items()]
+    files += [generation(tmp_path, "plain"), generation(tmp_path, "alike", num_beams=1)]
+    error = refusal(capsys, [f"tasks=[{','.join(files)}]", f"endpoint={url}", "output=no.json"])
+    assert "five (400: stop: must be a text, or at most 4); chosen (400: top_k: this server" in error
+    assert "beams (num_beams is an option of transformers" in error and "new (max_new_tokens is" in error
+    assert "unknown (it ignores min_k)" in error and "plain" not in error and "alike" not in error
+    assert set(prompts) == {PROMPT} and not Path("no.json").exists()
+
+
+def test_a_task_that_fails_leaves_the_scores_of_the_others(
+    choosy: tuple[str, list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    files = [
+        generation(tmp_path, name, question) for name, question in (("bad", "this fails"), ("good", "a"))
+    ]
+    keys = [f"tasks=[{','.join(files)}]", f"endpoint={choosy[0]}", "output=out.json", "wandb=disabled"]
+    assert main([*keys, "concurrency=4"]) == 1
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert (
+        last.startswith(f"error: tasks failed: {files[0]}: endpoint: it failed") and "out of memory" in last
+    )
+    result = json.loads(Path("out.json").read_text())
+    assert scores(result)["good"]["value"] == 1 and set(result["failed"]) == {files[0]}
+    assert "never retrieved" not in caplog.text + captured.err
+
+
+def test_a_context_that_nobody_tells_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handler = type("Handler", (Choosy,), {"prompts": [], "listed": {"id": "elsewhere"}})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        served = HttpServer(partial(server.serve_forever, 0.01), server.shutdown, server.server_port)
+        error = refusal(capsys, [f"tasks=[{generation(tmp_path, 'plain')}]", f"endpoint={served.url}"])
+        served.close()
+    assert error.startswith("error: endpoint_context_tokens: ") and handler.prompts == []

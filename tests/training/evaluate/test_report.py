@@ -15,7 +15,7 @@ from cluster.config import ConfigError
 from cluster.runs import ModelDirectory
 from tests.commands import ROOT
 from tests.test_architecture import IMPORT_WITHOUT_TORCH
-from training.evaluate import harness
+from training.evaluate import scoring
 from training.evaluate.checkpoint import find, named, shape_of
 from training.evaluate.config import EvaluateConfig
 from training.evaluate.report import last_line, table
@@ -23,7 +23,7 @@ from training.model.shapes import SHAPES, to_hf_config
 
 
 def test_the_keys_and_the_report_load_without_torch():
-    names = ("command", "config", "report", "harness", "checkpoint", "endpoint")
+    names = ("command", "config", "report", "harness", "scoring", "checkpoint", "endpoint")
     command = [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *(f"training.evaluate.{name}" for name in names)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
 
@@ -104,7 +104,7 @@ RESULTS = {
 
 
 def test_scores_are_read_from_the_harness_s_results():
-    one, strict, many = harness._scores(RESULTS)
+    one, strict, many = scoring._scores(RESULTS)
     assert (one.task, one.metric, one.filter, one.value, one.stderr) == ("one", "acc", "none", 0.5, 0.1)
     assert (one.version, one.num_fewshot, one.samples, one.of_samples) == ("2.0", 5, 20, 100)
     assert one.higher_is_better is True and not one.group
@@ -119,7 +119,7 @@ def test_scores_are_read_from_the_harness_s_results():
 
 
 def test_the_table_and_the_last_line():
-    scores = [vars(score) for score in harness._scores(RESULTS)]
+    scores = [vars(score) for score in scoring._scores(RESULTS)]
     result = {"model": {"name": "m"}, "scores": scores, "perplexity": {"left_out": "no data"}}
     lines = "\n".join(map(str, table(result))).splitlines()
     assert lines[0].split() == ["task", "version", "shots", "samples", "metric", "filter", "value", "stderr"]

@@ -21,8 +21,10 @@ from serving.bench import report
 from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.config import EngineConfig
 from serving.engine.decoder import TorchDecoder
+from serving.engine.gpu.decoder import GpuDecoder
 from serving.engine.scheduler import BLOCK_TOKENS, ScheduledRequest, Scheduler, num_blocks
 from serving.engine.torch_engine import arithmetic, describe
+from tests.fake_cuda import fake_cuda
 from tests.properties import cases
 from training.model.llama import Llama
 from training.model.shapes import SHAPES, LlamaShape
@@ -135,7 +137,8 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
             if span.samples:
                 span.request.tokens.append(1)
 
-    causal = sum(2 * shape.num_layers * shape.num_heads * shape.head_dim * n**2 for n in lengths)
+    of_layer = info["last_attention_flops"]
+    causal = sum(of_layer * (shape.num_layers - 1) * n**2 // 2 + of_layer * n for n in lengths)
     prefilled = sum(shape.prefill_flops(length) for length in lengths)
     assert products == prefilled - causal + decoded * info["flops_per_token"]
     assert attention >= causal + info["attention_flops"] * seen  # it counts what the mask leaves out as well
@@ -155,6 +158,28 @@ def test_prefill_and_decode_flops_and_bytes_are_those_of_the_decoder(shape, leng
     mean = sum(contexts) / len(contexts)
     read = shape.decode_bytes(batch=len(spans), context_tokens=mean, width_bytes=width)
     assert read == pytest.approx(info["weight_bytes"] + sum(contexts) * info["kv_bytes_per_token"])
+
+
+@pytest.mark.parametrize(("size", "in_chunks_of"), [(33, 500), (70, 30)])
+def test_the_decoder_of_kernels_multiplies_what_the_first_token_needs(size, in_chunks_of):
+    """All products with weights are torch's; attention is not counted, a kernel of ours."""
+    shape = SHAPES["llama-5m"]
+    with fake_cuda(with_kernels=True):
+        with torch.device("cuda"):
+            model = Llama(shape)
+        decoder = GpuDecoder(model, num_blocks=40, slots=8, graphs=False)
+        scheduler = Scheduler(slots=8, cache_tokens=40 * BLOCK_TOKENS, step_tokens=in_chunks_of)
+        scheduler.add(ScheduledRequest([1] * size, size + 1))
+        found = 0
+        while spans := scheduler.next_step():
+            with FlopCounterMode(display=False) as counter:
+                decoder.forward(spans)
+            found += counter.get_total_flops()
+            idle = sum(span.num_kept == 0 for span in spans)  # a row is computed for nothing
+            found -= idle * shape.last_token_flops
+    width = shape.num_heads * shape.head_dim
+    attention = 2 * (shape.num_layers - 1) * width * size**2 + 4 * width * size
+    assert found == shape.prefill_flops(size) - attention
 
 
 @many

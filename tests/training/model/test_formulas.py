@@ -40,15 +40,19 @@ def test_training_flops_are_those_that_torch_counts(shape, length):
 
 
 @pytest.mark.parametrize("shape", SHAPE_CASES)
-def test_prefill_flops_are_half_of_the_square_that_torch_counts_and_one_head(shape):
+def test_prefill_flops_are_those_that_torch_counts_with_half_of_each_square(shape):
+    """Of the last layer only the last token's: the other layers' attention is causal."""
     length = 24
     model = model_of(shape)
-    tokens = torch.randint(shape.vocab_size, (1, length))
+    tokens, last = torch.randint(shape.vocab_size, (1, length)), torch.tensor([length - 1])
     with torch.no_grad():
-        torchs = counted(lambda: model(tokens))
-    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * length**2
-    heads = 2 * (length - 1) * shape.vocab_size * shape.hidden_size  # `model` asks it of every token
-    assert shape.prefill_flops(length) == torchs - attention // 2 - heads
+        torchs = counted(lambda: model.lm_head(model.model(tokens, kept=last)))
+        whole = counted(lambda: model(tokens))
+    squares = 4 * (shape.num_layers - 1) * shape.num_heads * shape.head_dim * length**2
+    assert shape.prefill_flops(length) == torchs - squares // 2
+    once = shape.last_token_flops + 2 * shape.vocab_size * shape.hidden_size
+    last_square = 4 * shape.num_heads * shape.head_dim * (length**2 - length)
+    assert whole - torchs == (length - 1) * once + last_square
 
 
 def test_decode_flops_and_bytes_by_hand():

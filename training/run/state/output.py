@@ -13,7 +13,7 @@ from training.config import TrainConfig
 from training.data.mixture import origin_of
 from training.run.checkpoint import step_of
 from training.run.start import Start
-from training.run.state import hf_weights, rewinds
+from training.run.state import health, hf_weights, rewinds
 from training.run.watch import loss_alarms
 
 Observe = Callable[[dict[str, Any]], None]
@@ -78,6 +78,8 @@ class Output:
 
     def row(self, row: dict[str, Any]) -> None:
         if self.record is not None:
+            if "loss" in row:
+                row |= health.line(self.record.directory)
             self.record.log(row)
             if self.alarms is not None:
                 self.alarms.see(row)

@@ -1,0 +1,136 @@
+"""A run that goes on without a bad GPU: on a real Ray, whose GPUs are only numbers, for want of any."""
+
+import platform
+import tempfile
+import time
+from itertools import chain, repeat
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import RunError
+from cluster.heart import drained
+from cluster.record import events, heartbeat
+from cluster.session import environment
+from tests.commands import ROOT
+from tests.waiting import wait_until
+from training import config as training_config
+from training.run.start import STOP
+from training.run.state import health
+from training.run.state.health import HealthWatch, on_sound_gpus, without_drained
+
+pytestmark = pytest.mark.stack
+HOST = platform.node()
+
+
+def drain(outputs: Path, gpu: int, host: str = HOST) -> None:
+    drained.add(outputs, host=host, gpu=gpu, uuid="", reason=f"GPU {gpu} of {host}: Xid 79")
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A Ray of this machine that is told of three GPUs."""
+    import ray
+
+    few = environment({"RAY_prestart_worker_first_driver": "0"})  # no worker for each CPU: nobody uses it
+    with few, tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="WARNING",
+            object_store_memory=80_000_000, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            _temp_dir=folder,
+        )  # fmt: skip
+        yield ray
+        ray.shutdown()
+
+
+def free_gpus(ray):
+    return ray.available_resources().get("GPU", 0)
+
+
+def test_ray_gives_a_drained_gpu_to_nobody_until_it_is_cleared(ray, tmp_path):
+    drain(tmp_path, 1)
+    drain(tmp_path, 0, "elsewhere")
+
+    @ray.remote(num_gpus=1, num_cpus=0)
+    class User:
+        def gpu(self):
+            return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+    first = User.remote()  # in use when the other one goes bad
+    assert ray.get(first.gpu.remote()) == ["0"]
+    for _ in range(2):  # again: it is held already
+        assert [each.name for each in drained.hold(tmp_path)] == [f"{HOST}:1"]
+    wait_until(lambda: free_gpus(ray) == 1, told=lambda: ray.available_resources())
+    second = User.remote()
+    assert ray.get(second.gpu.remote()) == ["2"]
+    ray.kill(first)
+    ray.kill(second)
+    config = training_config.load(
+        dotlist=[f"run.directory={tmp_path}", "workers.gpu=true", "workers.count=3", "run.name=night"]
+    )
+    with pytest.raises(RunError, match=rf"2 GPUs are left, and the run needs 3; {HOST}:1 is drained.*Xid 79"):
+        without_drained(config)
+    elastic = training_config.load(
+        dotlist=[
+            *(f"run.directory={tmp_path}", "workers.gpu=true", "workers.count=3", "run.name=night"),
+            "workers.min_count=1",
+        ]
+    )
+    assert without_drained(elastic).count == 2
+    drained.clear(tmp_path, f"{HOST}:1")
+    wait_until(lambda: free_gpus(ray) == 3, told=lambda: ray.available_resources())
+    assert without_drained(config).count == 3
+
+
+def test_a_run_goes_on_without_the_gpu_that_goes_bad_under_it(ray, tmp_path, monkeypatch):
+    """The training itself is a stand-in: no GPU here could train."""
+    keys = ("workers.gpu=true", "workers.count=3", "workers.min_count=2", "run.name=night")
+    config = training_config.load(dotlist=[f"run.directory={tmp_path}", *keys])
+    run = config.run_directory
+    (run / heartbeat.FOLDER).mkdir(parents=True)
+    monkeypatch.setattr(
+        health.heartbeat, "read", lambda directory: [heartbeat.Beat(0, 1, "s", HOST, 1, 1, "forward", 1, 0.0)]
+    )
+    watch = HealthWatch(config)
+    bad = {"host": HOST, "gpus": [], "gpus_problem": None, "disk_errors": [], "disks": {}}
+    looks = chain([{**bad, "xids": [[0, 79]]}], repeat({**bad, "xids": []}))
+    monkeypatch.setattr(health._Node, "_look", lambda node: node._answers.put(next(looks)))
+    asked = []
+
+    def fit(workers):
+        asked.append(workers.count)
+        if len(asked) == 1:
+            watch.look()
+            assert (run / STOP).exists()
+            raise RunError("CUDA error: unspecified launch failure")
+        assert not (run / STOP).exists()
+        return True
+
+    assert on_sound_gpus(config, fit, health=watch, asked_to_stop=lambda: False)
+    assert asked == [3, 2]
+    told = [(event["kind"], event["text"]) for event in events.read(run)]
+    assert told == [
+        ("gpu_bad", f"GPU 0 of {HOST}: Xid 79, it has fallen off the bus"),
+        ("resumed", f"the run goes on without GPU 0 of {HOST}, from step 0"),
+    ]
+    assert health.line(run)["health_bad_gpus"] == 1
+    drained.clear(tmp_path, f"{HOST}:0")
+    wait_until(lambda: free_gpus(ray) == 3)
+    with pytest.raises(RunError, match="shapes differ"):  # which is no GPU's fault
+        on_sound_gpus(config, _raise, health=watch, asked_to_stop=lambda: False)
+
+
+def _raise(workers):
+    raise RunError("shapes differ")
+
+
+def test_another_node_is_asked_through_an_actor_there(ray, tmp_path):
+    """That node is this one too: its clock is ours, and its disks are."""
+    node = health._OtherNode(HOST, [str(tmp_path / "gone")], ray.get_runtime_context().get_node_id())
+    before = time.time()
+    node.begin()
+    found, ahead_seconds = node.end()
+    assert abs(ahead_seconds) <= time.time() - before
+    assert found["host"] == HOST and found["disks"][str(tmp_path / "gone")] == "No such file or directory"
+    assert any(isinstance(free, int) for free in found["disks"].values())
+    assert node.judge.findings(found, clock_seconds=ahead_seconds)[0].kind == "node_problem"
