@@ -153,6 +153,7 @@ class Keeper:
         self._set(head, "starting", "Ray")
         bash(site["reap"])
         self._require_no_stranger("dashboard_port")
+        self._require_no_stranger("agent_port")  # without which no job starts
         marker.unlink(missing_ok=True)
         bash(f"export ASUNCION_HEAD={self._address()}\n{site['start_head']}")
         marker.write_text(settings)

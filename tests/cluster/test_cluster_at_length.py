@@ -337,7 +337,11 @@ def test_a_second_user_has_a_cluster_on_the_same_hosts(bare):
     for ports, told in (
         ({}, "port 6379 is in use by user root; end that, or set ports.gcs in the inventory"),
         ({"gcs": 6380}, "port 8265 is user root's, not your Ray's; set ports.dashboard in the inventory"),
-        ({"gcs": 6380, "dashboard": 8266}, None),
+        (
+            {"gcs": 6380, "dashboard": 8266},
+            "port 52365 is in use by user root; end that, or set ports.agent",
+        ),
+        ({"gcs": 6380, "dashboard": 8266, "agent": 52366}, None),
     ):
         bare.write_inventory(ssh=key, ports=ports, **theirs)
         up = bare.up()

@@ -262,6 +262,8 @@ REFUSED = {
         f"['{entry}']" for entry in ("*.mlp.*", "*.mlp.*: rul=muon", "*: lr=0", "*: per_head=true", ": lr=1")
     ],
     "optim.final_weight_decay": ["-0.1", "1.1"],
+    "optim.qk_clip": ["-1", "nan"],
+    "optim.average_decay": ["-0.1", "1"],
     "optim.matrix.row_beta2": ["1", "-0.1"],
     "optim.matrix.velocity_decay": ["1", "-0.1"],
     "optim.matrix.lookahead": ["-1"],

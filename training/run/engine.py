@@ -246,6 +246,7 @@ def build_deepspeed_engine(
         peak_lr=peak_lrs(config.optim),
         clip=config.optim.clip,
         noise=make_noise(config),
+        average_decay=config.optim.average_decay,
     )
     engine, *_ = deepspeed.initialize(
         model=model,
