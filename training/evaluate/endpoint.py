@@ -62,10 +62,11 @@ def option_problem(endpoint: Endpoint, payload: Mapping[str, Any], *, num_stops:
             return f"{name} is an option of transformers, which no endpoint has"
     if len(payload["stop"]) < num_stops:
         return f"lm_eval sends {len(payload['stop'])} of {num_stops} stop strings to a chat"
-    if "messages" in payload:
-        path, prompt = "chat/completions", {"messages": [{"role": "user", "content": PROMPT}]}
-    else:
-        path, prompt = "completions", {"prompt": PROMPT}
+    chat = "messages" in payload
+    path = "chat/completions" if chat else "completions"
+    prompt: dict[str, Any] = {"prompt": PROMPT}
+    if chat:
+        prompt = {"messages": [{"role": "user", "content": PROMPT}]}
     reply = ask(f"{endpoint.url}/{path}", {**payload, **prompt, "max_tokens": 1})
     if reply.status != 200:
         return reason(reply.status, reply.content)
