@@ -24,8 +24,9 @@ from cluster.runs import CONFIG_FILE
 from training import config as training_config
 from training.config import TrainConfig
 from training.data.dataset import MANIFEST_FILE, DataError, Manifest
+from training.model import rope
 from training.model.hf import save_hf
-from training.model.shapes import LlamaShape, RopeScaling
+from training.model.shapes import LlamaShape
 from training.run import checkpoint
 from training.run.checkpoint import Checkpoint
 from training.run.start import TOKENIZER
@@ -158,8 +159,7 @@ def _checkpoint_directory(root: Path, *, step: int | None) -> Path:
 
 
 def _shape(fields: dict[str, Any]) -> LlamaShape:
-    scaling = fields["rope_scaling"]
-    return LlamaShape(**fields | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
+    return LlamaShape(**fields | {"rope_scaling": rope.from_fields(fields["rope_scaling"])})
 
 
 def _tensors(saved: Checkpoint, shape: LlamaShape, kind: str) -> Iterator[tuple[str, Tensor]]:
