@@ -208,8 +208,9 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
     What is younger than some checkpoints is named only if it is on.
     """
     model = asdict(plan.shape)
-    if not plan.shape.qk_norm:
-        del model["qk_norm"]
+    for name in ("qk_norm", "qkv_bias", "out_bias", "mlp_bias"):
+        if not model[name]:
+            del model[name]
     optim = config.optim
     younger: dict[str, Any] = {}
     if config.batch.document_masks:
