@@ -32,9 +32,9 @@ check(chunks[-1].usage.completion_tokens == 3, "its usage")
 chat = client.chat.completions.create(messages=said, logprobs=True, top_logprobs=20, **usual)
 check(chat.choices[0].message.content == "cde", "a chat")
 check(len(chat.choices[0].logprobs.content[0].top_logprobs) == 20, "its top_logprobs")
-with client.chat.completions.stream(messages=said, **usual) as stream:
+with client.chat.completions.stream(messages=said, stop="e", **usual) as stream:
     final = stream.get_final_completion()
-check(final.choices[0].message.content == "cde", "a chat's stream, gathered by the client")
+check(final.choices[0].message.content == "cd", "a chat's stream, gathered by the client")
 for kind, wrong in (
     (openai.BadRequestError, {"prompt": "a" * 2000}),
     (openai.BadRequestError, {"prompt": "a", "temperature": 9}),
