@@ -185,7 +185,8 @@ def describe(config: ServeConfig) -> display.Table:
     if served.stale_run is not None:
         lines.append(("to be exported first", str(served.stale_run)))
     if served.directory is None or (served.directory / "config.json").is_file():
-        shape = checkpoints.shape_of(config.model, served)
+        fresh = served.stale_run is None  # else the export is not there yet
+        shape = (checkpoints.check if fresh else checkpoints.shape_of)(config.model, served)
         context = engine.context_tokens or shape.max_positions
         numbers = torch_engine.arithmetic(engine, torch_engine.find_device(engine.device))
         info = torch_engine.describe(shape, engine, numbers, device="", name="", context=context)
@@ -222,11 +223,8 @@ def serving(
     """
     served = checkpoints.find(config.model)
     checkpoints.export_if_stale(served, report=report)
-    checkpoints.shape_of(config.model, served)  # fail here rather than in a replica
+    checkpoints.check(config.model, served)  # fail here rather than in a replica
     config = _absolute(config)
-    if served.directory is not None:
-        load_tokenizer(served.directory)
-        load_template(served.directory)
     options = config.deployment
     digest_of(options.api_key)
     port = options.port or free_ports(1)[0]

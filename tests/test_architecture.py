@@ -157,6 +157,7 @@ TORCH_FREE = (
     "serving.endpoint.haproxy",
     "serving.endpoint.hosts",
     "serving.bench.latency",
+    "serving.bench.compare",
     *("serving.bench.first_request", "serving.bench.inputs", "serving.bench.loadgen", "serving.bench.steady"),
     "serving.endpoint.schema",
     "serving.peers.overhead",

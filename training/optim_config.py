@@ -203,6 +203,18 @@ class OptimConfig:
         least=0,
         most=1,
     )
+    qk_clip: float = key(
+        0.0,
+        "largest attention logit: after each step the query and key rows of a head above it are scaled down "
+        "(MuonClip, arXiv 2507.20534, which takes 100); 0: off",
+        least=0,
+    )
+    average_decay: float = key(
+        0.0,
+        "decay of an average of the weights, evaluated beside them as averaged_loss, such as 0.999; 0: none",
+        least=0,
+        below=1,
+    )
     final_weight_decay: float = key(
         1.0, "weight decay at the end, as a share of its start; it falls linearly over the run", least=0,
         most=1,

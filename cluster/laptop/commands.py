@@ -26,6 +26,7 @@ def for_head(site: Inventory) -> dict[str, Any]:
         "gpus": {worker: _gpus(site.node_of(worker)) for worker in site.workers},
         "gcs_port": site.ports.gcs,
         "dashboard_port": site.ports.dashboard,
+        "agent_port": site.ports.agent,
         "setup": setup(site),
         "reap": reap(site),
         "token": token(site),
@@ -90,6 +91,7 @@ def start_head(site: Inventory, *, autoscaler: bool) -> str:
         _environment(site)
         + f"ray start --head --node-ip-address=${{ASUNCION_HEAD:-{site.head}}} --node-name={site.head}"
         + f" --port={site.ports.gcs} --dashboard-host=127.0.0.1 --dashboard-port={site.ports.dashboard}"
+        + f" --dashboard-agent-listen-port={site.ports.agent}"
         + f" {_quoted(resources(site.node_of(site.head)))} --disable-usage-stats"
         + f"{AUTOSCALER if autoscaler else ''} || exit 1\n"
         + "# nobody uses Ray's client server, which can neither be left out nor bound to loopback\n"
@@ -109,6 +111,7 @@ def start_worker(site: Inventory) -> str:
         f"setsid --wait nohup ray start --address=${{ASUNCION_HEAD:-{in_url(site.head)}}}:{site.ports.gcs}"
         " ${ASUNCION_NODE:+--node-name=$ASUNCION_NODE}"
         " ${ASUNCION_ADDRESS:+--node-ip-address=$ASUNCION_ADDRESS}"
+        f" --dashboard-agent-listen-port={site.ports.agent}"
         f" ${{ASUNCION_RESOURCES:-$resources}} --block > {log} 2>&1 < /dev/null &\n"
         f"for i in $(seq 120); do\n"
         f"  grep -q 'Ray runtime started' {log} && exit 0\n"

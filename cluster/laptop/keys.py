@@ -45,6 +45,7 @@ class PortsConfig:
     dashboard: int = key(
         8265, "Ray's dashboard and job server on the head, bound to loopback", least=1024, most=65535
     )
+    agent: int = key(52365, "Ray's agent on every node, which starts jobs", least=1024, most=65535)
 
 
 @dataclass(frozen=True)

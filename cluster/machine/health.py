@@ -6,15 +6,13 @@ and the errors of disks; only where this user may read it. `cluster.heart.health
 
 import os
 import platform
-import pwd
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.machine.host import has_driver
+from cluster.machine.host import has_driver, other_user
 
 KERNEL_LOG = Path("/dev/kmsg")
 # The form of a line: https://docs.nvidia.com/deploy/xid-errors/working-with-xid-errors.html
@@ -144,7 +142,7 @@ class _Gpus:
 
     def _others(self, handle: Any) -> list[tuple[str, int]]:
         running = self._ask(self._nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-        return [(user, each.pid) for each in running if (user := _other_user(each.pid))]
+        return [(user, each.pid) for each in running if (user := other_user(each.pid))]
 
     def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """An answer, or None if this GPU or its driver has no such thing."""
@@ -187,17 +185,6 @@ def uuid_of(gpu: str) -> str:
         return gpu
     gpus = _Gpus().read()["gpus"] if has_driver() else []
     return next((each["uuid"] for each in gpus if each["index"] == int(gpu)), "")
-
-
-def _other_user(pid: int) -> str | None:
-    with suppress(OSError):
-        user = os.stat(f"/proc/{pid}").st_uid
-        if user != os.getuid():
-            try:
-                return pwd.getpwuid(user).pw_name
-            except KeyError:
-                return str(user)
-    return None
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import pwd
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +48,8 @@ def describe_host() -> dict[str, Any]:
 def gpus() -> dict[str, Any]:
     """`gpus` of this machine, and `gpus_problem` if the driver or one of them does not answer.
 
-    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off.
+    Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off;
+    others: [user, pid] of processes of other users.
     """
     if not has_driver():
         return {"gpus": [], "gpus_problem": None}
@@ -108,14 +110,31 @@ def _gpu(index: int) -> dict[str, Any]:
         )
     except pynvml.NVMLError_NotSupported:  # ECC is off
         errors = None
+    others = []
+    with suppress(pynvml.NVMLError_NotSupported):
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        others = [[user, each.pid] for each in running if (user := other_user(each.pid))]
     generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
     return {
         "name": pynvml.nvmlDeviceGetName(handle),
         "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / KIB**3, 1),
         "ecc_errors": errors,
         "persistence": pynvml.nvmlDeviceGetPersistenceMode(handle) == pynvml.NVML_FEATURE_ENABLED,
+        "others": others,
         "pcie": f"{generation}x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}",
     }
+
+
+def other_user(pid: int) -> str | None:
+    """The name of the user whose process this is; None if it is our own, or has ended."""
+    with suppress(OSError):
+        user = os.stat(f"/proc/{pid}").st_uid
+        if user != os.getuid():
+            try:
+                return pwd.getpwuid(user).pw_name
+            except KeyError:
+                return str(user)
+    return None
 
 
 def _cpu_model() -> str:

@@ -140,6 +140,9 @@ def _gpus(node: str, facts: dict[str, Any], expect: NodeExpectConfig) -> Iterabl
             yield Finding(
                 node, f"{name} is throttled by heat or power; see `nvidia-smi -q -d PERFORMANCE` there"
             )
+        for user, pid in gpu.get("others", ()):
+            used = f"{name} is used by user {user}, pid {pid}, and nothing was done to that"
+            yield Finding(node, used, is_failure=False)
         if not gpu["persistence"]:
             slow = "is not in persistence mode, which makes the start of every process slow"
             yield Finding(node, f"{name} {slow}; `nvidia-smi -pm 1`", is_failure=False)

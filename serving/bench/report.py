@@ -218,7 +218,7 @@ def intervals_table(rows: Sequence[Mapping[str, Any]]) -> display.Table | None:
     if not keys:
         return None
     cells = []
-    for row in rows:
+    for row in (row for row in rows if row.get("intervals")):
         bounds = [row.get("intervals", {}).get(key) for _, key, _ in keys]
         texts = [
             b and f"{form.format(b[1])} to {form.format(b[2])}"
@@ -246,11 +246,7 @@ def answer(model: str, rows: Sequence[Mapping[str, Any]], slo: Mapping[str, Any]
         text = f"{model} meets the SLO ({', '.join(limits)}, {share}) up to {knee:.2f} requests/s"
     else:
         row = max(good, key=lambda each: each["output_tokens_per_second"])
-        text = (
-            f"{model} is measured as fastest with {row['load']}"
-            if len(good) > 1
-            else f"{model}, {row['load']}"
-        )
+        text = f"{model} was fastest at {row['load']}" if len(good) > 1 else f"{model}, {row['load']}"
     text += f": {row['output_tokens_per_second']:,.0f} output tokens/s"
     if row.get("ttft_p99_ms") is not None:
         text += f", TTFT p99 {display.number(row['ttft_p99_ms'])} ms"

@@ -150,6 +150,8 @@ class NativeDecoder:
         shape = model.shape
         if shape.head_dim % 16:
             raise ValueError(f"head_dim {shape.head_dim} is no multiple of 16")
+        if shape.qkv_bias or shape.out_bias or shape.mlp_bias:
+            raise ValueError("the model has biases")
         if shape.hidden_size % 2 or shape.ffn_size % 2:
             raise ValueError("hidden_size and ffn_size must be even")
         self._library, self._num_threads, self._memory = library, num_threads, _HugePages()

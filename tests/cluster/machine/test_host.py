@@ -1,11 +1,14 @@
 """What NVML says of GPUs. The answers are those of a stand-in: there is no GPU here."""
 
+import os
+import subprocess
 from functools import partial
 
 import pytest
 
 from cluster.machine import host
 from tests import fake_nvml
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -27,6 +30,17 @@ def test_a_sound_node(answer):
     gpu = found["gpus"][1]
     assert (gpu["name"], gpu["driver"], gpu["pcie"]) == ("NVIDIA A40", "570.86.15", "4x16")
     assert gpu["memory_gib"] == 45.0 and gpu["ecc_errors"] == 0 and gpu["persistence"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
+def test_another_users_process_on_a_gpu_is_named(answer):
+    with subprocess.Popen(["setpriv", "--reuid=65534", "sleep", "600"]) as other:
+        try:
+            wait_until(lambda: os.stat(f"/proc/{other.pid}").st_uid == 65534)
+            answer(f"PIDS = {{1: [{os.getpid()}, {other.pid}, 999999999]}}")
+            assert [gpu["others"] for gpu in host.gpus()["gpus"]] == [[], [["nobody", other.pid]]]
+        finally:
+            other.kill()
 
 
 def test_ecc_that_is_off_is_no_error(answer):

@@ -138,6 +138,13 @@ def test_without_persistence_is_a_warning():
     assert not finding.is_failure and "nvidia-smi -pm 1" in finding.message
 
 
+def test_another_users_process_on_a_gpu_is_a_warning():
+    found = sound()
+    found["nodes"]["10.0.0.1"]["gpus"][1]["others"] = [["ana", 77]]
+    (finding,) = verdict(found)
+    assert not finding.is_failure and "GPU 1 is used by user ana, pid 77" in finding.message
+
+
 def test_each_kind_of_gpu_is_held_against_its_own_kind_and_a_drained_node_is_named():
     found = sound()
     node = found["nodes"]["10.0.0.3"]

@@ -117,7 +117,7 @@ def test_the_answer_is_one_sentence():
         "TTFT p99 12.0 ms, MBU 40.0%, 0.25 J per output token; over-saturated (its queue grew) at 4.00/s "
         "poisson; 3 of 30 requests failed; 3 answers ended before the length that was asked for."
     )
-    assert answer("m", rows, slo, None).startswith("m is measured as fastest with 8 in flight: 900 output")
+    assert answer("m", rows, slo, None).startswith("m was fastest at 8 in flight: 900 output tokens/s")
     assert answer("m", [repeat("a", 1.0, succeeded=0)], slo, None) == "m: nothing was measured."
 
 

@@ -106,26 +106,51 @@ def targets(config: RowNormsConfig, m: int, names: Iterable[str]) -> "Tensor":
 
 
 def reductions(form: str, point: Point, table: Table, goals: "Tensor") -> list[float]:
-    """log10 F(X_0) - log10 min_t F(X_t) of each seed: [seeds] of goals [seeds, m, COLS]."""
+    """log10 F(X_0) - log10 min_t F(X_t), [B] of goals [B, m, COLS], at γ = 1, whatever `point` says.
+
+    Updates do not depend on the gradient's length. A run at γ is therefore γ times one at 1 towards goal/γ,
+    and `Runner.run` computes all γ of a grid together.
+    """
     import torch
 
-    from optim.rules import new_state
-
-    rule = make_rule(form, point)
-    goals = goals.mT.contiguous().mT  # rows side by side in memory: sums over the short side are fast
-    weights = torch.zeros_like(goals)
-    state = new_state(rule, weights)
-    lines = {name: goals.new_zeros(goals.shape[:2]) for name in rule.line_state_names}
-    scale = rule.scale(*goals.shape[-2:])
-    lr = point.gamma / scale
+    moved = Moving(make_rule(form, point), goals)
+    goals = moved.weights + goals  # in the memory layout of the weights
+    gradient = -goals
     first = least = torch.linalg.vector_norm(goals, dim=(-2, -1))  # F is half the square of this distance
     for step in range(table.num_steps):
-        gradient = weights - goals
-        update = rule.direction(gradient, state, step=step + 1)
-        update = rule.transform(update, norms=first, lines=lines)  # exact polar factors need no norms
-        rule.apply(weights, update, lr=lr * table.factor(step), scale=scale, step=step + 1, state=state)
-        least = torch.minimum(least, torch.linalg.vector_norm(weights - goals, dim=(-2, -1)))
+        moved.step(gradient, lr=table.factor(step))
+        gradient = moved.weights - goals
+        least = torch.minimum(least, torch.linalg.vector_norm(gradient, dim=(-2, -1)))
     return (2 * (first / least).double().log10()).tolist()
+
+
+class Moving:
+    """Weights [B, m, COLS], from 0, that one rule moves: `optim.rules.step` for a batch of matrices.
+
+    Rows lie side by side in memory, so that sums over the short side are fast.
+    """
+
+    def __init__(self, rule: "Rule", like: "Tensor") -> None:
+        import torch
+
+        from optim.rules import new_state
+
+        self.weights = torch.zeros_like(like.mT.contiguous()).mT
+        self._rule, self._steps = rule, 0
+        self._state = new_state(rule, self.weights)
+        self._lines = {name: like.new_zeros(like.shape[:2]) for name in rule.line_state_names}
+        self._norms = like.new_ones(len(like))  # exact polar factors need none
+        self._scale = rule.scale(*like.shape[-2:])
+
+    def step(self, gradient: "Tensor", *, lr: float) -> "Tensor":
+        """One step of Frobenius length lr·√COLS. Returns the points of the next gradients."""
+        self._steps += 1
+        update = self._rule.direction(gradient, self._state, step=self._steps)
+        update = self._rule.transform(update, norms=self._norms, lines=self._lines)
+        point = self._rule.apply(
+            self.weights, update, lr=lr / self._scale, scale=self._scale, step=self._steps, state=self._state
+        )
+        return self.weights if point is None else point
 
 
 @dataclass(frozen=True)
@@ -165,11 +190,20 @@ class Runner:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, form: str, points: Sequence[Point], table: Table, goals: "Tensor") -> list[list[float]]:
-        """`reductions` of each point."""
-        parts = goals.split(max(1, CHUNK_ELEMENTS // goals[0].numel()))
-        jobs = list(itertools.product(points, parts))
+        """The reductions [seeds] of each point."""
+        import torch
+
+        alike: dict[tuple[float, float], list[int]] = {}  # (β1, β2) -> the points that differ in γ alone
+        for place, point in enumerate(points):
+            alike.setdefault(point[1:], []).append(place)
+        jobs, chunk = [], max(1, CHUNK_ELEMENTS // goals[0].numel())
+        for places in alike.values():
+            scaled = torch.cat([goals / points[place].gamma for place in places])
+            jobs += [(points[places[0]], part) for part in scaled.split(chunk)]
         found = self._pool.map(lambda job: reductions(form, job[0], table, job[1]), jobs)
-        return [[value for _ in parts for value in next(found)] for _ in points]
+        values = itertools.chain(*found)
+        by_place = {place: [next(values) for _ in goals] for places in alike.values() for place in places}
+        return [by_place[place] for place in range(len(points))]
 
     def tune(self, form: str, table: Table, goals: "Tensor") -> list[Tried]:
         """The points that ran on every tuning seed, the best first."""
