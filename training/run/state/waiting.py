@@ -95,11 +95,14 @@ class WaitWatch(Background):
         import ray
         from ray.util.state import list_jobs, list_placement_groups
 
-        jobs = {job.job_id: job.submission_id or f"job {job.job_id}" for job in list_jobs(limit=10_000)}
-        groups = list_placement_groups(detail=True, limit=10_000)
+        context = ray.get_runtime_context()
+        # without the address, any Ray of this machine may answer
+        here: dict[str, Any] = {"address": context.gcs_address, "limit": 10_000}
+        jobs = {job.job_id: job.submission_id or f"job {job.job_id}" for job in list_jobs(**here)}
+        groups = list_placement_groups(detail=True, **here)
         text = describe(
             [group for group in groups if group.state != "REMOVED"], jobs,
-            own=ray.get_runtime_context().get_job_id(), kind="GPU" if self._workers.gpu else "CPU",
+            own=context.get_job_id(), kind="GPU" if self._workers.gpu else "CPU",
             needed=self._workers.min_count or self._workers.count,
             each=1.0 if self._workers.gpu else self._workers.cpus,
             free=ray.available_resources(), total=ray.cluster_resources(),
