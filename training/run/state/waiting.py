@@ -57,8 +57,10 @@ class WaitWatch(Background):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self._directory, self._workers = config.run_directory, config.workers
-        is_shared = config.session.address != "local"
-        self._line = Line(config.run_directory.parent, config.run.name) if is_shared else None
+        self._line: Line | None = None
+        if config.session.address != "local":
+            with suppress(OSError):  # a folder of others: then there is no line
+                self._line = Line(config.run_directory.parent, config.run.name)
         self._began, self._told = time.time(), ""
 
     def __exit__(self, *error: object) -> None:
