@@ -69,8 +69,8 @@ class MatrixOptimConfig:
     correction: float = key(0.025, "mars: gamma, the weight of the second gradient of each update", least=0)
     ahead: str | None = key(
         None,
-        "where the gradients of any rule with momentum are taken: transport, also of LMO-IGT with rule=muon "
-        "nesterov=false, or ema_nesterov; default: at the weights, but for transported_scion and ema_nesterov",
+        "where the gradients of any rule with momentum are taken: transport (with rule=muon nesterov=false "
+        "Muon-IGT) or ema_nesterov; default: at the weights, unless the rule itself looks ahead",
         choices=("none", "transport", "ema_nesterov"),
     )
     lookahead: float = key(
