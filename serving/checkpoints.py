@@ -10,8 +10,11 @@ from cluster.config import ConfigError
 from cluster.record import origins
 from cluster.record.origins import Origin
 from serving.config import ModelConfig
+from serving.endpoint.chat import load_template
+from serving.endpoint.text import TOKENIZER_FILE, load_tokenizer
 from training.model import shapes
 from training.model.shapes import LlamaShape
+from training.model.stored import locate
 
 INSTEAD = "name a Hugging Face directory, or use model.weights=random model.shape=llama-5m"
 
@@ -35,6 +38,12 @@ def find(config: ModelConfig) -> Served:
     """The model that `model.*` names. Changes nothing. Raises `UserError`: there is no such model."""
     if config.weights == "random":
         return Served(None, config.name or f"{Path(str(config.shape)).stem}-random")
+    given = Path(config.path).expanduser()
+    if given.is_file() or given.suffix == ".gguf":
+        raise UserError(
+            f"model.path: {config.path!r} is a file (GGUF and pickles are not read); give a directory with "
+            "config.json and model.safetensors"
+        )
     model = runs.find(config.path, key="model.path", instead=INSTEAD)
     return Served(model.directory, config.name or model.name, stale_run=model.run if model.stale else None)
 
@@ -62,6 +71,33 @@ def origin_of(config: ModelConfig, served: Served) -> Origin:
     if served.directory is None:
         return origins.random_weights(str(config.shape))
     return origins.of_model(served.directory)
+
+
+def check(config: ModelConfig, served: Served) -> LlamaShape:
+    """The shape of a model that has been exported, all of whose files are what they should be.
+
+    Of the weights only the headers are read.
+
+    Raises:
+        UserError: a file is missing, damaged, or of a model that we cannot serve.
+    """
+    shape = shape_of(config, served)
+    if served.directory is not None:
+        try:
+            locate(served.directory, shape)
+            ends = shapes.eos_ids(served.directory)
+        except ValueError as error:
+            raise UserError(f"model.path: {error}") from error
+        if max(ends, default=0) >= shape.vocab_size:
+            raise UserError(
+                f"model.path: {served.directory}: eos_token_id {max(ends)} is no token of the model"
+            )
+        tokenizer = load_tokenizer(served.directory)
+        if (size := tokenizer.get_vocab_size()) > shape.vocab_size:
+            problem = f"has {size} tokens, config.json only {shape.vocab_size}"
+            raise UserError(f"model.path: {served.directory / TOKENIZER_FILE}: {problem}; copy both again")
+        load_template(served.directory)
+    return shape
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:

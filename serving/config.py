@@ -20,7 +20,8 @@ WEIGHTS = ("checkpoint", "random")
 class ModelConfig:
     path: str = key(
         "newest",
-        "a Hugging Face LLaMA or Qwen3 directory; a run's name or directory, exported if needed; or 'newest'",
+        "a Hugging Face directory (LLaMA, Mistral, Qwen2, Qwen3); a run's name or directory, exported if "
+        "needed; or 'newest'",
     )
     shape: str | None = key(None, "weights=random: a name from training/model/shapes.py, or a config.json")
     weights: str = key(

@@ -185,7 +185,8 @@ def describe(config: ServeConfig) -> display.Table:
     if served.stale_run is not None:
         lines.append(("to be exported first", str(served.stale_run)))
     if served.directory is None or (served.directory / "config.json").is_file():
-        shape = checkpoints.shape_of(config.model, served)
+        fresh = served.stale_run is None  # else the export is not there yet
+        shape = (checkpoints.check if fresh else checkpoints.shape_of)(config.model, served)
         context = engine.context_tokens or shape.max_positions
         numbers = torch_engine.arithmetic(engine, torch_engine.find_device(engine.device))
         info = torch_engine.describe(shape, engine, numbers, device="", name="", context=context)
@@ -222,13 +223,10 @@ def serving(
     """
     served = checkpoints.find(config.model)
     checkpoints.export_if_stale(served, report=report)
-    checkpoints.shape_of(config.model, served)  # fail here rather than in a replica
+    checkpoints.check(config.model, served)  # fail here rather than in a replica
     config = _absolute(config)
-    if served.directory is not None:
-        load_tokenizer(served.directory)
-        load_template(served.directory)
     options = config.deployment
-    digest_of(options.api_key)
+    digest_of(options.api_key)  # refuses a variable that is not set, before anything starts
     port = options.port or free_ports(1)[0]
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
@@ -247,6 +245,7 @@ def serving(
         worker_env=worker_env,
         smaller="deployment.cpus or deployment.replicas",
     )
+    report(f"starting Ray and Ray Serve for {served.name}")
     with (
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
@@ -265,6 +264,7 @@ def serving(
             target = serve.RunTarget(build(config, served, factory=factory), route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{options.host}:{port}"
+            report(f"loading {served.name} into {options.replicas} engine(s)")
             _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
             yield url
 

@@ -34,9 +34,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    shape: str = key(
-        "llama-5m", "a name from training/model/shapes.py, or a Hugging Face LLaMA or Qwen3 config.json"
-    )
+    shape: str = key("llama-5m", "a name from training/model/shapes.py, or a Hugging Face config.json")
     num_layers: int | None = key(None, "replaces the shape's number of layers")
     hidden_size: int | None = key(None, "replaces the shape's hidden size")
     ffn_size: int | None = key(None, "replaces the shape's feed-forward size")
@@ -231,7 +229,7 @@ class TrainConfig:
     )
     load: str | None = key(
         None,
-        "start from these weights, with a new schedule: hf:DIR, a Hugging Face LLaMA or Qwen3 directory",
+        "start from these weights, with a new schedule: hf:DIR, a Hugging Face directory",
         pattern=(r"hf:.+", "must be hf:DIR"),
     )
     run: RunConfig = key(RunConfig, "")

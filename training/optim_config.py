@@ -69,8 +69,8 @@ class MatrixOptimConfig:
     correction: float = key(0.025, "mars: gamma, the weight of the second gradient of each update", least=0)
     ahead: str | None = key(
         None,
-        "where the gradients of any rule with momentum are taken; default: none, but for the two rules of "
-        "that name",
+        "where the gradients of any rule with momentum are taken: transport (with rule=muon nesterov=false "
+        "Muon-IGT) or ema_nesterov; default: at the weights, unless the rule itself looks ahead",
         choices=("none", "transport", "ema_nesterov"),
     )
     lookahead: float = key(
@@ -83,8 +83,9 @@ class MatrixOptimConfig:
         fits = self.lines in LINES.get(self.rule, LINES["muon_plus"])
         choices = ", ".join(LINES.get(self.rule, ()))
         require(fits, "optim.matrix.lines", f"{self.lines} is not for {self.rule}; use one of {choices}")
-        free = self.ahead in (None, "none") or self.rule not in ("adamw", "mars", *OWN_AHEAD)
-        require(free, "optim.matrix.ahead", f"{self.rule} cannot look ahead by {self.ahead}; leave it out")
+        fixed = self.rule in ("adamw", "mars", *OWN_AHEAD) and self.ahead is not None
+        problem = f"{self.rule} looks ahead in its own way or not at all, not by {self.ahead}; leave it out"
+        require(not fixed, "optim.matrix.ahead", problem)
 
     @property
     def looks(self) -> str:
@@ -202,6 +203,18 @@ class OptimConfig:
         "share of the steps that may be skipped for a gradient that is not finite; above it the run fails",
         least=0,
         most=1,
+    )
+    qk_clip: float = key(
+        0.0,
+        "largest attention logit: after each step the query and key rows of a head above it are scaled down "
+        "(MuonClip, arXiv 2507.20534, which takes 100); 0: off",
+        least=0,
+    )
+    average_decay: float = key(
+        0.0,
+        "decay of an average of the weights, evaluated beside them as averaged_loss, such as 0.999; 0: none",
+        least=0,
+        below=1,
     )
     final_weight_decay: float = key(
         1.0, "weight decay at the end, as a share of its start; it falls linearly over the run", least=0,

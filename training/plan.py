@@ -142,6 +142,8 @@ def make_plan(config: TrainConfig, *, num_workers: int | None = None) -> Plan:
     _require_room_ahead(config)
     workers, batch = num_workers or config.workers.count, config.batch
     shape = resolve_shape(config)
+    if config.optim.qk_clip and shape.qk_norm:
+        raise ConfigError("optim.qk_clip: queries and keys are normalised (model.qk_norm); set it to 0")
     tokens_per_pass = workers * batch.micro_sequences * batch.sequence_length
     if batch.tokens % tokens_per_pass:
         lower = batch.tokens // tokens_per_pass * tokens_per_pass
@@ -206,9 +208,19 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
     What is younger than some checkpoints is named only if it is on.
     """
     model = asdict(plan.shape)
-    if not plan.shape.qk_norm:
-        del model["qk_norm"]
-    masked = {"batch.document_masks": True} if config.batch.document_masks else {}
+    for name in ("qk_norm", "qkv_bias", "out_bias", "mlp_bias"):
+        if not model[name]:
+            del model[name]
+    optim = config.optim
+    younger: dict[str, Any] = {}
+    if config.batch.document_masks:
+        younger["batch.document_masks"] = True
+    if optim.average_decay:
+        younger["optim.average_decay above 0"] = True
+    if optim.by_name:
+        younger["optim.by_name"] = [[pattern, each.rule] for pattern, each in optim.matrices.items()]
+    if optim.matrix.ahead:
+        younger["optim.matrix.ahead"] = optim.matrix.ahead
     return {
         "data fingerprint": fingerprint,
         "run.seed": config.run.seed,
@@ -216,7 +228,7 @@ def run_identity(config: TrainConfig, plan: Plan, *, fingerprint: str) -> dict[s
         "batch.sequence_length": config.batch.sequence_length,
         "optim.matrix.rule": config.optim.matrix.rule,
         "model": model,
-        **masked,
+        **younger,
     }
 
 

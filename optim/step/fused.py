@@ -94,7 +94,7 @@ class FusedStep:
 
         Args:
             decay: factor on the rule's weight decay.
-            inspect: also measure the updates, for `health`: it costs one more product per matrix.
+        inspect: also measure the updates, for `health`: it costs one more product per matrix.
         """
         self.steps += 1
         self.health = health = Health(self.device)
@@ -102,7 +102,6 @@ class FusedStep:
             with health.timed("finish"):
                 for run in self._runs:
                     self._elementwise(run, lr=lr, decay=decay)
-            return
         for groups in self._rounds:
             self._step_whole(groups, lr=lr, decay=decay, inspect=inspect)
         self.num_transforms += health.transforms

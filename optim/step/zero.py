@@ -7,11 +7,12 @@ borders may cut a matrix anywhere. Clipping therefore acts on the gradient, neve
     fused       the step over them
     saved       what a run keeps of them
     lending     why DeepSpeed's copy of the masters, after the step, does no harm
+    shown       which weights the model computes with
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import inf, isfinite
 from typing import Any
 
@@ -24,10 +25,12 @@ from optim.kernels import gpu, native
 from optim.noise import Noise
 from optim.rules import Rule
 from optim.step import health, layout, saved
+from optim.step.after import scale_rows, start_average, update_average
 from optim.step.fragments import Fragment
 from optim.step.fused import FusedStep
 from optim.step.lending import Lending
 from optim.step.ownership import OwnershipPlan
+from optim.step.shown import Shown
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -43,6 +46,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: global norm at which the gradient is clipped; 0 is off. Used in stage 0 only, where DeepSpeed
             would clip before the true norm can be seen; in the other stages DeepSpeed clips.
         noise: added to the averaged gradient of every step, and its seed; the same in every stage and world.
+        average_decay: of an average of the weights that is kept beside them; 0: none.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         peak_lr: Mapping[str, float],
         clip: float,
         noise: tuple[Noise, int] | None = None,
+        average_decay: float = 0.0,
     ) -> None:
         groups: list[dict[str, Any]] = []
         for label, rule in rules.items():
@@ -66,6 +71,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inspect = False  # whether the next steps measure their updates, for `health`
         self._units: dict[int, FusedStep] = {}  # by the id of their first flat tensor
         self._lending = Lending()
+        self._shown = Shown(self._units, self._lending, refresh=self.refresh_weights)
+        self._average_decay = average_decay
+        self.row_factors: Mapping[str, Tensor] = {}  # for the next step, as `scale_rows` takes them
         self._replicated = False
         self._bound: deepspeed.DeepSpeedEngine | None = None
         super().__init__(groups, defaults={})
@@ -86,6 +94,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for rule, fragments in layout.read_layout(self.param_groups, engine):
             _require_room_for_points(rule, fragments)
             unit = FusedStep(rule, fragments, device=engine.device)
+            if self._average_decay:
+                start_average(unit)
             self._units[id(unit.flats[0])] = unit
             for flat, state in zip(unit.flats, unit.states, strict=True):
                 self.state[flat] = state
@@ -110,6 +120,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             unit = self._units[id(group["params"][0])]
             with _noisy(unit, self.noise):
                 unit.step(lr=group["lr"], decay=group["decay"], inspect=self.inspect)
+            scale_rows(unit, self.row_factors)
+            if self._average_decay:
+                update_average(unit, self._average_decay)
             self._lending.lend(unit.fragments)
 
     def _clip_replicated(self, masters: list[Tensor]) -> bool:
@@ -195,39 +208,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             unit.steps = applied_steps
         points = saved.load(self._units.values(), read)
         self.refresh_weights()
-        self._write_points(points)
+        self._shown.write_points(points)
 
-    @contextmanager
-    def at_weights(self) -> Iterator[None]:
-        """A block in which the model computes with the weights, also under rules that look ahead.
-
-        Collective. It keeps this rank's share of the points aside for as long as the block lasts.
-        """
-        if not self.looks_ahead:
-            yield
-            return
-        points = saved.copy_points(self._units.values())
-        self.refresh_weights()
-        yield
-        self._write_points(points)
+    def at_weights(self, *, averaged: bool = False) -> AbstractContextManager[None]:
+        """As `Shown.weights`; collective."""
+        return self._shown.weights(averaged=averaged)
 
     def refresh_weights(self) -> None:
         """Write the model's weights, in their precision and on every rank, from the fp32 masters."""
         layout.refresh_weights(self.param_groups, self._engine)
-
-    @torch.no_grad()
-    def _write_points(self, points: list[tuple[Tensor, Tensor]]) -> None:
-        """Write these into the model's copies of this rank's shards, and hand them to every rank.
-
-        Refreshing gathers what the masters show. While they are lent, that is the points.
-        """
-        if self.looks_ahead:
-            for model, point in points:
-                model.copy_(point)
-            for unit in self._units.values():
-                self._lending.lend(unit.fragments)
-            self.refresh_weights()
-            self._lending.take_back()
 
 
 def _group(members: list[Member], rule: Rule, *, lr: float) -> dict[str, Any]:
@@ -277,6 +266,7 @@ def _describe(units: Sequence[FusedStep]) -> str:
         reasons = {module.unsupported(u.device, u.rule.dtype) for u in units if u.rule.whole} - {None}
         return "; ".join(sorted(f"not used, {reason}" for reason in reasons))
 
+    slow = sorted({unit.rule.not_compiled or "" for unit in units if unit.rule.whole} - {""})
     return (
         f"  {sum(len(plan.matrices) for plan in plans)} matrices, each orthogonalised by one rank; loads "
         f"within {max((plan.imbalance for plan in plans), default=0.0):.1%} of their mean\n"
@@ -284,4 +274,5 @@ def _describe(units: Sequence[FusedStep]) -> str:
         f"(no plan sends less than {least * size:,})\n"
         f"  Triton kernels: {unused(gpu) or 'used'}\n"
         f"  compiled step (optim/kernels/native.cpp): {unused(native) or native.describe()}"
+        + "".join(f"\n  passes in torch: {reason}" for reason in slow)
     )

@@ -17,8 +17,15 @@ PRIVATE = ("failure.log", "stacks")  # files whose name begins so are their owne
 TIMED = ("second", "mfu", "optimizer_")  # in the keys of what is no function of the run's configuration
 
 
-def after_each(run: Path, outcome: Outcome, *, spoiled: frozenset[int] = frozenset()) -> list[str]:
-    """What is wrong after a start, faulted or not. spoiled: steps whose checkpoints somebody damaged."""
+def after_each(
+    run: Path, outcome: Outcome, *, spoiled: frozenset[int] = frozenset(), dropped: range = range(0)
+) -> list[str]:
+    """What is wrong after a start, faulted or not.
+
+    Args:
+        spoiled: steps whose checkpoints somebody damaged.
+        dropped: steps whose checkpoints the run itself deletes when it goes back.
+    """
     problems = [f"left over: {each}" for each in outcome.leftovers]
     if outcome.late:
         problems.append("a rank did not end by itself")
@@ -30,7 +37,7 @@ def after_each(run: Path, outcome: Outcome, *, spoiled: frozenset[int] = frozens
     if not run.exists():
         return problems
     problems += [f"canaries {names} in {file}" for file, names in found_under(run).items()]
-    problems += _modes(run) + _checkpoints(run, spoiled)
+    problems += _modes(run) + _checkpoints(run, spoiled, dropped)
     finished = (run / "summary.json").exists()
     last = max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)
     if finished and last != NUM_STEPS:
@@ -86,7 +93,7 @@ def _modes(run: Path) -> list[str]:
     return problems
 
 
-def _checkpoints(run: Path, spoiled: frozenset[int]) -> list[str]:
+def _checkpoints(run: Path, spoiled: frozenset[int], dropped: range) -> list[str]:
     """Complete ones are readable, and the newest that was reported is there."""
     problems = []
     complete = complete_checkpoints(run / "checkpoints")
@@ -97,6 +104,7 @@ def _checkpoints(run: Path, spoiled: frozenset[int]) -> list[str]:
         except CheckpointError as error:
             problems.append(f"a COMPLETE checkpoint is unreadable: {error}")
     reported = [event["step"] for event in events.read(run) if event["kind"] == "checkpoint"]
+    reported = [step for step in reported if step not in dropped]
     lost = max(reported, default=0) - max(map(step_of, complete), default=0)
     if lost > 0 and max(reported) not in spoiled:
         problems.append(f"the checkpoint of step {max(reported)} was reported, and is gone")

@@ -115,7 +115,7 @@ class Campaign:
         self, place: Place, reference: Path, *, went_back: dict[str, int] | None = None, **options: Any
     ) -> None:
         outcome = start(place, **options)
-        problems = checks.after_each(place.directory, outcome)
+        problems = checks.after_each(place.directory, outcome, dropped=place.dropped)
         problems += checks.at_the_end(place.directory, reference, went_back=went_back)
         if problems or not outcome.done:
             raise RunError(f"the undisturbed run {place.directory}: {problems}\n{outcome.err}")
@@ -163,7 +163,7 @@ def campaign(seeds: Sequence[int], *, jobs: int, kind: str, output: Path | None,
             for told in pool.imap_unordered(partial(_tell, keep=keep), chosen):
                 kinds[told.name] += 1
                 num_starts += len(told.said)
-                print(f"seed {told.seed:<5}{told.name:<38}{told.setup:<8}{'; '.join(told.said)}", flush=True)
+                print(f"seed {told.seed:<5}{told.name:<38}{told.setup:<12}{'; '.join(told.said)}", flush=True)
                 if told.problems:
                     wrong[told.seed] = told.problems
                     print("\n".join(f"    WRONG: {problem}" for problem in told.problems), flush=True)

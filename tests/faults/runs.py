@@ -85,6 +85,12 @@ class Place:
         """The workers of its setup."""
         return SETUPS[self.setup]["workers__count"]
 
+    @property
+    def dropped(self) -> range:
+        """Steps whose checkpoints the run deletes when it goes back."""
+        back = WENT_BACK.get(self.setup)
+        return range(back["to_step"] + 1, back["from_step"] + 1) if back else range(0)
+
     def keys(self, **more: Any) -> list[str]:
         """The arguments of the command."""
         return tiny(self.folder, run__name=self.name, **{**TINY, **SETUPS[self.setup], **more})

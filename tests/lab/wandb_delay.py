@@ -11,26 +11,33 @@ server on loopback:
     cut           it is gone after half of the steps, and stays away
     slow          it answers each request after 30 s
 
-Once W&B has started, turns of a few steps alternate: with W&B, and without it. Without it the steps are
-logged to a second record, and W&B's own processes are suspended; whatever became due meanwhile is done in the
-turn with W&B. A turn is compared with its neighbour, so a machine that becomes slower adds no bias. The
-interval is that of the median of these pairs (`intervals.of_median`). A step's time includes its `log()`; its
-CPU time is that of the training thread. `wandb_cpu_ms` is what W&B uses a step on whatever core is free: the
-most that a step can lose if none is. `start_lost_ms` is what the steps lose in all while W&B starts.
+Definition: once W&B has started, steps come in pairs, one with W&B and one without it, in random order.
+`moved_percent` is 100 x (time with / time without - 1), the median of all pairs with its 95% interval
+(`intervals.of_median`). A step's time includes its `log()`; `moved_cpu_percent` compares the CPU time of the
+training thread. A step without W&B is logged to a second record, and W&B's processes are suspended during it;
+whatever became due meanwhile is done in the next step with W&B. Both switches are the same few system calls,
+outside of the timed steps. Random order and short turns leave no bias: a drift, and anything that comes every
+so many steps, adds to both sides alike. So the interval of `off` has to contain 0, and its half-width is what
+this measurement can resolve: about 0.3% with the defaults.
 
-With the defaults it takes nine minutes on two quiet cores.
+`wandb_cpu_ms` is what W&B uses a step on whatever core is free: the most that a step can lose if none is.
+`start_lost_ms` is what the steps lose in all while W&B starts.
+
+With the defaults it takes nine to ten minutes on two quiet cores.
 """
 
 import argparse
 import json
 import os
+import random
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -53,8 +60,8 @@ AIM_PERCENT = 1.0  # by which the median may move
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4}
 SEQUENCES, LENGTH = 4, 128
 SETTLING_SECONDS = 3.0
-TURN_STEPS = 4
-MOVED = ("moved_percent", "moved_cpu_percent")  # of each pair of turns
+LOOK_PAIRS = 20  # after so many W&B may have other processes
+MOVED = ("moved_percent", "moved_cpu_percent")  # of each pair of steps
 MEDIANS = (
     "step_ms", "off_step_ms", "cpu_ms", "off_cpu_ms", "log_ms", "off_log_ms", "slowest_log_ms",
     "moved_mean_percent", "wandb_cpu_ms", "start_seconds", "start_lost_ms",
@@ -67,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.lab.wandb_delay", description=__doc__.partition("\n")[0]
     )
     benchmark.add_options(parser, what=WHAT, rounds=2, rounds_help="runs in each situation")
-    parser.add_argument("--seconds", type=float, default=36.0, help="of turns in a run (default: 36)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of pairs in a run (default: 40)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--steps-in", type=Path, help=argparse.SUPPRESS)  # the process that takes the steps
     parser.add_argument("--mode", default="online", help=argparse.SUPPRESS)
@@ -196,7 +203,7 @@ def server_of(situation: str) -> Iterator[tuple[dict[str, str], Any]]:
 
 
 def take_steps(folder: Path, *, seconds: float, mode: str) -> dict[str, Any]:
-    """Take turns for some seconds, with and without W&B. Prints "half" at the half; returns the figures."""
+    """Take pairs of steps for some seconds. Prints "half" at the half; returns the figures."""
     import torch
 
     torch.set_num_threads(1)
@@ -212,49 +219,51 @@ def take_steps(folder: Path, *, seconds: float, mode: str) -> dict[str, Any]:
     settled = time.perf_counter() + min(SETTLING_SECONDS, seconds)
     while time.perf_counter() < settled:
         steps.take("on")
-    pairs, is_half = [], False
     for taken in steps.taken.values():
         taken.clear()
+    names, is_half = ["on", "off"], False
+    children, before = _Children(), _cpu_beside()
     began = time.perf_counter()
-    while (now := time.perf_counter()) < began + seconds or not pairs:
+    while (now := time.perf_counter()) < began + seconds or not steps.taken["on"]:
         if not is_half and now > began + seconds / 2:
             is_half = True
             print("half", flush=True)
-        pairs.append(
-            {name: steps.turn(name) for name in (("off", "on") if len(pairs) % 2 else ("on", "off"))}
-        )
-    suspend(False)
+        if len(steps.taken["on"]) % LOOK_PAIRS == 0:
+            children.look()
+        random.shuffle(names)
+        for name in names:
+            children.signal(signal.SIGSTOP if name == "off" else signal.SIGCONT)
+            steps.take(name)
+    children.signal(signal.SIGCONT)
+    beside_ms = 1e3 * (_cpu_beside() - before)
     for record in records.values():
         record.finish({})
         record.close()
-    figures = _figures(pairs, steps)
+    figures = _figures(steps.taken)
     return {
         "num_steps": steps.number,
         "wandb_status": records["on"].wandb_status,
         "start_seconds": start_seconds,
         "start_lost_ms": sum(starting) - len(starting) * figures["off_step_ms"],
+        "wandb_cpu_ms": beside_ms / len(steps.taken["on"]),
         **figures,
     }
 
 
-def _figures(pairs: list[dict[str, Any]], steps: "Steps") -> dict[str, Any]:
-    on, off = (
-        {key: [took[key] for took in steps.taken[name]] for key in Steps.KEYS} for name in ("on", "off")
-    )
+def _figures(taken: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Of the steps of each side; those at one place are a pair."""
+    on, off = ({key: [each[key] for each in taken[name]] for key in Steps.KEYS} for name in ("on", "off"))
 
-    def moved(of: Callable[[list[float]], float], key: str) -> list[float]:
-        return [
-            100 * (of([t[key] for t in pair["on"]]) / of([t[key] for t in pair["off"]]) - 1) for pair in pairs
-        ]
+    def moved(key: str) -> list[float]:
+        return [100 * (one / other - 1) for one, other in zip(on[key], off[key], strict=True)]
 
     return {
-        "moved_percent": moved(statistics.median, "step_ms"),
-        "moved_cpu_percent": moved(statistics.median, "cpu_ms"),
+        "moved_percent": moved("step_ms"),
+        "moved_cpu_percent": moved("cpu_ms"),
         "moved_mean_percent": 100 * (statistics.mean(on["step_ms"]) / statistics.mean(off["step_ms"]) - 1),
         **{key: statistics.median(values) for key, values in on.items()},
         **{f"off_{key}": statistics.median(values) for key, values in off.items()},
         "slowest_log_ms": max(on["log_ms"]),
-        "wandb_cpu_ms": steps.beside_ms / len(on["step_ms"]),
     }
 
 
@@ -278,19 +287,9 @@ class Steps:
         self._loss = 0.0
         self.number = dict.fromkeys(records, 0)  # steps of each record, and so its rows
         self.taken: dict[str, list[dict[str, float]]] = {name: [] for name in records}
-        self.beside_ms = 0.0  # CPU time that other threads and W&B's processes used in turns with W&B
 
-    def turn(self, name: str) -> list[dict[str, float]]:
-        """A few steps with W&B ("on") or without it ("off")."""
-        suspend(name == "off")
-        before = _cpu_beside()
-        taken = [self.take(name) for _ in range(TURN_STEPS)]
-        if name == "on":
-            self.beside_ms += 1e3 * (_cpu_beside() - before)
-        return taken
-
-    def take(self, name: str) -> dict[str, float]:
-        """Log the step before, then take one: what W&B makes of a row falls into the step of its own turn."""
+    def take(self, name: str) -> None:
+        """Log the step before, then take one: what W&B makes of a row falls into the step of its own side."""
         self.number[name] += 1
         row = {"step": self.number[name], "loss": self._loss, **{f"value_{i}": i / 7 for i in range(20)}}
         began, cpu = time.perf_counter(), time.thread_time()
@@ -304,7 +303,6 @@ class Steps:
         ended, ended_cpu = time.perf_counter(), time.thread_time()
         times = (1e3 * (ended - began), 1e3 * (ended_cpu - cpu), 1e3 * (logged - began))
         self.taken[name].append(dict(zip(self.KEYS, times, strict=True)))
-        return self.taken[name][-1]
 
 
 def open_record(folder: Path, mode: str) -> Record:
@@ -315,11 +313,21 @@ def open_record(folder: Path, mode: str) -> Record:
     )  # fmt: skip
 
 
-def suspend(suspended: bool) -> None:
-    """Suspend W&B's processes, which are the only children here, or let them go on."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it has just ended
-            child.suspend() if suspended else child.resume()
+class _Children:
+    """W&B's processes, which are the only children of this one."""
+
+    def __init__(self) -> None:
+        self._processes: list[int] = []
+
+    def look(self) -> None:
+        """Find those that run now."""
+        self._processes = [child.pid for child in psutil.Process().children(recursive=True)]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Suspend them (SIGSTOP), or let them go on (SIGCONT)."""
+        for process in self._processes:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, number)
 
 
 def _cpu_beside() -> float:

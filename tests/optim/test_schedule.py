@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from optim.schedule import lr_factor
+from optim.schedule import decay_factor, lr_factor
 
 
 def factors(num_steps: int = 10, **changes) -> list[float]:
@@ -62,3 +62,9 @@ def test_for_any_fractions_it_rises_stays_and_falls_within_bounds():
         assert falling.count(1.0) >= len(falling) - num_decay
         if num_decay:
             assert values[-1] == pytest.approx(final)
+
+
+def test_the_weight_decay_falls_on_a_straight_line_or_stays():
+    assert [decay_factor(step, num_steps=5, final_fraction=1.0) for step in range(7)] == [1.0] * 7
+    falling = [decay_factor(step, num_steps=5, final_fraction=0.2) for step in range(7)]
+    assert falling == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])

@@ -2,13 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import UserError
-from serving.checkpoints import Served, export_if_stale, find, shape_of
+from serving.checkpoints import Served, check, export_if_stale, find, shape_of
 from serving.config import ModelConfig
+from serving.endpoint.text import numbered_tokenizer
+from tests.commands import ROOT
+from tests.serving.test_deployment import tiny_checkpoint
 from training.model.shapes import SHAPES, to_hf_config
 
 
@@ -128,3 +134,77 @@ def test_a_model_that_ours_is_not_is_refused_before_anything_starts(tmp_path):
     config = ModelConfig(weights="random", shape="llama-9t")
     with pytest.raises(UserError, match=r"model\.shape: llama-9t"):
         shape_of(config, find(config))
+
+
+# --- every file is checked before Ray starts ----------------------------------------------------------------
+
+
+def edit(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    r"model\.safetensors: not a readable safetensors file": lambda m: cut(m / "model.safetensors"),
+    r"config\.json: logits_scaling: 8": lambda m: edit(m / "config.json", logits_scaling=8),
+    r"config\.json: tie_word_embeddings: 'no'": lambda m: edit(m / "config.json", tie_word_embeddings="no"),
+    r"config\.json: .*line 1": lambda m: (m / "config.json").write_text("{"),
+    r"model\.safetensors: tensor .* has shape": lambda m: edit(m / "config.json", intermediate_size=32),
+    r"tensor model\.layers\.1\..* is missing": lambda m: edit(m / "config.json", num_hidden_layers=2),
+    r"index\.json: has no weight_map": lambda m: edit(m / "model.safetensors.index.json", weight_map=[]),
+    r"a-2\.safetensors: listed in .*, but missing": lambda m: edit(
+        m / "model.safetensors.index.json", weight_map={"x": "a-2.safetensors"}
+    ),
+    r"generation_config\.json: eos_token_id: 'x'": lambda m: edit(
+        m / "generation_config.json", eos_token_id="x"
+    ),
+    "eos_token_id 300 is no token of the model": lambda m: edit(
+        m / "generation_config.json", eos_token_id=[300]
+    ),
+    r"tokenizer\.json: not a tokenizer": lambda m: (m / "tokenizer.json").write_text("[]"),
+    r"tokenizer\.json: missing": lambda m: (m / "tokenizer.json").unlink(),
+    r"tokenizer\.json: has 301 tokens, config.json only 300": lambda m: numbered_tokenizer(301).save(
+        str(m / "tokenizer.json")
+    ),
+    r"tokenizer_config\.json: chat_template is no text": lambda m: edit(
+        m / "tokenizer_config.json", chat_template=5
+    ),
+    r"pytorch_model\.bin is of a format that is not read": lambda m: (m / "model.safetensors").rename(
+        m / "pytorch_model.bin"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_what_is_wrong_with_a_checkpoint_is_one_message_before_anything_starts(message, tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    DAMAGES[message](model)
+    config = ModelConfig(path=str(model))
+    with pytest.raises(UserError, match=message) as refused:
+        check(config, find(config))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_sound_checkpoint_has_its_shape_and_a_file_is_no_directory(tmp_path):
+    config = ModelConfig(path=str(tiny_checkpoint(tmp_path / "model")))
+    assert check(config, find(config)).vocab_size == 300
+    for name in ("model/model.safetensors", "llama.gguf"):
+        with pytest.raises(UserError, match=r"model\.path: .*GGUF and pickles are not read"):
+            find(ModelConfig(path=str(tmp_path / name)))
+
+
+def test_a_damaged_checkpoint_is_refused_without_torch_and_without_ray(tmp_path):
+    cut(tiny_checkpoint(tmp_path / "model") / "model.safetensors")
+    code = (
+        "import sys; from serving.app import main; code = main(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"model.path={tmp_path / 'model'}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "2 []\n" and done.stderr.count("error: ") == done.stderr.count("\n") == 1

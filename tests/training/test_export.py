@@ -26,6 +26,7 @@ from training.evaluate.command import main as evaluate
 from training.export import main
 from training.model import shapes
 from training.model.llama import Llama, load_hf
+from training.model.rope import RopeScaling
 from training.run.checkpoint import Checkpoint
 from training.run.start import _keep_tokenizer
 
@@ -262,7 +263,7 @@ def test_the_shape_is_the_checkpoints_and_not_a_later_configs(run: Path) -> None
     assert main(["tiny"]) == 0
     exported = shapes.resolve(run / "export")
     assert exported.num_layers == 2
-    assert exported.rope_scaling == shapes.RopeScaling(**scaling)
+    assert exported.rope_scaling == RopeScaling(**scaling)
 
 
 def change_state(run: Path, change: Callable[[dict], object]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster import files
 from cluster.record import events
 from cluster.record.record import read_metrics
 from tests.cluster.review.panel_keys import logged, missing, shown_by
@@ -171,6 +172,8 @@ def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_expor
         "optim__clip": 0,
         "optim__noise__inject": "student",
         "optim__noise__scale": 0.001,
+        "optim__average_decay": 0.9,
+        "optim__qk_clip": 0.01,
     }
     whole, killed = (run_keys(folder, name, **changes) for name in ("ahead", "ahead-killed"))
     done = python("training.launch", *whole)
@@ -179,7 +182,8 @@ def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_expor
     again = python("training.launch", *killed)
     assert again.returncode == 0 and "resuming" in again.stderr, again.stderr
     assert losses(folder / "outputs/ahead-killed") == losses(folder / "outputs/ahead")
-
+    ends = [files.read_json(folder / f"outputs/{name}/summary.json") for name in ("ahead", "ahead-killed")]
+    assert ends[0]["averaged_loss"] == ends[1]["averaged_loss"] != ends[0]["validation_loss"]
     run = folder / "outputs/ahead"
     export(run, dtype="float32")
     saved = Checkpoint(run / "checkpoints/step-0000020")
@@ -188,6 +192,9 @@ def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_expor
     master, point = (saved.read(name, key, 0, exported[name].numel()) for key in ("master", "point"))
     assert torch.equal(exported[name].flatten(), master)
     assert (point - master).norm() > 1e-3 * master.norm()  # what the model last computed gradients with
+    export(run, dtype="float32", averaged=True)
+    exported = load_file(run / "export/model.safetensors")
+    assert torch.equal(exported[name].flatten(), saved.read(name, "average", 0, exported[name].numel()))
 
 
 def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:

@@ -158,8 +158,8 @@ def chosen(shape: LlamaShape, like: Tensor, *, queries: int, keys: int, mask: Te
 
 
 @torch.no_grad()
-def largest_logit(q: Tensor, k: Tensor, *, visible: Tensor | None = None) -> Tensor:
-    """The largest q kᵀ/√C of a query and a key that it sees, an fp32 scalar. Shapes as in `sdpa`; S is T.
+def largest_logits(q: Tensor, k: Tensor, *, visible: Tensor | None = None) -> Tensor:
+    """Of each head the largest q kᵀ/√C of a query and a key that it sees, fp32 [H]. As in `sdpa`; S is T.
 
     One head at a time, which saves memory. visible: bool [B, 1, T, T]; None: its past and itself.
     """
@@ -170,7 +170,7 @@ def largest_logit(q: Tensor, k: Tensor, *, visible: Tensor | None = None) -> Ten
     hidden = ~visible[:, 0]
     heads = range(q.shape[1])
     tops = [(q[:, h] @ k[:, h // group].mT).masked_fill_(hidden, -math.inf).amax() for h in heads]
-    return torch.stack(tops).amax().float() / math.sqrt(q.shape[-1])
+    return torch.stack(tops).float() / math.sqrt(q.shape[-1])
 
 
 class LogitProbe:
@@ -180,31 +180,66 @@ class LogitProbe:
     arXiv 2507.20534). The probe does not change what the model computes, to the bit.
     """
 
-    def __init__(self, decoder: nn.Module, *, when: Callable[[], bool]) -> None:
-        """decoder: `training.model.llama.Decoder`. when: whether to look at the pass that begins now."""
-        self._when = when
-        self._found: dict[int, Tensor] = {}
+    def __init__(self, decoder: nn.Module, *, when: Callable[[], bool], clip: float = 0.0) -> None:
+        """What to look at.
+
+        Args:
+            decoder: `training.model.llama.Decoder`.
+            when: whether to look at the pass that begins now.
+            clip: above 0: look at every pass, for `row_factors`.
+        """
+        self._when, self._clip, self._shape = when, clip, getattr(decoder, "shape", None)
+        self._found: dict[int, Tensor] = {}  # [H] of each layer
+        self._largest: dict[int, Tensor] = {}  # the same, over the passes since `row_factors`
+        self._clipped = 0  # heads
         decoder.register_forward_pre_hook(self._join, with_kwargs=True)
 
     def read(self, gather: Callable[[dict[int, float]], list[dict[int, float]]]) -> dict[str, Any]:
         """Collective, by `gather`. Empty if no pass was looked at; else over all ranks' last micro-batches:
 
-        attention_logit_max, and `attention`: {"layers.<number>": {"attention_logit_max": ...}}.
+        attention_logit_max, and `attention`: {"layers.<number>": {"attention_logit_max": ...}}; with a clip
+        also attention_heads_clipped, in the last step.
         """
-        ranks = gather({layer: top.item() for layer, top in self._found.items()})
+        ranks = gather({layer: tops.amax().item() for layer, tops in self._found.items()})
         tops = {layer: max(rank[layer] for rank in ranks) for layer in sorted(ranks[0])}
         if not tops:
             return {}
         layers = {f"layers.{layer}": {"attention_logit_max": top} for layer, top in tops.items()}
-        return {"attention_logit_max": max(tops.values()), "attention": layers}
+        clipped = {"attention_heads_clipped": self._clipped} if self._clip else {}
+        return {"attention_logit_max": max(tops.values()), **clipped, "attention": layers}
+
+    def row_factors(self, most: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Query and key weights -> factor of each row, fp32, that brings every head's logits down to `clip`.
+
+        γ = min(1, clip/largest), over all passes since the last call and, by `most`, over all ranks; queries
+        and keys get √γ each. Heads that share a key share the smallest γ. Collective; empty without a clip.
+        """
+        if not self._largest:
+            return {}
+        tops = most(torch.stack([self._largest[layer] for layer in sorted(self._largest)]))
+        self._largest, shape = {}, self._shape
+        assert isinstance(shape, LlamaShape)
+        self._clipped = int((tops > self._clip).sum())
+        if not self._clipped:
+            return {}
+        shared = (self._clip / tops).nan_to_num(1.0).clamp(0, 1).view(len(tops), shape.num_kv_heads, -1)
+        keys = shared.amin(-1).sqrt()  # [layers, K]
+        factors: dict[str, Tensor] = {}
+        for layer, factor in enumerate(keys.repeat_interleave(shape.head_dim, dim=1)):
+            groups = keys[layer].repeat_interleave(shape.num_heads // shape.num_kv_heads * shape.head_dim)
+            name = f"model.layers.{layer}.self_attn"
+            factors |= {f"{name}.q_proj.weight": groups, f"{name}.k_proj.weight": factor}
+        return factors
 
     def _join(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not (decoder.training and self._when()):
+        if not (decoder.training and (self._clip > 0 or self._when())):
             return None
         attend = partial(self._attend, kwargs.get("attend", causal_attention))
         return args, {**kwargs, "attend": attend}
 
     def _attend(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = attend.visible if isinstance(attend, DocumentAttention) else None
-        self._found[layer] = largest_logit(q, k, visible=visible)
+        self._found[layer] = tops = largest_logits(q, k, visible=visible)
+        if self._clip:
+            self._largest[layer] = torch.maximum(self._largest.get(layer, tops), tops)
         return attend(layer, q, k, v)

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cluster import files
 from optim.precision import product_dtype
 from training.model import loss, shapes
 from training.model.attention import Attend, DocumentAttention, Kept, causal_attention
 from training.model.shapes import LlamaShape
+from training.model.stored import locate
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -33,20 +33,21 @@ INITIAL_STD = 0.02
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. Uninitialised: `initialize` or `load_hf` fills it, once.
+    """A matrix. Uninitialised: `initialize` or `load_hf` fills it, once.
 
     Multiplies in `optim.precision.product_dtype` of the weight; the result has x's dtype.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        super().__init__(num_inputs, num_outputs, bias=False)
+    def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool = False) -> None:
+        super().__init__(num_inputs, num_outputs, bias=bias)
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
         wide = product_dtype(self.weight.dtype, x.device)
-        return F.linear(x.to(wide), self.weight.to(wide)).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.linear(x.to(wide), self.weight.to(wide), bias).to(x.dtype)
 
 
 class Embedding(nn.Embedding):
@@ -71,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(shape: LlamaShape, positions: Tensor) -> Rotary:
-    """Cosines and sines of RoPE (arXiv 2104.09864), with Llama 3.1's scaling where the shape has it.
+    """Cosines and sines of RoPE (arXiv 2104.09864), stretched where the shape says so.
 
     Args:
         positions: integers [T] or [B, T].
@@ -81,13 +82,13 @@ def rotary(shape: LlamaShape, positions: Tensor) -> Rotary:
     """
     even = torch.arange(0, shape.head_dim, 2, device=positions.device).float()
     frequency = 1.0 / shape.rope_theta ** (even / shape.head_dim)  # radians per token [C/2]
-    if (scaling := shape.rope_scaling) is not None:
-        turns = scaling.original_max_positions * frequency / (2 * math.pi)  # in the original context
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
-        frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
+    scaling = shape.rope_scaling
+    if scaling is not None:
+        frequency = scaling.stretch(frequency, theta=shape.rope_theta, index=even / 2)
     angle = positions.float()[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1).view(-1, 1, positions.shape[-1], shape.head_dim)
+    if scaling is not None and scaling.attention_factor != 1:
+        return angle.cos() * scaling.attention_factor, angle.sin() * scaling.attention_factor
     return angle.cos(), angle.sin()
 
 
@@ -105,10 +106,15 @@ class Attention(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim)
-        self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
-        self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
-        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+        queries, keys, bias = (
+            shape.num_heads * shape.head_dim,
+            shape.num_kv_heads * shape.head_dim,
+            shape.qkv_bias,
+        )
+        self.q_proj = Linear(shape.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(shape.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(shape.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, shape.hidden_size, bias=shape.out_bias)
         self.q_norm, self.k_norm = (
             RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None for _ in "qk"
         )
@@ -133,9 +139,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.gate_proj = Linear(shape.hidden_size, shape.ffn_size)
-        self.up_proj = Linear(shape.hidden_size, shape.ffn_size)
-        self.down_proj = Linear(shape.ffn_size, shape.hidden_size)
+        self.gate_proj = Linear(shape.hidden_size, shape.ffn_size, bias=shape.mlp_bias)
+        self.up_proj = Linear(shape.hidden_size, shape.ffn_size, bias=shape.mlp_bias)
+        self.down_proj = Linear(shape.ffn_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -288,7 +294,7 @@ def initialize(model: Llama, *, seed: int) -> None:
     So the result depends neither on world size nor on ZeRO stage, and weights partitioned by `zero.Init`
     work too (then every rank must call). Matrices and embeddings are N(0, 0.02²), drawn in fp32 and then
     cast; projections back into the residual stream are smaller by sqrt(2·num_layers), as in GPT-2; norms
-    are 1.
+    are 1 and biases 0.
 
     A weight on a GPU is drawn there: one CPU thread takes 29 s for 1.4B weights. A GPU draws other numbers
     than a CPU, and another model of GPU may again, so the result is a function of the kind of device too.
@@ -298,6 +304,9 @@ def initialize(model: Llama, *, seed: int) -> None:
         with _whole(parameter):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+                continue
+            if name.endswith(".bias"):
+                parameter.zero_()
                 continue
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INITIAL_STD
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -394,55 +403,13 @@ def stored_weights(directory: Path, shape: LlamaShape) -> dict[str, Tensor]:
 
     Raises `ValueError` as `load_hf` does; its `config.json` is not read.
     """
-    stored = _stored_tensors(directory)
-    if shape.tied:
-        _drop_tied_head(stored)
-    weights = {}
-    for name, expected in shape.parameters().items():
-        if name not in stored:
-            raise ValueError(f"{directory}: tensor {name} is missing from the checkpoint")
-        file, weights[name] = stored.pop(name)
-        if (found := tuple(weights[name].shape)) != expected:
-            raise ValueError(f"{file}: tensor {name} has shape {found}, config.json asks for {expected}")
-    for name, (file, _) in stored.items():
-        if not name.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"{file}: tensor {name} is unexpected; config.json has no place for it")
+    places = locate(directory, shape)
+    weights: dict[str, Tensor] = {}
+    for file in dict.fromkeys(places.values()):
+        with safe_open(file, framework="pt") as tensors:
+            weights |= {name: tensors.get_tensor(name) for name, place in places.items() if place == file}
+    head = weights.pop("lm_head.weight", None) if shape.tied else None
+    if head is not None and not torch.equal(head, weights["model.embed_tokens.weight"]):
+        file = places["lm_head.weight"]
+        raise ValueError(f"{file}: lm_head.weight differs from the embedding that config.json ties it to")
     return weights
-
-
-def _stored_tensors(directory: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Name -> (file, memory-mapped tensor) of every tensor in a Hugging Face directory."""
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.is_file():
-        shards = _indexed(index)
-    elif single.is_file():
-        shards = [single]
-    else:
-        raise ValueError(f"{directory}: neither {single.name} nor {index.name} is here; is it safetensors?")
-    stored: dict[str, tuple[Path, Tensor]] = {}
-    for file in shards:
-        if not file.is_file():
-            raise ValueError(f"{file}: listed in {index.name}, but missing; copy the checkpoint again")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                stored |= {name: (file, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
-    return stored
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that a `model.safetensors.index.json` names. Raises `ValueError`: one is not beside it."""
-    try:
-        names = set(files.read_json(index)["weight_map"].values())
-        return [files.inside(index.parent, name) for name in sorted(names)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: has no weight_map of tensors to file names; copy it again") from error
-
-
-def _drop_tied_head(stored: dict[str, tuple[Path, Tensor]]) -> None:
-    if "lm_head.weight" in stored and "model.embed_tokens.weight" in stored:
-        file, head = stored.pop("lm_head.weight")
-        if not torch.equal(head, stored["model.embed_tokens.weight"][1]):
-            raise ValueError(f"{file}: lm_head.weight differs from the embedding that config.json ties it to")

@@ -14,27 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretch of RoPE to longer contexts (Hugging Face: `rope_type: llama3`).
-
-    Wavelengths above original_max_positions/low_freq_factor tokens are stretched by `factor`, those below
-    original_max_positions/high_freq_factor are kept, and those between are interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-    def __post_init__(self) -> None:
-        _require(self.factor >= 1, "rope_scaling.factor", f"{self.factor} must be at least 1")
-        ordered = 0 < self.low_freq_factor < self.high_freq_factor
-        _require(ordered, "rope_scaling.high_freq_factor", "must exceed low_freq_factor, above 0")
-        _require(self.original_max_positions >= 1, "rope_scaling.original_max_positions", "must be positive")
-
+from training.model import rope
 
 # Far above every model so far, and below what would take minutes to count or fill any machine.
 MOST = {
@@ -60,11 +40,14 @@ class LlamaShape:
     head_dim: int
     ffn_size: int
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: rope.Scaling | None = None
     norm_eps: float = 1e-5
     max_positions: int = 2048
     tied: bool = False  # the output head is the input embedding
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
+    qkv_bias: bool = False  # of the projections to queries, keys and values
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -96,7 +79,8 @@ class LlamaShape:
 
         With `qk_norm` as in its Qwen3ForCausalLM: one gain of head_dim for queries and one for keys, the same
         for all heads of a layer. (OLMo 2's norms are as wide as all heads together: another model.)
-        Matrices are (rows, columns) = (output, input). A tied head is no parameter of its own.
+        As there, a bias follows its matrix. Matrices are (rows, columns) = (output, input). A tied head is no
+        parameter of its own.
         """
         hidden, ffn = self.hidden_size, self.ffn_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -115,8 +99,15 @@ class LlamaShape:
             "post_attention_layernorm": (hidden,),
         }
         sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        biased = [
+            *(f"self_attn.{name}_proj" for name in ("qkv" if self.qkv_bias else "") + "o" * self.out_bias),
+            *(f"mlp.{name}_proj" for name in (("gate", "up", "down") if self.mlp_bias else ())),
+        ]
         for index in range(self.num_layers):
-            sizes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
+            for name, size in layer.items():
+                sizes[f"model.layers.{index}.{name}.weight"] = size
+                if name in biased:
+                    sizes[f"model.layers.{index}.{name}.bias"] = size[:1]
         sizes["model.norm.weight"] = (hidden,)
         if not self.tied:
             sizes["lm_head.weight"] = (self.vocab_size, hidden)
@@ -215,7 +206,7 @@ def _shape(
 
 
 def _llama_3(hidden_size: int, *, factor: float, **other: Any) -> LlamaShape:
-    scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    scaling = rope.RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     public: dict[str, Any] = {"vocab": 128_256, "rope_theta": 500_000.0, "max_positions": 131_072}
     return _shape(hidden_size, kv_heads=8, rope_scaling=scaling, **public, **other)
 
@@ -273,64 +264,81 @@ def _read(path: Path) -> LlamaShape:
         raise ValueError(f"{file}: {error}") from error
 
 
-# What the other keys of a config may say; anything else is a model that ours is not.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "use_sliding_window": False,
+# What other keys of a config may say, besides null; anything else is a model that ours is not. Some are of
+# models whose config says "llama" although LLaMA ignores the key: Granite, MiniCPM, Gemma, OLMo, Llama 4.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
+    "logits_scaling": (1.0,),
+    "logit_scale": (1.0,),
+    "residual_multiplier": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "attention_multiplier": (),
+    "scale_emb": (1.0,),
+    "scale_depth": (),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "clip_qkv": (),
+    "alibi": (False,),
+    "no_rope_layers": ([],),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
 }
-# What transformers' Qwen3Config assumes where LlamaConfig assumes something else.
-_QWEN3 = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32_768}
+# Architectures that are LLaMA but for a bias or a norm, and what their configs in transformers assume where
+# LlamaConfig assumes something else.
+_KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "attention_bias": None},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32_768},
+}
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaShape:
-    """The shape that a Hugging Face `config.json` of transformers 4 or 5 describes: LLaMA's, or Qwen3's.
+    """The shape that a Hugging Face `config.json` of transformers 4 or 5 describes: LLaMA, or one of _KINDS.
 
-    Qwen3 (without experts) is LLaMA with `qk_norm`.
-
+    Mistral is LLaMA, Qwen2 has biases of queries, keys and values, Qwen3 (without experts) has `qk_norm`.
     Optional keys take transformers' defaults. RoPE is read from `rope_parameters` (5) or from `rope_theta`
     and `rope_scaling` (4).
 
     Raises:
         ValueError: a missing key, or one that asks for what our model does not do: another architecture,
-            biases, dropout, quantised weights, another activation, sliding windows, or a RoPE other than
-            default and llama3.
+            dropout, quantised weights, another activation, a sliding window below the context, soft caps,
+            multipliers, or a RoPE that `training.model.rope` does not know.
     """
     _require(isinstance(config, dict), "config.json", "holds no JSON object")
     for name in ("rope_parameters", "rope_scaling"):
         _require(isinstance(config.get(name), dict | None), name, f"{config.get(name)!r} is no object")
     kind = config.get("model_type") or "llama"
-    _require(kind in ("llama", "qwen3"), "model_type", f"{kind!r} is not supported, only 'llama' and 'qwen3'")
-    config = (_QWEN3 if kind == "qwen3" else {}) | config
+    supported = ", ".join(map(repr, _KINDS))
+    _require(isinstance(kind, str) and kind in _KINDS, "model_type", f"{kind!r} is not one of: {supported}")
+    config = _KINDS[kind] | config
     config = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     for name, only in _ONLY.items():
         value = config.get(name)
-        _require(value is None or value == only, name, f"{value!r} is not supported, only {only!r}")
-    kinds = set(config.get("layer_types") or ())
-    _require(kinds <= {"full_attention"}, "layer_types", f"{sorted(kinds)} is more than full_attention")
+        problem = f"{value!r} is not supported, only {' or '.join(map(repr, only)) or 'null'}"
+        _require(value is None or value in only, name, problem)
+    for name in _SWITCHES:
+        value = config.get(name)
+        _require(isinstance(value, bool | None), name, f"{value!r} is neither true nor false")
 
     def required(name: str) -> Any:
         _require(config.get(name) is not None, name, "missing from the config")
         return config[name]
 
-    scaling = None
-    rope_type = config.get("rope_type", config.get("type", "default"))
-    _require(rope_type in ("default", "llama3"), "rope_type", f"{rope_type!r} is not one of: default, llama3")
-    if rope_type == "llama3":
-        scaling = RopeScaling(
-            factor=required("factor"),
-            low_freq_factor=required("low_freq_factor"),
-            high_freq_factor=required("high_freq_factor"),
-            original_max_positions=required("original_max_position_embeddings"),
-        )
+    scaling = rope.from_hf(config)
     hidden_size, num_heads = required("hidden_size"), required("num_attention_heads")
     for name in ("hidden_size", "num_attention_heads"):
         _require(isinstance(config[name], int), name, f"{config[name]!r} is no integer")
-    return LlamaShape(
+    biased = bool(config.get("attention_bias"))
+    shape = LlamaShape(
         vocab_size=required("vocab_size"),
         hidden_size=hidden_size,
         num_layers=required("num_hidden_layers"),
@@ -342,8 +350,34 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
         rope_scaling=scaling,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         max_positions=config.get("max_position_embeddings", 2048),
-        tied=config.get("tie_word_embeddings", False),
+        tied=bool(config.get("tie_word_embeddings")),
         qk_norm=kind == "qwen3",
+        qkv_bias=biased or kind == "qwen2",
+        out_bias=biased and kind != "qwen2",
+        mlp_bias=bool(config.get("mlp_bias")),
+    )
+    _require_no_window(config, shape, always=kind in ("llama", "mistral"))
+    return shape
+
+
+def _require_no_window(config: dict[str, Any], shape: LlamaShape, *, always: bool) -> None:
+    """Raise `ValueError` if attention sees less than the whole context.
+
+    Args:
+        always: a window counts without `use_sliding_window`, which is Qwen's.
+    """
+    kinds = config.get("layer_types") or []
+    known = isinstance(kinds, list) and all(one in ("full_attention", "sliding_attention") for one in kinds)
+    _require(known, "layer_types", f"{kinds!r} is more than full_attention")
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window")
+    if "sliding_attention" not in kinds and not (always if used is None else used):
+        return
+    most = shape.max_positions
+    whole = window is None or (isinstance(window, int) and window >= most)
+    remedy = f"to use the model within its window set max_position_embeddings to it, which is now {most}"
+    _require(
+        whole, "sliding_window", f"{window!r} is not supported: attention here sees everything; {remedy}"
     )
 
 
@@ -351,18 +385,23 @@ def eos_ids(directory: Path) -> list[int]:
     """The tokens that end a text: generation_config.json of a Hugging Face directory, else config.json.
 
     Raises:
-        ValueError: one of them is no JSON.
+        ValueError: one of them is no JSON object, or says something else than token ids.
     """
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         if not file.is_file():
             continue
         try:
-            found = json.loads(file.read_text()).get("eos_token_id")
+            content = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        if found is not None:
-            return found if isinstance(found, list) else [found]
+        _require(isinstance(content, dict), str(file), "holds no JSON object")
+        found = content.get("eos_token_id")
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        usable = all(type(one) is int and one >= 0 for one in ids)
+        _require(usable, f"{file}: eos_token_id", f"{found!r} is neither a token id nor a list of them")
+        if ids:
+            return ids
     return []
 
 
@@ -374,12 +413,15 @@ def to_hf_config(
     LLaMA's, or with `qk_norm` Qwen3's. Says RoPE and dtype in the words of both transformers 4 and 5.
     `from_hf_config` reads it back.
     """
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if shape.rope_scaling is not None:
-        rope = {"rope_type": "llama3"} | dataclasses.asdict(shape.rope_scaling)
-        rope["original_max_position_embeddings"] = rope.pop("original_max_positions")
-    name = "Qwen3" if shape.qk_norm else "Llama"
-    only = {"use_sliding_window": False, "sliding_window": None} if shape.qk_norm else {"mlp_bias": False}
+    told = rope.to_hf(shape.rope_scaling)
+    biases = shape.qkv_bias, shape.out_bias
+    name = "Qwen3" if shape.qk_norm else "Qwen2" if biases == (True, False) else "Llama"
+    possible = biases != (False, True) and not (shape.mlp_bias and name != "Llama")
+    possible = possible and not (shape.qk_norm and biases == (True, False))
+    _require(possible, "out_bias", "transformers has no model with these biases")
+    only: dict[str, Any] = {"attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias}
+    if name != "Llama":
+        only = {"attention_bias": shape.out_bias, "use_sliding_window": False, "sliding_window": None}
     return {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": name.lower(),
@@ -394,13 +436,12 @@ def to_hf_config(
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied,
-        "attention_bias": False,
         **only,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "rope_parameters": rope | {"rope_theta": shape.rope_theta},
+        "rope_parameters": told | {"rope_theta": shape.rope_theta},
         "rope_theta": shape.rope_theta,
-        "rope_scaling": rope if shape.rope_scaling else None,
+        "rope_scaling": told if shape.rope_scaling else None,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "torch_dtype": dtype,

@@ -181,7 +181,8 @@ def state_bytes(config: TrainConfig, shape: LlamaShape) -> int:
     for (rows, cols), matrix in _matrix_rules(config, shape):
         numbers += rows * cols * matrix.state_numbers + matrix.num_lines(rows, cols)
         others -= rows * cols
-    return 4 * (numbers + others * (config.optim.matrix.state_numbers if by_norm else 2))
+    average = shape.num_parameters if config.optim.average_decay else 0
+    return 4 * (numbers + others * (config.optim.matrix.state_numbers if by_norm else 2) + average)
 
 
 def activation_bytes(shape: LlamaShape, tokens: int, form: Form, *, gradients: int = 0) -> tuple[int, int]:

@@ -269,7 +269,8 @@ def _calls(shape: LlamaShape) -> Iterator[int]:
             *("self_attn.o_proj", "post_attention_layernorm", "mlp", "mlp.gate_proj", "mlp.up_proj"),
             "mlp.down_proj",
         ):
-            yield sizes.get(f"model.layers.{layer}.{module}.weight", 0)
+            name = f"model.layers.{layer}.{module}"
+            yield sizes.get(f"{name}.weight", 0) + sizes.get(f"{name}.bias", 0)
     yield from (sizes["model.norm.weight"], sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"]))
 
 

@@ -72,6 +72,11 @@ class Context:
         dist.all_reduce(value)
         return value
 
+    def most(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest `value` of all ranks, entry by entry, in place."""
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def post(self, name: str, value: Any) -> None:
         """Leave `value`, JSON-ready, for rank 0, in place of what this rank left before under `name`.
 

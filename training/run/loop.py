@@ -149,7 +149,8 @@ class Trainer:
         self.engine, self.optimizer, self.members = build_deepspeed_engine(
             model, config, micro_batch=config.batch.micro_sequences, accumulation=plan.accumulation
         )
-        self.logits = LogitProbe(self.engine.module.model, when=lambda: self.optimizer.inspect)
+        decoder, clip = self.engine.module.model, config.optim.qk_clip
+        self.logits = LogitProbe(decoder, when=lambda: self.optimizer.inspect, clip=clip)
         self.validation = Validation(
             config,
             engine=self.engine,
@@ -201,6 +202,8 @@ class Trainer:
                 self.engine.backward(loss)
             mark("optimizer")
             with phase("optimizer"):
+                if micro_step == self.plan.accumulation - 1:
+                    self.optimizer.row_factors = self.logits.row_factors(self.context.most)
                 self.engine.step()  # steps the optimizer on the last micro-batch
             total += loss.detach()
         self.step += 1

@@ -234,8 +234,9 @@ def _tidy(config: TrainConfig) -> None:
     """Delete what a start left that was killed while it replaced a file or before it dropped a checkpoint."""
     keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
     with suppress(OSError):
-        for leftover in config.run_directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for folder in (config.run_directory, config.run_directory / TOKENIZER):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         prune(config.run_directory / "checkpoints", keep=keep, keep_every_steps=every)
 
 

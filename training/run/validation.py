@@ -51,6 +51,7 @@ class Validation:
 
         `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it. Those
         of a mixture are means by weight; the loss of each source stands beside them (`validation_loss_NAME`).
+        With `optim.average_decay` also `averaged_loss`, of the averaged weights on the same sequences.
         With `evaluation.frequency_deciles` also `validation_loss_decile_1` (the most frequent tokens) to 10.
         With `batch.document_masks` tokens see their own documents alone, as in training.
         """
@@ -62,6 +63,9 @@ class Validation:
                 losses |= self._by_source("tuning_loss", tuning, apart_from=evaluation.sequences)
             if self._deciles is not None:
                 losses |= self._by_decile(self._deciles)
+        if self._config.optim.average_decay:
+            with self._optimizer.at_weights(averaged=True):
+                losses |= self._by_source("averaged_loss", evaluation.sequences)
         return losses
 
     def _by_source(self, name: str, sequences: int, *, apart_from: int = 0) -> dict[str, float]:

@@ -44,6 +44,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: LlamaShape) -> 
     largest = max(shape.hidden_size, shape.ffn_size, shape.num_heads * shape.head_dim)
     if power_of_two(largest) > MOST_INNER:
         return f"rows of {largest} exceed the {MOST_INNER} that one program of a kernel holds"
+    if shape.qkv_bias or shape.out_bias or shape.mlp_bias:
+        return "the model has biases"
     return attention.unsupported(device, dtype, shape.head_dim)
 
 

@@ -70,6 +70,7 @@ class ZeroCase:
         sub_group: elements of one of stage 3's sub-groups, each a call of `step`; 0 is DeepSpeed's default.
         matrix: more keys of optim.matrix.
         by_name: optim.by_name.
+        after: after each step rows of `square` are scaled, and an average of the weights is kept.
     """
 
     stage: int
@@ -85,6 +86,7 @@ class ZeroCase:
     noise: str = "none"
     matrix: tuple[str, ...] = ()
     by_name: tuple[str, ...] = ()
+    after: bool = False
 
     def __str__(self) -> str:
         fields = [f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
@@ -96,6 +98,10 @@ class ZeroCase:
     def members(self) -> list[Member]:
         splits = attention_splits(**HEADS, head_dim=4, per_head=self.per_head)
         return assign(self.config().optim, Network().named_parameters(), splits=splits)
+
+    @property
+    def row_factors(self) -> dict[str, Tensor]:
+        return {"square.weight": torch.linspace(0.5, 1, 12)} if self.after else {}
 
     @property
     def num_matrices(self) -> int:
@@ -118,6 +124,7 @@ def configuration(case: ZeroCase) -> TrainConfig:
         "optim.vector.weight_decay": 0.05,
         "optim.noise.inject": case.noise,
         "optim.noise.scale": 0.1,
+        "optim.average_decay": 0.6 * case.after,
         "model.hidden_size": 12,
         **{f"model.{name}": number for name, number in HEADS.items()},
     }
@@ -156,6 +163,9 @@ CASES = [
     *(ZeroCase(stage, rule="normuon", matrix=("ahead=transport",)) for stage in (2, 3)),
     *(ZeroCase(stage, by_name=BY_NAME) for stage in (0, 1, 3)),
     ZeroCase(3, rule="mars", by_name=("*qkv*: rule=adamw",), precision="bf16"),
+    *(ZeroCase(*stage, after=True) for stage in STAGES),
+    ZeroCase(3, precision="bf16", matrix=("ahead=transport",), after=True),
+    ZeroCase(1, offload=True, after=True),
     ZeroCase(2, rule="scion", by_name=("square*: rule=transported_scion lr=0.01",)),
     *(ZeroCase(*stage, clip=0.05, rule="transported_scion") for stage in STAGES[1:]),
     *(ZeroCase(*stage, precision="bf16", rule="transported_scion") for stage in STAGES),
@@ -212,7 +222,7 @@ def build(case: ZeroCase, **zero_keys: Any):
 def run_case(context: Context, case: ZeroCase, *, num_steps: int = NUM_STEPS, **zero_keys: Any) -> dict:
     """This rank's shards, gradient norms and counts after `num_steps` steps under DeepSpeed."""
     engine, optimizer, _ = build(case, **zero_keys)
-    optimizer.inspect = True
+    optimizer.inspect, optimizer.row_factors = True, case.row_factors
     keys = sorted(name for _, _, tensors in optimizer.shards() for name in tensors)
     tokens, targets = batches(case, context.world_size)
     norms = []
@@ -228,8 +238,9 @@ def run_case(context: Context, case: ZeroCase, *, num_steps: int = NUM_STEPS, **
             return engine(tokens[0, 0, 0], targets[0, 0, 0]).item()
 
     losses = [loss_now()]
-    with optimizer.at_weights():
-        losses.append(loss_now())
+    for averaged in (False, True)[: 1 + case.after]:
+        with optimizer.at_weights(averaged=averaged):
+            losses.append(loss_now())
     losses.append(loss_now())
     whole = engine.module.named_parameters() if case.stage < 3 else ()
     return {
@@ -264,7 +275,7 @@ class Expected:
     tensors: dict[str, dict[str, Tensor]]
     norms: list[float]
     update_rms: float = 0.0  # of the last step, over all matrices
-    losses: list[float] = field(default_factory=list)  # at the end: at the last point, and at the weights
+    losses: list[float] = field(default_factory=list)  # at the end: at the last point, weights, averages
 
 
 @functools.cache
@@ -314,14 +325,29 @@ def oracle(case: ZeroCase, world_size: int, num_steps: int = NUM_STEPS) -> Expec
             if member.kind == "matrix" or rule.whole:
                 moved = (before * (1 - lr * rule.weight_decay) - masters[name]) / lr
                 mean_squares += [block.square().mean() for block in moved.split(rows)]
+            if case.after:
+                points = after_step(case, name, found.tensors[name], points, step=step + 1)
             with torch.no_grad():
                 parameter.copy_((torch.cat(points) if rows else points[0]).view_as(parameter))
             if rule.looks_ahead:
                 found.tensors[name]["point"] = parameter.detach().clone()
         found.update_rms = torch.stack(mean_squares).mean().sqrt().item()
-    for shown in ({}, masters):
+    averages = {name: tensors["average"] for name, tensors in found.tensors.items()} if case.after else None
+    for shown in ({}, masters, averages)[: 2 + case.after]:
         found.losses.append(loss_at(model, shown, tokens[0, 0, 0], targets[0, 0, 0]))
     return found
+
+
+def after_step(
+    case: ZeroCase, name: str, own: dict[str, Tensor], points: list[Tensor], *, step: int
+) -> list[Tensor]:
+    """Scaled rows, and the average. Points that are the weights are views of them."""
+    if name in case.row_factors:
+        factors = case.row_factors[name][:, None]
+        own["master"] *= factors
+        points = [point * factors for point in points] if case.config().optim.looks_ahead else points
+    own.setdefault("average", torch.zeros_like(own["master"])).lerp_(own["master"], max(0.4, 1 / step))
+    return points
 
 
 def mean_gradients(

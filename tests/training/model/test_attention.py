@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.data.dataset import document_starts
-from training.model.attention import LogitProbe, kernel, largest_logit, varlen_unsupported
+from training.model.attention import LogitProbe, kernel, largest_logits, varlen_unsupported
 from training.model.llama import Llama, compile_layers, initialize
 from training.model.shapes import resolve
 
@@ -30,7 +30,7 @@ def test_the_largest_logit_is_that_of_a_query_and_a_key_that_it_sees(kv_heads):
     generator = torch.Generator().manual_seed(kv_heads)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, kv_heads))
     q[0, 0, 1], k[0, 0, 3] = 100.0, 100.0  # the largest of all, but in the future of that query
-    assert largest_logit(q, k).item() == pytest.approx(by_hand(q, k), rel=1e-6)
+    assert largest_logits(q, k).amax().item() == pytest.approx(by_hand(q, k), rel=1e-6)
 
 
 def small(*, checkpointing: bool) -> Llama:
@@ -172,3 +172,35 @@ def test_the_kernel_is_named_and_with_documents_why_it_has_a_mask():
     assert found == "flash_attention with a mask: cpu is no CUDA device"
     with sdpa_kernel(SDPBackend.MATH):
         assert kernel(resolve("llama-5m"), documents=False, **options) == "math"
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_clipped_query_and_key_rows_bring_the_largest_logit_down_to_the_clip(kv_heads):
+    """Of the passes since the last call, over the ranks; heads below the clip, and their gradients, stay."""
+    sizes = {"hidden_size": 32, "ffn_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": kv_heads}
+    model = Llama(resolve("llama-5m", vocab_size=64, tied=False, **sizes))
+    initialize(model, seed=1)
+    first, second = torch.randint(64, (2, 1, 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[:8].mul_(300)  # head 0
+    probe = LogitProbe(model.model, when=lambda: False, clip=2.0)
+    model(first), model(second)
+    heads = torch.ones(4)
+    heads[: 4 // kv_heads] = 0  # share the key of head 0
+    factors = probe.row_factors(lambda tops: tops)
+    changed = (
+        factors.pop("model.layers.1.self_attn.q_proj.weight"),
+        factors.pop("model.layers.1.self_attn.k_proj.weight"),
+    )
+    assert all((each == 1).all() for each in factors.values()) and len(factors) == 2
+    assert torch.equal(changed[0].view(4, 8)[:, 0] == 1, heads.bool())
+    assert probe.row_factors(lambda tops: tops) == {}  # nothing was seen since
+    with torch.no_grad():
+        for name, factor in zip("qk", changed, strict=True):
+            getattr(model.model.layers[1].self_attn, f"{name}_proj").weight.mul_(factor[:, None])
+    probe = LogitProbe(model.model, when=lambda: False, clip=2.0)
+    model(first), model(second)
+    tops = torch.stack([probe._largest[layer] for layer in range(2)])
+    assert tops.amax().item() == pytest.approx(2.0, rel=1e-4) and tops.amax().item() == tops[1, 0].item()
+    assert probe.row_factors(lambda tops: tops + 100) != {}
+    assert probe.read(lambda tops: [tops])["attention_heads_clipped"] == 8

@@ -1,33 +1,36 @@
-"""Our LLaMA against transformers', with QK-norm against its Qwen3, and against itself in other paths."""
+"""Our LLaMA against transformers', Qwen3 (QK-norm), Qwen2 (biases) and Mistral, and itself in other paths."""
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from training.model import rope
 from training.model.attention import LogitProbe
 from training.model.hf import save_hf
 from training.model.llama import Llama, compile_layers, generate, initialize, load_hf, rotary
 from training.model.loss import IGNORED_TARGET
-from training.model.shapes import LlamaShape, RopeScaling
+from training.model.rope import LinearScaling, RopeScaling, YarnScaling
+from training.model.shapes import LlamaShape
 
 TINY = LlamaShape(
     vocab_size=320,
@@ -48,6 +51,10 @@ VARIANTS = {
     "llama3": {"rope_scaling": LLAMA_3, "rope_theta": 5e5},
     "head_dim": {"head_dim": 24},
     "qk_norm": {"qk_norm": True, "head_dim": 24, "tied": True},
+    "linear": {"rope_scaling": LinearScaling(2.0)},
+    "yarn": {"rope_scaling": YarnScaling(4.0, 64, 32, 1, 1.1386294361119891, True), "rope_theta": 5e5},
+    "qwen2": {"qkv_bias": True},
+    "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
 
 
@@ -66,19 +73,6 @@ def tokens(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, TINY.vocab_size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["the river at Asunción runs slowly, the river runs"] * 3, trainer)
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(file))
-    return file
-
-
 def export(model: Llama, directory: Path, tokenizer_file: Path, **changes: object) -> Path:
     arguments = {
         "shape": model.shape,
@@ -92,16 +86,13 @@ def export(model: Llama, directory: Path, tokenizer_file: Path, **changes: objec
 
 
 def theirs(shape: LlamaShape) -> PreTrainedModel:
-    rope: dict = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if (scaling := shape.rope_scaling) is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    told = rope.to_hf(shape.rope_scaling) | {"rope_theta": shape.rope_theta}
+    kinds: tuple = (LlamaConfig, LlamaForCausalLM)
+    biases = {"attention_bias": shape.out_bias, "mlp_bias": shape.mlp_bias}
+    if shape.qk_norm:
+        kinds = Qwen3Config, Qwen3ForCausalLM
+    elif shape.qkv_bias and not shape.out_bias:
+        kinds, biases = (Qwen2Config, Qwen2ForCausalLM), {}
     config = kinds[0](
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -113,7 +104,8 @@ def theirs(shape: LlamaShape) -> PreTrainedModel:
         rms_norm_eps=shape.norm_eps,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tied,
-        rope_parameters=rope,
+        rope_parameters=told,
+        **biases,
         initializer_range=0.2,  # logits and attention far from uniform, so that a wrong angle shows
     )
     torch.manual_seed(0)
@@ -122,9 +114,9 @@ def theirs(shape: LlamaShape) -> PreTrainedModel:
 
 @torch.no_grad()
 def with_gains(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, with the gains of QK-norm, if it has it, drawn from [0.5, 1.5]."""
+    """The model, with the gains of QK-norm and the biases, if it has them, drawn from [0.5, 1.5]."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
+        if name.endswith(("q_norm.weight", "k_norm.weight", ".bias")):
             parameter.uniform_(0.5, 1.5)
     return model
 
@@ -156,6 +148,28 @@ def test_transformers_loads_what_we_save(tmp_path: Path, tokenizer_file: Path, c
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert other.dtype == torch.float32 and other.config.eos_token_id == 0
     assert_same_logits(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 512}),  # as long as the context
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    ],
+    ids=["mistral", "wide window", "qwen2", "dynamic"],
+)
+def test_what_is_llama_in_all_but_its_name_loads(tmp_path: Path, kind: str, changes: dict) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=TINY.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512, initializer_range=0.2,
+        pad_token_id=None, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    other = with_gains(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    other.save_pretrained(tmp_path)
+    assert_same_logits(load_hf(tmp_path, dtype=torch.float32), other)
 
 
 def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
@@ -210,80 +224,6 @@ def test_a_bad_export_leaves_nothing(tmp_path: Path, tokenizer_file: Path) -> No
         with pytest.raises(ValueError, match=message):
             export(tiny(), tmp_path / "export", tokenizer_file, **changes)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_load_errors_name_tensor_and_file(tmp_path: Path, tokenizer_file: Path) -> None:
-    directory = export(tiny(), tmp_path / "export", tokenizer_file)
-    file = directory / "model.safetensors"
-    weights = load_file(file)
-    norm = "model.layers.1.input_layernorm.weight"
-    bad = {
-        f"tensor {norm} is missing": {name: tensor for name, tensor in weights.items() if name != norm},
-        "model.safetensors: tensor model.bias is unexpected": weights | {"model.bias": torch.ones(3)},
-        rf"model.safetensors: tensor {norm} has shape \(3,\), .* \(64,\)": weights | {norm: torch.ones(3)},
-    }
-    for message, tensors in bad.items():
-        save_file(tensors, file)
-        with pytest.raises(ValueError, match=message):
-            load_hf(directory, dtype=torch.float32)
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
-        load_hf(directory, dtype=torch.float32)
-    file.unlink()
-    with pytest.raises(ValueError, match="is it safetensors"):
-        load_hf(directory, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"no such config\.json"):
-        load_hf(tmp_path, dtype=torch.float32)
-
-
-def test_a_checkpoint_is_read_within_its_directory_or_the_hubs_blobs(
-    tmp_path: Path, tokenizer_file: Path
-) -> None:
-    secret = export(tiny(seed=1), tmp_path / "secret", tokenizer_file) / "model.safetensors"
-    snapshot = export(tiny(seed=2), tmp_path / "hub/models--a--b/snapshots/0123", tokenizer_file)
-    blobs = tmp_path / "hub/models--a--b/blobs"
-    blobs.mkdir()
-    for file in list(snapshot.iterdir()):  # as the hub's cache is laid out
-        file.rename(blobs / file.name)
-        file.symlink_to(f"../../blobs/{file.name}")
-    names = list(tiny().shape.parameters())
-    index = snapshot / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
-    loaded, expected = load_hf(snapshot, dtype=torch.float32), tiny(seed=2)
-    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
-    for name in (str(secret), "../../../../secret/model.safetensors"):
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
-        with pytest.raises(ValueError, match=r"leads out of .*0123, to .*secret"):
-            load_hf(snapshot, dtype=torch.float32)
-    for content in ("[]", "{}", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": ["a"]}'):
-        index.write_text(content)
-        with pytest.raises(ValueError, match=r"index\.json: has no weight_map"):
-            load_hf(snapshot, dtype=torch.float32)
-    index.unlink()
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        file = snapshot / name
-        file.unlink()
-        file.symlink_to(secret.with_name(name))
-        with pytest.raises(ValueError, match=rf"{name}: leads out of"):
-            load_hf(snapshot, dtype=torch.float32)
-        file.unlink()
-        file.symlink_to(f"../../blobs/{name}")
-
-
-def test_old_rope_buffers_are_ignored_and_a_tied_head_must_be_tied(
-    tmp_path: Path, tokenizer_file: Path
-) -> None:
-    directory = export(tiny(tied=True), tmp_path / "export", tokenizer_file)
-    weights = load_file(directory / "model.safetensors")
-    assert "lm_head.weight" not in weights
-    embedding = weights["model.embed_tokens.weight"]
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    save_file(weights | {"lm_head.weight": embedding.clone()}, directory / "model.safetensors")
-    loaded = load_hf(directory, dtype=torch.float32)
-    assert torch.equal(loaded.lm_head.weight, embedding)
-    save_file(weights | {"lm_head.weight": embedding + 1}, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
-        load_hf(directory, dtype=torch.float32)
 
 
 def test_initial_weights_are_a_function_of_seed_and_name() -> None:

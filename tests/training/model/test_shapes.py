@@ -1,12 +1,15 @@
 import json
+import math
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from training.model import shapes
-from training.model.shapes import SHAPES, LlamaShape, RopeScaling, from_hf_config, resolve, to_hf_config
+from training.model.rope import LinearScaling, RopeScaling, YarnScaling, from_fields
+from training.model.shapes import SHAPES, LlamaShape, from_hf_config, resolve, to_hf_config
 
 TINY = LlamaShape(
     vocab_size=11, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_size=10
@@ -137,16 +140,25 @@ def test_a_public_qwen3_config_of_transformers_4() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type: 'qwen2' is not supported, only 'llama' and 'qwen3'"),
-        ({"model_type": "olmo2"}, "model_type: 'olmo2'"),
-        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window: True"),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types: .*sliding_attention"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "olmo2"}, "model_type: 'olmo2' is not one of: 'llama', 'mistral', 'qwen2', 'qwen3'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window: 4096 is"),
+        ({"sliding_window": 8}, "sliding_window: 8 is not supported: .* now 2048"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}, "sliding_window: 8"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "sliding_window: 8"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types: .*chunked_attention"),
+        ({"attention_bias": "no"}, "attention_bias: 'no' is neither true nor false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"logits_scaling": 8.0}, "logits_scaling: 8.0 is not supported, only 1.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 is not supported, only null"),
+        ({"num_local_experts": 8}, "num_local_experts"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_type: 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor: '4' is not a usable number"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "factor: missing"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_size": None}, "hidden_size: missing"),
@@ -155,6 +167,33 @@ def test_a_public_qwen3_config_of_transformers_4() -> None:
 def test_other_models_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf_config(to_hf_config(TINY, dtype="float32") | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}, {"mlp_bias": True},
+        {"qk_norm": True, "qkv_bias": True, "out_bias": True}, {"rope_scaling": LinearScaling(2.0)},
+        {"rope_scaling": YarnScaling(4.0, 64, 32, 1, 1.2, False)},
+    ],
+)  # fmt: skip
+def test_biases_and_scalings_survive_a_config_and_its_fields(changes: dict) -> None:
+    shape = replace(TINY, **changes)
+    assert from_hf_config(json.loads(json.dumps(to_hf_config(shape, dtype="float32")))) == shape
+    fields = json.loads(json.dumps(asdict(shape)))
+    assert LlamaShape(**fields | {"rope_scaling": from_fields(fields["rope_scaling"])}) == shape
+    count = sum(math.prod(size) for name, size in shape.parameters().items() if name.endswith(".bias"))
+    assert (count > 0) == bool({"qkv_bias", "out_bias", "mlp_bias"} & set(changes))
+
+
+def test_biases_that_no_model_of_transformers_has_are_refused() -> None:
+    for changes in (
+        {"out_bias": True},
+        {"qkv_bias": True, "mlp_bias": True},
+        {"qk_norm": True, "mlp_bias": True},
+    ):
+        with pytest.raises(ValueError, match="transformers has no model with these biases"):
+            to_hf_config(replace(TINY, **changes), dtype="float32")
 
 
 def test_overrides_keep_none_and_carry_dependants_along() -> None:
@@ -199,6 +238,13 @@ def test_the_tokens_that_end_a_text_stand_in_one_of_two_files(tmp_path: Path) ->
 
 
 def test_a_damaged_file_of_them_is_named(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"generation_config\.json: "):
-        shapes.eos_ids(tmp_path)
+    for text in (
+        "{",
+        "[]",
+        '{"eos_token_id": "</s>"}',
+        '{"eos_token_id": [1, true]}',
+        '{"eos_token_id": -1}',
+    ):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config\.json: "):
+            shapes.eos_ids(tmp_path)

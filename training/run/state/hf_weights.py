@@ -38,9 +38,10 @@ class HuggingFaceWeights:
         """As `Checkpoint.read`: 1-D, fp32. What is no weight is the optimizer's state, which starts at 0."""
         import torch
 
+        from optim.step.after import AVERAGE
         from optim.step.saved import MASTER, POINT
 
-        if name in (MASTER, POINT):
+        if name in (MASTER, POINT, AVERAGE):
             return self._tensors[parameter].flatten()[start:stop].float()
         return torch.zeros(stop - start)
 

@@ -15,6 +15,7 @@ from cluster.measure.benchmark import prepare_output, publish
 from training.study.synthetic.config import RowNormsConfig
 from training.study.synthetic.published import compared
 from training.study.synthetic.row_norms import run_row_norms
+from training.study.synthetic.transport import describe, plot, run_transport
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,10 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             show(layered.to_yaml(config))
             return
-        output = prepare_output(Path(config.output) if config.output else None, "row_norms")
-        result = run_row_norms(config, report=lambda line: print(line, file=sys.stderr))
+        what = "transport" if config.transport else "row_norms"
+        output = prepare_output(Path(config.output) if config.output else None, what)
+        run, text = (run_transport, describe) if config.transport else (run_row_norms, compared)
+        result = run(config, report=lambda line: print(line, file=sys.stderr))
         result |= {"cpu": describe_host()["cpu"]}
-        show(compared(result))
+        show(text(result))
+        if config.transport:
+            print(f"figure: {plot(result, output.with_suffix('.png'))}")
         publish(
             result,
             output,

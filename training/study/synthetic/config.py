@@ -59,10 +59,12 @@ class RowNormsConfig:
     sizes: tuple[int, ...] = key((8, 32, 128, 512, 2048), "m: rows of the matrix, at least its 8 columns")
     tuning_seeds: int = key(50, "problems on which the constants are chosen", least=1)
     seeds: int = key(100, "other problems, of which the cells are made", least=2)
+    transport: bool = key(False, "instead of the tables: transport with and without equal rows, under noise")
+    transport_steps: int = key(1000, "gradients of each of its runs, a multiple of 50", least=50)
     exhaustive: bool = key(False, "run every point of the grids on every tuning seed")
     threads: int | None = key(None, "threads; by default one on each CPU of this process", least=1)
     seed: int = key(0, "seed of all problems")
-    output: str | None = key(None, "result, as JSON; default: tests/baselines/<hardware>_row_norms.json")
+    output: str | None = key(None, "result, as JSON; default: a file of tests/baselines named for the CPU")
     wandb: str = key("auto", "W&B mode", choices=WANDB_MODES)
 
     def __post_init__(self) -> None:

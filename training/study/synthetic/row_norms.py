@@ -113,22 +113,44 @@ def reductions(form: str, point: Point, table: Table, goals: "Tensor") -> list[f
     """
     import torch
 
-    from optim.rules import new_state
-
-    rule = make_rule(form, point)
-    goals = goals.mT.contiguous().mT  # rows side by side in memory: sums over the short side are fast
-    weights, gradient = torch.zeros_like(goals), -goals
-    state = new_state(rule, weights)
-    lines = {name: goals.new_zeros(goals.shape[:2]) for name in rule.line_state_names}
-    scale = rule.scale(*goals.shape[-2:])
+    moved = Moving(make_rule(form, point), goals)
+    goals = moved.weights + goals  # in the memory layout of the weights
+    gradient = -goals
     first = least = torch.linalg.vector_norm(goals, dim=(-2, -1))  # F is half the square of this distance
     for step in range(table.num_steps):
-        update = rule.direction(gradient, state, step=step + 1)
-        update = rule.transform(update, norms=first, lines=lines)  # exact polar factors need no norms
-        rule.apply(weights, update, lr=table.factor(step) / scale, scale=scale, step=step + 1, state=state)
-        gradient = weights - goals
+        moved.step(gradient, lr=table.factor(step))
+        gradient = moved.weights - goals
         least = torch.minimum(least, torch.linalg.vector_norm(gradient, dim=(-2, -1)))
     return (2 * (first / least).double().log10()).tolist()
+
+
+class Moving:
+    """Weights [B, m, COLS], from 0, that one rule moves: `optim.rules.step` for a batch of matrices.
+
+    Rows lie side by side in memory, so that sums over the short side are fast.
+    """
+
+    def __init__(self, rule: "Rule", like: "Tensor") -> None:
+        import torch
+
+        from optim.rules import new_state
+
+        self.weights = torch.zeros_like(like.mT.contiguous()).mT
+        self._rule, self._steps = rule, 0
+        self._state = new_state(rule, self.weights)
+        self._lines = {name: like.new_zeros(like.shape[:2]) for name in rule.line_state_names}
+        self._norms = like.new_ones(len(like))  # exact polar factors need none
+        self._scale = rule.scale(*like.shape[-2:])
+
+    def step(self, gradient: "Tensor", *, lr: float) -> "Tensor":
+        """One step of Frobenius length lr·√COLS. Returns the points of the next gradients."""
+        self._steps += 1
+        update = self._rule.direction(gradient, self._state, step=self._steps)
+        update = self._rule.transform(update, norms=self._norms, lines=self._lines)
+        point = self._rule.apply(
+            self.weights, update, lr=lr / self._scale, scale=self._scale, step=self._steps, state=self._state
+        )
+        return self.weights if point is None else point
 
 
 @dataclass(frozen=True)
