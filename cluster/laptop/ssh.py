@@ -21,7 +21,9 @@ from cluster.head.shell import BEGIN, PLAIN, after_greeting, in_url, login_comma
 from cluster.laptop.keys import Inventory
 
 CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only lengthen the gaps
-ALIVE_SECONDS, ALIVE_COUNT = 3, 3  # a dead link is noticed after 9 s
+# A dead link is noticed after 6 s (ssh waits for one interval more than it counts). TCP alone sends again
+# after 0.4, 1.3, 3, 7 and 14 s: it would find a link that is back after 7 s only 7 s later.
+ALIVE_SECONDS, ALIVE_COUNT = 2, 2
 PERSIST_SECONDS = 900  # for which the connection outlives the last command
 RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
 LINK_CODES = (10, 12, 30, 35, 255)  # exit codes of rsync for a connection that broke
@@ -32,6 +34,8 @@ CONFIGURATION = re.compile(
     r"Bad owner or permissions on .*|Bad configuration option.*|terminating, \d+ bad configuration options|"
     r"[^\n]*line \d+: [^\n]*",
 )
+# lines of ssh that do not say why: of a first contact, and of a connection through the head that ended
+NO_REASON = ("Permanently added", "UNKNOWN port 65535")
 TRANSPORT = 255  # ssh's own exit code, for all that is not the remote command's
 
 
@@ -182,7 +186,8 @@ class Ssh:
             )
         if refusal := CONFIGURATION.search(said):
             return NodeError(f"{node}: ssh here refuses its configuration: {refusal[0]}; see ~/.ssh/config")
-        return LinkError(f"{node}: {said.splitlines()[-1] if said else 'the connection broke'}")
+        lines = [line for line in said.splitlines() if not any(mark in line for mark in NO_REASON)]
+        return LinkError(f"{node}: {lines[-1] if lines else 'the connection broke'}")
 
 
 def _has_passphrase(key: Path) -> bool:
