@@ -8,7 +8,7 @@ from cluster.config import ConfigError
 from cluster.measure.intervals import Interval
 from tests.training.study.made_up import REPORTED, TUNED, load, study_of
 from training.study.comparisons import comparisons, interval_text, verdict
-from training.study.plan import StudyPlan
+from training.study.plan import StudyPlan, describe_plan
 
 GRID = {
     "keys": ["optim.matrix.rule=transported_scion"],
@@ -23,6 +23,7 @@ def test_every_row_with_every_column_of_a_grid_is_a_rule(tmp_path):
     plan = StudyPlan(load(tmp_path, grids={"moved": GRID}))
     assert list(plan.config.rules)[3:] == [f"moved.m0.{m}.{c}" for m in (5, 9) for c in ("cap1", "free")]
     plan.check()
+    assert "; 2 x 2 variants of moved [0.01, 0.02, 0.04] x 1\n" in str(describe_plan(plan, {}, parallel=1))
     [run, *_] = plan.tuning_of(noise="none", width="w64", rule="moved.m0.9.cap1")
     optim = plan.configs.of(run).optim
     assert (optim.matrix.momentum, optim.matrix.ramp_steps, optim.scion.transport_cap) == (0.9, 3, 1)
