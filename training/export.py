@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = runs.directory_of(options.run)
         from training.run.export import export  # torch, which a wrong name need not wait for
 
-        print(export(run, output=options.output, step=options.step, dtype=options.dtype).describe())
+        chosen = {name: getattr(options, name) for name in ("output", "step", "dtype", "averaged")}
+        print(export(run, **chosen).describe())
 
     return cli.run(body)
 
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="bfloat16 (default): the master weights rounded, which is exactly what bf16 training computed "
         "with; float32: the master weights themselves",
+    )
+    parser.add_argument(
+        "--averaged", action="store_true", help="the averaged weights, of a run with optim.average_decay"
     )
     return parser
 

@@ -37,17 +37,24 @@ BUSY = ("installing", "copying", "starting")  # states that may last
 ALIVE_POLL_SECONDS = 2.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 3.0, 30.0
 NUM_MISSES = 3  # polls in which a node, or Ray itself, must be missing before anything is done
+WRITE_SECONDS = 0.2  # between two writes of the states
+NUM_AT_ONCE = 32  # workers that are set up at a time: more would only share the head's network and CPUs
 JOIN_SECONDS = 30.0  # from a start that succeeded until Ray must list the node
 
 
 class States:
-    """What the keeper knows of each node. Written to `SCRATCH/keeper.json` at every change."""
+    """What the keeper knows of each node. Written to `SCRATCH/keeper.json` soon after a change.
+
+    Many nodes change at once: a file for each change would be the square of their number in bytes.
+    """
 
     def __init__(self, site: dict[str, Any]) -> None:
         self._file = Path(site["scratch"]) / "keeper.json"
         self._generation = site["generation"]
         self._lock = threading.Lock()
         self._nodes: dict[str, dict[str, Any]] = {}
+        self._changed = threading.Event()
+        threading.Thread(target=self._keep_written, daemon=True).start()
 
     def set(self, address: str, state: str, detail: str) -> None:
         """Note the state of a node."""
@@ -57,11 +64,19 @@ class States:
                 return
             self._nodes[address] = {"state": state, "detail": detail, "since": time.time()}
             print(time.strftime("%F %T"), address, state, detail, flush=True)
-            report = {"generation": self._generation, "pid": os.getpid(), "nodes": self._nodes}
+        self._changed.set()
+
+    def _keep_written(self) -> NoReturn:
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            with self._lock:
+                report = {"generation": self._generation, "pid": os.getpid(), "nodes": dict(self._nodes)}
             try:
                 files.write_json(self._file, report)
             except OSError as error:  # a full disk must not end the keeper
                 print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
+            time.sleep(WRITE_SECONDS)
 
 
 class Keeper:
@@ -77,6 +92,7 @@ class Keeper:
             None  # node -> its resources, as Ray lists it; None: it is not up
         )
         self._env = ""  # hash of the environment
+        self._at_once = threading.Semaphore(NUM_AT_ONCE)
         for address in (site["head"], *site["workers"]):
             self._set(address, "waiting", "for the head" if address != site["head"] else "")
 
@@ -235,7 +251,8 @@ class Keeper:
             self._set(worker, "waiting", "for its host key, which `make up` brings from the laptop")
             time.sleep(0.5)
             return
-        install(site, self._workers, worker, env, note=partial(self._set, worker))
+        with self._at_once:
+            install(site, self._workers, worker, env, note=partial(self._set, worker))
         self._workers.ssh(worker, f"{site['token']} -", given=private.read_token())
         self._set(worker, "starting", "Ray")
         first = f"{site['setup']} >&2 && {site['reap']} > /dev/null || exit 1\n"

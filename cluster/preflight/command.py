@@ -63,9 +63,10 @@ def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[st
         drained: GPUs that are held, and so not measured.
 
     Returns:
-        nodes: name -> facts (`inspection.Inspector`), ceilings, clock_skew_seconds, links within the node
-        or None; links: between all nodes, or None; pairs: "name name" -> links between neighbours of
-        the ring, where there are three nodes or more. Links are `probe.MeasuredLinks`, or a `problem`.
+        nodes: name -> facts (`inspection.Inspector`), accelerator (Ray's name), ceilings, clock_skew_seconds,
+        links within the node or None; links: between all nodes, or None; pairs: "name name" -> links between
+        neighbours of the ring, where there are three nodes or more. Links are `probe.MeasuredLinks`, or a
+        `problem`.
 
     Raises:
         RunError: a node did not answer; the message names it.
@@ -79,10 +80,20 @@ def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[st
         node["NodeID"]: int(node["Resources"].get("GPU", 0)) - held[node["NodeManagerHostname"]]
         for node in alive
     }
+    kinds = {node["NodeName"]: _kind(node["Resources"]) for node in alive}
     ring = list(addresses)
     neighbours = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if len(ring) > 2 else []
     with Progress(3 + len(ring) + 1 + len(neighbours), unit="check") as progress:
-        return _examine(config, addresses, num_gpus, neighbours, progress)
+        found = _examine(config, addresses, num_gpus, neighbours, progress)
+    for name, facts in found["nodes"].items():
+        facts["accelerator"] = kinds[name]
+    return found
+
+
+def _kind(resources: dict[str, float]) -> str | None:
+    """Ray's name of a node's GPUs."""
+    kinds = (name.removeprefix("accelerator_type:") for name in resources)
+    return next((kind for kind, name in zip(kinds, resources, strict=True) if kind != name), None)
 
 
 def _examine(

@@ -9,6 +9,7 @@ import pytest
 
 from tests.commands import ROOT
 from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, STORAGE, Lab, missing
+from tests.lab.soak import soak
 from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = [
@@ -49,20 +50,12 @@ def follow(lab, name, **changes):
     return run
 
 
-def test_an_outage_of_a_minute_costs_no_line(cluster):
+def test_outages_up_to_a_minute_cost_no_byte(cluster):
+    """Both ways, one way, and bursts of loss. `tests.lab.soak` has a hundred, and says how soon they end."""
     cluster.link(**cluster.slow)
-    run = follow(cluster, "minute")
-    cluster.link(down=True)
-    run.until("link lost", seconds=30)
-    time.sleep(60)
-    cluster.link(**cluster.slow)
-    assert run.until("link is back", seconds=30) < 7  # 5 s is the aim
-    seen = len(run.out)
-    time.sleep(5)
-    assert len(run.out) > seen
-    cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE)
-    assert run.wait(seconds=60) == 1
-    assert run.out.encode() == cluster.log_on_head("minute-1") == cluster.log_on_laptop("minute-1")
+    found = soak(cluster, outages=6)
+    assert [row["kind"] for row in found["rows"]].count("both ways") == 3
+    assert found["same"] and found["num_bytes"] > 100_000
 
 
 def test_ctrl_c_detaches_and_the_run_goes_on(cluster):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -362,6 +363,29 @@ def test_a_rule_that_looks_ahead_needs_a_copy_of_the_weights(rule):
     nowhere = {"transported_scion": "optim.scion.transport=0", "ema_nesterov": "optim.matrix.lookahead=0"}
     for allowed in (["zero.stage=1"], ["precision=bf16"], [nowhere[rule]]):
         assert make_plan(load(dotlist=[*keys, *allowed])).num_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        (("*.mlb.*: lr=1",), "'*.mlb.*' matches no hidden matrix; there are model.layers.*.mlp.down_proj"),
+        (("lm_head*: lr=1",), "'lm_head*' matches no hidden matrix"),
+        (("*.mlp.*: lr=1", "*.up_proj.*: lr=2"), "'*.mlp.*' and '*.up_proj.*' match model.layers.0.mlp.up_"),
+        (("*: rule=normuon lines=row_column",), "'*': optim.matrix.lines: row_column is not for normuon"),
+        (("*: lr=1", "*: lr=2"), "'*' stands there twice"),
+    ],
+)
+def test_patterns_of_names_that_cannot_be_meant_are_refused_by_key_and_pattern(entries, problem):
+    with pytest.raises(ConfigError, match=f"^optim\\.by_name: {re.escape(problem)}"):
+        make_plan(load(dotlist=[f"optim.by_name={list(entries)}"]))
+
+
+def test_a_pattern_changes_its_keys_and_leaves_the_others():
+    optim = load(dotlist=["optim.matrix.momentum=0.8", "optim.by_name=['*.mlp.*: rule=normuon lr=1']"]).optim
+    changed = optim.matrices["*.mlp.*"]
+    assert (changed.rule, changed.lr, changed.momentum) == ("normuon", 1.0, 0.8)
+    found = optim.pattern_of(["a.mlp.up.weight", "a.self_attn.q_proj.weight"])
+    assert found == {"a.mlp.up.weight": "*.mlp.*", "a.self_attn.q_proj.weight": ""}
 
 
 def limited(schema: type, prefix: str = "") -> Iterator[str]:

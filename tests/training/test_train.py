@@ -192,6 +192,9 @@ def test_a_killed_run_that_looks_ahead_under_noise_resumes_bit_for_bit_and_expor
     master, point = (saved.read(name, key, 0, exported[name].numel()) for key in ("master", "point"))
     assert torch.equal(exported[name].flatten(), master)
     assert (point - master).norm() > 1e-3 * master.norm()  # what the model last computed gradients with
+    export(run, dtype="float32", averaged=True)
+    exported = load_file(run / "export/model.safetensors")
+    assert torch.equal(exported[name].flatten(), saved.read(name, "average", 0, exported[name].numel()))
 
 
 def test_a_finished_run_is_left_alone(reference: Path, folder: Path) -> None:

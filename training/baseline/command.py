@@ -7,6 +7,7 @@ It measures the ceilings (`cluster.measure.probe`), then rounds of cells. Each c
 file is written again after every cell. `cluster.parity` compares two files; `training.projection` reads one.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -26,6 +27,7 @@ from cluster.parity import baseline_file
 from cluster.record import origins, provenance
 from cluster.record.result import record_result
 from training.baseline import plan as baseline_plan
+from training.baseline.elsewhere import measure_elsewhere
 from training.baseline.figures import rates, shares_text, table
 from training.baseline.measure import measure, measure_device, num_nodes, peaks_of
 from training.baseline.plan import BaselineConfig, Capacity, describe, make_cells
@@ -40,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cluster", type=Path, metavar="CLUSTER.yaml", help="measure its head node, and training on all"
     )
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # `elsewhere` runs this
     options = parser.parse_args(arguments)
 
     def body() -> None:
         there: tuple[str, ...] = ()
         if options.cluster:
             asked = baseline_plan.load(file=options.config, dotlist=options.overrides)
-            there = _on_cluster(options.cluster, asked.name)
+            there = _on_cluster(options.cluster, asked)
         config = baseline_plan.load(file=options.config, dotlist=[*there, *options.overrides])
         if options.cluster and options.dry_run:
             print(layered.to_yaml(config))
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.cluster, run=config.name, module="training.baseline",
                 config=layered.to_yaml(config), skip_preflight=False,
             )  # fmt: skip
+        elif config.accelerator and config.session.address != "local" and not options.here:
+            with cli.sigterm_as_interrupt():
+                measure_elsewhere(config)
         else:
             with cli.sigterm_as_interrupt():
                 run(config, dry_run=options.dry_run)
@@ -62,9 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.run(body)
 
 
-def _on_cluster(cluster: Path, name: str) -> tuple[str, ...]:
-    storage = inventory.load(cluster).storage
+def _on_cluster(cluster: Path, asked: BaselineConfig) -> tuple[str, ...]:
+    storage, name = inventory.load(cluster).storage, asked.name
+    if asked.accelerator and name == BaselineConfig().name:
+        name += f"-{asked.accelerator.lower()}"
     return (
+        f"name={name}",
         f"directory={storage}/outputs",
         f"output={storage}/outputs/{name}/baseline.json",
         f"train.data={storage}/data",

@@ -67,8 +67,11 @@ def _preflight(config: BaselineConfig) -> dict[str, Any]:
 
 
 def num_nodes(config: BaselineConfig) -> int:
-    """Nodes of the cluster that the preflight reports; 1 without a cluster."""
-    return 1 if config.session.address == "local" else len(_preflight(config).get("nodes", [0]))
+    """Nodes of the cluster (of the kind asked for) that the preflight reports; 1 without a cluster."""
+    if config.session.address == "local":
+        return 1
+    kinds = [facts.get("accelerator") for facts in _preflight(config).get("nodes", {}).values()]
+    return max(1, len(kinds) if config.accelerator is None else kinds.count(config.accelerator))
 
 
 def measure(cells: Sequence[Cell], config: BaselineConfig, result: dict[str, Any], output: Path) -> None:

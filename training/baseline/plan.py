@@ -88,6 +88,10 @@ class BaselineConfig:
     cost: CostConfig = key(CostConfig, "")
     storage: str | None = key(None, "folder whose disk is measured; default: that of the prepared data")
     preflight: str | None = key(None, "report of cluster.preflight: the nodes, and the links between them")
+    accelerator: str | None = key(
+        None,
+        "on a cluster: measure a node with GPUs of this kind, by Ray's name, such as H100; null: the head",
+    )
     session: SessionConfig = key(SessionConfig, "")
 
 
@@ -215,6 +219,7 @@ def _training(config: BaselineConfig, capacity: Capacity, name: str, rule: str, 
     command = ["-m", "training.baseline.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys]
     if num_nodes > 1:
         command += [f"session.address={config.session.address}", "--ray"]
+        command += [f"workers.accelerator={config.accelerator}"] if config.accelerator else []
     elif workers > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", *command]
     cell = Cell(

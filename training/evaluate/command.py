@@ -271,9 +271,14 @@ def _through_endpoint(
 ) -> Measured:
     """The tasks through the endpoint. Raises `UserError`: they need what it cannot do."""
     assert evaluation.endpoint is not None
-    model, endpoint = evaluation.model, evaluation.endpoint
+    model, endpoint, chat = evaluation.model, evaluation.endpoint, config.endpoint_api == "chat"
     if needy := tasks.need_prompt_logprobs():
         names = ", ".join(needy)
+        if chat:
+            raise UserError(
+                f"tasks: {names}: these need the log-probabilities of given text, which no chat returns; use "
+                "endpoint_api=completions"
+            )
         if problem := echo_problem(endpoint):
             raise UserError(
                 f"tasks: {names}: these need the log-probabilities of given text, which the endpoint does "
@@ -294,11 +299,14 @@ def _through_endpoint(
             f"endpoint_context_tokens: {endpoint.url} does not say how many tokens of prompt and answer "
             f"{endpoint.model} holds; give the number, or name the model that is served there"
         )
-    client = scoring.endpoint_model(endpoint, model, context_tokens=context, concurrency=config.concurrency)
+    client = scoring.endpoint_model(
+        endpoint, model, context_tokens=context, concurrency=config.concurrency, chat=chat,
+        batch_size=config.endpoint_batch,
+    )  # fmt: skip
     problems = [
         f"{', '.join(names)} ({problem})"
-        for names, payload in scoring.sent_options(client, tasks)
-        if (problem := option_problem(endpoint, payload))
+        for names, payload, num_stops in scoring.sent_options(client, tasks)
+        if (problem := option_problem(endpoint, payload, num_stops=num_stops))
     ]
     if problems:
         raise UserError(

@@ -59,6 +59,13 @@ class EvaluateConfig:
     endpoint_context_tokens: int | None = key(
         None, "endpoint: most tokens of prompt and answer, if neither it nor the model here says so", least=2
     )
+    endpoint_api: str = key(
+        "completions",
+        "endpoint: what is asked of it; chat: the model's template frames each question, and only tasks that "
+        "generate can be scored",
+        choices=("completions", "chat"),
+    )
+    endpoint_batch: int = key(1, "endpoint: prompts in one request, of completions", least=1)
     concurrency: int = key(8, "endpoint: requests in flight", least=1)
     output: str | None = key(
         None, "file of the result; default: eval.json in the run's directory, else in outputs/eval-<model>/"
@@ -74,5 +81,7 @@ class EvaluateConfig:
             require(self.endpoint_model is None, "endpoint_model", "only with endpoint")
             require(self.endpoint_context_tokens is None, "endpoint_context_tokens", "only with endpoint")
             return
+        alone = self.endpoint_api == "completions" or self.endpoint_batch == 1
+        require(alone, "endpoint_batch", "must be 1 with endpoint_api=chat: a chat has one question")
         require(bool(self.tasks), "tasks", "an endpoint is evaluated by tasks alone; name some")
         require(self.data is None, "data", "perplexity is measured locally; leave out endpoint")

@@ -43,14 +43,15 @@ def echo_problem(endpoint: Endpoint) -> str | None:
     return None if complete else "it answers echo=true without the prompt's logprobs and top_logprobs"
 
 
-def option_problem(endpoint: Endpoint, payload: Mapping[str, Any]) -> str | None:
+def option_problem(endpoint: Endpoint, payload: Mapping[str, Any], *, num_stops: int) -> str | None:
     """Why the endpoint does not take a request with these options, in its own words; None: it does.
 
     Sends the request with a short prompt, for one token. An option that the endpoint says it ignores, or that
     only transformers has, is not taken either: scores would be of another task.
 
     Args:
-        payload: as lm_eval sends it for a task.
+        payload: as lm_eval sends it for a task, with messages for a chat.
+        num_stops: stop strings that the task has.
 
     Raises:
         UserError: it does not answer.
@@ -59,7 +60,14 @@ def option_problem(endpoint: Endpoint, payload: Mapping[str, Any]) -> str | None
     for name, neutral in OF_TRANSFORMERS.items():
         if payload.get(name, unset) not in (unset, neutral):
             return f"{name} is an option of transformers, which no endpoint has"
-    reply = ask(f"{endpoint.url}/completions", {**payload, "prompt": PROMPT, "max_tokens": 1})
+    if len(payload["stop"]) < num_stops:
+        return f"lm_eval sends {len(payload['stop'])} of {num_stops} stop strings to a chat"
+    chat = "messages" in payload
+    path = "chat/completions" if chat else "completions"
+    prompt: dict[str, Any] = {"prompt": PROMPT}
+    if chat:
+        prompt = {"messages": [{"role": "user", "content": PROMPT}]}
+    reply = ask(f"{endpoint.url}/{path}", {**payload, **prompt, "max_tokens": 1})
     if reply.status != 200:
         return reason(reply.status, reply.content)
     ignored = reply.headers.get(IGNORED)

@@ -52,18 +52,21 @@ def local_model(model: ModelDirectory, *, device: str, dtype: str, batch_size: i
 
 
 def endpoint_model(
-    endpoint: Endpoint, model: ModelDirectory | None, *, context_tokens: int | None, concurrency: int
-) -> Any:
+    endpoint: Endpoint, model: ModelDirectory | None, *, context_tokens: int, concurrency: int,
+    chat: bool = False, batch_size: int = 1,
+) -> Any:  # fmt: skip
     """lm_eval's client of an endpoint. Prompts are token ids if there is a tokenizer, else text.
 
     Args:
         model: what is served there, if known.
         context_tokens: most tokens of prompt and continuation; longer prompts lose their beginning.
+        chat: send messages instead; the endpoint's template frames them.
+        batch_size: prompts in one request.
     """
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
     keys: dict[str, Any] = {"tokenizer_backend": "none", "tokenized_requests": False}
-    if model is not None:
+    if model is not None and not chat:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model.directory)
@@ -73,23 +76,27 @@ def endpoint_model(
             "tokenizer": str(model.directory),
             "add_bos_token": begins,
         }
-    return LocalCompletionsAPI(
-        base_url=f"{endpoint.url}/completions",
+    client = LocalChatCompletion if chat else LocalCompletionsAPI
+    return client(
+        base_url=f"{endpoint.url}/{'chat/' * chat}completions",
         model=endpoint.model,
         num_concurrent=concurrency,
-        max_length=context_tokens or 2048,
+        max_length=context_tokens,
+        batch_size=batch_size,
         **keys,
     )
 
 
-def sent_options(client: Any, tasks: Tasks) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """(Tasks, the request that `client` would send for them) for each set of options that tasks have."""
+def sent_options(client: Any, tasks: Tasks) -> Iterator[tuple[list[str], dict[str, Any], int]]:
+    """(Tasks, the request that `client` would send for them, their stop strings) for each set of options."""
     by_options: dict[str, list[str]] = {}
     for name, options in tasks.options.items():
         by_options.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(name)
     for names in by_options.values():
         options = copy.deepcopy(tasks.options[names[0]])  # the client takes them apart
-        yield names, client._create_payload("", generate=True, gen_kwargs=options)
+        stops = options.get("until") or []
+        num_stops = 1 if isinstance(stops, str) else len(stops)
+        yield names, client._create_payload([], generate=True, gen_kwargs=options), num_stops
 
 
 def run_each(
@@ -145,6 +152,7 @@ def run(model: Any, loaded: Mapping[str, Any], *, limit: int | None, bootstrap_i
     import torch
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
+    from lm_eval.models.openai_completions import LocalChatCompletion
 
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
@@ -153,7 +161,10 @@ def run(model: Any, loaded: Mapping[str, Any], *, limit: int | None, bootstrap_i
     alone = environment({"DISABLE_MULTIPROC": "1"})
     try:
         with alone, redirect_stdout(sys.stderr), bars.as_ours():
-            results = evaluate(model, loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap_iters)
+            results = evaluate(
+                model, loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap_iters,
+                apply_chat_template=isinstance(model, LocalChatCompletion),
+            )  # fmt: skip
     except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
         raise _endpoint_failure(error) from error
     assert results is not None  # of another rank

@@ -116,7 +116,8 @@ def attention_kernel(config: TrainConfig, *, device: torch.device) -> str:
 def make_rules(optim: OptimConfig) -> dict[str, Rule]:
     """The rule of each label (`optim.groups.Member.label`).
 
-    A label is "table", "vector" or "matrix", a pattern of `optim.by_name`, or under Scion's rules a norm.
+    A label is "table", "vector" or "matrix", under Scion's rules a norm; with a pattern of `optim.by_name`
+    the rule or norm and that pattern.
     """
     vector, found = optim.vector, {}
     if optim.matrix.rule not in SCION_RULES:
@@ -128,7 +129,7 @@ def make_rules(optim: OptimConfig) -> dict[str, Rule]:
             norms = [label for _, label in norm_patterns(optim)]
             found |= {_label(pattern, label): _matrix_rule(optim, matrix, label) for label in norms}
         else:
-            found[pattern or "matrix"] = _matrix_rule(optim, matrix)
+            found[_label(pattern, matrix.rule if pattern else "matrix")] = _matrix_rule(optim, matrix)
     pairs = optim.gradients_per_update == 2
     return {
         label: rules.paired(rule) if pairs and rule.gradients_per_update == 1 else rule
@@ -136,8 +137,8 @@ def make_rules(optim: OptimConfig) -> dict[str, Rule]:
     }
 
 
-def _label(pattern: str, norm: str) -> str:
-    return f"{norm} ({pattern})" if pattern else norm
+def _label(pattern: str, name: str) -> str:
+    return f"{name} ({pattern})" if pattern else name
 
 
 def _matrix_rule(optim: OptimConfig, matrix: MatrixOptimConfig, norm: str = "") -> Rule:
@@ -203,7 +204,9 @@ def assign(
                 raise ConfigError(f"optim.scion.norms: {problem}") from error
             found.append(replace(member, rule=_label(pattern, member.rule)))
         else:
-            found.append(replace(member, rule=pattern))
+            found.append(
+                replace(member, rule=_label(pattern, optim.matrices[pattern].rule) if pattern else "")
+            )
     return found
 
 
@@ -212,7 +215,8 @@ def peak_lrs(optim: OptimConfig) -> dict[str, float]:
     found = dict.fromkeys(("table", "vector"), optim.vector.lr)
     labels = [label for _, label in norm_patterns(optim)]
     for pattern, matrix in optim.matrices.items():
-        found |= {_label(pattern, label): matrix.lr for label in labels} | {pattern or "matrix": matrix.lr}
+        own = _label(pattern, matrix.rule if pattern else "matrix")
+        found |= dict.fromkeys((own, *(_label(pattern, label) for label in labels)), matrix.lr)
     return found
 
 

@@ -41,24 +41,35 @@ class Export:
     dtype: str
     precision: str
     step: int
+    averaged: bool
 
     def describe(self) -> str:
         """One line for people."""
-        origin = "the fp32 master weights"
-        if self.dtype == "bfloat16":
+        origin = f"{'the averages of ' * self.averaged}the fp32 master weights"
+        if self.dtype == "bfloat16" and self.averaged:
+            origin += ", rounded"
+        elif self.dtype == "bfloat16":
             origin = "as trained" if self.precision == "bf16" else "rounded: the run trained in fp32"
         return (
             f"{self.directory}: {self.num_parameters:,} parameters, {self.dtype} ({origin}), step {self.step}"
         )
 
 
-def export(run: Path, *, output: Path | None = None, step: int | None = None, dtype: str) -> Export:
+def export(
+    run: Path,
+    *,
+    output: Path | None = None,
+    step: int | None = None,
+    dtype: str,
+    averaged: bool = False,
+) -> Export:
     """Write the checkpoint of `step` (None: the newest complete one) to `output` (None: `<run>/export`).
 
     Model and data are those that the checkpoint names; the run's config.yaml says only where data is kept.
 
     Args:
         dtype: 'bfloat16' or 'float32'.
+        averaged: the averages of the weights (`optim.average_decay`) in place of the weights.
 
     Raises:
         UserError: no such checkpoint, a damaged one, the data's tokenizer is gone, or `output` cannot be
@@ -66,6 +77,10 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
         ConfigError: config.yaml cannot be used.
     """
     config = training_config.load(file=run / CONFIG_FILE)
+    if averaged and not config.optim.average_decay:
+        raise UserError(
+            f"--averaged: {run} has no averaged weights; a run keeps them with optim.average_decay"
+        )
     saved = Checkpoint(_checkpoint_directory(run / "checkpoints", step=step))
     shape = _shape(saved.state["identity"]["model"])
     directory = (output.expanduser() if output else run / "export").absolute()
@@ -76,7 +91,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
         save_hf(
             directory,
             shape=shape,
-            tensors=_masters(saved, shape),
+            tensors=_tensors(saved, shape, "average" if averaged else "master"),
             dtype=getattr(torch, dtype),
             tokenizer_file=data / manifest.tokenizer_file,
             eos_id=manifest.end_of_text_id,
@@ -90,7 +105,7 @@ def export(run: Path, *, output: Path | None = None, step: int | None = None, dt
         raise UserError(
             f"{directory}: cannot be written ({reason}); free space there or choose another --output"
         ) from error
-    return Export(directory, shape.num_parameters, dtype, config.precision, saved.state["step"])
+    return Export(directory, shape.num_parameters, dtype, config.precision, saved.state["step"], averaged)
 
 
 def find_data(config: TrainConfig, *, fingerprint: str, run: Path) -> tuple[Path, Manifest]:
@@ -147,7 +162,7 @@ def _shape(fields: dict[str, Any]) -> LlamaShape:
     return LlamaShape(**fields | {"rope_scaling": rope.from_fields(fields["rope_scaling"])})
 
 
-def _masters(saved: Checkpoint, shape: LlamaShape) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 master weights in their shape), one parameter in memory at a time."""
+def _tensors(saved: Checkpoint, shape: LlamaShape, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 masters or averages in their shape), one parameter in memory at a time."""
     for name, size in shape.parameters().items():
-        yield name, saved.read(name, "master", 0, math.prod(size)).view(size)
+        yield name, saved.read(name, kind, 0, math.prod(size)).view(size)

@@ -1,20 +1,18 @@
 """What the laptop brings along: wheels for another machine, and a Python; by the real pip and uv."""
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from cluster.cli import RunError
 from cluster.laptop import carry, commands, keys
 from tests.commands import ROOT
+from tests.standalone_python import downloads
 
 pytestmark = [
     pytest.mark.cluster,  # pip and uv start several times
@@ -118,30 +116,3 @@ def test_a_python_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="uv here"):
         carry._fetch_python("cpython-3.11-linux-riscv64-gnu", tmp_path / "got/3.11-riscv64")
     assert [file.name for file in (tmp_path / "got").iterdir()] == ["3.11-x86_64"]
-
-
-def downloads(folder: Path) -> Path:
-    """A list of downloads for uv: this machine's own Python, packed as a standalone one."""
-    base, version = Path(sys.base_prefix), ".".join(map(str, sys.version_info[:3]))
-    archive = folder / "python.tar.gz"
-    skipped = {"test", "idlelib", "__pycache__", "site-packages", "libpython3.11.a"}
-
-    def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        parts = set(Path(entry.name).parts)
-        return None if parts & skipped or any(part.startswith("config-") for part in parts) else entry
-
-    with tarfile.open(archive, "w:gz", compresslevel=1) as packed:
-        for name in ("bin/python3.11", "bin/python3", "lib/python3.11"):
-            packed.add(base / name, f"python/{name}", filter=kept)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    major, minor, patch = sys.version_info[:3]
-    listed = {
-        f"cpython-{version}-linux-x86_64-gnu": {
-            "name": "cpython", "arch": {"family": "x86_64", "variant": None}, "os": "linux", "libc": "gnu",
-            "major": major, "minor": minor, "patch": patch, "prerelease": "", "url": archive.as_uri(),
-            "sha256": digest, "variant": None, "build": "20261101",
-        }
-    }  # fmt: skip
-    file = folder / "downloads.json"
-    file.write_text(json.dumps(listed))
-    return file

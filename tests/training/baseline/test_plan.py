@@ -9,8 +9,8 @@ from cluster.config import ConfigError
 from cluster.session import ROOT
 from training import config as training_config
 from training.baseline import command as baseline
+from training.baseline import measure, steps
 from training.baseline import plan as baseline_plan
-from training.baseline import steps
 from training.baseline.ceilings import better
 from training.baseline.figures import faults, figures
 from training.baseline.plan import Capacity, describe, make_cells
@@ -52,6 +52,18 @@ def test_a_cluster_trains_on_one_node_and_on_all_with_as_much_work_for_each():
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"train\.nodes: 5 nodes, but there are 4; lower it"):
         cells(cluster, "train.nodes=[1,5]")
+
+
+def test_of_a_kind_of_gpu_only_its_nodes_count_and_train(tmp_path):
+    kinds = {"a": "A40", "b": "H100", "c": "H100", "d": None}
+    report = {"found": {"nodes": {name: {"accelerator": kind} for name, kind in kinds.items()}}}
+    (tmp_path / "preflight.json").write_text(json.dumps(report))
+    keys = (f"preflight={tmp_path}/preflight.json", "session.address=auto")
+    for accelerator, number in (("H100", 2), ("A40", 1), ("L40S", 1), ("null", 4)):
+        config = baseline_plan.load(dotlist=[*keys, f"accelerator={accelerator}"])
+        assert measure.num_nodes(config) == number
+    found = cells(dataclasses.replace(A40_NODE, num_nodes=2), *keys, "accelerator=H100")
+    assert "workers.accelerator=H100" in found["training/llama-1b4/muon/2 nodes"].command
 
 
 def test_a_cpu_shared_by_ranks_is_a_device_on_every_node():

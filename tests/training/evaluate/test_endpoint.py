@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from serving.checkpoints import Served
 from serving.config import load as load_serving
+from serving.endpoint.chat import ChatTemplate
 from serving.endpoint.service import make_endpoint
 from serving.engine.torch_engine import make_torch_engine
 from tests.training.evaluate.trained_run import evaluate, metric, refusal, scores, write_task
@@ -44,7 +45,9 @@ def ours(trained: Path, tokenizer: Tokenizer) -> Iterator[str]:
     keys = ("engine.device=cpu", "engine.dtype=float32", "engine.threads=1", "engine.compiled=false")
     engine = make_torch_engine(load_serving(dotlist=keys), Served(trained / "hf", "tiny"))
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_endpoint(engine, tokenizer), log_level="warning"))
+    template = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}", {})
+    endpoint = make_endpoint(engine, tokenizer, template=template)
+    server = uvicorn.Server(uvicorn.Config(endpoint, log_level="warning"))
     run, stop = partial(server.run, [listening]), partial(setattr, server, "should_exit", True)
     served = HttpServer(run, stop, listening.getsockname()[1])
     wait_until(lambda: server.started)
@@ -57,12 +60,26 @@ def test_generation_through_our_endpoint_scores_as_it_does_here(
     trained: Path, tasks: Path, ours: str, capsys: pytest.CaptureFixture
 ) -> None:
     result, last, out = evaluate(
-        capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}/v1", "output=there.json"
-    )
+        capsys, f"tasks=[{tasks / 'complete.yaml'}]", f"endpoint={ours}/v1", "output=there.json",
+        "endpoint_batch=3",
+    )  # fmt: skip
     assert scores(result)["complete"]["value"] == 6 / 8
     assert result["endpoint"] == {"url": f"{ours}/v1", "model": "tiny", "context_tokens": 256}
     assert result["model"]["run"] == str(trained / "outputs/tiny")  # it has the name of what is served
     assert last["perplexity"] is None and "perplexity left out: an endpoint" in out
+
+
+def test_a_chat_scores_what_a_completion_does_if_its_template_adds_nothing(
+    tasks: Path, ours: str, capsys: pytest.CaptureFixture
+) -> None:
+    chat = [f"endpoint={ours}", "endpoint_api=chat", "output=chat.json"]
+    result, _, _ = evaluate(capsys, f"tasks=[{tasks / 'complete.yaml'}]", *chat)
+    assert scores(result)["complete"]["value"] == 6 / 8
+    error = refusal(capsys, [f"tasks=[{tasks / 'choose.yaml'}]", *chat])
+    assert error.startswith(
+        "error: tasks: choose: these need the log-probabilities of given text, which no chat"
+    )
+    assert "endpoint_batch: must be 1" in refusal(capsys, ["tasks=[x]", *chat, "endpoint_batch=2"])
 
 
 def test_text_prompts_serve_where_the_tokenizer_is_not_known(
@@ -80,7 +97,7 @@ def test_log_likelihoods_through_our_endpoint_are_those_of_the_checkpoint_here(
 ) -> None:
     keys = [f"tasks=[{tasks / 'choose.yaml'},{tasks / 'continue.yaml'}]", f"model={trained / 'hf'}"]
     here, _, _ = evaluate(capsys, *keys, "device=cpu", "output=here.json")
-    there, _, _ = evaluate(capsys, *keys, f"endpoint={ours}", "output=there.json")
+    there, _, _ = evaluate(capsys, *keys, f"endpoint={ours}", "output=there.json", "endpoint_batch=5")
     assert {score["task"] for score in there["scores"]} == {"choose", "continue"}
     for found, expected in zip(there["scores"], here["scores"], strict=True):
         close = {name: pytest.approx(expected[name], rel=1e-5) for name in ("value", "stderr")}
