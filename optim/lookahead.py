@@ -11,7 +11,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-State = dict[str, Tensor]
+from optim.directions import State
+
 Descend = Callable[[Tensor], None]
 
 

@@ -19,12 +19,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from optim.directions import Adam, Corrected, Direction, Momentum, Second, Sign
+from optim.directions import Adam, Corrected, Direction, Momentum, Second, Sign, State
 from optim.geometry import Entries, Schatten, parse_norm
 from optim.lookahead import EmaNesterov, LookAhead, Previous, Transport
 from optim.stages import Aurora, EqualLines, Given, LineMoments, Polar, Stage, Unit
-
-State = dict[str, Tensor]
 
 SCALES = {
     # name: factor on an orthogonal r x c update

@@ -11,18 +11,15 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from optim.directions import State
 from optim.geometry import Ball, Schatten, wide
 from optim.polar import orthogonalize
 
-State = dict[str, Tensor]
-
 LINES = ("row", "column", "larger", "row_column", "column_row")  # the last two: one after the other
-ONE_KIND = ("row", "column", "larger")
 DIVISORS = {  # name -> what a line is divided by, of its second moment v and alpha
     "sqrt_plus": lambda v, alpha: v.sqrt().add_(alpha),  # √v + α: Algorithm 1 of arXiv 2609.39114
     "max": lambda v, alpha: v.clamp_min(alpha).sqrt_(),  # √max(v, α): its language models
 }
-LENGTHS = ("full", "kept")
 
 
 class Given(NamedTuple):

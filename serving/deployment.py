@@ -226,7 +226,7 @@ def serving(
     checkpoints.check(config.model, served)  # fail here rather than in a replica
     config = _absolute(config)
     options = config.deployment
-    digest_of(options.api_key)
+    digest_of(options.api_key)  # refuses a variable that is not set, before anything starts
     port = options.port or free_ports(1)[0]
     _check_free(options.host, port)
     worker_env = worker_environment(gpu=options.gpus > 0, threads=max(1, int(options.cpus)))
@@ -245,6 +245,7 @@ def serving(
         worker_env=worker_env,
         smaller="deployment.cpus or deployment.replicas",
     )
+    report(f"starting Ray and Ray Serve for {served.name}")
     with (
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
@@ -263,6 +264,7 @@ def serving(
             target = serve.RunTarget(build(config, served, factory=factory), route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{options.host}:{port}"
+            report(f"loading {served.name} into {options.replicas} engine(s)")
             _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
             yield url
 

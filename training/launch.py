@@ -119,6 +119,7 @@ def run_ray(config: TrainConfig, plan: Plan) -> None:
                 (config.run_directory / STOP).touch()
 
             with told_to_stop(STOPPING, ask) as received:  # Ray has set handlers of its own
+                line.wait_for_turn()
                 finished = _fit(start, startup, health, received)
     _require_finished(config, finished, received)
     finish_run(config, spent, rest="workers")

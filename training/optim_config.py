@@ -69,8 +69,8 @@ class MatrixOptimConfig:
     correction: float = key(0.025, "mars: gamma, the weight of the second gradient of each update", least=0)
     ahead: str | None = key(
         None,
-        "where the gradients of any rule with momentum are taken; default: none, but for the two rules of "
-        "that name",
+        "where the gradients of any rule with momentum are taken: transport (with rule=muon nesterov=false "
+        "Muon-IGT) or ema_nesterov; default: at the weights, unless the rule itself looks ahead",
         choices=("none", "transport", "ema_nesterov"),
     )
     lookahead: float = key(
@@ -83,8 +83,9 @@ class MatrixOptimConfig:
         fits = self.lines in LINES.get(self.rule, LINES["muon_plus"])
         choices = ", ".join(LINES.get(self.rule, ()))
         require(fits, "optim.matrix.lines", f"{self.lines} is not for {self.rule}; use one of {choices}")
-        free = self.ahead in (None, "none") or self.rule not in ("adamw", "mars", *OWN_AHEAD)
-        require(free, "optim.matrix.ahead", f"{self.rule} cannot look ahead by {self.ahead}; leave it out")
+        fixed = self.rule in ("adamw", "mars", *OWN_AHEAD) and self.ahead is not None
+        problem = f"{self.rule} looks ahead in its own way or not at all, not by {self.ahead}; leave it out"
+        require(not fixed, "optim.matrix.ahead", problem)
 
     @property
     def looks(self) -> str:

@@ -28,7 +28,7 @@ PLAIN = {
     "ForwardAgent": "no",
     "GlobalKnownHostsFile": "/dev/null",
     "UpdateHostKeys": "no",
-    "LogLevel": "ERROR",
+    "LogLevel": "INFO",  # at ERROR ssh says nothing of a failed negotiation, nor that the server hung up
 }
 
 

@@ -34,6 +34,8 @@ CONFIGURATION = re.compile(
     r"Bad owner or permissions on .*|Bad configuration option.*|terminating, \d+ bad configuration options|"
     r"[^\n]*line \d+: [^\n]*",
 )
+# lines of ssh that do not say why: of a first contact, and of a connection through the head that ended
+NO_REASON = ("Permanently added", "UNKNOWN port 65535")
 TRANSPORT = 255  # ssh's own exit code, for all that is not the remote command's
 
 
@@ -184,7 +186,8 @@ class Ssh:
             )
         if refusal := CONFIGURATION.search(said):
             return NodeError(f"{node}: ssh here refuses its configuration: {refusal[0]}; see ~/.ssh/config")
-        return LinkError(f"{node}: {said.splitlines()[-1] if said else 'the connection broke'}")
+        lines = [line for line in said.splitlines() if not any(mark in line for mark in NO_REASON)]
+        return LinkError(f"{node}: {lines[-1] if lines else 'the connection broke'}")
 
 
 def _has_passphrase(key: Path) -> bool:

@@ -127,6 +127,8 @@ def run(config: ServeBenchConfig, url: str) -> Result:
         problem = f"not reported, because the load generator lagged: {', '.join(bench.refused)}"
     elif bench.failed:
         problem = f"too few requests succeeded: {'; '.join(bench.failed)}"
+    elif not any(point.get("succeeded") for point in bench.points):
+        problem = "nothing was measured: name load.concurrency, load.rates or load.trace"
     return Result(directory / SUMMARY_FILE, summary["answer"], problem)
 
 

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def from_trace(
                 f"{file}, line {line}: exceeds the model's context of {context_tokens} tokens "
                 f"({size} + {more}); take the row out, or use a model with a longer context"
             )
-        shared = [token_ids(f"{seed}:block:{block}", BLOCK_TOKENS, vocab_size) for block in blocks or ()]
-        prompt = sum(shared, ())[:size]
+        needed = (blocks or ())[: -(-size // BLOCK_TOKENS)]
+        shared = (token_ids(f"{seed}:block:{block}", BLOCK_TOKENS, vocab_size) for block in needed)
+        prompt = tuple(chain.from_iterable(shared))[:size]
         prompt += tuple(draw.randrange(vocab_size) for _ in range(size - len(prompt)))
         found.append(Planned(at, prompt, more))
     if num_failures:
@@ -115,7 +117,7 @@ def _json_arrivals(file: Path, text: str) -> Iterator[Arrival]:
 
 
 def _csv_arrivals(file: Path, text: str) -> Iterator[Arrival]:
-    rows = csv.reader(line.removesuffix("\r") for line in text.split("\n"))
+    rows = _cells(file, text)
     head = [name.strip() for name in next(rows)]
     names = next((names for names in _CSV if set(names) <= set(head)), None)
     if names is None:
@@ -135,6 +137,14 @@ def _csv_arrivals(file: Path, text: str) -> Iterator[Arrival]:
             ) from error
         begin = moment if begin is None else begin
         yield line, moment - begin, *sizes, None if names[0] == "Timestamp" else ()
+
+
+def _cells(file: Path, text: str) -> Iterator[list[str]]:
+    rows = csv.reader(line.removesuffix("\r") for line in text.split("\n"))
+    try:
+        yield from rows
+    except csv.Error as error:  # a NUL, a field of megabytes
+        raise ConfigError(f"{file}, line {rows.line_num}: no CSV ({error})") from error
 
 
 def _digits(text: str, *, whole: bool = False) -> str:

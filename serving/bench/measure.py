@@ -118,7 +118,7 @@ class Planner:
         return Steady(keys.warm_up, max(1, round(load.rate * keys.seconds)), most_seconds=keys.seconds)
 
     def plan(self, load: Load, *, number: int) -> Iterable[Planned]:
-        """New prompts for measurement `number`, so that none is in a cache of an earlier one; without end.
+        """New prompts for each `number`, so that none is in a server's cache of an earlier load; without end.
 
         Raises `ConfigError`: a length that does not fit the model, or a file that cannot be used.
         """
@@ -183,6 +183,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._planner = Planner(self.config, self.model)
+        self._num_sent = 0  # loads, every attempt at one
 
     def measure_all(self) -> None:
         """Everything that the configuration names."""
@@ -282,7 +283,8 @@ class Bench:
         return Slo(*(None if limit is None else limit / 1e3 for limit in limits))
 
     async def _send(self, load: Load, steady: Steady, observe: Callable[[RequestOutcome], None]) -> Lag:
-        keys, plan = self.config.load, self._planner.plan(load, number=len(self.points))
+        keys, plan = self.config.load, self._planner.plan(load, number=self._num_sent)
+        self._num_sent += 1
         async with over_http(
             self.endpoint, timeout_seconds=keys.timeout_seconds, greedy=keys.greedy, dialect=self.dialect
         ) as send:

@@ -1,5 +1,6 @@
 """Ceilings of a served model, shares of them, the table and the answer in one sentence. No torch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ def shares(
             gb_per_s=ceiling["gb_per_s"],
         )
     }
-    if concurrency == 1:
+    if concurrency == 1 and point["ttft_p50_ms"] is not None:
         flops_per_s = prefill_flops(info, point["prompt_tokens_p50"]) / (point["ttft_p50_ms"] / 1e3)
         found["prefill_mfu"] = flops_per_s / (ceiling["product_tflops"] * 1e12)
     return found
@@ -122,7 +123,8 @@ def faults(points: Sequence[dict[str, Any]]) -> list[str]:
     """
     found = []
     for key, ceiling in (("mbu", "bandwidth"), ("prefill_mfu", "peak")):
-        reached = {str(point["load"]): point[key] for point in points if point.get(key) is not None}
+        known = [point for point in points if point.get(key) is not None]
+        reached = {str(point["load"]): point[key] for point in sorted(known, key=lambda each: each[key])}
         if fault := hardware.ceiling_fault(reached, ceiling=ceiling):
             found.append(fault)
             for point in points:
@@ -192,6 +194,7 @@ def _combined(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif key not in ("concurrency", "rate"):
             row[key] = sum(values) / len(values)
     row["counts"] = f"{row['succeeded']}/{row['requests']}"
+    row["errors"] = dict(sum((Counter(repeat["errors"]) for repeat in repeats), Counter()))
     row["over_saturated"] = any(repeat.get("over_saturated") for repeat in repeats)
     row["first_error"] = next((r["first_error"] for r in repeats if r["first_error"]), None)
     return row

@@ -88,7 +88,8 @@ def run(config: ServeConfig, batches: Sequence[int], *, num_prompt: int, num_new
                     )  # fmt: skip
                 about = {"batch": batch, "prompt_tokens": num_prompt, "new_tokens": num_new}
                 used = joules(times, at_first[0], energy.joules, num_prompt=num_prompt)
-                used["joules_reason"] = energy.reason or ("too short" if None in used.values() else None)
+                short = ", ".join(name for name, value in used.items() if value is None)
+                used["joules_reason"] = energy.reason or (f"too short: {short}" if short else None)
                 points.append(about | batch_figures(times, num_prompt=num_prompt) | used)
         finally:
             engine.close()

@@ -1,7 +1,10 @@
 """serving/engine/native.cpp, called: a decoder step on a CPU with AVX2 or better (see `machine.compiled`)."""
 
+import contextlib
 import ctypes
 import functools
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +19,8 @@ from serving.engine.scheduler import BLOCK_TOKENS, Span, table
 from training.model.llama import Llama, rotary
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+CHUNK_BYTES = 64 << 20  # of memory that is asked for at once
+LINE_BYTES = 64  # of the CPU's caches
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -77,10 +82,35 @@ def _declared(library: Any) -> Any:
     return library
 
 
-def _pack(weight: Tensor, library: Any) -> Tensor:
+class _HugePages:
+    """Memory in pages of 2 MiB where Linux gives them, 0 at first: the CPU looks up fewer addresses.
+
+    Held to AVX2, one thread, the 60M shape: prompts take 1.6% less CPU time (paired turns in one process).
+    """
+
+    def __init__(self) -> None:
+        self._free = memoryview(b"")
+
+    def zeros(self, *size: int, dtype: torch.dtype) -> Tensor:
+        """Raises `MemoryError`."""
+        count = math.prod(size)
+        num_bytes = -(-count * dtype.itemsize // LINE_BYTES) * LINE_BYTES
+        if num_bytes > len(self._free):
+            try:
+                chunk = mmap.mmap(-1, max(CHUNK_BYTES, num_bytes))
+            except OSError as error:
+                raise MemoryError(f"{num_bytes:,} bytes: {error.strerror}") from error
+            with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, that has none
+                chunk.madvise(mmap.MADV_HUGEPAGE)
+            self._free = memoryview(chunk)
+        part, self._free = self._free[:num_bytes], self._free[num_bytes:]
+        return torch.frombuffer(part, dtype=dtype, count=count).view(size)
+
+
+def _pack(weight: Tensor, library: Any, memory: _HugePages) -> Tensor:
     """A bf16 weight [rows, columns] as panels [⌈rows/P⌉, columns/2, P] of pairs (int32); P = panel_rows()."""
     (rows, columns), panel = weight.shape, library.panel_rows()
-    panels = torch.empty(-(-rows // panel), columns // 2, panel, dtype=torch.int32)
+    panels = memory.zeros(-(-rows // panel), columns // 2, panel, dtype=torch.int32)
     library.pack_panels(weight.contiguous().data_ptr(), rows, columns, panels.data_ptr())
     return panels
 
@@ -124,11 +154,11 @@ class NativeDecoder:
             raise ValueError("the model has biases")
         if shape.hidden_size % 2 or shape.ffn_size % 2:
             raise ValueError("hidden_size and ffn_size must be even")
-        self._library, self._num_threads = library, num_threads
+        self._library, self._num_threads, self._memory = library, num_threads, _HugePages()
         self._kept: list[Tensor] = []  # what the structs point to
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         cache = (shape.num_layers, num_blocks, shape.num_kv_heads, BLOCK_TOKENS * shape.head_dim // 2)
-        self._keys, self._values = (torch.zeros(cache, dtype=torch.int32) for _ in range(2))
+        self._keys, self._values = (self._memory.zeros(*cache, dtype=torch.int32) for _ in range(2))
         by = rotary(shape, torch.arange(context_tokens))
         cosines, sines = (table[0, 0, :, : shape.head_dim // 2].contiguous() for table in by)
         weights: dict[str, Tensor] = dict(model.named_parameters())
@@ -142,7 +172,7 @@ class NativeDecoder:
             *(shape.num_layers, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim),
             *(shape.ffn_size, shape.vocab_size, shape.norm_eps),
             *(self._keep(weights[f"model.{name}.weight"].detach()) for name in ("embed_tokens", "norm")),
-            self._keep(_pack(head.detach(), library)),
+            self._keep(_pack(head.detach(), library, self._memory)),
             *(self._keep(cosines), self._keep(sines), ctypes.addressof(self._layers)),
         )
         self._logits = torch.empty(slots, shape.vocab_size)
@@ -156,7 +186,7 @@ class NativeDecoder:
             "inner": shape.ffn_size,
         }
         self._rows = {
-            name: torch.empty(step_tokens, width, dtype=activation) for name, width in widths.items()
+            name: self._memory.zeros(step_tokens, width, dtype=activation) for name, width in widths.items()
         }
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
@@ -216,7 +246,7 @@ class NativeDecoder:
         half = self._library.panel_rows() // 2
         gate_up = _alternate(take("mlp.gate_proj"), take("mlp.up_proj"), half)
         weights_in_order = (qkv, take("self_attn.o_proj"), gate_up, take("mlp.down_proj"))
-        packed = [_pack(weight, self._library) for weight in weights_in_order]
+        packed = [_pack(weight, self._library, self._memory) for weight in weights_in_order]
         norms: list[int | None] = [
             self._keep(take(name)) for name in ("input_layernorm", "post_attention_layernorm")
         ]

@@ -89,7 +89,7 @@ def worker_stopped(story: Story) -> None:
     """SIGSTOP of a worker: the other one finds that, and Ray Train starts the workers again."""
     rank, spec = story.point("call", share=0.9)
     fault = {"fault": "stop", **spec}
-    keys = {**RESTARTS, "workers__hang_seconds": 2}
+    keys = {**RESTARTS, "workers__hang_seconds": 4}
     outcome = begin(story, f"Ray: SIGSTOP of rank {rank} at call {spec['at']}", specs={rank: fault}, **keys)
     restarted(story, outcome)
     story.require("hung" in [event["kind"] for event in events.read(story.run)], "no event hung")
@@ -99,7 +99,7 @@ def worker_hangs_for_good(story: Story) -> None:
     """The same without restarts: the launcher fails with the sentence that names the rank."""
     rank, spec = story.point("call", share=0.9)
     fault = {"fault": "stand still", **spec}
-    keys = {**KEYS, "workers__hang_seconds": 2}
+    keys = {**KEYS, "workers__hang_seconds": 4}
     outcome = begin(story, f"Ray: rank {rank} hangs at call {spec['at']}", specs={rank: fault}, **keys)
     story.fails(outcome, f"rank {rank} ", "workers.hang_seconds")
 

@@ -220,7 +220,10 @@ def _trace(folder: Path, content: bytes) -> None:
 
 def _traces() -> list[bytes]:
     row = {"at_seconds": 0.5, "prompt_tokens": 3, "output_tokens": 2}
-    return ["\n".join(json.dumps(row | {"at_seconds": at}) for at in range(5)).encode()]
+    mooncake = {"timestamp": 300, "input_length": 3, "output_length": 2, "hash_ids": [0, 1]}
+    azure = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,37,4\n"
+    ours = "\n".join(json.dumps(row | {"at_seconds": at}) for at in range(5))
+    return [ours.encode(), json.dumps(mooncake).encode(), azure.encode()]
 
 
 def _conversations(folder: Path, content: bytes) -> None:

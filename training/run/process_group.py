@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import get_context
 from ray.train.backend import Backend, BackendConfig
 
+from cluster.cli import RunError
 from cluster.preflight.inspection import free_place
 from cluster.record.heartbeat import FORMING
 from training.config import WorkersConfig
@@ -41,12 +42,27 @@ class GroupConfig(BackendConfig):
 
 class _Group(Backend):
     share_cuda_visible_devices = True  # NCCL reaches the GPUs of the node's other ranks
+    num_failures = 0  # starts of the workers in which one died before the group was there
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Make the group on all workers; called in the controller."""
-        address, port = worker_group.execute_single(0, free_place)
-        settings = {"address": address, "port": port, "backend": backend_config.backend}
-        ray.get(worker_group.execute_async(_meet, settings, backend_config, uuid.uuid4().hex))
+        """Make the group on all workers; called in the controller.
+
+        Raises:
+            RayActorError: a worker died, and Ray starts all again.
+            RunError: that happened more often than `workers.max_failures`, which Ray does not count here.
+        """
+        try:
+            address, port = worker_group.execute_single(0, free_place)
+            settings = {"address": address, "port": port, "backend": backend_config.backend}
+            ray.get(worker_group.execute_async(_meet, settings, backend_config, uuid.uuid4().hex))
+        except RayActorError as error:
+            self.num_failures += 1
+            if self.num_failures <= backend_config.workers.max_failures:
+                raise
+            raise RunError(
+                "a worker ended while the process group was formed: its process was killed, or its node was "
+                "lost"
+            ) from error
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the group. A worker that cannot is ended by Ray all the same."""

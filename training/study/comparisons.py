@@ -6,6 +6,7 @@ from functools import partial
 from cluster.display import markdown
 from cluster.measure.intervals import Interval, of_mean
 from training.data.frequency import NUM_DECILES
+from training.study.plots import figure_file
 from training.study.results import Result, StudyResults, losses, paired
 
 ABOUT = (
@@ -22,7 +23,9 @@ def comparisons(study: StudyResults, *, noise: str) -> list[str]:
         about = ABOUT.format(baseline=config.title(baseline), seeds=len(config.seeds))
         found += ["### Against the baseline", f"{about}\n\n{_differences(study, baseline, noise=noise)}"]
     for name in config.grids:
-        found += [f"### Grid: {config.grids[name].title or name}", _grid(study, name, noise=noise)]
+        picture = f"![grid-{name}](figures/{figure_file(f'grid-{name}', config, noise=noise)})"
+        text = f"{_grid(study, name, noise=noise)}\n\n{picture}"
+        found += [f"### Grid: {config.grids[name].title or name}", text]
     return found + _rare(study, noise=noise)
 
 

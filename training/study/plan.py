@@ -5,7 +5,7 @@ and on the widest width under every other noise. `report`: on the widest width, 
 each rule with the lowest tuning loss, with every seed of the claims.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
@@ -118,7 +118,7 @@ def describe_plan(plan: StudyPlan, seconds_of: Mapping[str, float], *, parallel:
     num_tuning, widest = len(plan.tuning_runs()), plan.plan_of(runs[0])
     rows = [
         ("runs", f"{len(runs)} = {num_tuning} tuning + {len(runs) - num_tuning} report"),
-        ("rules", "; ".join(_grid(name, rule) for name, rule in config.rules.items())),
+        ("rules", "; ".join(_rules(config))),
         ("widths", ", ".join(_width(plan, width) for width in config.widths)),
         ("noise", ", ".join(config.noises)),
         ("seeds", f"{list(config.seeds)}; rates are chosen on {config.tuning_seed}"),
@@ -128,6 +128,14 @@ def describe_plan(plan: StudyPlan, seconds_of: Mapping[str, float], *, parallel:
         ("study directory", str(config.study_directory)),
     ]
     return pairs(rows)
+
+
+def _rules(config: StudyConfig) -> Iterator[str]:
+    """The rules with their rates, those of a grid in one."""
+    cells = {rule for name, grid in config.grids.items() for rule, _ in grid.cells(name).values()}
+    yield from (_grid(name, rule) for name, rule in config.rules.items() if name not in cells)
+    for name, grid in config.grids.items():
+        yield f"{len(grid.rows)} x {len(grid.columns)} variants of {_grid(name, grid)}"
 
 
 def _grid(name: str, rule: RuleConfig) -> str:

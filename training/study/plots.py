@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.display import figure, save
+from cluster.measure.intervals import of_mean
 from training.study.config import StudyConfig
-from training.study.results import Result, StudyResults, mean_curve, token_ratio
+from training.study.results import Result, StudyResults, losses, mean_curve, token_ratio
 
 PANEL_INCHES = (5.0, 4.0)
 COSTS_FILE = "loss_costs.png"
@@ -21,6 +22,9 @@ def plot_study(study: StudyResults, directory: Path) -> list[Path]:
         for name, plot in FIGURES.items():
             path = directory / figure_file(name, study.plan.config, noise=noise)
             paths.append(plot(study, path, noise=noise))
+        for grid in study.plan.config.grids:
+            path = directory / figure_file(f"grid-{grid}", study.plan.config, noise=noise)
+            paths.append(plot_grid(study, path, grid=grid, noise=noise))
     paths.append(plot_costs(study, directory / COSTS_FILE))
     return [path for path in paths if path is not None]
 
@@ -42,6 +46,27 @@ def plot_losses(study: StudyResults, path: Path, *, noise: str) -> Path:
         low, high = [s.low for _, s in curve], [s.high for _, s in curve]
         axes.fill_between(tokens, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)", title="band: all seeds")
+    _legend(axes)
+    return save(drawn, path)
+
+
+def plot_grid(study: StudyResults, path: Path, *, grid: str, noise: str) -> Path:
+    """Final loss of each row of a grid, a line for each column: means with 95% intervals over the seeds."""
+    config = study.plan.config.grids[grid]
+    drawn, [axes] = _panels(1)
+    cells = config.cells(grid)
+    rows, columns = (list(dict.fromkeys(places)) for places in zip(*cells, strict=True))
+    for shift, column in enumerate(columns):
+        means = {}
+        for place, row in enumerate(rows):
+            if found := losses(study.finished(cells[row, column][0], noise=noise)):
+                means[place + 0.05 * shift] = of_mean(found)
+        x, intervals = list(means), list(means.values())
+        errors = [0.0 if each.high is None else each.high - each.centre for each in intervals]
+        centres = [each.centre for each in intervals]
+        axes.errorbar(x, centres, errors, marker="o", markersize=4, capsize=3, label=column)
+    axes.set_xticks(range(len(rows)), rows)
+    axes.set(ylabel="validation loss (nats per token)", title=config.title or grid)
     _legend(axes)
     return save(drawn, path)
 
@@ -97,8 +122,8 @@ def _plot_rates_of(axes: Any, results: Sequence[Result], name: str) -> None:
     points = [(r.tuning_loss, r.run.lr) for r in results if r.ok and r.tuning_loss is not None]
     if not points:
         return
-    losses, rates = zip(*points, strict=True)
-    [line] = axes.plot(rates, losses, marker="o", markersize=4, label=name)
+    y, rates = zip(*points, strict=True)
+    [line] = axes.plot(rates, y, marker="o", markersize=4, label=name)
     loss, rate = min(points)
     axes.plot(rate, loss, marker="o", markersize=11, fillstyle="none", color=line.get_color())
 

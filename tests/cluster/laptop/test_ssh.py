@@ -37,6 +37,8 @@ def node(tmp_path, monkeypatch):
         ("ssh: connect to host 10.0.0.2 port 22: Connection refused", LinkError, "Connection refused"),
         ("ssh: connect to host 10.0.0.2 port 22: Connection timed out", LinkError, "timed out"),
         ("", LinkError, "the connection broke"),
+        ("channel 0: open failed: connect failed: No route to host\nConnection closed by UNKNOWN port 65535",
+         LinkError, "No route to host"),
     ],
 )  # fmt: skip
 def test_a_failure_is_explained(node, said, kind, told):

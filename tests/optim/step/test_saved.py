@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.optim.step.zero_cases import STAGES, ZeroCase, assemble, batches, build, copied_shards
+from tests.optim.step.zero_cases import LARGER, STAGES, ZeroCase, assemble, batches, build, copied_shards
 from tests.ranks import spawn
 from training.run.checkpoint import Checkpoint
 from training.run.context import Context
@@ -55,7 +55,7 @@ def read_checkpoints(context: Context, root: Path, sources: int, cases: list[Zer
 WRITERS = [
     ZeroCase(1, precision="bf16"),
     ZeroCase(1, precision="bf16", rule="transported_scion"),
-    ZeroCase(2, precision="bf16", rule="normuon"),
+    ZeroCase(2, precision="bf16", rule="normuon", matrix=LARGER),
     ZeroCase(3, precision="bf16"),
     ZeroCase(1),
 ]
@@ -63,7 +63,7 @@ READERS = [
     *(ZeroCase(*stage, precision="bf16") for stage in STAGES),
     ZeroCase(2, precision="bf16", offload=True),
     *(ZeroCase(stage, precision="bf16", rule="transported_scion") for stage in (0, 2, 3)),
-    *(ZeroCase(stage, precision="bf16", rule="normuon") for stage in (0, 3)),
+    *(ZeroCase(stage, precision="bf16", rule="normuon", matrix=LARGER) for stage in (0, 3)),
 ]
 RESUMED = {1: len(WRITERS), 3: len(WRITERS), 4: 3}  # ranks -> how many of the writers' checkpoints they read
 

@@ -215,6 +215,7 @@ def test_one_unreadable_answer_among_good_ones_fails_alone(capsys):
         (("an empty list",), [], 2, "lists no model (200: "),
         (("silent about its context",), [], 2, "error: bench.target_context_tokens: http"),
         ((), ["load.prompt_tokens=4096"], 2, "error: load.prompt_tokens: a request may have 4102 tokens"),
+        ((), ["load.concurrency=[]"], 1, "error: nothing was measured: name load.concurrency, load.rates or"),
         ((), ["bench.target_context_tokens=65"], 2, "says that m holds 64 tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -110,6 +110,7 @@ def test_mooncake_s_blocks_are_shared_block_by_block(tmp_path: Path):
         (AZURE + "2024-05-10 00:00:01,1,nan\n", "line 5: needs"),
         (AZURE + "2024-05-10 00:00:01,1_0,1\n", "line 5: needs"),
         (AZURE + "yesterday,1,1\n", "line 5: needs"),
+        (AZURE + f"{'9' * 200_000},1,1\n", "line 5: no CSV .field larger than"),
         (AZURE + "2024-05-10 00:00:01,1\n", "line 5: needs"),
         (BURST + "inf,GPT-4,1,1,2,API log\n", "line 5: needs Timestamp, Request tokens, Response tokens"),
         (BURST + "50,GPT-4,64,1,2,API log\n", r"line 5: exceeds the model's context of 64 tokens"),

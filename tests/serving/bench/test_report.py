@@ -74,7 +74,8 @@ def test_the_table_shows_a_dash_for_what_was_not_measured_and_no_empty_columns()
 
 def repeat(load: str, value: float, **others: object) -> dict:
     figures = {"output_tokens_per_second": value, "ttft_p50_ms": 1e3 / value, "mbu": 0.4, "attainment": 1.0}
-    counts = {"requests": 10, "succeeded": 9, "first_error": "timeout", "short_answers": 1, "rate": None}
+    counts = {"requests": 10, "succeeded": 9, "short_answers": 1, "rate": None}
+    counts |= {"errors": {"timeout": 1}, "first_error": "timeout"}
     return {"load": load, "counts": "9/10", **figures, **counts, **others}
 
 
@@ -90,6 +91,7 @@ def test_repeats_are_one_row_with_intervals_and_rows_are_sorted():
     assert [row["load"] for row in rows] == ["1 in flight", "8 in flight", "2.00/s poisson", "4.00/s poisson"]
     eight = rows[1]
     assert eight["output_tokens_per_second"] == pytest.approx(200) and eight["counts"] == "18/20"
+    assert eight["errors"] == {"timeout": 2}
     centre, low, high = eight["intervals"]["output_tokens_per_second"]
     assert low < centre < high and low * high == pytest.approx(centre**2)
     assert "8 in flight" in str(intervals_table(rows)) and intervals_table(rows[:1]) is None
@@ -137,11 +139,13 @@ def test_pictures_are_of_what_there_is(tmp_path):
 
 def test_a_share_above_all_of_its_ceiling_is_a_fault_of_the_ceiling_and_voids_its_shares():
     points = [{"load": "1 in flight", "mbu": 0.9, "prefill_mfu": 1.64}, {"load": "8 in flight", "mbu": 0.5}]
+    points.append({"load": "1 in flight", "prefill_mfu": 0.9})  # the same once more
     assert faults(points) == [
         "peak: 1 in flight reaches 164% of it, so it is no ceiling, and no share of it counts"
     ]
     assert points == [
         {"load": "1 in flight", "mbu": 0.9, "prefill_mfu": None},
         {"load": "8 in flight", "mbu": 0.5},
+        {"load": "1 in flight", "prefill_mfu": None},
     ]
     assert faults(points) == []

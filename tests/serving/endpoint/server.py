@@ -23,9 +23,9 @@ class Server:
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        template = options.pop("template", None)
+        told = {name: options.pop(name, None) for name in ("template", "origin")}
         allows = EndpointOptions(**options)
-        app = make_endpoint(engine, numbered_tokenizer(VOCABULARY), template=template, options=allows)
+        app = make_endpoint(engine, numbered_tokenizer(VOCABULARY), options=allows, **told)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()

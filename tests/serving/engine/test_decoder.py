@@ -200,6 +200,17 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen():
     assert worst_error(decoder, wide, num_steps=12) < 0.06
 
 
+def test_tensors_in_huge_pages_are_zero_and_apart_and_too_large_a_one_is_an_error_of_memory():
+    memory = native._HugePages()
+    tensors = [memory.zeros(3, size, dtype=torch.int32) for size in (5, 1, native.CHUNK_BYTES // 4, 2)]
+    for number, tensor in enumerate(tensors):
+        assert tensor.data_ptr() % native.LINE_BYTES == 0 and not tensor[:, :5].any()
+        tensor[:, :5].fill_(number + 1)
+    assert [tensor[0, 0].item() for tensor in tensors] == [1, 2, 3, 4]
+    with pytest.raises(MemoryError, match="Cannot allocate"):
+        memory.zeros(1 << 50, dtype=torch.int32)
+
+
 @in_each_tier
 @pytest.mark.parametrize(
     ("sizes", "reason"),

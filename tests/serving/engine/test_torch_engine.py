@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,9 +242,12 @@ def test_a_seed_draws_the_same_whatever_else_runs(exact):
 @compiled
 def test_with_the_compiled_decoder_a_seed_s_tokens_and_scores_are_the_same_to_the_bit(checkpoint):
     """Alone, and beside requests that are sampled otherwise, with other chunks of their prompts."""
-    kinds = [{"temperature": 0.0}, {"top_p": 0.5}, {}, {"temperature": 2.0, "top_p": 0.99}]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0}, {"top_p": 0.5}, {}, {"temperature": 2.0, "top_p": 0.99},
+        {"top_k": 9, "min_p": 0.01, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    ]  # fmt: skip
     requests = [
-        (prompt, Sampling(max_tokens=12, seed=seed, logprobs=True, ignore_eos=True, **kinds[seed % 4]))
+        (prompt, Sampling(max_tokens=12, seed=seed, logprobs=True, ignore_eos=True, **kinds[seed % 5]))
         for seed, prompt in enumerate(prompts(16))
     ]
 

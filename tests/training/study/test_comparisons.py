@@ -8,7 +8,8 @@ from cluster.config import ConfigError
 from cluster.measure.intervals import Interval
 from tests.training.study.made_up import REPORTED, TUNED, load, study_of
 from training.study.comparisons import comparisons, interval_text, verdict
-from training.study.plan import StudyPlan
+from training.study.plan import StudyPlan, describe_plan
+from training.study.plots import plot_grid
 
 GRID = {
     "keys": ["optim.matrix.rule=transported_scion"],
@@ -23,6 +24,7 @@ def test_every_row_with_every_column_of_a_grid_is_a_rule(tmp_path):
     plan = StudyPlan(load(tmp_path, grids={"moved": GRID}))
     assert list(plan.config.rules)[3:] == [f"moved.m0.{m}.{c}" for m in (5, 9) for c in ("cap1", "free")]
     plan.check()
+    assert "; 2 x 2 variants of moved [0.01, 0.02, 0.04] x 1\n" in str(describe_plan(plan, {}, parallel=1))
     [run, *_] = plan.tuning_of(noise="none", width="w64", rule="moved.m0.9.cap1")
     optim = plan.configs.of(run).optim
     assert (optim.matrix.momentum, optim.matrix.ramp_steps, optim.scion.transport_cap) == (0.9, 3, 1)
@@ -46,16 +48,18 @@ def test_differences_are_paired_by_seed_with_students_interval(tmp_path):
     assert "higher" in row and "+0.9000 ± 0.4303" in row  # of 1, 1 and 0.7
 
 
-def test_a_grid_is_a_table_with_its_lowest_loss_in_bold(tmp_path, monkeypatch):
+def test_a_grid_is_a_table_with_its_lowest_loss_in_bold_and_a_figure(tmp_path, monkeypatch):
     plan = StudyPlan(load(tmp_path, grids={"moved": GRID}))
     for number, rule in enumerate(list(plan.config.rules)[3:]):
         monkeypatch.setitem(TUNED, rule, (3.0, 2.0, 2.5))
         monkeypatch.setitem(REPORTED, rule, (3.0 - number / 10,) * 3)
     found = comparisons(study_of(plan), noise="none")
     assert found[2] == "### Grid: Moved"
-    *_, first, second = found[3].splitlines()
+    *_, first, second, _, picture = found[3].splitlines()
     assert [cell.strip() for cell in first.split("|")[1:-1]] == ["m0.5", "3.0000 ± 0.0000", "2.9000 ± 0.0000"]
-    assert "**2.7000 ± 0.0000**" in second
+    assert "**2.7000 ± 0.0000**" in second and "(figures/grid-moved.png)" in picture
+    path = plot_grid(study_of(plan), tmp_path / "grid.png", grid="moved", noise="none")
+    assert path.stat().st_size > 5000
 
 
 def test_rare_tokens_have_a_table_where_they_were_logged(tmp_path):

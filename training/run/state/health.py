@@ -48,6 +48,7 @@ class HealthWatch(Background):
         super().__init__()
         self._config, self._directory = config, config.run_directory
         self._outputs = config.run_directory.parent
+        self._drained_before = {each.name for each in drained.read(self._outputs)}  # no rank has these
         self._in_ray = config.launcher == "ray"
         self._nodes: dict[str, _Node] = {}  # by Ray's id
         self._lock = threading.Lock()
@@ -79,6 +80,8 @@ class HealthWatch(Background):
             self._write()
 
     def _report(self, finding: Finding) -> None:
+        if finding.kind == GPU_BAD and f"{finding.host}:{finding.gpu}" in self._drained_before:
+            return
         events.append(
             self._directory, finding.kind, finding.text, host=finding.host, gpu=finding.gpu, uuid=finding.uuid
         )

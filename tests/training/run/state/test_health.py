@@ -114,6 +114,11 @@ def test_a_run_goes_on_without_the_gpu_that_goes_bad_under_it(ray, tmp_path, mon
         ("resumed", f"the run goes on without GPU 0 of {HOST}, from step 0"),
     ]
     assert health.line(run)["health_bad_gpus"] == 1
+    again = HealthWatch(config)  # the next start: that GPU is bad still, and no rank has it
+    monkeypatch.setattr(health._Node, "_look", lambda node: node._answers.put({**bad, "xids": [[0, 79]]}))
+    again.look()
+    assert again.bad == [] and len(events.read(run)) == len(told)
+    monkeypatch.setattr(health._Node, "_look", lambda node: node._answers.put({**bad, "xids": []}))
     drained.clear(tmp_path, f"{HOST}:0")
     wait_until(lambda: free_gpus(ray) == 3)
     with pytest.raises(RunError, match="shapes differ"):  # which is no GPU's fault

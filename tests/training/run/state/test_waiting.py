@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from cluster.record import events
 from cluster.record.row_format import LAUNCHER_LOCK
 from cluster.review.status import report
-from training.run.state.waiting import describe
+from training.run.state.waiting import Line, describe
 
 JOBS = {"01": "night-1", "02": "noon-1", "03": "dawn-1", "04": "small-1"}
 
@@ -39,6 +39,16 @@ def test_who_holds_the_gpus_and_who_waits_too_are_named():
     assert said(*groups, free=4.0, needed=4) is None  # it fits beside them
     assert said(*groups, group("03", "CREATED", *[one] * 4), free=0.0) is None  # it has its workers
     assert "no run holds the others" in said(free=0.0)
+
+
+def test_who_came_first_is_ahead_until_it_leaves_or_dies(tmp_path):
+    night, noon, dawn = (Line(tmp_path, name) for name in ("night", "noon", "dawn"))
+    assert (night.ahead(), noon.ahead(), dawn.ahead()) == ([], ["night"], ["night", "noon"])
+    night.leave()
+    assert dawn.ahead() == ["noon"]
+    noon._file.close()  # as the end of its process does
+    assert dawn.ahead() == [] and len(list((tmp_path / ".line").iterdir())) == 1
+    dawn.leave()
 
 
 def test_the_status_tells_that_a_run_waits_while_its_launcher_lives(tmp_path):
