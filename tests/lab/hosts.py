@@ -39,7 +39,7 @@ KbdInteractiveAuthentication no
 UsePAM no
 PrintMotd no
 Subsystem sftp /usr/lib/openssh/sftp-server
-MaxStartups 30:30:100
+MaxStartups 300
 """
 _NUMBERS = itertools.count()  # of the labs of this process
 PYTHON = f"{sys.base_prefix}/bin/python3"

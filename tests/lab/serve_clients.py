@@ -57,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         output = benchmark.prepare_output(options.output, WHAT)
+        places = {options.python: "PROGRAM", str(options.node): "FOLDER"}
+        command = [places.get(word, word) for word in sys.argv]
+        about = provenance.collect(command=command, data_fingerprint=None)  # of the code that is loaded now
         result = measure(options)
-        about = provenance.collect(command=sys.argv, data_fingerprint=None)
         files.write_json(output, {**result, "provenance": about})
         print(f"written to {output}\n{json.dumps(result)}")
 

@@ -16,14 +16,14 @@ Definition: once W&B has started, steps come in pairs, one with W&B and one with
 (`intervals.of_median`). A step's time includes its `log()`; `moved_cpu_percent` compares the CPU time of the
 training thread. A step without W&B is logged to a second record, and W&B's processes are suspended during it;
 whatever became due meanwhile is done in the next step with W&B. Both switches are the same few system calls,
-outside of the timed steps. Random order and short turns leave no bias: a drift, and anything that comes every
-so many steps, adds to both sides alike. So the interval of `off` has to contain 0, and its half-width is what
-this measurement can resolve: about 0.3% with the defaults.
+outside of the timed steps. Random order leaves no bias: a drift, and anything that comes every so many steps,
+adds to both sides alike. So the interval of `off` has to contain 0, and its half-width is what this
+measurement can resolve.
 
 `wandb_cpu_ms` is what W&B uses a step on whatever core is free: the most that a step can lose if none is.
 `start_lost_ms` is what the steps lose in all while W&B starts.
 
-With the defaults it takes nine to ten minutes on two quiet cores.
+With the defaults it takes less than ten minutes on two quiet cores.
 """
 
 import argparse
