@@ -81,7 +81,7 @@ def connection(quick: Server) -> Iterator[httpx.Client]:
         yield opened
 
 
-@settings(max_examples=700, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=500, deadline=None, suppress_health_check=FIXTURES)
 @given(path=st.sampled_from([*PATHS]), body=BODIES)
 def test_no_body_is_a_server_error_or_keeps_a_slot(quick, connection, path, body):
     for name in ("max_tokens", "max_completion_tokens"):

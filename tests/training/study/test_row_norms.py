@@ -108,6 +108,8 @@ def test_verdicts():
     assert verdict(Cell(4.96, 0.02), paper) == "OUTSIDE"
 
 
-def test_a_wide_matrix_is_refused(capsys):
+def test_wide_matrices_and_curves_that_miss_the_end_are_refused(capsys):
     assert main(["sizes=[4]"]) == 2
     assert "sizes: [4] must be" in capsys.readouterr().err
+    assert main(["transport_steps=149"]) == 2
+    assert "transport_steps: must be a multiple of 50" in capsys.readouterr().err

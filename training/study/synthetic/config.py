@@ -68,6 +68,7 @@ class RowNormsConfig:
     wandb: str = key("auto", "W&B mode", choices=WANDB_MODES)
 
     def __post_init__(self) -> None:
+        require(self.transport_steps % 50 == 0, "transport_steps", "must be a multiple of 50")
         for name, allowed in (("tables", {"1", "7"}), ("sizes", range(8, 2**20))):
             values = getattr(self, name)
             fits = len(set(values)) == len(values) > 0 and set(values) <= set(allowed)
