@@ -158,7 +158,7 @@ class Rule:
 
 
 def muon(
-    *, momentum: float = 0.95, nesterov: bool = True, method: str | None = "polar_express",
+    *, momentum: float = 0.95, nesterov: bool = True, method: str = "polar_express",
     polar_steps: int = 5, update_scale: str = "spectral", **common: Any,
 ) -> Rule:  # fmt: skip
     """Momentum, then the orthogonal factor of it, scaled. https://kellerjordan.github.io/posts/muon/
@@ -227,7 +227,7 @@ def paired(rule: Rule) -> Rule:
 
 def scion(
     *, momentum: float = 0.95, nesterov: bool = False, norm: str = "spectral",
-    method: str | None = "polar_express", polar_steps: int = 5, radius: float = 1.0,
+    method: str = "polar_express", polar_steps: int = 5, radius: float = 1.0,
     constrained: bool = False, weight_decay: float = 0.0, **common: Any,
 ) -> Rule:  # fmt: skip
     """Momentum, then the norm's linear minimisation oracle. https://arxiv.org/abs/2502.07529
