@@ -230,9 +230,7 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
         origin = ours if origin.get("fingerprint") in (None, ours["fingerprint"]) else origin
     info = listed.get("engine_info")
     if info is not None and not OF_LAST_TOKEN.keys() <= info.keys():
-        note(
-            f"{endpoint.url} is older than this benchmark: its MFU counts the last layer for every token of a prompt"
-        )
+        note(f"{endpoint.url} is older than this benchmark: its MFU counts too many FLOPs of a prompt")
         info = OF_LAST_TOKEN | info
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
     about = {
