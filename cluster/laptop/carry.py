@@ -7,6 +7,7 @@ continues after a lost link. The head passes them on to the workers.
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,6 @@ from cluster.laptop.keys import BROUGHT_PYTHON, Inventory
 from cluster.laptop.ssh import LINK_CODES, LinkError, Ssh, patiently, push
 from cluster.session import ROOT
 
-UV = "uv==0.13.9"  # a single binary; it resolves for another platform, and knows the builds of CPython
 VERSION = "3.11"  # of the Python that is brought
 GLIBC_MINORS = (40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 28, 17)  # of glibc 2, for which uv resolves
 PATIENCE_SECONDS = 600.0  # for a link that is lost
@@ -54,7 +54,7 @@ def _bring_python(site: Inventory, head: Ssh, *, report: Callable[[str], None]) 
         raise RunError(f"{head.address}: is {system}, and a Python can be brought to Linux alone")
     local = Path("~/.asuncion/python").expanduser() / f"{VERSION}-{machine}"
     if not local.exists():
-        report(f"fetching Python {VERSION} for {machine}, by {UV}")
+        report(f"fetching Python {VERSION} for {machine}, by uv")
         _fetch_python(f"cpython-{VERSION}-linux-{machine}-gnu", local)
     _send(head, local, place, report=report)
     _answer(head, f"touch {place}/ready")
@@ -134,12 +134,17 @@ def download(root: Path, target: Path, *, python: str, machine: str, glibc: int)
 
 
 def _uv() -> list[str]:
-    """uv, installed for this user unless it is on the PATH."""
-    if found := shutil.which("uv"):
+    """uv: a single binary that resolves for another platform, and knows the builds of CPython.
+
+    It is taken from this environment or the PATH, or else installed for this user.
+    """
+    places = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    if found := shutil.which("uv", path=places):
         return [found]
     folder = Path("~/.asuncion/uv").expanduser()
     if not (folder / "bin/uv").exists():
-        _run([sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, UV])
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
+        _run([*pip, "--target", folder, "uv"])
     return [str(folder / "bin/uv")]
 
 
