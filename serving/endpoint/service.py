@@ -156,7 +156,8 @@ def _add_facts(app: FastAPI, service: "Service", engine: Engine, origin: Origin 
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await asyncio.to_thread(service.metrics.text)
+        with refusals():
+            text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
 
