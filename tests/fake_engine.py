@@ -102,11 +102,6 @@ def make(
     )  # fmt: skip
 
 
-def refuse(config: ServeConfig, served: Served) -> TorchEngine:
-    """A factory whose model cannot be read."""
-    raise ValueError("no such weights; copy them")
-
-
 class Gate:
     """Holds the steps of an engine in this process: in a `with` block only one that is under way may end."""
 

@@ -340,16 +340,22 @@ def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(ur
 def test_a_replica_that_fails_to_start_is_one_message(url):
     from ray import serve
 
-    broken = load(dotlist=["model.weights=random", "model.shape=llama-5m"])
-    broken = replace(broken, deployment=replace(broken.deployment, cpus=0))  # the other has the only core
-    application = build(broken, checkpoints.find(broken.model), factory=fake_engine.refuse)
-    target = serve.RunTarget(application, name="broken", route_prefix="/broken")
+    large = load(
+        dotlist=["model.weights=random", "model.shape=llama-5m", "engine.cache_tokens=1000000000000"]
+    )
+    large = replace(
+        large, deployment=replace(large.deployment, cpus=0)
+    )  # the other replica has the only core
+    application = build(large, checkpoints.find(large.model))
+    target = serve.RunTarget(application, name="large", route_prefix="/large")
     serve.run_many([target], wait_for_applications_running=False)
     try:
-        with pytest.raises(RunError, match=r"^the model cannot be served: [^\n]*no such weights; copy them$"):
-            _wait(f"{url}/broken", "/health")
+        with pytest.raises(
+            RunError, match=r"^the model cannot be served: [^\n]*; lower engine\.cache_tokens"
+        ):
+            _wait(f"{url}/large", "/health")
     finally:
-        serve.delete("broken")
+        serve.delete("large")
 
 
 def test_a_start_of_serve_that_takes_too_long_is_one_message(monkeypatch):
