@@ -340,12 +340,10 @@ def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(ur
 def test_a_replica_that_fails_to_start_is_one_message(url):
     from ray import serve
 
-    large = load(
-        dotlist=["model.weights=random", "model.shape=llama-5m", "engine.cache_tokens=1000000000000"]
-    )
-    large = replace(
-        large, deployment=replace(large.deployment, cpus=0)
-    )  # the other replica has the only core
+    keys = ["model.weights=random", "model.shape=llama-5m", f"engine.cache_tokens={10**12}"]
+    large = load(dotlist=keys)
+    # The replica that runs has the only core.
+    large = replace(large, deployment=replace(large.deployment, cpus=0))
     application = build(large, checkpoints.find(large.model))
     target = serve.RunTarget(application, name="large", route_prefix="/large")
     serve.run_many([target], wait_for_applications_running=False)
