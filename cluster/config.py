@@ -318,9 +318,13 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield name, value, f"{doc} ({allowed})" if allowed else doc
 
 
-def changes(config: Any) -> dict[str, list[Any]]:
-    """Dotted key -> [default, value] of every leaf of a config object that differs from its default."""
-    defaults = {name: value for name, value, _ in walk(type(config)())}
+def changes(config: Any, *, since: Any = None) -> dict[str, list[Any]]:
+    """Dotted key -> [default, value] of every leaf of a config object that differs from its default.
+
+    Args:
+        since: has the defaults, of a class with a key that must be given.
+    """
+    defaults = {name: value for name, value, _ in walk(since or type(config)())}
     here = ((name, defaults.get(name), value) for name, value, _ in walk(config))
     return {name: _plain([default, value]) for name, default, value in here if default != value}
 

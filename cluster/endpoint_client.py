@@ -18,12 +18,8 @@ from cluster.masking import MASK, mask
 
 TIMEOUT_SECONDS = 30.0
 KEY_VARIABLE = "OPENAI_API_KEY"  # lm_eval sends it too
-CONTEXT_FIELDS = (
-    "max_model_len",
-    "context_length",
-    "context_window",
-    "max_context_length",
-)  # vLLM's, others'
+# The first is vLLM's name.
+CONTEXT_FIELDS = ("max_model_len", "context_length", "context_window", "max_context_length")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_AUTH_MODE": "token",  # Ray's default from 2.61 on; set, so that 2.60 does not warn
 }
+KIND = "accelerator_type:"  # before a kind of GPU: Ray's resource of a node that has them
 # Of an embedded Ray's folder: Linux allows 107 bytes for the path of a socket.
 LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 

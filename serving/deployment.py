@@ -10,6 +10,7 @@ until Serve has started another replica. The engine ends with its replica.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -252,21 +253,33 @@ def serving(
         no_leftovers(f"{folder}/"),  # HAProxy keeps its log open there
         environment(_serve_environment(Path(folder), options)),
         session,
+        _orderly(_end_serve),
     ):
-        from ray import serve
-        from ray.serve.schema import LoggingConfig
+        _start_serve(build(config, served, factory=factory), host=options.host, port=port)
+        url = f"http://{options.host}:{port}"
+        report(f"loading {served.name} into {options.replicas} engine(s)")
+        _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
+        yield url
 
-        with _orderly(_end_serve):
-            serve.start(
-                http_options={"host": options.host, "port": port},
-                logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-            )
-            target = serve.RunTarget(build(config, served, factory=factory), route_prefix="/")
-            serve.run_many([target], wait_for_applications_running=False)
-            url = f"http://{options.host}:{port}"
-            report(f"loading {served.name} into {options.replicas} engine(s)")
-            _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
-            yield url
+
+def _start_serve(application: Any, *, host: str, port: int) -> None:
+    """Start Serve and its HTTP proxy, and tell it what to serve. Raises `RunError`: that took too long."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger(serve.__name__).setLevel(logging.WARNING)  # at INFO it reports that it has started
+    try:
+        serve.start(
+            http_options={"host": host, "port": port},
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        )
+        target = serve.RunTarget(application, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+    except TimeoutError as error:
+        raise RunError(
+            f"Ray Serve did not start ({str(error).rstrip('.')}); if this machine is busy, start again when "
+            "it has less to do, else see Ray's logs"
+        ) from error
 
 
 def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str]:

@@ -88,9 +88,8 @@ class Keeper:
         self.ray = Ray(site["dashboard_port"])
         self._workers = Workers(site)
         self._set = States(site).set
-        self._alive: dict[str, Any] | None = (
-            None  # node -> its resources, as Ray lists it; None: it is not up
-        )
+        # node -> its resources, as Ray lists it; None: Ray is not up
+        self._alive: dict[str, dict[str, float]] | None = None
         self._env = ""  # hash of the environment
         self._at_once = threading.Semaphore(NUM_AT_ONCE)
         for address in (site["head"], *site["workers"]):

@@ -6,6 +6,7 @@ A run drains a GPU that goes bad under it. In Ray, a process that holds the GPU 
 Importing this needs the standard library only.
 """
 
+import argparse
 import fcntl
 import os
 import sys
@@ -171,12 +172,17 @@ def _hold(drained: Drained, node: dict[str, Any], outputs: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns its exit code."""
-    outputs, *names = arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.heart.drained", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="the folder of the runs")
+    parser.add_argument("names", nargs="*", metavar="HOST:GPU", help="clear these; none: print all")
+    options = parser.parse_args(arguments)
     try:
-        for name in names:
-            clear(Path(outputs), name)
+        for name in options.names:
+            clear(options.outputs, name)
             print(f"{name} is used again, by the next run")
-        for each in () if names else read(Path(outputs)):
+        for each in () if options.names else read(options.outputs):
             print(each)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

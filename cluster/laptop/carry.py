@@ -7,10 +7,10 @@ continues after a lost link. The head passes them on to the workers.
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -21,10 +21,9 @@ from cluster import process
 from cluster.cli import RunError
 from cluster.laptop import commands
 from cluster.laptop.keys import BROUGHT_PYTHON, Inventory
-from cluster.laptop.ssh import LINK_CODES, LinkError, Ssh, patiently, push
+from cluster.laptop.ssh import Ssh, patiently, push, transfer
 from cluster.session import ROOT
 
-UV = "uv==0.13.9"  # a single binary; it resolves for another platform, and knows the builds of CPython
 VERSION = "3.11"  # of the Python that is brought
 GLIBC_MINORS = (40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 28, 17)  # of glibc 2, for which uv resolves
 PATIENCE_SECONDS = 600.0  # for a link that is lost
@@ -44,9 +43,8 @@ def bring(site: Inventory, head: Ssh, *, report: Callable[[str], None]) -> None:
 
 def _bring_python(site: Inventory, head: Ssh, *, report: Callable[[str], None]) -> None:
     place = f"{site.scratch}/python"
-    there, system = _answer(
-        head, f"{commands.claim_by_shell(site)}\ntest -e {place}/ready && echo yes || echo no; uname -sm"
-    )
+    script = f"{commands.claim_by_shell(site)}\ntest -e {place}/ready && echo yes || echo no; uname -sm"
+    there, system = _answer(head, script, report=report)
     if there == "yes":
         return
     kind, _, machine = system.partition(" ")
@@ -54,10 +52,10 @@ def _bring_python(site: Inventory, head: Ssh, *, report: Callable[[str], None]) 
         raise RunError(f"{head.address}: is {system}, and a Python can be brought to Linux alone")
     local = Path("~/.asuncion/python").expanduser() / f"{VERSION}-{machine}"
     if not local.exists():
-        report(f"fetching Python {VERSION} for {machine}, by {UV}")
+        report(f"fetching Python {VERSION} for {machine}, by uv")
         _fetch_python(f"cpython-{VERSION}-linux-{machine}-gnu", local)
     _send(head, local, place, report=report)
-    _answer(head, f"touch {place}/ready")
+    _answer(head, f"touch {place}/ready", report=report)
 
 
 def _fetch_python(which: str, target: Path) -> None:
@@ -73,7 +71,7 @@ def _fetch_python(which: str, target: Path) -> None:
 def _bring_wheels(site: Inventory, head: Ssh, *, report: Callable[[str], None]) -> None:
     ask = "json.dumps([*sys.version_info[:2], platform.machine(), *platform.libc_ver()])"
     ask = f"import json, platform, sys; print({ask})"
-    (line,) = _answer(head, f"{commands.interpreter(site)} -c {shlex.quote(ask)}")
+    (line,) = _answer(head, f"{commands.interpreter(site)} -c {shlex.quote(ask)}", report=report)
     major, minor, machine, libc, version = json.loads(line)
     if libc != "glibc":
         raise RunError(f"{head.address}: its Python is not built on glibc; packages cannot be carried there")
@@ -134,12 +132,17 @@ def download(root: Path, target: Path, *, python: str, machine: str, glibc: int)
 
 
 def _uv() -> list[str]:
-    """uv, installed for this user unless it is on the PATH."""
-    if found := shutil.which("uv"):
+    """uv: a single binary that resolves for another platform, and knows the builds of CPython.
+
+    It is taken from this environment or the PATH, or else installed for this user.
+    """
+    places = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    if found := shutil.which("uv", path=places):
         return [found]
     folder = Path("~/.asuncion/uv").expanduser()
     if not (folder / "bin/uv").exists():
-        _run([sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, UV])
+        pinned = ("--constraint", ROOT / "constraints.txt")
+        _run([sys.executable, "-m", "pip", "install", "--quiet", *pinned, "--target", folder, "uv"])
     return [str(folder / "bin/uv")]
 
 
@@ -152,8 +155,8 @@ def _run(command: list[str | Path]) -> None:
         raise RunError(f"{what} here: {errors[0].strip() if errors else done.returncode}")
 
 
-def _answer(head: Ssh, script: str) -> list[str]:
-    said = patiently(lambda: head.run(script), patience=PATIENCE_SECONDS, report=print)
+def _answer(head: Ssh, script: str, *, report: Callable[[str], None]) -> list[str]:
+    said = patiently(lambda: head.run(script), patience=PATIENCE_SECONDS, report=report)
     return said.decode().splitlines()
 
 
@@ -161,13 +164,4 @@ def _send(head: Ssh, source: Path, target: str, *, report: Callable[[str], None]
     """Make a folder of the head equal to one here."""
     size = sum(each.stat().st_size for each in source.rglob("*") if each.is_file() and not each.is_symlink())
     report(f"{head.address}: bringing {source.parent.name}, {size / 1e9:.2f} GB, to {target}")
-
-    def attempt() -> None:
-        done: subprocess.CompletedProcess[str] = process.run(push(head, source, target), whole_tree=False)
-        said = (done.stderr.strip().splitlines() or [f"rsync's code {done.returncode}"])[0]
-        if done.returncode in LINK_CODES:
-            raise LinkError(f"{head.address}: {said}")
-        if done.returncode:
-            raise RunError(f"{head.address}: {said}")
-
-    patiently(attempt, patience=PATIENCE_SECONDS, report=report)
+    transfer(head, push(head, source, target), patience=PATIENCE_SECONDS, report=report)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.head.shell import in_url
 from cluster.laptop.keys import BROUGHT_PYTHON, Inventory, NodeConfig
+from cluster.session import KIND
 
 PRIVATE = Path(__file__).parents[1] / "private.py"
 AUTOSCALER = " --autoscaling-config=~/ray_bootstrap_config.yaml"
@@ -168,7 +169,7 @@ def resources(node: NodeConfig) -> str:
     """Options of `ray start` for what a node has. None holds a space, so that a shell can split them."""
     flags = [f"--num-gpus={node.gpus}"]
     if node.gpus:
-        flags += [f'--resources={{"accelerator_type:{node.accelerator}":1}}']
+        flags += [f'--resources={{"{KIND}{node.accelerator}":1}}']
     if node.cpus is not None:
         flags += [f"--num-cpus={node.cpus}"]
     if node.memory_gb is not None:
@@ -184,4 +185,4 @@ def _quoted(options: str) -> str:
 
 def _gpus(node: NodeConfig) -> dict[str, float]:
     """What Ray lists of a node's GPUs."""
-    return {"GPU": node.gpus, f"accelerator_type:{node.accelerator}": 1} if node.gpus else {"GPU": 0}
+    return {"GPU": node.gpus, f"{KIND}{node.accelerator}": 1} if node.gpus else {"GPU": 0}

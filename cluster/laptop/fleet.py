@@ -33,13 +33,13 @@ from cluster.laptop.keys import Inventory
 from cluster.laptop.package import pack
 from cluster.laptop.ssh import CommandError, LinkError, NodeError, Ssh, patiently
 from cluster.progress import Progress
+from cluster.session import KIND
 
 FIRST_CONTACT_SECONDS = 40.0  # for a node that does not answer at all
 LINK_SECONDS = 600.0  # for a link that was there and is lost
 GATE_SECONDS = 55.0  # for a node that makes no progress
 FAILED_SECONDS = 8.0  # for a node that failed: the keeper has tried again by then
 POLL_SECONDS = 1.0
-KIND = "accelerator_type:"  # Ray's resource of a node with GPUs of this kind
 HEAD = Path(__file__).parents[1] / "head"  # scripts that run alone on a node
 
 NOTHING = '{"ended": 0, "left": []}'  # what `down` finds where `up` has not brought a Python yet

@@ -6,15 +6,15 @@
 from dataclasses import dataclass
 from math import ceil
 
+from cluster.head.keeper import ALIVE_POLL_SECONDS
 from cluster.laptop.keys import Inventory
 
 NUM_AT_ONCE = 32  # nodes that the laptop meets at a time
-# Round trips of a first command over ssh, by TCP, key exchange, authentication and channel: 2.05 s at 140 ms
-# (tests/lab, 2026-11-23). A worker's handshake passes through the head.
+# An estimate, of a first command over ssh: TCP, key exchange, authentication and channel. The handshake of a
+# worker passes through the head.
 ROUND_TRIPS_OF_SSH = 15
 HEALTH_SECONDS = 3.0  # Ray's health_check_period_ms
-POLL_SECONDS = 2.0  # of the keeper (`cluster.head.keeper.ALIVE_POLL_SECONDS`)
-ROW_BYTES = 1_000  # of a node in the answer of Ray's state API
+ROW_BYTES = 1_000  # an estimate, of a node in the answer of Ray's state API
 STATE_BYTES_PER_PARAMETER = 12  # fp32 weights and, at most, two moments
 
 
@@ -54,7 +54,7 @@ def describe(site: Site) -> list[tuple[str, str]]:
     workers = site.nodes - 1
     contact = f"{workers:,} first contacts through the head, {NUM_AT_ONCE} at a time"
     size = f"{site.environment_bytes / 1e9:.1f} GB (assumed) to each worker from the head"
-    states = f"{site.nodes * ROW_BYTES / POLL_SECONDS / 1e6:.2f} MB of states"
+    states = f"{site.nodes * ROW_BYTES / ALIVE_POLL_SECONDS / 1e6:.2f} MB of states"
     return [
         ("SSH", f"{contact}: {connect_seconds(site):.0f} s at {site.round_trip_seconds * 1e3:.0f} ms"),
         (

@@ -75,11 +75,11 @@ def new_site(cluster: Path, arguments: Sequence[str], *, ask: Callable[[str], st
 def _asked(answers: list[str], ask: Callable[[str], str]) -> list[str]:
     """The answers so far, and those to all questions that they leave open."""
     known = {each.partition("=")[0] for each in answers}
+    defaults = {name: value for name, value, _ in layered.walk(Inventory(head="head"))}
     for name, question in QUESTIONS:
         if name in known:
             continue
-        default = _leaves(Inventory(head="head"))[name]
-        shown = "" if name == "head" or not default else f" [{default}]"
+        shown = "" if name == "head" or not defaults[name] else f" [{defaults[name]}]"
         while True:
             text = ask(f"{question}{shown}: ").strip()
             if not text and name != "head":
@@ -154,22 +154,16 @@ def _resolved(file: Path, name: str) -> dict[str, str]:
 def _text(site: Inventory) -> str:
     """The keys that differ from their defaults, as YAML."""
     tree: dict[str, Any] = {"name": site.name, "head": site.head}
-    for name, value in _leaves(site).items():
-        if name not in tree and value != _leaves(Inventory(head=site.head))[name]:
-            section, _, last = name.rpartition(".")
-            (tree.setdefault(section, {}) if section else tree)[last] = value
+    usual = Inventory(name=site.name, head=site.head)
+    for name, (_, value) in layered.changes(site, since=usual).items():
+        section, _, last = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[last] = value
+    if site.differs:
+        changed = {node: layered.changes(each) for node, each in site.differs.items()}
+        tree["differs"] = {
+            node: {name: value for name, (_, value) in of.items()} for node, of in changed.items()
+        }
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _leaves(site: Inventory) -> dict[str, Any]:
-    """Dotted key -> plain value."""
-    leaves = {name: value for name, value, _ in layered.walk(site)}
-    differs = {
-        node: {name: value for name, value, _ in layered.walk(each) if value}
-        for node, each in site.differs.items()
-    }
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in leaves.items()}
-    return {**plain, "differs": differs}
 
 
 def main() -> int:
@@ -183,8 +177,15 @@ def main() -> int:
     )
     options = parser.parse_args()
 
+    def ask(question: str) -> str:
+        try:
+            return input(question)
+        except EOFError as error:  # Ctrl-D
+            print()
+            raise KeyboardInterrupt from error
+
     def body() -> None:
-        site = new_site(options.cluster, options.arguments, ask=input if sys.stdin.isatty() else None)
+        site = new_site(options.cluster, options.arguments, ask=ask if sys.stdin.isatty() else None)
         print(f"{inventory.beside(options.cluster)}: {len(site.nodes)} nodes, head {site.head}")
         print(f"read it through, then `make up CLUSTER={options.cluster}`")
 

@@ -19,7 +19,6 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from cluster.laptop import inventory
 from cluster.laptop.fleet import ask, head_script, note
 from cluster.laptop.keys import Inventory, NodeConfig
 from cluster.laptop.package import Package, pack
-from cluster.laptop.ssh import LINK_CODES, TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync
+from cluster.laptop.ssh import TRANSPORT, LinkError, NodeError, Outage, Ssh, rsync, transfer
 from cluster.record.provenance import commit_environment
 
 PREFLIGHT = "preflight"  # name of its runs
@@ -279,29 +278,18 @@ def pull(cluster: Path, run: str, *, target: Path) -> None:
     site = inventory.load(cluster)
     name = _plain(ask(site, head_script(site, "resolve", run))["run"])
     (target / name).mkdir(parents=True, exist_ok=True)
+    head = Ssh(site, site.head)
     command = rsync(
-        Ssh(site, site.head),
+        head,
         f"{site.storage}/outputs/{name}",
         target / name,
         exclude=("checkpoints", "ray-train"),
     )
-    begin = time.monotonic()
-    while True:
-        try:
-            done = process.run(command, whole_tree=False)
-        except FileNotFoundError as error:
-            raise RunError("rsync: no such command; install it on this machine and on the head") from error
-        if done.returncode == 0:
-            break
-        if done.returncode not in LINK_CODES:
-            raise RunError(
-                f"rsync: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
-            )
-        if time.monotonic() - begin > PULL_PATIENCE_SECONDS:
-            raise LinkError(f"{site.head}: the link did not come back; `make pull` again continues")
-        note("link lost; what has arrived is kept; trying again")
-        time.sleep(2)
-    received = next((line for line in done.stdout.splitlines() if "Total bytes received" in line), "")
+    try:
+        said = transfer(head, command, patience=PULL_PATIENCE_SECONDS, report=note)
+    except LinkError as error:
+        raise LinkError(f"{error}; `make pull` again continues") from error
+    received = next((line for line in said.splitlines() if "Total bytes received" in line), "")
     note(f"{target / name} is up to date ({received.rpartition(':')[2].strip() or '0'} bytes over the link)")
 
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cluster import private
+from cluster import private, process
 from cluster.cli import RunError
 from cluster.head.shell import BEGIN, PLAIN, after_greeting, in_url, login_command, not_run, quiet_rsync
 from cluster.laptop.keys import Inventory
 
 CONNECT_SECONDS = 4  # SYN goes out at 0, 1 and 3 s: more patience would only lengthen the gaps
-# A dead link is noticed after 6 s (ssh waits for one interval more than it counts). TCP alone sends again
-# after 0.4, 1.3, 3, 7 and 14 s: it would find a link that is back after 7 s only 7 s later.
+# A dead link is noticed after 6 s (ssh waits for one interval more than it counts). TCP alone would double
+# its wait at each attempt, and so might use a link only as long after its return as the outage lasted.
 ALIVE_SECONDS, ALIVE_COUNT = 2, 2
 PERSIST_SECONDS = 900  # for which the connection outlives the last command
 RETRY_SECONDS = (0.3, 0.6, 1.0)  # between attempts at a lost link; the last one repeats
@@ -253,6 +253,33 @@ def patiently(attempt: Callable[[], T], *, patience: float, report: Callable[[st
         else:
             outage.end()
             return result
+
+
+def transfer(node: Ssh, command: Sequence[str], *, patience: float, report: Callable[[str], None]) -> str:
+    """The output of rsync, which is repeated while the link is lost. What has arrived is kept.
+
+    Args:
+        command: from `push` or `rsync`.
+        patience: as for `patiently`.
+
+    Raises:
+        LinkError: the link did not come back in this time.
+        RunError: rsync failed, and the link is not the cause.
+    """
+
+    def attempt() -> str:
+        try:
+            done = process.run(command, whole_tree=False)
+        except FileNotFoundError as error:
+            raise RunError("rsync: no such command; install it on this machine and on the head") from error
+        said = (done.stderr.strip().splitlines() or [f"rsync's code {done.returncode}"])[0]
+        if done.returncode in LINK_CODES:
+            raise LinkError(f"{node.address}: {said}")
+        if done.returncode:
+            raise RunError(f"{node.address}: {said}")
+        return done.stdout
+
+    return patiently(attempt, patience=patience, report=report)
 
 
 def push(node: Ssh, source: Path, target: str) -> list[str]:

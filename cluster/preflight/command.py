@@ -30,7 +30,7 @@ from cluster.progress import Progress
 from cluster.record import provenance
 from cluster.record.record import WANDB_MODES
 from cluster.record.result import record_result
-from cluster.session import SessionConfig, ray_session
+from cluster.session import KIND, SessionConfig, ray_session
 
 STEP_SECONDS = 300.0  # for each step of the preflight, on all nodes
 CLOCK_READINGS = 5
@@ -92,8 +92,7 @@ def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[st
 
 def _kind(resources: dict[str, float]) -> str | None:
     """Ray's name of a node's GPUs."""
-    kinds = (name.removeprefix("accelerator_type:") for name in resources)
-    return next((kind for kind, name in zip(kinds, resources, strict=True) if kind != name), None)
+    return next((name.removeprefix(KIND) for name in resources if name.startswith(KIND)), None)
 
 
 def _examine(

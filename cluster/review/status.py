@@ -50,9 +50,10 @@ def lines_of(run: Run) -> list[str]:
 
 def _waits(run: Run) -> dict[str, Any] | None:
     """The event that it waits for its workers, if that is the newest and its launcher lives."""
-    newest = run.events[-1] if run.events else {"kind": ""}
-    lives = row_format.is_being_written(run.directory / row_format.LAUNCHER_LOCK)
-    return newest if newest["kind"] == "waiting" and lives else None
+    if not row_format.is_being_written(run.directory / row_format.LAUNCHER_LOCK) or not run.events:
+        return None
+    newest = run.events[-1]
+    return newest if newest["kind"] == "waiting" else None
 
 
 def _written(run: Run) -> float | None:

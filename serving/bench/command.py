@@ -39,6 +39,7 @@ from serving.deployment import serving
 
 PROBE_SECONDS = 120.0
 SUMMARY_FILE = "summary.json"
+OF_LAST_TOKEN = dict.fromkeys(("last_token_flops", "last_attention_flops"), 0)  # as `EngineInfo` has them
 REQUEST_COLUMNS = ("index", "scheduled", "prompt_tokens", "output_tokens", "ttft", "tpot", "e2e", "error")
 
 
@@ -228,6 +229,9 @@ def _find_model(config: ServeBenchConfig, url: str) -> tuple[Endpoint, dict[str,
         ours = checkpoints.origin_of(config.model, checkpoints.find(config.model))
         origin = ours if origin.get("fingerprint") in (None, ours["fingerprint"]) else origin
     info = listed.get("engine_info")
+    if info is not None and not OF_LAST_TOKEN.keys() <= info.keys():
+        note(f"{endpoint.url} is older than this benchmark: its MFU counts too many FLOPs of a prompt")
+        info = OF_LAST_TOKEN | info
     # Of a stranger the vocabulary is unknown; the first 256 ids exist in every one.
     about = {
         "id": endpoint.model,

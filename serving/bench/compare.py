@@ -10,7 +10,6 @@ compare.json.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         raise UserError(f"no load in common: {had}; measure both with the same keys")
     loads = {
         load: {
-            header: list(asdict(ratio).values())[:3]
+            header: [ratio.centre, ratio.low, ratio.high]
             for header, (key, _) in FIGURES.items()
             if (ratio := _ratio(sides[0][load], sides[1][load], key)) is not None
         }

@@ -27,7 +27,7 @@ def find_dialect(
 ) -> Dialect:
     """What the endpoint takes: fields that it refuses are left out, one after another, and reported.
 
-    Where prompts must be text, two more requests tell how many tokens a word has.
+    Where prompts must be text, a second and longer request tells how many tokens a word has.
 
     Raises:
         UserError: the endpoint refuses the request (4xx), in its own words.
@@ -44,7 +44,7 @@ def find_dialect(
     for name in OPTIONAL:
         if name in dialect.left_out:
             report(f"{endpoint.url} refuses {name}: {EFFECTS[name]}")
-    return dialect if dialect.token_ids else _calibrated(endpoint, dialect, timeout_seconds, report)
+    return dialect if dialect.token_ids else _calibrated(endpoint, dialect, outcome, timeout_seconds, report)
 
 
 def _ask(endpoint: Endpoint, dialect: Dialect, num_prompt: int, timeout_seconds: float) -> RequestOutcome:
@@ -86,12 +86,19 @@ def _refuse(endpoint: Endpoint, dialect: Dialect, outcome: RequestOutcome, key: 
 
 
 def _calibrated(
-    endpoint: Endpoint, dialect: Dialect, timeout_seconds: float, report: Callable[[str], None]
+    endpoint: Endpoint,
+    dialect: Dialect,
+    short: RequestOutcome,
+    timeout_seconds: float,
+    report: Callable[[str], None],
 ) -> Dialect:
-    """With the tokens of a word and of a chat's template, from two texts whose tokens the server counts."""
-    short, long = (_ask(endpoint, dialect, number, timeout_seconds) for number in (SHORT, LONG))
+    """With the tokens of a word and of a chat's template, from two texts whose tokens the server counts.
+
+    short: of the request with the shorter text.
+    """
+    long = _ask(endpoint, dialect, LONG, timeout_seconds)
     per_word = (long.prompt_tokens - short.prompt_tokens) / (LONG - SHORT)
-    if short.error or long.error or per_word <= 0:
+    if long.error or per_word <= 0:
         report(f"prompts are text, and {endpoint.url} does not count their tokens: a word is taken for one")
         return dialect
     beside = max(0.0, short.prompt_tokens - SHORT * per_word)

@@ -11,7 +11,8 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import chain
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,9 @@ def read_conversations(
     num_read = 0
     for item, row in _conversations(file):
         num_read += 1
-        exchanges = _exchanges(_turns(file, item, row), count_tokens, context_tokens, history=turns == "all")
-        if exchanges:
-            usable.append(exchanges if turns == "all" else exchanges[:1])
+        found = _exchanges(_turns(file, item, row), count_tokens, context_tokens, history=turns == "all")
+        if exchanges := list(found if turns == "all" else islice(found, 1)):
+            usable.append(exchanges)
     if not usable:
         raise ConfigError(
             f"{file}: no conversation fits the model's context of {context_tokens} tokens: none of "
@@ -223,21 +224,21 @@ def draw_requests(conversations: Sequence[list[Planned]], number: int, *, seed: 
 
 def _exchanges(
     turns: Sequence[Turn], count_tokens: Callable[[str], int], context_tokens: int, *, history: bool
-) -> list[Planned]:
+) -> Iterator[Planned]:
     """Of one conversation, from its first to the last one that fits."""
-    found: list[Planned] = []
-    sizes = [count_tokens(text) for _, text in turns]
+    size_of = cache(lambda place: count_tokens(turns[place][1]))  # most turns of a file are never needed
+    follows = False
     for place in range(1, len(turns)):
         if (turns[place - 1][0], turns[place][0]) != ("user", "assistant"):
             continue
-        before = sum(sizes[: place - 1]) if history else 0
-        size, more = sizes[place - 1], sizes[place]
+        before = sum(map(size_of, range(place - 1))) if history else 0
+        size, more = size_of(place - 1), size_of(place)
         if before + size + more > context_tokens:
             break
         if size >= 1 and more >= 1:
             said = tuple(turns[: place - 1]) if history else ()
-            found.append(Planned(None, turns[place - 1][1], more, said, follows=bool(found)))
-    return found
+            yield Planned(None, turns[place - 1][1], more, said, follows=follows)
+            follows = True
 
 
 def _turns(file: Path, item: str, row: Mapping[str, Any]) -> list[Turn]:

@@ -102,7 +102,7 @@ class _Load:
 
     Attributes:
         lags: how late each request was sent, seconds.
-        over: the measured requests have ended, and the tasks are cancelled.
+        over: the measured requests have ended, or the load was cancelled; nothing more is sent.
     """
 
     def __init__(self, send: Send, observe: Observe, steady: Steady | None, start: float) -> None:
@@ -139,7 +139,8 @@ class _Load:
                     self.over = True
                     for task in self._tasks:
                         task.cancel()
-            if self.over or outcome.error == GIVEN_UP:
+            self.over = self.over or outcome.error == GIVEN_UP  # cancelled: Ctrl-C, or another task failed
+            if self.over:
                 return
 
 

@@ -68,7 +68,7 @@ class Metrics:
         self._refused.labels(self._model, str(status)).inc()
 
     def describe(self) -> list[Metric]:
-        """Of `collect`, for the registry, which would else collect now."""
+        """Nothing. Without this method the registry would call `collect` at registration."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -161,7 +161,7 @@ class Run:
 
     def _add(self, choice: _Choice, tokens: Sequence[Token]) -> Iterator[Piece]:
         for token in tokens:
-            ends = token.finish == "stop"  # the token that ends a text is none of it
+            ends = token.finish == "stop"  # the token that ends a text has no text itself
             text = choice.text.add(None if ends else token.id, last=token.finish is not None)
             finish = "stop" if choice.text.stopped else token.finish
             yield Piece([token], text, [choice.offset + choice.text.start], finish)

@@ -156,7 +156,8 @@ def _add_facts(app: FastAPI, service: "Service", engine: Engine, origin: Origin 
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await asyncio.to_thread(service.metrics.text)
+        with refusals():
+            text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
 
@@ -239,13 +240,12 @@ class Service:
         chats, special = request.prompt is None, request.add_special_tokens
         text = self._render(request) if chats else str(request.prompt)
         [prompt] = await self._encode(http, [text], special=not chats if special is None else special)
-        names = [self._tokenizer.id_to_token(token) for token in prompt.ids]
-        context = self._engine.info.context_tokens
+        name_of = self._tokenizer.id_to_token
         body = {
             "count": len(prompt.ids),
-            "max_model_len": context,
+            "max_model_len": self._engine.info.context_tokens,
             "tokens": prompt.ids,
-            "token_strs": names if request.return_token_strs else None,
+            "token_strs": [name_of(token) for token in prompt.ids] if request.return_token_strs else None,
         }
         return JSONResponse(body, headers=headers)
 

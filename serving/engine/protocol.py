@@ -22,7 +22,7 @@ class Sampling:
 
     Attributes:
         max_tokens: most tokens to sample, at least 1; with `echo` at least 0.
-        min_tokens: until so many are sampled, no token that ends the text is.
+        min_tokens: no token that ends the text is sampled before this many tokens are.
         temperature: divides the logits; 0 takes the likeliest token.
         min_p: draw no token that is less likely than this share of the likeliest; in [0, 1].
         top_k: draw among this many likeliest tokens; 0: all.

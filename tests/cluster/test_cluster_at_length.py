@@ -10,6 +10,7 @@ import pytest
 from tests.commands import ROOT
 from tests.lab.hosts import ADDRESSES, CLUSTER, CLUSTER_FILE, SCRATCH, STORAGE, Lab, missing
 from tests.lab.soak import soak
+from tests.waiting import wait_until
 from training.model.shapes import LlamaShape, to_hf_config
 
 pytestmark = [
@@ -46,7 +47,7 @@ def cluster(lab):
 def follow(lab, name, **changes):
     """A run that is past its first step."""
     run = lab.start(*lab.train(run__name=name, **{**LONG, **changes}))
-    run.until(r"^step [1-9]", seconds=180)
+    run.until(r"^step [1-9]")
     return run
 
 
@@ -61,7 +62,7 @@ def test_outages_up_to_a_minute_cost_no_byte(cluster):
 def test_ctrl_c_detaches_and_the_run_goes_on(cluster):
     run = follow(cluster, "detached")
     run.kill(2)
-    assert run.wait(seconds=20) == 130
+    assert run.wait() == 130
     assert "detached-1 goes on" in run.err and "make attach" in run.err and "make stop" in run.err
     status = cluster.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout
     assert re.search(r"detached-1 +running", status)
@@ -74,31 +75,32 @@ def test_an_outage_while_up_works_is_waited_out(lab):
     lab.write_inventory(name="lab")
     assert lab.call("cluster.laptop.fleet", "down", CLUSTER_FILE).returncode == 0
     up = lab.start("cluster.laptop.fleet", "up", CLUSTER_FILE)
-    up.until("starting Ray", seconds=60)
+    up.until("starting Ray")
     lab.link(down=True)
-    up.until("link lost", seconds=60)
+    up.until("link lost")
     time.sleep(60)
     lab.link(**lab.slow)
-    assert up.wait(seconds=90) == 0, up.out + up.err
+    assert up.wait() == 0, up.out + up.err
     assert "3 of 3 nodes joined" in up.out
 
 
 def test_a_lost_worker_is_waited_for(cluster):
     run = follow(cluster, "waits", **THREE)
-    run.until(r"^step [3-9]\d", seconds=180)  # past the first checkpoint
+    run.until(r"^step [3-9]\d")  # past the first checkpoint
     cluster.power_off("worker2")
-    run.until(f"node {ADDRESSES['worker2']} is lost, 2 left; .* waits", seconds=90)
+    run.until(f"node {ADDRESSES['worker2']} is lost, 2 left; .* waits")
     cluster.power_on("worker2")  # the keeper on the head brings its Ray back
-    run.until(f"node {ADDRESSES['worker2']} has joined", seconds=90)
-    run.until(r"the workers were restarted, and go on from step [1-9]\d*", seconds=180)
+    run.until(f"node {ADDRESSES['worker2']} has joined")
+    run.until(r"the workers were restarted, and go on from step [1-9]\d*")
 
 
 def test_an_elastic_run_starts_as_soon_as_another_was_stopped(cluster):
-    """Ray Train would wait for 3 minutes, if the stopped run had not given its resources back."""
+    """It finds the cluster empty: if the stopped run had kept its resources, it would be told to wait."""
     follow(cluster, "before", **THREE)
     assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE).returncode == 0
     after = cluster.start(*cluster.train(run__name="elastic", **{**LONG, **THREE}, workers__min_count=1))
-    after.until(r"^step [1-9]", seconds=90)
+    after.until(r"^step [1-9]")
+    assert "waits in line" not in after.out + after.err
 
 
 def test_a_run_waits_for_others_on_a_full_cluster_and_one_that_fits_starts_beside_them(cluster):
@@ -109,28 +111,28 @@ def test_a_run_waits_for_others_on_a_full_cluster_and_one_that_fits_starts_besid
     told = (
         "the run waits in line for 2 workers: 1 of 6 CPUs are free, and it needs 2; large-1 holds 4, small-1"
     )
-    third.until(told, seconds=120)
+    third.until(told)
     fourth = cluster.start(*cluster.train(run__name="fourth", **LONG))
-    fourth.until("the run waits in line behind third", seconds=120)
+    fourth.until("the run waits in line behind third")
     third.kill()
     status = cluster.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout
     assert re.search(r"run third +waiting +the run waits in line for 2 workers", status)
     stopped = cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", "fourth")
-    assert stopped.returncode == 0 and fourth.wait(seconds=60) == 1
+    assert stopped.returncode == 0 and fourth.wait() == 1
     assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", "large").returncode == 0
     again = cluster.start("cluster.laptop.remote", "attach", CLUSTER_FILE, "--run", "third")
-    again.until(r"^step [1-9]", seconds=180)
+    again.until(r"^step [1-9]")
     for name in ("third", "small"):
         assert cluster.call("cluster.laptop.remote", "stop", CLUSTER_FILE, "--run", name).returncode == 0
 
 
 def test_a_run_goes_on_without_a_lost_worker(cluster):
     run = follow(cluster, "shrinks", **THREE, workers__min_count=1)
-    run.until(r"^step [3-9]\d", seconds=180)
+    run.until(r"^step [3-9]\d")
     cluster.power_off("worker1")
     try:
-        run.until("is lost, 2 left; the run goes on", seconds=90)
-        run.until(r"the workers were restarted, and go on from step [1-9]\d*", seconds=240)
+        run.until("is lost, 2 left; the run goes on")
+        run.until(r"the workers were restarted, and go on from step [1-9]\d*")
     finally:
         cluster.power_on("worker1")
 
@@ -146,14 +148,14 @@ def test_a_worker_installed_anew_comes_back_by_up(cluster):
 
 def test_a_head_whose_ray_was_restarted_says_so_and_the_same_command_resumes(cluster):
     run = follow(cluster, "resumes")
-    run.until(r"^step [3-9]\d", seconds=120)
+    run.until(r"^step [3-9]\d")
     cluster.run("head", "kill -9 $(pgrep gcs_server)")  # its own process table holds one alone
-    assert run.wait(seconds=120) == 1
+    assert run.wait() == 1
     assert "Ray on the head" in run.err and "run the same command again" in run.err
     assert cluster.up().returncode == 0
     again = cluster.start(*cluster.train(run__name="resumes", **LONG))
-    again.until(r"resuming /storage/lab/outputs/resumes from step [1-9]", seconds=120)
-    again.until("resumes-2 submitted", seconds=1)
+    again.until(r"resuming /storage/lab/outputs/resumes from step [1-9]")
+    again.until("resumes-2 submitted")
 
 
 def test_a_run_starts_on_a_ray_that_has_outlived_the_code_it_was_started_from(cluster):
@@ -175,8 +177,7 @@ def test_up_does_not_restart_ray_under_a_run(cluster):
     assert up.returncode == 1
     assert "undisturbed-1 is going on a Ray with other settings" in up.stderr and "make stop" in up.stderr
     seen = len(run.out)
-    time.sleep(8)
-    assert len(run.out) > seen
+    wait_until(lambda: len(run.out) > seen, told=lambda: run.out + run.err)
 
 
 def test_preflight_opens_and_closes_the_gate(cluster):
@@ -256,29 +257,24 @@ def test_rays_own_launcher_brings_up_every_worker(lab):
     lab.call("cluster.laptop.inventory", CLUSTER_FILE)
     up = lab.run("nyc", f"cd {ROOT} && ray up -y {CLUSTER_FILE}")
     assert up.returncode == 0, up.stdout + up.stderr
-    deadline = time.monotonic() + 90
-    while True:
-        said = lab.run("nyc", f"cd {ROOT} && ray exec {CLUSTER_FILE} 'ray status'").stdout
-        if "3 local.cluster.node" in said:
-            break
-        assert time.monotonic() < deadline, said
-        time.sleep(3)
+    told = lambda: lab.run("nyc", f"cd {ROOT} && ray exec {CLUSTER_FILE} 'ray status'").stdout  # noqa: E731
+    wait_until(lambda: "3 local.cluster.node" in told(), told=told)
     attached = lab.run("nyc", f"cd {ROOT} && echo 'hostname; exit' | timeout 60 ray attach {CLUSTER_FILE}")
     assert "head" in attached.stdout
     down = lab.run("nyc", f"cd {ROOT} && ray down -y {CLUSTER_FILE}")
     assert down.returncode == 0
-    deadline = time.monotonic() + 120  # Ray ends the head; the workers see it and end by themselves
-    while left := {name: lab.rays(name) for name in CLUSTER if lab.rays(name)}:
-        assert time.monotonic() < deadline, left
-        time.sleep(3)
+    # Ray ends the head; the workers see it and end by themselves
+    left = lambda: [line for name in CLUSTER for line in lab.rays(name)]  # noqa: E731
+    wait_until(lambda: not left(), told=left)
 
 
 def _until_status(lab, pattern):
     """Wait until `make status` says so: Ray takes a while to miss a node."""
-    deadline = time.monotonic() + 120
-    while not re.search(pattern, said := lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout):
-        assert time.monotonic() < deadline, said
-        time.sleep(2)
+
+    def said():
+        return lab.call("cluster.laptop.fleet", "status", CLUSTER_FILE).stdout
+
+    wait_until(lambda: re.search(pattern, said()), told=said)
 
 
 # --- errors: a lab of their own each, without a cluster
@@ -291,22 +287,23 @@ def bare(tmp_path):
         yield lab
 
 
-def test_a_wrong_key_fails_at_once(bare):
+def test_a_wrong_key_is_tried_once(bare):
     bare.run("nyc", "ssh-keygen -q -t ed25519 -N '' -f /root/other")
     bare.write_inventory(ssh={"user": "root", "key": "/root/other"})
-    begin = time.monotonic()
+    before = (bare.folder / "head.log").read_text()
     up = bare.up()
-    assert time.monotonic() - begin < 10
     assert up.returncode == 1
     assert f"{ADDRESSES['head']}: refuses the key /root/other for user root" in up.stderr
+    assert "link lost" not in up.stdout + up.stderr
+    said = (bare.folder / "head.log").read_text().removeprefix(before)
+    assert said.count("Connection closed by authenticating user root") == 1, said
 
 
 def test_a_worker_that_is_off_or_refuses_the_key_is_named_and_the_others_join(bare):
+    """`up` does not wait for a worker that stays off: it says so, and ends."""
     bare.power_off("worker1")
     bare.run("worker2", "rm /root/.ssh/authorized_keys")
-    begin = time.monotonic()
     up = bare.up()
-    assert time.monotonic() - begin < 90
     assert up.returncode == 1 and "1 of 3 nodes joined" in up.stderr
     assert re.search(rf"{ADDRESSES['worker1']}: .*is it on", up.stderr)
     assert f"{ADDRESSES['worker2']}: refuses the key" in up.stderr

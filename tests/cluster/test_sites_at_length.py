@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -111,12 +110,9 @@ def test_a_site_of_ipv6_addresses(lab):
     down(lab)
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_a_site_without_a_python_gets_one_from_the_laptop(lab):
     home = lab.folder / "hosts/nyc/disk/home"
-    for folder in ("python", ".asuncion/uv/bin"):
-        (home / folder).mkdir(parents=True)
-    shutil.copy(shutil.which("uv"), home / ".asuncion/uv/bin/uv")
+    (home / "python").mkdir(parents=True)
     listed = downloads(home / "python", seen_as=Path("/root/python"))
     lab.write_inventory(python="uv")
     command = f".venv/bin/python -m cluster.laptop.fleet up {CLUSTER_FILE}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,9 +24,11 @@ from hypothesis import given, settings
 from openai import OpenAI
 from safetensors.torch import save_file
 
+from cluster.cli import RunError
 from cluster.session import free_ports
+from serving import checkpoints
 from serving.config import load
-from serving.deployment import _await_controller, serving
+from serving.deployment import _await_controller, _start_serve, _wait, build, serving
 from serving.endpoint.metrics import FIGURES
 from serving.endpoint.text import numbered_tokenizer
 from tests import fake_engine, slow_clients
@@ -332,6 +335,36 @@ def test_a_replica_that_is_killed_ends_its_streams_unfinished_and_is_replaced(ur
 
     wait_until(answers)
     assert replica not in replicas()
+
+
+def test_a_replica_that_fails_to_start_is_one_message(url):
+    from ray import serve
+
+    keys = ["model.weights=random", "model.shape=llama-5m", f"engine.cache_tokens={10**12}"]
+    large = load(dotlist=keys)
+    # The replica that runs has the only core.
+    large = replace(large, deployment=replace(large.deployment, cpus=0))
+    application = build(large, checkpoints.find(large.model))
+    target = serve.RunTarget(application, name="large", route_prefix="/large")
+    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        with pytest.raises(
+            RunError, match=r"^the model cannot be served: [^\n]*; lower engine\.cache_tokens"
+        ):
+            _wait(f"{url}/large", "/health")
+    finally:
+        serve.delete("large")
+
+
+def test_a_start_of_serve_that_takes_too_long_is_one_message(monkeypatch):
+    from ray import serve
+
+    def too_busy(**_: object) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(serve, "start", too_busy)
+    with pytest.raises(RunError, match=r"not available after 60s\); if this machine is busy, start again"):
+        _start_serve(None, host="127.0.0.1", port=1)
 
 
 @contextmanager

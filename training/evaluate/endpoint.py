@@ -56,9 +56,8 @@ def option_problem(endpoint: Endpoint, payload: Mapping[str, Any], *, num_stops:
     Raises:
         UserError: it does not answer.
     """
-    unset = object()
     for name, neutral in OF_TRANSFORMERS.items():
-        if payload.get(name, unset) not in (unset, neutral):
+        if payload.get(name, neutral) != neutral:
             return f"{name} is an option of transformers, which no endpoint has"
     if len(payload["stop"]) < num_stops:
         return f"lm_eval sends {len(payload['stop'])} of {num_stops} stop strings to a chat"

@@ -14,10 +14,7 @@ from cluster.laptop import carry, commands, keys
 from tests.commands import ROOT
 from tests.standalone_python import downloads
 
-pytestmark = [
-    pytest.mark.cluster,  # pip and uv start several times
-    pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed"),
-]
+pytestmark = pytest.mark.cluster  # pip and uv start several times
 BACKEND = """
 import zipfile
 def build_wheel(folder, config_settings=None, metadata_directory=None):

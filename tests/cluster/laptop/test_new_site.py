@@ -89,6 +89,24 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, ssh_config):
     assert (tmp_path / "mine.inventory.yaml").read_text() == before
 
 
+def test_what_differs_is_written_also_if_it_is_nothing(tmp_path):
+    keys = ["head=h1", "workers=[w1,w2]", "differs={w1: {gpus: 0}, w2: {drained: true}}"]
+    new_site(tmp_path / "mine.yaml", keys, ask=None)
+    written = yaml.safe_load((tmp_path / "mine.inventory.yaml").read_text())
+    assert written["differs"] == {"w1": {"gpus": 0}, "w2": {"drained": True}}
+
+
+def test_a_user_who_ends_the_questions_gets_no_traceback(tmp_path, monkeypatch, capsys):
+    def ask(question):
+        raise EOFError
+
+    monkeypatch.setattr("sys.argv", ["new_site", str(tmp_path / "mine.yaml")])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", ask)
+    assert main() == 130
+    assert capsys.readouterr().err.strip() == "interrupted" and not list(tmp_path.iterdir())
+
+
 def test_without_a_terminal_the_command_takes_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["new_site", str(tmp_path / "mine.yaml"), "head=h1"])
     assert main() == 0 and "1 nodes, head h1" in capsys.readouterr().out

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import RunError
 from cluster.laptop.keys import DiffersConfig, Inventory
-from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently, rsync
+from cluster.laptop.ssh import LinkError, NodeError, Ssh, patiently, rsync, transfer
 from tests.waiting import PATIENCE_SECONDS
 
 SITE = Inventory(name="here", head="10.0.0.1", workers=("10.0.0.2",))
@@ -124,3 +125,19 @@ def test_a_refusal_is_not_tried_again():
     with pytest.raises(NodeError):
         patiently(attempt, patience=PATIENCE_SECONDS, report=lambda text: None)
     assert len(calls) == 1
+
+
+def test_a_transfer_is_repeated_while_the_link_is_lost_and_only_then(node, tmp_path):
+    told, mark = [], tmp_path / "mark"
+
+    def sent(script):
+        return transfer(node, ["bash", "-c", script], patience=PATIENCE_SECONDS, report=told.append)
+
+    broken = f"test -e {mark} && echo sent && exit; touch {mark}; echo 'rsync: broken' >&2; exit 12"
+    assert sent(broken) == "sent\n"
+    assert len(told) == 2 and "link lost: 10.0.0.2: rsync: broken" in told[0] and "is back" in told[1]
+    with pytest.raises(RunError, match=r"^10\.0\.0\.2: rsync: no such folder$"):
+        sent("echo 'rsync: no such folder' >&2; exit 23")
+    with pytest.raises(RunError, match="rsync: no such command"):
+        transfer(node, ["/nowhere/rsync"], patience=PATIENCE_SECONDS, report=told.append)
+    assert len(told) == 2

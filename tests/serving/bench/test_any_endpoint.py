@@ -18,11 +18,12 @@ import pytest
 from cluster import endpoint_client
 from cluster.cli import UserError
 from serving.bench import command as bench
-from serving.bench.config import load
+from serving.bench.config import BenchConfig, ServeBenchConfig
 from serving.bench.first_request import find_dialect
 from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.bench.loadgen import run_closed
 from serving.bench.measure import note
+from serving.bench.report import prefill_flops
 from serving.bench.wire import over_http
 from serving.bench.workload import lengths, synthetic
 from tests.commands import ROOT
@@ -49,7 +50,13 @@ class Odd(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._is_closed():
             return
-        about = {"id": "m"} if "silent about its context" in self.odd else {"id": "m", "max_model_len": 64}
+        about: dict[str, Any] = (
+            {"id": "m"} if "silent about its context" in self.odd else {"id": "m", "max_model_len": 64}
+        )
+        if "ours of an earlier version" in self.odd:
+            about["engine_info"] = {
+                "vocab_size": 9, "flops_per_token": 100, "head_flops": 20, "attention_flops": 4,
+            }  # fmt: skip
         if "no list" in self.odd:
             self._json(404, {"detail": "Not Found"})
         else:
@@ -151,42 +158,39 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("odd", "keys", "said"),
     [
-        ((), [], ""),
-        (("refuses ignore_eos", "stops early"), [], "refuses ignore_eos: answers may end early"),
-        (("stops early",), [], ""),
-        (("refuses seed", "refuses stream_options"), [], "refuses stream_options: the server may not count"),
-        (("refuses without reason",), [], "refuses ignore_eos"),
-        (("wants text",), [], "about 3.00 tokens a word, and 0 beside them"),
-        (("wants max_completion_tokens",), ["load.api=chat"], "about 3.00 tokens a word, and 9 beside them"),
-        (("no list",), ["bench.target_model=m", "bench.target_context_tokens=64"], ""),
-        (("an empty list",), ["bench.target_model=m", "bench.target_context_tokens=64"], ""),
-        (("silent about its context",), ["bench.target_context_tokens=64"], ""),
-        (("no [DONE]",), [], ""),
-        (("one unreadable answer",), [], ""),
+        ((), {}, ""),
+        (("refuses ignore_eos", "stops early"), {}, "refuses ignore_eos: answers may end early"),
+        (("stops early",), {}, ""),
+        (("refuses seed", "refuses stream_options"), {}, "refuses stream_options: the server may not count"),
+        (("refuses without reason",), {}, "refuses ignore_eos"),
+        (("wants text",), {}, "about 3.00 tokens a word, and 0 beside them"),
+        (("wants max_completion_tokens",), {"api": "chat"}, "about 3.00 tokens a word, and 9 beside them"),
+        (("no list",), {"target_model": "m", "target_context_tokens": 64}, ""),
+        (("an empty list",), {"target_model": "m", "target_context_tokens": 64}, ""),
+        (("silent about its context",), {"target_context_tokens": 64}, ""),
+        (("no [DONE]",), {}, ""),
+        (("one unreadable answer",), {}, ""),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )  # fmt: skip
 def test_an_endpoint_that_can_be_measured_is(capsys, odd, keys, said):
     with endpoint(*odd) as (address, _):
-        found = measured(f"http://{address}//v1/", *keys)
+        found = measured(f"http://{address}//v1/", **keys)
     assert said in capsys.readouterr().err
     assert found["succeeded"] == (3 if "one unreadable answer" in odd else 4)
     assert found["mean_output_tokens"] == (3 if "stops early" in odd else 6)
     assert found["short_answers"] == (4 if "stops early" in odd else 0)
     if "refuses stream_options" not in odd and "refuses without reason" not in odd:
-        assert found["mean_prompt_tokens"] in (
-            15,
-            16,
-        )  # of words, as near as may be
+        assert found["mean_prompt_tokens"] in (15, 16)  # of words, as near as may be
 
 
-def measured(url: str, *keys: str) -> dict[str, Any]:
-    """The figures of four requests, by the parts of the command."""
-    config = load(dotlist=[f"bench.target={url}", *KEYS, *keys])
+def measured(url: str, *, api: str = "completions", **keys: Any) -> dict[str, Any]:
+    """The figures of four requests, by the parts of the command. keys: of `bench`."""
+    config = ServeBenchConfig(bench=BenchConfig(target=url, **keys))
     found, model, _ = bench._find_model(config, url)
-    dialect = find_dialect(found, api=config.load.api, timeout_seconds=60, key="bench.target", report=note)
+    dialect = find_dialect(found, api=api, timeout_seconds=60, key="bench.target", report=note)
     sizes = {
-        name: lengths(getattr(config.load, name), key=name) for name in ("prompt_tokens", "output_tokens")
+        name: lengths(size, key=name) for name, size in (("prompt_tokens", "16"), ("output_tokens", "6"))
     }
     plan = synthetic(4, **sizes, vocab_size=model["vocab_size"], seed=0)
     outcomes: list[RequestOutcome] = []
@@ -197,6 +201,14 @@ def measured(url: str, *keys: str) -> dict[str, Any]:
 
     asyncio.run(send_all())
     return summarise(outcomes, slo=Slo(None, None, None))
+
+
+def test_an_endpoint_of_an_earlier_version_that_says_less_of_its_engine_has_shares_all_the_same(capsys):
+    with endpoint("ours of an earlier version") as (address, _):
+        url = f"http://{address}"
+        _, model, _ = bench._find_model(ServeBenchConfig(bench=BenchConfig(target=url)), url)
+    assert prefill_flops(model["engine_info"], 10) == (100 - 20) * 10 + 20 + 10**2 / 2 * 4
+    assert "is older than this benchmark" in capsys.readouterr().err
 
 
 def test_one_unreadable_answer_among_good_ones_fails_alone(capsys):
@@ -245,14 +257,26 @@ def test_a_failure_is_shown_in_the_server_s_words_without_the_key(capsys, monkey
 
 def test_a_chat_has_messages_and_its_role_is_no_token():
     with endpoint() as (address, bodies):
-        found = measured(f"http://{address}/v1/chat/completions", "load.api=chat")
+        found = measured(f"http://{address}/v1/chat/completions", api="chat")
     assert all([turn["role"] for turn in body["messages"]] == ["user"] for body in bodies)
     assert found["output_tokens_in_window"] == 4 * 6
 
 
 def test_https_with_a_certificate_of_ones_own(tmp_path):
     named = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-    made = ("-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "1")
+    made = (
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-keyout",
+        "key.pem",
+        "-out",
+        "cert.pem",
+        "-days",
+        "1",
+    )
     subprocess.run(["openssl", "req", "-x509", *made, *named], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain("cert.pem", "key.pem")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cluster.cli import RunError
-from serving.bench.latency import RequestOutcome, percentile
+from serving.bench.latency import GIVEN_UP, RequestOutcome, percentile
 from serving.bench.loadgen import Lag, run_closed, run_open, to_engine
 from serving.bench.wire import server_sent_events
 from serving.bench.workload import Planned
@@ -247,6 +247,28 @@ def test_an_error_while_noting_a_request_ends_the_load_at_once():
 
     with pytest.raises(OSError, match="No space left"):
         run(honest, plan(2, every=3600.0), observe=full)
+
+
+def test_a_closed_loop_that_is_cancelled_sends_nothing_more():
+    """As Ctrl-C does, when each of three has its first request in flight."""
+    asked: list[dict] = []
+
+    async def waits(body: dict, write: Write) -> None:
+        asked.append(body)
+        await asyncio.sleep(PATIENCE_SECONDS)
+
+    async def body() -> None:
+        async with server(waits) as url, client(url) as send:
+            load = asyncio.create_task(run_closed(plan(9), send, concurrency=3, observe=outcomes.append))
+            while len(asked) < 3:
+                await asyncio.sleep(0.01)
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+
+    outcomes: list[RequestOutcome] = []
+    asyncio.run(body())
+    assert len(asked) == 3 and [outcome.error for outcome in outcomes] == [GIVEN_UP] * 3
 
 
 def test_an_engine_can_be_asked_directly():

@@ -13,6 +13,7 @@ from serving.endpoint import prompts
 from serving.endpoint import service as endpoint
 from serving.endpoint.bodies import MOST_BODY_BYTES
 from serving.endpoint.prompts import Prompts
+from serving.engine.protocol import EngineFailed
 from tests.fake_engine import CONTEXT, FAILING, VOCABULARY, Gate, counting_engine, idle
 from tests.serving.endpoint.server import Server, head
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -287,6 +288,16 @@ def test_health_and_metrics(server):
     ]
     assert len(counters) == 6 and all(name.endswith("_total") for name in counters)
     assert all('model_name="counting"' in name for name in values if not name.startswith("#"))
+
+
+def test_metrics_of_an_engine_that_does_not_answer_are_one_error(server, monkeypatch):
+    def hang() -> None:
+        raise EngineFailed("the engine hangs")
+
+    monkeypatch.setattr(server.engine, "stats", hang)
+    answer = httpx.get(f"{server.url}/metrics")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["message"], error["code"]) == (503, "the engine hangs", "engine_failed")
 
 
 def test_what_the_model_is_stands_in_the_list_of_models(server):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,10 @@ def test_tensors_in_huge_pages_are_zero_and_apart_and_too_large_a_one_is_an_erro
         assert tensor.data_ptr() % native.LINE_BYTES == 0 and not tensor[:, :5].any()
         tensor[:, :5].fill_(number + 1)
     assert [tensor[0, 0].item() for tensor in tensors] == [1, 2, 3, 4]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if any(first <= tensor.data_ptr() < last for tensor in tensors):
+            assert line.split()[1] == "rw-p"  # shared memory has no huge pages by default
     with pytest.raises(MemoryError, match="Cannot allocate"):
         memory.zeros(1 << 50, dtype=torch.int32)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from tenacity import wait_none
 from tokenizers import Tokenizer
 
 from serving.checkpoints import Served
@@ -230,7 +231,10 @@ def test_a_task_that_fails_leaves_the_scores_of_the_others(
     choosy: tuple[str, list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    from lm_eval.models import api_models
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api_models, "wait_exponential", lambda **_: wait_none())  # between lm_eval's attempts
     files = [
         generation(tmp_path, name, question) for name, question in (("bad", "this fails"), ("good", "a"))
     ]

@@ -1,8 +1,8 @@
 """The line of runs on a cluster that is full, and who holds what a run waits for.
 
 A run asks Ray for all of its workers at once, by a placement group, and Ray gives it these when they are
-free. Of several requests that wait, Ray 2.60 serves the newest (12 of 12 times, with three and with two in
-line). So a run asks only once no run that came before it waits still.
+free. Of several requests that wait, Ray 2.60 serves the newest. So a run asks only once no run that came
+before it waits still.
 """
 
 import time

@@ -43,6 +43,18 @@ def ray():
         ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Holders that look every 50 ms. Ray sends a class of a function whole, so it is quick there too."""
+
+    class Quick(drained.Holder):
+        def __init__(self, outputs):
+            super().__init__(outputs)
+            drained.POLL_SECONDS = 0.05
+
+    monkeypatch.setattr(drained, "Holder", Quick)
+
+
 def free_gpus(ray):
     return ray.available_resources().get("GPU", 0)
 
