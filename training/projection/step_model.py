@@ -136,12 +136,11 @@ def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Interconnect) 
 def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, float]:
     """(FLOPs, bytes of memory) of the optimizer step on the most loaded rank. Not for Scion."""
     assert not job.norms
-    groups = {name: sum(map(prod, group.sizes)) for name, group in job.groups().items()}
-    total = sum(groups.values())
-    shard = (PASS_BYTES if plans else ADAMW_BYTES) * groups["matrix"] / job.num_ranks
-    shard += ADAMW_BYTES * (total - groups["matrix"]) / job.num_ranks
-    whole = job.stage == 1 and job.element_bytes == 2
-    shard += WHOLE_GRADIENT_BYTES * total if whole else SHARD_GRADIENT_BYTES * total / job.num_ranks
+    elements = [(sum(map(prod, group.sizes)), group.whole) for group in job.groups().values()]
+    total = sum(count for count, _ in elements)
+    shard = sum((PASS_BYTES if whole else ADAMW_BYTES) * count for count, whole in elements) / job.num_ranks
+    once = job.stage == 1 and job.element_bytes == 2
+    shard += WHOLE_GRADIENT_BYTES * total if once else SHARD_GRADIENT_BYTES * total / job.num_ranks
     loads = zip(*(plan.loads(symmetric=True) for plan in plans), strict=True)
     return max(map(sum, loads), default=0), shard
 

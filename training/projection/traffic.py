@@ -72,6 +72,7 @@ class Job:
     Attributes:
         whole_matrices: the rule of the hidden matrices needs them whole (Muon's family).
         norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
+        by_name: (pattern of names, `whole_matrices` of its rule) of hidden matrices that have another rule.
         element_bytes: of weights that travel, 2 in bf16; gradient_bytes: of gradients.
         exchange_bytes: per element of the matrices that go to their owners and back.
     """
@@ -83,14 +84,16 @@ class Job:
     bucket_elements: int
     whole_matrices: bool = True
     norms: tuple[tuple[str, str], ...] = ()
+    by_name: tuple[tuple[str, bool], ...] = ()
     element_bytes: int = 2
     gradient_bytes: int = 2
     exchange_bytes: int = 2
     reuse_distance: int = REUSE_DISTANCE
 
     def groups(self) -> dict[str, Group]:
-        """By label of the rule (optim/groups.py)."""
+        """By label of the rule (optim/groups.py), or by pattern of names, in the order of the shards."""
         found = {"table": Group(False), "vector": Group(False), "matrix": Group(self.whole_matrices)}
+        found |= {pattern: Group(whole) for pattern, whole in self.by_name}
         if self.norms:
             norms = dict.fromkeys(label for _, label in self.norms)
             found = {label: Group(label.partition("@")[0] not in ENTRY_NORMS) for label in norms}
@@ -104,15 +107,21 @@ class Job:
                         min(TABLE_BLOCK_ROWS, size[0] - row) for row in range(0, size[0], TABLE_BLOCK_ROWS)
                     )
                 kind = label
+            if kind == "matrix":
+                kind = next((each for each, _ in self.by_name if fnmatchcase(name, each)), kind)
             found[kind].sizes.append(size)
             found[kind].blocks.append(blocks)
         return {label: group for label, group in found.items() if group.sizes}
 
 
 def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulation: int) -> Job | None:
-    """Of a run; None where the traffic is not modelled: in stage 0, with matrices per head or by name."""
-    matrix = config.optim.matrix
-    if config.zero.stage == 0 or matrix.per_head or config.optim.by_name:
+    """Of a run; None where the traffic is not modelled.
+
+    That is in stage 0, with matrices per head, and with Scion or another dtype for some of them.
+    """
+    matrix, named = config.optim.matrix, config.optim.matrices
+    mixed = len({(each.dtype, each.rule in SCION_RULES) for each in named.values()}) > 1
+    if config.zero.stage == 0 or matrix.per_head or mixed or (len(named) > 1 and matrix.rule in SCION_RULES):
         return None
     entries = config.optim.scion.norms if matrix.rule in SCION_RULES else ()
     weights = 2 if config.is_bf16 else 4
@@ -124,6 +133,7 @@ def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulati
         bucket_elements=config.zero.bucket_elements,
         whole_matrices=matrix.rule in MUON_RULES,
         norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
+        by_name=tuple((pattern, each.rule in MUON_RULES) for pattern, each in named.items() if pattern),
         element_bytes=weights,
         gradient_bytes={"auto": weights, "bf16": 2, "fp32": 4}[config.zero.communication_dtype],
         exchange_bytes=2 if matrix.dtype == "bf16" else 4,

@@ -35,6 +35,10 @@ CASES = {  # name -> (keys, stage 3's reuse distance in elements or None for its
         1_300_000,
     ),
     "stage 3, prefetched": (("zero.stage=3", "zero.bucket_elements=200000"), 1_300_000),
+    "stage 1, by name": (
+        ("zero.stage=1", "optim.by_name=['*.mlp.*: rule=normuon','*.o_proj.*: rule=adamw']"),
+        None,
+    ),
     "stage 1, AdamW": (("zero.stage=1", "optim.matrix.rule=adamw"), None),
     # over two blocks of a table, and some more
     "stage 1, Scion": (("zero.stage=1", "optim.matrix.rule=scion", "model.vocab_size=1100"), None),
