@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from optim.geometry import Entries
+
 State = dict[str, Tensor]
 
 
@@ -38,7 +40,7 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Sign:
-    """The sign of each entry of another direction; of NaN it is NaN, as in `optim.geometry.Entries`."""
+    """The sign of each entry of another direction; of NaN it is NaN."""
 
     of: Direction
 
@@ -47,8 +49,7 @@ class Sign:
         return self.of.state_names
 
     def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        update = self.of(gradient, state, step=step)
-        return torch.where(update.isnan(), update, update.sign())
+        return Entries().unit(self.of(gradient, state, step=step))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optim.polar import orthogonalize
-
 
 class Ball(Protocol):
     """A unit ball of matrices, the same for every shape. Results of `value` and `dual` have dtype `wide`."""
@@ -67,21 +65,17 @@ class Schatten:
     largest singular value.
 
     Exact and slow: one SVD in fp32 (of fp64: fp64), some twenty times the cost of Newton-Schulz, and more on
-    a GPU. `method`, a name in `optim.polar.METHODS`, replaces it in `unit`, for p = ∞ only: the singular
-    values of its result lie near 1, in a band that depends on the method.
+    a GPU. A rule takes `optim.stages.Polar` for p = ∞.
 
     Raises:
-        ValueError: p below 1; a method with p other than ∞.
+        ValueError: p below 1.
     """
 
     p: float
-    method: str | None = None
 
     def __post_init__(self) -> None:
         if not self.p >= 1:
             raise ValueError(f"schatten: p is {self.p}, but only p >= 1 (inf included) gives a norm")
-        if self.method is not None and self.p != inf:
-            raise ValueError(f"schatten: {self.method} approximates p = inf only, not p = {self.p}")
 
     @property
     def q(self) -> float:
@@ -97,14 +91,12 @@ class Schatten:
         return _length(_finite(matrices, torch.linalg.svdvals), self.q)
 
     def unit(self, matrices: Tensor, *, norms: Tensor | None = None) -> Tensor:
-        if self.method is not None:
-            return orthogonalize(matrices, method=self.method, dtype=matrices.dtype, norms=norms)
         return _finite(matrices, self._exact).to(matrices.dtype)
 
     def _exact(self, matrices: Tensor) -> Tensor:
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
         largest = s[:, :1]
-        relative = s / _or_one(largest)
+        relative = s / or_one(largest)
         if self.p == 1:
             weights = torch.zeros_like(s)
             weights[:, :1] = 1
@@ -125,7 +117,7 @@ class Frobenius:
 
     def unit(self, matrices: Tensor, *, norms: Tensor | None = None) -> Tensor:
         norms = self.value(matrices) if norms is None else norms
-        return (matrices / _or_one(norms)[:, None, None]).to(matrices.dtype)
+        return (matrices / or_one(norms)[:, None, None]).to(matrices.dtype)
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class Lines:
         return self._norms(matrices).sum(-1, dtype=torch.float64).to(wide(matrices))
 
     def unit(self, matrices: Tensor, *, norms: Tensor | None = None) -> Tensor:
-        lines = _or_one(self._norms(matrices)).unsqueeze(self.dim)
+        lines = or_one(self._norms(matrices)).unsqueeze(self.dim)
         return (matrices / lines).to(matrices.dtype)
 
     def _norms(self, matrices: Tensor) -> Tensor:
@@ -168,10 +160,10 @@ class Lines:
 def _length(values: Tensor, order: float) -> Tensor:
     """ℓ_order norms [B] of singular values [B, n]; their powers stay in range."""
     largest = values.amax(-1)
-    return largest * torch.linalg.vector_norm(values / _or_one(largest)[:, None], ord=order, dim=-1)
+    return largest * torch.linalg.vector_norm(values / or_one(largest)[:, None], ord=order, dim=-1)
 
 
-def _or_one(norms: Tensor) -> Tensor:
+def or_one(norms: Tensor) -> Tensor:
     """Divisors: zeros, whose matrices are zero, become one."""
     return torch.where(norms == 0, 1, norms)
 
@@ -276,11 +268,8 @@ SCION = (
 )
 
 
-def parse_norm(text: str, *, method: str | None = None) -> Norm:
+def parse_norm(text: str) -> Norm:
     """The norm of a name in `NORMS`, or of "schatten:P" with P a number from 1 to inf (radius 1).
-
-    method: a name in `optim.polar.METHODS`: the way a spectral norm finds its directions; others ignore it.
-        None is the exact SVD.
 
     Raises:
         ValueError: an unknown name (the message lists all), or a P that is not a number or below 1.
@@ -288,7 +277,7 @@ def parse_norm(text: str, *, method: str | None = None) -> Norm:
     family, _, argument = text.partition(":")
     if text in NORMS:
         ball, radius = NORMS[text]
-        return Norm(text, Schatten(inf, method) if family == "spectral" else ball, radius)
+        return Norm(text, ball, radius)
     if family != "schatten":
         raise ValueError(f"unknown norm {text!r}; known are {', '.join(NORMS)} and schatten:P")
     try:

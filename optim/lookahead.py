@@ -61,8 +61,8 @@ class EmaNesterov:
 
     y = θ + b·v, the gradient's point;  θ' = (1-ηλ)y - η·scale·u;  v ← γv + (1-γ)(θ' - θ).
 
-    `lookahead` is b, `velocity_decay` γ. The former rises from 0 over the first `ramp_steps` steps, so that
-    the point is a function of the step's number. The decay acts on y, from which this rule steps.
+    `lookahead` is b: it rises from 0 over the first `ramp_steps` steps, a function of the step's number.
+    `velocity_decay` is γ. The decay acts on y, from which this rule steps.
     """
 
     lookahead: float = 0.6

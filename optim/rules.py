@@ -88,6 +88,10 @@ class Rule:
         """Steps, each with a gradient of the same batch, that one update takes."""
         return 2 if isinstance(self.ahead, Previous) else 1
 
+    def moves(self, step: int) -> bool:
+        """Whether this step moves the weights; if not, the stages have nothing to do."""
+        return step % self.gradients_per_update == 0
+
     @property
     def not_compiled(self) -> str | None:
         """Why the compiled passes do not know this rule, in a few words; None: they do."""
@@ -154,7 +158,7 @@ class Rule:
 
 
 def muon(
-    *, momentum: float = 0.95, nesterov: bool = True, method: str | None = "polar_express",
+    *, momentum: float = 0.95, nesterov: bool = True, method: str = "polar_express",
     polar_steps: int = 5, update_scale: str = "spectral", **common: Any,
 ) -> Rule:  # fmt: skip
     """Momentum, then the orthogonal factor of it, scaled. https://kellerjordan.github.io/posts/muon/
@@ -223,7 +227,7 @@ def paired(rule: Rule) -> Rule:
 
 def scion(
     *, momentum: float = 0.95, nesterov: bool = False, norm: str = "spectral",
-    method: str | None = "polar_express", polar_steps: int = 5, radius: float = 1.0,
+    method: str = "polar_express", polar_steps: int = 5, radius: float = 1.0,
     constrained: bool = False, weight_decay: float = 0.0, **common: Any,
 ) -> Rule:  # fmt: skip
     """Momentum, then the norm's linear minimisation oracle. https://arxiv.org/abs/2502.07529
@@ -322,7 +326,7 @@ def step(rule: Rule, weight: Tensor, gradient: Tensor, state: State, *, lr: floa
         The point at which the next gradient is to be taken; `weight` itself unless the rule looks ahead.
     """
     update = rule.direction(gradient, state, step=step)
-    if rule.whole:
+    if rule.whole and rule.moves(step):
         norm = torch.linalg.vector_norm(update, dtype=torch.float64).float()
         lines = {name: state[name].unsqueeze(0) for name in rule.line_state_names}
         update = update.to(rule.dtype).unsqueeze(0)

@@ -5,14 +5,13 @@ A line of a matrix is one of its rows or columns.
 """
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from optim.directions import State
-from optim.geometry import Ball, Schatten, wide
+from optim.geometry import Ball, or_one, wide
 from optim.polar import orthogonalize
 
 LINES = ("row", "column", "larger", "row_column", "column_row")  # the last two: one after the other
@@ -56,14 +55,12 @@ class _Stateless:
 
 @dataclass(frozen=True)
 class Polar(_Stateless):
-    """The orthogonal factor, by `num_steps` iterations of a method of `optim.polar`; None: by SVD."""
+    """The orthogonal factor, by `num_steps` iterations of a method of `optim.polar`, or by its EXACT."""
 
-    method: str | None = "polar_express"
+    method: str = "polar_express"
     num_steps: int = 5
 
     def __call__(self, matrices: Tensor, given: Given) -> Tensor:
-        if self.method is None:
-            return Schatten(inf).unit(matrices)
         return orthogonalize(
             matrices,
             method=self.method,
@@ -99,7 +96,7 @@ class EqualLines(_Stateless):
     def __call__(self, matrices: Tensor, given: Given) -> Tensor:
         update = matrices.to(wide(matrices))
         for dim in _dims(self.lines, *matrices.shape[-2:]):
-            update = update / _or_one(torch.linalg.vector_norm(update, dim=dim, keepdim=True))
+            update = update / or_one(torch.linalg.vector_norm(update, dim=dim, keepdim=True))
         return _with_length(update, min(update.shape[-2:]) ** 0.5) if self.lengthened else update
 
 
@@ -133,7 +130,7 @@ class LineMoments:
         [dim] = _dims(self.lines, *update.shape[-2:])
         [name] = self.line_state_names
         second = given.lines[name].lerp_(update.square().mean(dim), 1 - self.beta2)
-        divided = update / _or_one(DIVISORS[self.divisor](second, self.alpha)).unsqueeze(dim)
+        divided = update / or_one(DIVISORS[self.divisor](second, self.alpha)).unsqueeze(dim)
         if self.length == "kept":
             return _with_length(divided, torch.linalg.matrix_norm(update, keepdim=True))
         return _with_length(divided, min(update.shape[-2:]) ** 0.5)
@@ -158,7 +155,7 @@ class Aurora(_Stateless):
         if rows == cols or (rows < cols and self.lines != "larger"):
             return self.polar(matrices, given)
         matrices, dim = matrices.to(wide(matrices)), -1 if rows > cols else -2
-        balance = 1 / _or_one(torch.linalg.vector_norm(matrices, dim=dim, keepdim=True))
+        balance = 1 / or_one(torch.linalg.vector_norm(matrices, dim=dim, keepdim=True))
         update = self.polar(balance * matrices, given._replace(norms=None))
         for _ in range(self.iterations - 1):
             squares = update.float().square().sum(dim, keepdim=True).clamp_min(1e-14)
@@ -174,11 +171,6 @@ def _dims(lines: str, rows: int, cols: int) -> tuple[int, ...]:
     return larger if lines == "larger" else fixed[lines]
 
 
-def _or_one(lengths: Tensor) -> Tensor:
-    """Divisors: zeros, whose lines are zero, become one."""
-    return torch.where(lengths == 0, 1, lengths)
-
-
 def _with_length(update: Tensor, length: Tensor | float) -> Tensor:
     """[B, r, c] with these Frobenius norms; zero matrices stay zero."""
-    return update * (length / _or_one(torch.linalg.matrix_norm(update, keepdim=True)))
+    return update * (length / or_one(torch.linalg.matrix_norm(update, keepdim=True)))

@@ -94,7 +94,7 @@ class FusedStep:
 
         Args:
             decay: factor on the rule's weight decay.
-        inspect: also measure the updates, for `health`: it costs one more product per matrix.
+            inspect: also measure the updates, for `health`: it costs one more product per matrix.
         """
         self.steps += 1
         self.health = health = Health(self.device)
@@ -107,13 +107,14 @@ class FusedStep:
         self.num_transforms += health.transforms
 
     def _step_whole(self, groups: Sequence[ShapeGroup], *, lr: float, decay: float, inspect: bool) -> None:
-        health = self.health
+        health, moves = self.health, self.rule.moves(self.steps)
         for group in groups:
             group.acquire()
             with health.timed("start"):
                 self._start(group)
-                group.send()
-        for group in groups:
+                if moves:
+                    group.send()
+        for group in groups if moves else ():
             with health.timed("exchange"):
                 group.receive()
             with health.timed("orthogonalize"):

@@ -201,7 +201,7 @@ def _combined(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> display.Table:
-    """The loads, one a line; latencies in milliseconds. At most WIDTH characters, if need be by columns."""
+    """The loads, one a line; latencies in milliseconds. DISPENSABLE columns are left out above WIDTH."""
     shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     for dispensable in (None, *DISPENSABLE):
         shown = [column for column in shown if column[1] != dispensable]

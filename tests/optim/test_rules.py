@@ -276,6 +276,6 @@ def test_signum_by_hand():
 
 def test_the_spectral_factor_of_scion_is_the_polar_factor():
     [gradient] = exact(6, 9, count=1)
-    rule = scion(momentum=0.0, norm="spectral:plain", method=None, dtype=torch.float32)
+    rule = scion(momentum=0.0, norm="spectral:plain", method="exact", dtype=torch.float32)
     found = ours(rule, torch.zeros(6, 9), [gradient.float()], lr=1.0)
     torch.testing.assert_close(found.double(), -polar_factor(gradient), rtol=0, atol=1e-5)

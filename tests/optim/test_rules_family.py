@@ -189,7 +189,7 @@ def test_scion_steps_to_the_minimiser_of_its_norm(norm, constrained):
     for update in momenta(gradients, beta=0.9, nesterov=False):
         weight = (1 - lr * decay) * weight + lr * radius * geometry.lmo(update[None])[0]
     rule = scion(
-        momentum=0.9, norm=norm, method=None, radius=radius, constrained=constrained, weight_decay=0.3,
+        momentum=0.9, norm=norm, method="exact", radius=radius, constrained=constrained, weight_decay=0.3,
         dtype=torch.float32,
     )  # fmt: skip
     found = ours(rule, torch.ones(6, 8) * 0.01, [g.float() for g in gradients], lr=lr)
@@ -199,7 +199,8 @@ def test_scion_steps_to_the_minimiser_of_its_norm(norm, constrained):
 def test_constrained_scion_stays_in_its_ball_and_unconstrained_does_not():
     gradients = [torch.ones(4, 4).triu()] * 40
     for constrained in (True, False):
-        rule = scion(norm="spectral", method=None, radius=2.0, constrained=constrained, dtype=torch.float32)
+        options = {"constrained": constrained, "dtype": torch.float32}
+        rule = scion(norm="spectral", method="exact", radius=2.0, **options)
         length = parse_norm("spectral").value(ours(rule, torch.zeros(4, 4), gradients, lr=0.1)[None]).item()
         assert (length <= 2.0 + 1e-5) is constrained
 

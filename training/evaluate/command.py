@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from training.model.llama import Llama
 
 RESULT_FILE = "eval.json"
-Score = Callable[
-    ..., tuple[list[TaskScore], dict[str, str]]
-]  # `scoring.run_each` of the tasks, given a model
+# `scoring.run_each` of the tasks; the model and `keep` are to be given.
+Score = Callable[..., tuple[list[TaskScore], dict[str, str]]]
 SEQUENCE_LENGTH = 1024  # where there is no run that sets one
 
 

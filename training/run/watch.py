@@ -35,12 +35,8 @@ RANK_LOST = (
     r"gloo.*(closed by peer|reset by peer|Read error|Write error|Broken pipe|timed out)"
     r"|ncclRemoteError|NCCL communicator was aborted"
 )
-SHOWN = (
-    "waiting",
-    "first_step",
-    "progress",
-    "node_joined",
-)  # among the infos; the warnings and errors are shown anyway
+# Among the infos; the warnings and errors are shown anyway.
+SHOWN = ("waiting", "first_step", "progress", "node_joined")
 NOT_SHOWN = (*events.ENDS, "restarted")  # the launcher has lines of its own for these
 
 

@@ -104,8 +104,8 @@ def _rare(study: StudyResults, *, noise: str) -> list[str]:
         ]
         rows.append([config.title(rule), *texts])
     about = (
-        f"The same by how frequent a token is in the training text, a tenth of it in each column, the most "
-        f"frequent tokens first; of {config.title(baseline)} the loss itself."
+        "The same differences by token frequency. Each column is a tenth of the training text, the most "
+        f"frequent tokens first. The row of {config.title(baseline)} shows its loss."
     )
     head = ["rule", *map(str, range(1, NUM_DECILES + 1))]
     return ["### Frequent and rare tokens", f"{about}\n\n{_table(head, rows)}"]

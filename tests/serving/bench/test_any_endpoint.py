@@ -181,10 +181,7 @@ def test_an_endpoint_that_can_be_measured_is(capsys, odd, keys, said):
     assert found["mean_output_tokens"] == (3 if "stops early" in odd else 6)
     assert found["short_answers"] == (4 if "stops early" in odd else 0)
     if "refuses stream_options" not in odd and "refuses without reason" not in odd:
-        assert found["mean_prompt_tokens"] in (
-            15,
-            16,
-        )  # of words, as near as may be
+        assert found["mean_prompt_tokens"] in (15, 16)  # of words, as near as may be
 
 
 def measured(url: str, *, api: str = "completions", **keys: Any) -> dict[str, Any]:

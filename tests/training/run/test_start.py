@@ -19,7 +19,7 @@ def test_the_tokenizer_is_kept_byte_for_byte(tmp_path: Path) -> None:
     given.write_bytes(text.replace("\n", "\r\n").encode())
     config = DataConfig(source=str(source), tokenizer=str(given), directory=str(tmp_path / "data"))
     data = TokenDataset.open(prepare(config, report=silent), split="train", sequence_length=16)
-    _keep_tokenizer(data, tmp_path / TOKENIZER)
+    _keep_tokenizer(data, tmp_path / TOKENIZER, given=config.tokenizer)
     kept = (tmp_path / TOKENIZER / data.manifest.tokenizer_file).read_bytes()
     assert kept == (data.directory / data.manifest.tokenizer_file).read_bytes()
 

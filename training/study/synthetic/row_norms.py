@@ -53,14 +53,16 @@ class Table(NamedTuple):
         return [10 ** (-5 + j / 2) for j in range(self.num_rates)]
 
     def factor(self, step: int) -> float:
-        """Of γ, at the step after `step` steps. The cosine is that of PyTorch's CosineAnnealingLR.
-
-        Table 7 depends on it: one that is a step ahead (`optim.schedule`) gives 2.89 at m = 2048, not 3.58.
-        """
-        return (1 + math.cos(math.pi * step / self.num_steps)) / 2 if self.cosine else 1.0
+        """Of γ, at the step after `step` steps."""
+        return cosine(step, num_steps=self.num_steps) if self.cosine else 1.0
 
 
 TABLES = {"1": Table(1000, 11, False, False), "7": Table(25, 13, True, True)}
+
+
+def cosine(step: int, *, num_steps: int) -> float:
+    """As PyTorch's CosineAnnealingLR. Table 7 depends on it: `optim.schedule` is a step ahead of it."""
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
 class Point(NamedTuple):

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.display import COLORS, Table, figure, save, table
 from cluster.measure.intervals import Interval, of_mean
 from training.study.synthetic.config import RowNormsConfig
-from training.study.synthetic.row_norms import COLS, Moving, Point, Report, make_rule, targets
-from training.study.synthetic.row_norms import Table as Schedule
+from training.study.synthetic.row_norms import COLS, Moving, Point, Report, cosine, make_rule, targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +56,7 @@ def curves(
 
     from optim.rules import transported
 
-    rule, schedule = make_rule(form, Point(1.0, beta1, 0.95)), Schedule(num_steps, 0, True, True)
+    rule = make_rule(form, Point(1.0, beta1, 0.95))
     if ahead:
         rule = transported(rule, ramp_steps=round(1 / (1 - beta1)))
     factors = 1 / torch.tensor(gammas).view(-1, 1, 1, 1)  # a run at γ is γ times one at 1 (`reductions`)
@@ -70,7 +69,7 @@ def curves(
         gradient = points - goals
         if noise is not None:
             gradient += (factors * noise[step]).flatten(0, 1)
-        points = moved.step(gradient, lr=schedule.factor(step))
+        points = moved.step(gradient, lr=cosine(step, num_steps=num_steps))
         if (step + 1) % (num_steps // NUM_POINTS) == 0:
             found.append(first / torch.linalg.vector_norm(moved.weights - goals, dim=(-2, -1)))
     seconds = (time.thread_time() - began) / num_steps / len(goals)

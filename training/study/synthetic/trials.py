@@ -76,7 +76,8 @@ def make_trial(*, transported: bool, average: float, lr: float, num_steps: int, 
     from optim.rules import transported as transport
 
     momentum = 1 - 1 / average
-    exact: dict[str, Any] = {"momentum": momentum, "norm": SPECTRAL, "method": None, "dtype": torch.float32}
+    exact: dict[str, Any] = {"norm": SPECTRAL, "method": "exact", "dtype": torch.float32}
+    exact["momentum"] = momentum
     rule = transport(scion(**exact), ramp_steps=round(average)) if transported else scion(**exact)
     return Trial(rule, lr, num_steps, moment)
 
