@@ -23,12 +23,13 @@ NEWEST_ALARMS = 3  # of each run
 
 
 def report(outputs: Path, *, most: int = NEWEST_RUNS) -> list[str]:
-    """Lines about the newest runs in a folder, the newest first."""
+    """Lines about the newest runs in a folder, and about all that wait for workers, the newest first."""
     runs = [Run(path) for path in outputs.glob("*/") if not path.name.startswith(".")]
     begun = sorted(
         ((written, run) for run in runs if (written := _written(run))), key=lambda pair: pair[0], reverse=True
     )
-    return [*_drained(outputs), *(line for _, run in begun[:most] for line in lines_of(run))]
+    shown = [run for place, (_, run) in enumerate(begun) if place < most or _waits(run)]
+    return [*_drained(outputs), *(line for run in shown for line in lines_of(run))]
 
 
 def _drained(outputs: Path) -> list[str]:

@@ -1,7 +1,9 @@
+import fcntl
 import subprocess
 import sys
 
 from cluster.record import events
+from cluster.record.row_format import LAUNCHER_LOCK
 from cluster.review.run_reader import Run
 from cluster.review.status import lines_of, report
 from tests.cluster.review.factories import age, make_run, row
@@ -39,6 +41,17 @@ def test_the_newest_runs_come_first_and_what_is_no_run_is_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert [line.split()[1] for line in report(tmp_path)] == ["run-0", "run-1", "run-2"]
     assert report(tmp_path / "missing") == []
+
+
+def test_a_run_that_waits_is_shown_beside_any_number_of_newer_ones(tmp_path):
+    for number in range(4):
+        age(make_run(tmp_path / f"run-{number}", [row(2)]), -1000 + 100 * number)
+    waiting = tmp_path / "waiting"
+    waiting.mkdir()
+    events.append(waiting, "waiting", "the run waits in line for 8 workers")
+    with (waiting / LAUNCHER_LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert [line.split()[1] for line in report(tmp_path)] == ["run-0", "run-1", "run-2", "waiting"]
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(tmp_path):
