@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from typing import Any
 
 import httpx
@@ -10,11 +11,13 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from cluster.record.wandb_mirror import Mirror
+from cluster.session import DRIVER_ENVIRONMENT, set_defaults
 from tests.tiers import tier
 from tests.waiting import PATIENCE_SECONDS
 
 __all__ = ["tier"]  # a fixture of every test
 
+set_defaults(DRIVER_ENVIRONMENT)  # Ray reads it when it is imported: some test files do that
 os.environ["WANDB_MODE"] = "disabled"  # for every command that is not told otherwise: a W&B run takes 2 s
 # A machine that stands still for seconds has no part in whether a property holds.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,6 +42,15 @@ def interruptible() -> None:
     """A suite that a shell started in the background ignores SIGINT, and so would every command it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_token_of_another_ray() -> None:
+    """Ray reads its token once for a process, in which several files may start a Ray of their own."""
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader
+
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def pytest_runtest_setup() -> None:

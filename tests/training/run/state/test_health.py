@@ -1,8 +1,10 @@
 """A run that goes on without a bad GPU: on a real Ray, whose GPUs are only numbers, for want of any."""
 
 import platform
+import secrets
 import tempfile
 import time
+from contextlib import ExitStack
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -32,8 +34,13 @@ def ray():
     """A Ray of this machine that is told of three GPUs."""
     import ray
 
-    few = environment({"RAY_prestart_worker_first_driver": "0"})  # no worker for each CPU: nobody uses it
-    with few, tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    few = {"RAY_prestart_worker_first_driver": "0"}  # no worker for each CPU: nobody uses it
+    with ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True)
+        folder = stack.enter_context(made)
+        token = Path(folder, "token")
+        token.write_text(secrets.token_hex(32))
+        stack.enter_context(environment({**few, "RAY_AUTH_TOKEN_PATH": str(token)}))
         ray.init(
             num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="WARNING",
             object_store_memory=80_000_000, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
