@@ -61,10 +61,8 @@ def test_no_command_multiplies_in_low_precision(tmp_path: Path) -> None:
     assert done.stdout.count("guarded: ") == len(commands)
     said = done.stdout
     assert '"product_dtype": "float32"' in said and '"product_dtype": "bfloat16"' not in said
-    bench = tmp_path / "outputs/serve-bench/summary.json"
-    assert (
-        '"succeeded": 2' in bench.read_text()
-    )  # Ray Serve's engine, in a process of its own, answered under the guard
+    # Ray Serve's engine, in a process of its own, answered under the guard.
+    assert '"succeeded": 2' in (tmp_path / "outputs/serve-bench/summary.json").read_text()
     # What a named bf16 keeps is wide already; the default is fp32 throughout.
     assert '"dtype": "bfloat16"' in said and '"dtype": "float32"' in said
 

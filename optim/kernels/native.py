@@ -68,9 +68,7 @@ def orthogonalize_(
     Raises:
         ValueError: dtype, device or layout do not fit, there is nothing after `restart`, or `unsupported`.
     """
-    library, reason = _library()
-    if library is None:
-        raise ValueError(reason)
+    library = _loaded()
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 3 or not x.is_contiguous():
         raise ValueError("x must be a contiguous batch of bf16 matrices on the CPU")
     factors = torch.ones(len(x)) if factors is None else factors
@@ -121,9 +119,7 @@ def adamw_pass(
 ) -> None:  # fmt: skip
     """As `optim.kernels.gpu.adamw_pass`."""
     check_adamw_pass(weight, gradient, first, second, model)
-    library, reason = _library()
-    if library is None:
-        raise ValueError(reason)
+    library = _loaded()
     bf16 = model is not None and model.dtype == torch.bfloat16
     library.adamw_pass(
         weight.data_ptr(), gradient.data_ptr(), gradient.dtype == torch.bfloat16, first.data_ptr(),
@@ -153,6 +149,14 @@ def _checked(packed: Tensor) -> Any:
     if reason := unsupported(packed.device, packed.dtype):
         raise ValueError(reason)
     return _library()[0]
+
+
+def _loaded() -> Any:
+    """The library. Raises `ValueError`: there is none."""
+    library, reason = _library()
+    if library is None:
+        raise ValueError(reason)
+    return library
 
 
 def _library() -> tuple[Any, str | None]:

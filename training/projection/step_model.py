@@ -139,8 +139,8 @@ def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, flo
     elements = [(sum(map(prod, group.sizes)), group.whole) for group in job.groups().values()]
     total = sum(count for count, _ in elements)
     shard = sum((PASS_BYTES if whole else ADAMW_BYTES) * count for count, whole in elements) / job.num_ranks
-    once = job.stage == 1 and job.element_bytes == 2
-    shard += WHOLE_GRADIENT_BYTES * total if once else SHARD_GRADIENT_BYTES * total / job.num_ranks
+    everywhere = job.stage == 1 and job.element_bytes == 2
+    shard += WHOLE_GRADIENT_BYTES * total if everywhere else SHARD_GRADIENT_BYTES * total / job.num_ranks
     loads = zip(*(plan.loads(symmetric=True) for plan in plans), strict=True)
     return max(map(sum, loads), default=0), shard
 

@@ -34,12 +34,12 @@ def ray():
     """A Ray of this machine that is told of three GPUs."""
     import ray
 
-    few = {"RAY_prestart_worker_first_driver": "0"}  # no worker for each CPU: nobody uses it
     with ExitStack() as stack:
         made = tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True)
         folder = stack.enter_context(made)
         token = Path(folder, "token")
         token.write_text(secrets.token_hex(32))
+        few = {"RAY_prestart_worker_first_driver": "0"}  # no worker for each CPU: nobody uses it
         stack.enter_context(environment({**few, "RAY_AUTH_TOKEN_PATH": str(token)}))
         ray.init(
             num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="WARNING",
