@@ -21,9 +21,9 @@ nvmlEventTypeXidCriticalError = 8
 nvmlClocksThrottleReasonHwSlowdown, nvmlClocksThrottleReasonSwThermalSlowdown = 8, 32
 nvmlClocksThrottleReasonHwThermalSlowdown, nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 64, 128
 def nvmlInit():
-    global PROBLEM, LOST, ECC, PERSISTENCE, REASONS, NUM_GPUS, XIDS, ROWS, REPLAYS, PIDS
+    global PROBLEM, LOST, ECC, PERSISTENCE, REASONS, NUM_GPUS, XIDS, ROWS, REPLAYS, PIDS, REFUSES
     PROBLEM, LOST, ECC, PERSISTENCE, REASONS, NUM_GPUS, XIDS = None, (), 0, 1, {}, 2, []
-    ROWS, REPLAYS, PIDS = {}, {}, {}
+    ROWS, REPLAYS, PIDS, REFUSES = {}, {}, {}, ()
     exec(_here.with_name("answers.py").read_text(), globals())
     if PROBLEM: raise NVMLError(PROBLEM)
 def nvmlDeviceGetCount(): return NUM_GPUS
@@ -31,7 +31,7 @@ def nvmlSystemGetDriverVersion(): return "570.86.15"
 def nvmlDeviceGetHandleByIndex(index):
     if index in LOST: raise NVMLError("GPU is lost")
     return index
-def nvmlDeviceGetIndex(handle): return handle
+nvmlDeviceGetIndex = nvmlDeviceGetHandleByIndex
 def nvmlDeviceGetUUID(handle): return f"GPU-{handle}{handle}"
 def nvmlDeviceGetPciInfo(handle): return types.SimpleNamespace(busId=f"00000000:{handle + 0x3a:02X}:00.0")
 def nvmlDeviceGetTotalEccErrors(handle, kind, counter):
@@ -51,11 +51,14 @@ def nvmlDeviceGetPersistenceMode(handle): return PERSISTENCE
 def nvmlDeviceGetMaxPcieLinkGeneration(handle): return 4
 def nvmlDeviceGetMaxPcieLinkWidth(handle): return 16
 def nvmlDeviceGetCurrentClocksThrottleReasons(handle): return REASONS.get(handle, 0)
-_waited = 0
+_waited, _registered = 0, set()
 def nvmlEventSetCreate(): return "events"
-def nvmlDeviceRegisterEvents(handle, kinds, events): pass
+def nvmlDeviceRegisterEvents(handle, kinds, events):
+    if handle in REFUSES: raise NVMLError("Unknown Error")
+    _registered.add(handle)
 def nvmlEventSetWait_v2(events, milliseconds):
     global _waited
+    while _waited < len(XIDS) and XIDS[_waited][0] not in _registered: _waited += 1
     if _waited >= len(XIDS): raise NVMLError("Timeout")
     _waited += 1
     index, xid = XIDS[_waited - 1]

@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class _Gpus:
 
         self._nvml = pynvml
         self._events: Any = None
+        self._heard: set[int] = set()  # indices of the GPUs whose Xids arrive
         self._known: dict[int, tuple[str, str]] = {}  # index -> UUID and bus, of those that have answered
 
     def index_at(self, bus: str) -> int | None:
@@ -162,14 +164,17 @@ class _Gpus:
         nvml = self._nvml
         found: list[list[int | None]] = []
         try:
-            if self._events is None:
-                self._events = nvml.nvmlEventSetCreate()
-                for index in self._known:
+            self._events = self._events or nvml.nvmlEventSetCreate()
+            for index in self._known.keys() - self._heard:
+                with suppress(nvml.NVMLError):  # it refuses or is lost: asked again the next time
                     handle = nvml.nvmlDeviceGetHandleByIndex(index)
                     nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+                    self._heard.add(index)
             while True:  # until the time is out, at once
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
-                found.append([nvml.nvmlDeviceGetIndex(event.device), int(event.eventData)])
+                found.append([None, int(event.eventData)])
+                with suppress(nvml.NVMLError):  # a lost GPU may no longer tell its index
+                    found[-1][0] = nvml.nvmlDeviceGetIndex(event.device)
         except nvml.NVMLError:  # no more, or a driver without events
             return found
 

@@ -54,6 +54,15 @@ def test_a_look_gives_what_nvml_says_of_each_gpu(answer, tmp_path):
     assert node.look()["gpus_problem"] == "NVML: Driver/library version mismatch"
 
 
+def test_xids_arrive_of_every_gpu_that_does_not_refuse_and_of_one_that_is_lost(answer, tmp_path):
+    answer("REFUSES, XIDS = (0,), [(0, 13), (1, 48)]")
+    node = health.Node(own=".", kernel_log=tmp_path / "none")
+    assert node.look()["xids"] == [[1, 48]]
+    events = "[(0, 13), (1, 48), (0, 31), (1, 79)]"
+    answer(f"LOST, XIDS = (1,), {events}")
+    assert node.look()["xids"] == [[0, 31], [None, 79]]
+
+
 def test_throttled_is_what_is_active_and_not_what_is_not(answer):
     answer("REASONS, NUM_GPUS = {0: 1, 1: 33, 2: 8}, 3")  # 1: idle
     assert health.throttled() == {1, 2}
