@@ -215,7 +215,7 @@ class Service:
         """The answer to POST /v1/completions. Raises `Refusal`."""
         arrived = time.perf_counter()
         request, headers = await self._request(http, CompletionRequest)
-        self._require_room(len(request.prompt) * request.num_drawn)
+        self._require_room(len(request.prompt) * request.num_drawn, param="prompt")
         prompts = await self._encode(http, request.prompt, special=request.add_special_tokens is not False)
         layout = CompletionLayout(model=request.model, text_of=self.token_text)
         return await self._answer(http, request, prompts, layout, arrived, headers)
@@ -224,7 +224,7 @@ class Service:
         """The answer to POST /v1/chat/completions. Raises `Refusal`."""
         arrived = time.perf_counter()
         request, headers = await self._request(http, ChatRequest)
-        self._require_room(request.num_drawn)
+        self._require_room(request.num_drawn, param="n")
         text = self._render(request)
         layout = ChatLayout(model=request.model, text_of=self.token_text)
         try:
@@ -282,10 +282,11 @@ class Service:
         """Large bodies are parsed one at a time: other requests are served between them."""
         return self._parsing if len(body) > LARGE_BODY_BYTES else nullcontext()
 
-    def _require_room(self, num_choices: int) -> None:
+    def _require_room(self, num_choices: int, *, param: str) -> None:
         if num_choices > self._most_choices:
             message = f"{num_choices} choices at once; this server has room for {self._most_choices}"
-            raise Refusal(400, f"prompt: {message}; send fewer prompts, or a smaller n", param="prompt")
+            remedy = "send fewer prompts, or a smaller n" if param == "prompt" else "send a smaller n"
+            raise Refusal(400, f"{param}: {message}; {remedy}", param=param)
 
     def _render(self, request: ChatRequest | TokenizeRequest) -> str:
         if self._template is None:

@@ -135,6 +135,14 @@ def client(chats: Server) -> OpenAI:
     return OpenAI(base_url=f"{chats.url}/v1", api_key="none", max_retries=0)
 
 
+def test_more_choices_than_there_is_room_for_are_the_fault_of_n(client):
+    with pytest.raises(BadRequestError, match=r"n: 9 choices at once.*send a smaller n") as caught:
+        client.chat.completions.create(
+            model="counting", messages=[{"role": "user", "content": "a"}], n=9, max_tokens=1
+        )
+    assert caught.value.param == "n"
+
+
 def test_the_openai_client_chats(client):
     said = [
         {"role": "developer", "content": "x"},
