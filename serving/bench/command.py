@@ -38,7 +38,6 @@ from serving.bench.wire import Dialect
 from serving.deployment import serving
 
 PROBE_SECONDS = 120.0
-SUMMARY_FILE = "summary.json"
 OF_LAST_TOKEN = dict.fromkeys(("last_token_flops", "last_attention_flops"), 0)  # as `EngineInfo` has them
 REQUEST_COLUMNS = ("index", "scheduled", "prompt_tokens", "output_tokens", "ttft", "tpot", "e2e", "error")
 
@@ -130,7 +129,7 @@ def run(config: ServeBenchConfig, url: str) -> Result:
         problem = f"too few requests succeeded: {'; '.join(bench.failed)}"
     elif not any(point.get("succeeded") for point in bench.points):
         problem = "nothing was measured: name load.concurrency, load.rates or load.trace"
-    return Result(directory / SUMMARY_FILE, summary["answer"], problem)
+    return Result(directory / report.SUMMARY_FILE, summary["answer"], problem)
 
 
 def finish(result: Result) -> None:

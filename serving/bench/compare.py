@@ -17,8 +17,9 @@ from cluster import cli, display, files
 from cluster.cli import UserError
 from cluster.display import Table, show
 from cluster.measure import intervals
+from serving.bench.report import SUMMARY_FILE
 
-SUMMARY_FILE, COMPARE_FILE = "summary.json", "compare.json"
+COMPARE_FILE = "compare.json"
 FIGURES = {  # header -> key of a point, and whether more is better
     "out tok/s": ("output_tokens_per_second", True),
     "goodput/s": ("goodput_per_second", True),

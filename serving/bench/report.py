@@ -7,6 +7,7 @@ from typing import Any
 from cluster import display
 from cluster.measure import hardware, intervals
 
+SUMMARY_FILE = "summary.json"  # of a benchmark's run directory
 WIDTH = 120  # characters of the table, at most
 COLUMNS = (  # header, key of a point, format
     ("load", "load", "{}"),
@@ -183,7 +184,10 @@ def _combined(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = dict(repeats[0]) | {"repeats": len(repeats), "intervals": {}}
     for key in row:
         values: list[Any] = [repeat.get(key) for repeat in repeats]
-        if not all(type(value) in (int, float) for value in values):
+        measured = [type(value) in (int, float) for value in values]
+        if not all(measured):
+            if any(measured):  # a repeat lacks the figure: there is no mean of all
+                row[key] = None
             continue
         if key in ("requests", "succeeded", "short_answers"):
             row[key] = sum(values)

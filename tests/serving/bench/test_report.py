@@ -76,7 +76,7 @@ def repeat(load: str, value: float, **others: object) -> dict:
     figures = {"output_tokens_per_second": value, "ttft_p50_ms": 1e3 / value, "mbu": 0.4, "attainment": 1.0}
     counts = {"requests": 10, "succeeded": 9, "short_answers": 1, "rate": None}
     counts |= {"errors": {"timeout": 1}, "first_error": "timeout"}
-    return {"load": load, "counts": "9/10", **figures, **counts, **others}
+    return {"load": load, "counts": "9/10"} | figures | counts | others
 
 
 def test_repeats_are_one_row_with_intervals_and_rows_are_sorted():
@@ -95,6 +95,11 @@ def test_repeats_are_one_row_with_intervals_and_rows_are_sorted():
     centre, low, high = eight["intervals"]["output_tokens_per_second"]
     assert low < centre < high and low * high == pytest.approx(centre**2)
     assert "8 in flight" in str(intervals_table(rows)) and intervals_table(rows[:1]) is None
+
+
+def test_a_figure_that_one_repeat_lacks_is_not_shown_as_that_of_all():
+    both = [repeat("8 in flight", 100.0, mbu=mbu) for mbu in (0.4, None)]
+    assert combined(both)[0]["mbu"] is None and combined(both[:1] * 2)[0]["mbu"] == pytest.approx(0.4)
 
 
 def test_the_table_never_exceeds_120_columns():
