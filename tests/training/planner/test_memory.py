@@ -186,13 +186,17 @@ def test_peaks_of_a_step_on_a_cpu_are_those_planned(number: int, on_cpu) -> None
 def test_stage_2_in_fp32_collects_a_shard_and_only_where_it_accumulates(
     workers: int, accumulation: int
 ) -> None:
-    """The bound tells a shard from all gradients with four workers, and from none with two."""
+    """The bound tells a shard from all gradients with four workers, and from none with two.
+
+    Gloo's threads hold what they sent for as long as the system leaves them waiting: the least of five steps.
+    """
     keys = (*WIDER, "zero.stage=2", "precision=fp32", f"workers.count={workers}")
     keys += (f"batch.tokens={256 * workers * accumulation}",)
-    ranks = spawn(peaks_of_steps, [keys], accumulation, world_size=workers)
+    ranks = spawn(peaks_of_steps, [keys] * 5, accumulation, world_size=workers)
     config = training_config.load(dotlist=[*keys])
     parts = memory(config, resolve_shape(config), num_workers=workers).points["backward"]
-    assert sum(parts.values()) == pytest.approx(max(found["backward"] for [found] in ranks), rel=0.06)
+    measured = max(min(found["backward"] for found in steps) for steps in ranks)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.06)
 
 
 # --- peaks on GPUs ------------------------------------------------------------------------------------------
