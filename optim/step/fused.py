@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.directions import Adam, Momentum
+from optim.directions import Adam, Corrected, Momentum
 from optim.kernels import gpu, native
 from optim.rules import Rule, State, new_state
 from optim.step.exchange import ShapeGroup
@@ -57,7 +57,7 @@ class FusedStep:
         self._groups: list[ShapeGroup] = []
         self._runs = [] if rule.whole else _runs(rule, self.fragments)
         if rule.whole:
-            pieces, matrices = cut(self.fragments)
+            pieces, matrices = cut(self.fragments, rule)
             self.plan = make_plan(matrices, world_size=rank_and_world_size()[1])
             self._groups = [
                 ShapeGroup(rule, plan, [pieces[i] for i in indices], device=device)
@@ -111,6 +111,8 @@ class FusedStep:
         for group in groups:
             group.acquire()
             with health.timed("start"):
+                if moves and isinstance(self.rule.direction, Corrected):
+                    self._correct(group, self.rule.direction)
                 self._start(group)
                 if moves:
                     group.send()
@@ -135,6 +137,20 @@ class FusedStep:
     def _state_at(self, flat: Tensor, place: slice) -> State:
         return {name: tensor.view(-1)[place] for name, tensor in self._state(flat).items()}
 
+    def _correct(self, group: ShapeGroup, direction: Corrected) -> None:
+        """Replace the gradients before by the corrected ones, each matrix of these clipped."""
+        pieces = [piece for part in group.parts for piece in part.pieces]
+        for piece in pieces:
+            for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+                gradient, state = self._gradient_and_state(piece, chunk)
+                corrected = direction.correct(gradient, state).double()
+                piece.square.add_(torch.dot(corrected, corrected))
+        factors = direction.clip_factor(group.norms())
+        for piece in pieces:
+            flat, place = piece.fragment.flat, slice(piece.offset, piece.offset + piece.numel)
+            state = self._state_at(flat, place)
+            state["gradient_before"] *= factors[piece.number].to(flat.device)
+
     def _start(self, group: ShapeGroup) -> None:
         """The raw updates of this rank's pieces, packed, and the squares of their norms."""
         if group.staging is not None:
@@ -158,17 +174,20 @@ class FusedStep:
 
     def _direction(self, piece: Piece) -> None:
         """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
-        flat = piece.fragment.flat
-        for chunk in _chunks(piece.numel, flat.device):
-            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-            if flat.grad is None:
-                part = torch.zeros(chunk.stop - chunk.start, device=flat.device)
-            else:
-                part = flat.grad.view(-1)[place]
-            update = self.rule.direction(part, self._state_at(flat, place), step=self.steps)
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            update = self.rule.direction(*self._gradient_and_state(piece, chunk), step=self.steps)
             piece.buffer[chunk].copy_(update)
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
+
+    def _gradient_and_state(self, piece: Piece, chunk: slice) -> tuple[Tensor, State]:
+        """Of one chunk of a piece; zeros for a gradient that is missing."""
+        flat = piece.fragment.flat
+        place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+        state = self._state_at(flat, place)
+        if flat.grad is None:
+            return torch.zeros(chunk.stop - chunk.start, device=flat.device), state
+        return flat.grad.view(-1)[place], state
 
     def _finish(self, group: ShapeGroup, *, lr: float, decay: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""

@@ -11,7 +11,7 @@ from typing import Any
 from cluster import config as layered
 from cluster import process
 from cluster.cli import RunError
-from cluster.session import ray_session
+from cluster.session import KIND, ray_session
 from training.baseline.plan import BaselineConfig
 
 
@@ -22,7 +22,7 @@ def measure_elsewhere(config: BaselineConfig) -> None:
         ConfigError: no node of the cluster has them.
         RunError: it failed there.
     """
-    kind = {f"accelerator_type:{config.accelerator}": 0.001}
+    kind = {f"{KIND}{config.accelerator}": 0.001}
     with ray_session(config.session, resources=kind, worker_env={}, smaller="accelerator"):
         import ray
 
