@@ -56,8 +56,8 @@ def quick(monkeypatch):
 
     class Quick(drained.Holder):
         def __init__(self, outputs):
-            super().__init__(outputs)
             drained.POLL_SECONDS = 0.05
+            super().__init__(outputs)
 
     monkeypatch.setattr(drained, "Holder", Quick)
 
