@@ -12,7 +12,7 @@ def test_what_grows_with_the_nodes_and_what_does_not():
     assert growth.connect_seconds(growth.Site(1, 8)) == 0
     rates = [growth.checkpoint(site, 10**9)[1] for site in (small, large)]
     assert all("12.0 GB" in text and "0.20 GB/s of the shared storage" in text for text in rates)
-    assert dict(growth.describe(large))["preflight"].startswith("512 nodes at once, then 1,024 links")
+    assert dict(growth.describe(large))["preflight"].startswith("512 nodes at once; then the links")
 
 
 def test_a_dry_run_of_up_says_it_and_connects_to_nothing(tmp_path, monkeypatch, capsys):
