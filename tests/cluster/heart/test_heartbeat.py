@@ -261,6 +261,17 @@ def test_a_slow_rank_is_told_with_what_it_costs() -> None:
         "median; each step waits for it, about 1.2 s"
     }
     assert heartbeat.stragglers(beats, fraction=0.4) == heartbeat.stragglers(beats, fraction=0) == {}
+    costs = [heartbeat.straggler_seconds(beats, fraction=fraction) for fraction in (0.25, 0.4, 0)]
+    assert costs == [pytest.approx(1.2), 0, 0] and heartbeat.straggler_seconds([], fraction=0.25) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "may"),
+    [("", True), ("0,3", True), ("0,1", False), ("GPU-33", True), ("GPU-4,3", True), ("13", False)],
+)
+def test_a_rank_may_use_the_gpus_that_it_was_given_or_any(gpus: str, may: bool) -> None:
+    assert beat(0, gpus=gpus).may_use("gpu", 3, "GPU-33f") is may
+    assert not beat(0, gpus=gpus).may_use("other", 3, "GPU-33f")
 
 
 def test_status_has_the_ranks_of_the_newest_start(tmp_path: Path) -> None:
