@@ -117,7 +117,7 @@ def _examine(
     drained: dict[str, list[int]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """The facts of these nodes, without links. All by Ray's id: names, numbers of GPUs, drained GPUs, facts."""
+    """The facts of these nodes, without links. By Ray's id: names, numbers of GPUs, drained GPUs, facts."""
     import ray
 
     inspectors = {node: _actor(Inspector, node, num_gpus=num_gpus[node]) for node in addresses}
