@@ -107,7 +107,7 @@ def test_a_worker_gets_its_own_options_and_the_heads_address(tmp_path):
         write(tmp_path, MIXED.replace("10.0.0.1", "fd00::1").replace("/local/x", "/SCRATCH"))
     )
     (tmp_path / "activate").write_text(
-        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; }; export -f ray\n"
+        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; sleep 5; }; export -f ray\n"
     )
     script = (
         commands.start_worker(site)
