@@ -78,12 +78,17 @@ class Heartbeat:
         self._growth: int | None = None
         self._write_quiet: float | None = None
         self._main = threading.get_ident()
-        self._stop = threading.Event()
+        self._stop, self._ends = threading.Event(), False
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._watcher: watcher.Watcher | None = None
 
     def mark(self, part: str, step: int | None = None) -> None:
-        """The rank begins a part. Called by the thread that trains; writes nothing."""
+        """The rank begins a part. Called by the thread that trains; writes nothing.
+
+        A rank that is being ended goes no further: the others could else end the run without it.
+        """
+        if self._ends:
+            time.sleep(2 * GRACE_SECONDS)
         now = time.monotonic()
         kind = self._kind
         self._longest[kind] = max(self._longest.get(kind, 0.0), now - self._marked)
@@ -207,6 +212,7 @@ class Heartbeat:
 
     def _end(self) -> None:
         """End this process, once the other ranks have written where they stand."""
+        self._ends = True
         rank, num = self._about["rank"], self._about["world_size"]
         where, waits = _place(sys._current_frames().get(self._standing))
         heartbeat.write_stacks(self._directory, rank, f"{self._quiet:.0f} s in {self.place}\n{_stacks()}")

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -232,6 +233,21 @@ def test_a_rank_that_waits_for_one_that_makes_progress_does_not_hang(tmp_path: P
     first._quiet, first._write_quiet, second._write_quiet = 0.0, 50.0, 0.0
     second._write(second._beat())
     assert not first._hangs()  # the checkpoint waits for the other one's part, which grows
+
+
+def test_a_rank_that_is_being_ended_goes_no_further(tmp_path: Path, monkeypatch) -> None:
+    """It was stopped, say, and runs again: else a short run would end well on the others."""
+    (tmp_path / "ranks").mkdir()
+    monkeypatch.setattr(hang, "GRACE_SECONDS", 0.3)
+    ended: list[int] = []
+    monkeypatch.setattr(hang.os, "_exit", lambda code: ended.append(heart._num_marks))
+    heart = hang.Heartbeat(tmp_path, world_size=2, start="s", hang_seconds=45.0)
+    thread = threading.Thread(target=heart._end)
+    thread.start()
+    wait_until(lambda: (tmp_path / "ranks/00000.stacks").exists())
+    heart.mark("data", 1)
+    thread.join()
+    assert ended == [0]
 
 
 def test_a_child_that_computes_is_work(tmp_path: Path) -> None:
