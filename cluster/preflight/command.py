@@ -171,7 +171,7 @@ def _examine_links(
         progress.advance()
         return found
 
-    inside = {node: [node] * (num_gpus[node] or 2) for node in addresses}
+    inside: dict[Any, Sequence[str]] = {node: [node] * (num_gpus[node] or 2) for node in addresses}
     within = links("links within each node", inside, {node: num_gpus[node] > 0 for node in addresses})
     gpu = all(num_gpus.values())
     between = links("links of all nodes", {"all": list(addresses)}, {"all": gpu})["all"]
