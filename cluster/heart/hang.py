@@ -59,9 +59,8 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         self._directory, self._folder = directory, directory / FOLDER
         self._about: dict[str, Any] = {
-            "rank": rank, "world_size": world_size, "start": start,
-            "host": platform.node(), "process": os.getpid(),
-            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "rank": rank, "world_size": world_size, "start": start, "host": platform.node(),
+            "process": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }  # fmt: skip
         self._hang_seconds, self.final = hang_seconds, final
         self._poll_seconds = min(1.0, hang_seconds / 4) if hang_seconds else 1.0
