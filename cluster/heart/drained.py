@@ -89,10 +89,16 @@ def _changing(outputs: Path) -> Iterator[list[Drained]]:
 
 @contextmanager
 def _alone(outputs: Path, what: str) -> Iterator[None]:
-    """A block that one process of all nodes at a time may be in."""
+    """A block that one process of all nodes at a time may be in. A lost node may leave its lock behind."""
     with (outputs / f".drained.{what}.lock").open("w") as lock:
+        until = time.monotonic() + UNUSED_SECONDS
         with suppress(OSError):  # storage without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
         yield
 
 
