@@ -70,10 +70,9 @@ class Sampling:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         return penalties != (0.0, 0.0, 1.0)
 
-    @property
-    def adjusts(self) -> bool:
-        """It draws from other logits than the model's (`serving.engine.adjust`)."""
-        return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
+    def adjusts(self, num_sampled: int) -> bool:
+        """After so many tokens it draws from other logits than the model's (`serving.engine.adjust`)."""
+        return self.penalizes or bool(self.logit_bias) or num_sampled < self.min_tokens
 
 
 class Score(NamedTuple):
@@ -239,6 +238,8 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
             f"{len(prompt)} of prompt and {sampling.max_tokens} of max_tokens were asked for; shorten the "
             "prompt or lower max_tokens"
         )
+    if sampling.min_tokens > sampling.max_tokens:
+        raise RequestError(f"min_tokens: must not exceed max_tokens, which is {sampling.max_tokens}")
     named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_ids}
     for name, ids in named.items():
         if not all(0 <= token < info.vocab_size for token in ids):

@@ -168,6 +168,7 @@ def test_one_prompt_in_every_form_that_openai_takes(server, prompt):
         ({"prompt": ["a"] * 9}, "prompt", "9 choices at once; this server has room for 8"),
         ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", f"[0, {VOCABULARY})"),
         ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids", f"[0, {VOCABULARY})"),
+        ({"min_tokens": 4}, "min_tokens", "must not exceed max_tokens, which is 3"),
         ({"echo": "yes"}, "echo", "boolean"),
         ({"echo": 1}, "echo", "boolean"),
         ({"echo": False, "max_tokens": 0}, "max_tokens", "or 0 with echo=true"),
