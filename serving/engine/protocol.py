@@ -7,7 +7,7 @@ vLLM brings its own endpoint (`serving.vllm_app`). `serving.endpoint.text` turns
 import asyncio
 import queue
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -228,8 +228,7 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
     total = len(prompt) + sampling.max_tokens
     if not prompt:
         raise RequestError("prompt: is empty; give at least one token")
-    if not all(0 <= token < info.vocab_size for token in prompt):
-        raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
+    check_ids("prompt", prompt, info)
     if sampling.max_tokens < (0 if sampling.echo else 1):
         raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
     if total > info.context_tokens:
@@ -240,10 +239,14 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
         )
     if sampling.min_tokens > sampling.max_tokens:
         raise RequestError(f"min_tokens: must not exceed max_tokens, which is {sampling.max_tokens}")
-    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_ids}
-    for name, ids in named.items():
-        if not all(0 <= token < info.vocab_size for token in ids):
-            raise RequestError(f"{name}: token ids must lie in [0, {info.vocab_size})")
+    check_ids("logit_bias", [token for token, _ in sampling.logit_bias], info)
+    check_ids("stop_token_ids", sampling.stop_ids, info)
+
+
+def check_ids(name: str, ids: Collection[int], info: EngineInfo) -> None:
+    """Raise `RequestError` if any of a field's token ids is none of the model's."""
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        raise RequestError(f"{name}: token ids must lie in [0, {info.vocab_size})")
 
 
 def admit(num_open: int, info: EngineInfo) -> None:
