@@ -321,7 +321,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
     kind = config.get("model_type") or "llama"
     supported = ", ".join(map(repr, _KINDS))
     _require(isinstance(kind, str) and kind in _KINDS, "model_type", f"{kind!r} is not one of: {supported}")
-    config = _with_rope(_KINDS[kind] | config)
+    config = _KINDS[kind] | config
+    config = config | rope.keys_of(config)
     for name, only in _ONLY.items():
         value = config.get(name)
         problem = f"{value!r} is not supported, only {' or '.join(map(repr, only)) or 'null'}"
@@ -359,18 +360,6 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
     )
     _require_no_window(config, shape, always=kind in ("llama", "mistral"))
     return shape
-
-
-def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """With the keys of RoPE among its own. Raises `ValueError` if it has them twice, and they differ."""
-    told = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
-    thetas = [each["rope_theta"] for each in (config, *told) if each.get("rope_theta") is not None]
-    same = all(theta == thetas[0] for theta in thetas)
-    _require(same, "rope_theta", f"is {' and '.join(map(repr, thetas))} in rope_parameters and beside it")
-    both = [rope.from_hf(config | each) for each in told]
-    same = all(scaling == both[0] for scaling in both)
-    _require(same, "rope_scaling", "says something else than rope_parameters; change both, or remove one")
-    return config | (told[0] if told else {})
 
 
 def _require_no_window(config: dict[str, Any], shape: LlamaShape, *, always: bool) -> None:
