@@ -171,16 +171,17 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         routes = [route for route in app.routes if isinstance(route, APIRoute)]
-        message = f"{path[:MOST_QUOTED]}: {error.detail}"
+        here = [route for route in routes if route.path_regex.match(path)]
+        allowed = sorted({method for route in here for method in route.methods or ()})
+        problem = error.detail
         if error.status_code == 404:
             there = dict.fromkeys(f"{'/'.join(route.methods or ())} {route.path}" for route in routes)
-            message = f"{path[:MOST_QUOTED]}: there is no such path; there are {', '.join(there)}"
-        allowed: set[str] = set()
-        if error.status_code == 405:
-            allowed = allowed.union(*(route.methods for route in routes if route.path_regex.match(path)))
-            message = f"{path[:MOST_QUOTED]}: no {request.method}; use {' or '.join(sorted(allowed))}"
+            problem = f"there is no such path; there are {', '.join(there)}"
+        elif error.status_code == 405:
+            problem = f"no {request.method}; use {' or '.join(allowed)}"
+        message = f"{path[:MOST_QUOTED]}: {problem}"
         answer = await refused(request, Refusal(error.status_code, message, close=True))
-        answer.headers.update({"Allow": ", ".join(sorted(allowed))} if allowed else {})
+        answer.headers.update({"Allow": ", ".join(allowed)} if allowed else {})
         return answer
 
     @app.exception_handler(Exception)

@@ -322,7 +322,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
     supported = ", ".join(map(repr, _KINDS))
     _require(isinstance(kind, str) and kind in _KINDS, "model_type", f"{kind!r} is not one of: {supported}")
     config = _KINDS[kind] | config
-    config = config | rope.keys_of(config)
+    config |= rope.keys_of(config)
     for name, only in _ONLY.items():
         value = config.get(name)
         problem = f"{value!r} is not supported, only {' or '.join(map(repr, only)) or 'null'}"
