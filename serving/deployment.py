@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import Histogram as Buckets
 
 from cluster import display, endpoint_client
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
@@ -47,7 +46,7 @@ from serving.endpoint import haproxy
 from serving.endpoint.chat import load_template
 from serving.endpoint.hosts import allowed_hosts
 from serving.endpoint.keys import digest_of
-from serving.endpoint.metrics import FIGURES, LABEL, LATENCIES, Figure
+from serving.endpoint.metrics import BUCKETS, FIGURES, LABEL, LATENCIES, Figure
 from serving.endpoint.service import EndpointOptions, make_endpoint
 from serving.endpoint.text import load_tokenizer, numbered_tokenizer
 from serving.engine.process import EngineProcess, Factory, make_engine
@@ -74,9 +73,8 @@ class RayMetrics:
     def __init__(self, model: str) -> None:
         from ray.serve.metrics import Counter, Gauge, Histogram
 
-        bounds = list(Buckets.DEFAULT_BUCKETS[:-1])  # seconds; Ray adds infinity itself
         self._latencies = {
-            name: Histogram(_ray_name(figure), description=figure.text, boundaries=bounds, tag_keys=(LABEL,))
+            name: Histogram(_ray_name(figure), description=figure.text, boundaries=BUCKETS, tag_keys=(LABEL,))
             for name, figure in LATENCIES.items()
         }
         self._figures: dict[str, Any] = {

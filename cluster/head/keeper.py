@@ -153,6 +153,7 @@ class Keeper:
         self._require_no_stranger("gcs_port")
         if self._answers():
             if marker.exists() and marker.read_text() == settings:
+                self._require_no_stranger("dashboard_port")  # a Ray started by hand after ours had died
                 return
             going = [job["submission_id"] for job in self.ray.jobs() if job["status"] not in FINAL]
             if going:

@@ -25,6 +25,7 @@ from cluster.machine import health
 FILE = "drained.json"
 NAMESPACE = "asuncion drained"  # of the holders, in Ray
 HOLD_SECONDS = 60.0  # for a GPU that another run still has
+UNUSED_SECONDS = 5 * HOLD_SECONDS  # after which a holder ends itself that was not told what to keep
 POLL_SECONDS = 2.0
 
 
@@ -75,20 +76,31 @@ def clear(outputs: Path, name: str) -> None:
 
 @contextmanager
 def _changing(outputs: Path) -> Iterator[list[Drained]]:
-    with (outputs / f".{FILE}.lock").open("w") as lock:
-        with suppress(OSError):  # storage without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(outputs, "file"):
         found = read(outputs)
         yield found
         files.write_json(outputs / FILE, [asdict(each) for each in found])
 
 
+@contextmanager
+def _alone(outputs: Path, what: str) -> Iterator[None]:
+    """A block that one process of all nodes at a time may be in."""
+    with (outputs / f".drained.{what}.lock").open("w") as lock:
+        with suppress(OSError):  # storage without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Holder:
-    """Holds one GPU, as a detached Ray actor, until that GPU is cleared."""
+    """Holds one GPU, as a detached Ray actor, until that GPU is cleared.
+
+    It ends itself if nobody tells it to `keep` that GPU: whoever made it may have been killed.
+    """
 
     def __init__(self, outputs: Path) -> None:
         self._outputs = outputs
         self._drained: Drained | None = None
+        threading.Thread(target=self._hold, daemon=True).start()
 
     def has(self) -> tuple[str, str]:
         """What Ray calls its GPU (by CUDA_VISIBLE_DEVICES: an index, or a UUID), and NVML's UUID of it."""
@@ -104,14 +116,15 @@ class Holder:
     def keep(self, drained: Drained) -> None:
         """Hold on, until it is cleared."""
         self._drained = drained
-        threading.Thread(target=self._keep, args=(drained,), daemon=True).start()
 
-    def _keep(self, drained: Drained) -> None:
-        while True:
+    def _hold(self) -> None:
+        until = time.monotonic() + UNUSED_SECONDS
+        while self._drained or time.monotonic() < until:
             time.sleep(POLL_SECONDS)
             with suppress(OSError, ValueError):  # the storage does not answer now
-                if drained.name not in [each.name for each in read(self._outputs)]:
-                    os._exit(0)
+                if self._drained and self._drained.name not in [each.name for each in read(self._outputs)]:
+                    break
+        os._exit(0)
 
 
 def hold(outputs: Path) -> list[Drained]:
@@ -128,13 +141,14 @@ def hold(outputs: Path) -> list[Drained]:
     drained = [each for each in read(outputs) if _num_gpus(nodes.get(each.host))]
     if not drained:
         return []
-    held = set()
-    for found in ray.util.list_named_actors(all_namespaces=True):
-        with suppress(ray.exceptions.RayError, ValueError):  # it has just ended
-            if found["namespace"] == NAMESPACE:
-                holder: Any = ray.get_actor(**found)
-                held.add(ray.get(holder.keeps.remote(), timeout=HOLD_SECONDS))
-    return [each for each in drained if each.name in held or _hold(each, nodes[each.host], outputs)]
+    with _alone(outputs, "hold"):  # two would take GPUs of a node from each other
+        held = set()
+        for found in ray.util.list_named_actors(all_namespaces=True):
+            with suppress(ray.exceptions.RayError, ValueError):  # it has just ended
+                if found["namespace"] == NAMESPACE:
+                    holder: Any = ray.get_actor(**found)
+                    held.add(ray.get(holder.keeps.remote(), timeout=HOLD_SECONDS))
+        return [each for each in drained if each.name in held or _hold(each, nodes[each.host], outputs)]
 
 
 def _num_gpus(node: dict[str, Any] | None) -> int:

@@ -72,8 +72,8 @@ def describe(site: Site) -> list[tuple[str, str]]:
         ),
         (
             "preflight",
-            f"{site.nodes:,} nodes at once, then {2 * site.nodes:,} links one after another: in each node, "
-            "and between neighbours",
+            f"{site.nodes:,} nodes at once; then the links in each node, those of all nodes together, and "
+            "those of neighbours in two rounds, or three",
         ),
     ]
 

@@ -50,6 +50,11 @@ def test_a_problem_is_found_once_and_again_after_it_has_gone(judge, found, kind,
         assert judge.open == {}
 
 
+def test_a_counter_that_was_not_answered_once_did_not_grow(judge):
+    assert judge.findings(look(gpu={"ecc_errors": None, "link_errors": None})) == []
+    assert judge.findings(look()) == []
+
+
 def test_a_clock_is_off_by_a_second(judge):
     assert judge.findings(look(), clock_seconds=0.9) == []
     (finding,) = judge.findings(look(), clock_seconds=-4)

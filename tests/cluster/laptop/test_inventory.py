@@ -107,7 +107,7 @@ def test_a_worker_gets_its_own_options_and_the_heads_address(tmp_path):
         write(tmp_path, MIXED.replace("10.0.0.1", "fd00::1").replace("/local/x", "/SCRATCH"))
     )
     (tmp_path / "activate").write_text(
-        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; }; export -f ray\n"
+        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; sleep 5; }; export -f ray\n"
     )
     script = (
         commands.start_worker(site)
@@ -172,6 +172,12 @@ def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_pa
             "packages.index",
         ),
         (("name: here", "- name"), "here.inventory.yaml: not valid YAML"),
+        (
+            ("name: here", "ports: {gcs: 8265}"),
+            "ports: gcs, dashboard and agent must differ, and are (8265, 8265",
+        ),
+        (("name: here", "name: &a [*a]"), "here.inventory.yaml: "),
+        (("workers: [10.0.0.2, 10.0.0.3]", "workers: &a [*a]"), "here.inventory.yaml: "),
     ],
 )
 def test_a_bad_inventory_is_one_message_with_file_and_key(tmp_path, change, told):
