@@ -4,7 +4,6 @@ The launcher asks every node (`cluster.machine.health`), judges (`cluster.heart.
 `health.json` for the record and `make status`, alerts in W&B.
 """
 
-import math
 import platform
 import queue
 import sys
@@ -101,8 +100,12 @@ class HealthWatch(Background):
         if finding.kind != GPU_BAD or finding.gpu is None:
             return
         drained.add(self._outputs, host=finding.host, gpu=finding.gpu, uuid=finding.uuid, reason=finding.text)
-        ours = finding.host in {beat.host for beat in heartbeat.read(self._directory)}
-        if self._config.workers.gpu and self._in_ray and ours:
+        beats = heartbeat.read(self._directory)
+        if (
+            self._config.workers.gpu
+            and self._in_ray
+            and any(beat.may_use(finding.host, finding.gpu, finding.uuid) for beat in beats)
+        ):
             self.bad.append(finding)
             (self._directory / STOP).touch()
 
@@ -125,7 +128,7 @@ class HealthWatch(Background):
                 return
             every = [self._context.posted("health", rank) or {} for rank in range(self._context.world_size)]
             counts = {name: sum(each.get(name, 0) for each in every) for name in counts}
-        fraction = self._config.record.straggler_fraction or math.inf
+        fraction = self._config.record.straggler_fraction
         stragglers = heartbeat.straggler_seconds(heartbeat.read(self._directory), fraction=fraction)
         files.write_json(
             self._directory / HEALTH_FILE,
