@@ -138,10 +138,10 @@ class Ranks:
         """
         if "MASTER_ADDR" in os.environ:
             try:
-                store, *found = next(rendezvous("env://", timeout=timedelta(seconds=MEET_SECONDS)))
+                store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=MEET_SECONDS)))
             except (dist.DistError, ValueError) as error:  # too late, or a variable is missing
                 raise RunError(_who_is_missing(error)) from error
-            return cls(*found, store)
+            return cls(rank, world_size, store)
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), dist.HashStore())
 
     def on_main(self, work: Callable[[], Result]) -> Result:
