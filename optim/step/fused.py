@@ -112,7 +112,7 @@ class FusedStep:
             group.acquire()
             with health.timed("start"):
                 if moves and isinstance(self.rule.direction, Corrected):
-                    self._correct(group, self.rule.direction)
+                    _correct(self, group, self.rule.direction)
                 self._start(group)
                 if moves:
                     group.send()
@@ -136,20 +136,6 @@ class FusedStep:
 
     def _state_at(self, flat: Tensor, place: slice) -> State:
         return {name: tensor.view(-1)[place] for name, tensor in self._state(flat).items()}
-
-    def _correct(self, group: ShapeGroup, direction: Corrected) -> None:
-        """Replace the gradients before by the corrected ones, each matrix of these clipped."""
-        pieces = [piece for part in group.parts for piece in part.pieces]
-        for piece in pieces:
-            for chunk in _chunks(piece.numel, piece.fragment.flat.device):
-                gradient, state = self._gradient_and_state(piece, chunk)
-                corrected = direction.correct(gradient, state).double()
-                piece.square.add_(torch.dot(corrected, corrected))
-        factors = direction.clip_factor(group.norms())
-        for piece in pieces:
-            flat, place = piece.fragment.flat, slice(piece.offset, piece.offset + piece.numel)
-            state = self._state_at(flat, place)
-            state["gradient_before"] *= factors[piece.number].to(flat.device)
 
     def _start(self, group: ShapeGroup) -> None:
         """The raw updates of this rank's pieces, packed, and the squares of their norms."""
@@ -175,19 +161,10 @@ class FusedStep:
     def _direction(self, piece: Piece) -> None:
         """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
         for chunk in _chunks(piece.numel, piece.fragment.flat.device):
-            update = self.rule.direction(*self._gradient_and_state(piece, chunk), step=self.steps)
+            update = self.rule.direction(*_gradient_and_state(self, piece, chunk), step=self.steps)
             piece.buffer[chunk].copy_(update)
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
-
-    def _gradient_and_state(self, piece: Piece, chunk: slice) -> tuple[Tensor, State]:
-        """Of one chunk of a piece; zeros for a gradient that is missing."""
-        flat = piece.fragment.flat
-        place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-        state = self._state_at(flat, place)
-        if flat.grad is None:
-            return torch.zeros(chunk.stop - chunk.start, device=flat.device), state
-        return flat.grad.view(-1)[place], state
 
     def _finish(self, group: ShapeGroup, *, lr: float, decay: float) -> None:
         """Decay, update, and the model's own copy, of this rank's pieces."""
@@ -247,6 +224,28 @@ class FusedStep:
         point = self.rule.apply(weight, update, step=self.steps, state=state, **end)
         if fragment.model is not None:
             fragment.model.view(-1)[place].copy_(weight if point is None else point)
+
+
+def _correct(unit: FusedStep, group: ShapeGroup, direction: Corrected) -> None:
+    """Replace the gradients before by the corrected ones, each matrix of these clipped. Collective."""
+    pieces = [piece for part in group.parts for piece in part.pieces]
+    for piece in pieces:
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            corrected = direction.correct(*_gradient_and_state(unit, piece, chunk)).double()
+            piece.square.add_(torch.dot(corrected, corrected))
+    factors = direction.clip_factor(group.norms())
+    for piece in pieces:
+        _, state = _gradient_and_state(unit, piece, slice(0, piece.numel))
+        state["gradient_before"] *= factors[piece.number].to(piece.square.device)
+
+
+def _gradient_and_state(unit: FusedStep, piece: Piece, chunk: slice) -> tuple[Tensor, State]:
+    """Of one chunk of a piece; zeros for a gradient that is missing."""
+    flat, place = piece.fragment.flat, slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+    state = unit._state_at(flat, place)
+    if flat.grad is None:
+        return torch.zeros(chunk.stop - chunk.start, device=flat.device), state
+    return flat.grad.view(-1)[place], state
 
 
 @dataclass
