@@ -3,7 +3,6 @@
 import platform
 import secrets
 import tempfile
-import time
 from contextlib import ExitStack
 from itertools import chain, repeat
 from pathlib import Path
@@ -154,10 +153,9 @@ def _raise(workers):
 def test_another_node_is_asked_through_an_actor_there(ray, tmp_path):
     """That node is this one too: its clock is ours, and its disks are."""
     node = health._OtherNode(HOST, [str(tmp_path / "gone")], ray.get_runtime_context().get_node_id())
-    before = time.time()
     node.begin()
     found, ahead_seconds = node.end()
-    assert abs(ahead_seconds) <= time.time() - before
+    assert ahead_seconds == 0.0
     assert found["host"] == HOST and found["disks"][str(tmp_path / "gone")] == "No such file or directory"
     assert any(isinstance(free, int) for free in found["disks"].values())
     assert node.judge.findings(found, clock_seconds=ahead_seconds)[0].kind == "node_problem"
