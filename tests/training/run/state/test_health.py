@@ -3,6 +3,7 @@
 import platform
 import secrets
 import tempfile
+import time
 from contextlib import ExitStack
 from itertools import chain, repeat
 from pathlib import Path
