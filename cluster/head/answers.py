@@ -45,7 +45,7 @@ class Refused(Exception):
 
 
 class Head:
-    """The head of a site (`cluster.laptop.inventory.Inventory.site`)."""
+    """The head of a site (`cluster.laptop.commands.for_head`)."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         self.site = site

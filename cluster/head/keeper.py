@@ -80,7 +80,7 @@ class States:
 
 
 class Keeper:
-    """Brings up and watches the nodes of a site (`cluster.laptop.inventory.Inventory.site`)."""
+    """Brings up and watches the nodes of a site (`cluster.laptop.commands.for_head`)."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         self.site = site

@@ -50,12 +50,17 @@ class Drained:
 
 def read(outputs: Path) -> list[Drained]:
     """All of them. Raises `files.DamagedFile`."""
-    if not (outputs / FILE).exists():
+    file = outputs / FILE
+    if not file.exists():
         return []
-    try:
-        return [Drained(**entry) for entry in files.read_json(outputs / FILE)]
-    except TypeError as error:
-        raise files.DamagedFile(f"{outputs / FILE}: {error}") from error
+    found = files.read_json(file)
+    types = {"host": str, "gpu": int, "uuid": str, "reason": str, "time": str}
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and {name: type(value) for name, value in each.items()} == types
+        for each in found
+    ):
+        raise files.DamagedFile(f"{file}: is no list of drained GPUs; delete it, and all GPUs are used again")
+    return [Drained(**each) for each in found]
 
 
 def add(outputs: Path, *, host: str, gpu: int, uuid: str, reason: str) -> None:
@@ -84,10 +89,16 @@ def _changing(outputs: Path) -> Iterator[list[Drained]]:
 
 @contextmanager
 def _alone(outputs: Path, what: str) -> Iterator[None]:
-    """A block that one process of all nodes at a time may be in."""
+    """A block that one process of all nodes at a time may be in. A lost node may leave its lock behind."""
     with (outputs / f".drained.{what}.lock").open("w") as lock:
+        until = time.monotonic() + UNUSED_SECONDS
         with suppress(OSError):  # storage without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
         yield
 
 
@@ -199,7 +210,8 @@ def main(arguments: list[str]) -> int:
         for each in () if options.names else read(options.outputs):
             print(each)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

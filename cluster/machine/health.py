@@ -43,7 +43,7 @@ class Node:
 
         host; gpus: see `_Gpus.read`; gpus_problem: what the driver does not answer, and why; xids: [index of
         the GPU or None, Xid] each, since the last look; disk_errors: lines of the kernel's log; disks: folder
-        -> free bytes, of `own`, or why nothing can be written there; reads_kernel_log.
+        -> free bytes, of `own`, or why nothing can be written there.
         """
         found: dict[str, Any] = {"gpus": [], "gpus_problem": None, "xids": []}
         if self._gpus:
@@ -61,7 +61,6 @@ class Node:
             "disk_errors": disk_errors,
             "disks": {self._own: _free(self._own)}
             | {disk: why for disk in self._shared if isinstance(why := _free(disk), str)},
-            "reads_kernel_log": self._log is not None,
         }
 
     def clock(self) -> float:

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import NoReturn
 
 from cluster.cli import RunError, UserError
 from cluster.endpoint_client import KEY_VARIABLE, Endpoint
 from serving.bench.latency import RequestOutcome
-from serving.bench.wire import Dialect, over_http
+from serving.bench.wire import WORDS, Dialect, over_http
 from serving.bench.workload import Planned
 
 OPTIONAL = ("ignore_eos", "stream_options", "seed", "temperature")  # the first to do without stands first
@@ -18,7 +19,7 @@ EFFECTS = {
     "seed": "answers are not repeatable",
     "temperature": "the server's own temperature holds",
 }
-SHORT, LONG = 8, 72  # tokens of the two texts that calibrate text prompts
+SHORT, LONG = len(WORDS), 2 * len(WORDS)  # of the two texts that calibrate prompts: all words alike
 NUM_TOKENS = 4  # to ask for
 
 
@@ -50,8 +51,12 @@ def find_dialect(
 def _ask(endpoint: Endpoint, dialect: Dialect, num_prompt: int, timeout_seconds: float) -> RequestOutcome:
     async def ask() -> RequestOutcome:
         async with over_http(endpoint, timeout_seconds=timeout_seconds, dialect=dialect) as send:
-            return await send(Planned(None, tuple(range(32, 32 + num_prompt)), NUM_TOKENS), 0, 0.0, 0.0)
+            return await send(Planned(None, prompt, NUM_TOKENS), 0, 0.0, 0.0)
 
+    # A text's tokens are 0 unless the server counts them.
+    prompt = (
+        tuple(range(32, 32 + num_prompt)) if dialect.token_ids else " ".join(islice(cycle(WORDS), num_prompt))
+    )
     return asyncio.run(ask())
 
 
@@ -99,7 +104,8 @@ def _calibrated(
     long = _ask(endpoint, dialect, LONG, timeout_seconds)
     per_word = (long.prompt_tokens - short.prompt_tokens) / (LONG - SHORT)
     if long.error or per_word <= 0:
-        report(f"prompts are text, and {endpoint.url} does not count their tokens: a word is taken for one")
+        why = f"refuses a longer one ({long.error})" if long.error else "does not count their tokens"
+        report(f"prompts are text, and {endpoint.url} {why}: a word is taken for one token")
         return dialect
     beside = max(0.0, short.prompt_tokens - SHORT * per_word)
     report(f"prompts are text: about {per_word:.2f} tokens a word, and {beside:.0f} beside them")

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from cluster.record.origins import Origin
-from serving.endpoint.answers import ChatLayout, CompletionLayout, model, models
+from serving.endpoint.answers import ChatLayout, CompletionLayout, Layout, model
 from serving.endpoint.bodies import MOST_BODY_BYTES, Bodies
 from serving.endpoint.chat import ChatTemplate
 from serving.endpoint.hosts import allowed_hosts, require_allowed
@@ -37,7 +37,7 @@ from serving.endpoint.schema import (
     TokenizeRequest,
     parse,
 )
-from serving.engine.protocol import Engine, admit
+from serving.engine.protocol import Engine, admit, check_ids
 
 SPARE_BYTES = 64 << 10  # of a body, for all but its prompt
 LARGE_BODY_BYTES = 64 << 10
@@ -137,7 +137,8 @@ def _add_requests(app: FastAPI, service: "Service") -> None:
 def _add_facts(app: FastAPI, service: "Service", engine: Engine, origin: Origin | None) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return models(engine.info, since=service.since, origin=origin)
+        listed = model(engine.info, since=service.since, origin=origin)
+        return {"object": "list", "data": [listed]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
@@ -171,14 +172,18 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         routes = [route for route in app.routes if isinstance(route, APIRoute)]
-        message = f"{path[:MOST_QUOTED]}: {error.detail}"
+        here = [route for route in routes if route.path_regex.match(path)]
+        allowed = sorted({method for route in here for method in route.methods or ()})
+        problem = error.detail
         if error.status_code == 404:
             there = dict.fromkeys(f"{'/'.join(route.methods or ())} {route.path}" for route in routes)
-            message = f"{path[:MOST_QUOTED]}: there is no such path; there are {', '.join(there)}"
+            problem = f"there is no such path; there are {', '.join(there)}"
         elif error.status_code == 405:
-            methods = {method for route in routes if route.path == path for method in route.methods or ()}
-            message = f"{path}: no {request.method}; use {' or '.join(sorted(methods))}"
-        return await refused(request, Refusal(error.status_code, message, close=True))
+            problem = f"no {request.method}; use {' or '.join(allowed)}"
+        message = f"{path[:MOST_QUOTED]}: {problem}"
+        answer = await refused(request, Refusal(error.status_code, message, close=True))
+        answer.headers.update({"Allow": ", ".join(allowed)} if allowed else {})
+        return answer
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:
@@ -231,7 +236,9 @@ class Service:
             prompts = await self._encode(http, [text], special=bool(request.add_special_tokens))
             return await self._answer(http, request, prompts, layout, arrived, headers)
         except Refusal as refusal:
-            refusal.param = "messages" if refusal.param == "prompt" else refusal.param
+            if refusal.param == "prompt":  # which a chat does not have
+                refusal.param = "messages"
+                refusal.args = (str(refusal).replace("prompt", "messages", 1),)
             raise
 
     async def tokenize(self, http: Request) -> Response:
@@ -252,8 +259,13 @@ class Service:
     async def detokenize(self, http: Request) -> Response:
         """The answer to POST /detokenize. Raises `Refusal`."""
         request, headers = await self._request(http, DetokenizeRequest)
-        text = await asyncio.to_thread(self._tokenizer.decode, request.tokens, skip_special_tokens=False)
-        return JSONResponse({"prompt": text}, headers=headers)
+        with refusals():
+            check_ids("tokens", request.tokens, self._engine.info)
+        # `decode` would not let other threads run.
+        texts = await asyncio.to_thread(
+            self._tokenizer.decode_batch, [request.tokens], skip_special_tokens=False
+        )
+        return JSONResponse({"prompt": texts[0]}, headers=headers)
 
     def require_model(self, name: str) -> None:
         """Raise `Refusal` (404) unless `name` is what is served."""
@@ -324,7 +336,7 @@ class Service:
         http: Request,
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[Prompt],
-        layout: CompletionLayout | ChatLayout,
+        layout: Layout,
         arrived: float,
         headers: dict[str, str],
     ) -> Response:

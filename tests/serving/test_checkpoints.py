@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import UserError
-from serving.checkpoints import Served, check, export_if_stale, find, shape_of
+from serving.checkpoints import Served, check, eos_ids, export_if_stale, find, shape_of
 from serving.config import ModelConfig
 from serving.endpoint.text import numbered_tokenizer
 from tests.commands import ROOT
@@ -159,10 +159,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     r"a-2\.safetensors: listed in .*, but missing": lambda m: edit(
         m / "model.safetensors.index.json", weight_map={"x": "a-2.safetensors"}
     ),
+    r"generation_config\.json: not valid JSON: maximum recursion": lambda m: (
+        m / "generation_config.json"
+    ).write_text("[" * 100_000),
+    r"model/.*: leads nowhere \(embedded null byte": lambda m: edit(
+        m / "model.safetensors.index.json", weight_map={"x": "\0"}
+    ),
+    r"config\.json: rope_scaling: says something else than rope_parameters": lambda m: edit(
+        m / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0}
+    ),
     r"generation_config\.json: eos_token_id: 'x'": lambda m: edit(
         m / "generation_config.json", eos_token_id="x"
     ),
-    "eos_token_id 300 is no token of the model": lambda m: edit(
+    r"generation_config\.json: eos_token_id: \[300\] is neither a token id of the model": lambda m: edit(
         m / "generation_config.json", eos_token_id=[300]
     ),
     r"tokenizer\.json: not a tokenizer": lambda m: (m / "tokenizer.json").write_text("[]"),
@@ -192,6 +201,10 @@ def test_what_is_wrong_with_a_checkpoint_is_one_message_before_anything_starts(m
 def test_a_sound_checkpoint_has_its_shape_and_a_file_is_no_directory(tmp_path):
     config = ModelConfig(path=str(tiny_checkpoint(tmp_path / "model")))
     assert check(config, find(config)).vocab_size == 300
+    edit(tmp_path / "model" / "generation_config.json", eos_token_id=[7, 8])
+    for own, expected in ({"content": "Ġ299"}, [7, 8, 299]), ("no token", [7, 8]), (None, [7, 8]):
+        edit(tmp_path / "model" / "tokenizer_config.json", eos_token=own)
+        assert eos_ids(tmp_path / "model") == expected
     for name in ("model/model.safetensors", "llama.gguf"):
         with pytest.raises(UserError, match=r"model\.path: .*GGUF and pickles are not read"):
             find(ModelConfig(path=str(tmp_path / name)))

@@ -44,7 +44,14 @@ def test_a_gpu_is_drained_once_and_until_it_is_cleared(tmp_path):
     assert [each.name for each in drained.read(tmp_path)] == ["node2:0"]
     done = subprocess.run([*command, "node1:3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "node1:3 is not drained; drained: node2:0" in done.stderr
-    (tmp_path / drained.FILE).write_text("[{}]")
-    with pytest.raises(files.DamagedFile, match=r"drained\.json"):
-        drained.read(tmp_path)
-    assert "drained.json" in report(tmp_path)[0]
+    for text in (
+        "[{}]",
+        "{}",
+        "null",
+        "[1]",
+        '[{"host": 1, "gpu": 0, "uuid": "", "reason": "", "time": ""}]',
+    ):
+        (tmp_path / drained.FILE).write_text(text)
+        with pytest.raises(files.DamagedFile, match=r"drained\.json: is no list of drained GPUs; delete it"):
+            drained.read(tmp_path)
+        assert "drained.json: is no list" in report(tmp_path)[0]

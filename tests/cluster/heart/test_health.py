@@ -11,7 +11,7 @@ def look(*, gpu=None, **more):
         "remap_failed": False, "throttled": [], "link_errors": 5, "others": [],
     }  # fmt: skip
     node = {"host": "node1", "gpus": [{**sound, **(gpu or {})}], "gpus_problem": None, "xids": []}
-    return {**node, "disk_errors": [], "disks": {"/scratch": 10**12}, "reads_kernel_log": True, **more}
+    return {**node, "disk_errors": [], "disks": {"/scratch": 10**12}, **more}
 
 
 @pytest.fixture

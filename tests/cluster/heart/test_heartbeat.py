@@ -225,13 +225,13 @@ def test_a_rank_that_waits_for_one_that_makes_progress_does_not_hang(tmp_path: P
     assert not first._hangs()  # the other one has no heartbeat yet
     first._quiet = first._there = 51.0
     assert first._hangs()
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert not first._hangs()
     second._quiet = 40.0
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert first._hangs()
     first._quiet, first._write_quiet, second._write_quiet = 0.0, 50.0, 0.0
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert not first._hangs()  # the checkpoint waits for the other one's part, which grows
 
 

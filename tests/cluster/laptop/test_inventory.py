@@ -247,12 +247,13 @@ def test_a_line_break_in_the_files_own_name_or_in_the_preflights_keys_is_refused
 def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
     """The commands themselves, by a real shell: scratch is another user's, a link, or our own."""
     marks = tmp_path / "ran"
-    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh")
+    packages = keys.PackagesConfig(index="http://index/simple", proxy="http://proxy:3128")
+    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh", packages=packages)
     scratch = tmp_path / "s"
     for name in ("cluster/head/setup.sh", "cluster/head/reap.py"):
         file = scratch / "code" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"echo {name} >> {marks}")
+        file.write_text(f"echo {name} $PIP_INDEX_URL $PIP_PROXY >> {marks}")
     link = tmp_path / "l"
     link.symlink_to(scratch)
     for command in (commands.setup(site), commands.reap(site)):
@@ -265,6 +266,8 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
             assert done.stderr == (
                 "" if place == scratch else f"{place} is not yours: set scratch in the inventory\n"
             )
+            if "setup" in command and place == scratch:
+                assert marks.read_text().split()[1:] == [packages.index, packages.proxy]
 
 
 @pytest.mark.cluster  # it makes a virtual environment
