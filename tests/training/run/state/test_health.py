@@ -212,10 +212,9 @@ def test_under_torchrun_each_node_is_looked_at_and_rank_0_adds_up(tmp_path, monk
 def test_another_node_is_asked_through_an_actor_there(ray, tmp_path):
     """That node is this one too: its clock is ours, and its disks are."""
     node = health._OtherNode(HOST, [str(tmp_path / "gone")], ray.get_runtime_context().get_node_id())
-    before = time.time()
     node.begin()
     found, ahead_seconds = node.end()
-    assert abs(ahead_seconds) <= time.time() - before
+    assert ahead_seconds == 0.0
     assert found["host"] == HOST and found["disks"][str(tmp_path / "gone")] == "No such file or directory"
     assert any(isinstance(free, int) for free in found["disks"].values())
     assert node.judge.findings(found, clock_seconds=ahead_seconds)[0].kind == "node_problem"
