@@ -90,7 +90,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         real, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in a name
         raise ValueError(f"{path}: leads nowhere ({error})") from error
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     if Path(name).is_absolute() or not any(real.is_relative_to(each) for each in homes):

@@ -10,9 +10,11 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,7 @@ def ray_session(
     *,
     resources: Mapping[str, float],
     worker_env: Mapping[str, str],
+    imports: str | None = None,
     smaller: str = "workers.count or workers.cpus",
 ) -> Iterator[None]:
     """Ray for the length of a `with` block; an embedded one is shut down at its end.
@@ -172,6 +175,7 @@ def ray_session(
         resources: what the work needs in all, by Ray's names, such as {"CPU": 2, "GPU": 2}. An embedded Ray
             is given these CPUs.
         worker_env: environment variables of every worker.
+        imports: a module that is needed next; it is imported while Ray's processes start.
         smaller: the keys that ask for these resources, for the message that there are too few.
 
     Raises:
@@ -181,19 +185,33 @@ def ray_session(
     set_defaults(DRIVER_ENVIRONMENT)
     import ray
 
-    runtime_env = {"env_vars": {**worker_env, "PYTHONPATH": str(ROOT)}}
+    worker_env = {**worker_env, "PYTHONPATH": str(ROOT)}
     with ExitStack() as stack:
         if config.address == "local":
             folder = stack.enter_context(_ray_folder())
             stack.enter_context(no_leftovers(f"{folder}/"))
             stack.enter_context(environment(_embedded_environment(folder)))
         stack.callback(ray.shutdown)
-        if config.address == "local":
-            _start(config, resources, folder, runtime_env)
-        else:
-            _join(config, runtime_env)
+        with _importing(imports):
+            if config.address == "local":
+                _start(config, resources, folder, worker_env)
+            else:
+                _join(config, worker_env)
         _check_resources(ray.cluster_resources(), resources, smaller=smaller)
         yield
+
+
+@contextmanager
+def _importing(module: str | None) -> Iterator[None]:
+    """Import a module in a thread during the block, which waits for other processes. None: nothing."""
+    thread = threading.Thread(target=import_module, args=[module], name=f"import {module}")
+    if module is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        if module is not None:
+            thread.join()
 
 
 @contextmanager
@@ -234,8 +252,6 @@ def _embedded_environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_TOKEN_PATH": str(_make_token(folder)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `_start`: for the processes that Ray starts
-        # Otherwise Ray starts a worker for each CPU, without our `runtime_env`: no task here could use them.
-        "RAY_prestart_worker_first_driver": "0",
         # Otherwise Ray Train starts a process that watches for the preemption of other nodes.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
@@ -250,11 +266,17 @@ def _make_token(folder: Path) -> Path:
 
 
 def _start(
-    config: SessionConfig, resources: Mapping[str, float], folder: Path, runtime_env: dict[str, Any]
+    config: SessionConfig, resources: Mapping[str, float], folder: Path, worker_env: Mapping[str, str]
 ) -> None:
-    """An embedded Ray, reachable from this machine alone."""
+    """An embedded Ray, reachable from this machine alone.
+
+    Its workers inherit `worker_env`. With a `runtime_env` those that Ray starts ahead, one for each CPU,
+    would serve nobody.
+    """
     import ray
     from ray._private import ray_constants
+
+    module: Any = import_module("ray._private.node")
 
     with suppress(PermissionError):  # it is not this Ray's; mend only what an earlier version has left
         private.read_token()
@@ -262,20 +284,41 @@ def _start(
     # `_node_ip_address=` takes no loopback address. With this switch, which Ray has for Windows and macOS,
     # every port is bound to 127.0.0.1.
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    theirs, module.Node = module.Node, _small(module.Node)
     try:
-        ray.init(
-            address="local",
-            **_options(runtime_env),
-            num_cpus=ceil(resources["CPU"]),
-            object_store_memory=config.object_store_megabytes * 1_000_000,
-            include_dashboard=False,
-            _temp_dir=str(folder / "r"),
-        )
+        with environment(worker_env):
+            ray.init(
+                address="local",
+                **_options({}),
+                num_cpus=ceil(resources["CPU"]),
+                object_store_memory=config.object_store_megabytes * 1_000_000,
+                include_dashboard=False,
+                _temp_dir=str(folder / "r"),
+            )
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER, module.Node = before, theirs
 
 
-def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:
+def _small(node: Any) -> Any:
+    """Ray's `Node` without three processes that `ray.init` always starts and nobody here needs.
+
+    They take 1.6 s of CPU time, as much as a worker, and the raylet starts after them.
+    """
+
+    class Small(node):
+        def start_monitor(self) -> None:
+            """Of the autoscaler."""
+
+        def start_log_monitor(self) -> None:
+            """Which copies workers' output to the driver (`log_to_driver`)."""
+
+        def start_api_server(self, **_: Any) -> None:
+            """The dashboard. Without `include_dashboard` it still starts, to report usage."""
+
+    return Small
+
+
+def _join(config: SessionConfig, worker_env: Mapping[str, str]) -> None:
     """A running cluster."""
     import ray
 
@@ -285,7 +328,7 @@ def _join(config: SessionConfig, runtime_env: dict[str, Any]) -> None:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _own_address()
     try:
-        ray.init(address=address, **_options(runtime_env))
+        ray.init(address=address, **_options({"env_vars": dict(worker_env)}))
     except ConnectionError as error:
         raise ConfigError(
             f"session.address: no Ray cluster answers at {config.address!r} "

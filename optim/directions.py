@@ -26,16 +26,26 @@ class Direction(Protocol):
 
 @dataclass(frozen=True)
 class Momentum:
-    """m ← βm + (1-β)g;  u = (1-β)g + βm (Nesterov) or m. Compiled passes know it (optim/step/fused.py)."""
+    """m ← βm + (1-β)g;  u = (1-β)g + βm (Nesterov) or m. Compiled passes know it (optim/step/fused.py).
+
+    m begins at 0, or with `warm_start` as the first gradient. Then transport by β/(1-β) is exact from the
+    first step on: of a quadratic without noise, m is the gradient at the weights.
+    """
 
     beta: float = 0.95
     nesterov: bool = True
+    warm_start: bool = False
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
+    def beta_at(self, step: int) -> float:
+        """β of this step."""
+        return 0.0 if self.warm_start and step == 1 else self.beta
+
     def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
-        momentum = state["momentum"].lerp_(gradient, 1 - self.beta)
-        return gradient.lerp(momentum, self.beta) if self.nesterov else momentum.clone()
+        beta = self.beta_at(step)
+        momentum = state["momentum"].lerp_(gradient, 1 - beta)
+        return gradient.lerp(momentum, beta) if self.nesterov else momentum.clone()
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Corrected:
             before.copy_(gradient)
             return torch.zeros_like(gradient)
         factor = self.strength * self.momentum.beta / (1 - self.momentum.beta)
-        return self.momentum(gradient.add(gradient - before, alpha=factor), state, step=step)
+        return self.momentum(gradient.add(gradient - before, alpha=factor), state, step=step // 2)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The model computes with the point, and the fp32 masters hold the weights, so the point costs no state. Each
 `move` writes the new weights in place with `descend`, which does w ← decay·w - factor·u, and returns the
-point as a new tensor. It is elementwise. `step` is the number of this step, from 1.
+point as a new tensor. It is elementwise. `step` is the number of this step, from 1, and `lr` its rate.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,9 @@ class LookAhead(Protocol):
     @property
     def state_names(self) -> tuple[str, ...]: ...
 
-    def move(self, weight: Tensor, descend: Descend, *, step: int, state: State) -> Tensor | None: ...
+    def move(
+        self, weight: Tensor, descend: Descend, *, step: int, lr: float, state: State
+    ) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,23 @@ class Transport:
         ramp_steps: over how many steps a rises from 0. Momentum that starts at zero makes
             β/(1-β)·(1-β^t) the exact factor after step t; 1/(1-β) comes close, and 0 overshoots at first
             (training/study/synthetic/problem.py measures it).
+        peak_lr: if not None, a is scaled by lr/peak_lr, so that the point comes back to the weights as the
+            schedule ends; EMA-Nesterov's record run scales its own look-ahead so.
     """
 
     steps: float
     ramp_steps: int = 0
+    peak_lr: float | None = None
 
     state_names: ClassVar[tuple[str, ...]] = ()
 
-    def ahead(self, step: int) -> float:
+    def ahead(self, step: int, *, lr: float) -> float:
         """a after this step."""
-        return ramped(self.steps, step, self.ramp_steps)
+        share = 1.0 if self.peak_lr is None else lr / self.peak_lr
+        return share * ramped(self.steps, step, self.ramp_steps)
 
-    def move(self, weight: Tensor, descend: Descend, *, step: int, state: State) -> Tensor | None:
-        before, ahead = weight.clone(), self.ahead(step)
+    def move(self, weight: Tensor, descend: Descend, *, step: int, lr: float, state: State) -> Tensor | None:
+        before, ahead = weight.clone(), self.ahead(step, lr=lr)
         descend(weight)
         return weight.add(weight - before, alpha=ahead)
 
@@ -71,7 +77,7 @@ class EmaNesterov:
 
     state_names: ClassVar[tuple[str, ...]] = ("velocity",)
 
-    def move(self, weight: Tensor, descend: Descend, *, step: int, state: State) -> Tensor | None:
+    def move(self, weight: Tensor, descend: Descend, *, step: int, lr: float, state: State) -> Tensor | None:
         velocity = state["velocity"]
         after = weight.add(velocity, alpha=ramped(self.lookahead, step - 1, self.ramp_steps))
         descend(after)
@@ -90,7 +96,7 @@ class Previous:
 
     state_names: ClassVar[tuple[str, ...]] = ()
 
-    def move(self, weight: Tensor, descend: Descend, *, step: int, state: State) -> Tensor | None:
+    def move(self, weight: Tensor, descend: Descend, *, step: int, lr: float, state: State) -> Tensor | None:
         if step % 2:
             return None
         before = weight.clone()

@@ -133,7 +133,7 @@ class Rule:
 
         decay: a schedule's factor on `weight_decay`.
         """
-        ahead = self.ahead.ahead(step) if isinstance(self.ahead, Transport) else 0.0
+        ahead = self.ahead.ahead(step, lr=lr) if isinstance(self.ahead, Transport) else 0.0
         return Finish(1 - lr * (self.weight_decay * decay), lr * scale, ahead)
 
     def apply(
@@ -152,7 +152,7 @@ class Rule:
             weight.sub_(update, alpha=end.factor)
 
         if self.ahead is not None:
-            return self.ahead.move(weight, descend, step=step, state=state)
+            return self.ahead.move(weight, descend, step=step, lr=lr, state=state)
         descend(weight)
         return None
 
@@ -253,7 +253,28 @@ def scion(
     )  # fmt: skip
 
 
-def transported(rule: Rule, *, transport: float = 1.0, cap: float = inf, ramp_steps: int = 0) -> Rule:
+def warm_started(rule: Rule) -> Rule:
+    """The rule with momentum that begins as the first gradient: `optim.directions.Momentum`.
+
+    Raises:
+        ValueError: the rule has no momentum.
+    """
+
+    def begun(direction: Direction) -> Direction:
+        if isinstance(direction, Momentum):
+            return replace(direction, warm_start=True)
+        if isinstance(direction, Sign):
+            return replace(direction, of=begun(direction.of))
+        if isinstance(direction, Corrected):
+            return replace(direction, momentum=replace(direction.momentum, warm_start=True))
+        raise ValueError(f"{rule.name}: has no momentum that could begin as the first gradient")
+
+    return replace(rule, direction=begun(rule.direction))
+
+
+def transported(
+    rule: Rule, *, transport: float = 1.0, cap: float = inf, ramp_steps: int = 0, peak_lr: float | None = None
+) -> Rule:
     """The rule with its gradients taken c·β/(1-β) steps ahead of the weights. arXiv 2605.18528
 
     With c = 0 it is the rule itself. Of `scion` this is Transported Scion; of `muon` without Nesterov, and
@@ -262,7 +283,7 @@ def transported(rule: Rule, *, transport: float = 1.0, cap: float = inf, ramp_st
     Args:
         transport: c.
         cap: the most steps ahead.
-        ramp_steps: as `optim.lookahead.Transport` takes them.
+        ramp_steps, peak_lr: as `optim.lookahead.Transport` takes them.
 
     Raises:
         ValueError: the rule has no momentum, or looks ahead already.
@@ -271,7 +292,7 @@ def transported(rule: Rule, *, transport: float = 1.0, cap: float = inf, ramp_st
     if not isinstance(momentum, Momentum) or rule.ahead is not None:
         raise ValueError(f"{rule.name}: transport is for rules with momentum that do not look ahead already")
     steps = min(transport * momentum.beta / (1 - momentum.beta), cap)
-    return replace(rule, ahead=Transport(steps, ramp_steps)) if steps > 0 else rule
+    return replace(rule, ahead=Transport(steps, ramp_steps, peak_lr)) if steps > 0 else rule
 
 
 def ema_nesterov(

@@ -85,13 +85,9 @@ def check(config: ModelConfig, served: Served) -> LlamaShape:
     if served.directory is not None:
         try:
             locate(served.directory, shape)
-            ends = shapes.eos_ids(served.directory)
+            shapes.eos_ids(served.directory, vocab_size=shape.vocab_size)
         except ValueError as error:
             raise UserError(f"model.path: {error}") from error
-        if max(ends, default=0) >= shape.vocab_size:
-            raise UserError(
-                f"model.path: {served.directory}: eos_token_id {max(ends)} is no token of the model"
-            )
         tokenizer = load_tokenizer(served.directory)
         if (size := tokenizer.get_vocab_size()) > shape.vocab_size:
             problem = f"has {size} tokens, config.json only {shape.vocab_size}"

@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import Histogram as Buckets
 
 from cluster import display, endpoint_client
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
@@ -45,7 +46,7 @@ from serving.endpoint import haproxy
 from serving.endpoint.chat import load_template
 from serving.endpoint.hosts import allowed_hosts
 from serving.endpoint.keys import digest_of
-from serving.endpoint.metrics import FIGURES, LABEL, LATENCIES, Figure
+from serving.endpoint.metrics import BUCKETS, FIGURES, LABEL, LATENCIES, Figure
 from serving.endpoint.service import EndpointOptions, make_endpoint
 from serving.endpoint.text import load_tokenizer, numbered_tokenizer
 from serving.engine.process import EngineProcess, Factory, make_engine
@@ -72,9 +73,8 @@ class RayMetrics:
     def __init__(self, model: str) -> None:
         from ray.serve.metrics import Counter, Gauge, Histogram
 
-        bounds = list(Buckets.DEFAULT_BUCKETS[:-1])  # seconds; Ray adds infinity itself
         self._latencies = {
-            name: Histogram(_ray_name(figure), description=figure.text, boundaries=bounds, tag_keys=(LABEL,))
+            name: Histogram(_ray_name(figure), description=figure.text, boundaries=BUCKETS, tag_keys=(LABEL,))
             for name, figure in LATENCIES.items()
         }
         self._figures: dict[str, Any] = {
@@ -244,9 +244,10 @@ def serving(
         config.session,
         resources=needed,
         worker_env=worker_env,
+        imports="ray.serve",
         smaller="deployment.cpus or deployment.replicas",
     )
-    report(f"starting Ray and Ray Serve for {served.name}")
+    report(f"starting Ray for {served.name}")
     with (
         # In /tmp, because a socket's path has 97 bytes at most.
         tempfile.TemporaryDirectory(prefix="serve-", dir="/tmp") as folder,
@@ -255,31 +256,56 @@ def serving(
         session,
         _orderly(_end_serve),
     ):
-        _start_serve(build(config, served, factory=factory), host=options.host, port=port)
-        url = f"http://{options.host}:{port}"
-        report(f"loading {served.name} into {options.replicas} engine(s)")
-        _wait(url, "/v1/models" if config.engine.kind == "vllm" else "/health")
+        report(f"starting Ray Serve and loading {served.name} into {options.replicas} engine(s)")
+        path = "/v1/models" if config.engine.kind == "vllm" else "/health"
+        url = _start_serve(build(config, served, factory=factory), host=options.host, port=port, path=path)
         yield url
 
 
-def _start_serve(application: Any, *, host: str, port: int) -> None:
-    """Start Serve and its HTTP proxy, and tell it what to serve. Raises `RunError`: that took too long."""
+def _start_serve(application: Any, *, host: str, port: int, path: str) -> str:
+    """Start Serve, and wait until it answers at `path` for the application. Returns its URL.
+
+    `serve.start` returns when every proxy is ready, also the one that takes requests while there is no
+    replica. The replicas start meanwhile.
+
+    Raises:
+        RunError: a replica failed, with its error, or it took too long.
+    """
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger(serve.__name__).setLevel(logging.WARNING)  # at INFO it reports that it has started
+    url = f"http://{host}:{port}"
     try:
-        serve.start(
-            http_options={"host": host, "port": port},
-            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-        )
-        target = serve.RunTarget(application, route_prefix="/")
-        serve.run_many([target], wait_for_applications_running=False)
+        with ThreadPoolExecutor(1, "serve.start") as thread:
+            proxies = thread.submit(
+                serve.start,
+                http_options={"host": host, "port": port},
+                logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+            )
+            _await_controller_start(proxies)
+            target = serve.RunTarget(application, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            _wait(url, path, proxies)
+            proxies.result()
     except TimeoutError as error:
         raise RunError(
             f"Ray Serve did not start ({str(error).rstrip('.')}); if this machine is busy, start again when "
             "it has less to do, else see Ray's logs"
         ) from error
+    return url
+
+
+def _await_controller_start(proxies: "Future[Any]") -> None:
+    """Wait until `serve.start`, in another thread, has made Serve's controller. Raises what it raised."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    while not futures.wait([proxies], timeout=0.05).done:
+        with suppress(ValueError):  # there is no such actor yet
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            return
+    proxies.result()
 
 
 def _serve_environment(folder: Path, options: DeploymentConfig) -> dict[str, str]:
@@ -373,12 +399,19 @@ def _check_free(host: str, port: int) -> None:
             ) from error
 
 
-def _wait(url: str, path: str) -> None:
-    """Wait until the endpoint answers at `path`. Raises `RunError` with the replica's error."""
+def _wait(url: str, path: str, proxies: "Future[Any] | None" = None) -> None:
+    """Wait until the endpoint answers at `path`.
+
+    Raises:
+        RunError: with the replica's error.
+        TimeoutError: what `serve.start` raised, whose result `proxies` is.
+    """
     from ray import serve
 
     deadline = time.monotonic() + READY_SECONDS
     while True:
+        if proxies is not None and proxies.done():
+            proxies.result()
         for application in serve.status().applications.values():
             for deployment in application.deployments.values():
                 if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):

@@ -37,6 +37,7 @@ class MatrixOptimConfig:
     )
     momentum: float = key(0.95, "momentum, of every rule but adamw", least=0, below=1)
     nesterov: bool = key(True, "Nesterov look-ahead of the momentum: muon and its variants")
+    warm_start: bool = key(False, "momentum begins as the first gradient, not as zero")
     weight_decay: float = key(
         0.1, "decoupled: each step multiplies the weights by 1 - lr*weight_decay", least=0
     )
@@ -86,6 +87,8 @@ class MatrixOptimConfig:
         fixed = self.rule in ("adamw", "mars", *OWN_AHEAD) and self.ahead is not None
         problem = f"{self.rule} looks ahead in its own way or not at all, not by {self.ahead}; leave it out"
         require(not fixed, "optim.matrix.ahead", problem)
+        begun = self.rule == "adamw" and self.warm_start
+        require(not begun, "optim.matrix.warm_start", "adamw has no momentum of this kind; leave it out")
 
     @property
     def looks(self) -> str:
@@ -122,6 +125,9 @@ class ScionConfig:
         1.0, "transport: c; gradients are taken c*momentum/(1-momentum) steps ahead", least=0
     )
     transport_cap: float = key(1e9, "transport: the most steps ahead", least=0)
+    transport_scheduled: bool = key(
+        False, "transport: scale the steps ahead by the schedule, so that they end at 0 as the rate does"
+    )
 
     def __post_init__(self) -> None:
         for entry in self.norms:
@@ -231,6 +237,9 @@ class OptimConfig:
         require(not fixed, "optim.final_weight_decay", "must be 1 with optim.scion.constrained=true")
         alone = self.gradients_per_update == 1 or all(each.looks == "none" for each in self.matrices.values())
         require(alone, "optim.matrix.rule", "mars cannot stand beside a rule that looks ahead")
+        moved = any(each.looks == "transport" for each in self.matrices.values())
+        unused = self.scion.transport_scheduled and not moved
+        require(not unused, "optim.scion.transport_scheduled", "no rule is transported; leave it out")
 
     @property
     def matrices(self) -> dict[str, MatrixOptimConfig]:

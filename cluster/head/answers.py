@@ -10,6 +10,7 @@ A run is one submission to Ray's job server. SCRATCH/runs records every run, bec
 when it is restarted.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -44,7 +45,7 @@ class Refused(Exception):
 
 
 class Head:
-    """The head of a site (`cluster.laptop.inventory.Inventory.site`)."""
+    """The head of a site (`cluster.laptop.commands.for_head`)."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         self.site = site
@@ -73,10 +74,8 @@ class Head:
             ]
         except (RayDown, ValueError) as error:
             answer["problem"] = str(error)
-        report = Path(self.site["storage"]) / "preflight.json"
-        if report.exists():
-            found = json.loads(report.read_text())
-            answer["preflight"] = {name: found.get(name) for name in ("passed", "time", "nodes", "failures")}
+        if found := preflight_of(self.site):
+            answer["preflight"] = {name: found[name] for name in ("passed", "time", "failures")}
         answer["outputs"] = report_runs(Path(self.site["storage"]) / "outputs")
         return answer
 
@@ -94,11 +93,13 @@ class Head:
         """
         if hashlib.sha256(package).hexdigest() != request["digest"]:
             raise Refused("the code arrived incomplete; nothing was started; run the same command again")
-        if whose := stranger(port := self.site["gcs_port"], self.site["name"]):
-            raise Refused(
-                f"port {port} is in use by {whose}, and not by this cluster's Ray; nothing was sent to it. "
-                "End that, or set ports.gcs in the inventory; then `make up`"
-            )
+        for key in ("gcs", "dashboard"):
+            port = self.site[f"{key}_port"]
+            if whose := stranger(port, self.site["name"]):
+                raise Refused(
+                    f"port {port} is in use by {whose}, and not by this cluster's Ray; nothing was sent "
+                    f"to it. End that, or set ports.{key} in the inventory; then `make up`"
+                )
         self.runs.mkdir(parents=True, exist_ok=True)
         with (self.runs / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two laptops at once
@@ -144,8 +145,7 @@ class Head:
         Raises:
             Refused: it failed.
         """
-        report = Path(self.site["storage"]) / "preflight.json"
-        found = json.loads(report.read_text()) if report.exists() else {}
+        found = preflight_of(self.site)
         here = sorted(node["node_name"] for node in self.ray.nodes())
         if found.get("session") != self.ray.session() or found.get("nodes") != here:
             return False
@@ -241,6 +241,14 @@ class Head:
                 raise Refused(f"{record['id']} does not end; `make down` ends all of Ray")
             time.sleep(0.5)
         return {"id": record["id"], "status": job["status"]}
+
+
+def preflight_of(site: dict[str, Any]) -> dict[str, Any]:
+    """The newest preflight's report; empty without one, and if it is damaged: then it is made again."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = files.read_json(Path(site["storage"]) / "preflight.json")
+        return {name: found[name] for name in ("passed", "time", "session", "nodes", "failures")}
+    return {}
 
 
 def main(arguments: list[str]) -> int:

@@ -80,7 +80,7 @@ class States:
 
 
 class Keeper:
-    """Brings up and watches the nodes of a site (`cluster.laptop.inventory.Inventory.site`)."""
+    """Brings up and watches the nodes of a site (`cluster.laptop.commands.for_head`)."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         self.site = site
@@ -153,6 +153,7 @@ class Keeper:
         self._require_no_stranger("gcs_port")
         if self._answers():
             if marker.exists() and marker.read_text() == settings:
+                self._require_no_stranger("dashboard_port")  # a Ray started by hand after ours had died
                 return
             going = [job["submission_id"] for job in self.ray.jobs() if job["status"] not in FINAL]
             if going:

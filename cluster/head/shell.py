@@ -37,7 +37,7 @@ class Failure(Exception):
 
 
 class Workers:
-    """The workers of a site (`cluster.laptop.inventory.Inventory.site`), as the head reaches them."""
+    """The workers of a site (`cluster.laptop.commands.for_head`), as the head reaches them."""
 
     def __init__(self, site: dict[str, Any]) -> None:
         self._logins = site["logins"]

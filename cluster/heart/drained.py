@@ -25,6 +25,7 @@ from cluster.machine import health
 FILE = "drained.json"
 NAMESPACE = "asuncion drained"  # of the holders, in Ray
 HOLD_SECONDS = 60.0  # for a GPU that another run still has
+UNUSED_SECONDS = 5 * HOLD_SECONDS  # after which a holder ends itself that was not told what to keep
 POLL_SECONDS = 2.0
 
 
@@ -49,12 +50,17 @@ class Drained:
 
 def read(outputs: Path) -> list[Drained]:
     """All of them. Raises `files.DamagedFile`."""
-    if not (outputs / FILE).exists():
+    file = outputs / FILE
+    if not file.exists():
         return []
-    try:
-        return [Drained(**entry) for entry in files.read_json(outputs / FILE)]
-    except TypeError as error:
-        raise files.DamagedFile(f"{outputs / FILE}: {error}") from error
+    found = files.read_json(file)
+    types = {"host": str, "gpu": int, "uuid": str, "reason": str, "time": str}
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and {name: type(value) for name, value in each.items()} == types
+        for each in found
+    ):
+        raise files.DamagedFile(f"{file}: is no list of drained GPUs; delete it, and all GPUs are used again")
+    return [Drained(**each) for each in found]
 
 
 def add(outputs: Path, *, host: str, gpu: int, uuid: str, reason: str) -> None:
@@ -75,20 +81,37 @@ def clear(outputs: Path, name: str) -> None:
 
 @contextmanager
 def _changing(outputs: Path) -> Iterator[list[Drained]]:
-    with (outputs / f".{FILE}.lock").open("w") as lock:
-        with suppress(OSError):  # storage without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(outputs, "file"):
         found = read(outputs)
         yield found
         files.write_json(outputs / FILE, [asdict(each) for each in found])
 
 
+@contextmanager
+def _alone(outputs: Path, what: str) -> Iterator[None]:
+    """A block that one process of all nodes at a time may be in. A lost node may leave its lock behind."""
+    with (outputs / f".drained.{what}.lock").open("w") as lock:
+        until = time.monotonic() + UNUSED_SECONDS
+        with suppress(OSError):  # storage without locks
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+        yield
+
+
 class Holder:
-    """Holds one GPU, as a detached Ray actor, until that GPU is cleared."""
+    """Holds one GPU, as a detached Ray actor, until that GPU is cleared.
+
+    It ends itself if nobody tells it to `keep` that GPU: whoever made it may have been killed.
+    """
 
     def __init__(self, outputs: Path) -> None:
         self._outputs = outputs
         self._drained: Drained | None = None
+        threading.Thread(target=self._hold, daemon=True).start()
 
     def has(self) -> tuple[str, str]:
         """What Ray calls its GPU (by CUDA_VISIBLE_DEVICES: an index, or a UUID), and NVML's UUID of it."""
@@ -104,14 +127,15 @@ class Holder:
     def keep(self, drained: Drained) -> None:
         """Hold on, until it is cleared."""
         self._drained = drained
-        threading.Thread(target=self._keep, args=(drained,), daemon=True).start()
 
-    def _keep(self, drained: Drained) -> None:
-        while True:
+    def _hold(self) -> None:
+        until = time.monotonic() + UNUSED_SECONDS
+        while self._drained or time.monotonic() < until:
             time.sleep(POLL_SECONDS)
             with suppress(OSError, ValueError):  # the storage does not answer now
-                if drained.name not in [each.name for each in read(self._outputs)]:
-                    os._exit(0)
+                if self._drained and self._drained.name not in [each.name for each in read(self._outputs)]:
+                    break
+        os._exit(0)
 
 
 def hold(outputs: Path) -> list[Drained]:
@@ -128,13 +152,14 @@ def hold(outputs: Path) -> list[Drained]:
     drained = [each for each in read(outputs) if _num_gpus(nodes.get(each.host))]
     if not drained:
         return []
-    held = set()
-    for found in ray.util.list_named_actors(all_namespaces=True):
-        with suppress(ray.exceptions.RayError, ValueError):  # it has just ended
-            if found["namespace"] == NAMESPACE:
-                holder: Any = ray.get_actor(**found)
-                held.add(ray.get(holder.keeps.remote(), timeout=HOLD_SECONDS))
-    return [each for each in drained if each.name in held or _hold(each, nodes[each.host], outputs)]
+    with _alone(outputs, "hold"):  # two would take GPUs of a node from each other
+        held = set()
+        for found in ray.util.list_named_actors(all_namespaces=True):
+            with suppress(ray.exceptions.RayError, ValueError):  # it has just ended
+                if found["namespace"] == NAMESPACE:
+                    holder: Any = ray.get_actor(**found)
+                    held.add(ray.get(holder.keeps.remote(), timeout=HOLD_SECONDS))
+        return [each for each in drained if each.name in held or _hold(each, nodes[each.host], outputs)]
 
 
 def _num_gpus(node: dict[str, Any] | None) -> int:
@@ -185,7 +210,8 @@ def main(arguments: list[str]) -> int:
         for each in () if options.names else read(options.outputs):
             print(each)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

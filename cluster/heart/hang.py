@@ -59,8 +59,8 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         self._directory, self._folder = directory, directory / FOLDER
         self._about: dict[str, Any] = {
-            "rank": rank, "world_size": world_size, "start": start,
-            "host": platform.node(), "process": os.getpid(),
+            "rank": rank, "world_size": world_size, "start": start, "host": platform.node(),
+            "process": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }  # fmt: skip
         self._hang_seconds, self.final = hang_seconds, final
         self._poll_seconds = min(1.0, hang_seconds / 4) if hang_seconds else 1.0
@@ -77,12 +77,17 @@ class Heartbeat:
         self._growth: int | None = None
         self._write_quiet: float | None = None
         self._main = threading.get_ident()
-        self._stop = threading.Event()
+        self._stop, self._ends = threading.Event(), False
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._watcher: watcher.Watcher | None = None
 
     def mark(self, part: str, step: int | None = None) -> None:
-        """The rank begins a part. Called by the thread that trains; writes nothing."""
+        """The rank begins a part. Called by the thread that trains; writes nothing.
+
+        A rank that is being ended goes no further: the others could else end the run without it.
+        """
+        if self._ends:
+            time.sleep(2 * GRACE_SECONDS)
         now = time.monotonic()
         kind = self._kind
         self._longest[kind] = max(self._longest.get(kind, 0.0), now - self._marked)
@@ -145,7 +150,7 @@ class Heartbeat:
             now = time.monotonic()
             self._look(now)
             if now >= beaten + min(BEAT_SECONDS, max(self._hang_seconds / 2, 0.5)) or not beaten:
-                self._write(self._beat())
+                _write(self._file, self._beat())
                 beaten = now
             if self._hang_seconds and (self._flag.exists() or self._hangs()):
                 self._end()
@@ -174,7 +179,7 @@ class Heartbeat:
         mine, writing = self._quiet > self._limit, (self._write_quiet or 0.0) > self._hang_seconds
         if not mine and not writing:
             return False
-        self._write(self._beat())
+        _write(self._file, self._beat())
         beats = heartbeat.read(self._directory, start=self._about["start"])
         if len(beats) < self._about["world_size"] and self._there < self._hang_seconds + IMPORT_SECONDS:
             return False
@@ -197,19 +202,13 @@ class Heartbeat:
             forward_seconds=self.forward_seconds, **more,
         )  # fmt: skip
 
-    def _write(self, beat: Beat) -> None:
-        """Replace the file: no reader sees half of it. A disk that is full loses a beat."""
-        temporary = self._file.with_suffix(".tmp")
-        with suppress(OSError):
-            temporary.write_text(json.dumps({k: v for k, v in asdict(beat).items() if k != "written"}))
-            temporary.rename(self._file)
-
     def _end(self) -> None:
         """End this process, once the other ranks have written where they stand."""
+        self._ends = True
         rank, num = self._about["rank"], self._about["world_size"]
         where, waits = _place(sys._current_frames().get(self._standing))
         heartbeat.write_stacks(self._directory, rank, f"{self._quiet:.0f} s in {self.place}\n{_stacks()}")
-        self._write(self._beat(where=where or "?", waits=waits, stopped_seconds=self._stopped))
+        _write(self._file, self._beat(where=where or "?", waits=waits, stopped_seconds=self._stopped))
         with suppress(OSError):
             self._flag.touch()
         until = time.monotonic() + GRACE_SECONDS
@@ -236,6 +235,14 @@ class Heartbeat:
             names = {thread.name: thread.ident or 0 for thread in threading.enumerate()}
             return next((names[name] for name in names if name.startswith("write-")), self._main)
         return self._main
+
+
+def _write(file: Path, beat: Beat) -> None:
+    """Replace the file: no reader sees half of it. A disk that is full loses a beat."""
+    temporary = file.with_suffix(".tmp")
+    with suppress(OSError):
+        temporary.write_text(json.dumps({k: v for k, v in asdict(beat).items() if k != "written"}))
+        temporary.rename(file)
 
 
 class _Work:

@@ -114,7 +114,8 @@ class Judge:
 
     def _more(self, gpu: dict[str, Any], counter: str) -> int:
         """By how much a counter has grown since the first look. A reset GPU counts from 0 again."""
-        now = gpu[counter] or 0
+        if (now := gpu[counter]) is None:  # not counted, or not answered now
+            return 0
         key = (gpu["index"], counter)
         self._first[key] = min(self._first.get(key, now), now)
         return now - self._first[key]

@@ -24,7 +24,7 @@ from typing import Any
 from cluster import cli
 from cluster import config as layered
 from cluster.cli import RunError, UserError
-from cluster.display import pairs, show
+from cluster.display import duration, pairs, show
 from cluster.head.answers import REFUSED
 from cluster.head.keeper import BUSY, FAILED, JOINED
 from cluster.laptop import carry, commands, growth, inventory
@@ -153,7 +153,8 @@ def _explained(error: CommandError, site: Inventory) -> RunError:
             f"install {site.python} (3.11 or 3.12), or set python in the inventory (python: uv brings one)"
         )
     elif "Permission denied" in error.output or "Read-only" in error.output:
-        remedy = f"user {site.ssh.user} must be able to write {site.scratch}; set scratch in the inventory"
+        user = site.ssh_of(site.head).user
+        remedy = f"user {user} must be able to write {site.scratch}; set scratch in the inventory"
     elif f"{site.scratch}: " in error.output:  # what `cluster.private` refuses
         remedy = "or set scratch in the inventory"
     else:
@@ -212,6 +213,7 @@ def _wait(
     shown: dict[str, tuple[str, str]] = {}
     is_ours = False
     active = {node: time.monotonic() for node in site.active}  # when it last did something
+    entered = dict(active)  # when its state, whatever the detail, began
     script = f"cd {site.code} && {commands.interpreter(site)} -m cluster.head.keeper state site.json"
     while True:
         answer = _parsed(patiently(lambda: head.run(script), patience=LINK_SECONDS, report=report), head)
@@ -231,9 +233,11 @@ def _wait(
         for node in site.active:
             state = states.get(node, {"state": "waiting", "detail": "", "since": answer["now"]})
             current = (state["state"], state["detail"])
-            if current != shown.get(node):
+            if current != (before := shown.get(node)):
                 shown[node] = current
                 active[node] = time.monotonic()
+                if before and before[0] != state["state"]:
+                    entered[node] = active[node]
                 if state["state"] in (*BUSY, JOINED, FAILED):
                     report(f"{node}: {' '.join(filter(None, current))}")
             if state["state"] == JOINED:
@@ -249,13 +253,20 @@ def _wait(
                 problems[node] = " ".join([*filter(None, current), f"for {GATE_SECONDS:g} s"])
             else:
                 waiting = True
-        num_joined = sum(state == JOINED for state, _ in shown.values())
-        progress.update({"step": num_joined, "doing": "joined"})
+        _show_progress(progress, shown, entered)
         if site.head in problems:
             raise RunError(f"head {site.head}: {problems[site.head]}")
         if not waiting:
             return problems
         time.sleep(POLL_SECONDS)
+
+
+def _show_progress(progress: Progress, shown: dict[str, tuple[str, str]], entered: dict[str, float]) -> None:
+    """How many nodes have joined, and the one that has been at work longest."""
+    joined = [node for node, (state, _) in shown.items() if state == JOINED]
+    busy = sorted((entered[node], node) for node, (state, _) in shown.items() if state in BUSY)
+    lasts = [f"{node} {shown[node][0]}, {duration(time.monotonic() - since)} so far" for since, node in busy]
+    progress.update({"step": len(joined), "doing": ", ".join(["joined", *lasts[:1]])})
 
 
 def status(cluster: Path) -> str:
@@ -403,7 +414,9 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("up", "status", "down"))
     parser.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="up: print what the site needs, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the inventory and what the site needs, and stop"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="down: keep_access=true")
     options = parser.parse_args()
 
@@ -413,7 +426,7 @@ def main() -> int:
     def body() -> None:
         if options.overrides and options.verb != "down":
             raise UserError(f"{options.overrides[0]}: `make {options.verb}` takes no keys")
-        if options.dry_run and options.verb == "up":
+        if options.dry_run:
             site = inventory.load(options.cluster)
             print(layered.to_yaml(site))
             show(pairs(growth.describe(growth.site_of(site))))

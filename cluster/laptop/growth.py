@@ -23,7 +23,6 @@ class Site:
     """The size of a site, and what lies between its parts."""
 
     nodes: int
-    gpus_per_node: int
     round_trip_seconds: float = 0.14  # New York to Asunción
     environment_bytes: float = 6e9  # with CUDA's torch
     network_gb_per_s: float = 3.1  # of a node: 25 Gbit/s Ethernet at its best
@@ -34,9 +33,7 @@ class Site:
 def site_of(inventory: Inventory) -> Site:
     """The site that an inventory describes."""
     ports = inventory.ports
-    return Site(
-        len(inventory.active), inventory.node.gpus, gcs_port=ports.gcs, dashboard_port=ports.dashboard
-    )
+    return Site(len(inventory.active), gcs_port=ports.gcs, dashboard_port=ports.dashboard)
 
 
 def connect_seconds(site: Site) -> float:
@@ -72,8 +69,8 @@ def describe(site: Site) -> list[tuple[str, str]]:
         ),
         (
             "preflight",
-            f"{site.nodes:,} nodes at once, then {2 * site.nodes:,} links one after another: in each node, "
-            "and between neighbours",
+            f"{site.nodes:,} nodes at once; then the links in each node, those of all nodes together, and "
+            "those of neighbours in two rounds, or three",
         ),
     ]
 

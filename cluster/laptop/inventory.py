@@ -28,7 +28,14 @@ CODE = ("cluster", "optim", "training", "serving", "pyproject.toml", "constraint
 
 
 def beside(cluster: Path) -> Path:
-    """The inventory of the Ray YAML `cluster`: x.inventory.yaml beside x.yaml."""
+    """The inventory of the Ray YAML `cluster`: x.inventory.yaml beside x.yaml.
+
+    Raises `UserError`: it is not called so.
+    """
+    if not cluster.name.isprintable():  # it stands in the YAML
+        raise UserError(f"{str(cluster)!r}: the name has characters that cannot be printed; rename it")
+    if cluster.name.endswith(".inventory.yaml") or cluster.suffix != ".yaml":
+        raise UserError(f"{cluster}: CLUSTER names a Ray YAML, such as cluster/mine.yaml")
     return cluster.with_name(f"{cluster.name.removesuffix('.yaml')}.inventory.yaml")
 
 
@@ -40,9 +47,7 @@ def load(cluster: Path) -> Inventory:
         UserError: there is no inventory, or the YAML was edited by hand.
     """
     file = beside(cluster)
-    if not cluster.name.isprintable():  # it stands in the YAML
-        raise UserError(f"{str(cluster)!r}: the name has characters that cannot be printed; rename it")
-    if cluster.name.endswith(".inventory.yaml") or cluster.suffix != ".yaml" or not file.exists():
+    if not file.exists():
         raise UserError(
             f"{file}: no such file; CLUSTER names a Ray YAML, such as cluster/asuncion.yaml, beside whose "
             "inventory it lies; `make inventory CLUSTER=cluster/mine.yaml` makes both"
@@ -60,7 +65,7 @@ def _line(file: Path, problem: str) -> str:
     """ ":7", the line of the key that a problem is about; empty if it stands in no line."""
     try:
         places = list(_places(yaml.compose(file.read_text())))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # the last: of an alias to what holds it
         return ""
     about = [
         (len(name), text != "" and text in problem, -line)

@@ -139,6 +139,8 @@ class Inventory:
             require(
                 not drained, f"differs.{node}.drained", "the head cannot be drained: Ray's control runs there"
             )
+        ports = (self.ports.gcs, self.ports.dashboard, self.ports.agent)
+        require(len(set(ports)) == 3, "ports", f"gcs, dashboard and agent must differ, and are {ports}")
         short = len(f"{self.scratch}/ray") <= LONGEST_FOLDER
         require(
             short, "scratch", f"must be at most {LONGEST_FOLDER - 4} bytes long: Ray's sockets lie below it"

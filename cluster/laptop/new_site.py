@@ -128,8 +128,10 @@ def _read(file: Path, pattern: str) -> list[str]:
     ]
 
 
-def _hosts(file: Path) -> Iterator[str]:
+def _hosts(file: Path, *, includers: Sequence[Path] = ()) -> Iterator[str]:
     """The names of hosts in an SSH configuration and in what it includes, without patterns."""
+    if file in includers or not file.is_file():
+        return
     for line in file.read_text(errors="replace").splitlines():
         word, _, rest = line.strip().replace("=", " ", 1).partition(" ")
         if word.lower() == "host":
@@ -137,7 +139,7 @@ def _hosts(file: Path) -> Iterator[str]:
         elif word.lower() == "include":
             for pattern in map(os.path.expanduser, rest.split()):  # relative ones are, to ssh, below ~/.ssh
                 for each in sorted(glob.glob(os.path.join(os.path.expanduser("~/.ssh"), pattern))):
-                    yield from _hosts(Path(each))
+                    yield from _hosts(Path(each), includers=(*includers, file))
 
 
 def _resolved(file: Path, name: str) -> dict[str, str]:

@@ -272,7 +272,8 @@ def transfer(node: Ssh, command: Sequence[str], *, patience: float, report: Call
             done = process.run(command, whole_tree=False)
         except FileNotFoundError as error:
             raise RunError("rsync: no such command; install it on this machine and on the head") from error
-        said = (done.stderr.strip().splitlines() or [f"rsync's code {done.returncode}"])[0]
+        lines = done.stderr.strip().splitlines() or [f"rsync's code {done.returncode}"]
+        said = next((line for line in lines if line.startswith("rsync")), lines[0])  # a login may print too
         if done.returncode in LINK_CODES:
             raise LinkError(f"{node.address}: {said}")
         if done.returncode:

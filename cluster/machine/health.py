@@ -18,7 +18,9 @@ from cluster.machine.host import has_driver, other_user
 KERNEL_LOG = Path("/dev/kmsg")
 # The form of a line: https://docs.nvidia.com/deploy/xid-errors/working-with-xid-errors.html
 XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F]+:[0-9a-fA-F]+:[0-9a-fA-F]+)[^)]*\): (\d+)")
-DISK_ERROR = re.compile(r"I/O error, dev \w+|(?:EXT4|XFS|BTRFS)\S*.* error.*|.*[Rr]emount\S* .*read-only.*")
+DISK_ERROR = re.compile(  # not of an empty drive, nor the mount option errors=remount-ro
+    r"I/O error, dev (?!fd\d|sr\d)\w+|(?:EXT4|XFS|BTRFS)\S*.* error\b.*|.*[Rr]emount\S* .*read-only.*"
+)
 MOST_LINES = 10_000  # of the kernel's log, in one look
 
 
@@ -39,9 +41,9 @@ class Node:
     def look(self) -> dict[str, Any]:
         """JSON-ready.
 
-        host; gpus: see `_Gpus.read`; gpus_problem: the driver does not answer, and why; xids: [index of the
-        GPU or None, Xid] each, since the last look; disk_errors: lines of the kernel's log; disks: folder ->
-        free bytes, of `own`, or why nothing can be written there; reads_kernel_log.
+        host; gpus: see `_Gpus.read`; gpus_problem: what the driver does not answer, and why; xids: [index of
+        the GPU or None, Xid] each, since the last look; disk_errors: lines of the kernel's log; disks: folder
+        -> free bytes, of `own`, or why nothing can be written there.
         """
         found: dict[str, Any] = {"gpus": [], "gpus_problem": None, "xids": []}
         if self._gpus:
@@ -59,7 +61,6 @@ class Node:
             "disk_errors": disk_errors,
             "disks": {self._own: _free(self._own)}
             | {disk: why for disk in self._shared if isinstance(why := _free(disk), str)},
-            "reads_kernel_log": self._log is not None,
         }
 
     def clock(self) -> float:
@@ -74,6 +75,7 @@ class _Gpus:
         self._nvml = pynvml
         self._events: Any = None
         self._heard: set[int] = set()  # indices of the GPUs whose Xids arrive
+        self._unanswered: dict[str, str] = {}  # function of NVML -> its error, in this look
         self._known: dict[int, tuple[str, str]] = {}  # index -> UUID and bus, of those that have answered
 
     def index_at(self, bus: str) -> int | None:
@@ -82,13 +84,14 @@ class _Gpus:
         return next((index for index, (_, at) in self._known.items() if _place(at) == place), None)
 
     def read(self) -> dict[str, Any]:
-        """gpus: a dictionary each; `lost` says why one that has answered does not; gpus_problem; xids."""
+        """gpus: a dictionary each, in which `lost` says why it does not answer; gpus_problem; xids."""
         nvml = self._nvml
         try:
             nvml.nvmlInit()
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
             return {"gpus": [], "gpus_problem": f"NVML: {error}", "xids": []}
+        self._unanswered.clear()
         gpus = []
         for index in sorted({*range(count), *self._known}):
             try:
@@ -96,7 +99,9 @@ class _Gpus:
             except nvml.NVMLError as error:
                 uuid = self._known.get(index, ("", ""))[0]
                 gpus.append({"index": index, "uuid": uuid, "lost": str(error)})
-        return {"gpus": gpus, "gpus_problem": None, "xids": self._xids()}
+        xids = self._xids()
+        told = ", ".join(f"{question} ({why})" for question, why in self._unanswered.items())
+        return {"gpus": gpus, "gpus_problem": f"NVML: {told}" if told else None, "xids": xids}
 
     def _gpu(self, index: int) -> dict[str, Any]:
         """ecc_errors: uncorrected, since boot; link_errors: PCIe replays and NVLink's CRC errors and replays.
@@ -132,31 +137,42 @@ class _Gpus:
         found = [name for name, bits in named.items() if reasons & bits]
         return found or ["heat or power"] * bool(reasons & nvml.nvmlClocksThrottleReasonHwSlowdown)
 
-    def _link_errors(self, handle: Any) -> int:
+    def _link_errors(self, handle: Any) -> int | None:
         nvml = self._nvml
         total = self._ask(nvml.nvmlDeviceGetPcieReplayCounter, handle) or 0
         for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-            if not self._ask(nvml.nvmlDeviceGetNvLinkState, handle, link):
+            if (is_active := self._ask(nvml.nvmlDeviceGetNvLinkState, handle, link)) is None:
                 break
-            for counter in (nvml.NVML_NVLINK_ERROR_DL_REPLAY, nvml.NVML_NVLINK_ERROR_DL_CRC_DATA):
+            for counter in (
+                (nvml.NVML_NVLINK_ERROR_DL_REPLAY, nvml.NVML_NVLINK_ERROR_DL_CRC_DATA) if is_active else ()
+            ):
                 total += self._ask(nvml.nvmlDeviceGetNvLinkErrorCounter, handle, link, counter) or 0
-        return total
+        return None if self._unanswered else total  # which would lack some
 
     def _others(self, handle: Any) -> list[tuple[str, int]]:
         running = self._ask(self._nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
         return [(user, each.pid) for each in running if (user := other_user(each.pid))]
 
     def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """An answer, or None if this GPU or its driver has no such thing."""
+        """An answer, or None if this GPU or its driver has no such thing, or fails to answer just this.
+
+        Raises:
+            NVMLError: the GPU itself is lost.
+        """
         nvml = self._nvml
         try:
             return question(*arguments)
+        except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired):
+            raise
         except (
             nvml.NVMLError_NotSupported,
             nvml.NVMLError_InvalidArgument,
             nvml.NVMLError_NoPermission,
             nvml.NVMLError_FunctionNotFound,
         ):
+            return None
+        except nvml.NVMLError as error:
+            self._unanswered[question.__name__] = str(error)
             return None
 
     def _xids(self) -> list[list[int | None]]:
@@ -175,7 +191,17 @@ class _Gpus:
                 found.append([None, int(event.eventData)])
                 with suppress(nvml.NVMLError):  # a lost GPU may no longer tell its index
                     found[-1][0] = nvml.nvmlDeviceGetIndex(event.device)
-        except nvml.NVMLError:  # no more, or a driver without events
+        except nvml.NVMLError_Timeout:  # no more
+            return found
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # a driver without events
+            return found
+        except nvml.NVMLError as error:  # such as a lost GPU in the set: the next look makes another set
+            self._unanswered["Xids"] = str(error)
+            self._heard.clear()
+            if self._events is not None:
+                with suppress(nvml.NVMLError):
+                    nvml.nvmlEventSetFree(self._events)
+            self._events = None
             return found
 
 
@@ -205,9 +231,10 @@ def _open_at_end(log: Path) -> int | None:
     """The kernel's log, behind its newest line; None where it cannot be read."""
     try:
         descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-        os.lseek(descriptor, 0, os.SEEK_END)
     except OSError:
         return None
+    with suppress(OSError):
+        os.lseek(descriptor, 0, os.SEEK_END)
     return descriptor
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import pwd
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, TimeoutExpired
@@ -45,9 +46,10 @@ def describe_host() -> dict[str, Any]:
     return about
 
 
-def gpus() -> dict[str, Any]:
+def gpus(*, without: Collection[int] = ()) -> dict[str, Any]:
     """`gpus` of this machine, and `gpus_problem` if the driver or one of them does not answer.
 
+    Leaves out the GPUs of the indices `without`.
     Units: memory_gib in GiB; ecc_errors counts uncorrected errors since boot, None where ECC is off;
     others: [user, pid] of processes of other users.
     """
@@ -71,7 +73,12 @@ def gpus() -> dict[str, Any]:
         return {"gpus": [], "gpus_problem": problem}
     if child.returncode:
         return {"gpus": [], "gpus_problem": f"NVML: {errors.strip()[-300:]}"}
-    return json.loads(answer)
+    found = json.loads(answer)
+    lost = [f"GPU {index}: {error}" for index, error in found.pop("lost") if index not in without]
+    if lost:
+        found["gpus_problem"] = f"NVML: {', '.join(lost)}"
+    found["gpus"] = [gpu for gpu in found["gpus"] if gpu["index"] not in without]
+    return found
 
 
 def has_driver() -> bool:
@@ -84,20 +91,21 @@ def has_driver() -> bool:
 
 
 def _ask_driver() -> dict[str, Any]:
+    """As `gpus`, and `lost`: [index, error] of each GPU that does not answer."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         count, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError as error:
-        return {"gpus": [], "gpus_problem": f"NVML: {error}"}
-    found, problem = [], None
+        return {"gpus": [], "gpus_problem": f"NVML: {error}", "lost": []}
+    found, lost = [], []
     for index in range(count):
         try:
             found.append({"index": index, "driver": driver, **_gpu(index)})
         except pynvml.NVMLError as error:  # such as a GPU that fell off the bus
-            problem = f"NVML: GPU {index}: {error}"
-    return {"gpus": found, "gpus_problem": problem}
+            lost.append([index, str(error)])
+    return {"gpus": found, "gpus_problem": None, "lost": lost}
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ there an outlier is a warning and not a failure.
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,10 @@ def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[st
         drained: GPUs that are held, and so not measured.
 
     Returns:
-        nodes: name -> facts (`inspection.Inspector`), accelerator (Ray's name), ceilings, clock_skew_seconds,
-        links within the node or None; links: between all nodes, or None; pairs: "name name" -> links between
-        neighbours of the ring, where there are three nodes or more. Links are `probe.MeasuredLinks`, or a
-        `problem`.
+        nodes: name -> facts (`inspection.Inspector`), accelerator (Ray's name), drained_gpus (their number),
+        ceilings, clock_skew_seconds, links within the node or None; links: between all nodes, or None; pairs:
+        "name name" -> links between neighbours of the ring, where there are three nodes or more. Links are
+        `probe.MeasuredLinks`, or a `problem`.
 
     Raises:
         RunError: a node did not answer; the message names it.
@@ -75,19 +75,34 @@ def examine(config: PreflightConfig, drained: Sequence[Drained] = ()) -> dict[st
 
     alive = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["NodeManagerAddress"])
     addresses = {node["NodeID"]: node["NodeName"] for node in alive}
-    held = Counter(each.host for each in drained)
-    num_gpus = {
-        node["NodeID"]: int(node["Resources"].get("GPU", 0)) - held[node["NodeManagerHostname"]]
+    out = {
+        node["NodeID"]: [each.gpu for each in drained if each.host == node["NodeManagerHostname"]]
         for node in alive
     }
-    kinds = {node["NodeName"]: _kind(node["Resources"]) for node in alive}
-    ring = list(addresses)
-    neighbours = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if len(ring) > 2 else []
-    with Progress(3 + len(ring) + 1 + len(neighbours), unit="check") as progress:
-        found = _examine(config, addresses, num_gpus, neighbours, progress)
-    for name, facts in found["nodes"].items():
-        facts["accelerator"] = kinds[name]
-    return found
+    kinds = {node["NodeID"]: _kind(node["Resources"]) for node in alive}
+    num_gpus = {
+        node["NodeID"]: int(node["Resources"].get("GPU", 0)) - len(out[node["NodeID"]]) for node in alive
+    }
+    rounds = ring_rounds(list(addresses))
+    with Progress(5 + len(rounds), unit="check") as progress:
+        nodes = _examine(config, addresses, num_gpus, out, progress)
+        within, between, pairs = _examine_links(config, addresses, num_gpus, rounds, progress)
+    for node, facts in nodes.items():
+        facts |= {"accelerator": kinds[node], "links": within[node]}
+    return {
+        "nodes": {addresses[node]: facts for node, facts in nodes.items()},
+        "links": between,
+        "pairs": pairs,
+    }
+
+
+def ring_rounds(ring: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """The pairs of neighbours of a ring of three nodes or more, in rounds: no node is twice in one."""
+    if len(ring) < 3:
+        return []
+    pairs = list(zip(ring, [*ring[1:], ring[0]], strict=True))
+    even = len(pairs) - len(pairs) % 2
+    return [each for each in (pairs[0:even:2], pairs[1:even:2], pairs[even:]) if each]
 
 
 def _kind(resources: dict[str, float]) -> str | None:
@@ -99,10 +114,10 @@ def _examine(
     config: PreflightConfig,
     addresses: dict[str, str],
     num_gpus: dict[str, int],
-    neighbours: Sequence[tuple[str, str]],
+    drained: dict[str, list[int]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """`examine` of these nodes: Ray's id -> name, and number of GPUs."""
+    """The facts of these nodes, without links. By Ray's id: names, numbers of GPUs, drained GPUs, facts."""
     import ray
 
     inspectors = {node: _actor(Inspector, node, num_gpus=num_gpus[node]) for node in addresses}
@@ -114,18 +129,14 @@ def _examine(
         progress.advance()
         return found
 
-    def links(what: str, ranks: Sequence[str], *, gpu: bool) -> dict[str, Any] | None:
-        progress.advance(what, by=0)
-        found = _links(ranks, gpu=gpu, size=config.size)
-        progress.advance()
-        return found
-
     def clock_skew(node: str) -> float:
         one = partial(_answers, addresses=addresses, num_gpus=num_gpus, what="clock")
         return _clock_skew(lambda: one({node: inspectors[node].clock.remote()})[node])
 
     arguments = (config.scratch, config.storage, mark, config.size.disk_megabytes * 1_000_000)
-    facts = everywhere("versions, GPUs and disks", lambda node: inspectors[node].facts.remote(*arguments))
+    facts = everywhere(
+        "versions, GPUs and disks", lambda node: inspectors[node].facts.remote(*arguments, drained[node])
+    )
     sees = everywhere("shared storage", lambda node: inspectors[node].sees.remote(config.storage, mark))
     ceilings = everywhere(
         "matrix products and memory",
@@ -142,18 +153,33 @@ def _examine(
         ray.kill(inspectors[node])  # the ranks need its GPUs
     for file in Path(config.storage).expanduser().glob(f".{mark}-*"):
         file.unlink(missing_ok=True)
-    for node, address in addresses.items():
-        ranks = [node] * (num_gpus[node] or 2)
-        facts[node]["links"] = links(f"links within {address}", ranks, gpu=num_gpus[node] > 0)
+    return facts
+
+
+def _examine_links(
+    config: PreflightConfig,
+    addresses: dict[str, str],
+    num_gpus: dict[str, int],
+    rounds: Sequence[Sequence[tuple[str, str]]],
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+    """The links within each node, by Ray's id of it; those of all nodes; and the pairs, as in `examine`."""
+
+    def links(what: str, groups: dict[Any, Sequence[str]], on_gpu: dict[Any, bool]) -> dict[Any, Any]:
+        progress.advance(what, by=0)
+        found = _links(groups, on_gpu, size=config.size)
+        progress.advance()
+        return found
+
+    inside: dict[Any, Sequence[str]] = {node: [node] * (num_gpus[node] or 2) for node in addresses}
+    within = links("links within each node", inside, {node: num_gpus[node] > 0 for node in addresses})
     gpu = all(num_gpus.values())
-    return {
-        "nodes": {addresses[node]: found for node, found in facts.items()},
-        "links": links("links of all nodes", list(addresses), gpu=gpu),
-        "pairs": {
-            f"{addresses[left]} {addresses[right]}": links("links of neighbours", [left, right], gpu=gpu)
-            for left, right in neighbours
-        },
-    }
+    between = links("links of all nodes", {"all": list(addresses)}, {"all": gpu})["all"]
+    pairs: dict[str, Any] = {}
+    for each in rounds:
+        measured = links("links of neighbours", {pair: pair for pair in each}, dict.fromkeys(each, gpu))
+        pairs |= {f"{addresses[left]} {addresses[right]}": measured[left, right] for left, right in each}
+    return within, between, pairs
 
 
 def _clock_skew(read: Callable[[], float]) -> float:
@@ -199,30 +225,58 @@ def _cause(error: Any) -> str:
     return lines[0] if lines else repr(inner)
 
 
-def _links(nodes: Sequence[str], *, gpu: bool, size: SizeConfig) -> dict[str, Any] | None:
-    """Links between ranks on `nodes`, which may name a node several times; None for a single rank."""
+def _links(
+    groups: dict[Any, Sequence[str]], on_gpu: dict[Any, bool], *, size: SizeConfig
+) -> dict[Any, dict[str, Any] | None]:
+    """Links between the ranks of each group, all groups at once; None for a single rank.
+
+    Args:
+        groups: name -> the node of each rank; a node may come several times.
+    """
     import ray
 
-    if len(nodes) == 1:
-        return None
-    ranks = [_actor(Rank, node, num_gpus=int(gpu)) for node in nodes]
+    found: dict[Any, dict[str, Any] | None] = dict.fromkeys(groups)
+    actors = {
+        name: [_actor(Rank, node, num_gpus=int(on_gpu[name])) for node in nodes]
+        for name, nodes in groups.items()
+        if len(nodes) > 1
+    }
     try:
-        address, port = ray.get(ranks[0].place.remote(), timeout=STEP_SECONDS)
-        common = {
-            "num_ranks": len(ranks),
-            "address": address,
-            "port": port,
-            "device": "cuda" if gpu else "cpu",
-            "num_bytes": (size.link_megabytes or (256 if gpu else 16)) * 1_000_000,
-            "repeats": size.repeats,
-        }
-        pending = [actor.links.remote(rank=rank, **common) for rank, actor in enumerate(ranks)]
-        return ray.get(pending, timeout=STEP_SECONDS)[0]
-    except ray.exceptions.RayError as error:
-        return {"problem": _cause(error)}
+        places = _collected({name: ranks[0].place.remote() for name, ranks in actors.items()})
+        pending = {}
+        for name, place in places.items():
+            if "problem" in place:
+                found[name] = place
+                continue
+            common = {
+                "num_ranks": len(actors[name]),
+                **place,
+                "device": "cuda" if on_gpu[name] else "cpu",
+                "num_bytes": (size.link_megabytes or (256 if on_gpu[name] else 16)) * 1_000_000,
+                "repeats": size.repeats,
+            }
+            pending[name] = [
+                actor.links.remote(rank=rank, **common) for rank, actor in enumerate(actors[name])
+            ]
+        return found | _collected(pending)
     finally:
-        for actor in ranks:
+        for actor in chain.from_iterable(actors.values()):
             ray.kill(actor)
+
+
+def _collected(pending: dict[Any, Any]) -> dict[Any, dict[str, Any]]:
+    """The answer of each, of several ranks that of the first; or its `problem`."""
+    import ray
+
+    deadline = time.monotonic() + STEP_SECONDS
+    found: dict[Any, dict[str, Any]] = {}
+    for name, answer in pending.items():
+        try:
+            each = ray.get(answer, timeout=max(1.0, deadline - time.monotonic()))
+            found[name] = each[0] if isinstance(each, list) else each
+        except ray.exceptions.RayError as error:
+            found[name] = {"problem": _cause(error)}
+    return found
 
 
 def record(config: PreflightConfig, output: Path, verdict: dict[str, Any], found: dict[str, Any]) -> str:

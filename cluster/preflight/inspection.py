@@ -4,6 +4,7 @@ import platform
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ CPU_GEMM_SIZE = 1024  # the nodes' CPUs are measured briefly; their GPUs are wha
 class Inspector:
     """One node. A Ray actor that holds all GPUs of its node."""
 
-    def facts(self, scratch: str, storage: str, mark: str, disk_bytes: int) -> dict[str, Any]:
+    def facts(
+        self, scratch: str, storage: str, mark: str, disk_bytes: int, drained: Sequence[int]
+    ) -> dict[str, Any]:
         """Versions, GPUs and disks, JSON-ready. What cannot be read is a `problem` in it, not an error.
 
         Args:
             mark: name of the file by which the other nodes see that the storage is one place.
+            drained: indices of GPUs at which nobody looks.
         """
         import torch
 
@@ -35,7 +39,8 @@ class Inspector:
                 "cuda": torch.version.cuda or "none",
                 "code": provenance.code_version()["commit"],
             },
-            **host.gpus(),
+            **host.gpus(without=drained),
+            "drained_gpus": len(drained),
             "toolchain_problem": toolchain.missing(),
             "scratch": _folder(Path(scratch).expanduser(), disk_bytes),
             "storage": _folder(Path(storage).expanduser(), disk_bytes, mark=mark),
@@ -54,6 +59,7 @@ class Inspector:
     def ceilings(self, num_gpus: int, repeats: int) -> dict[str, Any]:
         """`ceilings`, a `probe.Ceilings` of every GPU that works or of the CPU; `problem`; `throttled`.
 
+        A GPU's has its index on the node as `gpu`.
         `throttled` holds the indices of GPUs whose clocks were held down right after their products.
         """
         if num_gpus == 0:
@@ -62,10 +68,12 @@ class Inspector:
         import torch
 
         found, problem, throttled = [], None, set()
-        for index in range(min(num_gpus, torch.cuda.device_count())):
+        names = _gpus_of_this_actor()
+        for place in range(min(num_gpus, torch.cuda.device_count())):
+            index = int(names[place]) if place < len(names) and names[place].isdigit() else place
             try:
-                with torch.cuda.device(index):
-                    found.append(asdict(probe.measure(device="cuda", repeats=repeats)))
+                with torch.cuda.device(place):
+                    found.append({**asdict(probe.measure(device="cuda", repeats=repeats)), "gpu": index})
             except RuntimeError as error:
                 problem = f"GPU {index}: {str(error).strip().splitlines()[0]}"
             throttled |= health.throttled()
@@ -75,13 +83,21 @@ class Inspector:
 class Rank:
     """One end of a collective. A Ray actor with one GPU, or none."""
 
-    def place(self) -> tuple[str, int]:
+    def place(self) -> dict[str, Any]:
         """See `free_place`."""
-        return free_place()
+        address, port = free_place()
+        return {"address": address, "port": port}
 
     def links(self, **arguments: Any) -> dict[str, Any]:
         """See `probe.measure_links`."""
         return asdict(probe.measure_links(**arguments))
+
+
+def _gpus_of_this_actor() -> list[str]:
+    """What Ray calls its GPUs, in the order in which torch counts them."""
+    import ray
+
+    return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 
 
 def free_place() -> tuple[str, int]:

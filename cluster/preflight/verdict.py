@@ -76,7 +76,7 @@ def measured_tflops(report: dict[str, Any], kind: str | None = None) -> float | 
 def judge(found: dict[str, Any], expect: ExpectConfig, limits: LimitsConfig) -> list[Finding]:
     """All findings on what `preflight.examine` found, failures first."""
     nodes = found["nodes"]
-    counts = Counter(len(facts["gpus"]) for facts in nodes.values())
+    counts = Counter(len(facts["gpus"]) + facts["drained_gpus"] for facts in nodes.values())
     num_gpus = expect.gpus if expect.gpus is not None else counts.most_common(1)[0][0]
     usual = NodeExpectConfig(num_gpus, expect.accelerator)
     findings = [
@@ -118,11 +118,11 @@ def _gpus(node: str, facts: dict[str, Any], expect: NodeExpectConfig) -> Iterabl
         yield Finding(node, f"{facts['gpus_problem']}; `dmesg | grep -i nvrm` there says more")
     if gpus and facts["toolchain_problem"]:
         yield Finding(node, facts["toolchain_problem"])
-    if expect.gpus is not None and len(gpus) != expect.gpus:
+    if expect.gpus is not None and len(gpus) != (expected := max(0, expect.gpus - facts["drained_gpus"])):
         there = ", ".join(str(gpu["index"]) for gpu in gpus) or "none"
         yield Finding(
             node,
-            f"{len(gpus)} GPUs (index {there}) and not {expect.gpus}: has one fallen off the bus? See "
+            f"{len(gpus)} GPUs (index {there}) and not {expected}: has one fallen off the bus? See "
             "`nvidia-smi` and `dmesg | grep -i xid` there; a reboot often brings it back. Or set node.gpus",
         )
     for gpu in gpus:
@@ -182,7 +182,8 @@ def _speeds(nodes: dict[str, Any], limits: LimitsConfig, *, is_gpu: bool) -> Ite
         kinds = {place: nodes[place[0]]["ceilings"][place[1]]["device"] for place in rates}
         for (node, index), rate in rates.items():
             median = _median_of_kind(rates, kinds, (node, index))
-            reaches = f"{f'GPU {index}' if is_gpu else 'its CPU'} reaches {number(rate)} {unit}"
+            gpu = nodes[node]["ceilings"][index].get("gpu", index)
+            reaches = f"{f'GPU {gpu}' if is_gpu else 'its CPU'} reaches {number(rate)} {unit}"
             if rate < limits.of_median * median:
                 what = f"{reaches} where the median is {number(median)}; what else runs there?"
                 yield Finding(node, what, is_failure=is_gpu)

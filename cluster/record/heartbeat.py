@@ -7,7 +7,6 @@
 """
 
 import json
-import math
 import os
 import signal
 import statistics
@@ -41,6 +40,8 @@ class Beat:
         where: file, line and function in which its main thread stands; only once it hangs.
         waits: that is a collective, or the wait for one.
         stopped_seconds: for how long no thread of it ran; only once it hangs.
+        gpus: its CUDA_VISIBLE_DEVICES: indices or UUIDs with commas; under Ray Train those of all ranks of
+            its run on its node. Empty: any.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class Beat:
     where: str = ""
     waits: bool = False
     stopped_seconds: float = 0.0
+    gpus: str = ""
     written: float = 0.0  # when, by the clock of the storage
 
     @property
@@ -65,6 +67,12 @@ class Beat:
         if self.part == FORMING:
             return "the forming of the process group"
         return f"the {self.part} of step {self.step}" if self.part in STEP_PARTS else f"the part {self.part}"
+
+    def may_use(self, host: str, gpu: int, uuid: str) -> bool:
+        """Whether this GPU (its index there, and NVML's UUID or "") may be one of its run's."""
+        names = [name for name in self.gpus.split(",") if name]
+        named = any(name == str(gpu) or (name.startswith("GPU-") and uuid.startswith(name)) for name in names)
+        return host == self.host and (named or not names)
 
 
 def read(directory: Path, *, start: str | None = None) -> list[Beat]:
@@ -138,29 +146,30 @@ def _remedy(directory: Path) -> str:
 
 
 def stragglers(beats: list[Beat], *, fraction: float) -> dict[int, str]:
-    """Rank -> a sentence, for ranks whose forward pass is slower than the median by `fraction` (0: none).
-
-    The others wait for it in the backward pass, which takes about twice as long as the forward pass.
-    """
-    times = [(beat.forward_seconds, beat) for beat in beats if beat.forward_seconds]
-    if len(times) < 2 or not fraction:
-        return {}
-    median = statistics.median_low(seconds for seconds, _ in times)
+    """Rank -> a sentence, for ranks whose forward pass is slower than the median by `fraction` (0: none)."""
     return {
         beat.rank: f"{_names([beat])} is slow: its forward passes take {seconds:.3g} s of a step, "
         f"{seconds / median - 1:.0%} longer than the median; each step waits for it, about "
         f"{FORWARDS * (seconds - median):.2g} s"
-        for seconds, beat in times
-        if seconds > (1 + fraction) * median
+        for beat, seconds, median in _slow(beats, fraction)
     }
 
 
-def straggler_seconds(beats: list[Beat], *, fraction: float = STRAGGLER_FRACTION) -> float:
-    """What the slowest rank costs each step, by the rule of `stragglers`; 0 if none is so slow."""
-    times = [beat.forward_seconds for beat in beats if beat.forward_seconds]
-    median = statistics.median_low(times) if len(times) > 1 else math.inf
-    slowest = max(times, default=0.0)
-    return FORWARDS * (slowest - median) if slowest > (1 + fraction) * median else 0.0
+def straggler_seconds(beats: list[Beat], *, fraction: float) -> float:
+    """What the slowest of the `stragglers` costs each step; 0 without any."""
+    return max((FORWARDS * (seconds - median) for _, seconds, median in _slow(beats, fraction)), default=0.0)
+
+
+def _slow(beats: list[Beat], fraction: float) -> list[tuple[Beat, float, float]]:
+    """(straggler, seconds of its forward passes, the median of all ranks).
+
+    The others wait for it in the backward pass, which takes about twice as long as the forward pass.
+    """
+    times = [(beat, beat.forward_seconds) for beat in beats if beat.forward_seconds]
+    if len(times) < 2 or not fraction:
+        return []
+    median = statistics.median_low(seconds for _, seconds in times)
+    return [(beat, seconds, median) for beat, seconds in times if seconds > (1 + fraction) * median]
 
 
 def describe(directory: Path) -> list[str]:

@@ -102,12 +102,12 @@ def _progress(run: Run) -> list[str]:
 
 def _health(run: Run) -> list[str]:
     """What the last look at the nodes found, if it found anything."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((run.directory / HEALTH_FILE).read_text())
-        if found["health_problems"]:
-            throttled = f", {found['health_throttled_gpus']} GPUs throttled now"
+        if number := found["health_problems"]:
+            hot = f", GPUs throttled: {each}" if (each := found["health_throttled_gpus"]) else ""
             ago = duration(time.time() - found["time"])
-            return [f"nodes: {found['health_problems']} open problems{throttled}, {ago} ago"]
+            return [f"nodes: {number} open problem{'s' * (number != 1)}{hot}, {ago} ago"]
     return []
 
 

@@ -149,7 +149,7 @@ class FusedStep:
                 squares = torch.empty(len(pieces), dtype=torch.float64, device=flat.device)
                 group.passes.momentum_pass(
                     flat.grad.view(-1), self._state(flat)["momentum"].view(-1), group.local, squares, table,
-                    beta=momentum.beta, nesterov=momentum.nesterov,
+                    beta=momentum.beta_at(self.steps), nesterov=momentum.nesterov,
                 )  # fmt: skip
                 group.squares.index_add_(0, numbers, squares)
             else:

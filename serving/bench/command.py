@@ -55,6 +55,10 @@ def main(
 
     def body() -> None:
         config = bench_config.load(file=options.config, dotlist=options.overrides)
+        for name in ("trace", "conversations"):  # before anything starts
+            given = getattr(config.load, name)
+            if given is not None and not Path(given).expanduser().is_file():
+                raise UserError(f"load.{name}: {given}: no such file")
         if options.dry_run:
             print(f"{layered.to_yaml(config)}\n{describe(config)}")
         elif config.bench.compare is not None:

@@ -58,7 +58,8 @@ def read(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file}: missing; name a folder that `make serve-bench` finished")
     summary = files.read_json(file)
-    if not isinstance(summary, dict) or not isinstance(summary.get("points"), list):
+    points = summary.get("points") if isinstance(summary, dict) else None
+    if not isinstance(points, list) or not all(isinstance(p, dict) and "load" in p for p in points):
         raise UserError(f"{file}: is no summary of `make serve-bench`; name a folder that it wrote")
     return summary
 

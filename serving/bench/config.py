@@ -7,6 +7,7 @@ from pathlib import Path
 from cluster import config as layered
 from cluster.config import key
 from cluster.record.record import WANDB_MODES
+from serving.bench.workload import lengths
 from serving.config import ServeConfig
 
 COMPARISONS = ("transformers", "vllm", "serve")
@@ -43,7 +44,9 @@ class LoadConfig:
         None, "prompts and lengths from a file: ShareGPT's JSON array, or a JSONL of such conversations"
     )
     turns: str = key(
-        "first", "with conversations: the first turn of each, or all in turn", choices=("first", "all")
+        "first",
+        "with conversations: the first turn of each, or all in turn; then load.rates are of conversations",
+        choices=("first", "all"),
     )
     timeout_seconds: float = key(
         120.0, "a request that takes longer is counted as an error", above=0, below=1e9
@@ -56,6 +59,10 @@ class LoadConfig:
     )
     greedy: bool = key(True, "temperature 0; false: temperature 1, with a seed for each request")
     seed: int = key(0, "of arrivals, lengths and prompts")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens"):
+            lengths(getattr(self, name), key=f"load.{name}")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import NoReturn
 
 from cluster.cli import RunError, UserError
 from cluster.endpoint_client import KEY_VARIABLE, Endpoint
 from serving.bench.latency import RequestOutcome
-from serving.bench.wire import Dialect, over_http
+from serving.bench.wire import WORDS, Dialect, over_http
 from serving.bench.workload import Planned
 
 OPTIONAL = ("ignore_eos", "stream_options", "seed", "temperature")  # the first to do without stands first
@@ -50,8 +51,12 @@ def find_dialect(
 def _ask(endpoint: Endpoint, dialect: Dialect, num_prompt: int, timeout_seconds: float) -> RequestOutcome:
     async def ask() -> RequestOutcome:
         async with over_http(endpoint, timeout_seconds=timeout_seconds, dialect=dialect) as send:
-            return await send(Planned(None, tuple(range(32, 32 + num_prompt)), NUM_TOKENS), 0, 0.0, 0.0)
+            return await send(Planned(None, prompt, NUM_TOKENS), 0, 0.0, 0.0)
 
+    # A text's tokens are 0 unless the server counts them.
+    prompt = (
+        tuple(range(32, 32 + num_prompt)) if dialect.token_ids else " ".join(islice(cycle(WORDS), num_prompt))
+    )
     return asyncio.run(ask())
 
 

@@ -50,7 +50,8 @@ def from_trace(
 
     - JSONL of {"at_seconds", "prompt_tokens", "output_tokens"};
     - Mooncake's JSONL of {"timestamp" (ms), "input_length", "output_length"[, "hash_ids"]}: prompts share the
-      blocks of BLOCK_TOKENS tokens that have the same id (https://github.com/kvcache-ai/Mooncake);
+      blocks of BLOCK_TOKENS tokens that have the same id (https://github.com/kvcache-ai/Mooncake); times
+      begin at the first row;
     - Azure's CSV of TIMESTAMP, ContextTokens, GeneratedTokens
       (https://github.com/Azure/AzurePublicDataset), and BurstGPT's of Timestamp (s), Request tokens, Response
       tokens (https://github.com/HPMLL/BurstGPT), whose rows without a response are failures and are left out.
@@ -96,25 +97,28 @@ def _arrivals(file: Path) -> Iterator[Arrival]:
     """The rows of a trace. `blocks` are None where an answer of 0 tokens is a failure: in BurstGPT's."""
     text = _text(file)
     first = text.lstrip().partition("\n")[0]
-    if first.startswith("{") or "," not in first:
+    if first.startswith(("{", "[")) or "," not in first:
         yield from _json_arrivals(file, text)
     else:
         yield from _csv_arrivals(file, text)
 
 
 def _json_arrivals(file: Path, text: str) -> Iterator[Arrival]:
+    begin = None
     for line, row in _objects(file, text):
         names = next((names for names in _JSONL if names[0] in row), _JSONL[0])
         try:
-            at, size, more = float(row[names[0]]), _whole(row[names[1]]), _whole(row[names[2]])
+            at, size, more = _number(row[names[0]]), _whole(row[names[1]]), _whole(row[names[2]])
             blocks = [_whole(block) for block in row.get("hash_ids") or ()]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{file}, line {line}: needs numbers {', '.join(names)} (whole), and hash_ids whole if any"
+                f"{file}, line {line}: needs finite numbers {', '.join(names)} (the last two whole), and "
+                "hash_ids whole if any"
             ) from error
-        if not math.isfinite(at):
-            raise ConfigError(f"{file}, line {line}: {names[0]} must be finite")
-        yield line, at / 1e3 if names[0] == "timestamp" else at, size, more, blocks
+        if names[0] == "timestamp":
+            begin = at if begin is None else begin
+            at = (at - begin) / 1e3
+        yield line, at, size, more, blocks
 
 
 def _csv_arrivals(file: Path, text: str) -> Iterator[Arrival]:
@@ -164,9 +168,16 @@ def _seconds(text: str) -> float:
     return datetime.fromisoformat(match[1]).replace(tzinfo=UTC).timestamp() + fraction
 
 
+def _number(value: Any) -> float:
+    """A number of JSON. Raises `ValueError`: it is none, or infinite."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return value
+
+
 def _whole(value: Any) -> int:
-    """`value` as an int. Raises `ValueError` or `TypeError`: it is not a whole number."""
-    if isinstance(value, bool) or value % 1:
+    """`value` as an int. Raises `ValueError`: it is not a whole number."""
+    if _number(value) % 1:
         raise ValueError(f"{value!r} is no whole number")
     return int(value)
 
@@ -179,6 +190,7 @@ def read_conversations(
     *,
     count_tokens: Callable[[str], int],
     context_tokens: int,
+    tokens_beside: int = 0,
     turns: str = "first",
     report: Report = _silent,
 ) -> list[list[Planned]]:
@@ -190,6 +202,7 @@ def read_conversations(
     comes before it is left out, as usual with these data.
 
     Args:
+        tokens_beside: of each turn that is sent, what stands before and behind its text.
         turns: "first": one exchange, without what was said before it. "all": every exchange with its history;
             each follows the one before.
         report: told how many conversations were left out.
@@ -198,11 +211,12 @@ def read_conversations(
         ConfigError: the file cannot be read, an item is none of these, or no exchange fits.
     """
     usable: list[list[Planned]] = []
-    num_read = 0
+    num_read, history = 0, turns == "all"
     for item, row in _conversations(file):
         num_read += 1
-        found = _exchanges(_turns(file, item, row), count_tokens, context_tokens, history=turns == "all")
-        if exchanges := list(found if turns == "all" else islice(found, 1)):
+        said = _turns(file, item, row)
+        found = _exchanges(said, count_tokens, context_tokens, tokens_beside, history=history)
+        if exchanges := list(found if history else islice(found, 1)):
             usable.append(exchanges)
     if not usable:
         raise ConfigError(
@@ -223,7 +237,12 @@ def draw_requests(conversations: Sequence[list[Planned]], number: int, *, seed: 
 
 
 def _exchanges(
-    turns: Sequence[Turn], count_tokens: Callable[[str], int], context_tokens: int, *, history: bool
+    turns: Sequence[Turn],
+    count_tokens: Callable[[str], int],
+    context_tokens: int,
+    tokens_beside: int,
+    *,
+    history: bool,
 ) -> Iterator[Planned]:
     """Of one conversation, from its first to the last one that fits."""
     size_of = cache(lambda place: count_tokens(turns[place][1]))  # most turns of a file are never needed
@@ -232,6 +251,7 @@ def _exchanges(
         if (turns[place - 1][0], turns[place][0]) != ("user", "assistant"):
             continue
         before = sum(map(size_of, range(place - 1))) if history else 0
+        before += tokens_beside * (place if history else 1)
         size, more = size_of(place - 1), size_of(place)
         if before + size + more > context_tokens:
             break

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,7 @@ class Planner:
 
     config: ServeBenchConfig
     model: dict[str, Any]
+    dialect: Dialect
     _conversations: list[list[Planned]] | None = None
 
     def loads(self) -> list[Load]:
@@ -99,7 +101,7 @@ class Planner:
             file = Path(load.trace).expanduser()
             size = {"vocab_size": self.model["vocab_size"], "context_tokens": self.model["max_model_len"]}
             trace = from_trace(file, **size, seed=load.seed, report=note)
-            found.append(Load(f"trace {file.name}", trace=trace))
+            found.append(Load(f"trace {file.name[:32]}", trace=trace))  # a table has room for it
         if load.concurrency or load.rates or self.config.sweep.points:
             self.requests(1, "")
         return found
@@ -137,9 +139,13 @@ class Planner:
         if directory is None:
             raise UserError(f"load.conversations: needs a model with a {TOKENIZER_FILE}, to count tokens")
         tokenizer = load_tokenizer(directory)
+        # A chat's template stands between its turns; else a newline, and special tokens around all of them.
+        beside = max(self.dialect.tokens_beside, 1 + tokenizer.num_special_tokens_to_add(False))
         return read_conversations(
-            Path(file).expanduser(), count_tokens=lambda text: len(tokenizer.encode(text).ids),
-            context_tokens=self.model["max_model_len"], turns=self.config.load.turns, report=note,
+            Path(file).expanduser(),
+            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
+            context_tokens=self.model["max_model_len"], tokens_beside=math.ceil(beside),
+            turns=self.config.load.turns, report=note,
         )  # fmt: skip
 
     def requests(self, number: int, seed: str) -> list[Planned]:
@@ -182,7 +188,7 @@ class Bench:
     rows: list[tuple[str, RequestOutcome]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._planner = Planner(self.config, self.model)
+        self._planner = Planner(self.config, self.model, self.dialect)
         self._num_sent = 0  # loads, every attempt at one
 
     def measure_all(self) -> None:

@@ -1,7 +1,7 @@
 """Ceilings of a served model, shares of them, the table and the answer in one sentence. No torch."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster import display
@@ -9,7 +9,8 @@ from cluster.measure import hardware, intervals
 
 SUMMARY_FILE = "summary.json"  # of a benchmark's run directory
 WIDTH = 120  # characters of the table, at most
-COLUMNS = (  # header, key of a point, format
+Column = tuple[str, str, str]  # header, key of a point, format
+COLUMNS: tuple[Column, ...] = (
     ("load", "load", "{}"),
     ("ok/all", "counts", "{}"),
     ("out tok/s", "output_tokens_per_second", "{:,.0f}"),
@@ -25,7 +26,10 @@ COLUMNS = (  # header, key of a point, format
     ("MFU", "prefill_mfu", "{:.1%}"),
     ("J/token", "joules_per_token", "{:.3g}"),
 )
-DISPENSABLE = ("itl_p99_ms", "e2e_p99_ms", "tpot_p50_ms", "ttft_p50_ms")  # the first to leave a wide table
+DISPENSABLE = (  # the first to leave a wide table
+    *("itl_p99_ms", "e2e_p99_ms", "tpot_p50_ms", "ttft_p50_ms"),
+    *("goodput_per_second", "joules_per_token", "mbu"),
+)
 INTERVALS = (  # figures of which repeats give an interval
     *("output_tokens_per_second", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms"),
     *("goodput_per_second", "requests_per_second", "e2e_p50_ms", "e2e_p99_ms", "joules_per_token", "mbu"),
@@ -165,9 +169,9 @@ def combined(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     `intervals` (`cluster.measure.intervals.of_rate`), the sums of the counts, and of other numbers the mean.
     Repeats in which the load generator lagged do not count, if there are others.
     """
-    loads: dict[str, list[Mapping[str, Any]]] = {}
-    for point in points:
-        loads.setdefault(point["load"], []).append(point)
+    loads: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for point in points:  # rates of a search may be so close that they have one name
+        loads.setdefault((point["load"], point.get("rate")), []).append(point)
     rows = []
     for all_repeats in loads.values():
         repeats = [point for point in all_repeats if "refused" not in point] or all_repeats[:1]
@@ -205,15 +209,25 @@ def _combined(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> display.Table:
-    """The loads, one a line; latencies in milliseconds. DISPENSABLE columns are left out above WIDTH."""
+    """The loads, one a line; latencies in milliseconds."""
+
+    def cell(row: Mapping[str, Any], key: str, form: str) -> str | None:
+        return None if row.get(key) is None else form.format(row[key])
+
     shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    return _fitting(shown, rows, cell)
+
+
+def _fitting(
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    cell: Callable[[Mapping[str, Any], str, str], str | None],
+) -> display.Table:
+    """A table of `cell` of every row and column. DISPENSABLE columns are left out above WIDTH."""
     for dispensable in (None, *DISPENSABLE):
-        shown = [column for column in shown if column[1] != dispensable]
-        cells = [
-            [None if row.get(key) is None else form.format(row[key]) for _, key, form in shown]
-            for row in rows
-        ]
-        found = display.table([header for header, _, _ in shown], cells, left=())
+        columns = [column for column in columns if column[1] != dispensable]
+        cells = [[cell(row, key, form) for _, key, form in columns] for row in rows]
+        found = display.table([header for header, _, _ in columns], cells, left=())
         if len(str(found).partition("\n")[0]) <= WIDTH:
             break
     return found
@@ -221,18 +235,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> display.Table:
 
 def intervals_table(rows: Sequence[Mapping[str, Any]]) -> display.Table | None:
     """The 95% intervals of loads that were repeated, or None."""
-    keys = [column for column in COLUMNS if any(column[1] in row.get("intervals", ()) for row in rows)][:6]
-    if not keys:
-        return None
-    cells = []
-    for row in (row for row in rows if row.get("intervals")):
-        bounds = [row.get("intervals", {}).get(key) for _, key, _ in keys]
-        texts = [
-            b and f"{form.format(b[1])} to {form.format(b[2])}"
-            for b, (_, _, form) in zip(bounds, keys, strict=True)
-        ]
-        cells.append([row["load"], *texts])
-    return display.table(["95% interval", *(header for header, _, _ in keys)], cells, left=())
+
+    def cell(row: Mapping[str, Any], key: str, form: str) -> str | None:
+        if key == "load":
+            return row[key]
+        _, low, high = row["intervals"].get(key, (None, None, None))
+        return None if low is None else f"{form.format(low)} to {form.format(high)}"
+
+    repeated = [row for row in rows if row.get("intervals")]
+    known = [column for column in COLUMNS if any(column[1] in row["intervals"] for row in repeated)]
+    return _fitting([("95% interval", "load", "{}"), *known], repeated, cell) if known else None
 
 
 def answer(model: str, rows: Sequence[Mapping[str, Any]], slo: Mapping[str, Any], knee: float | None) -> str:
@@ -249,8 +261,8 @@ def answer(model: str, rows: Sequence[Mapping[str, Any]], slo: Mapping[str, Any]
     at_knee = next((row for row in good if knee is not None and row.get("rate") == knee), None)
     if at_knee is not None:
         row = at_knee
-        share = f"by {slo['attainment']:.0%} of requests" if limits else "which has no limits"
-        text = f"{model} meets the SLO ({', '.join(limits)}, {share}) up to {knee:.2f} requests/s"
+        limits.append(f"by {slo['attainment']:.0%} of requests" if limits else "which has no limits")
+        text = f"{model} meets the SLO ({', '.join(limits)}) up to {knee:.2f} requests/s"
     else:
         row = max(good, key=lambda each: each["output_tokens_per_second"])
         text = f"{model} was fastest at {row['load']}" if len(good) > 1 else f"{model}, {row['load']}"

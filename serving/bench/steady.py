@@ -1,7 +1,8 @@
 """Which requests of a load are measured, and whether the server kept up. Pure: no clock, no I/O.
 
 1. Warm-up. A closed loop sends as many requests as are in flight, and at least `warm_up`. An open loop waits
-   until `warm_up` requests have ended and no more are in flight than have ended; at most `most_seconds`.
+   until `warm_up` requests, and at least one, have ended and no more are in flight than have ended; at most
+   `most_seconds`.
 2. The next `number` requests are measured.
 3. The load goes on as before until the last of them has ended. Requests of this time are not measured, and
    are given up at its end.
@@ -51,7 +52,7 @@ class Steady:
         if self.most_seconds is None:
             return index >= self.warm_up
         in_flight = self._begun - self._ended
-        return (self._ended >= max(self.warm_up, in_flight)) or at >= self.most_seconds
+        return self._ended >= max(1, self.warm_up, in_flight) or at >= self.most_seconds
 
     def ends(self, index: int) -> None:
         """A request has ended."""

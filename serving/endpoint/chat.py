@@ -20,7 +20,9 @@ from serving.endpoint.schema import Message
 from training.model.chat_template import read_template
 
 # What a template raises; the sandbox's errors are among Jinja's.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
 
 
 class ChatTemplate:

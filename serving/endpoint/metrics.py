@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from serving.engine.protocol import Engine
 
 LABEL = "model_name"
+BUCKETS = [digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5)]  # seconds, of LATENCIES
 
 
 class Figure(NamedTuple):
@@ -53,7 +54,9 @@ class Metrics:
         labels = [LABEL, "status"]
         self._refused = Counter(REFUSED.name, REFUSED.text, labels, registry=registry)
         self._latencies = {
-            name: Histogram(figure.name, figure.text, [LABEL], registry=registry).labels(self._model)
+            name: Histogram(figure.name, figure.text, [LABEL], registry=registry, buckets=BUCKETS).labels(
+                self._model
+            )
             for name, figure in LATENCIES.items()
         }
         registry.register(self)

@@ -113,12 +113,13 @@ class Run:
                     pieces[choice.index].append(piece)
         except EngineFailed as error:
             raise _failed(error) from error
-        n, drawn = self._request.n or 1, self._request.num_drawn
+        n, drawn, echoed = self._request.n or 1, self._request.num_drawn, 1 if self._request.echo else 0
         kept = []
         for first in range(0, len(pieces), drawn):
             of_prompt = pieces[first : first + drawn]
             if drawn > n:
-                of_prompt = sorted(of_prompt, key=_mean_logprob, reverse=True)[:n]
+                of_prompt.sort(key=lambda each: _mean_logprob(each[echoed:]), reverse=True)
+                del of_prompt[n:]
             kept += of_prompt
         scores = self._asked_scores()
         choices = [self._layout.choice(index, each, scores=scores) for index, each in enumerate(kept)]

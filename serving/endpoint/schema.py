@@ -31,6 +31,7 @@ MOST_CHOICES = 128
 LARGEST_SEED = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1
 MOST_ITEMS = 1024  # of a list or an object other than prompts and messages
+MOST_MESSAGES = 16_384  # they are checked in 50 ms, during which no other request is served
 MOST_QUOTED = 100  # characters of a client's words in an answer
 
 
@@ -249,12 +250,16 @@ class Message(_Strict):
     content: Annotated[str, BeforeValidator(_text), WithJsonSchema(_CONTENT)] = ""
     name: str | None = None
     tool_calls: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only()] = None
+
+
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
 
 
 class ChatRequest(_Request):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: _Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN), WHOLE] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=LARGEST_TOKEN), WHOLE] | None = None  # its older name
     logprobs: bool | None = False
@@ -280,7 +285,7 @@ class ChatRequest(_Request):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise Refusal(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
 
 
@@ -289,7 +294,7 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    messages: _Messages | None = None
     add_special_tokens: bool | None = None  # default: true with prompt, false with messages
     add_generation_prompt: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None

@@ -37,7 +37,7 @@ from serving.endpoint.schema import (
     TokenizeRequest,
     parse,
 )
-from serving.engine.protocol import Engine, admit
+from serving.engine.protocol import Engine, admit, check_ids
 
 SPARE_BYTES = 64 << 10  # of a body, for all but its prompt
 LARGE_BODY_BYTES = 64 << 10
@@ -171,14 +171,18 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         routes = [route for route in app.routes if isinstance(route, APIRoute)]
-        message = f"{path[:MOST_QUOTED]}: {error.detail}"
+        here = [route for route in routes if route.path_regex.match(path)]
+        allowed = sorted({method for route in here for method in route.methods or ()})
+        problem = error.detail
         if error.status_code == 404:
             there = dict.fromkeys(f"{'/'.join(route.methods or ())} {route.path}" for route in routes)
-            message = f"{path[:MOST_QUOTED]}: there is no such path; there are {', '.join(there)}"
+            problem = f"there is no such path; there are {', '.join(there)}"
         elif error.status_code == 405:
-            methods = {method for route in routes if route.path == path for method in route.methods or ()}
-            message = f"{path}: no {request.method}; use {' or '.join(sorted(methods))}"
-        return await refused(request, Refusal(error.status_code, message, close=True))
+            problem = f"no {request.method}; use {' or '.join(allowed)}"
+        message = f"{path[:MOST_QUOTED]}: {problem}"
+        answer = await refused(request, Refusal(error.status_code, message, close=True))
+        answer.headers.update({"Allow": ", ".join(allowed)} if allowed else {})
+        return answer
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:
@@ -231,7 +235,9 @@ class Service:
             prompts = await self._encode(http, [text], special=bool(request.add_special_tokens))
             return await self._answer(http, request, prompts, layout, arrived, headers)
         except Refusal as refusal:
-            refusal.param = "messages" if refusal.param == "prompt" else refusal.param
+            if refusal.param == "prompt":  # which a chat does not have
+                refusal.param = "messages"
+                refusal.args = (str(refusal).replace("prompt", "messages", 1),)
             raise
 
     async def tokenize(self, http: Request) -> Response:
@@ -252,8 +258,13 @@ class Service:
     async def detokenize(self, http: Request) -> Response:
         """The answer to POST /detokenize. Raises `Refusal`."""
         request, headers = await self._request(http, DetokenizeRequest)
-        text = await asyncio.to_thread(self._tokenizer.decode, request.tokens, skip_special_tokens=False)
-        return JSONResponse({"prompt": text}, headers=headers)
+        with refusals():
+            check_ids("tokens", request.tokens, self._engine.info)
+        # `decode` would not let other threads run.
+        texts = await asyncio.to_thread(
+            self._tokenizer.decode_batch, [request.tokens], skip_special_tokens=False
+        )
+        return JSONResponse({"prompt": texts[0]}, headers=headers)
 
     def require_model(self, name: str) -> None:
         """Raise `Refusal` (404) unless `name` is what is served."""

@@ -7,7 +7,7 @@ vLLM brings its own endpoint (`serving.vllm_app`). `serving.endpoint.text` turns
 import asyncio
 import queue
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -70,10 +70,9 @@ class Sampling:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         return penalties != (0.0, 0.0, 1.0)
 
-    @property
-    def adjusts(self) -> bool:
-        """It draws from other logits than the model's (`serving.engine.adjust`)."""
-        return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
+    def adjusts(self, num_sampled: int) -> bool:
+        """After so many tokens it draws from other logits than the model's (`serving.engine.adjust`)."""
+        return self.penalizes or bool(self.logit_bias) or num_sampled < self.min_tokens
 
 
 class Score(NamedTuple):
@@ -229,8 +228,7 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
     total = len(prompt) + sampling.max_tokens
     if not prompt:
         raise RequestError("prompt: is empty; give at least one token")
-    if not all(0 <= token < info.vocab_size for token in prompt):
-        raise RequestError(f"prompt: token ids must lie in [0, {info.vocab_size})")
+    check_ids("prompt", prompt, info)
     if sampling.max_tokens < (0 if sampling.echo else 1):
         raise RequestError("max_tokens: must be at least 1, or 0 to echo the prompt alone")
     if total > info.context_tokens:
@@ -239,10 +237,16 @@ def check(prompt: Sequence[int], sampling: Sampling, info: EngineInfo) -> None:
             f"{len(prompt)} of prompt and {sampling.max_tokens} of max_tokens were asked for; shorten the "
             "prompt or lower max_tokens"
         )
-    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_ids}
-    for name, ids in named.items():
-        if not all(0 <= token < info.vocab_size for token in ids):
-            raise RequestError(f"{name}: token ids must lie in [0, {info.vocab_size})")
+    if sampling.min_tokens > sampling.max_tokens:
+        raise RequestError(f"min_tokens: must not exceed max_tokens, which is {sampling.max_tokens}")
+    check_ids("logit_bias", [token for token, _ in sampling.logit_bias], info)
+    check_ids("stop_token_ids", sampling.stop_ids, info)
+
+
+def check_ids(name: str, ids: Collection[int], info: EngineInfo) -> None:
+    """Raise `RequestError` if any of a field's token ids is none of the model's."""
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        raise RequestError(f"{name}: token ids must lie in [0, {info.vocab_size})")
 
 
 def admit(num_open: int, info: EngineInfo) -> None:

@@ -9,7 +9,7 @@ import math
 import random
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -48,10 +48,10 @@ from training.model.shapes import LlamaShape
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that has begun: its spans, those of its requests that get a token, and what waits for these."""
+    """A step that has begun: its spans, those of them that get a token, and what waits for these."""
 
     spans: list[Span]
-    sampled: list["_Running"]
+    sampled: list[Span]
     chosen: Chosen
 
 
@@ -71,6 +71,13 @@ class _Running(ScheduledRequest):
         if self.prompt_tokens == self.most_tokens:
             tokens[-1] = tokens[-1]._replace(finish="length")
         return tokens
+
+    def finish(self, eos_ids: Collection[int]) -> Finish | None:
+        """Of its newest token."""
+        last = self.tokens[-1]
+        if last in self.sampling.stop_ids or (last in eos_ids and not self.sampling.ignore_eos):
+            return "stop"
+        return "length" if len(self.tokens) == self.most_tokens else None
 
 
 class TorchEngine:
@@ -179,10 +186,9 @@ class TorchEngine:
         if step is None:
             return False
         # So the GPU computes while the host delivers; but a penalty counts tokens that the host must know.
-        if self._ahead is not None and not any(r.sampling.adjusts for r in step.sampled):
+        if self._ahead is not None and not any(_adjusts(span, after=1) for span in step.sampled):
             self._next = self._begin(wait=False)
-        ids, scores = step.chosen()
-        drawn = dict(zip(step.sampled, zip(ids, scores, strict=True), strict=True))
+        drawn = {span.request: found for span, *found in zip(step.sampled, *step.chosen(), strict=True)}
         with self._lock:
             self._counts["steps"] += 1
             for span in reversed(step.spans):  # prompts come last in a step: deliver first tokens first
@@ -207,17 +213,18 @@ class TorchEngine:
             if self._closed or not spans:
                 return None
         logits = self._decoder.forward(spans)
-        sampled: list[_Running] = [span.request for span in spans if span.samples]  # type: ignore[misc]
+        sampled = [span for span in spans if span.samples]
         chosen = self._choose(sampled, logits)
         self._score_prompts(spans)
         return _Step(spans, sampled, chosen)
 
-    def _choose(self, sampled: Sequence[_Running], logits: torch.Tensor) -> Chosen:
-        samplings, chances = [r.sampling for r in sampled], [r.chance for r in sampled]
+    def _choose(self, sampled: Sequence[Span], logits: torch.Tensor) -> Chosen:
+        requests: list[_Running] = [span.request for span in sampled]  # type: ignore[misc]
+        samplings, chances = [r.sampling for r in requests], [r.chance for r in requests]
         changed = {
             row: adjusted(logits[row], r.sampling, r.tokens, r.prompt_tokens, eos_ids=self._eos_ids)
-            for row, r in enumerate(sampled)
-            if r.sampling.adjusts
+            for row, (span, r) in enumerate(zip(sampled, requests, strict=True))
+            if _adjusts(span)
         }
         if self._ahead is not None:
             return self._ahead.choose(samplings, chances, changed)
@@ -225,9 +232,9 @@ class TorchEngine:
         return lambda: found
 
     def _outcome(
-        self, request: _Running, drawn: tuple[int, Score | None] | None, *, ends_prompt: bool
+        self, request: _Running, drawn: list[Any] | None, *, ends_prompt: bool
     ) -> list[Token] | BrokenModel:
-        """What a step that has run gives a request: no token if it was part of a prompt."""
+        """What a step gives a request: no token if it was part of a prompt. drawn: a token's id and score."""
         tokens: list[Token] = []
         if ends_prompt:
             if not all(math.isfinite(each.logprob) for each in request.scores):
@@ -240,7 +247,7 @@ class TorchEngine:
                 return BrokenModel()
             request.tokens.append(token)
             self._counts["generated_tokens"] += 1
-            tokens.append(Token(token, found, self._finish(request)))
+            tokens.append(Token(token, found, request.finish(self._eos_ids)))
         return tokens
 
     def _tell(self, request: _Running, outcome: list[Token] | EngineFailed) -> None:
@@ -267,11 +274,11 @@ class TorchEngine:
         for span in scored:
             span.request.scores += islice(rest, span.num_scored)  # type: ignore[attr-defined]
 
-    def _finish(self, request: _Running) -> Finish | None:
-        last, sampling = request.tokens[-1], request.sampling
-        if last in sampling.stop_ids or (last in self._eos_ids and not sampling.ignore_eos):
-            return "stop"
-        return "length" if len(request.tokens) == request.most_tokens else None
+
+def _adjusts(span: Span, *, after: int = 0) -> bool:
+    """Whether the token that follows the span, or the one `after` more, is drawn from other logits."""
+    request: _Running = span.request  # type: ignore[assignment]
+    return request.sampling.adjusts(span.stop - request.prompt_tokens + after)
 
 
 @says_what_does_not_fit

@@ -18,6 +18,7 @@ from optim.rules import (
     scion,
     step,
     transported,
+    warm_started,
 )
 from tests.optim.rule_cases import RULES, exact, factor, ours, tensors
 
@@ -215,21 +216,23 @@ def test_scion_in_the_spectral_norm_is_muon_without_nesterov():
 
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize(
-    ("transport", "cap", "ramp_steps", "aheads"),
+    ("transport", "cap", "ramp_steps", "peak_lr", "aheads"),
     [
-        (1.0, 1e9, 0, [9.0, 9.0, 9.0]),  # β/(1-β) at β = 0.9
-        (0.5, 1e9, 0, [4.5, 4.5, 4.5]),
-        (1.0, 2.0, 0, [2.0, 2.0, 2.0]),
-        (1.0, 1e9, 3, [3.0, 6.0, 9.0]),
+        (1.0, 1e9, 0, None, [9.0, 9.0, 9.0]),  # β/(1-β) at β = 0.9
+        (0.5, 1e9, 0, None, [4.5, 4.5, 4.5]),
+        (1.0, 2.0, 0, None, [2.0, 2.0, 2.0]),
+        (1.0, 1e9, 3, None, [3.0, 6.0, 9.0]),
+        (1.0, 2.0, 2, 0.4, [0.25, 0.5, 0.5]),  # at a quarter of the peak rate
     ],
 )
 def test_the_transported_point_is_ahead_by_the_whole_displacement(
-    transport, cap, ramp_steps, aheads, constrained
+    transport, cap, ramp_steps, peak_lr, aheads, constrained
 ):
     """Y = θ + c·β/(1-β)·(θ - θ_before), the decay being part of what moved θ."""
     weight, *gradients = tensors(5, 8, count=4)
     options = {"momentum": 0.9, "weight_decay": 0.7, "constrained": constrained, "dtype": torch.float32}
-    rule = transported(scion(**options), transport=transport, cap=cap, ramp_steps=ramp_steps)
+    given = {"transport": transport, "cap": cap, "ramp_steps": ramp_steps, "peak_lr": peak_lr}
+    rule = transported(scion(**options), **given)
     plain, state = weight.clone(), new_state(rule, weight)
     plain_state = new_state(rule, weight)
     for number, (gradient, ahead) in enumerate(zip(gradients, aheads, strict=True), 1):
@@ -274,6 +277,34 @@ def test_any_rule_with_momentum_can_be_transported():
     for refused in (rule, mars()):
         with pytest.raises(ValueError, match="looks ahead"):
             ema_nesterov(refused)
+
+
+def test_momentum_that_starts_warm_is_under_transport_the_gradient_at_the_weights():
+    """Of a quadratic without noise, at every step, while the rate falls; from zero it is not."""
+    target, errors = tensors(5, 8, count=1, seed=3)[0], []
+    for plain in (scion(momentum=0.8), warm_started(scion(momentum=0.8))):
+        rule, worst = transported(plain), 0.0
+        weight = torch.zeros(5, 8)
+        point, state = weight, new_state(rule, weight)
+        for number in range(1, 30):
+            exact = weight - target
+            point = step(rule, weight, point - target, state, lr=0.05 / number, step=number)
+            worst = max(worst, (state["momentum"] - exact).abs().max().item())
+        errors.append(worst)
+    assert errors[1] < 1e-5 < 1e-2 < errors[0]
+
+
+def test_a_warm_start_is_for_every_rule_with_momentum_and_changes_its_first_steps_alone():
+    weight, *gradients = tensors(5, 8, count=2)
+    for rule in (muon(), scion(norm="sign"), mars()):
+        state, plain_state = (new_state(rule, weight) for _ in range(2))
+        for number, gradient in enumerate(gradients[:1] * rule.gradients_per_update, 1):
+            step(warm_started(rule), weight.clone(), gradient, state, lr=0.1, step=number)
+            step(rule, weight.clone(), gradient, plain_state, lr=0.1, step=number)
+        torch.testing.assert_close(plain_state["momentum"], 0.05 * gradients[0])
+        assert torch.equal(state["momentum"], gradients[0])
+    with pytest.raises(ValueError, match="adamw: has no momentum"):
+        warm_started(adamw())
 
 
 def test_transport_changes_where_the_gradient_is_taken():

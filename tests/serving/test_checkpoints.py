@@ -159,10 +159,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     r"a-2\.safetensors: listed in .*, but missing": lambda m: edit(
         m / "model.safetensors.index.json", weight_map={"x": "a-2.safetensors"}
     ),
+    r"generation_config\.json: not valid JSON: maximum recursion": lambda m: (
+        m / "generation_config.json"
+    ).write_text("[" * 100_000),
+    r"model/.*: leads nowhere \(embedded null byte": lambda m: edit(
+        m / "model.safetensors.index.json", weight_map={"x": "\0"}
+    ),
+    r"config\.json: rope_scaling: says something else than rope_parameters": lambda m: edit(
+        m / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0}
+    ),
     r"generation_config\.json: eos_token_id: 'x'": lambda m: edit(
         m / "generation_config.json", eos_token_id="x"
     ),
-    "eos_token_id 300 is no token of the model": lambda m: edit(
+    r"generation_config\.json: eos_token_id: \[300\] is neither a token id of the model": lambda m: edit(
         m / "generation_config.json", eos_token_id=[300]
     ),
     r"tokenizer\.json: not a tokenizer": lambda m: (m / "tokenizer.json").write_text("[]"),

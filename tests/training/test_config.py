@@ -325,6 +325,8 @@ def test_a_refused_value_names_its_key(name):
 SOURCES = (training_config, optim_config)
 REFUSED_TOGETHER = {
     "optim.matrix.ahead": ("optim.matrix.rule=adamw", "optim.matrix.ahead=transport"),
+    "optim.matrix.warm_start": ("optim.matrix.rule=adamw", "optim.matrix.warm_start=true"),
+    "optim.scion.transport_scheduled": ("optim.scion.transport_scheduled=true",),
     "optim.final_weight_decay": ("optim.final_weight_decay=0.5", "optim.scion.constrained=true"),
     "checkpoint.max_rewinds": ("optim.matrix.rule=mars", "checkpoint.max_rewinds=1"),
     "zero.offload_optimizer": ("zero.stage=0", "zero.offload_optimizer=true"),

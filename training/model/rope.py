@@ -113,6 +113,22 @@ def from_fields(fields: Mapping[str, Any] | None) -> Scaling | None:
     return next(k for k in kinds if {f.name for f in dataclasses.fields(k)} == set(fields))(**fields)
 
 
+def keys_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of RoPE under `rope_parameters` (transformers 5) or `rope_scaling` (4).
+
+    Raises:
+        ValueError: it says both, and they differ.
+    """
+    told = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    thetas = [each["rope_theta"] for each in (config, *told) if each.get("rope_theta") is not None]
+    same = all(theta == thetas[0] for theta in thetas)
+    _require(same, "rope_theta", f"is {' and '.join(map(repr, thetas))} in rope_parameters and beside it")
+    scalings = [from_hf({**config, **each}) for each in told]
+    same = all(scaling == scalings[0] for scaling in scalings)
+    _require(same, "rope_scaling", "says something else than rope_parameters; change both, or remove one")
+    return told[0] if told else {}
+
+
 def from_hf(config: Mapping[str, Any]) -> Scaling | None:
     """The scaling that a config asks for, whose RoPE keys are among its own.
 

@@ -6,7 +6,6 @@ arXiv 2305.13245; the long-context RoPE of Llama 3.1, arXiv 2407.21783; QK-norm 
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -259,8 +258,10 @@ def _read(path: Path) -> LlamaShape:
     if not file.is_file():
         raise ValueError(f"{path}: no such config.json, nor a shape's name; those are {', '.join(SHAPES)}")
     try:
-        return from_hf_config(json.loads(file.read_text()))
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError is one too
+        return from_hf_config(files.read_json(file))
+    except files.DamagedFile:
+        raise
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -313,14 +314,15 @@ def from_hf_config(config: dict[str, Any]) -> LlamaShape:
             dropout, quantised weights, another activation, a sliding window below the context, soft caps,
             multipliers, or a RoPE that `training.model.rope` does not know.
     """
-    _require(isinstance(config, dict), "config.json", "holds no JSON object")
+    if not isinstance(config, dict):
+        raise ValueError("holds no JSON object")
     for name in ("rope_parameters", "rope_scaling"):
         _require(isinstance(config.get(name), dict | None), name, f"{config.get(name)!r} is no object")
     kind = config.get("model_type") or "llama"
     supported = ", ".join(map(repr, _KINDS))
     _require(isinstance(kind, str) and kind in _KINDS, "model_type", f"{kind!r} is not one of: {supported}")
     config = _KINDS[kind] | config
-    config = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+    config |= rope.keys_of(config)
     for name, only in _ONLY.items():
         value = config.get(name)
         problem = f"{value!r} is not supported, only {' or '.join(map(repr, only)) or 'null'}"
@@ -381,25 +383,24 @@ def _require_no_window(config: dict[str, Any], shape: LlamaShape, *, always: boo
     )
 
 
-def eos_ids(directory: Path) -> list[int]:
+def eos_ids(directory: Path, *, vocab_size: int | None = None) -> list[int]:
     """The tokens that end a text: generation_config.json of a Hugging Face directory, else config.json.
 
     Raises:
-        ValueError: one of them is no JSON object, or says something else than token ids.
+        ValueError: one of them is no JSON object, or says something else than token ids (below `vocab_size`).
     """
+    most = math.inf if vocab_size is None else vocab_size
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        content = files.read_json(file)
         _require(isinstance(content, dict), str(file), "holds no JSON object")
         found = content.get("eos_token_id")
         ids = [] if found is None else found if isinstance(found, list) else [found]
-        usable = all(type(one) is int and one >= 0 for one in ids)
-        _require(usable, f"{file}: eos_token_id", f"{found!r} is neither a token id nor a list of them")
+        usable = all(type(one) is int and 0 <= one < most for one in ids)
+        problem = f"{found!r} is neither a token id of the model nor a list of them"
+        _require(usable, f"{file}: eos_token_id", problem)
         if ids:
             return ids
     return []

@@ -153,7 +153,7 @@ def describe(
         yield table(HEADERS, [_cells(row, memory) for row in chosen], left=(0, 1, -1))
     if (most := max(config.nodes)) > 1:
         yield f"\nwhat {most} nodes need beside that"
-        site = growth.Site(most, config.gpus_per_node, network_gb_per_s=basis.network.bytes_per_s / 1e9)
+        site = growth.Site(most, network_gb_per_s=basis.network.bytes_per_s / 1e9)
         yield pairs([*growth.describe(site), growth.checkpoint(site, SHAPES[config.shape].num_parameters)])
 
 

@@ -166,9 +166,12 @@ def _matrix_rule(optim: OptimConfig, matrix: MatrixOptimConfig, norm: str = "") 
         rule = getattr(rules, name)(**average)
     else:
         rule = rules.muon(**muon)
+    rule = rules.warm_started(rule) if matrix.warm_start else rule
     ramp: dict[str, Any] = {"ramp_steps": matrix.ramp_steps}
     if matrix.looks == "transport":
-        return rules.transported(rule, transport=optim.scion.transport, cap=optim.scion.transport_cap, **ramp)
+        scion = optim.scion
+        ramp["peak_lr"] = matrix.lr if scion.transport_scheduled else None
+        return rules.transported(rule, transport=scion.transport, cap=scion.transport_cap, **ramp)
     if matrix.looks == "ema_nesterov":
         ramp |= {name: getattr(matrix, name) for name in ("lookahead", "velocity_decay")}
         return rules.ema_nesterov(rule, **ramp)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from cluster.head import ray_rest
 from cluster.head.answers import Head, Refused
 from cluster.head.ray_rest import Ray, RayDown
 from cluster.record import events
@@ -82,16 +84,21 @@ def server():
 
 
 @pytest.fixture
-def head(server, tmp_path):
+def head(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_rest, "of_cluster", lambda name: {os.getpid(): "the stand-in"})
     ports = {"dashboard_port": server.server_address[1], "gcs_port": free_ports(1)[0]}
     return Head({"name": "here", "scratch": str(tmp_path), "storage": str(tmp_path), **ports})
 
 
-def test_another_ray_on_the_clusters_port_is_sent_nothing(head, server):
+def test_another_ray_on_the_clusters_ports_is_sent_nothing(head, server, monkeypatch):
+    monkeypatch.setattr(ray_rest, "of_cluster", lambda name: {})  # this process is another Ray now
+    told = r"in use by a process of yours, pid \d+.* nothing was sent to it.* set ports\."
+    with pytest.raises(Refused, match=f"port {head.site['dashboard_port']} is {told}dashboard "):
+        head.submit(REQUEST, b"code")
     with socket.socket() as other:
         other.bind(("", head.site["gcs_port"]))
         other.listen()
-        with pytest.raises(Refused, match=r"in use by a process of yours, pid \d+.* nothing was sent to it"):
+        with pytest.raises(Refused, match=f"port {head.site['gcs_port']} is {told}gcs "):
             head.submit(REQUEST, b"code")
     assert not server.jobs and not server.uploads
 
@@ -155,8 +162,10 @@ def test_the_preflight_comes_first_where_it_has_not_passed_and_closes_the_gate_w
     (tmp_path / "preflight.json").write_text(json.dumps(failed))
     with pytest.raises(Refused, match=r"7 GPUs and not 8.*SKIP_PREFLIGHT=1"):
         head.submit(gated, b"code")
-    for stale in ({"nodes": ["10.0.0.1", "10.0.0.2"]}, {"session": "an earlier one"}):
-        (tmp_path / "preflight.json").write_text(json.dumps({**failed, **stale}))
+    stale = [{**failed, "nodes": ["10.0.0.1", "10.0.0.2"]}, {**failed, "session": "an earlier one"}]
+    for text in (*map(json.dumps, stale), "{", "[]", '{"session": "session_now"}'):
+        (tmp_path / "preflight.json").write_text(text)
+        assert "problem" in head.status()  # which a damaged report does not end
         number = head.submit(gated, b"code")["id"]
         assert server.jobs[number]["entrypoint"] == "check && train"
         server.jobs[number]["status"] = "SUCCEEDED"

@@ -11,7 +11,7 @@ def look(*, gpu=None, **more):
         "remap_failed": False, "throttled": [], "link_errors": 5, "others": [],
     }  # fmt: skip
     node = {"host": "node1", "gpus": [{**sound, **(gpu or {})}], "gpus_problem": None, "xids": []}
-    return {**node, "disk_errors": [], "disks": {"/scratch": 10**12}, "reads_kernel_log": True, **more}
+    return {**node, "disk_errors": [], "disks": {"/scratch": 10**12}, **more}
 
 
 @pytest.fixture
@@ -48,6 +48,11 @@ def test_a_problem_is_found_once_and_again_after_it_has_gone(judge, found, kind,
     judge.findings(look(gpu={"ecc_errors": 0, "link_errors": 0}))  # it was reset
     if not found["xids"]:
         assert judge.open == {}
+
+
+def test_a_counter_that_was_not_answered_once_did_not_grow(judge):
+    assert judge.findings(look(gpu={"ecc_errors": None, "link_errors": None})) == []
+    assert judge.findings(look()) == []
 
 
 def test_a_clock_is_off_by_a_second(judge):

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -224,14 +225,29 @@ def test_a_rank_that_waits_for_one_that_makes_progress_does_not_hang(tmp_path: P
     assert not first._hangs()  # the other one has no heartbeat yet
     first._quiet = first._there = 51.0
     assert first._hangs()
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert not first._hangs()
     second._quiet = 40.0
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert first._hangs()
     first._quiet, first._write_quiet, second._write_quiet = 0.0, 50.0, 0.0
-    second._write(second._beat())
+    hang._write(second._file, second._beat())
     assert not first._hangs()  # the checkpoint waits for the other one's part, which grows
+
+
+def test_a_rank_that_is_being_ended_goes_no_further(tmp_path: Path, monkeypatch) -> None:
+    """It was stopped, say, and runs again: else a short run would end well on the others."""
+    (tmp_path / "ranks").mkdir()
+    monkeypatch.setattr(hang, "GRACE_SECONDS", 0.3)
+    ended: list[int] = []
+    monkeypatch.setattr(hang.os, "_exit", lambda code: ended.append(heart._num_marks))
+    heart = hang.Heartbeat(tmp_path, world_size=2, start="s", hang_seconds=45.0)
+    thread = threading.Thread(target=heart._end)
+    thread.start()
+    wait_until(lambda: (tmp_path / "ranks/00000.stacks").exists())
+    heart.mark("data", 1)
+    thread.join()
+    assert ended == [0]
 
 
 def test_a_child_that_computes_is_work(tmp_path: Path) -> None:
@@ -261,6 +277,17 @@ def test_a_slow_rank_is_told_with_what_it_costs() -> None:
         "median; each step waits for it, about 1.2 s"
     }
     assert heartbeat.stragglers(beats, fraction=0.4) == heartbeat.stragglers(beats, fraction=0) == {}
+    costs = [heartbeat.straggler_seconds(beats, fraction=fraction) for fraction in (0.25, 0.4, 0)]
+    assert costs == [pytest.approx(1.2), 0, 0] and heartbeat.straggler_seconds([], fraction=0.25) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "may"),
+    [("", True), ("0,3", True), ("0,1", False), ("GPU-33", True), ("GPU-4,3", True), ("13", False)],
+)
+def test_a_rank_may_use_the_gpus_that_it_was_given_or_any(gpus: str, may: bool) -> None:
+    assert beat(0, gpus=gpus).may_use("gpu", 3, "GPU-33f") is may
+    assert not beat(0, gpus=gpus).may_use("other", 3, "GPU-33f")
 
 
 def test_status_has_the_ranks_of_the_newest_start(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_worker_gets_its_own_options_and_the_heads_address(tmp_path):
         write(tmp_path, MIXED.replace("10.0.0.1", "fd00::1").replace("/local/x", "/SCRATCH"))
     )
     (tmp_path / "activate").write_text(
-        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; }; export -f ray\n"
+        "ray() { printf '<%s>' \"$@\"; echo Ray runtime started; sleep 5; }; export -f ray\n"
     )
     script = (
         commands.start_worker(site)
@@ -172,6 +172,12 @@ def test_a_changed_inventory_makes_the_yaml_anew_but_no_hand_edit_is_lost(tmp_pa
             "packages.index",
         ),
         (("name: here", "- name"), "here.inventory.yaml: not valid YAML"),
+        (
+            ("name: here", "ports: {gcs: 8265}"),
+            "ports: gcs, dashboard and agent must differ, and are (8265, 8265",
+        ),
+        (("name: here", "name: &a [*a]"), "here.inventory.yaml: "),
+        (("workers: [10.0.0.2, 10.0.0.3]", "workers: &a [*a]"), "here.inventory.yaml: "),
     ],
 )
 def test_a_bad_inventory_is_one_message_with_file_and_key(tmp_path, change, told):
@@ -241,12 +247,13 @@ def test_a_line_break_in_the_files_own_name_or_in_the_preflights_keys_is_refused
 def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
     """The commands themselves, by a real shell: scratch is another user's, a link, or our own."""
     marks = tmp_path / "ran"
-    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh")
+    packages = keys.PackagesConfig(index="http://index/simple", proxy="http://proxy:3128")
+    site = keys.Inventory(head="10.0.0.1", scratch="/SCRATCH", python="sh", packages=packages)
     scratch = tmp_path / "s"
     for name in ("cluster/head/setup.sh", "cluster/head/reap.py"):
         file = scratch / "code" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"echo {name} >> {marks}")
+        file.write_text(f"echo {name} $PIP_INDEX_URL $PIP_PROXY >> {marks}")
     link = tmp_path / "l"
     link.symlink_to(scratch)
     for command in (commands.setup(site), commands.reap(site)):
@@ -259,6 +266,8 @@ def test_nothing_in_a_scratch_folder_of_another_is_run(tmp_path):
             assert done.stderr == (
                 "" if place == scratch else f"{place} is not yours: set scratch in the inventory\n"
             )
+            if "setup" in command and place == scratch:
+                assert marks.read_text().split()[1:] == [packages.index, packages.proxy]
 
 
 @pytest.mark.cluster  # it makes a virtual environment

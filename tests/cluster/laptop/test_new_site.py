@@ -29,7 +29,7 @@ Host *
 
 @pytest.fixture
 def ssh_config(tmp_path):
-    (tmp_path / "more").mkdir()
+    (tmp_path / "more/folder").mkdir(parents=True)
     (tmp_path / "more/other").write_text("Host elsewhere\n  HostName 192.0.2.9\n")
     (tmp_path / "config").write_text(CONFIG.replace("FOLDER", str(tmp_path)))
     return tmp_path / "config"
@@ -72,16 +72,22 @@ def test_questions_are_asked_for_what_is_open_and_again_after_a_bad_answer(tmp_p
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, ssh_config):
+    (tmp_path / "round").write_text(f"Host a\nInclude {tmp_path}/round\n")
     for arguments, error, told in (
         ([], UserError, "head: is missing"),
         (["head=10.0.0.1", "workers=[10.0.0.1]"], ConfigError, "workers: 10.0.0.1 named twice"),
         (["hosts=a"], UserError, "hosts: .*from="),
         ([f"from={ssh_config}", "hosts=none-*"], UserError, "no host named"),
         ([f"from={tmp_path}/nowhere"], UserError, "nowhere: no such file"),
+        ([f"from={tmp_path}/round"], UserError, "round: ssh refuses it: Too many recursive"),
     ):
         with pytest.raises(error, match=told):
             new_site(tmp_path / "mine.yaml", arguments, ask=None)
         assert not list(tmp_path.glob("*mine*"))
+    for name in ("mine", "mine.inventory.yaml", "mi\nne.yaml"):
+        with pytest.raises(UserError, match=r"mi.*: (CLUSTER names a Ray YAML|the name has char)"):
+            new_site(tmp_path / name, ["head=10.0.0.1"], ask=None)
+    assert not list(tmp_path.glob("*mi*ne*"))
     new_site(tmp_path / "mine.yaml", ["head=10.0.0.1"], ask=None)
     before = (tmp_path / "mine.inventory.yaml").read_text()
     with pytest.raises(UserError, match=r"mine\.inventory\.yaml: exists already"):

@@ -137,7 +137,7 @@ def test_a_transfer_is_repeated_while_the_link_is_lost_and_only_then(node, tmp_p
     assert sent(broken) == "sent\n"
     assert len(told) == 2 and "link lost: 10.0.0.2: rsync: broken" in told[0] and "is back" in told[1]
     with pytest.raises(RunError, match=r"^10\.0\.0\.2: rsync: no such folder$"):
-        sent("echo 'rsync: no such folder' >&2; exit 23")
+        sent("echo 'mind the gap' >&2; echo 'rsync: no such folder' >&2; exit 23")
     with pytest.raises(RunError, match="rsync: no such command"):
         transfer(node, ["/nowhere/rsync"], patience=PATIENCE_SECONDS, report=told.append)
     assert len(told) == 2

@@ -21,6 +21,8 @@ KERNEL_LINES = """\
 4,2,6,-;usb 1-1: new device
 3,3,7,-;blk_update_request: I/O error, dev nvme0n1, sector 8 op 0x1:(WRITE)
 2,4,8,-;EXT4-fs error (device nvme0n1p1): ext4_find_entry:1
+6,5,9,-;EXT4-fs (sda1): mounted filesystem with ordered data mode. Opts: errors=remount-ro
+3,6,10,-;blk_update_request: I/O error, dev sr0, sector 0 op 0x0:(READ)
 """
 
 
@@ -37,7 +39,7 @@ def answer(tmp_path, monkeypatch):
 def test_a_look_gives_what_nvml_says_of_each_gpu(answer, tmp_path):
     node = health.Node(own=".", kernel_log=tmp_path / "none")
     found = node.look()
-    assert found["host"] == os.uname().nodename and not found["reads_kernel_log"]
+    assert found["host"] == os.uname().nodename
     assert [(gpu["index"], gpu["uuid"], gpu["lost"]) for gpu in found["gpus"]] == [
         (0, "GPU-00", None),
         (1, "GPU-11", None),
@@ -48,6 +50,8 @@ def test_a_look_gives_what_nvml_says_of_each_gpu(answer, tmp_path):
     assert hot["throttled"] == ["heat"] and other["throttled"] == ["its power supply"]
     assert hot["remap_pending"] and not hot["remap_failed"] and other["link_errors"] == 7
     assert found["xids"] == [[1, 48], [0, 31]] and node.look()["xids"] == []
+    answer("REPLAYS = {('NVLink', 1): 2}")  # its first link is off, its second one is not
+    assert [gpu["link_errors"] for gpu in node.look()["gpus"]] == [0, 4]
     answer("LOST = (1,)")
     assert node.look()["gpus"][1] == {"index": 1, "uuid": "GPU-11", "lost": "GPU is lost"}
     answer("PROBLEM = 'Driver/library version mismatch'")
@@ -61,6 +65,19 @@ def test_xids_arrive_of_every_gpu_that_does_not_refuse_and_of_one_that_is_lost(a
     events = "[(0, 13), (1, 48), (0, 31), (1, 79)]"
     answer(f"LOST, XIDS = (1,), {events}")
     assert node.look()["xids"] == [[0, 31], [None, 79]]
+
+
+def test_a_failure_of_nvml_is_told_and_is_neither_a_lost_gpu_nor_the_end_of_the_xids(answer, tmp_path):
+    node = health.Node(own=".", kernel_log=tmp_path / "none")
+    assert node.look()["gpus_problem"] is None
+    answer("ROWS, NO_EVENTS, XIDS = None, 'GPU is lost', [(1, 48)]")
+    found = node.look()
+    told = "NVML: nvmlDeviceGetRemappedRows (Unknown Error), Xids (GPU is lost)"
+    assert found["gpus_problem"] == told and found["xids"] == []
+    assert [(gpu["lost"], gpu["link_errors"]) for gpu in found["gpus"]] == [(None, None)] * 2
+    answer("XIDS = [(1, 48)]")
+    found = node.look()
+    assert found["gpus_problem"] is None and found["xids"] == [[1, 48]]
 
 
 def test_throttled_is_what_is_active_and_not_what_is_not(answer):
@@ -80,7 +97,7 @@ def test_the_kernels_lines_are_read_and_a_gpu_is_found_by_its_place_on_the_bus(a
         if "Xid" in line:
             assert found["xids"] == [[1, 79]]
         else:
-            assert found["xids"] == [] and bool(found["disk_errors"]) == ("rror" in line)
+            assert found["xids"] == [] and bool(found["disk_errors"]) == ("nvme0" in line)
 
 
 @pytest.mark.skipif(not os.access("/dev/kmsg", os.R_OK | os.W_OK), reason="only root writes the kernel's log")

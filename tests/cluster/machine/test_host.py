@@ -54,6 +54,8 @@ def test_a_lost_gpu_is_a_problem_and_the_others_are_counted(answer):
     found = host.gpus()
     assert [gpu["index"] for gpu in found["gpus"]] == [0, 2]
     assert found["gpus_problem"] == "NVML: GPU 1: GPU is lost"
+    found = host.gpus(without=[0, 1])
+    assert [gpu["index"] for gpu in found["gpus"]] == [2] and found["gpus_problem"] is None
 
 
 def test_the_host_is_described_and_a_broken_driver_says_how(answer):

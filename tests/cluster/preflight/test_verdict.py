@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from cluster.preflight import command as preflight
-from cluster.preflight.command import PreflightConfig
+from cluster.preflight.command import PreflightConfig, ring_rounds
 from cluster.preflight.verdict import (
     ExpectConfig,
     LimitsConfig,
@@ -45,6 +45,7 @@ def sound():
             "hostname": f"n{number}",
             "versions": {"torch": "2.13.0", "code": "abc"},
             "gpus_problem": None,
+            "drained_gpus": 0,
             "toolchain_problem": None,
             "gpus": [gpu(0), gpu(1)],
             "scratch": folder(),
@@ -143,6 +144,29 @@ def test_another_users_process_on_a_gpu_is_a_warning():
     found["nodes"]["10.0.0.1"]["gpus"][1]["others"] = [["ana", 77]]
     (finding,) = verdict(found)
     assert not finding.is_failure and "GPU 1 is used by user ana, pid 77" in finding.message
+
+
+def test_a_drained_gpu_closes_no_gate_and_the_others_keep_their_names():
+    found = sound()
+    node = found["nodes"]["10.0.0.2"]
+    fall_off_the_bus(node)  # as the node answers without a drained GPU
+    node |= {"drained_gpus": 1}
+    assert verdict(found) == [] == verdict(found, expect=ExpectConfig())
+    node["ceilings"][0] |= {"product_tflops": ceiling(90.0), "gpu": 5}
+    (slow,) = verdict(found)
+    assert "GPU 5 reaches 90.0" in slow.message
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 4, 5, 8])
+def test_the_neighbours_of_a_ring_are_measured_at_once_and_no_node_twice_in_a_round(num_nodes):
+    ring = [str(node) for node in range(num_nodes)]
+    rounds = ring_rounds(ring)
+    pairs = [pair for each in rounds for pair in each]
+    assert sorted(pairs) == sorted(
+        (a, ring[(i + 1) % num_nodes]) for i, a in enumerate(ring) if num_nodes > 2
+    )
+    assert all(len({node for pair in each for node in pair}) == 2 * len(each) for each in rounds)
+    assert len(rounds) <= 3
 
 
 def test_each_kind_of_gpu_is_held_against_its_own_kind_and_a_drained_node_is_named():

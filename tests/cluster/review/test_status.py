@@ -1,12 +1,13 @@
 import fcntl
+import json
 import subprocess
 import sys
 
 from cluster.record import events
 from cluster.record.row_format import LAUNCHER_LOCK
 from cluster.review.run_reader import Run
-from cluster.review.status import lines_of, report
-from tests.cluster.review.factories import age, make_run, row
+from cluster.review.status import HEALTH_FILE, lines_of, report
+from tests.cluster.review.factories import age, make_run, open_record, row
 from tests.commands import ROOT
 
 
@@ -25,6 +26,25 @@ def test_a_run_has_a_line_and_its_newest_alarms_follow(tmp_path):
         " warning: step 4: the loss is 4",
         " error: rank 3: out of memory",
     ]
+
+
+def test_a_run_that_goes_on_says_what_is_wrong_with_its_nodes(tmp_path):
+    with open_record(tmp_path / "night") as record:
+        record.log(row(1))
+        for content, told in (
+            ({"health_problems": 1, "health_throttled_gpus": 0}, "nodes: 1 open problem, "),
+            (
+                {"health_problems": 3, "health_throttled_gpus": 2},
+                "nodes: 3 open problems, GPUs throttled: 2, ",
+            ),
+            ({"health_problems": 0}, None),
+            ([], None),
+        ):
+            if content:
+                content["time"] = 0
+            (tmp_path / "night" / HEALTH_FILE).write_text(json.dumps(content))
+            said = [line.strip() for line in lines_of(Run(tmp_path / "night")) if "nodes: " in line]
+            assert [line[: len(told or "")] for line in said] == [told] * bool(told)
 
 
 def test_a_serving_run_has_measured_loads(tmp_path):

@@ -21,6 +21,7 @@ from optim.rules import (
     sgd,
     signum,
     transported,
+    warm_started,
 )
 from optim.step import fused
 from optim.step.fragments import Fragment
@@ -47,7 +48,7 @@ FP32 = {"weight_decay": 0.1, "dtype": torch.float32}
 
 RULES = {
     "muon": muon(**FP32),
-    "muon-bf16": muon(weight_decay=0.1),
+    "muon-bf16": warm_started(muon(weight_decay=0.1)),
     "muon-plain": muon(momentum=0.8, nesterov=False, method="jordan", update_scale="rms", **FP32),
     "adamw": adamw(weight_decay=0.1),
     "normuon": normuon(**FP32),
@@ -62,7 +63,7 @@ RULES = {
     "scion": scion(radius=3.0, constrained=True, dtype=torch.float32),
     "scion-column": scion(norm="column", **FP32),
     "scion-sign": scion(norm="sign", **FP32),
-    "transported": transported(scion(**FP32)),
+    "transported": transported(warm_started(scion(**FP32)), peak_lr=0.3),
     "transported-capped": transported(
         scion(norm="frobenius:rms", dtype=torch.float32), cap=2.5, ramp_steps=5
     ),

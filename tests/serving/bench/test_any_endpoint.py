@@ -98,7 +98,7 @@ class Odd(BaseHTTPRequestHandler):
             {"delta": {}, "finish_reason": "stop"} if chat else {"text": "", "finish_reason": "stop"}
         )
         events: list[Any] = [{"choices": [chunk]} for chunk in chunks]
-        if "stream_options" in body:
+        if "stream_options" in body and "counts nothing" not in self.odd:
             events.append({"choices": [], "usage": {"prompt_tokens": size, "completion_tokens": num}})
         if "one unreadable answer" in self.odd and self.number == 5:
             events[1] = [3]
@@ -164,6 +164,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("refuses seed", "refuses stream_options"), {}, "refuses stream_options: the server may not count"),
         (("refuses without reason",), {}, "refuses ignore_eos"),
         (("wants text",), {}, "about 3.00 tokens a word, and 0 beside them"),
+        (("wants text", "counts nothing"), {}, "does not count their tokens: a word is taken for one"),
         (("wants max_completion_tokens",), {"api": "chat"}, "about 3.00 tokens a word, and 9 beside them"),
         (("no list",), {"target_model": "m", "target_context_tokens": 64}, ""),
         (("an empty list",), {"target_model": "m", "target_context_tokens": 64}, ""),

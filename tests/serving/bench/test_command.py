@@ -180,7 +180,7 @@ def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypa
             ["bench.target=http://127.0.0.1:1"],
             "bench.target: http://127.0.0.1:1/v1/models does not answer .*refused",
         ),
-        (["load.prompt_tokens=many", "bench.target=URL"], "load.prompt_tokens: 'many' is none of"),
+        (["load.prompt_tokens=many", "--dry-run"], "load.prompt_tokens: 'many' is none of"),
         (["load.rates=[0]"], r"load.rates: must lie in .0, "),
         (["bench.compare=sglang"], "bench.compare: 'sglang' is not one of: serve, transformers, vllm"),
         (
@@ -188,8 +188,8 @@ def test_a_lagging_client_s_points_are_named_and_not_reported(tmp_path, monkeypa
             "bench.target_model: 'x' is not served at .*; there are: m",
         ),
         (
-            ["load.trace=gone.jsonl", "load.concurrency=[]", "sweep.points=0", "bench.target=URL"],
-            "gone.jsonl: cannot",
+            ["load.trace=gone.jsonl", "load.concurrency=[]", "sweep.points=0", "--dry-run"],
+            "load.trace: gone.jsonl: no such file",
         ),
     ],
 )

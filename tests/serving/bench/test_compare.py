@@ -54,6 +54,7 @@ def test_a_single_measurement_decides_nothing(tmp_path, capsys):
     [
         (None, "b/summary.json: missing; name a folder"),
         ("[]", "b/summary.json: is no summary of `make serve-bench`"),
+        ('{"points": [3]}', "b/summary.json: is no summary of `make serve-bench`"),
         ('{"points": []}', "no load in common: 1 in flight and none; measure both"),
     ],
 )

@@ -25,19 +25,30 @@ def test_a_trace_is_sent_as_it_is(tmp_path: Path):
     [
         ("{", "line 2: no JSON"),
         ("[1]", "line 2: no JSON object"),
-        ('{"at_seconds": 1}', "line 2: needs numbers at_seconds, prompt_tokens, output_tokens"),
+        ('{"at_seconds": 1}', "line 2: needs finite numbers at_seconds, prompt_tokens, output_tokens"),
         ('{"at_seconds": NaN, "prompt_tokens": 1, "output_tokens": 1}', "line 2: no JSON .NaN is no number"),
         (
             '{"at_seconds": 1e999, "prompt_tokens": 1, "output_tokens": 1}',
-            "line 2: at_seconds must be finite",
+            "line 2: needs finite numbers",
         ),
-        ('{"at_seconds": 1, "prompt_tokens": 1.5, "output_tokens": 1}', "line 2: needs numbers .*whole"),
+        (
+            '{"at_seconds": 1, "prompt_tokens": 1.5, "output_tokens": 1}',
+            "line 2: needs finite numbers .*whole",
+        ),
         (
             '{"at_seconds": 1, "prompt_tokens": 1, "output_tokens": Infinity}',
             "line 2: no JSON .Infinity is no number",
         ),
-        ('{"at_seconds": 1, "prompt_tokens": true, "output_tokens": 1}', "line 2: needs numbers .*whole"),
-        (f'{{"at_seconds": 1{"0" * 400}, "prompt_tokens": 1, "output_tokens": 1}}', "line 2: needs numbers"),
+        ('{"at_seconds": "1", "prompt_tokens": 1, "output_tokens": 1}', "line 2: needs finite numbers"),
+        ('{"at_seconds": true, "prompt_tokens": 1, "output_tokens": 1}', "line 2: needs finite numbers"),
+        (
+            '{"at_seconds": 1, "prompt_tokens": true, "output_tokens": 1}',
+            "line 2: needs finite numbers .*whole",
+        ),
+        (
+            f'{{"at_seconds": 1{"0" * 400}, "prompt_tokens": 1, "output_tokens": 1}}',
+            "line 2: needs finite numbers",
+        ),
         ('{"at_seconds": 0.1, "prompt_tokens": 1, "output_tokens": 1}', "line 2: .* must not go back"),
         ('{"at_seconds": 1, "prompt_tokens": 0, "output_tokens": 1}', "line 2: lengths must be at least 1"),
         (
@@ -79,12 +90,12 @@ def test_traces_as_they_are_published(tmp_path: Path):
     assert [(p.at, len(p.prompt), p.max_tokens) for p in burst] == [(0, 47, 9), (42.5, 12, 1)]
     assert ["1 rows without a response are left out" in line for line in told] == [True]
     lines = [
-        {"timestamp": 0, "input_length": 50, "output_length": 5, "hash_ids": [0, 1]},
-        {"timestamp": 300, "input_length": 40, "output_length": 5, "hash_ids": [0]},
-        {"timestamp": 600, "input_length": 40, "output_length": 5, "hash_ids": [7]},
+        {"timestamp": 7_000_000, "input_length": 50, "output_length": 5, "hash_ids": [0, 1]},
+        {"timestamp": 7_000_300, "input_length": 40, "output_length": 5, "hash_ids": [0]},
+        {"timestamp": 7_000_600, "input_length": 40, "output_length": 5, "hash_ids": [7]},
     ]
     first, second, third = plan("mooncake.jsonl", "\n".join(map(json.dumps, lines)))
-    assert (second.at, third.at) == (0.3, 0.6)
+    assert (first.at, second.at, third.at) == (0, 0.3, 0.6)
     assert first.prompt[:40] == second.prompt != third.prompt
 
 
@@ -173,6 +184,10 @@ def test_sharegpt_as_it_is_published(tmp_path, form):
         ("The name?", (system,), False), ("Again", (system, question, reply), True),
     ]  # fmt: skip
     assert last[0].history == (("assistant", "Well"),)
+    # Up to "Again" and its reply: 4 turns that are sent, of 2 + 2 + 4 + 1 tokens, and 1 of the reply.
+    for beside, number in ((13, 2), (14, 1)):
+        read = read_conversations(tmp_path / "sharegpt.json", **size, tokens_beside=beside, turns="all")
+        assert len(read[1]) == number
 
 
 def test_conversations_give_prompt_and_length(tmp_path):

@@ -95,6 +95,8 @@ def test_repeats_are_one_row_with_intervals_and_rows_are_sorted():
     centre, low, high = eight["intervals"]["output_tokens_per_second"]
     assert low < centre < high and low * high == pytest.approx(centre**2)
     assert "8 in flight" in str(intervals_table(rows)) and intervals_table(rows[:1]) is None
+    near = [repeat("0.05/s poisson", 1.0, rate=rate) for rate in (0.046, 0.054)]  # of a search, with one name
+    assert [row["rate"] for row in combined(near)] == [0.046, 0.054]
 
 
 def test_a_figure_that_one_repeat_lacks_is_not_shown_as_that_of_all():
@@ -110,6 +112,8 @@ def test_the_table_never_exceeds_120_columns():
     )
     lines = str(table([row])).splitlines()
     assert max(map(len, lines)) <= 120 and "J/token" in lines[0] and "TTFT p99" in lines[0]
+    lines = str(intervals_table(combined([row, row]))).splitlines()
+    assert max(map(len, lines)) <= 120 and "TTFT p99" in lines[0] and "10000.00/s" in lines[1]
 
 
 def test_the_answer_is_one_sentence():
@@ -124,6 +128,7 @@ def test_the_answer_is_one_sentence():
         "TTFT p99 12.0 ms, MBU 40.0%, 0.25 J per output token; over-saturated (its queue grew) at 4.00/s "
         "poisson; 3 of 30 requests failed; 3 answers ended before the length that was asked for."
     )
+    assert "m meets the SLO (which has no limits) up to" in answer("m", rows, slo | {"ttft_ms": None}, 2.0)
     assert answer("m", rows, slo, None).startswith("m was fastest at 8 in flight: 900 output tokens/s")
     assert answer("m", [repeat("a", 1.0, succeeded=0)], slo, None) == "m: nothing was measured."
 

@@ -46,6 +46,11 @@ def test_an_open_loop_waits_until_as_many_have_ended_as_are_in_flight():
     steady.ends(3)
     steady.begins(6, 1.1)
     assert steady.first == 6
+    cold = Steady(warm_up=0, number=1, most_seconds=10.0)
+    cold.begins(0, 0.0)
+    cold.ends(0)
+    cold.begins(1, 0.1)
+    assert cold.first == 1  # the first request finds no load
     late = Steady(warm_up=2, number=1, most_seconds=10.0)
     late.begins(0, 9.9)
     late.begins(1, 10.0)  # a server that ends nothing is measured all the same

@@ -13,7 +13,7 @@ from serving.endpoint.chat import ChatTemplate, load_template
 from serving.endpoint.refusal import Refusal
 from serving.endpoint.schema import Message
 from serving.endpoint.text import numbered_tokenizer
-from tests.fake_engine import CONTEXT, counting_engine, idle
+from tests.fake_engine import CONTEXT, VOCABULARY, counting_engine, idle
 from tests.serving.endpoint.server import Server
 
 pytestmark = pytest.mark.stack
@@ -65,6 +65,7 @@ def test_a_developer_is_the_system_where_the_template_knows_none():
         ("{{ messages[7].content.x.y }}", "no element 7"),
         ("{{ 1 / 0 }}", "division"),
         ("{% include 'x' %}", "loader"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
     ],
 )
 def test_what_a_template_refuses_or_may_not_do_is_one_400(source, message):
@@ -181,6 +182,7 @@ def test_a_chat_fills_the_context_unless_it_is_told_otherwise(chats):
     for fields in ({"messages": long, "max_tokens": None}, {"messages": long}, {"messages": long * 9}):
         error = chats.post(CHAT, **fields).json()["error"]
         assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+        assert error["message"].startswith(f"messages: This model's maximum context length is {CONTEXT} ")
     assert idle(chats.engine)
 
 
@@ -195,6 +197,8 @@ def test_tokenizing_a_chat_gives_the_ids_that_it_is_answered_from(chats):
     found = chats.post("/tokenize", messages=said, prompt=None, return_token_strs=True).json()
     assert found == {"count": 2, "max_model_len": CONTEXT, "tokens": [64, 65], "token_strs": ["a", "b"]}
     assert chats.post("/detokenize", tokens=found["tokens"]).json() == {"prompt": "ab"}
+    refused = chats.post("/detokenize", tokens=[VOCABULARY]).json()["error"]["message"]
+    assert refused == f"tokens: token ids must lie in [0, {VOCABULARY})"
 
 
 def test_the_template_of_an_export_is_its_tokenizer_s(tmp_path: Path):

@@ -71,6 +71,10 @@ def test_choice_i_has_the_seed_plus_i_and_the_best_are_those_with_the_largest_me
     best = quick.post(**hot, seed=5, n=2, best_of=3)
     assert texts(best) == ranked[:2] and best.json()["choices"][0]["logprobs"] is None
     assert best.json()["usage"]["completion_tokens"] == 12
+    # The likeliest ends at once. Its mean with an unlikely prompt's scores would be the lowest.
+    ends = {"prompt": "az", "max_tokens": 5, "temperature": 2, "logit_bias": {"90": -90}}
+    ends |= {"stop_token_ids": [90], "seed": 5, "best_of": 6, "echo": True}
+    assert texts(quick.post(**ends)) == ["az"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_every_field_reaches_the_engine():
     assert understood(stop=["a"]).stops == ["a"] and understood(stop="ab").stops == ["ab"]
     assert chat(max_completion_tokens=3, max_tokens=4).sampling(room=50).max_tokens == 3
     assert chat(max_tokens=4).sampling(room=50).max_tokens == 4
+    assert not chat(top_logprobs=0).sampling(room=50).logprobs
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,11 @@ def test_choices_that_cannot_be_ranked_are_refused():
             "messages[0].content", "text parts",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls", "does not do"),
+        (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "messages[0].function_call", "does not do",
+        ),
+        ({"messages": [{"role": "user"}] * 20_000}, "messages", "at most 16384"),
         ({"tools": [{"type": "function"}]}, "tools", "does not do this"),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not do this"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs=true"),

@@ -168,6 +168,7 @@ def test_one_prompt_in_every_form_that_openai_takes(server, prompt):
         ({"prompt": ["a"] * 9}, "prompt", "9 choices at once; this server has room for 8"),
         ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", f"[0, {VOCABULARY})"),
         ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids", f"[0, {VOCABULARY})"),
+        ({"min_tokens": 4}, "min_tokens", "must not exceed max_tokens, which is 3"),
         ({"echo": "yes"}, "echo", "boolean"),
         ({"echo": 1}, "echo", "boolean"),
         ({"echo": False, "max_tokens": 0}, "max_tokens", "or 0 with echo=true"),
@@ -269,6 +270,10 @@ def test_other_paths_and_methods_have_openai_s_errors_too(server):
     ):
         answer = httpx.get(f"{server.url}{path}")
         assert answer.status_code == status and message in answer.json()["error"]["message"]
+    for path, methods in (("/v1/models/a/b", "GET"), ("/health", "GET, HEAD")):
+        answer = httpx.post(f"{server.url}{path}")
+        assert answer.status_code == 405 and answer.headers["allow"] == methods
+        assert answer.json()["error"]["message"] == f"{path}: no POST; use {methods.replace(',', ' or')}"
 
 
 def test_health_and_metrics(server):
@@ -282,6 +287,7 @@ def test_health_and_metrics(server):
     stats = server.engine.stats()
     assert float(values[f"vllm:generation_tokens_total{label}"]) == stats.generated_tokens > 0
     assert float(values[f"vllm:e2e_request_latency_seconds_count{label}"]) >= 1
+    assert 'vllm:e2e_request_latency_seconds_bucket{le="200.0",model_name="counting"}' in values
     assert float(values[f"vllm:num_requests_running{label}"]) == 0
     counters = [
         line.split()[2] for line in text.splitlines() if line.startswith("# TYPE") and "counter" in line

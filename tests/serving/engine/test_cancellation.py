@@ -120,6 +120,7 @@ class Client:
     max_tokens: int
     interrupt: Callable[[], None]
     echo: bool = False
+    min_tokens: int = 0
     heard: list[Token] = field(default_factory=list)
     error: EngineFailed | None = None
     ended: bool = False
@@ -127,7 +128,10 @@ class Client:
     ticket: Ticket | None = None
 
     def submit(self, engine: TorchEngine) -> None:
-        sampling = Sampling(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, echo=self.echo)
+        sampling = Sampling(
+            max_tokens=self.max_tokens, min_tokens=self.min_tokens, temperature=0.0, ignore_eos=True,
+            echo=self.echo,
+        )  # fmt: skip
         self.ticket = engine.submit(self.prompt, sampling, self.take)
 
     def take(self, outcome: Sequence[Token] | EngineFailed) -> None:
@@ -264,6 +268,15 @@ def test_every_step_begins_before_the_last_one_s_tokens_are_read():
         client.check()
     # Every token but those that end a request is unknown when the step that takes it begins.
     assert decoder.num_ahead == 8 + 6 + 3 and run.engine.stats().steps == 9
+
+
+def test_steps_wait_for_tokens_only_until_min_tokens_are_there():
+    run = Interleaving(b"", ahead=True)
+    client = Client([3], 9, lambda: None, min_tokens=4)
+    client.submit(run.engine)
+    run.run()
+    client.check()
+    assert run.engine._decoder.num_ahead == 9 - 4
 
 
 def test_a_client_that_raises_ends_the_engine_and_every_request_hears_it_once(capfd):

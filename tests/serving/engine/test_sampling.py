@@ -70,7 +70,7 @@ def test_logits_are_adjusted_in_vllm_s_order():
 
     def changed(eos: tuple[int, ...] = (), **sampling: object) -> list[float]:
         options = Sampling(max_tokens=9, **sampling)
-        assert options.adjusts
+        assert options.adjusts(2) == (options.min_tokens != 2)  # so many were sampled
         return adjusted(logits, options, tokens, 2, eos_ids=eos).tolist()
 
     assert changed(presence_penalty=0.5) == [2, -2, 1, 3.5, 3]  # of what was sampled: 3, twice

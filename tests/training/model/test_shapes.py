@@ -161,6 +161,8 @@ def test_a_public_qwen3_config_of_transformers_4() -> None:
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "factor: missing"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling: says something else than"),
+        ({"rope_theta": 500_000.0}, "rope_theta: is 500000.0 and 10000.0 in rope_parameters and beside it"),
         ({"hidden_size": None}, "hidden_size: missing"),
     ],
 )

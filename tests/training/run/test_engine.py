@@ -1,4 +1,4 @@
-"""Compiled layers under DeepSpeed. torch traces them; on a CPU its compiler would take a minute."""
+"""Compiled layers under DeepSpeed, by a backend that only traces; and the rules that keys make."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from training import config as training_config
 from training.model.llama import compile_layers
 from training.plan import resolve_shape
 from training.run.context import Context
-from training.run.engine import build_deepspeed_engine, build_model, warm_up
+from training.run.engine import build_deepspeed_engine, build_model, make_rules, warm_up
 
 KEYS = (
     "model.num_layers=2",
@@ -70,3 +70,14 @@ def test_compiled_layers_train_as_others_do_in_every_stage_and_with_checkpointin
         assert len(rank) == 2
         for plain, compiled in rank:
             assert compiled == plain and plain[-1] != plain[0]
+
+
+def test_the_keys_of_the_look_ahead_reach_the_rules_that_they_name() -> None:
+    """A pattern's rate is the peak of its own schedule."""
+    keys = ["matrix.rule=scion", "matrix.momentum=0.75", "matrix.warm_start=true", "matrix.lr=0.1"]
+    keys += ["scion.transport_scheduled=true", 'by_name=["*.mlp.*: ahead=transport lr=0.2"]']
+    rules = make_rules(training_config.load(dotlist=[f"optim.{key}" for key in keys]).optim)
+    still, moved = rules["spectral"], rules["spectral (*.mlp.*)"]
+    assert not still.looks_ahead and still.direction.warm_start and moved.direction.warm_start
+    found = [moved.finish(lr=lr, scale=1, step=1).ahead for lr in (0.2, 0.05, 0.0)]
+    assert found == pytest.approx([3, 0.75, 0])

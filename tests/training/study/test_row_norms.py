@@ -9,7 +9,7 @@ import pytest
 
 from training.study.synthetic.command import main
 from training.study.synthetic.config import RowNormsConfig
-from training.study.synthetic.published import CELLS, Cell, compared, verdict
+from training.study.synthetic.published import CELLS, Cell, describe, verdict
 from training.study.synthetic.row_norms import (
     FORMS,
     TABLES,
@@ -80,7 +80,8 @@ def test_table_7_in_miniature_by_the_command(tmp_path, capsys):
         assert cell["chosen"]["gamma"] == pytest.approx(0.1 if form == "muon" else 10**-0.5)
         assert not cell["on_rim"] and cell["every_seed"] < cell["points"] / 4
     assert result["tables"] == json.loads(shown.splitlines()[-1])["tables"] and result["cpu"]
-    assert str(compared(result)) in shown
+    assert str(describe(result)) in shown
+    assert f"figure: {tmp_path / 'rows.png'}" in shown and (tmp_path / "rows.png").stat().st_size > 10_000
 
 
 def test_points_that_are_given_up_do_not_win_and_threads_change_nothing():

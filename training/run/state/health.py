@@ -4,14 +4,12 @@ The launcher asks every node (`cluster.machine.health`), judges (`cluster.heart.
 `health.json` for the record and `make status`, alerts in W&B.
 """
 
-import math
 import platform
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +53,14 @@ class HealthWatch(Background):
         self.bad: list[Finding] = []
 
     def run(self) -> None:
+        told = ""
         while not self.stop.wait(self.POLL_SECONDS):
-            with suppress(OSError, ValueError):  # the storage does not answer now, or a file there is damaged
+            try:
                 self.look()
+            except (OSError, ValueError) as error:  # the storage does not answer now, or a file is damaged
+                if told != str(error):
+                    print(f"health of the nodes: {error}", file=sys.stderr)
+                told = str(error)
 
     def look(self) -> None:
         """Ask all nodes at once, and report what is new."""
@@ -88,8 +91,10 @@ class HealthWatch(Background):
         if finding.kind != GPU_BAD or finding.gpu is None:
             return
         drained.add(self._outputs, host=finding.host, gpu=finding.gpu, uuid=finding.uuid, reason=finding.text)
-        ours = finding.host in {beat.host for beat in heartbeat.read(self._directory)}
-        if self._config.workers.gpu and ours:
+        beats = heartbeat.read(self._directory)
+        if self._config.workers.gpu and any(
+            beat.may_use(finding.host, finding.gpu, finding.uuid) for beat in beats
+        ):
             self.bad.append(finding)
             (self._directory / STOP).touch()
 
@@ -102,7 +107,7 @@ class HealthWatch(Background):
 
     def _write(self) -> None:
         judges = [node.judge for node in self._nodes.values()]
-        fraction = self._config.record.straggler_fraction or math.inf
+        fraction = self._config.record.straggler_fraction
         stragglers = heartbeat.straggler_seconds(heartbeat.read(self._directory), fraction=fraction)
         files.write_json(
             self._directory / HEALTH_FILE,

@@ -12,10 +12,9 @@ from cluster import config as layered
 from cluster.display import show
 from cluster.machine.host import describe_host
 from cluster.measure.benchmark import prepare_output, publish
+from training.study.synthetic import published, transport
 from training.study.synthetic.config import RowNormsConfig
-from training.study.synthetic.published import compared
 from training.study.synthetic.row_norms import run_row_norms
-from training.study.synthetic.transport import describe, plot, run_transport
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             show(layered.to_yaml(config))
             return
-        what = "transport" if config.transport else "row_norms"
+        what, room = ("transport", transport) if config.transport else ("row_norms", published)
         output = prepare_output(Path(config.output) if config.output else None, what)
-        run, text = (run_transport, describe) if config.transport else (run_row_norms, compared)
+        run = transport.run_transport if config.transport else run_row_norms
         result = run(config, report=lambda line: print(line, file=sys.stderr))
         result |= {"cpu": describe_host()["cpu"]}
-        show(text(result))
-        if config.transport:
-            print(f"figure: {plot(result, output.with_suffix('.png'))}")
+        show(room.describe(result))
+        print(f"figure: {room.plot(result, output.with_suffix('.png'))}")
         publish(
             result,
             output,

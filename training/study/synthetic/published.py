@@ -6,9 +6,10 @@ Each cell is the mean of log10 F(X_0) - log10 min_t F(X_t) over 100 seeds, and t
 """
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.display import Table, table
+from cluster.display import COLORS, Table, figure, save, table
 
 
 class Cell(NamedTuple):
@@ -44,14 +45,18 @@ HEAD = ("table", "method", "m", "ours", "paper", "difference", "verdict", "gamma
 
 
 def verdict(ours: Cell, paper: Cell) -> str:
-    """Whether they differ by at most two quoted standard errors, or two of a difference of such means."""
+    """Whether they differ by at most two standard errors: of the paper's mean, or of the difference.
+
+    The paper prints two standard errors after its ±, so this is the whole allowance. It counts only the
+    paper's own problems. Ours are drawn too: one fair cell in six lies outside it ("within both").
+    """
     apart = abs(ours.mean - paper.mean) - ROUNDING
     if apart <= paper.two_errors:
         return "within"
     return "within both" if apart <= math.hypot(ours.two_errors, paper.two_errors) else "OUTSIDE"
 
 
-def compared(result: dict[str, Any]) -> Table:
+def describe(result: dict[str, Any]) -> Table:
     """`run_row_norms` (training/study/synthetic/row_norms.py) beside the paper; other sizes have dashes."""
     rows = []
     for name, forms in result["tables"].items():
@@ -67,6 +72,25 @@ def compared(result: dict[str, Any]) -> Table:
                 chosen = f"10^{math.log10(gamma):.1f}" + " (rim)" * cell["on_rim"]
                 rows.append((name, TITLES[form], m, _text(ours), *beside, chosen, *map(str, decays)))
     return table(HEAD, rows, left=(1, 6))
+
+
+def plot(result: dict[str, Any], path: Path) -> Path:
+    """Ours as lines with two standard errors, the paper's as squares: a panel for each table."""
+    drawn, panels = figure(5 * len(result["tables"]), 4, columns=len(result["tables"]), sharey=True)
+    for axes, (name, forms) in zip(panels, result["tables"].items(), strict=True):
+        for color, (form, sizes) in zip(COLORS, forms.items(), strict=False):
+            at, cells = [int(m) for m in sizes], list(sizes.values())
+            errors = [cell["two_errors"] for cell in cells]
+            style = {"color": color, "linestyle": "--" if form == "practical" else "-", "capsize": 3}
+            axes.errorbar(at, [cell["mean"] for cell in cells], errors, label=TITLES[form], **style)
+            paper = {m: CELLS[name][form][m] for m in at if m in CELLS[name][form]}
+            marks = {"color": color, "fmt": "s", "fillstyle": "none", "markersize": 8}
+            axes.errorbar(list(paper), [each.mean for each in paper.values()], **marks)
+        axes.set(xscale="log", xlabel="rows m", title=f"table {name} (squares: the paper)")
+        axes.set_xticks(at, map(str, at), minor=False)
+    panels[0].set_ylabel("log10 F(X0) - log10 min F")
+    panels[0].legend(fontsize=8)
+    return save(drawn, path)
 
 
 def _text(cell: Cell) -> str:

@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.study.synthetic.config import RowNormsConfig
@@ -244,7 +244,8 @@ def run_row_norms(config: RowNormsConfig, *, report: Report = print) -> dict[str
                 found.setdefault(name, {}).setdefault(form, {})[str(m)] = cell
                 text = f"{cell['mean']:.3f} ± {cell['two_errors']:.3f} with {cell['chosen']}"
                 report(f"table {name}, m = {m}, {form}: {text}, {time.perf_counter() - began:.0f} s")
-    return {"config": asdict(config), "seconds": time.perf_counter() - began, "tables": found}
+    about = {name: getattr(config, name) for name in ("tuning_seeds", "seeds", "exhaustive", "seed")}
+    return {"config": about, "seconds": time.perf_counter() - began, "tables": found}
 
 
 def _cell(

@@ -56,8 +56,8 @@ def quick(monkeypatch):
 
     class Quick(drained.Holder):
         def __init__(self, outputs):
-            super().__init__(outputs)
             drained.POLL_SECONDS = 0.05
+            super().__init__(outputs)
 
     monkeypatch.setattr(drained, "Holder", Quick)
 
@@ -107,18 +107,20 @@ def test_a_run_goes_on_without_the_gpu_that_goes_bad_under_it(ray, tmp_path, mon
     config = training_config.load(dotlist=[f"run.directory={tmp_path}", *keys])
     run = config.run_directory
     (run / heartbeat.FOLDER).mkdir(parents=True)
-    monkeypatch.setattr(
-        health.heartbeat, "read", lambda directory: [heartbeat.Beat(0, 1, "s", HOST, 1, 1, "forward", 1, 0.0)]
-    )
+    beat = heartbeat.Beat(0, 1, "s", HOST, 1, 1, "forward", 1, 0.0, gpus="0,2")
+    monkeypatch.setattr(health.heartbeat, "read", lambda directory: [beat])
     watch = HealthWatch(config)
     bad = {"host": HOST, "gpus": [], "gpus_problem": None, "disk_errors": [], "disks": {}}
-    looks = chain([{**bad, "xids": [[0, 79]]}], repeat({**bad, "xids": []}))
+    looks = chain([{**bad, "xids": [[1, 79]]}, {**bad, "xids": [[0, 79]]}], repeat({**bad, "xids": []}))
     monkeypatch.setattr(health._Node, "_look", lambda node: node._answers.put(next(looks)))
     asked = []
 
     def fit(workers):
         asked.append(workers.count)
         if len(asked) == 1:
+            watch.look()  # the GPU of another run on this node
+            assert not (run / STOP).exists() and watch.bad == []
+            drained.clear(tmp_path, f"{HOST}:1")
             watch.look()
             assert (run / STOP).exists()
             raise RunError("CUDA error: unspecified launch failure")
@@ -129,6 +131,7 @@ def test_a_run_goes_on_without_the_gpu_that_goes_bad_under_it(ray, tmp_path, mon
     assert asked == [3, 2]
     told = [(event["kind"], event["text"]) for event in events.read(run)]
     assert told == [
+        ("gpu_bad", f"GPU 1 of {HOST}: Xid 79, it has fallen off the bus"),
         ("gpu_bad", f"GPU 0 of {HOST}: Xid 79, it has fallen off the bus"),
         ("resumed", f"the run goes on without GPU 0 of {HOST}, from step 0"),
     ]
