@@ -13,6 +13,7 @@ from serving.config import ModelConfig
 from serving.endpoint.chat import load_template
 from serving.endpoint.text import TOKENIZER_FILE, load_tokenizer
 from training.model import shapes
+from training.model.chat_template import special_tokens
 from training.model.shapes import LlamaShape
 from training.model.stored import locate
 
@@ -94,6 +95,19 @@ def check(config: ModelConfig, served: Served) -> LlamaShape:
             raise UserError(f"model.path: {served.directory / TOKENIZER_FILE}: {problem}; copy both again")
         load_template(served.directory)
     return shape
+
+
+def eos_ids(directory: Path) -> list[int]:
+    """The tokens that end a text: those that the model's files name, and the tokenizer's own, as in vLLM.
+
+    The two differ where somebody has tuned a model for chats and left its config.json as it was.
+
+    Raises:
+        ValueError, UserError: a file is damaged.
+    """
+    found, own = shapes.eos_ids(directory), special_tokens(directory).get("eos_token")
+    token = None if own is None else load_tokenizer(directory).token_to_id(own)
+    return found if token is None or token in found else [*found, token]
 
 
 def shape_of(config: ModelConfig, served: Served) -> LlamaShape:

@@ -1,5 +1,6 @@
 """The keys of serving. The defaults serve a small model on two CPU cores."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,10 @@ class DeploymentConfig:
         most = self.max_replicas
         enough = most is None or most >= self.replicas
         require(enough, "deployment.max_replicas", "must be at least deployment.replicas")
+        whole = all(re.fullmatch(r"\*|[a-z]+://[^/\s]+", origin) for origin in self.cors_origins)
+        require(
+            whole, "deployment.cors_origins", "each must be '*' or like https://example.org, without a path"
+        )
 
 
 @dataclass(frozen=True)

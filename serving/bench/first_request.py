@@ -19,7 +19,7 @@ EFFECTS = {
     "seed": "answers are not repeatable",
     "temperature": "the server's own temperature holds",
 }
-SHORT, LONG = 8, 72  # tokens of the two texts that calibrate text prompts
+SHORT, LONG = len(WORDS), 2 * len(WORDS)  # of the two texts that calibrate prompts: all words alike
 NUM_TOKENS = 4  # to ask for
 
 
@@ -104,7 +104,8 @@ def _calibrated(
     long = _ask(endpoint, dialect, LONG, timeout_seconds)
     per_word = (long.prompt_tokens - short.prompt_tokens) / (LONG - SHORT)
     if long.error or per_word <= 0:
-        report(f"prompts are text, and {endpoint.url} does not count their tokens: a word is taken for one")
+        why = f"refuses a longer one ({long.error})" if long.error else "does not count their tokens"
+        report(f"prompts are text, and {endpoint.url} {why}: a word is taken for one token")
         return dialect
     beside = max(0.0, short.prompt_tokens - SHORT * per_word)
     report(f"prompts are text: about {per_word:.2f} tokens a word, and {beside:.0f} beside them")

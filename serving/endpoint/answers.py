@@ -4,7 +4,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from cluster.record.origins import Origin
 from serving.engine.protocol import EngineInfo, Finish, Token
@@ -27,36 +27,40 @@ class Piece(NamedTuple):
     finish: Finish | None
 
 
-class Layout(Protocol):
-    """How the answers to one kind of request are written."""
+class Layout:
+    """How the answers to one kind of request are written.
+
+    Args:
+        text_of: of a token.
+    """
+
+    prefix: str  # of the answers' ids
+
+    def __init__(self, *, model: str, text_of: TextOf) -> None:
+        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self._model, self._text_of = model, text_of
 
     def choice(self, index: int, pieces: Sequence[Piece], *, scores: int | None) -> dict[str, Any]:
         """A whole choice. `scores`: how many of the likeliest tokens are asked for; None: no scores."""
+        raise NotImplementedError
 
     def change(self, index: int, piece: Piece, *, scores: int | None, first: bool) -> dict[str, Any]:
         """What an event adds to a choice; `first` of it."""
+        raise NotImplementedError
 
     def answer(self, choices: Sequence[dict[str, Any]], *, streamed: bool) -> dict[str, Any]:
         """All but the usage."""
-
-
-class _Head:
-    """The fields that all events of an answer share."""
-
-    def __init__(self, *, model: str, prefix: str, text_of: TextOf) -> None:
-        self._id, self._created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
-        self._model, self._text_of = model, text_of
+        raise NotImplementedError
 
     def _of(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
         return {**head, "choices": list(choices)}
 
 
-class CompletionLayout(_Head):
+class CompletionLayout(Layout):
     """Of /v1/completions."""
 
-    def __init__(self, *, model: str, text_of: TextOf) -> None:
-        super().__init__(model=model, prefix="cmpl", text_of=text_of)
+    prefix = "cmpl"
 
     def choice(self, index: int, pieces: Sequence[Piece], *, scores: int | None) -> dict[str, Any]:
         told = None if scores is None else logprobs(pieces, text_of=self._text_of, number=scores)
@@ -70,11 +74,10 @@ class CompletionLayout(_Head):
         return self._of("text_completion", choices)
 
 
-class ChatLayout(_Head):
+class ChatLayout(Layout):
     """Of /v1/chat/completions."""
 
-    def __init__(self, *, model: str, text_of: TextOf) -> None:
-        super().__init__(model=model, prefix="chatcmpl", text_of=text_of)
+    prefix = "chatcmpl"
 
     def choice(self, index: int, pieces: Sequence[Piece], *, scores: int | None) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -153,11 +156,6 @@ def _top(token: Token, number: int, text_of: TextOf) -> dict[str, float] | None:
             text = f"token_id:{token_id}"  # as vLLM writes ids
         found[text] = logprob
     return found | {own: token.score.logprob}
-
-
-def models(info: EngineInfo, *, since: int, origin: Origin | None = None) -> dict[str, Any]:
-    """The body of GET /v1/models."""
-    return {"object": "list", "data": [model(info, since=since, origin=origin)]}
 
 
 def model(info: EngineInfo, *, since: int, origin: Origin | None = None) -> dict[str, Any]:

@@ -124,6 +124,9 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    def check(self) -> None:
+        """What no single field can say. Raises `Refusal`."""
+
 
 class StreamOptions(_Strict):
     include_usage: bool | None = False
@@ -206,7 +209,6 @@ class _Request(_Strict):
         raise NotImplementedError
 
     def check(self) -> None:
-        """What no single field can say. Raises `Refusal`."""
         if self.stream_options is not None and not self.stream:
             raise Refusal(400, "stream_options: only with stream=true", param="stream_options")
 
@@ -310,9 +312,6 @@ class DetokenizeRequest(_Strict):
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-    def check(self) -> None:
-        pass
 
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)

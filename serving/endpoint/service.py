@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from cluster.record.origins import Origin
-from serving.endpoint.answers import ChatLayout, CompletionLayout, model, models
+from serving.endpoint.answers import ChatLayout, CompletionLayout, Layout, model
 from serving.endpoint.bodies import MOST_BODY_BYTES, Bodies
 from serving.endpoint.chat import ChatTemplate
 from serving.endpoint.hosts import allowed_hosts, require_allowed
@@ -137,7 +137,8 @@ def _add_requests(app: FastAPI, service: "Service") -> None:
 def _add_facts(app: FastAPI, service: "Service", engine: Engine, origin: Origin | None) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return models(engine.info, since=service.since, origin=origin)
+        listed = model(engine.info, since=service.since, origin=origin)
+        return {"object": "list", "data": [listed]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
@@ -335,7 +336,7 @@ class Service:
         http: Request,
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[Prompt],
-        layout: CompletionLayout | ChatLayout,
+        layout: Layout,
         arrived: float,
         headers: dict[str, str],
     ) -> Response:

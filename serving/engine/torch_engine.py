@@ -19,7 +19,7 @@ import torch
 
 from cluster.cli import UserError
 from optim.precision import compute_dtype, product_dtype
-from serving.checkpoints import Served
+from serving.checkpoints import Served, eos_ids
 from serving.config import EngineConfig, ModelConfig, ServeConfig
 from serving.engine import native
 from serving.engine.adjust import adjusted
@@ -293,7 +293,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     num_threads = options.threads or torch.get_num_threads()
     numbers = arithmetic(options, device)
     try:
-        model, eos_ids = _load(config.model, served.directory, dtype=numbers.dtype, device=device)
+        model, ends = _load(config.model, served.directory, dtype=numbers.dtype, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     shape = model.shape
@@ -324,7 +324,7 @@ def make_torch_engine(config: ServeConfig, served: Served) -> TorchEngine:
     about = {"threads": str(num_threads)} if on_cpu else gpu
     info.details.update(about | {"compiled decoder": numbers.compiled_decoder, "attention": attention})
     threads = num_threads if on_cpu else None
-    return TorchEngine(decoder, scheduler, info=info, eos_ids=eos_ids, num_threads=threads, ahead=ahead)
+    return TorchEngine(decoder, scheduler, info=info, eos_ids=ends, num_threads=threads, ahead=ahead)
 
 
 def _gpu_decoder(model: Llama, size: dict[str, Any], step_tokens: int) -> tuple[AheadDecoder | None, str]:
@@ -408,7 +408,7 @@ def _load(
 ) -> tuple[Llama, list[int]]:
     """The model and the ids of the tokens that end a text. Random weights are drawn on `device`."""
     if directory is not None:
-        return load_hf(directory, dtype=dtype), shapes.eos_ids(directory)
+        return load_hf(directory, dtype=dtype), eos_ids(directory)
     assert config.shape is not None
     shape = shapes.resolve(config.shape)
     default = torch.get_default_dtype()

@@ -78,7 +78,7 @@ def test_an_outage_while_up_works_is_waited_out(lab):
     up.until("starting Ray")
     lab.link(down=True)
     up.until("link lost")
-    time.sleep(60)
+    time.sleep(20)
     lab.link(**lab.slow)
     assert up.wait() == 0, up.out + up.err
     assert "3 of 3 nodes joined" in up.out
@@ -193,13 +193,14 @@ def test_preflight_opens_and_closes_the_gate(cluster):
     failed = cluster.call("cluster.laptop.remote", "preflight", CLUSTER_FILE, "expect.gpus=8")
     assert failed.returncode == 1
     assert failed.stdout.count("0 GPUs (index none) and not 8") == 3
-    refused = cluster.call(*command[:1], *command[1:], "run.name=refused")
+    refused = cluster.call(*command, "run.name=refused")
     assert refused.returncode == 1 and "preflight" in refused.stderr and "SKIP_PREFLIGHT=1" in refused.stderr
-    assert cluster.call(*cluster.train(run__name="told")).returncode == 0
+    follow(cluster, "told")  # with --skip-preflight
 
 
 def test_a_baseline_trains_on_one_node_and_on_all(cluster):
     """The preflight comes first, and its report says how many nodes there are and what is between them."""
+    (cluster.storage / "lab/preflight.json").unlink(missing_ok=True)
     cluster.train()  # the corpus
     more = (f"data.source={STORAGE}/corpus.jsonl", "data.vocab_size=320", "data.validation_fraction=0.2")
     shape = cluster.storage / "lab/small/config.json"

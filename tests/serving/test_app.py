@@ -35,6 +35,7 @@ def test_float32_is_twice_as_large(capsys):
         (["deployment.prot=80"], ["deployment.prot", "unknown key", "haproxy"]),
         (["deployment.port=70000"], ["deployment.port", "65535"]),
         (["deployment.replicas=2", "deployment.max_replicas=1"], ["deployment.max_replicas"]),
+        (["deployment.cors_origins=[https://a.example/]"], ["deployment.cors_origins", "without a path"]),
         (["engine.kind=tgi"], ["engine.kind", "vllm"]),
         (["engine.step_tokens=8"], ["engine.step_tokens", "engine.slots"]),
     ],

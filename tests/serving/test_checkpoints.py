@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import UserError
-from serving.checkpoints import Served, check, export_if_stale, find, shape_of
+from serving.checkpoints import Served, check, eos_ids, export_if_stale, find, shape_of
 from serving.config import ModelConfig
 from serving.endpoint.text import numbered_tokenizer
 from tests.commands import ROOT
@@ -201,6 +201,10 @@ def test_what_is_wrong_with_a_checkpoint_is_one_message_before_anything_starts(m
 def test_a_sound_checkpoint_has_its_shape_and_a_file_is_no_directory(tmp_path):
     config = ModelConfig(path=str(tiny_checkpoint(tmp_path / "model")))
     assert check(config, find(config)).vocab_size == 300
+    edit(tmp_path / "model" / "generation_config.json", eos_token_id=[7, 8])
+    for own, expected in ({"content": "Ġ299"}, [7, 8, 299]), ("no token", [7, 8]), (None, [7, 8]):
+        edit(tmp_path / "model" / "tokenizer_config.json", eos_token=own)
+        assert eos_ids(tmp_path / "model") == expected
     for name in ("model/model.safetensors", "llama.gguf"):
         with pytest.raises(UserError, match=r"model\.path: .*GGUF and pickles are not read"):
             find(ModelConfig(path=str(tmp_path / name)))

@@ -27,10 +27,7 @@ def read_template(directory: Path) -> TemplateSource | None:
     Raises:
         ValueError: a file of these is damaged. The message begins with it.
     """
-    file = config = directory / CONFIG_FILE
-    settings = files.read_json(config) if config.is_file() else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config}: holds no JSON object")
+    file, settings = directory / CONFIG_FILE, _settings(directory)
     given = settings.get("chat_template")
     if isinstance(given, list):
         named = {str(one.get("name")): one.get("template") for one in given if isinstance(one, dict)}
@@ -46,6 +43,19 @@ def read_template(directory: Path) -> TemplateSource | None:
     if not isinstance(given, str):
         raise ValueError(f"{file}: chat_template is no text")
     return TemplateSource(given, file, _special(settings))
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """Role -> text of a directory's special tokens. Raises `ValueError`: the file of them is damaged."""
+    return _special(_settings(directory))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    config = directory / CONFIG_FILE
+    settings = files.read_json(config) if config.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config}: holds no JSON object")
+    return settings
 
 
 def _special(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -90,7 +90,9 @@ class Odd(BaseHTTPRequestHandler):
         num = body.get("max_tokens") or body["max_completion_tokens"]
         chat, num = "messages" in body, num // 2 if "stops early" in self.odd else num
         text = body["messages"][-1]["content"] if chat else body["prompt"]
-        size = len(text) if isinstance(text, list) else 3 * len(text.split()) + (9 if chat else 0)
+        size = len(text)
+        if isinstance(text, str):
+            size = (size + 1 if "counts bytes" in self.odd else 3 * len(text.split())) + (9 if chat else 0)
         chunks = [{"text": "x"}] * num
         if chat:
             chunks = [{"delta": {"role": "assistant", "content": ""}}, *[{"delta": {"content": "x"}}] * num]
@@ -165,6 +167,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("refuses without reason",), {}, "refuses ignore_eos"),
         (("wants text",), {}, "about 3.00 tokens a word, and 0 beside them"),
         (("wants text", "counts nothing"), {}, "does not count their tokens: a word is taken for one"),
+        (("counts bytes",), {"api": "chat"}, "tokens a word, and 9 beside them"),
         (("wants max_completion_tokens",), {"api": "chat"}, "about 3.00 tokens a word, and 9 beside them"),
         (("no list",), {"target_model": "m", "target_context_tokens": 64}, ""),
         (("an empty list",), {"target_model": "m", "target_context_tokens": 64}, ""),
@@ -181,7 +184,7 @@ def test_an_endpoint_that_can_be_measured_is(capsys, odd, keys, said):
     assert found["succeeded"] == (3 if "one unreadable answer" in odd else 4)
     assert found["mean_output_tokens"] == (3 if "stops early" in odd else 6)
     assert found["short_answers"] == (4 if "stops early" in odd else 0)
-    if "refuses stream_options" not in odd and "refuses without reason" not in odd:
+    if not {"refuses stream_options", "refuses without reason", "counts bytes"} & {*odd}:
         assert found["mean_prompt_tokens"] in (15, 16)  # of words, as near as may be
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from serving.endpoint.answers import ChatLayout, CompletionLayout, Piece, models, usage
+from serving.endpoint.answers import ChatLayout, CompletionLayout, Piece, model, usage
 from serving.endpoint.refusal import Refusal
 from serving.engine.protocol import EngineInfo, Score, Token
 
@@ -90,11 +90,11 @@ def test_the_likeliest_tokens_stand_beside_the_one_that_is_there_and_two_of_one_
     assert completion((2, three), scores=0)["top_logprobs"] == [{"ñ": -3.0}]
 
 
-def test_the_list_of_models_says_what_is_served():
+def test_a_model_is_described_as_it_is_served():
     info = EngineInfo(
         engine="torch", model="m", device="cpu", dtype="float32", context_tokens=64, vocab_size=9,
         num_parameters=1, num_slots=2, most_waiting=6, weight_bytes=3, kv_bytes_per_token=4,
         flops_per_token=5, head_flops=6, attention_flops=7, details={"a": "b"},
     )  # fmt: skip
-    [listed] = models(info, since=12)["data"]
+    listed = model(info, since=12)
     assert listed["id"] == "m" and listed["created"] == 12 and listed["engine_info"]["details"] == {"a": "b"}
