@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, H, T, C], which lies in memory as [B, T, H, C].
     """
-    return _Attention.apply(q, k, v)  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v)
 
 
 class _Attention(torch.autograd.Function):
