@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import files
 from cluster.cli import RunError
 from serving.bench.latency import PERCENTILES
+from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
 from tests.lab.paced_engine import MODEL
 
 FIGURES = [f"{name}_p{percent}_ms" for name in ("ttft", "tpot", "itl", "e2e") for percent in PERCENTILES]
@@ -35,6 +37,12 @@ class LoadCase:
             f"{self.num_requests} requests, {load}, prompts of {self.prompt_tokens} tokens, "
             f"{self.output_tokens} new ones"
         )
+
+
+def save_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """Write the tokenizer of engines without a checkpoint as transformers reads it."""
+    numbered_tokenizer(vocab_size).save(str(folder / TOKENIZER_FILE))
+    files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def guidellm_command(program: str, case: LoadCase, *, url: str, tokenizer: Path, report: Path) -> list[str]:

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import cli, display, endpoint_client, files, process
+from cluster import cli, display, endpoint_client, process
 from cluster.cli import RunError, UserError, sigterm_as_interrupt
 from cluster.endpoint_client import Endpoint
 from cluster.measure import benchmark, turns
@@ -38,9 +38,8 @@ from serving.bench.latency import RequestOutcome, Slo, summarise
 from serving.bench.loadgen import Lag, run_closed, run_open
 from serving.bench.wire import over_http
 from serving.bench.workload import arrivals, synthetic
-from serving.endpoint.text import TOKENIZER_FILE, numbered_tokenizer
 from tests.lab.paced_engine import MODEL, VOCABULARY
-from tests.lab.referees import FIGURES, REFEREES, Figures, LoadCase, require_load
+from tests.lab.referees import FIGURES, REFEREES, Figures, LoadCase, require_load, save_tokenizer
 
 WHAT = "serve_agreement"  # in the baseline's name
 OURS = "ours"
@@ -206,8 +205,7 @@ def measure(programs: Mapping[str, str], *, num_rounds: int) -> dict[str, Any]:
     with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="agreement-") as place:
         tokenizer = Path(place) / "tokenizer"
         tokenizer.mkdir()
-        numbered_tokenizer(VOCABULARY).save(str(tokenizer / TOKENIZER_FILE))
-        files.write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        save_tokenizer(tokenizer, vocab_size=VOCABULARY)
         for number, case_name in ((n, name) for n in range(num_rounds) for name in CASES):
             case = CASES[case_name]
             for name in turns.turns([OURS, *programs], number):

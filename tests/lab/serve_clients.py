@@ -3,8 +3,9 @@
     python -m tests.lab.serve_clients --python PROGRAM --node FOLDER [--output FILE]
 
 PROGRAM is an interpreter whose environment has `openai`, `litellm` and `schemathesis`; FOLDER has a
-node_modules with `openai`. The server is ours on uvicorn, with 32 slots, 64 that may wait, and an engine that
-counts, so that answers are known. It is no model and no Ray: tests/serving/test_deployment.py has these.
+node_modules with `openai`. lm-eval is that of the project's environment (the extra `eval`). The server is
+ours on uvicorn, with 32 slots, 64 that may wait, and an engine that counts, so that answers are known. It is
+no model and no Ray: tests/serving/test_deployment.py has these.
 Prints each result, then one JSON object; exits with 1 if a check fails.
 """
 
@@ -16,6 +17,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,13 +26,14 @@ from typing import Any
 
 import aiohttp
 
-from cluster import cli, files
+from cluster import cli, files, process
 from cluster.cli import RunError
 from cluster.measure import benchmark
 from cluster.record import provenance
 from serving.bench.latency import percentile
 from serving.endpoint.chat import ChatTemplate
-from tests.fake_engine import counting_engine, idle
+from tests.fake_engine import VOCABULARY, counting_engine, idle
+from tests.lab.referees import save_tokenizer
 from tests.serving.endpoint.server import Server
 
 WHAT = "serve_clients"
@@ -81,13 +84,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 ["node", str(FOLDER / "openai_client.mjs"), url, str(options.node.absolute())]
             ),
             "litellm": lambda: client([python, str(FOLDER / "litellm_client.py"), url]),
+            "lm_eval": lambda: lm_eval(url),
             "schemathesis": lambda: fuzz(python, url, least_cases=options.cases),
             "damaged_bodies": lambda: asyncio.run(damaged(url, options.bodies)),
             "crowd": lambda: asyncio.run(crowd(url, options.clients)),
         }
         for name, step in steps.items():
             began = time.monotonic()
-            found[name] = step()
+            try:
+                found[name] = step()
+            except (TimeoutError, aiohttp.ClientError) as error:
+                raise RunError(f"{name}: {type(error).__name__} {error}".rstrip()) from error
             if not idle(engine) or engine.failure():
                 raise RunError(f"{name}: the engine still holds a slot, or failed: {engine.failure()}")
             print(f"{name}: {found[name]} ({time.monotonic() - began:.0f} s)", flush=True)
@@ -99,25 +106,39 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def client(command: Sequence[str]) -> dict[str, Any]:
     """What a client's program printed. Raises `RunError`: it failed."""
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_COLOR": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=CLIENT_SECONDS, env=environment, check=False
-    )
+    done = run(command, seconds=CLIENT_SECONDS, env=environment)
     if done.returncode:
         raise RunError(f"{' '.join(command[:2])} failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run(command: Sequence[str], *, seconds: float, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end. Raises `RunError`: it is not there, or takes longer than `seconds`."""
+    try:
+        return process.run(command, timeout=seconds, **options)
+    except FileNotFoundError as error:
+        raise RunError(f"{command[0]}: no such program; see this command's --help") from error
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{' '.join(command[:2])} has not ended within {seconds:g} s") from error
+
+
+def lm_eval(url: str) -> dict[str, Any]:
+    """lm-eval's clients, which need the tokenizer. Raises `RunError`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), vocab_size=VOCABULARY)
+        return client([sys.executable, str(FOLDER / "lm_eval_client.py"), url, folder])
+
+
 def fuzz(python: str, url: str, *, least_cases: int) -> dict[str, Any]:
     """schemathesis against /openapi.json: cases and failures. Raises `RunError`: a 5xx, or too few cases."""
-    done = subprocess.run(
-        [
-            str(Path(python).with_name("schemathesis")), "run", f"{url}/openapi.json",
-            "--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing",
-            "--max-examples", str(least_cases // 4), "--seed", "1", "--no-color",
-            "--suppress-health-check", "all",
-        ],
-        capture_output=True, text=True, timeout=FUZZ_SECONDS, check=False,
-    )  # fmt: skip
+    command = [
+        str(Path(python).absolute().with_name("schemathesis")), "run", f"{url}/openapi.json",
+        "--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing",
+        "--max-examples", str(least_cases // 4), "--seed", "1", "--no-color",
+        "--suppress-health-check", "all",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:  # it leaves its caches where it runs
+        done = run(command, seconds=FUZZ_SECONDS, cwd=folder)
     counts = re.search(r"([\d,]+) generated", done.stdout)
     cases = int(counts.group(1).replace(",", "")) if counts else 0
     if done.returncode or cases < least_cases:

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from cluster.cli import BAD_INPUT
+from cluster.cli import BAD_INPUT, RunError
 from cluster.machine.rendezvous import interface_of
 from cluster.session import set_defaults
 
 LONGEST_PREPARATION = timedelta(days=2)  # of data by rank 0; torchrun ends the others if it fails
 Result = TypeVar("Result")
 StoreLost = dist.DistNetworkError  # the store was in a process that has ended
+MEET_SECONDS = 300.0  # in which all ranks find the store, where no torchrun holds it
 PREPARED, TAKEN = "asuncion/prepared", "asuncion/taken"  # keys of the store
 TAKE_SECONDS = 60.0  # in which the ranks take what was prepared; torchrun starts them together
 
@@ -130,9 +131,16 @@ class Ranks:
 
     @classmethod
     def meet(cls) -> "Ranks":
-        """Find the other ranks. Collective."""
+        """Find the other ranks. Collective.
+
+        Raises:
+            RunError: they did not all come.
+        """
         if "MASTER_ADDR" in os.environ:
-            store, rank, world_size = next(rendezvous("env://"))
+            try:
+                store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=MEET_SECONDS)))
+            except (dist.DistError, ValueError) as error:  # too late, or a variable is missing
+                raise RunError(_who_is_missing(error)) from error
             return cls(rank, world_size, store)
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), dist.HashStore())
 
@@ -162,6 +170,15 @@ class Ranks:
         if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
             self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
+
+
+def _who_is_missing(error: Exception) -> str:
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    who = " of ".join(os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
+    return (
+        f"rank {who}: the ranks did not meet at {place} within {MEET_SECONDS:g} s "
+        f"({str(error).splitlines()[0][:200]}); look for a rank that has not started, or for a firewall"
+    )
 
 
 def start_of(store: dist.Store) -> str:
