@@ -284,8 +284,15 @@ def test_any_rule_with_momentum_can_be_transported():
 
 
 def test_momentum_that_starts_warm_is_under_transport_the_gradient_at_the_weights():
-    """Of a quadratic without noise, at every step, while the rate falls; from zero it is not."""
+    """Of a quadratic without noise, at every step, while the rate falls; from zero it is not.
+
+    So the weights go the way of the rule without momentum, whatever β is (training/study/EXPERIMENTS.md).
+    """
     target, errors = tensors(5, 8, count=1, seed=3)[0], []
+    alone = torch.zeros(5, 8)
+    for number in range(1, 30):
+        still = scion(momentum=0.0)
+        step(still, alone, alone - target, new_state(still, alone), lr=0.05 / number, step=number)
     for plain in (scion(momentum=0.8), warm_started(scion(momentum=0.8))):
         rule, worst = transported(plain), 0.0
         weight = torch.zeros(5, 8)
@@ -296,6 +303,7 @@ def test_momentum_that_starts_warm_is_under_transport_the_gradient_at_the_weight
             worst = max(worst, (state["momentum"] - exact).abs().max().item())
         errors.append(worst)
     assert errors[1] < 1e-5 < 1e-2 < errors[0]
+    torch.testing.assert_close(weight, alone, rtol=0, atol=2e-3)
 
 
 def test_a_warm_start_is_for_every_rule_with_momentum_and_changes_its_first_steps_alone():
