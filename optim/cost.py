@@ -1,9 +1,10 @@
 """What a step costs: FLOPs of orthogonalising a matrix, by form, and bytes of the passes. Pure: no torch.
 
-Five quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
+k quintic iterations on an n x m matrix, n <= m, at 2 FLOPs per multiply-add:
 
-    standard    X <- aX + (bA + cA²)X, A = XXᵀ            20n²m + 10n³
-    gram        the same polynomials on A, n x n, and X    8n²m + 28n³
+                                                          k                    5 iterations
+    standard    X <- aX + (bA + cA²)X, A = XXᵀ            4kn²m + 2kn³         20n²m + 10n³
+    gram        the same polynomials on A, n x n, and X   8n²m + (8k - 12)n³    8n²m + 28n³
                 multiplied twice: after step 2 and at the end
 
 With kernels that compute half of a symmetric product: 15n²m + 5n³ and 6n²m + 20n³. A product of two
@@ -28,21 +29,30 @@ def uses_gram(rows: int, cols: int) -> bool:
     return long > GRAM_ASPECT * short
 
 
+def balances_lines(rows: int, cols: int, lines: str) -> bool:
+    """Whether Aurora (optim/stages.py) balances a matrix: a tall one; with lines="larger" a wide one too."""
+    return rows > cols or (rows < cols and lines == "larger")
+
+
 def orthogonalize_flops(
-    rows: int, cols: int, *, symmetric: bool = False, polynomials: bool = False, restart: bool = True
-) -> int:
+    rows: int, cols: int, *, num_steps: int = NUM_ITERATIONS, symmetric: bool = False,
+    polynomials: bool = False, restart: bool = True,
+) -> int:  # fmt: skip
     """FLOPs to orthogonalise one matrix.
 
     Args:
+        num_steps: iterations.
         symmetric: symmetric products cost half (optim/kernels/gpu.py, optim/kernels/native.cpp).
         polynomials: so do products of two polynomials of the Gram matrix; only with `symmetric`.
         restart: the Gram form starts again after GRAM_RESTART iterations.
     """
     short, long = sorted((rows, cols))
     square, cube = short * short * long, short**3
-    if uses_gram(rows, cols):
-        if not restart:
-            return 3 * square + 17 * cube if symmetric and polynomials else 4 * square + 34 * cube
-        halved = 6 * square + (14 if polynomials else 20) * cube
-        return halved if symmetric else 8 * square + 28 * cube
-    return 15 * square + 5 * cube if symmetric else 20 * square + 10 * cube
+    if not uses_gram(rows, cols):
+        return num_steps * (3 * square + cube if symmetric else 4 * square + 2 * cube)
+    # Each stretch of k iterations: XXᵀ, PX, k times A², and k - 1 times two products for A and one for P.
+    stretches = 2 if restart else 1
+    halved, whole = 2 * num_steps - stretches, 2 * (num_steps - stretches)  # of the n x n products
+    if not symmetric:
+        return 4 * stretches * square + 2 * (halved + whole) * cube
+    return 3 * stretches * square + (halved + (whole if polynomials else 2 * whole)) * cube

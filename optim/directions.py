@@ -83,11 +83,12 @@ class Adam:
 class Corrected:
     """Momentum of gradients that a second gradient corrects. https://arxiv.org/abs/2510.21800
 
-    c = g(θ; ξ) + γ·β/(1-β)·(g(θ; ξ) - g(θ_before; ξ));  m ← βm + (1-β)c.
+    c = g(θ; ξ) + γ·β/(1-β)·(g(θ; ξ) - g(θ_before; ξ)), clipped to ‖c‖_F <= 1;  m ← βm + (1-β)c.
 
     An update takes two steps on the same batch ξ, so it counts as two gradients. The first step, an odd one,
     is given g(θ_before; ξ), keeps it and returns 0. `optim.lookahead.Previous` moves the point between the
-    two. The paper also clips each matrix of c to length one, which needs more than an entry: not done here.
+    two. Before the second step the caller puts c in its place, by `correct` and `clip_factor`: the norm of a
+    matrix is no matter of single entries.
     """
 
     momentum: Momentum
@@ -97,13 +98,24 @@ class Corrected:
     def state_names(self) -> tuple[str, ...]:
         return (*self.momentum.state_names, "gradient_before")
 
+    def correct(self, gradient: Tensor, state: State) -> Tensor:
+        """In an even step: put c in the place of g(θ_before; ξ), not clipped yet, and return that place."""
+        factor = self.strength * self.momentum.beta / (1 - self.momentum.beta)
+        before = state["gradient_before"]
+        return before.copy_(gradient.add(gradient - before, alpha=factor))
+
+    @staticmethod
+    def clip_factor(norms: Tensor) -> Tensor:
+        """What c is multiplied by, for the norms of whole matrices."""
+        return (1 / norms).clamp_max(1)
+
     def __call__(self, gradient: Tensor, state: State, *, step: int) -> Tensor:
+        """In an even step `gradient` is not used: c takes its place."""
         before = state["gradient_before"]
         if step % 2:
             before.copy_(gradient)
             return torch.zeros_like(gradient)
-        factor = self.strength * self.momentum.beta / (1 - self.momentum.beta)
-        return self.momentum(gradient.add(gradient - before, alpha=factor), state, step=step // 2)
+        return self.momentum(before, state, step=step // 2)
 
 
 @dataclass(frozen=True)

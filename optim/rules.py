@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from optim.cost import NUM_ITERATIONS
 from optim.directions import Adam, Corrected, Direction, Momentum, Second, Sign, State
 from optim.geometry import Entries, Schatten, parse_norm
 from optim.lookahead import EmaNesterov, LookAhead, Previous, Transport
@@ -77,6 +78,15 @@ class Rule:
     def orthogonal(self) -> bool:
         """Whether updates of whole matrices are meant to be orthogonal, or nearly so."""
         return any(isinstance(stage, Polar | Aurora) for stage in self.stages)
+
+    def polar_steps(self, rows: int, cols: int) -> tuple[int, ...]:
+        """Iterations of each orthogonalisation of an r x c matrix. Another norm's minimiser counts as one."""
+        for stage in self.stages:
+            if isinstance(stage, Polar):
+                return (stage.num_steps,)
+            if isinstance(stage, Aurora):
+                return (stage.polar.num_steps,) * stage.num_polars(rows, cols)
+        return (NUM_ITERATIONS,)
 
     @property
     def looks_ahead(self) -> bool:
@@ -346,6 +356,9 @@ def step(rule: Rule, weight: Tensor, gradient: Tensor, state: State, *, lr: floa
     Returns:
         The point at which the next gradient is to be taken; `weight` itself unless the rule looks ahead.
     """
+    if isinstance(rule.direction, Corrected) and rule.moves(step):
+        corrected = rule.direction.correct(gradient, state)
+        corrected *= rule.direction.clip_factor(torch.linalg.vector_norm(corrected, dtype=torch.float64))
     update = rule.direction(gradient, state, step=step)
     if rule.whole and rule.moves(step):
         norm = torch.linalg.vector_norm(update, dtype=torch.float64).float()

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from optim.cost import balances_lines
 from optim.directions import State
 from optim.geometry import Ball, or_one, wide
 from optim.polar import orthogonalize
@@ -150,9 +151,13 @@ class Aurora(_Stateless):
     iterations: int = 2  # K
     lines: str = "row"
 
+    def num_polars(self, rows: int, cols: int) -> int:
+        """Orthogonalisations of an r x c matrix."""
+        return self.iterations if balances_lines(rows, cols, self.lines) else 1
+
     def __call__(self, matrices: Tensor, given: Given) -> Tensor:
         rows, cols = matrices.shape[-2:]
-        if rows == cols or (rows < cols and self.lines != "larger"):
+        if not balances_lines(rows, cols, self.lines):
             return self.polar(matrices, given)
         matrices, dim = matrices.to(wide(matrices)), -1 if rows > cols else -2
         balance = 1 / or_one(torch.linalg.vector_norm(matrices, dim=dim, keepdim=True))

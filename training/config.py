@@ -107,7 +107,7 @@ class WorkersConfig:
     cpus: float = key(1.0, "CPUs that Ray reserves per worker; also the worker's threads on CPU", above=0)
     accelerator: str | None = key(None, "Ray accelerator type to ask for, such as A40")
     max_failures: int = key(
-        0, "times that Ray restarts the workers from the newest checkpoint after a failure"
+        0, "times that Ray restarts the workers from the newest checkpoint after a failure", least=0
     )
     hang_seconds: float = key(
         45.0,

@@ -6,6 +6,7 @@
 Running the same command again resumes the run from its newest complete checkpoint.
 """
 
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -213,8 +214,8 @@ def run_torch(config: TrainConfig, plan: Plan) -> None:
             if ranks.rank < 2:  # the second one sees a first that stands still
                 note = None if ranks.rank else progress.note
                 stack.enter_context(RunWatch(config, observer=f"rank {ranks.rank}", note=note))
-            if ranks.rank == 0:
-                stack.enter_context(HealthWatch(config))
+            if context.gather(host := platform.node()).index(host) == context.rank:  # its node's first
+                stack.enter_context(HealthWatch(config, context=context))
             received = stack.enter_context(told_to_stop(STOPPING))
             finished = train(
                 start, command=sys.argv, context=context, heart=heart, startup=startup,

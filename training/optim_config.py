@@ -8,6 +8,7 @@ from functools import cache
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require
+from optim.cost import balances_lines
 
 PRODUCT_DTYPES = ("bf16", "fp32")
 MUON_RULES = ("muon", "normuon", "muon_plus", "muon_eq", "aurora", "mars", "ema_nesterov")
@@ -99,6 +100,16 @@ class MatrixOptimConfig:
     def state_numbers(self) -> int:
         """fp32 numbers of state that the rule keeps for each element of a matrix."""
         return {"adamw": 2, "mars": 2}.get(self.rule, 1) + (self.looks == "ema_nesterov")
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether the rule needs whole matrices; under Scion's rules the norm decides."""
+        return self.rule in MUON_RULES
+
+    def polar_steps_of(self, rows: int, cols: int) -> tuple[int, ...]:
+        """Iterations of each orthogonalisation of a matrix."""
+        balanced = self.rule == "aurora" and balances_lines(rows, cols, self.lines)
+        return (self.polar_steps,) * (2 if balanced else 1)
 
     def num_lines(self, rows: int, cols: int) -> int:
         """fp32 numbers of state for the lines of a matrix."""

@@ -125,6 +125,8 @@ class Plan:
             num_devices=self.num_workers, peak_tflops=self.device.bf16_tflops,
         )  # fmt: skip
         ceilings = rates_of(self.device).source
+        if "optimizer" not in self.seconds:
+            ceilings += "; without the optimizer step, which is not counted for this rule or stage"
         return (
             f"{step * self.num_steps / 86400:.1f} days: {step:.3f} s per step, an MFU of {share:.0%}; "
             f"ceilings {ceilings}"

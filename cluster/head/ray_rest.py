@@ -11,6 +11,7 @@ import pwd
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class Ray:
 def listener(port: int) -> int | None:
     """The user who listens on this TCP port of 127.0.0.1 or of every address, or None."""
     loopback, every = "0100007F", "00000000"
-    users = [user for local, user, _ in _listening(port) if local in (loopback, every)]
+    users = [user for local, user, _ in _listening(port, ("tcp",)) if local in (loopback, every)]
     return users[0] if users else None
 
 
@@ -148,10 +149,13 @@ def stranger(port: int, cluster: str) -> str | None:
     return None
 
 
-def _listening(port: int) -> list[tuple[str, int, str]]:
-    """(address in hexadecimal, user, inode) of every socket that listens on this TCP port, IPv4 and IPv6."""
+def _listening(port: int, tables: Sequence[str] = ("tcp", "tcp6")) -> list[tuple[str, int, str]]:
+    """(address in hexadecimal, user, inode) of every socket that listens on this TCP port, IPv4 and IPv6.
+
+    The kernel takes milliseconds to write a table.
+    """
     found = []
-    for table in ("tcp", "tcp6"):
+    for table in tables:
         file = Path("/proc/net", table)
         for line in file.read_text().splitlines()[1:] if file.exists() else ():
             _, local, _, state, _, _, _, user, _, inode, *_ = line.split()

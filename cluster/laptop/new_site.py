@@ -53,6 +53,8 @@ def new_site(cluster: Path, arguments: Sequence[str], *, ask: Callable[[str], st
         ConfigError: a key is missing or refused. Nothing is written.
     """
     file = inventory.beside(cluster)
+    if not cluster.parent.is_dir():
+        raise UserError(f"{cluster.parent}: no such folder; make it, or give another CLUSTER=")
     for place in (file, cluster):
         if place.exists():
             raise UserError(f"{place}: exists already; edit that inventory, or give another CLUSTER=")

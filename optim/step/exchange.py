@@ -134,6 +134,20 @@ class ShapeGroup:
         numbers = torch.tensor([piece.number for piece in pieces], device=self.local.device)
         return FlatPart(flat, pieces, table, numbers)
 
+    def norms(self) -> Tensor:
+        """Of whole matrices, fp64, from the squares that the pieces of all ranks have; collective.
+
+        The squares begin anew.
+        """
+        if self.staging is not None:
+            self.squares.copy_(self.staging.squares)
+        if self._travels_in:
+            dist.all_reduce(self.squares)
+        norms = self.squares.sqrt()
+        for squares in (self.squares, self.staging.squares if self.staging else self.squares):
+            squares.zero_()
+        return norms
+
     def send(self) -> None:
         """Start the pieces on their way to the owners, with the squares of their norms."""
         if self._travels_in:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.rules import Rule
 from optim.step.ownership import Matrix
 
 
@@ -51,7 +52,7 @@ class Piece:
     square: Tensor = field(init=False)
 
 
-def cut(fragments: Sequence[Fragment]) -> tuple[list[Piece], list[Matrix]]:
+def cut(fragments: Sequence[Fragment], rule: Rule) -> tuple[list[Piece], list[Matrix]]:
     """This rank's piece of every matrix, and where every matrix lies: the same list on every rank.
 
     Collective: each rank learns the ranges of all others.
@@ -66,7 +67,8 @@ def cut(fragments: Sequence[Fragment]) -> tuple[list[Piece], list[Matrix]]:
             offset = fragment.offset + first + start - fragment.start
             pieces.append(Piece(fragment, index, stop - start, offset))
             name = fragment.name if len(fragment.blocks) == 1 else f"{fragment.name}[{index}]"
-            matrices.append(Matrix(name, rows, fragment.cols, tuple(holdings)))
+            polar_steps = rule.polar_steps(rows, fragment.cols)
+            matrices.append(Matrix(name, rows, fragment.cols, tuple(holdings), polar_steps))
             first += numel
     return pieces, matrices
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.directions import Adam, Momentum
+from optim.directions import Adam, Corrected, Momentum
 from optim.kernels import gpu, native
 from optim.rules import Rule, State, new_state
 from optim.step.exchange import ShapeGroup
@@ -57,7 +57,7 @@ class FusedStep:
         self._groups: list[ShapeGroup] = []
         self._runs = [] if rule.whole else _runs(rule, self.fragments)
         if rule.whole:
-            pieces, matrices = cut(self.fragments)
+            pieces, matrices = cut(self.fragments, rule)
             self.plan = make_plan(matrices, world_size=rank_and_world_size()[1])
             self._groups = [
                 ShapeGroup(rule, plan, [pieces[i] for i in indices], device=device)
@@ -111,6 +111,8 @@ class FusedStep:
         for group in groups:
             group.acquire()
             with health.timed("start"):
+                if moves and isinstance(self.rule.direction, Corrected):
+                    _correct(self, group, self.rule.direction)
                 self._start(group)
                 if moves:
                     group.send()
@@ -158,14 +160,8 @@ class FusedStep:
 
     def _direction(self, piece: Piece) -> None:
         """Momentum, Nesterov, norm and cast of one piece, chunk by chunk: one pass over memory."""
-        flat = piece.fragment.flat
-        for chunk in _chunks(piece.numel, flat.device):
-            place = slice(piece.offset + chunk.start, piece.offset + chunk.stop)
-            if flat.grad is None:
-                part = torch.zeros(chunk.stop - chunk.start, device=flat.device)
-            else:
-                part = flat.grad.view(-1)[place]
-            update = self.rule.direction(part, self._state_at(flat, place), step=self.steps)
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            update = self.rule.direction(*_gradient_and_state(self, piece, chunk), step=self.steps)
             piece.buffer[chunk].copy_(update)
             wide = update.double()
             piece.square.add_(torch.dot(wide, wide))
@@ -228,6 +224,28 @@ class FusedStep:
         point = self.rule.apply(weight, update, step=self.steps, state=state, **end)
         if fragment.model is not None:
             fragment.model.view(-1)[place].copy_(weight if point is None else point)
+
+
+def _correct(unit: FusedStep, group: ShapeGroup, direction: Corrected) -> None:
+    """Replace the gradients before by the corrected ones, each matrix of these clipped. Collective."""
+    pieces = [piece for part in group.parts for piece in part.pieces]
+    for piece in pieces:
+        for chunk in _chunks(piece.numel, piece.fragment.flat.device):
+            corrected = direction.correct(*_gradient_and_state(unit, piece, chunk)).double()
+            piece.square.add_(torch.dot(corrected, corrected))
+    factors = direction.clip_factor(group.norms())
+    for piece in pieces:
+        _, state = _gradient_and_state(unit, piece, slice(0, piece.numel))
+        state["gradient_before"] *= factors[piece.number].to(piece.square.device)
+
+
+def _gradient_and_state(unit: FusedStep, piece: Piece, chunk: slice) -> tuple[Tensor, State]:
+    """Of one chunk of a piece; zeros for a gradient that is missing."""
+    flat, place = piece.fragment.flat, slice(piece.offset + chunk.start, piece.offset + chunk.stop)
+    state = unit._state_at(flat, place)
+    if flat.grad is None:
+        return torch.zeros(chunk.stop - chunk.start, device=flat.device), state
+    return flat.grad.view(-1)[place], state
 
 
 @dataclass

@@ -7,9 +7,10 @@ pieces to the owners; after it, each owner sends the pieces of the update back t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
-from optim.cost import orthogonalize_flops
+from optim.cost import NUM_ITERATIONS, orthogonalize_flops
 
 SLACK = 0.02  # of the mean load, that a rank may carry on top of it to save traffic
 
@@ -21,21 +22,30 @@ class Matrix:
     Attributes:
         holdings: per rank, the half-open range [start, stop) of the flattened matrix that the rank holds.
             Ranges either tile the matrix exactly (ZeRO 1-3) or are all whole (ZeRO 0: replicated).
+        polar_steps: iterations of each orthogonalisation that its rule takes.
     """
 
     name: str
     rows: int
     cols: int
     holdings: tuple[tuple[int, int], ...]
+    polar_steps: tuple[int, ...] = (NUM_ITERATIONS,)
 
     @property
     def numel(self) -> int:
         return self.rows * self.cols
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """What its owner computes (optim/cost.py)."""
-        return orthogonalize_flops(self.rows, self.cols)
+        return self.flops_if(symmetric=False)
+
+    def flops_if(self, *, symmetric: bool) -> int:
+        """The same; symmetric: symmetric products cost half."""
+        return sum(
+            orthogonalize_flops(self.rows, self.cols, num_steps=num_steps, symmetric=symmetric)
+            for num_steps in self.polar_steps
+        )
 
     def held_by(self, rank: int) -> int:
         """Elements that `rank` holds."""
@@ -111,7 +121,7 @@ class OwnershipPlan:
         """FLOPs of the matrices that each rank owns (`optim.cost`)."""
         loads = [0] * self.world_size
         for matrix, owner in zip(self.matrices, self.owners, strict=True):
-            loads[owner] += orthogonalize_flops(matrix.rows, matrix.cols, symmetric=symmetric)
+            loads[owner] += matrix.flops_if(symmetric=symmetric)
         return loads
 
     def elements_sent_by(self, rank: int) -> int:

@@ -19,6 +19,7 @@ from cluster import files
 from cluster.display import show, table
 from cluster.machine.host import describe_host
 from cluster.measure.benchmark import baseline_path
+from cluster.record import provenance
 from tests.lab import hosts
 from tests.lab.hosts import CLUSTER_FILE, SCRATCH, Lab, missing
 
@@ -87,7 +88,8 @@ def main() -> int:
         for row in rows
     ]
     show(table(("nodes", "up s", "laptop's CPU s", "files of Ray's control"), cells))
-    files.write_json(baseline_path(describe_host(), "growth"), {"rows": rows})
+    about = provenance.collect(command=sys.argv, data_fingerprint=None)
+    files.write_json(baseline_path(describe_host(), "growth"), {"rows": rows, "provenance": about})
     print(json.dumps({"rows": rows}))
     return 0
 

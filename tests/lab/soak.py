@@ -20,6 +20,7 @@ from cluster import files
 from cluster.display import show, table
 from cluster.machine.host import describe_host
 from cluster.measure.benchmark import baseline_path
+from cluster.record import provenance
 from tests.commands import ROOT
 from tests.lab.hosts import CLUSTER_FILE, SCRATCH, Lab, Running, missing
 from tests.waiting import wait_until
@@ -109,7 +110,8 @@ def main() -> int:
         "num_outages": len(found["rows"]), "num_bytes": found["num_bytes"], "same_bytes": found["same"],
         "back_seconds_most": max(max(each) for each in back.values()), "rows": found["rows"],
     }  # fmt: skip
-    files.write_json(baseline_path(describe_host(), "soak"), result)
+    about = provenance.collect(command=sys.argv, data_fingerprint=None)
+    files.write_json(baseline_path(describe_host(), "soak"), {**result, "provenance": about})
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
     return 0 if found["same"] else 1
 

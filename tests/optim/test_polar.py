@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -326,12 +327,13 @@ def test_each_form_multiplies_the_matrix_as_often_as_its_cost_says(shape, dtype,
     monkeypatch.setattr(polar, "_symmetric", counted_symmetric)
     monkeypatch.setattr(polar, "_multiply_polynomials", counted_polynomials)
     monkeypatch.setattr(polar, "_multiply", counted_multiply)
-    form = polar._form(dtype, gram=cost.uses_gram(*SHAPES[shape]))
-    form(matrix(shape, "gaussian")[None].to(dtype), METHODS["polar_express"].coefficients)
-    assert sum(spent) == cost.orthogonalize_flops(*SHAPES[shape])
-    halved = sum(spent) - sum(half) / 2
-    all_halved = dtype != torch.bfloat16
-    assert halved == cost.orthogonalize_flops(*SHAPES[shape], symmetric=True, polynomials=all_halved)
+    form, all_halved = polar._form(dtype, gram=cost.uses_gram(*SHAPES[shape])), dtype != torch.bfloat16
+    for num_steps in (3, 5, 8):
+        spent.clear(), half.clear()
+        form(matrix(shape, "gaussian")[None].to(dtype), METHODS["polar_express"].steps(num_steps))
+        flops = partial(cost.orthogonalize_flops, *SHAPES[shape], num_steps=num_steps)
+        assert sum(spent) == flops()
+        assert sum(spent) - sum(half) / 2 == flops(symmetric=True, polynomials=all_halved)
 
 
 @each_method

@@ -296,6 +296,7 @@ REFUSED = {
     "zero.bucket_elements": ["0"],
     "workers.count": ["0"],
     "workers.cpus": ["0", "-1"],
+    "workers.max_failures": ["-1"],
     "workers.hang_seconds": ["-1"],
     "workers.min_count": ["0", "3"],
     "checkpoint.every_steps": ["0"],

@@ -19,6 +19,11 @@ def test_the_1b4_run_fits_an_a40_and_says_so_exactly() -> None:
     # Weights and masters by hand: 2 bytes a parameter on each GPU; 4 bytes shared by the workers.
     assert plan.memory_bytes["weights"] == 2 * plan.shape.num_parameters
     assert plan.memory_bytes["master weights (fp32)"] == 4 * plan.shape.num_parameters // plan.num_workers
+    scion = make_plan(
+        training_config.load(file=A40_1B4, dotlist=["optim.by_name=[]", "optim.matrix.rule=scion"])
+    )
+    assert "optimizer" in plan.seconds and "without the optimizer step" not in plan.describe()
+    assert "optimizer" not in scion.seconds and "without the optimizer step" in scion.describe()
     with pytest.raises(ConfigError, match=r"batch.micro_sequences.*activation_checkpointing.*zero.stage"):
         make_plan(training_config.load(file=A40_1B4, dotlist=["batch.micro_sequences=32"]))
 

@@ -11,7 +11,7 @@ from typing import Any
 from cluster import config as layered
 from cluster import process
 from cluster.cli import RunError
-from cluster.session import ray_session
+from cluster.session import KIND, ray_session
 from training.baseline.plan import BaselineConfig
 
 
@@ -22,7 +22,7 @@ def measure_elsewhere(config: BaselineConfig) -> None:
         ConfigError: no node of the cluster has them.
         RunError: it failed there.
     """
-    kind = {f"accelerator_type:{config.accelerator}": 0.001}
+    kind = {f"{KIND}{config.accelerator}": 0.001}
     with ray_session(config.session, resources=kind, worker_env={}, smaller="accelerator"):
         import ray
 
@@ -39,14 +39,14 @@ def measure_elsewhere(config: BaselineConfig) -> None:
 def _lines(config: str, address: str) -> Iterator[str]:
     """What the baseline prints on this node; an empty line last if it succeeded."""
     # Ray hides the GPUs from a task that asks for none; it asks for none so that the cells can have them.
-    hidden = {"CUDA_VISIBLE_DEVICES"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "baseline.yaml"
         file.write_text(config)
         command = [sys.executable, "-m", "training.baseline", "--here", "--config", str(file)]
         with process.Child(
-            command, env={**environment, "RAY_ADDRESS": address}, text=True, bufsize=1,
+            command, env=environment, text=True, bufsize=1,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as child:  # fmt: skip
             assert child.stdout is not None

@@ -16,6 +16,7 @@ from training import config as training_config
 from training.baseline.steps import NUM_PHASED
 from training.model import shapes
 from training.model.shapes import LlamaShape
+from training.optim_config import MATRIX_RULES
 from training.plan import make_plan
 
 TRAINED = ("llama-60m", "llama-130m", "llama-350m", "llama-1b4")
@@ -28,20 +29,22 @@ BF16_BYTES = 2
 @dataclass(frozen=True)
 class TrainCells:
     shapes: tuple[str, ...] = key(TRAINED, "shapes to train")
-    rules: tuple[str, ...] = key(RULES, "rules of the hidden matrices")
+    rules: tuple[str, ...] = key(RULES, "rules of the hidden matrices", choices=MATRIX_RULES)
     zero_stage: int = key(1, "DeepSpeed ZeRO stage")
     nodes: tuple[int, ...] | None = key(
         None, "on a cluster, numbers of nodes to train on; default: one, and all of them", least=1
     )
     tokens: int | None = key(
-        None, "tokens of a step, of each node, rounded up to whole passes; GPU: 131072, CPU: 1024"
+        None, "tokens of a step, of each node, rounded up to whole passes; GPU: 131072, CPU: 1024", least=1
     )
-    sequence_length: int | None = key(None, "GPU: 1024, CPU: 256")
+    sequence_length: int | None = key(None, "GPU: 1024, CPU: 256", least=1)
     most_micro_sequences: int | None = key(
-        None, "the most sequences per worker and pass, halved until memory suffices; GPU: 16, CPU: 4"
+        None, "the most sequences per worker and pass, halved until memory suffices; GPU: 16, CPU: 4", least=1
     )
-    workers: int | None = key(None, "of a node; default: one per GPU of this one, or one on a CPU's cores")
-    steps: int | None = key(None, "timed steps; GPU: 10, CPU: 4")
+    workers: int | None = key(
+        None, "of a node; default: one per GPU of this one, or one on a CPU's cores", least=1
+    )
+    steps: int | None = key(None, "timed steps; GPU: 10, CPU: 4", least=1)
     data: str = key(
         "data", "folder of prepared data (training.data.prepare); the embedded corpus is made there"
     )
@@ -54,8 +57,8 @@ class ServeCells:
         SERVED, "shapes, or config.json files, with random weights; or Hugging Face directories"
     )
     batches: tuple[int, ...] | None = key(None, "requests at once; GPU: 1,8,32, CPU: 1,8", least=1)
-    prompt_tokens: int | None = key(None, "GPU: 512, CPU: 128")
-    new_tokens: int | None = key(None, "GPU: 160, CPU: 48")
+    prompt_tokens: int | None = key(None, "GPU: 512, CPU: 128", least=1)
+    new_tokens: int | None = key(None, "GPU: 160, CPU: 48", least=1)
     more: tuple[str, ...] = key((), "key=value of serving.config for every cell, such as engine.threads=2")
 
 
@@ -213,9 +216,10 @@ def _training(config: BaselineConfig, capacity: Capacity, name: str, rule: str, 
     num_steps = warm_up + steps + NUM_PHASED + 1
     devices = workers if gpu else num_nodes  # the ranks of a CPU share it
     flops = plan.flops_per_token * plan.tokens_per_step / devices
-    if rule == "muon":
-        sizes = plan.shape.matrices().items()
-        flops += sum(count * orthogonalize_flops(*size) for size, count in sizes) / devices
+    if (matrix := plan.config.optim.matrix).needs_matrices:
+        for size, count in plan.shape.matrices().items():
+            each = (orthogonalize_flops(*size, num_steps=num) for num in matrix.polar_steps_of(*size))
+            flops += count * sum(each) / devices
     command = ["-m", "training.baseline.steps", "--steps", str(steps), "--warm-up", str(warm_up), *keys]
     if num_nodes > 1:
         command += [f"session.address={config.session.address}", "--ray"]

@@ -6,6 +6,7 @@
     loss              bytes of softmax and cross-entropy
     launches          what starting kernels takes beyond running them, in small micro-batches
     accumulation      the model's gradients added to fp32 sums, once for each micro-batch
+    attention logits  with `optim.qk_clip`: one more product of queries and keys, in full
     optimizer         orthogonalisation and passes over memory (`training.projection.step_model`)
     exchange          what the worker sends, over PCIe; nothing is taken to be hidden
 
@@ -80,6 +81,10 @@ def step_seconds(
     found = {part: accumulation * seconds for part, seconds in micro.items()}
     moved = FIRST_BYTES + ACCUMULATED_BYTES * (accumulation - 1)
     found["accumulation"] = moved * shape.num_parameters / _passes(rates)
+    if config.optim.qk_clip:
+        found["attention logits"] = accumulation * _logit_seconds(
+            shape, tokens, length, form_of(config), rates
+        )
     job = traffic.job_of(config, shape, num_ranks=num_workers, accumulation=accumulation)
     if job is None or job.norms:  # stage 0, or Scion: not counted
         return found
@@ -95,9 +100,7 @@ def _step_work(job: traffic.Job) -> tuple[float, float, float]:
     """(FLOPs, bytes of memory, bytes of matrices sent) of the optimizer step on the most loaded worker."""
     plans = traffic.ownership(job)
     flops, num_bytes = step_model.optimizer_work(job, plans)
-    travels = traffic.exchange(
-        plans, element_bytes=job.exchange_bytes, num_ranks=job.num_ranks, ranks_per_node=job.num_ranks
-    )
+    travels = traffic.exchange(job, plans, ranks_per_node=job.num_ranks)
     return flops, num_bytes, max(travels.sent_bytes)
 
 
@@ -125,6 +128,17 @@ def micro_batch_seconds(
     launches = (COMPILED_LAUNCHES if form.compiled else EAGER_LAUNCHES) * (1 + recomputed / 3)
     started = shape.num_layers * launches * LAUNCH_SECONDS
     return found | {"launches": max(0.0, started - sum(found.values()))}
+
+
+def _logit_seconds(shape: LlamaShape, tokens: int, sequence_length: int, form: Form, rates: Rates) -> float:
+    """Of `training.model.attention.largest_logits` in the forward passes of a micro-batch.
+
+    The product of all queries and keys of a sequence, also of later keys, which is written, masked and read.
+    """
+    layers = shape.num_layers + form.recomputed(shape.num_layers)
+    logits = layers * shape.num_heads * sequence_length * tokens
+    product = 2 * shape.head_dim * logits / (PRODUCT_SHARE * rates.product_flops)
+    return product + (4 * form.width + 1) * logits / _passes(rates)
 
 
 def _passes(rates: Rates) -> float:

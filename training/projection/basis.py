@@ -11,7 +11,7 @@ from cluster.measure.probe import LINK_PEAK
 from cluster.parity import baseline_file
 from cluster.session import ROOT
 from training.model.shapes import SHAPES
-from training.optim_config import MUON_RULES
+from training.optim_config import MatrixOptimConfig, OptimConfig
 from training.projection.config import NODE_GB_PER_S, LinkConfig, ProjectionConfig
 from training.projection.step_model import NCCL_PROTOCOLS, Basis, Interconnect, Network, basis_from_row
 from training.projection.traffic import SHARES, Job
@@ -111,14 +111,15 @@ def _basis_of_rows(
     shape: str,
     measured_on: str,
 ) -> Basis:
-    row, fp32 = rows[0], rows[0].get("precision") == "fp32"
+    row, fp32, matrix = rows[0], rows[0].get("precision") == "fp32", MatrixOptimConfig(rule=config.rule)
     job = Job(
         shape=SHAPES[shape],
         stage=row["zero_stage"],
         num_ranks=row["num_workers"],
         accumulation=row["accumulation"],
         bucket_elements=config.bucket_elements,
-        whole_matrices=config.rule in MUON_RULES,
+        matrix=matrix,
+        gradients_per_update=OptimConfig(matrix=matrix).gradients_per_update,
         element_bytes=4 if fp32 else 2,
         gradient_bytes=4 if fp32 else 2,
     )

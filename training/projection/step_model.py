@@ -134,7 +134,10 @@ def exchange_seconds(travels: Exchange, *, num_nodes: int, links: Interconnect) 
 
 
 def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, float]:
-    """(FLOPs, bytes of memory) of the optimizer step on the most loaded rank. Not for Scion."""
+    """(FLOPs, bytes of memory) of the optimizer step on the most loaded rank. Not for Scion.
+
+    Under mars every second step orthogonalises; the FLOPs are the mean.
+    """
     assert not job.norms
     elements = [(sum(map(prod, group.sizes)), group.whole) for group in job.groups().values()]
     total = sum(count for count, _ in elements)
@@ -142,7 +145,7 @@ def optimizer_work(job: Job, plans: Sequence[OwnershipPlan]) -> tuple[float, flo
     everywhere = job.stage == 1 and job.element_bytes == 2
     shard += WHOLE_GRADIENT_BYTES * total if everywhere else SHARD_GRADIENT_BYTES * total / job.num_ranks
     loads = zip(*(plan.loads(symmetric=True) for plan in plans), strict=True)
-    return max(map(sum, loads), default=0), shard
+    return max(map(sum, loads), default=0) / job.gradients_per_update, shard
 
 
 def optimizer_seconds(job: Job, plans: Sequence[OwnershipPlan], basis: Basis) -> float:

@@ -20,8 +20,9 @@ Read in DeepSpeed 0.19.8, and counted on ranks in tests/training/projection/test
     * Parameters of up to PERSISTENT elements stay whole in stage 3, and are gathered after the step.
 
 Matrices whose rule needs them whole travel to their owners and back (optim/step/ownership.py) in
-`exchange_bytes` per element, in two all-to-alls per matrix shape: under Muon the hidden matrices, under Scion
-all whose norm is not of single entries. Norms and flags, under 1 kB, are left out.
+`optim.matrix.dtype`, in two all-to-alls per matrix shape: under Muon the hidden matrices, under Scion all
+whose norm is not of single entries. Under mars they do in every second step, of which this file counts the
+mean. Norms and flags, under 1 kB, are left out.
 """
 
 import math
@@ -32,7 +33,7 @@ from fnmatch import fnmatchcase
 from optim.step.ownership import Matrix, OwnershipPlan, holdings, make_plan
 from training.config import TrainConfig
 from training.model.shapes import LlamaShape
-from training.optim_config import MUON_RULES, SCION_RULES
+from training.optim_config import SCION_RULES, MatrixOptimConfig
 
 # DeepSpeed's defaults, which training/run/engine.py keeps:
 REUSE_DISTANCE = 10**9  # stage3_max_reuse_distance, elements
@@ -56,11 +57,13 @@ class Group:
 
     Attributes:
         whole: the rule needs whole matrices.
+        matrix: of hidden matrices, its keys.
         sizes: of the parameters.
         blocks: rows of the matrices that each consists of.
     """
 
     whole: bool
+    matrix: MatrixOptimConfig = field(default_factory=MatrixOptimConfig)
     sizes: list[tuple[int, ...]] = field(default_factory=list)
     blocks: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -70,11 +73,11 @@ class Job:
     """Everything that determines the traffic of a step.
 
     Attributes:
-        whole_matrices: the rule of the hidden matrices needs them whole (Muon's family).
+        matrix: the rule of the hidden matrices.
         norms: under Scion, (pattern of names, norm@radius) of every parameter; the first that matches counts.
-        by_name: (pattern of names, `whole_matrices` of its rule) of hidden matrices that have another rule.
+        by_name: (pattern of names, rule) of hidden matrices that have another rule.
+        gradients_per_update: steps of which one moves the weights.
         element_bytes: of weights that travel, 2 in bf16; gradient_bytes: of gradients.
-        exchange_bytes: per element of the matrices that go to their owners and back.
     """
 
     shape: LlamaShape
@@ -82,21 +85,22 @@ class Job:
     num_ranks: int
     accumulation: int
     bucket_elements: int
-    whole_matrices: bool = True
+    matrix: MatrixOptimConfig = field(default_factory=MatrixOptimConfig)
     norms: tuple[tuple[str, str], ...] = ()
-    by_name: tuple[tuple[str, bool], ...] = ()
+    by_name: tuple[tuple[str, MatrixOptimConfig], ...] = ()
+    gradients_per_update: int = 1
     element_bytes: int = 2
     gradient_bytes: int = 2
-    exchange_bytes: int = 2
     reuse_distance: int = REUSE_DISTANCE
 
     def groups(self) -> dict[str, Group]:
         """By label of the rule (optim/groups.py), or by pattern of names, in the order of the shards."""
-        found = {"table": Group(False), "vector": Group(False), "matrix": Group(self.whole_matrices)}
-        found |= {pattern: Group(whole) for pattern, whole in self.by_name}
+        found = {"table": Group(False), "vector": Group(False)}
+        for label, matrix in (("matrix", self.matrix), *self.by_name):
+            found[label] = Group(matrix.needs_matrices, matrix)
         if self.norms:
             norms = dict.fromkeys(label for _, label in self.norms)
-            found = {label: Group(label.partition("@")[0] not in ENTRY_NORMS) for label in norms}
+            found = {label: Group(label.partition("@")[0] not in ENTRY_NORMS, self.matrix) for label in norms}
         for name, size in self.shape.parameters().items():
             kind = "vector" if len(size) == 1 else "matrix" if ".layers." in name else "table"
             blocks: tuple[int, ...] = size[:1]
@@ -131,12 +135,12 @@ def job_of(config: TrainConfig, shape: LlamaShape, *, num_ranks: int, accumulati
         num_ranks=num_ranks,
         accumulation=accumulation,
         bucket_elements=config.zero.bucket_elements,
-        whole_matrices=matrix.rule in MUON_RULES,
+        matrix=matrix,
         norms=tuple((pattern, label) for pattern, _, label in (entry.partition("=") for entry in entries)),
-        by_name=tuple((pattern, each.rule in MUON_RULES) for pattern, each in named.items() if pattern),
+        by_name=tuple((pattern, each) for pattern, each in named.items() if pattern),
+        gradients_per_update=config.optim.gradients_per_update,
         element_bytes=weights,
         gradient_bytes={"auto": weights, "bf16": 2, "fp32": 4}[config.zero.communication_dtype],
-        exchange_bytes=2 if matrix.dtype == "bf16" else 4,
     )
 
 
@@ -165,7 +169,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The way to the owners; the way back mirrors it. Bytes of all shapes together, one way.
+    """The way to the owners in a step; the way back mirrors it. Bytes of all shapes together, one way.
 
     Attributes:
         sent_bytes: by rank, both ways.
@@ -174,10 +178,10 @@ class Exchange:
         peers: ranks that the busiest rank talks to, summed over the shapes.
     """
 
-    sent_bytes: tuple[int, ...]
-    worst_rank_bytes: int
-    worst_node_bytes: int
-    peers: int
+    sent_bytes: tuple[float, ...]
+    worst_rank_bytes: float
+    worst_node_bytes: float
+    peers: float
 
 
 def collectives(job: Job) -> list[Collective]:
@@ -304,16 +308,16 @@ def _matrices(group: Group, job: Job) -> list[Matrix]:
         row = 0
         for rows in blocks:
             held = holdings(begin + row * cols, rows * cols, part=width, world_size=job.num_ranks)
-            found.append(Matrix(f"matrix {len(found)}", rows, cols, held))
+            polar_steps = group.matrix.polar_steps_of(rows, cols)
+            found.append(Matrix(f"matrix {len(found)}", rows, cols, held, polar_steps))
             row += rows
         first += numel
     return found
 
 
-def exchange(
-    plans: Sequence[OwnershipPlan], *, element_bytes: int, num_ranks: int, ranks_per_node: int
-) -> Exchange:
-    """The traffic of `plans`. Ranks are numbered node by node."""
+def exchange(job: Job, plans: Sequence[OwnershipPlan], *, ranks_per_node: int) -> Exchange:
+    """The traffic of the plans of a job. Ranks are numbered node by node."""
+    num_ranks = job.num_ranks
     sent = [0] * num_ranks
     worst_rank = worst_node = peers = 0
     groups = [(plan, indices) for plan in plans for indices, _ in plan.by_shape()]
@@ -337,11 +341,13 @@ def exchange(
         worst_rank += max(*leaving, *arriving)
         worst_node += max(*over, *into)
         peers += max(map(len, meetings.values()), default=0)
+    share = 1 / job.gradients_per_update
+    element_bytes = share * (2 if job.matrix.dtype == "bf16" else 4)
     return Exchange(
         tuple(number * element_bytes for number in sent),
         worst_rank * element_bytes,
         worst_node * element_bytes,
-        peers,
+        peers * share,
     )
 
 
@@ -351,12 +357,7 @@ def _zeros(num_ranks: int, ranks_per_node: int) -> list[int]:
 
 def exchange_of(job: Job, *, ranks_per_node: int) -> Exchange:
     """The traffic to the owners of a job's matrices."""
-    return exchange(
-        ownership(job),
-        element_bytes=job.exchange_bytes,
-        num_ranks=job.num_ranks,
-        ranks_per_node=ranks_per_node,
-    )
+    return exchange(job, ownership(job), ranks_per_node=ranks_per_node)
 
 
 def sent_bytes(job: Job) -> list[float]:

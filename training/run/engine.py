@@ -108,8 +108,8 @@ def describe_compilation(config: TrainConfig, seconds: Mapping[str, float]) -> s
 def attention_kernel(config: TrainConfig, *, device: torch.device) -> str:
     """`training.model.attention.kernel` of a run on this device."""
     return attention.kernel(
-        resolve_shape(config), length=config.batch.sequence_length, dtype=DTYPES[config.precision],
-        device=device, documents=config.batch.document_masks,
+        resolve_shape(config), batch=config.batch.micro_sequences, length=config.batch.sequence_length,
+        dtype=DTYPES[config.precision], device=device, documents=config.batch.document_masks,
     )  # fmt: skip
 
 
@@ -124,12 +124,8 @@ def make_rules(optim: OptimConfig) -> dict[str, Rule]:
         adam = {name: getattr(vector, name) for name in ("beta1", "beta2", "eps")}
         found["table"] = rules.adamw(**adam, weight_decay=vector.weight_decay)
         found["vector"] = rules.adamw(**adam)
-    for pattern, matrix in optim.matrices.items():
-        if matrix.rule in SCION_RULES:
-            norms = [label for _, label in norm_patterns(optim)]
-            found |= {_label(pattern, label): _matrix_rule(optim, matrix, label) for label in norms}
-        else:
-            found[_label(pattern, matrix.rule if pattern else "matrix")] = _matrix_rule(optim, matrix)
+    for label, (matrix, norm) in _matrix_labels(optim).items():
+        found[label] = _matrix_rule(optim, matrix, norm)
     pairs = optim.gradients_per_update == 2
     return {
         label: rules.paired(rule) if pairs and rule.gradients_per_update == 1 else rule
@@ -137,11 +133,22 @@ def make_rules(optim: OptimConfig) -> dict[str, Rule]:
     }
 
 
+def _matrix_labels(optim: OptimConfig) -> dict[str, tuple[MatrixOptimConfig, str]]:
+    """Label -> keys, and the norm of a rule of Scion's, of everything but AdamW's tables and vectors."""
+    found: dict[str, tuple[MatrixOptimConfig, str]] = {}
+    for pattern, matrix in optim.matrices.items():
+        if matrix.rule in SCION_RULES:
+            found |= {_label(pattern, norm): (matrix, norm) for _, norm in norm_patterns(optim)}
+        else:
+            found[_label(pattern, matrix.rule if pattern else "matrix")] = matrix, ""
+    return found
+
+
 def _label(pattern: str, name: str) -> str:
     return f"{name} ({pattern})" if pattern else name
 
 
-def _matrix_rule(optim: OptimConfig, matrix: MatrixOptimConfig, norm: str = "") -> Rule:
+def _matrix_rule(optim: OptimConfig, matrix: MatrixOptimConfig, norm: str) -> Rule:
     """norm: norm or norm@radius, for Scion's rules."""
     dtype, name, lines = DTYPES[matrix.dtype], matrix.rule, matrix.lines
     common: dict[str, Any] = {"name": name, "weight_decay": matrix.weight_decay, "dtype": dtype}
@@ -214,13 +221,10 @@ def assign(
 
 
 def peak_lrs(optim: OptimConfig) -> dict[str, float]:
-    """The peak learning rate of each label."""
-    found = dict.fromkeys(("table", "vector"), optim.vector.lr)
-    labels = [label for _, label in norm_patterns(optim)]
-    for pattern, matrix in optim.matrices.items():
-        own = _label(pattern, matrix.rule if pattern else "matrix")
-        found |= dict.fromkeys((own, *(_label(pattern, label) for label in labels)), matrix.lr)
-    return found
+    """The peak learning rate of each label of `make_rules`."""
+    of_matrices = {label: matrix.lr for label, (matrix, _) in _matrix_labels(optim).items()}
+    vectors = () if optim.matrix.rule in SCION_RULES else ("table", "vector")
+    return dict.fromkeys(vectors, optim.vector.lr) | of_matrices
 
 
 def make_noise(config: TrainConfig) -> tuple[Noise, int] | None:

@@ -52,36 +52,48 @@ class Validation:
         `validation_loss`; also `tuning_loss`, over other sequences, if the configuration asks for it. Those
         of a mixture are means by weight; the loss of each source stands beside them (`validation_loss_NAME`).
         With `optim.average_decay` also `averaged_loss`, of the averaged weights on the same sequences.
-        With `evaluation.frequency_deciles` also `validation_loss_decile_1` (the most frequent tokens) to 10.
+        With `evaluation.frequency_deciles` also `validation_loss_decile_1` (the most frequent tokens) to 10,
+        of the same pass; its logits take a sequence at a time.
         With `batch.document_masks` tokens see their own documents alone, as in training.
         """
         evaluation = self._config.evaluation
         self._engine.eval()
         with self._optimizer.at_weights():
-            losses = self._by_source("validation_loss", evaluation.sequences)
+            losses = self._by_source("validation_loss", evaluation.sequences, by_decile=True)
             if tuning := evaluation.tuning_sequences:
                 losses |= self._by_source("tuning_loss", tuning, apart_from=evaluation.sequences)
-            if self._deciles is not None:
-                losses |= self._by_decile(self._deciles)
         if self._config.optim.average_decay:
             with self._optimizer.at_weights(averaged=True):
                 losses |= self._by_source("averaged_loss", evaluation.sequences)
         return losses
 
-    def _by_source(self, name: str, sequences: int, *, apart_from: int = 0) -> dict[str, float]:
+    def _by_source(
+        self, name: str, sequences: int, *, apart_from: int = 0, by_decile: bool = False
+    ) -> dict[str, float]:
+        """by_decile: also of each decile, if the configuration asks for it."""
         shares = self._dataset.shares
+        totals: torch.Tensor | None = None  # summed loss and tokens of each decile
+        if by_decile and self._deciles is not None:
+            totals = torch.zeros(2, NUM_DECILES, dtype=torch.float64, device=self._context.device)
         losses = {
             source: self._loss(
                 of_share(sequences, share),
                 apart_from=of_share(apart_from, share),
                 within=self._dataset.parts[source],
+                by_decile=totals,
             )
             for source, share in shares.items()
         }
-        total = sum(shares[source] * loss for source, loss in losses.items())
-        return {name: total} | {f"{name}_{source}": loss for source, loss in losses.items() if source}
+        found = {name: sum(shares[source] * loss for source, loss in losses.items())}
+        found |= {f"{name}_{source}": loss for source, loss in losses.items() if source}
+        if totals is not None:
+            each = zip(*self._context.sum(totals).tolist(), strict=True)
+            found |= {f"{name}_decile_{i}": total / num for i, (total, num) in enumerate(each, 1) if num}
+        return found
 
-    def _loss(self, sequences: int, *, apart_from: int, within: range) -> float:
+    def _loss(
+        self, sequences: int, *, apart_from: int, within: range, by_decile: torch.Tensor | None
+    ) -> float:
         context = self._context
         totals = torch.zeros(2, dtype=torch.float64)  # summed loss, sequences
         for tokens, weights in validation_batches(
@@ -91,41 +103,33 @@ class Validation:
             within=within,
             rank=context.rank,
             world_size=context.world_size,
-            micro_sequences=self._config.batch.micro_sequences,
+            micro_sequences=self._config.batch.micro_sequences if by_decile is None else 1,
         ):
             self._on_batch()
             batch = torch.from_numpy(tokens).to(context.device)
             real = torch.from_numpy(weights).to(context.device)
-            # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
-            targets = batch[:, 1:].masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
+            inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:]
             masks = documents(self._config, self._dataset, tokens[:, :-1], context.device)
-            loss = self._engine(batch[:, :-1].contiguous(), targets, *masks).item()
+            # Rows of weight 0 only keep the collective forward passes of ZeRO-3 in step.
+            if by_decile is None:
+                targets = targets.masked_fill((real == 0)[:, None] & bool(real.any()), IGNORED_TARGET)
+                loss = self._engine(inputs, targets, *masks).item()
+            else:
+                [logits] = self._engine(inputs, None, *masks)
+                loss = self._add(logits, targets[0], weight=weights.item(), totals=by_decile)
             totals += torch.tensor([loss * weights.sum(), weights.sum()], dtype=torch.float64)
         totals = context.sum(totals.to(context.device))
         return (totals[0] / totals[1]).item()
 
-    def _by_decile(self, decile_of: torch.Tensor) -> dict[str, float]:
-        """The validation loss of the tokens of each decile, from logits, a sequence at a time."""
-        context = self._context
-        totals = torch.zeros(2, NUM_DECILES, dtype=torch.float64, device=context.device)
-        for tokens, [real] in validation_batches(
-            self._dataset,
-            sequences=self._config.evaluation.sequences,
-            rank=context.rank,
-            world_size=context.world_size,
-            micro_sequences=1,
-        ):
-            self._on_batch()
-            [sequence] = torch.from_numpy(tokens).to(context.device)
-            masks = documents(self._config, self._dataset, tokens[:, :-1], context.device)
-            [logits] = self._engine(sequence[None, :-1], None, *masks)
-            losses = F.cross_entropy(logits.float(), sequence[1:], reduction="none").double() * float(real)
-            which = decile_of[sequence[1:]]
-            totals[0].index_add_(0, which, losses)
-            totals[1].index_add_(0, which, torch.full_like(losses, float(real)))
-        sums, counts = context.sum(totals).tolist()
-        each = zip(sums, counts, strict=True)
-        return {f"validation_loss_decile_{i}": s / n for i, (s, n) in enumerate(each, 1) if n}
+    def _add(
+        self, logits: torch.Tensor, targets: torch.Tensor, *, weight: float, totals: torch.Tensor
+    ) -> float:
+        """The mean loss of a sequence, whose tokens are added to the totals of their deciles."""
+        assert self._deciles is not None
+        losses = F.cross_entropy(logits.float(), targets, reduction="none").double()
+        added = torch.stack([losses * weight, torch.full_like(losses, weight)])
+        totals.index_add_(1, self._deciles[targets], added)
+        return losses.mean().item()
 
     @torch.no_grad()
     def samples(self) -> dict[str, str]:

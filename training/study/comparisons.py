@@ -21,7 +21,9 @@ def comparisons(study: StudyResults, *, noise: str) -> list[str]:
     config, found = study.plan.config, []
     if baseline := config.claims.baseline or config.claims.reference:
         about = ABOUT.format(baseline=config.title(baseline), seeds=len(config.seeds))
-        found += ["### Against the baseline", f"{about}\n\n{_differences(study, baseline, noise=noise)}"]
+        picture = f"![final_losses](figures/{figure_file('final_losses', config, noise=noise)})"
+        text = f"{about}\n\n{_differences(study, baseline, noise=noise)}\n\n{picture}"
+        found += ["### Against the baseline", text]
     for name in config.grids:
         picture = f"![grid-{name}](figures/{figure_file(f'grid-{name}', config, noise=noise)})"
         text = f"{_grid(study, name, noise=noise)}\n\n{picture}"

@@ -153,10 +153,27 @@ def plot_token_ratios(study: StudyResults, path: Path, *, noise: str) -> Path | 
     return save(drawn, path)
 
 
+def plot_finals(study: StudyResults, path: Path, *, noise: str) -> Path:
+    """The final validation loss of each rule: every seed, and the mean with its 95% interval."""
+    config = study.plan.config
+    found = {rule: losses(study.finished(rule, noise=noise)) for rule in config.rules}
+    found = {rule: values for rule, values in reversed(found.items()) if values}
+    drawn, [axes] = figure(PANEL_INCHES[0] + 1, 0.28 * len(found) + 1)
+    for place, values in enumerate(found.values()):
+        interval = of_mean(values)
+        error = 0.0 if interval.high is None else interval.high - interval.centre
+        [line, *_] = axes.errorbar(interval.centre, place, xerr=error, marker="o", capsize=3)
+        axes.plot(values, [place] * len(values), "|", markersize=9, color=line.get_color())
+    axes.set_yticks(range(len(found)), map(config.title, found), fontsize=8)
+    axes.set(xlabel="final validation loss (nats per token)")
+    return save(drawn, path)
+
+
 FIGURES: dict[str, Callable[..., Path | None]] = {
     "loss_tokens": plot_losses,
     "loss_rate": plot_rates,
     "tokens_to_reference": plot_token_ratios,
+    "final_losses": plot_finals,
 }
 
 

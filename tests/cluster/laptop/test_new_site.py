@@ -84,9 +84,11 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, ssh_config):
         with pytest.raises(error, match=told):
             new_site(tmp_path / "mine.yaml", arguments, ask=None)
         assert not list(tmp_path.glob("*mine*"))
-    for name in ("mine", "mine.inventory.yaml", "mi\nne.yaml"):
-        with pytest.raises(UserError, match=r"mi.*: (CLUSTER names a Ray YAML|the name has char)"):
-            new_site(tmp_path / name, ["head=10.0.0.1"], ask=None)
+    for name in ("mine", "mine.inventory.yaml", "mi\nne.yaml", "minor/mine.yaml"):
+        with pytest.raises(
+            UserError, match=r"mi.*: (CLUSTER names a Ray YAML|the name has char|no such folder)"
+        ):
+            new_site(tmp_path / name, [], ask=lambda question: pytest.fail("asked before it is refused"))
     assert not list(tmp_path.glob("*mi*ne*"))
     new_site(tmp_path / "mine.yaml", ["head=10.0.0.1"], ask=None)
     before = (tmp_path / "mine.inventory.yaml").read_text()

@@ -28,7 +28,7 @@ from training.planner.memory import (
     state_bytes,
 )
 from training.run.context import Context
-from training.run.engine import build_deepspeed_engine, make_rules
+from training.run.engine import build_deepspeed_engine, make_rules, peak_lrs
 
 SMALL = (
     "model.num_layers=3",
@@ -120,22 +120,26 @@ def test_weights_masters_and_state_are_those_of_the_engine() -> None:
         *([f"rule={rule}"] for rule in MATRIX_RULES),
         ["rule=normuon", "lines=larger", "ahead=ema_nesterov"],
         ["rule=muon", "ahead=transport"],
+        ["rule=aurora", "lines=larger", "polar_steps=7"],
     ],
     ids=str,
 )
-def test_planned_state_is_what_each_rule_keeps(keys: list[str]) -> None:
+def test_planned_state_and_work_are_those_of_each_rule(keys: list[str]) -> None:
     """The planner cannot import the rules, which need torch, so the configuration says what each keeps."""
     config = training_config.load(dotlist=[*SMALL, *(f"optim.matrix.{key}" for key in keys)])
     shape = resolve_shape(config)
     matrices = shape.matrices().items()
     elements = sum(rows * cols * count for (rows, cols), count in matrices)
     rules = make_rules(config.optim)
+    assert peak_lrs(config.optim).keys() == rules.keys()
     of_others = next(iter(rules.values()))  # of every norm of Scion's, or AdamW
     of_matrices = rules.get("matrix", of_others)
     numbers = elements * len(of_matrices.state_names)
     numbers += sum(of_matrices.num_lines(*size) * count for size, count in matrices)
     numbers += (shape.num_parameters - elements) * len(of_others.state_names)
     assert state_bytes(config, shape) == 4 * numbers
+    for size, _ in matrices:  # and how often it orthogonalises
+        assert config.optim.matrix.polar_steps_of(*size) == of_matrices.polar_steps(*size)
 
 
 # --- peaks on a CPU -----------------------------------------------------------------------------------------

@@ -32,6 +32,20 @@ def test_seconds_of_a_training_step_on_gpus_are_those_planned(card, row) -> None
     assert planned["matrix products"] == max(planned.values()) and planned["exchange"] == 0
 
 
+def test_the_largest_logits_cost_a_product_of_every_query_and_key_in_each_pass() -> None:
+    """With all layers recomputed there are two forward passes."""
+    for keys, passes in (((), 1), (("model.activation_checkpointing=true",), 2)):
+        plain, clipped = (
+            step_seconds(on_one_gpu(f"optim.qk_clip={clip}", *keys), SHAPE, RATES, num_workers=1)
+            for clip in (0, 100)
+        )
+        seconds = clipped.pop("attention logits")
+        assert clipped == plain
+        logits = passes * 24 * 16 * 2048 * 16384
+        least = 2 * 128 * logits / RATES.product_flops + 9 * logits / RATES.bytes_per_s
+        assert least < seconds < 2 * least
+
+
 def test_recomputing_layers_takes_a_quarter_to_a_third_more() -> None:
     plain, again = (
         sum(micro_batch_seconds(SHAPE, 8192, 2048, Form(2, checkpointing=each), RATES).values())

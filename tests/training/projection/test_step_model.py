@@ -9,6 +9,7 @@ from optim.geometry import NORMS, Entries, Lines
 from optim.groups import TABLE_BLOCK_ROWS
 from optim.step.ownership import make_plan
 from training.model.shapes import SHAPES, LlamaShape
+from training.optim_config import MatrixOptimConfig
 from training.projection import traffic
 from training.projection.step_model import (
     Basis,
@@ -33,6 +34,7 @@ from training.projection.traffic import (
 TINY = LlamaShape(
     vocab_size=10, hidden_size=4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2, ffn_size=6
 )
+ADAMW = MatrixOptimConfig(rule="adamw")
 ONE_PROTOCOL = ((5e-6, 50e-6, 1.0),)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -99,9 +101,9 @@ def test_one_rank_sends_nothing():
 
 
 def test_an_elementwise_rule_exchanges_no_matrix():
-    assert ownership(job(3, 4, whole_matrices=False)) == []
+    assert ownership(job(3, 4, matrix=ADAMW)) == []
     common = sum(each.sent_bytes(4) for each in collectives(job(3, 4)))
-    assert sent_bytes(job(3, 4, whole_matrices=False)) == [common] * 4
+    assert sent_bytes(job(3, 4, matrix=ADAMW)) == [common] * 4
     assert min(sent_bytes(job(3, 4))) > common
 
 
@@ -109,7 +111,7 @@ def test_the_exchange_of_one_matrix_over_two_nodes():
     """16 elements in 4 pieces, on ranks 0, 1 | 2, 3: the owner gets 12, of which 8 from the other node."""
     plan = make_plan([ownership(job(3, 4))[0].matrices[0]], world_size=4)
     [owner] = plan.owners
-    found = exchange([plan], element_bytes=2, num_ranks=4, ranks_per_node=2)
+    found = exchange(job(3, 4), [plan], ranks_per_node=2)
     assert found.worst_rank_bytes == 24 and found.worst_node_bytes == 16 and found.peers == 3
     assert [found.sent_bytes[rank] for rank in range(4)] == [24 if rank == owner else 8 for rank in range(4)]
 
@@ -145,7 +147,7 @@ def test_across_the_border_of_a_node_a_ring_goes_once_and_matrices_there_and_bac
     over = 2 * exchange_of(job(3, 4), ranks_per_node=2).worst_node_bytes
     assert node_bytes(job(3, 4), ranks_per_node=2) == common + over > common
     assert node_bytes(job(3, 4), ranks_per_node=4) == common
-    assert node_bytes(job(3, 4, whole_matrices=False), ranks_per_node=2) == common
+    assert node_bytes(job(3, 4, matrix=ADAMW), ranks_per_node=2) == common
     alone = 2 * exchange_of(job(3, 4), ranks_per_node=1).worst_rank_bytes
     assert node_bytes(job(3, 4), ranks_per_node=1) == common + alone
 
@@ -192,11 +194,22 @@ def test_optimizer_work_by_hand():
     assert num_bytes == 24 * 68 + 28 * 46 + 16 * 228
     two = job(2, 2)
     assert optimizer_work(two, ownership(two))[1] == 24 * 68 + 28 * 46 + 12 * 114
-    assert optimizer_work(job(2, 2, whole_matrices=False), []) == (0.0, 28 * 114 + 12 * 114)
+    assert optimizer_work(job(2, 2, matrix=ADAMW), []) == (0.0, 28 * 114 + 12 * 114)
     # One rank: 4 squares of 15n³ + 5n³ and 3 rectangles, 4 x 6 so not above 1.5 to 1: 15n²m + 5n³.
     alone = job(1, 1)
     flops, _ = optimizer_work(alone, ownership(alone))
     assert flops == 4 * 20 * 4**3 + 3 * (15 * 16 * 6 + 5 * 64)
+    # Seven iterations; and Aurora's second factor of the two matrices of 6 x 4.
+    seven = job(1, 1, matrix=MatrixOptimConfig(polar_steps=7))
+    assert optimizer_work(seven, ownership(seven))[0] == 7 * flops / 5
+    aurora = job(1, 1, matrix=MatrixOptimConfig(rule="aurora"))
+    assert optimizer_work(aurora, ownership(aurora))[0] == flops + 2 * (15 * 16 * 6 + 5 * 64)
+    # Under mars every second step orthogonalises, and sends.
+    mars = job(3, 4, matrix=MatrixOptimConfig(rule="mars"), gradients_per_update=2)
+    assert optimizer_work(mars, ownership(mars))[0] == optimizer_work(job(3, 4), ownership(job(3, 4)))[0] / 2
+    common = sum(each.sent_bytes(4) for each in collectives(mars))
+    each = zip(sent_bytes(mars), sent_bytes(job(3, 4)), strict=True)
+    assert all(half - common == (whole - common) / 2 > 0 for half, whole in each)
 
 
 BASIS = Basis(

@@ -1,19 +1,22 @@
 """Ranks that wait for rank 0 longer than a collective may take, as real processes with a gloo group."""
 
 import os
+import resource
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 
-from cluster.cli import BAD_INPUT, UserError
+from cluster.cli import BAD_INPUT, RunError, UserError
 from cluster.session import free_ports
 from tests.ranks import forkserver
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from training.run import context
 from training.run.context import Context, Ranks, torch_context
 
 pytestmark = pytest.mark.stack
@@ -85,9 +88,28 @@ def test_an_error_of_rank_0_is_told_once_and_ends_every_rank(tmp_path):
     assert others == [f"exit {BAD_INPUT}"] * (WORLD_SIZE - 1)
 
 
+def test_a_rank_that_does_not_come_is_not_waited_for(monkeypatch):
+    [port] = free_ports(1)
+    monkeypatch.setattr(context, "MEET_SECONDS", 0.3)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"rank 0 of 2: the ranks did not meet at 127.0.0.1:\d+ within 0.3 s"):
+        Ranks.meet()
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(RunError, match="MASTER_PORT expected"):
+        Ranks.meet()
+
+
 def test_a_single_process_prepares_and_has_a_group_of_its_own(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     ranks = Ranks.meet()
     assert ranks.on_main(lambda: 7) == 7 and not dist.is_initialized()
     with torch_context(ranks, gpu=False) as context:
         assert (context.rank, context.world_size, context.gather("a")) == (0, 1, ["a"])
+        faults = []
+        for _ in range(8):  # 64 MB: 16,384 pages, which glibc would ask of the system each time
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert min(faults) < 1000

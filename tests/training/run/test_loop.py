@@ -187,14 +187,14 @@ def test_the_loss_of_each_decile_of_the_training_text(last, runs):
     for token, count in sorted(Counter(text.tolist()).items(), key=lambda pair: (-pair[1], pair[0])):
         decile[token] = int(10 * (seen + count / 2) / len(text))
         seen += count
-    losses = defaultdict(list)
-    for sample, _ in validation_batches(
-        held_out, sequences=config.evaluation.sequences, rank=0, world_size=1, micro_sequences=1
-    ):
-        tokens = torch.from_numpy(sample[0])
-        each = losses_by_document(model, tokens, end=held_out.manifest.end_of_text_id)
-        for token, loss in zip(tokens[1:].tolist(), each.tolist(), strict=True):
-            losses[decile.get(token, 9) + 1].append(loss)
+    losses, alone = defaultdict(list), {"rank": 0, "world_size": 1, "micro_sequences": 1}
+    for source, share in held_out.shares.items():
+        chosen = {"sequences": round(config.evaluation.sequences * share), "within": held_out.parts[source]}
+        for sample, _ in validation_batches(held_out, **chosen, **alone):
+            tokens = torch.from_numpy(sample[0])
+            each = losses_by_document(model, tokens, end=held_out.manifest.end_of_text_id)
+            for token, loss in zip(tokens[1:].tolist(), each.tolist(), strict=True):
+                losses[decile.get(token, 9) + 1].append(loss)
     recorded = runs[0][1]
     for number, expected in losses.items():
         assert recorded[f"validation_loss_decile_{number}"] == pytest.approx(

@@ -94,7 +94,7 @@ def test_the_same_command_finishes_it(folder: Path) -> None:
     report = (folder / "outputs" / "micro" / "report.md").read_text()
     assert "adamw's" in report and "None of 6." in report and "1 seed(s) make no band" in report
     figures = folder / "outputs" / "micro" / "figures"
-    assert len(list(figures.glob("*.png"))) == 4
+    assert len(list(figures.glob("*.png"))) == 5
 
 
 def test_a_run_leaves_its_tuning_loss(folder: Path) -> None:

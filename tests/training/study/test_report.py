@@ -271,7 +271,7 @@ def test_tables_have_a_row_for_every_run(plan, tmp_path):
 @pytest.mark.parametrize("num_report", [0, 3])
 def test_figures_are_drawn_of_what_there_is(plan, tmp_path, num_report):
     paths = plot_study(study_of(plan, num_report=num_report), tmp_path / "figures")
-    names = ["loss_tokens", "loss_rate", "tokens_to_reference", "loss_costs"]
+    names = ["loss_tokens", "loss_rate", "tokens_to_reference", "final_losses", "loss_costs"]
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
 
@@ -279,4 +279,4 @@ def test_figures_are_drawn_of_what_there_is(plan, tmp_path, num_report):
 def test_without_a_reference_no_tokens_are_counted(tmp_path):
     plan = StudyPlan(load(tmp_path, claims={}))
     assert "Tokens to" not in describe_study(study_of(plan), about=about())
-    assert len(plot_study(study_of(plan), tmp_path / "figures")) == 3
+    assert len(plot_study(study_of(plan), tmp_path / "figures")) == 4

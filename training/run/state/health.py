@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import files
 from cluster.cli import RunError
@@ -21,10 +22,14 @@ from cluster.heart.health import GPU_BAD, NODE_PROBLEM, Finding, Judge
 from cluster.machine.health import Node
 from cluster.record import events, heartbeat
 from cluster.review.status import HEALTH_FILE
+from cluster.session import KIND
 from training.config import TrainConfig, WorkersConfig
 from training.run.checkpoint import step_of
 from training.run.start import STOP, newest_of
 from training.run.watch import Background
+
+if TYPE_CHECKING:
+    from training.run.context import Context
 
 ANSWER_SECONDS = 20.0  # a driver that hangs, hangs whoever asks
 KEYS = (  # of a row, from the file
@@ -36,15 +41,20 @@ KEYS = (  # of a row, from the file
 class HealthWatch(Background):
     """Looks at every node for the length of a `with` block.
 
+    Args:
+        context: under torchrun, of a node's first rank, which looks at its own node; rank 0 adds up what they
+            found.
+
     Attributes:
         bad: the GPUs that went bad under this run, as findings.
     """
 
     POLL_SECONDS = 10.0
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, context: "Context | None" = None) -> None:
         super().__init__()
         self._config, self._directory = config, config.run_directory
+        self._context = context
         self._outputs = config.run_directory.parent
         self._drained_before = {each.name for each in drained.read(self._outputs)}  # no rank has these
         self._in_ray = config.launcher == "ray"
@@ -53,14 +63,13 @@ class HealthWatch(Background):
         self.bad: list[Finding] = []
 
     def run(self) -> None:
-        told = ""
+        problem = ""
         while not self.stop.wait(self.POLL_SECONDS):
             try:
                 self.look()
-            except (OSError, ValueError) as error:  # the storage does not answer now, or a file is damaged
-                if told != str(error):
-                    print(f"health of the nodes: {error}", file=sys.stderr)
-                told = str(error)
+            except Exception as error:  # of the storage, of Ray, of a store: the next look may succeed
+                if problem != (problem := repr(error)):
+                    print(f"health of the nodes: {problem}", file=sys.stderr)
 
     def look(self) -> None:
         """Ask all nodes at once, and report what is new."""
@@ -92,8 +101,10 @@ class HealthWatch(Background):
             return
         drained.add(self._outputs, host=finding.host, gpu=finding.gpu, uuid=finding.uuid, reason=finding.text)
         beats = heartbeat.read(self._directory)
-        if self._config.workers.gpu and any(
-            beat.may_use(finding.host, finding.gpu, finding.uuid) for beat in beats
+        if (
+            self._config.workers.gpu
+            and self._in_ray
+            and any(beat.may_use(finding.host, finding.gpu, finding.uuid) for beat in beats)
         ):
             self.bad.append(finding)
             (self._directory / STOP).touch()
@@ -107,6 +118,16 @@ class HealthWatch(Background):
 
     def _write(self) -> None:
         judges = [node.judge for node in self._nodes.values()]
+        counts = {
+            "health_throttled_gpus": sum(judge.num_throttled for judge in judges),
+            "health_problems": sum(len(judge.open) for judge in judges),
+        }
+        if self._context:
+            self._context.post("health", counts)
+            if not self._context.is_main:
+                return
+            every = [self._context.posted("health", rank) or {} for rank in range(self._context.world_size)]
+            counts = {name: sum(each.get(name, 0) for each in every) for name in counts}
         fraction = self._config.record.straggler_fraction
         stragglers = heartbeat.straggler_seconds(heartbeat.read(self._directory), fraction=fraction)
         files.write_json(
@@ -114,8 +135,7 @@ class HealthWatch(Background):
             {
                 "time": time.time(),
                 "health_bad_gpus": len(drained.read(self._outputs)),
-                "health_throttled_gpus": sum(judge.num_throttled for judge in judges),
-                "health_problems": sum(len(judge.open) for judge in judges),
+                **counts,
                 "health_straggler_seconds": stragglers,
             },
         )
@@ -146,13 +166,22 @@ class _Node:
         self._folders: dict[str, Any] = {"own": ".", "shared": shared}
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._asked: Any = None  # the open question
+        self._until = 0.0  # when it should have been answered
         self._node: Any = None
 
     def begin(self) -> None:
         """Ask, unless an earlier question is open."""
-        if not self._asked:
-            self._asked = True
-            threading.Thread(target=self._look, daemon=True).start()
+        if self._asked is None:
+            self._asked, self._until = self._ask(), time.monotonic() + ANSWER_SECONDS
+
+    def _ask(self) -> Any:
+        threading.Thread(target=self._look, daemon=True).start()
+        return True
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which the answer may still be waited for."""
+        return max(0.0, self._until - time.monotonic())
 
     def _look(self) -> None:
         try:
@@ -164,7 +193,7 @@ class _Node:
     def end(self) -> tuple[dict[str, Any], float]:
         """`Node.look`, and by how many seconds the node's clock is ahead. Raises `TimeoutError`."""
         try:
-            answer = self._answers.get(timeout=ANSWER_SECONDS)
+            answer = self._answers.get(timeout=self._patience)
         except queue.Empty:
             raise TimeoutError(self.host) from None
         self._asked = None
@@ -176,7 +205,7 @@ class _Node:
 class _OtherNode(_Node):
     """Another one, asked through an actor there. It reserves nothing."""
 
-    def begin(self) -> None:
+    def _ask(self) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -184,16 +213,19 @@ class _OtherNode(_Node):
             place = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
             kind = ray.remote(Node).options(num_cpus=0, scheduling_strategy=place)
             self._node = kind.remote(**self._folders)
-        self._asked = self._asked or self._node.look.remote()
+        return self._node.look.remote()
 
     def end(self) -> tuple[dict[str, Any], float]:
         import ray
 
-        answer = ray.get(self._asked, timeout=ANSWER_SECONDS)  # Ray's GetTimeoutError is a TimeoutError
+        answer = ray.get(self._asked, timeout=self._patience)  # Ray's GetTimeoutError is a TimeoutError
         self._asked = None
         before = time.time()
         there = ray.get(self._node.clock.remote(), timeout=ANSWER_SECONDS)
-        return answer, there - (before + time.time()) / 2
+        after = time.time()
+        if before <= there <= after:  # the answer may have taken so long, on a busy node
+            return answer, 0.0
+        return answer, there - (before + after) / 2
 
 
 def line(directory: Path) -> dict[str, Any]:
@@ -226,7 +258,8 @@ def on_sound_gpus(
         try:
             finished = fit(workers)
         except RunError:
-            health.look()  # a GPU that has just failed is known now
+            with suppress(OSError, ValueError):  # such as a full disk, of which the error tells
+                health.look()  # a GPU that has just failed is known now
             if len(health.bad) == num_bad:
                 raise
         else:
@@ -255,7 +288,7 @@ def without_drained(config: TrainConfig) -> WorkersConfig:
         raise RunError(str(error)) from error
     import ray
 
-    kind = f"accelerator_type:{workers.accelerator}"
+    kind = f"{KIND}{workers.accelerator}"
     nodes = [node for node in ray.nodes() if node["Alive"]]
     used = [node for node in nodes if workers.accelerator is None or kind in node["Resources"]]
     hosts = {node["NodeManagerHostname"] for node in used}
