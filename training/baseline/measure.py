@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import files, process
-from cluster.cli import RunError
+from cluster.cli import RunError, UserError
 from cluster.measure import probe
 from cluster.measure.probe import LINK_PEAK, PEAKS
 from cluster.measure.usage import out_of_memory
@@ -61,9 +61,20 @@ def _all_ceilings(
 
 
 def _preflight(config: BaselineConfig) -> dict[str, Any]:
-    """What the preflight found of Ray's nodes (`cluster.preflight.command.examine`), or {}."""
+    """What the preflight found of Ray's nodes (`cluster.preflight.command.examine`), or {}.
+
+    Raises:
+        UserError: the file is no such report.
+    """
     report = Path(config.preflight or "").expanduser()
-    return files.read_json(report)["found"] if report.is_file() else {}
+    if not report.is_file():
+        return {}
+    content = files.read_json(report)
+    found = content.get("found") if isinstance(content, dict) else None
+    nodes = found.get("nodes", {}) if isinstance(found, dict) else None
+    if not isinstance(nodes, dict) or not all(isinstance(facts, dict) for facts in nodes.values()):
+        raise UserError(f"preflight: {report} is no report of `make preflight`; run that again")
+    return found
 
 
 def num_nodes(config: BaselineConfig) -> int:

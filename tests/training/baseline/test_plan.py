@@ -66,6 +66,14 @@ def test_of_a_kind_of_gpu_only_its_nodes_count_and_train(tmp_path):
     assert "workers.accelerator=H100" in found["training/llama-1b4/muon/2 nodes"].command
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"found": 1}', '{"found": {"nodes": {"a": 1}}}'])
+def test_a_preflight_that_is_no_report_is_refused_by_its_key(tmp_path, content):
+    (tmp_path / "preflight.json").write_text(content)
+    keys = (f"preflight={tmp_path}/preflight.json", "session.address=auto")
+    with pytest.raises(UserError, match="preflight: .* is no report of `make preflight`"):
+        measure.num_nodes(baseline_plan.load(dotlist=keys))
+
+
 def test_a_cpu_shared_by_ranks_is_a_device_on_every_node():
     found = cells(dataclasses.replace(LAPTOP, num_nodes=3), "train.workers=2")
     every = found["training/llama-60m/muon/3 nodes"].command
