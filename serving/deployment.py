@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -254,19 +254,20 @@ def serving(
         no_leftovers(f"{folder}/"),  # HAProxy keeps its log open there
         environment(_serve_environment(Path(folder), options)),
         session,
+        ThreadPoolExecutor(1, "serve.start") as thread,  # whose work ends with Serve
         _orderly(_end_serve),
     ):
         report(f"starting Ray Serve and loading {served.name} into {options.replicas} engine(s)")
         path = "/v1/models" if config.engine.kind == "vllm" else "/health"
-        url = _start_serve(build(config, served, factory=factory), host=options.host, port=port, path=path)
-        yield url
+        application = build(config, served, factory=factory)
+        yield _start_serve(application, thread, host=options.host, port=port, path=path)
 
 
-def _start_serve(application: Any, *, host: str, port: int, path: str) -> str:
+def _start_serve(application: Any, thread: Executor, *, host: str, port: int, path: str) -> str:
     """Start Serve, and wait until it answers at `path` for the application. Returns its URL.
 
     `serve.start` returns when every proxy is ready, also the one that takes requests while there is no
-    replica. The replicas start meanwhile.
+    replica. So it runs in `thread`, and the replicas start meanwhile.
 
     Raises:
         RunError: a replica failed, with its error, or it took too long.
@@ -277,17 +278,16 @@ def _start_serve(application: Any, *, host: str, port: int, path: str) -> str:
     logging.getLogger(serve.__name__).setLevel(logging.WARNING)  # at INFO it reports that it has started
     url = f"http://{host}:{port}"
     try:
-        with ThreadPoolExecutor(1, "serve.start") as thread:
-            proxies = thread.submit(
-                serve.start,
-                http_options={"host": host, "port": port},
-                logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-            )
-            _await_controller_start(proxies)
-            target = serve.RunTarget(application, route_prefix="/")
-            serve.run_many([target], wait_for_applications_running=False)
-            _wait(url, path, proxies)
-            proxies.result()
+        proxies = thread.submit(
+            serve.start,
+            http_options={"host": host, "port": port},
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        )
+        _await_controller_start(proxies)
+        target = serve.RunTarget(application, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait(url, path, proxies)
+        proxies.result()
     except TimeoutError as error:
         raise RunError(
             f"Ray Serve did not start ({str(error).rstrip('.')}); if this machine is busy, start again when "

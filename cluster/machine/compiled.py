@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster import private
 
-HEADER = Path(__file__).with_name("simd.h")  # which a source may include, and headers that lie beside it
+HEADER = Path(__file__).with_name("simd.h")  # a source may include it, and headers that lie beside either
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 TILES = "AMX BF16"  # the tier that multiplies by tiles; the others have vectors alone
@@ -111,7 +111,7 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     run: Any = partial(subprocess.run, capture_output=True, check=True, timeout=COMPILE_SECONDS)
     version = run([compiler, "--version"])
-    read = [file.read_bytes() for file in (source, HEADER, *sorted(source.parent.glob("*.h")))]
+    read = [file.read_bytes() for file in (source, *_headers(HEADER), *_headers(source))]
     parts = (*read, version.stdout, " ".join(flags).encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_root / "asuncion" / f"{source.parent.name}-{source.stem}-{key}.so"
@@ -123,6 +123,10 @@ def _compiled(source: Path, compiler: str, flags: Sequence[str]) -> Path:
             made.chmod(0o700)
             made.replace(path)
     return path
+
+
+def _headers(beside: Path) -> list[Path]:
+    return sorted(beside.parent.glob("*.h"))
 
 
 def _close_to_others(folder: Path) -> None:

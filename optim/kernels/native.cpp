@@ -1,6 +1,6 @@
 // The optimizer step on a CPU with AVX-512 BF16 or AVX2: orthogonalisation, and the passes over a shard (at the
-// end of this file). cluster/machine/simd.h has the vectors of both tiers; optim/kernels/native.py compiles this file and says
-// why where it cannot.
+// end of this file). cluster/machine/simd.h has the vectors of both tiers;
+// optim/kernels/native.py compiles this file and says why where it cannot.
 //
 // Newton-Schulz takes a batch of matrices in one call, one of them at a time on each thread, so that what an
 // iteration computes is in the cache when the next one reads it. optim/polar.py has the same iteration in torch.
@@ -11,48 +11,19 @@
 // in fp32 and not rounded, as widening it again for each product would cost 8% of the multiplications. Inputs
 // and outputs are bf16 in both.
 //
-// Matrices are panels of 32 rows, padded with zeros: panel[kk][part][row] are the elements 2kk and 2kk + 1 of a
-// row. C = A·Bᵀ is computed in tiles of 32 x 32, from a panel of A and one of B, and written straight into the
-// panels that the next product reads.
+// C = A·Bᵀ is computed in tiles (cluster/machine/panels.h), which are written straight into the panels that the
+// next product reads.
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <type_traits>
 
-#include "simd.h"
+#include "panels.h"
 
 namespace {
 
-constexpr long PANEL = 32;          // rows of a panel and of a tile
-constexpr long PAIRS = 16;          // of a row of a tile
-constexpr long KEPT = PAIRS * PARTS;  // Scalars of a row of a tile
-constexpr long HALF = 16;           // rows and columns of a quarter of a tile
-constexpr long SUMS = REGISTERS == 32 ? 16 : 12;  // vectors of sums that are computed together
-constexpr long DEPTH = REGISTERS == 32 ? 1L << 40 : 64;  // pairs that are multiplied before the next columns
-constexpr bool PREFETCH = REGISTERS != 32;  // the next pairs and the results' places, into the second cache
-constexpr bool ROUNDED = !std::is_same_v<Scalar, float>;  // whether a Scalar holds less than a sum
-constexpr long BAND = 4;  // panels of rows that are multiplied with a panel of columns in turn
-
-long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
-
-struct Panels {  // of a matrix [panels·32, pairs·2]
-  Scalar* data;
-  long panels, pairs;
-  Scalar* at(long panel, long pair) const { return data + (panel * pairs + pair) * PARTS * PANEL; }
-};
-
-struct Tile {
-  alignas(64) float sums[PANEL][PANEL];
-  alignas(64) Scalar rounded[ROUNDED ? PANEL : 1][KEPT];
-  const Scalar* kept(long row) const { return ROUNDED ? rounded[row] : (const Scalar*)sums[row]; }
-};
-
-// So that tile.kept are its sums.
-void keep(Tile& tile) {
-  for (long i = 0; ROUNDED && i < PANEL; i++)
-    for (long j = 0; j < KEPT; j += WIDTH) store_scalars(tile.rounded[i] + j, tile.sums[i] + j * PANEL / KEPT);
-}
+constexpr long HALF = 16;  // rows and columns of a quarter of a tile
+constexpr long BAND = 4;   // panels of rows that are multiplied with a panel of columns in turn
 
 // Fetches a block of a panel that is about to be read or written.
 void expect(const Scalar* block) {
@@ -60,76 +31,7 @@ void expect(const Scalar* block) {
     _mm_prefetch((const char*)(block + i), _MM_HINT_T1);
 }
 
-// out <- the rows of the tile, as one block of a panel.
-void store_rows(const Tile& tile, Scalar* out) {
-  for (long row = 0; row < PANEL; row += WIDTH)
-    for (long j = 0; j < KEPT; j += WIDTH) {
-      Words r[WIDTH];
-      for (long i = 0; i < WIDTH; i++) r[i] = load_words(tile.kept(row + i) + j);
-      transpose(r);
-      for (long i = 0; i < WIDTH; i++) store_words(out + (j + i) * PANEL + row, r[i]);
-    }
-}
-
-// The same of its columns.
-void store_columns(const Tile& tile, Scalar* out) {
-  for (long i = 0; i < PAIRS; i++)
-    store_pairs<PANEL>(tile.kept(2 * i), tile.kept(2 * i + 1), out + i * PARTS * PANEL);
-}
-
-// A block of tile.sums = rows of a · rows of b: `rows` of them from `row` on, `vectors` of columns from `column` on.
-// `more`: added to what is there.
-template <long rows, long vectors>
-void multiply_block(const Scalar* a, const Scalar* b, long pairs, bool more, long row, long column, Tile& tile) {
-  Vec total[rows][vectors];
-#pragma GCC unroll 16
-  for (long i = 0; i < rows; i++)
-    for (long v = 0; v < vectors; v++)
-      total[i][v] = more ? load(tile.sums[row + i] + column + v * WIDTH) : zeros();
-  // The next pairs of b and of a, fetched by the blocks of rows 6 and 12, whose own operands are cached by then.
-  const Scalar* next = (row == 6 ? b : a) + pairs * PARTS * PANEL + column;
-  const bool fetch = PREFETCH && (row == 6 || row == 12);
-  for (long k = 0; k < pairs * PARTS; k++) {
-    if (fetch) _mm_prefetch((const char*)(next + k * PANEL), _MM_HINT_T1);
-    Operand right[vectors];
-    for (long v = 0; v < vectors; v++) right[v] = load_operand(b + k * PANEL + column + v * WIDTH);
-#pragma GCC unroll 16
-    for (long i = 0; i < rows; i++) {
-      Operand left = broadcast(a + k * PANEL + row + i);
-      total[i][0] = add_product(total[i][0], left, right[0]);
-      if constexpr (vectors == 2) total[i][1] = add_product(total[i][1], left, right[1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (long i = 0; i < rows; i++)
-    for (long v = 0; v < vectors; v++) store(tile.sums[row + i] + column + v * WIDTH, total[i][v]);
-}
-
-// Rows [row, row + rows) of tile.sums = rows of a · rows of b, their first `width` columns.
-template <long rows, long width>
-void multiply_rows(const Scalar* a, const Scalar* b, long pairs, bool more, long row, Tile& tile) {
-  constexpr long vectors = std::min(width / WIDTH, 2L);
-  constexpr long blocks = (rows * vectors + SUMS - 1) / SUMS, now = (rows + blocks - 1) / blocks;
-  for (long column = 0; column < width; column += vectors * WIDTH)
-    multiply_block<now, vectors>(a, b, pairs, more, row, column, tile);
-  if constexpr (now < rows) multiply_rows<rows - now, width>(a, b, pairs, more, row + now, tile);
-}
-
-// Calls body(a, b, pairs, more) for as many pairs at a time as stay in the innermost cache.
-template <class Body>
-void by_depth(const Scalar* a, const Scalar* b, long pairs, Body body) {
-  for (long kk = 0; kk < pairs; kk += DEPTH)
-    body(a + kk * PARTS * PANEL, b + kk * PARTS * PANEL, std::min(DEPTH, pairs - kk), kk > 0);
-}
-
-// tile.sums = rows of a · rows of b.
-void multiply_tile(const Scalar* a, const Scalar* b, long pairs, Tile& tile) {
-  by_depth(a, b, pairs, [&](const Scalar* a, const Scalar* b, long pairs, bool more) {
-    multiply_rows<PANEL, PANEL>(a, b, pairs, more, 0, tile);
-  });
-}
-
-// The same on the diagonal of a symmetric product: three quarters of it, and one from its mirror image.
+// The same as multiply_tile on the diagonal of a symmetric product: three quarters of it, and one from its mirror image.
 void multiply_diagonal_tile(const Scalar* a, const Scalar* b, long pairs, Tile& tile) {
   by_depth(a, b, pairs, [&](const Scalar* a, const Scalar* b, long pairs, bool more) {
     multiply_rows<HALF, HALF>(a, b, pairs, more, 0, tile);
@@ -173,7 +75,8 @@ void symmetric(const Panels& a, const Panels& b, const Panels& out, More more) {
   each_tile(a.panels, b.panels, true, [&](long row, long col) {
     expect(out.at(col, row * PAIRS));
     expect(out.at(row, col * PAIRS));
-    (row == col ? multiply_diagonal_tile : multiply_tile)(a.at(row, 0), b.at(col, 0), a.pairs, tile);
+    row == col ? multiply_diagonal_tile(a.at(row, 0), b.at(col, 0), a.pairs, tile)
+               : multiply_tile(a.at(row, 0), b.at(col, 0), a.pairs, tile);
     more(tile, row, col);
     if (row == col && a.data != b.data)  // else it is symmetric as it is
       for (long i = 0; i < PANEL; i++)

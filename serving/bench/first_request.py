@@ -19,7 +19,11 @@ EFFECTS = {
     "seed": "answers are not repeatable",
     "temperature": "the server's own temperature holds",
 }
-SHORT, LONG = len(WORDS), 2 * len(WORDS)  # of the two texts that calibrate prompts: all words alike
+SHORT, LONG = (
+    len(WORDS),
+    2 * len(WORDS),
+)  # words of the texts that calibrate prompts; each as often as the others
+TOKEN_IDS = tuple(range(32, 40))
 NUM_TOKENS = 4  # to ask for
 
 
@@ -48,15 +52,16 @@ def find_dialect(
     return dialect if dialect.token_ids else _calibrated(endpoint, dialect, outcome, timeout_seconds, report)
 
 
-def _ask(endpoint: Endpoint, dialect: Dialect, num_prompt: int, timeout_seconds: float) -> RequestOutcome:
+def _ask(endpoint: Endpoint, dialect: Dialect, num_words: int, timeout_seconds: float) -> RequestOutcome:
+    """The outcome of one request. A text's tokens are 0 unless the server counts them."""
+
     async def ask() -> RequestOutcome:
         async with over_http(endpoint, timeout_seconds=timeout_seconds, dialect=dialect) as send:
             return await send(Planned(None, prompt, NUM_TOKENS), 0, 0.0, 0.0)
 
-    # A text's tokens are 0 unless the server counts them.
-    prompt = (
-        tuple(range(32, 32 + num_prompt)) if dialect.token_ids else " ".join(islice(cycle(WORDS), num_prompt))
-    )
+    prompt: str | tuple[int, ...] = TOKEN_IDS
+    if not dialect.token_ids:
+        prompt = " ".join(islice(cycle(WORDS), num_words))
     return asyncio.run(ask())
 
 

@@ -364,8 +364,11 @@ def test_a_start_of_serve_that_takes_too_long_is_one_message(monkeypatch):
         raise TimeoutError("HTTP proxies not available after 60s.")
 
     monkeypatch.setattr(serve, "start", too_busy)
-    with pytest.raises(RunError, match=r"not available after 60s\); if this machine is busy, start again"):
-        _start_serve(None, host="127.0.0.1", port=1, path="/health")
+    with (
+        pytest.raises(RunError, match=r"not available after 60s\); if this machine is busy, start again"),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        _start_serve(None, thread, host="127.0.0.1", port=1, path="/health")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from cluster.progress import Progress
 from training.data.dataset import Manifest, TokenDataset, validation_batches
 from training.model.llama import Llama
 
+LARGEST_LOSS = 700.0  # of which a float holds the exponential
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -87,9 +89,10 @@ def measure(
             losses += [_loss(*row) for row in zip(logits, batch[:, 1:], strict=True)]
             progress.advance(by=len(batch))
     loss = math.fsum(losses) / len(losses)
-    if not math.isfinite(loss):
+    if not loss < LARGEST_LOSS:  # NaN too
         raise UserError(
-            f"model: its loss on {data} is {loss}; the weights are damaged: export or copy it again"
+            f"model: its loss on {data} is {loss:.4g}; the weights are damaged, or of a run that diverged: "
+            "export or copy it again, or evaluate an earlier checkpoint"
         )
     return HeldOut(
         loss=loss,

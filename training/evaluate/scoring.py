@@ -6,7 +6,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,16 @@ def local_model(model: ModelDirectory, *, device: str, dtype: str, batch_size: i
     """lm_eval's own Hugging Face model. Raises `UserError`: transformers cannot load the checkpoint."""
     from lm_eval.models.huggingface import HFLM
 
-    try:
+    with _loading(model):
         return HFLM(pretrained=str(model.directory), device=device, dtype=dtype, batch_size=batch_size)
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _loading(model: ModelDirectory) -> Iterator[None]:
+    """Turns what transformers raises into a `UserError`: of a damaged tokenizer that is a plain Exception."""
+    try:
+        yield
+    except Exception as error:
         raise UserError(f"model: {model.directory} cannot be loaded ({short(error)})") from error
 
 
@@ -62,6 +69,9 @@ def endpoint_model(
         context_tokens: most tokens of prompt and continuation; longer prompts lose their beginning.
         chat: send messages instead; the endpoint's template frames them.
         batch_size: prompts in one request.
+
+    Raises:
+        UserError: transformers cannot load the tokenizer.
     """
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
@@ -69,7 +79,8 @@ def endpoint_model(
     if model is not None and not chat:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model.directory)
+        with _loading(model):
+            tokenizer = AutoTokenizer.from_pretrained(model.directory)
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]  # what the local model does too
         keys = {
             "tokenizer_backend": "huggingface",

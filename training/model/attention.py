@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim.precision import product_dtype
+from training.model import attention_native
 from training.model.shapes import LlamaShape
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [B, H, T, C], k, v [B, K, T, C] -> mixed
@@ -56,7 +57,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None = None) -> T
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` of each token to its past and itself: an `Attend`."""
+    """`sdpa` of each token to its past and itself: an `Attend`. On CPUs by compiled code where it can."""
+    if attention_native.unsupported(q.device, q.dtype, heads=len(k) * k.shape[1]) is None:
+        return attention_native.attention(q, k, v)
     return sdpa(q, k, v)
 
 
@@ -129,12 +132,15 @@ def varlen_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def kernel(
-    shape: LlamaShape, *, length: int, dtype: torch.dtype, device: torch.device, documents: bool
+    shape: LlamaShape, *, batch: int, length: int, dtype: torch.dtype, device: torch.device, documents: bool
 ) -> str:
     """In words, the kernel that attends in training: torch chooses it by the tensors, outside of any block.
 
     documents: `DocumentAttention` attends. If it needs a mask, the text says why.
     """
+    heads = batch * shape.num_kv_heads
+    if not documents and attention_native.unsupported(device, dtype, heads=heads) is None:
+        return attention_native.describe()
     reason = varlen_unsupported(device, dtype, shape.head_dim) if documents else None
     if documents and reason is None:
         return "flash_attention over pieces of any length"

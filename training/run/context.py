@@ -7,6 +7,7 @@ Two implementations: `RayContext` inside a Ray Train worker, `TorchContext` unde
 The loop is the same under both, so the launcher's cost can be measured.
 """
 
+import ctypes
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 StoreLost = dist.DistNetworkError  # the store was in a process that has ended
 MEET_SECONDS = 300.0  # in which all ranks find the store, where no torchrun holds it
 PREPARED, TAKEN = "asuncion/prepared", "asuncion/taken"  # keys of the store
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TAKE_SECONDS = 60.0  # in which the ranks take what was prepared; torchrun starts them together
 
 
@@ -113,6 +115,8 @@ class RayContext(Context):
 
             device = ray.train.torch.get_device()
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         return cls(worker.get_world_rank(), worker.get_world_size(), device, "ray")
 
     def report(self, metrics: Mapping[str, Any]) -> None:
@@ -170,6 +174,17 @@ class Ranks:
         if self.store.add(f"{TAKEN}/number", 1) == self.world_size - 1:
             self.store.set(TAKEN, b"1")  # type: ignore[arg-type]
         return pickle.loads(received)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what this process frees, for what it allocates next.
+
+    Else much of a step's memory goes back to the system when it is freed, and comes again page by page: 4% of
+    the CPU time of a step, for 3% more memory (60M parameters, Zen 5). Only glibc has the setting.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_MAX, 0)  # large blocks lie in the heap too
+        mallopt(M_TRIM_THRESHOLD, -1)  # which does not shrink
 
 
 def _who_is_missing(error: Exception) -> str:
@@ -231,6 +246,8 @@ def torch_context(ranks: Ranks | None = None, *, gpu: bool) -> Iterator[Context]
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) == ranks.world_size:  # one machine
         set_defaults({"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1") or "lo"})
     dist.init_process_group(

@@ -108,8 +108,8 @@ def describe_compilation(config: TrainConfig, seconds: Mapping[str, float]) -> s
 def attention_kernel(config: TrainConfig, *, device: torch.device) -> str:
     """`training.model.attention.kernel` of a run on this device."""
     return attention.kernel(
-        resolve_shape(config), length=config.batch.sequence_length, dtype=DTYPES[config.precision],
-        device=device, documents=config.batch.document_masks,
+        resolve_shape(config), batch=config.batch.micro_sequences, length=config.batch.sequence_length,
+        dtype=DTYPES[config.precision], device=device, documents=config.batch.document_masks,
     )  # fmt: skip
 
 

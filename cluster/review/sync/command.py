@@ -40,8 +40,8 @@ def sync(directories: Sequence[Path]) -> None:
     for directory in directories:
         try:
             segments += find(directory)
-        except ValueError as error:
-            problems[name_of(directory.absolute())] = str(error)
+        except (OSError, ValueError) as error:
+            problems[name_of(directory.absolute())] = _text(error)
     pending = [segment for segment in segments if not segment.sent]
     if not pending and not problems:
         print(f"nothing to send: {_runs(segments)} with W&B files, all in W&B already")
@@ -50,13 +50,21 @@ def sync(directories: Sequence[Path]) -> None:
     done: list[Staged] = []
     with ExitStack() as held:
         for run in dict.fromkeys(segment.run for segment in pending):
-            if not _lock(run, held):
-                problems[name_of(run)] = "another `make sync` is sending it"
+            try:
+                if not _lock(run, held):
+                    problems[name_of(run)] = "another `make sync` is sending it"
+            except OSError as error:  # such as another user's run
+                problems[name_of(run)] = _text(error)
         pending = [segment for segment in pending if not segment.sent]  # meanwhile, by another one
         while pending := [segment for segment in pending if segment.name not in problems]:
             batch = _oldest_of_each_run(pending)
             pending = [segment for segment in pending if segment not in batch]
-            staged = [_stage(segment, segments, uploads) for segment in batch]
+            staged: list[Staged | None] = []
+            for segment in batch:
+                try:
+                    staged.append(_stage(segment, segments, uploads))
+                except OSError as error:
+                    problems[segment.name] = _text(error)
             for each in _send(list(filter(None, staged)), uploads):
                 if each.problem:
                     problems[each.segment.name] = each.problem
@@ -121,6 +129,10 @@ def _lock(run: Path, held: ExitStack) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _text(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _line(staged: Staged) -> str:

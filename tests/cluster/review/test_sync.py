@@ -165,7 +165,11 @@ def test_a_refused_upload_and_a_killed_command_lose_nothing(home):
 
         server.wait_seconds = lambda name: 0.0
         server.start()
-        assert sync(home, server)[0] == 0
+        unreadable = home / "outputs/broken/wandb/offline-run-20261127_000000-abcd1234/run-abcd1234.wandb"
+        unreadable.mkdir(parents=True)  # as another user's file is, to whoever is not root
+        code, _, problems = sync(home, server)
+        assert code == 1 and f"broken: {unreadable}: Is a directory" in problems
+        assert "in 1 segment of 1 run" in problems and "not sent whole: broken" in problems
         assert steps(server) == list(range(1, 111)) and len(tables(server)) == 1
         (sent,) = server.runs.values()
         assert sent.num_received == 110 and tables(server)[0] in sent.uploaded

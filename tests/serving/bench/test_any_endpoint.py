@@ -269,18 +269,9 @@ def test_a_chat_has_messages_and_its_role_is_no_token():
 def test_https_with_a_certificate_of_ones_own(tmp_path):
     named = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
     made = (
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-keyout",
-        "key.pem",
-        "-out",
-        "cert.pem",
-        "-days",
-        "1",
-    )
+        "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "key.pem",
+        "-out", "cert.pem", "-days", "1",
+    )  # fmt: skip
     subprocess.run(["openssl", "req", "-x509", *made, *named], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain("cert.pem", "key.pem")

@@ -21,7 +21,7 @@ def test_workers_of_ray_train_measure_a_step(tmp_path):
     plan = make_plan(training_config.load(dotlist=[*keys, "schedule.tokens=5120"]))
     assert found["tokens_per_step"] == plan.tokens_per_step
     assert (found["num_nodes"], found["num_workers"], found["steps"]) == (1, 1, 2)
-    assert found["attention_kernel"] == "flash_attention"
+    assert found["attention_kernel"].startswith("flash_attention")
     parts = [found[f"seconds_{part}"] for part in ("data", "compute", "optimizer")]
     assert min(parts) > 0 == found["seconds_communication"]  # a single worker
     assert sum(parts) <= found["phased_step_seconds"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from cluster.cli import UserError
@@ -190,10 +192,23 @@ def missing_tokenizer(trained: Path, tasks: Path) -> tuple[list[str], str]:
     return ["model=bare", f"data={data_of(trained)}"], "bare/tokenizer.json is missing"
 
 
+def damaged_tokenizer(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    shutil.copytree(trained / "hf", trained / "cut")
+    (trained / "cut/tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    return ["model=cut", f"tasks=[{tasks / 'choose.yaml'}]"], "cut cannot be loaded ("
+
+
+def diverged_weights(trained: Path, tasks: Path) -> tuple[list[str], str]:
+    """Finite, but no float holds the perplexity."""
+    shutil.copytree(trained / "hf", trained / "wild")
+    weights = load_file(trained / "hf/model.safetensors")
+    wild = {name: 1e4 * weight if "norm" in name else weight for name, weight in weights.items()}
+    save_file(wild, trained / "wild/model.safetensors", {"format": "pt"})
+    return ["model=wild", f"data={data_of(trained)}"], "the weights are damaged, or of a run that diverged"
+
+
 def another_tokenizer(trained: Path, tasks: Path) -> tuple[list[str], str]:
-    (trained / "other").mkdir()
-    for file in (trained / "hf").iterdir():
-        (trained / "other" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(trained / "hf", trained / "other")
     (trained / "other/tokenizer.json").write_text((trained / "hf/tokenizer.json").read_text() + "\n")
     return ["model=other", f"data={data_of(trained)}"], "was prepared with another tokenizer (SHA-256 "
 
@@ -257,6 +272,8 @@ def output_is_a_folder(trained: Path, tasks: Path) -> tuple[list[str], str]:
         nothing_to_do,
         damaged_weights,
         missing_tokenizer,
+        damaged_tokenizer,
+        diverged_weights,
         another_tokenizer,
         no_data,
         malformed_task,

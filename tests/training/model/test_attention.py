@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.data.dataset import document_starts
-from training.model.attention import LogitProbe, kernel, largest_logits, varlen_unsupported
+from training.model import attention_native
+from training.model.attention import LogitProbe, causal_attention, kernel, largest_logits, varlen_unsupported
 from training.model.llama import Llama, compile_layers, initialize
 from training.model.shapes import resolve
+
+CPU = torch.device("cpu")
 
 
 def by_hand(q: torch.Tensor, k: torch.Tensor) -> float:
@@ -31,6 +34,49 @@ def test_the_largest_logit_is_that_of_a_query_and_a_key_that_it_sees(kv_heads):
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, kv_heads))
     q[0, 0, 1], k[0, 0, 3] = 100.0, 100.0  # the largest of all, but in the future of that query
     assert largest_logits(q, k).amax().item() == pytest.approx(by_hand(q, k), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 6e-3), (torch.float32, 1e-6)], ids=["bf16", "fp32"]
+)
+@pytest.mark.parametrize("tier", attention_native.DTYPES, indirect=True)
+def test_the_compiled_attention_of_cpus_is_that_of_torch_in_fp64(tier, dtype, tolerance):
+    """Sequences and heads that fill no panel, several bands of keys, shared keys, and any strides."""
+    if dtype not in attention_native.DTYPES[tier]:
+        assert "stay with torch" in attention_native.unsupported(CPU, dtype, heads=1)
+        return
+    if (reason := attention_native.unsupported(CPU, dtype, heads=1)) is not None:
+        pytest.skip(reason)
+    draw = torch.Generator().manual_seed(0)
+    for batch, heads, kv_heads, length, size in ((2, 2, 2, 1, 8), (1, 4, 2, 33, 20), (2, 3, 1, 170, 72)):
+        q, k, v, up = (
+            torch.randn(batch, length, each, size, generator=draw).to(dtype).transpose(1, 2)
+            for each in (heads, kv_heads, kv_heads, heads)
+        )
+        v = v.mT.contiguous().mT  # elements of a token lie apart
+        given = [each.detach().requires_grad_() for each in (q, k, v)]
+        mixed = causal_attention(0, *given)
+        found = [mixed, *torch.autograd.grad(mixed, given, up)]
+        exact = [each.detach().double().requires_grad_() for each in given]
+        shared = [each.repeat_interleave(heads // kv_heads, dim=1) for each in exact[1:]]
+        wide = F.scaled_dot_product_attention(exact[0], *shared, is_causal=True)
+        expected = [wide, *torch.autograd.grad(wide, exact, up.double())]
+        for own, other in zip(found, expected, strict=True):
+            assert own.dtype == dtype and own.shape == other.shape
+            # A single token's logit has no gradient.
+            assert (own - other).norm() < tolerance * max(other.norm(), 1)
+
+
+def test_the_compiled_attention_hides_no_nan(tier):
+    q = torch.zeros(1, 1, 40, 8, dtype=torch.bfloat16)
+    if (reason := attention_native.unsupported(CPU, q.dtype, heads=1)) is not None:
+        pytest.skip(reason)
+    for value in (math.nan, math.inf):
+        broken = q.clone()
+        broken[0, 0, 35, 3] = value
+        for tensors in ((broken, q + 1, q), (q + 1, broken, q), (q, q, broken)):
+            mixed = attention_native.attention(*tensors)
+            assert not mixed[0, 0, 35:].isfinite().all() and mixed[0, 0, :32].isfinite().all()
 
 
 def small(*, checkpointing: bool) -> Llama:
@@ -166,8 +212,10 @@ def test_where_pieces_of_any_length_cannot_be_attended_to_the_reason_is_given(
 
 
 def test_the_kernel_is_named_and_with_documents_why_it_has_a_mask():
-    options = {"length": 16, "dtype": torch.float32, "device": torch.device("cpu")}
-    assert kernel(resolve("llama-5m"), documents=False, **options) == "flash_attention"
+    options = {"batch": 1, "length": 16, "dtype": torch.float32, "device": torch.device("cpu")}
+    compiled = attention_native.unsupported(CPU, torch.float32, heads=2) is None
+    expected = attention_native.describe() if compiled else "flash_attention"
+    assert kernel(resolve("llama-5m"), documents=False, **options) == expected
     found = kernel(resolve("llama-5m"), documents=True, **options)
     assert found == "flash_attention with a mask: cpu is no CUDA device"
     with sdpa_kernel(SDPBackend.MATH):

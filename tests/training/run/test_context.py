@@ -1,11 +1,13 @@
 """Ranks that wait for rank 0 longer than a collective may take, as real processes with a gloo group."""
 
 import os
+import resource
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
@@ -105,3 +107,9 @@ def test_a_single_process_prepares_and_has_a_group_of_its_own(monkeypatch):
     assert ranks.on_main(lambda: 7) == 7 and not dist.is_initialized()
     with torch_context(ranks, gpu=False) as context:
         assert (context.rank, context.world_size, context.gather("a")) == (0, 1, ["a"])
+        faults = []
+        for _ in range(8):  # 64 MB: 16,384 pages, which glibc would ask of the system each time
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert min(faults) < 1000
