@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require
@@ -175,7 +176,8 @@ def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfi
 
 def _chosen(config: StudyConfig) -> StudyConfig:
     """The part that `only` names."""
-    kinds, parts = (("rules", "grids"), ("widths",), ("noise",)), {}
+    kinds = (("rules", "grids"), ("widths",), ("noise",))
+    parts: dict[str, Any] = {}
     known = [name for kind in kinds for section in kind for name in getattr(config, section)]
     for name in config.only:
         require(name in known, "only", f"{name!r} is not one of {', '.join(known)}")
