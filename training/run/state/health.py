@@ -230,11 +230,10 @@ class _OtherNode(_Node):
 
 def line(directory: Path) -> dict[str, Any]:
     """What a row of the record says of the nodes' health, by the newest look."""
-    try:
+    found = None
+    with suppress(OSError, ValueError):  # no look yet
         found = files.read_json(directory / HEALTH_FILE)
-    except (OSError, ValueError):  # no look yet
-        found = {}
-    return {key: found.get(key, 0) for key in KEYS}
+    return {key: found.get(key, 0) if isinstance(found, dict) else 0 for key in KEYS}
 
 
 def on_sound_gpus(

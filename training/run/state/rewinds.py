@@ -114,6 +114,15 @@ class Rewinds:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The rewinds of the run in this directory."""
+    """The rewinds of the run in this directory. Raises `files.DamagedFile`."""
     file = directory / FILE
-    return files.read_json(file) if file.is_file() else []
+    if not file.is_file():
+        return []
+    try:
+        found = [asdict(Rewind(**each)) for each in files.read_json(file)]
+        if all(isinstance(step, int) for each in found for step in each.values()):
+            return found
+        problem = "a step that is no whole number"
+    except (files.DamagedFile, TypeError) as error:
+        problem = str(error).removeprefix(f"{file}: ")
+    raise files.DamagedFile(f"{file}: {problem}; delete it: the checkpoints name the rewinds too")

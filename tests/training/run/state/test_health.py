@@ -147,6 +147,13 @@ def test_a_run_goes_on_without_the_gpu_that_goes_bad_under_it(ray, tmp_path, mon
         on_sound_gpus(config, _raise, health=watch, asked_to_stop=lambda: False)
 
 
+def test_a_row_has_its_keys_whatever_the_file_of_the_last_look_holds(tmp_path):
+    for content in (None, "{", "[]", "null", "{}"):
+        if content:
+            (tmp_path / "health.json").write_text(content)
+        assert health.line(tmp_path) == dict.fromkeys(health.KEYS, 0)
+
+
 def _raise(workers):
     raise RunError("shapes differ")
 

@@ -139,3 +139,10 @@ def test_without_a_checkpoint_before_the_spike_the_run_goes_on(tmp_path: Path) -
     assert alone.go_back(25) is None and alone.passed_over(30) == 0
     [event] = events.read(directory)
     assert event["kind"] == "not_rewound" and "no sound checkpoint from before step 25" in event["text"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", '[{"a": 1}]', '[{"from_step": "27", "to_step": 4}]'])
+def test_a_damaged_file_is_named_with_its_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / rewinds.FILE).write_text(content)
+    with pytest.raises(files.DamagedFile, match=r"rewinds.json: .*; delete it: the checkpoints name"):
+        rewinds.read(tmp_path)
