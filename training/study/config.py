@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import config as layered
 from cluster.config import ConfigError, key, require
@@ -106,6 +107,11 @@ class StudyConfig:
     noise: dict[str, StudyNoiseConfig] = key(
         dict, f"the noise settings, by name; default: '{NO_NOISE}', without a fragment"
     )
+    only: tuple[str, ...] = key(
+        (),
+        "a part of the study: names of rules and grids, of widths, of noise settings; of each of these three "
+        "kinds all are run unless one of its names stands here",
+    )
     seeds: tuple[int, ...] = key((1, 2, 3), "run.seed of the runs that the claims are made of")
     tuning_seed: int = key(0, "run.seed of the runs that choose the rates; not one of `seeds`")
     equal_effort: bool = key(True, "every rule must have as many points, rates x ratios, as the others")
@@ -159,13 +165,28 @@ def load(*, file: Path | None = None, dotlist: Sequence[str] = ()) -> StudyConfi
     Raises:
         ConfigError: as `cluster.config.load`; or rules, seeds, grids or claims that cannot be used.
     """
-    config = _with_grids(layered.load(StudyConfig, file=file, dotlist=dotlist))
+    config = _with_grids(_chosen(layered.load(StudyConfig, file=file, dotlist=dotlist)))
     _check_names(config)
     _check_grids(config)
     _check_seeds(config)
     _check_fragments(config)
     _check_claims(config)
     return _shrunk(config) if config.smoke else config
+
+
+def _chosen(config: StudyConfig) -> StudyConfig:
+    """The part that `only` names."""
+    kinds = (("rules", "grids"), ("widths",), ("noise",))
+    parts: dict[str, Any] = {}
+    known = [name for kind in kinds for section in kind for name in getattr(config, section)]
+    for name in config.only:
+        require(name in known, "only", f"{name!r} is not one of {', '.join(known)}")
+    for kind in kinds:
+        if any(name in getattr(config, section) for section in kind for name in config.only):
+            for section in kind:
+                all_of_it = getattr(config, section)
+                parts[section] = {name: all_of_it[name] for name in all_of_it if name in config.only}
+    return dataclasses.replace(config, **parts)
 
 
 def _with_grids(config: StudyConfig) -> StudyConfig:

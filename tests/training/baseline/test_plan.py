@@ -70,7 +70,7 @@ def test_of_a_kind_of_gpu_only_its_nodes_count_and_train(tmp_path):
 def test_a_preflight_that_is_no_report_is_refused_by_its_key(tmp_path, content):
     (tmp_path / "preflight.json").write_text(content)
     keys = (f"preflight={tmp_path}/preflight.json", "session.address=auto")
-    with pytest.raises(UserError, match="preflight: .* is no report of `make preflight`"):
+    with pytest.raises(UserError, match=r"preflight: .* is no report of `make preflight`"):
         measure.num_nodes(baseline_plan.load(dotlist=keys))
 
 

@@ -30,6 +30,17 @@ def test_every_row_with_every_column_of_a_grid_is_a_rule(tmp_path):
     assert (optim.matrix.momentum, optim.matrix.ramp_steps, optim.scion.transport_cap) == (0.9, 3, 1)
     assert plan.config.title("moved.m0.9.free") == "Moved m0.9 free"
     assert load(tmp_path, "smoke=true", grids={"moved": GRID}).rules["moved.m0.5.free"].grid == (0.01, 0.02)
+    part = load(
+        tmp_path,
+        "only=[muon,moved]",
+        "claims.reference=muon",
+        "claims.baseline=muon",
+        "claims.challenger=null",
+        grids={"moved": GRID},
+    )
+    assert (
+        len(part.rules) == 5 and list(part.rules)[:2] == ["muon", "moved.m0.5.cap1"] and len(part.widths) == 2
+    )
 
 
 @pytest.mark.parametrize("rows", [[], ["a: x=1", "a: x=2"]])

@@ -33,6 +33,7 @@ from training.study.runs import REPORT, TUNING, StudyRun, is_finished
     ("dotlist", "message"),
     [
         (["nme=x"], "unknown key 'nme'"),
+        (["only=[muons]"], "only: 'muons' is not one of adamw, muon, scion, w"),
         (
             ["rules.muon.gird=[1]"],
             "unknown key 'rules.muon.gird'; keys here: keys, grid, vector_ratios, title",
