@@ -71,10 +71,11 @@ def _preflight(config: BaselineConfig) -> dict[str, Any]:
         return {}
     content = files.read_json(report)
     found = content.get("found") if isinstance(content, dict) else None
-    nodes = found.get("nodes", {}) if isinstance(found, dict) else None
-    if not isinstance(nodes, dict) or not all(isinstance(facts, dict) for facts in nodes.values()):
-        raise UserError(f"preflight: {report} is no report of `make preflight`; run that again")
-    return found
+    if isinstance(found, dict):
+        nodes = found.get("nodes", {})
+        if isinstance(nodes, dict) and all(isinstance(facts, dict) for facts in nodes.values()):
+            return found
+    raise UserError(f"preflight: {report} is no report of `make preflight`; run that again")
 
 
 def num_nodes(config: BaselineConfig) -> int:
