@@ -15,7 +15,7 @@ import wandb_workspaces.workspaces as ws
 MOST_RUNS = 100  # drawn in one panel; W&B's default is 10, fewer than a study has
 PARITY_PLOTS = ("parity/plot", "parity/roofline_plot", "parity/time_plot")
 # of a study with one setting of noise
-STUDY_FIGURES = ("loss_tokens", "loss_costs", "loss_rate", "tokens_to_reference")
+STUDY_FIGURES = ("loss_tokens", "loss_costs", "loss_rate", "tokens_to_reference", "final_losses")
 MOST_GPUS = 8  # of a node; W&B names each GPU's metrics by its number
 
 

@@ -210,8 +210,10 @@ def _shape(folder: Path, content: bytes) -> None:
 
 def _shapes() -> list[bytes]:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
     about = shapes.to_hf_config(shapes.resolve("llama-5m"), dtype="float32", eos_id=0, bos_id=None)
-    return [json.dumps(about | {"rope_scaling": each}).encode() for each in (None, rope)]
+    theta = about.pop("rope_parameters")["rope_theta"]
+    return [json.dumps(about | {"rope_theta": theta, "rope_scaling": each}).encode() for each in (None, rope)]
 
 
 def _trace(folder: Path, content: bytes) -> None:

@@ -61,8 +61,8 @@ def test_the_headers_are_sought_where_triton_seeks_them(monkeypatch):
 
 
 def test_a_preflight_asks_every_node(node, tmp_path, monkeypatch):
-    facts = inspection.Inspector().facts(str(tmp_path), str(tmp_path), "mark", 4_000_000)
+    facts = inspection.Inspector().facts(str(tmp_path), str(tmp_path), "mark", 4_000_000, ())
     assert facts["toolchain_problem"] is None
     (node / "gcc").unlink()
-    facts = inspection.Inspector().facts(str(tmp_path), str(tmp_path), "mark", 4_000_000)
+    facts = inspection.Inspector().facts(str(tmp_path), str(tmp_path), "mark", 4_000_000, ())
     assert "C compiler" in facts["toolchain_problem"]
