@@ -68,7 +68,7 @@ def test_what_torch_cannot_allocate_is_said_with_the_part_and_what_to_change() -
 
 
 def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
-    """The rate rises far above what training bears: the loss climbs, and then nothing is finite any more."""
+    """The rate rises far above what training bears: the loss climbs, and then no gradient is finite any more."""
     keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 200}
     never = {
         "checkpoint__every_steps": 1000,
@@ -82,10 +82,13 @@ def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
     run = folder / "outputs/diverges"
     assert told(run)[:2] == [("started", 0), ("workers", 0)]
     kinds = [kind for kind, _ in told(run)]
-    assert {"loss_spike", "loss_not_finite", "skipped_steps"} <= set(kinds) and kinds.count("failed") == 1
-    # Once a stage, not once a row; how many stages there are depends on the CPU's rounding.
+    assert {"loss_spike", "skipped_steps"} <= set(kinds) and kinds.count("failed") == 1
+    # Once a stage, not once a row; how many stages there are depends on the CPU's rounding, and so does
+    # whether the loss stays finite (on Zen 5) when the gradients do not.
     rows = read_metrics(run / "metrics.jsonl")
-    assert kinds.count("loss_not_finite") < sum(not math.isfinite(row.get("loss", 0.0)) for row in rows)
+    not_finite = sum(not math.isfinite(row.get("loss", 0.0)) for row in rows)
+    assert (not_finite > 0) == ("loss_not_finite" in kinds)
+    assert kinds.count("loss_not_finite") < max(not_finite, 1)
     spike = next(event for event in events.read(run) if event["kind"] == "loss_spike")
     assert spike["step"] > 20 and spike["loss"] > spike["limit"] > spike["median"]
     assert f"warning: step {spike['step']}: the loss is " in done.stderr  # and the launcher shows it
