@@ -68,7 +68,7 @@ def test_what_torch_cannot_allocate_is_said_with_the_part_and_what_to_change() -
 
 
 def test_a_run_that_diverges_tells_each_stage_of_it_once(folder: Path) -> None:
-    """The rate rises far above what training bears: the loss climbs, and then no gradient is finite any more."""
+    """The rate rises far above what training bears: the loss climbs, then no gradient is finite."""
     keys = {"precision": "fp32", "batch__tokens": 64, "schedule__tokens": 64 * 200}
     never = {
         "checkpoint__every_steps": 1000,
