@@ -8,7 +8,6 @@ the engine. The parts are the time until each line that the command prints, and 
 on two cores. Seconds of wall time need an idle machine; seconds of CPU time, `cpu_..._seconds`, do not.
 """
 
-import argparse
 import re
 import signal
 import subprocess
@@ -17,17 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 
-from cluster import cli
 from cluster.cli import RunError
-from cluster.measure import benchmark
 from cluster.process import Child
+from tests.lab import starts
 
 WHAT = "serve_startup"
 AIM_SECONDS = 15.0
@@ -40,39 +36,12 @@ PARTS = {"starting Ray for": "command", "starting Ray Serve": "Ray", "serving at
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code (`cluster.cli`)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.lab.serve_startup", description=__doc__.partition("\n")[0]
+    return starts.command(
+        arguments, start, about=__doc__, what=WHAT, module="serving.app", keys=KEYS, aim_seconds=AIM_SECONDS
     )
-    benchmark.add_options(parser, what=WHAT, rounds=5, rounds_help="starts")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="of serving.app, for every start")
-    options = parser.parse_args(arguments)
-
-    def body() -> None:
-        plan = f"{options.rounds + 1} starts of serving.app {' '.join((*KEYS, *options.keys))}"
-        measured = partial(measure, options.keys, num_rounds=options.rounds)
-        benchmark.measure_and_publish(options, what=WHAT, plan=plan, measure=measured)
-
-    return cli.run(body)
 
 
-def measure(keys: Sequence[str], *, num_rounds: int) -> dict[str, Any]:
-    """Medians of the seconds to the first answer, of each part, and of the CPU time of each process."""
-    samples: dict[str, list[float]] = {}
-    for number in range(num_rounds + 1):
-        found = start(keys)
-        if number:
-            for name, seconds in found.items():
-                samples.setdefault(name, []).append(seconds)
-    return {
-        "aim_seconds": AIM_SECONDS,
-        "rounds": num_rounds,
-        "keys": list(keys),
-        **benchmark.medians(samples),
-    }
-
-
-def start(keys: Sequence[str]) -> dict[str, float]:
+def start(_folder: Path, _name: str, keys: Sequence[str]) -> dict[str, float]:
     """One start and stop. Raises `RunError`: the command ended, or printed no line that ends a part."""
     began = time.monotonic()
     command = [sys.executable, "-m", "serving.app", *KEYS, *keys]
