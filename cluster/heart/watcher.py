@@ -28,6 +28,7 @@ from cluster.record import events, heartbeat
 STACKS_SIGNAL = signal.SIGUSR2  # on which a rank writes its stacks, even while native code holds the lock
 ENDS_SECONDS = heartbeat.GRACE_SECONDS + 3.0  # in which a rank that was stopped, and runs again, ends itself
 STUCK_SECONDS = 2.0  # the same of one that was not stopped
+STACKS_SECONDS = 0.5  # in which one that is stuck writes its stacks
 GOOD_BYE = b"x"  # before a rank closes its pipe
 MEMORY = (
     "lower batch.micro_sequences, set model.activation_checkpointing=true, raise zero.stage, set "
@@ -129,8 +130,6 @@ class _Rank:
         killer = threading.Timer(ENDS_SECONDS + 1, self._kill)  # the storage below may stand still too
         killer.daemon = True
         killer.start()
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(self._process, STACKS_SIGNAL)
         with suppress(OSError):
             heartbeat.flag_of(self._directory, self._start).touch()
         was_stopped = heartbeat.continue_stopped(self._process)
@@ -139,6 +138,10 @@ class _Rank:
             if not self._lives():
                 return
             time.sleep(0.1)
+        # Only now: while threads run, it may crash in the middle of writing where they stand.
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(self._process, STACKS_SIGNAL)
+        time.sleep(STACKS_SECONDS)
         self._kill()
         stacks = os.pread(self._stacks, 1 << 20, 0).decode(errors="replace")
         heartbeat.write_stacks(self._directory, self._rank, f"no thread ran for {quiet:.0f} s\n{stacks}")
