@@ -302,7 +302,7 @@ def _start(
 def _small(node: Any) -> Any:
     """Ray's `Node` without three processes that `ray.init` always starts and nobody here needs.
 
-    They take 1.6 s of CPU time, as much as a worker, and the raylet starts after them.
+    Each imports much of Ray, and the raylet starts after them.
     """
 
     class Small(node):

@@ -31,7 +31,7 @@ MOST_CHOICES = 128
 LARGEST_SEED = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1
 MOST_ITEMS = 1024  # of a list or an object other than prompts and messages
-MOST_MESSAGES = 16_384  # they are checked in 50 ms, during which no other request is served
+MOST_MESSAGES = 16_384  # while they are checked, no other request is served
 MOST_QUOTED = 100  # characters of a client's words in an answer
 
 

@@ -1,6 +1,6 @@
 """Calls attention_native.cpp, causal attention and its gradient on CPUs. It needs AVX2 and a C++ compiler.
 
-torch's own takes 2 to 4 times as long, measured on Zen 5 with 256 to 2048 tokens.
+It keeps the logits of 32 queries in the cache. torch's own is slower where this file takes its place.
 
 Shapes: B sequences, T tokens, H query heads, K key/value heads, C head_dim.
 """

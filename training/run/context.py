@@ -179,8 +179,8 @@ class Ranks:
 def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, for what it allocates next.
 
-    Else much of a step's memory goes back to the system when it is freed, and comes again page by page: 4% of
-    the CPU time of a step, for 3% more memory (60M parameters, Zen 5). Only glibc has the setting.
+    Else much of a step's memory goes back to the system when it is freed, and comes again page by page, each
+    with a fault. The process holds a little more memory. Only glibc has the setting.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_MAX, 0)  # large blocks lie in the heap too
