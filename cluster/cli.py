@@ -73,8 +73,7 @@ def run(body: Callable[[], None]) -> int:
         _print_error(str(error))
         return BAD_INPUT
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{where}{error.strerror or error}")
+        _print_error(files.problem_of(error))
         return FAILED
     except (RunError, files.DamagedFile) as error:
         _print_error(str(error))

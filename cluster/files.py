@@ -56,6 +56,12 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, f"{text}\n")
 
 
+def problem_of(error: OSError) -> str:
+    """For people: which file, if the error names one, and what is wrong with it."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 class DamagedFile(ValueError):
     """A file does not hold what it should. The message names it; `cluster.cli.run` prints no traceback."""
 

@@ -75,7 +75,7 @@ class States:
             try:
                 files.write_json(self._file, report)
             except OSError as error:  # a full disk must not end the keeper
-                print(time.strftime("%F %T"), f"{error.filename}: {error.strerror}", flush=True)
+                print(time.strftime("%F %T"), files.problem_of(error), flush=True)
             time.sleep(WRITE_SECONDS)
 
 

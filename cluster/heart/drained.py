@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> int:
         for each in () if options.names else read(options.outputs):
             print(each)
     except (OSError, ValueError) as error:
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        told = files.problem_of(error) if isinstance(error, OSError) else error
         print(f"error: {told}", file=sys.stderr)
         return 2
     return 0

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from cluster import cli, runs
+from cluster import cli, files, runs
 from cluster.cli import RunError
 from cluster.review.run_reader import RUNNING, Run
 from cluster.review.sync.segments import Segment, Staged, find, name_of
@@ -40,8 +40,10 @@ def sync(directories: Sequence[Path]) -> None:
     for directory in directories:
         try:
             segments += find(directory)
-        except (OSError, ValueError) as error:
-            problems[name_of(directory.absolute())] = _text(error)
+        except OSError as error:
+            problems[name_of(directory.absolute())] = files.problem_of(error)
+        except ValueError as error:
+            problems[name_of(directory.absolute())] = str(error)
     pending = [segment for segment in segments if not segment.sent]
     if not pending and not problems:
         print(f"nothing to send: {_runs(segments)} with W&B files, all in W&B already")
@@ -54,7 +56,7 @@ def sync(directories: Sequence[Path]) -> None:
                 if not _lock(run, held):
                     problems[name_of(run)] = "another `make sync` is sending it"
             except OSError as error:  # such as another user's run
-                problems[name_of(run)] = _text(error)
+                problems[name_of(run)] = files.problem_of(error)
         pending = [segment for segment in pending if not segment.sent]  # meanwhile, by another one
         while pending := [segment for segment in pending if segment.name not in problems]:
             batch = _oldest_of_each_run(pending)
@@ -64,7 +66,7 @@ def sync(directories: Sequence[Path]) -> None:
                 try:
                     staged.append(_stage(segment, segments, uploads))
                 except OSError as error:
-                    problems[segment.name] = _text(error)
+                    problems[segment.name] = files.problem_of(error)
             for each in _send(list(filter(None, staged)), uploads):
                 if each.problem:
                     problems[each.segment.name] = each.problem
@@ -129,10 +131,6 @@ def _lock(run: Path, held: ExitStack) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _text(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _line(staged: Staged) -> str:
